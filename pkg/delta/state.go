@@ -1,0 +1,146 @@
+// Package delta says what a host's kernel should hold, what it holds, and what is left to do about it.
+//
+// A State is a plain value: planners build one from metadata, the kernel package observes another, and Between
+// is the difference. Everything prints as an operator would have typed it, sorted, so that the golden files of the
+// tests, "lariat plan", and bug reports are one and the same text.
+//
+// The package touches nothing and knows no clock.
+package delta
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// Protocol is the routing protocol number that marks Lariat's routes and nexthops (rtm_protocol, nh_protocol). Numbers up
+// to 4 are the kernel's and the administrator's; 76 is unassigned in iproute2's rt_protos.
+const Protocol = 76
+
+// AliasPrefix begins the ifalias of every link that Lariat owns.
+const AliasPrefix = "lariat:"
+
+// Table is the name of the nftables table, of family inet, that Lariat owns.
+const Table = "lariat"
+
+// MAC is a 48-bit Ethernet address.
+type MAC [6]byte
+
+func (m MAC) String() string {
+	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+}
+
+// Link is a device that Lariat makes. Only vxlan devices exist today; containers' veths are pkg/attach's.
+type Link struct {
+	Kind  string // vxlan
+	VNI   uint32
+	Port  uint16     // UDP
+	Local netip.Addr // source of the outer packets
+	MAC   MAC
+	MTU   int
+	Alias string // begins with AliasPrefix
+}
+
+// Addr is an address on a device.
+type Addr struct {
+	Dev    string
+	Prefix netip.Prefix
+}
+
+// Neigh is a permanent neighbour entry's key; its value is the MAC.
+type Neigh struct {
+	Dev  string
+	Addr netip.Addr
+}
+
+// FDB is a permanent forwarding entry of a vxlan device. The destination is part of the key: two hosts that
+// for a moment share a MAC must not make one of the entries disappear.
+type FDB struct {
+	Dev string
+	MAC MAC
+	Dst netip.Addr
+}
+
+// Nexthop is a nexthop object of protocol Protocol, keyed by its id.
+type Nexthop struct {
+	Via    netip.Addr
+	Dev    string
+	Onlink bool
+}
+
+// Route is a route of protocol Protocol in the main table, keyed by its destination.
+type Route struct {
+	Type   string     // "" (unicast), blackhole or unreachable
+	NH     uint32     // id of a nexthop object; 0: by Via and Dev
+	Via    netip.Addr // invalid: on-link
+	Dev    string
+	Onlink bool
+	Src    netip.Addr // preferred source; invalid: the kernel's choice
+	MTU    int        // 0: the device's
+}
+
+// Sysctl is a value under /proc/sys; the key uses slashes.
+type Sysctl struct{ Key, Value string }
+
+// Set is an nftables set of the table Table. Interval sets hold prefixes, others single addresses (as full-length prefixes).
+type Set struct {
+	V6       bool
+	Interval bool
+	Elements []netip.Prefix // sorted, without overlaps
+}
+
+// Chain is a base chain of the table Table.
+type Chain struct {
+	Type     string // filter or nat
+	Hook     string // prerouting, input, forward, output, postrouting
+	Priority int
+	Rules    []Rule
+}
+
+// Rule is a row of statements. The kinds of statements are few on purpose: each has one text and one meaning.
+type Rule []Statement
+
+// Statement is one match or verdict of a rule.
+type Statement interface {
+	fmt.Stringer // as nft would list it
+	statement()
+}
+
+// The statements that Lariat's rules are made of.
+type (
+	IifPrefix string // iifname "lrt*": the arriving interface's name begins so
+	Oif       struct {
+		Name string
+		Not  bool
+	} // oifname [!=] "vtep1042"
+	Iif struct {
+		Name string
+		Not  bool
+	} // iifname [!=] "vtep1042"
+	InSet struct {
+		Field, Set string
+		V6, Not    bool
+	} // ip saddr [!=] @set; Field is saddr or daddr
+	UDPDport    uint16   // udp dport 4789
+	VXLANVNI    uint32   // @th,96,24 1042: the VNI field behind the UDP header (RFC 7348 §5)
+	NoReverse   struct{} // fib saddr . iif oif missing: no route back by the arriving interface
+	Masquerade  struct{} // masquerade
+	Verdict     string   // accept or drop
+	MarkComment string   // comment "…"
+)
+
+// State is what the kernel should hold, or holds, of what Lariat owns.
+type State struct {
+	Links    map[string]Link
+	Addrs    map[Addr]struct{}
+	Neighs   map[Neigh]MAC
+	FDB      map[FDB]struct{}
+	Nexthops map[uint32]Nexthop
+	Routes   map[netip.Prefix]Route
+	Sysctls  map[string]string
+	Sets     map[string]Set
+	Chains   map[string]Chain
+
+	// Problems are entries that could not be planned and were left out, each a sentence that names the entry and
+	// the remedy. They are for people: they make no difference between two states.
+	Problems []string
+}

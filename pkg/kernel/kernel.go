@@ -1,0 +1,56 @@
+// Package kernel is the only one that changes the machine: links, addresses, routes, neighbours, forwarding entries,
+// nftables and sysctls of one network namespace.
+//
+// It reads what carries Lariat's mark, applies a difference, and never touches anything else. What should be there is
+// decided elsewhere, by planners that cannot import this package.
+package kernel
+
+import (
+	"context"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+)
+
+// Kernel is one network namespace. New gives the real one; package fake has one that prints itself and fails on request.
+type Kernel interface {
+	// Observe reads what carries Lariat's mark. Sysctls and addresses on devices of others carry no mark: of them it
+	// reads those that want names, and no other. want may be nil. Nothing is changed.
+	Observe(ctx context.Context, want *delta.State) (*delta.State, error)
+
+	// Apply makes the changes, additions before removals, in an order in which each finds what it needs. It tries
+	// every change, and joins the errors; each names its change. Repeating an Apply is harmless.
+	Apply(ctx context.Context, d *delta.Difference) error
+
+	// AddPort makes a container's port, or leaves nothing of it behind. A host end of the same name that is left over is
+	// replaced; an interface IfName inside of the container that already exists is an error that wraps ErrExists.
+	AddPort(ctx context.Context, netns string, p delta.Port) error
+
+	// DelPort removes a port by its host end. Both ends and all routes go with it. It is no error when it is gone.
+	DelPort(ctx context.Context, hostName string) error
+
+	// DelPorts removes many in one request: a link removal alone waits some 16 ms for RCU, a group hardly longer.
+	DelPorts(ctx context.Context, hostNames []string) error
+
+	// CheckPort compares a port with what it should be and names everything that differs.
+	CheckPort(ctx context.Context, netns string, p delta.Port) error
+
+	// Ports lists the host ends of ports, by their alias.
+	Ports(ctx context.Context) ([]delta.HostPort, error)
+
+	// Close frees the sockets.
+	Close() error
+}
+
+// Reconcile makes the kernel equal to want and returns what it changed, also beside an error. A kernel that already is
+// equal is not written to.
+func Reconcile(ctx context.Context, k Kernel, want *delta.State) (*delta.Difference, error) {
+	have, err := k.Observe(ctx, want)
+	if err != nil {
+		return nil, err
+	}
+	d := delta.Between(want, have)
+	if d.Empty() {
+		return d, nil
+	}
+	return d, k.Apply(ctx, d)
+}

@@ -1,0 +1,151 @@
+package metadata
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/netip"
+)
+
+// DefaultSocket is where the metadata service listens for its own host.
+const DefaultSocket = "/run/lariat/metadata.sock"
+
+// AttachRequest asks for the addresses of one interface of one container. The answer to the same container id
+// and interface name is always the same, however often it is asked, until the pair is released.
+type AttachRequest struct {
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifname"`
+
+	// Requested addresses are given or refused, never replaced.
+	Requested []netip.Addr `json:"requested,omitempty"`
+
+	// Foreign says that another IPAM plugin chose the requested addresses. They are recorded and announced
+	// (also outside of the network's subnets), and never handed out by us.
+	Foreign bool `json:"foreign,omitempty"`
+
+	// WaitSeconds: how long to wait until the model lists the container with an address. 0 does not wait: an
+	// address that the model assigned is used, otherwise one is allocated.
+	WaitSeconds int `json:"waitSeconds,omitempty"`
+
+	UUID   string            `json:"uuid,omitempty"` // how the model may know the container before it runs
+	Name   string            `json:"name,omitempty"`
+	Labels map[string]string `json:"labels,omitempty"`
+	MAC    MAC               `json:"mac,omitzero"`
+
+	// Create defines the network when it does not exist yet.
+	Create *Network `json:"create,omitempty"`
+}
+
+// Attachment is all that an ADD needs to know: one round trip.
+type Attachment struct {
+	Network       string              `json:"network"`
+	Encapsulation string              `json:"encapsulation"`
+	VNI           uint32              `json:"vni,omitempty"`
+	MTU           int                 `json:"mtu"`          // for the container's interface
+	MAC           MAC                 `json:"mac,omitzero"` // that the model assigned; zero: the caller's choice
+	Addresses     []AttachmentAddress `json:"addresses"`    // IPv4 before IPv6
+	Subnets       []netip.Prefix      `json:"subnets"`      // of the network
+	Host          string              `json:"host"`         // that owns the attachment
+	BootID        string              `json:"bootID"`       // under which it was recorded
+	PreAssigned   bool                `json:"preAssigned,omitempty"`
+}
+
+// AttachmentAddress is one address of an interface.
+type AttachmentAddress struct {
+	Address  netip.Addr   `json:"address"`
+	Subnet   netip.Prefix `json:"subnet,omitzero"`  // of the network that holds it; unset for a foreign address outside
+	Gateway  netip.Addr   `json:"gateway,omitzero"` // the host's overlay address, or the LAN's router
+	Sequence uint64       `json:"sequence,omitempty"`
+}
+
+// GCRequest lists what is alive; everything else that this host holds on the network is released. An absent list
+// and an empty one are different things, so the field is a pointer and nil is refused.
+type GCRequest struct {
+	Valid *[]AttachmentID `json:"valid"`
+}
+
+// AttachmentID names an interface of a container.
+type AttachmentID struct {
+	ContainerID string `json:"containerID"`
+	IfName      string `json:"ifname"`
+}
+
+func (a AttachmentID) String() string { return a.ContainerID + "/" + a.IfName }
+
+// GCResult says what was released.
+type GCResult struct {
+	Released []Allocation `json:"released"`
+}
+
+// NetworkStatus is the answer to "could you serve an ADD now?".
+type NetworkStatus struct {
+	Network  string        `json:"network"`
+	Ready    bool          `json:"ready"`
+	Reason   string        `json:"reason,omitempty"` // why not, with a remedy
+	Usage    []SubnetUsage `json:"usage"`            // one per subnet
+	Device   string        `json:"device,omitempty"` // that ADD expects on this host
+	Revision int64         `json:"revision"`
+}
+
+// SubnetUsage counts one subnet's addresses. Free counts what this host could still hand out: the rest of its own
+// blocks, unclaimed blocks, and, without strict affinity, what other hosts' blocks have left.
+type SubnetUsage struct {
+	Subnet     netip.Prefix `json:"subnet"`
+	Blocks     int          `json:"blocks"`     // claimed, by all hosts
+	BlocksFree int          `json:"blocksFree"` // not claimed
+	Used       int          `json:"used"`       // allocated in this host's blocks
+	Free       int          `json:"free"`
+}
+
+// Event is one line of a watch.
+type Event struct {
+	Type     string          `json:"type"` // put, delete, snapshot (start over from it), bookmark (nothing new up to Revision)
+	Kind     string          `json:"kind,omitempty"`
+	Key      string          `json:"key,omitempty"` // within the kind, as in the API's path
+	Revision int64           `json:"revision"`
+	Object   json.RawMessage `json:"object,omitempty"`
+}
+
+// Event types and kinds.
+const (
+	EventPut      = "put"
+	EventDelete   = "delete"
+	EventSnapshot = "snapshot"
+	EventBookmark = "bookmark"
+
+	KindHost      = "hosts"
+	KindNetwork   = "networks"
+	KindBlock     = "blocks"
+	KindEndpoint  = "endpoints"
+	KindContainer = "containers"
+)
+
+// Error codes of the control API.
+const (
+	CodeInvalid     = "invalid"     // 400: the request can never succeed
+	CodeNotFound    = "not-found"   // 404
+	CodeHeld        = "held"        // 409: another attachment, or a host, holds the address
+	CodeConflict    = "conflict"    // 409: the object exists and differs
+	CodeExhausted   = "exhausted"   // 507: no address left
+	CodeNotYet      = "not-yet"     // 504: the model does not list the container yet
+	CodeUnavailable = "unavailable" // 503: the store does not answer
+	CodeInternal    = "internal"    // 500
+)
+
+// Error is how the control API says no.
+type Error struct {
+	Code    string `json:"code"`
+	Message string `json:"message"`
+	Details string `json:"details,omitempty"`
+}
+
+func (e *Error) Error() string {
+	if e.Details == "" {
+		return e.Message
+	}
+	return e.Message + "; " + e.Details
+}
+
+// Errorf makes an Error.
+func Errorf(code, format string, a ...any) *Error {
+	return &Error{Code: code, Message: fmt.Sprintf(format, a...)}
+}

@@ -1,0 +1,373 @@
+// Package metadata holds Lariat's model of a cluster: hosts, networks, blocks of addresses, containers,
+// and the small client with which every executable asks for it.
+//
+// The model is what a host must know to plan its network; nothing here touches the kernel, the store, or a
+// clock. The package imports no other package of this module and nothing heavy (no net/http, no gRPC), because
+// every CNI executable links it and its start-up is part of every container's start-up.
+package metadata
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+)
+
+// Encapsulations that a network can use between hosts.
+const (
+	EncapVXLAN = "vxlan" // RFC 7348
+	EncapIPsec = "ipsec" // ESP tunnels keyed by IKEv2
+	EncapNone  = "none"  // a flat network: the physical LAN does the work, Lariat only hands out addresses
+)
+
+// MAC is a 48-bit Ethernet address. Unlike net.HardwareAddr it is comparable; its zero value means "not set".
+type MAC [6]byte
+
+// ParseMAC reads the colon form, "0e:00:c0:00:02:01".
+func ParseMAC(s string) (MAC, error) {
+	var m MAC
+	if len(s) != 17 || strings.Count(s, ":") != 5 {
+		return m, fmt.Errorf("MAC address %q: want six colon-separated octets", s)
+	}
+	if n, err := hex.Decode(m[:], []byte(strings.ReplaceAll(s, ":", ""))); err != nil || n != 6 {
+		return MAC{}, fmt.Errorf("MAC address %q: want six colon-separated octets", s)
+	}
+	return m, nil
+}
+
+func (m MAC) String() string {
+	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+}
+
+// IsZero reports whether the address is not set.
+func (m MAC) IsZero() bool { return m == MAC{} }
+
+// MarshalText writes the colon form, or nothing when the address is not set.
+func (m MAC) MarshalText() ([]byte, error) {
+	if m.IsZero() {
+		return nil, nil
+	}
+	return []byte(m.String()), nil
+}
+
+// UnmarshalText reads the colon form; empty text means not set.
+func (m *MAC) UnmarshalText(b []byte) error {
+	if len(b) == 0 {
+		*m = MAC{}
+		return nil
+	}
+	v, err := ParseMAC(string(b))
+	*m = v
+	return err
+}
+
+// Underlay is one address by which a host reaches the others.
+type Underlay struct {
+	Address netip.Prefix `json:"address"` // with the length of the link's own prefix: 192.0.2.1/24
+	Device  string       `json:"device"`  // the interface that carries it, on that host
+	MTU     int          `json:"mtu"`     // of that interface, in octets
+}
+
+// Host is one machine of the cluster. The first underlay address is the one tunnels use.
+type Host struct {
+	Name         string            `json:"name"`
+	Underlay     []Underlay        `json:"underlay"`
+	Labels       map[string]string `json:"labels,omitempty"`
+	MachineID    string            `json:"machineID"` // of /etc/machine-id: what tells a reinstalled host from a second one
+	BootID       string            `json:"bootID"`    // of /proc/sys/kernel/random/boot_id
+	MAC          MAC               `json:"mac,omitzero"`
+	IKEIdentity  string            `json:"ikeIdentity,omitempty"`
+	AgentVersion string            `json:"agentVersion,omitempty"`
+	Joined       time.Time         `json:"joined,omitzero"`
+
+	// Live is derived, never stored: the host's metadata service holds its lease.
+	Live bool `json:"live,omitempty"`
+}
+
+// UnderlayAddr is the address that tunnels to this host use; the zero Addr when it has none.
+func (h Host) UnderlayAddr() netip.Addr {
+	if len(h.Underlay) == 0 {
+		return netip.Addr{}
+	}
+	return h.Underlay[0].Address.Addr()
+}
+
+// Network is one address space that spans hosts.
+type Network struct {
+	Name            string                     `json:"name"`
+	Subnets         []netip.Prefix             `json:"subnets"` // at most one of each family
+	BlockSizeV4     int                        `json:"blockSizeV4,omitempty"`
+	BlockSizeV6     int                        `json:"blockSizeV6,omitempty"`
+	Encapsulation   string                     `json:"encapsulation"`
+	VNI             uint32                     `json:"vni,omitempty"`
+	Port            uint16                     `json:"port,omitempty"` // UDP
+	MTU             int                        `json:"mtu,omitempty"`  // of the containers' interfaces; 0: from the underlay
+	HostNAT         bool                       `json:"hostNAT"`        // masquerade what leaves the network
+	HostNATExempt   []netip.Prefix             `json:"hostNATExempt,omitempty"`
+	HostPorts       bool                       `json:"hostPorts,omitempty"`
+	DirectRouting   bool                       `json:"directRouting,omitempty"` // plain routes to hosts on the same link
+	StrictAffinity  bool                       `json:"strictAffinity,omitempty"`
+	CooldownSeconds int                        `json:"cooldownSeconds,omitempty"` // a released address rests so long; 0: DefaultCooldown
+	Exclude         []string                   `json:"exclude,omitempty"`         // address, prefix, or first-last
+	Gateways        []netip.Addr               `json:"gateways,omitempty"`        // of a flat network: the LAN's routers
+	IsDefault       bool                       `json:"isDefault,omitempty"`
+	CNIConfig       map[string]json.RawMessage `json:"cniConfig,omitempty"` // file name to conflist
+	Created         time.Time                  `json:"created,omitzero"`
+}
+
+// Defaults of a network.
+const (
+	DefaultBlockSizeV4 = 26
+	DefaultBlockSizeV6 = 122
+	DefaultPort        = 4789 // IANA, RFC 7348 §8
+	DefaultVNI         = 1042 // Rancher's; further networks count up from it
+	DefaultCooldown    = 60 * time.Second
+)
+
+// Block is a part of a network's subnet whose addresses one host hands out.
+type Block struct {
+	Network string       `json:"network"`
+	CIDR    netip.Prefix `json:"cidr"`
+	Host    string       `json:"host"`
+
+	// Gateway is the host's own overlay address of this family, on its first block of the network; unset on
+	// further blocks. It is part of the block, not an allocation, so that every host's plan follows from
+	// the network view alone.
+	Gateway netip.Addr `json:"gateway,omitzero"`
+}
+
+// Endpoint is an address that no block of its host covers.
+type Endpoint struct {
+	Network string     `json:"network"`
+	Address netip.Addr `json:"address"`
+	Host    string     `json:"host"`
+}
+
+// Container is one attachment's owner as people and the tree know it.
+type Container struct {
+	ID         string            `json:"id"`
+	UUID       string            `json:"uuid,omitempty"`
+	Name       string            `json:"name,omitempty"`
+	Host       string            `json:"host"`
+	Network    string            `json:"network,omitempty"` // of its first interface
+	Addresses  []netip.Addr      `json:"addresses,omitempty"`
+	MAC        MAC               `json:"mac,omitzero"`
+	Ports      []string          `json:"ports,omitempty"`
+	Labels     map[string]string `json:"labels,omitempty"`
+	Links      map[string]string `json:"links,omitempty"`
+	State      string            `json:"state,omitempty"`
+	Health     string            `json:"health,omitempty"`
+	StartCount int               `json:"startCount,omitempty"`
+	Created    time.Time         `json:"created,omitzero"`
+}
+
+// Allocation is one address in use, as its block's table records it.
+type Allocation struct {
+	Address     netip.Addr `json:"address"`
+	Network     string     `json:"network"`
+	ContainerID string     `json:"containerID"`
+	IfName      string     `json:"ifname"`
+	Host        string     `json:"host"`
+	BootID      string     `json:"bootID"`
+	Sequence    uint64     `json:"sequence"` // grows with each use of the block; a release names the one it means
+	Created     time.Time  `json:"created,omitzero"`
+}
+
+// Snapshot is the model at one revision. Blocks, endpoints and containers may be left out by the request;
+// what a host plans from (the network view) never holds containers.
+type Snapshot struct {
+	Revision   int64       `json:"revision"`
+	Self       string      `json:"self,omitempty"` // name of the host that answered
+	Hosts      []Host      `json:"hosts"`
+	Networks   []Network   `json:"networks"`
+	Blocks     []Block     `json:"blocks"`
+	Endpoints  []Endpoint  `json:"endpoints,omitempty"`
+	Containers []Container `json:"containers,omitempty"`
+}
+
+// Host finds a host by name.
+func (s *Snapshot) Host(name string) (Host, bool) {
+	for _, h := range s.Hosts {
+		if h.Name == name {
+			return h, true
+		}
+	}
+	return Host{}, false
+}
+
+// Network finds a network by name.
+func (s *Snapshot) Network(name string) (Network, bool) {
+	for _, n := range s.Networks {
+		if n.Name == name {
+			return n, true
+		}
+	}
+	return Network{}, false
+}
+
+// Gateways returns a host's own overlay addresses on a network, IPv4 before IPv6.
+func (s *Snapshot) Gateways(network, host string) []netip.Addr {
+	var v4, v6 []netip.Addr
+	for _, b := range s.Blocks {
+		if b.Network != network || b.Host != host || !b.Gateway.IsValid() {
+			continue
+		}
+		if b.Gateway.Is4() {
+			v4 = append(v4, b.Gateway)
+		} else {
+			v6 = append(v6, b.Gateway)
+		}
+	}
+	return append(v4, v6...)
+}
+
+// BlockSize returns the prefix length of the network's blocks in the family of p.
+func (n Network) BlockSize(p netip.Prefix) int {
+	size, def := n.BlockSizeV4, DefaultBlockSizeV4
+	if p.Addr().Is6() {
+		size, def = n.BlockSizeV6, DefaultBlockSizeV6
+	}
+	if size == 0 {
+		size = max(def, p.Bits())
+	}
+	return size
+}
+
+// Cooldown is how long a released address rests before it is used again.
+func (n Network) Cooldown() time.Duration {
+	if n.CooldownSeconds == 0 {
+		return DefaultCooldown
+	}
+	return time.Duration(n.CooldownSeconds) * time.Second
+}
+
+// UDPPort is the tunnel port with its default.
+func (n Network) UDPPort() uint16 {
+	if n.Port == 0 {
+		return DefaultPort
+	}
+	return n.Port
+}
+
+// Range is a run of addresses, both ends included.
+type Range struct{ First, Last netip.Addr }
+
+// Contains reports whether a lies in the range.
+func (r Range) Contains(a netip.Addr) bool {
+	return a.BitLen() == r.First.BitLen() && r.First.Compare(a) <= 0 && a.Compare(r.Last) <= 0
+}
+
+// ParseRange reads an address, a prefix, or "first-last".
+func ParseRange(s string) (Range, error) {
+	if first, last, ok := strings.Cut(s, "-"); ok {
+		a, err := netip.ParseAddr(strings.TrimSpace(first))
+		if err != nil {
+			return Range{}, fmt.Errorf("range %q: %w", s, err)
+		}
+		b, err := netip.ParseAddr(strings.TrimSpace(last))
+		if err != nil {
+			return Range{}, fmt.Errorf("range %q: %w", s, err)
+		}
+		if a.BitLen() != b.BitLen() || b.Less(a) {
+			return Range{}, fmt.Errorf("range %q: its end lies before its start", s)
+		}
+		return Range{a, b}, nil
+	}
+	if strings.Contains(s, "/") {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return Range{}, fmt.Errorf("range %q: %w", s, err)
+		}
+		return Range{p.Masked().Addr(), LastAddr(p)}, nil
+	}
+	a, err := netip.ParseAddr(s)
+	if err != nil {
+		return Range{}, fmt.Errorf("range %q: %w", s, err)
+	}
+	return Range{a, a}, nil
+}
+
+// LastAddr is the highest address of a prefix.
+func LastAddr(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}
+
+// MaxNameLength of networks and hosts, in octets.
+const MaxNameLength = 63
+
+// ValidName checks a name that becomes part of keys, paths and interface aliases.
+func ValidName(s string) error {
+	if s == "" || len(s) > MaxNameLength {
+		return fmt.Errorf("name %q: want 1 to %d characters", s, MaxNameLength)
+	}
+	for i, c := range s {
+		ok := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || i > 0 && (c == '-' || c == '_' || c == '.')
+		if !ok {
+			return fmt.Errorf("name %q: only letters, digits, and (not first) . _ - may stand in it", s)
+		}
+	}
+	return nil
+}
+
+// Validate reports every mistake in a network definition, joined.
+func (n Network) Validate() error {
+	var errs []error
+	fail := func(format string, a ...any) {
+		errs = append(errs, fmt.Errorf("network %s: "+format, append([]any{n.Name}, a...)...))
+	}
+	if err := ValidName(n.Name); err != nil {
+		errs = append(errs, err)
+	}
+	if len(n.Subnets) == 0 {
+		fail("no subnet given")
+	}
+	families := map[int]bool{}
+	for _, p := range n.Subnets {
+		switch size := n.BlockSize(p); {
+		case !p.IsValid():
+			fail("subnet %s is not a prefix", p)
+		case p != p.Masked():
+			fail("subnet %s has host bits set, did you mean %s?", p, p.Masked())
+		case families[p.Addr().BitLen()]:
+			fail("subnet %s is the second of its family; use one wider subnet", p)
+		case size < p.Bits() || size > p.Addr().BitLen():
+			fail("block size /%d does not fit subnet %s", size, p)
+		case p.Addr().BitLen()-size > 16:
+			fail("block size /%d: a block holds at most 65536 addresses", size)
+		case p.Addr().IsMulticast() || p.Addr().IsLoopback() || p.Addr().IsLinkLocalUnicast():
+			fail("subnet %s is not unicast", p)
+		}
+		families[p.Addr().BitLen()] = true
+	}
+	switch n.Encapsulation {
+	case EncapVXLAN:
+		if n.VNI == 0 || n.VNI >= 1<<24 {
+			fail("vni %d: want 1 to 16777215", n.VNI)
+		}
+	case EncapIPsec, EncapNone:
+	default:
+		fail("encapsulation %q: want %s, %s or %s", n.Encapsulation, EncapVXLAN, EncapIPsec, EncapNone)
+	}
+	if n.MTU != 0 && (n.MTU < 576 || n.MTU > 65535) {
+		fail("mtu %d: want 576 to 65535, or 0 for the underlay's less the overhead", n.MTU)
+	} else if n.MTU != 0 && n.MTU < 1280 && families[128] {
+		fail("mtu %d: IPv6 needs at least 1280", n.MTU)
+	}
+	for _, s := range n.Exclude {
+		if _, err := ParseRange(s); err != nil {
+			fail("exclude: %w", err)
+		}
+	}
+	if n.CooldownSeconds < 0 {
+		fail("cooldownSeconds %d is negative", n.CooldownSeconds)
+	}
+	return errors.Join(errs...)
+}
