@@ -1,0 +1,96 @@
+# Lariat. `make` alone lists what can be made.
+
+SHELL       := /bin/sh
+GO          ?= go
+VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+DESTDIR     ?=
+PREFIX      ?= /usr/local
+CNIDIR      ?= /opt/cni/bin
+VOLUMEDIR   ?= /usr/libexec/kubernetes/kubelet-plugins/volume/exec
+UNITDIR     ?= /etc/systemd/system
+T           ?= 30s
+
+# go.mod pins everything, so the vcs stamp is not needed and a tree without .git builds too.
+export GOFLAGS := -buildvcs=false $(filter-out -buildvcs=false,$(GOFLAGS))
+
+BUILD       := CGO_ENABLED=0 $(GO) build -trimpath -ldflags '-X main.version=$(VERSION)'
+
+# Tests and bench find the executables by these two.
+export LARIAT_BIN   := $(CURDIR)/bin
+export LARIAT_PEERS := $(CURDIR)/bin/peers
+
+# Every executable follows from the folders that exist: plugins/x -> lariat-x, ipam -> lariat-ipam,
+# flexvolume/x -> x (kubelet calls a driver by that name), helpers/x -> lariat-x, helpers/lariat -> lariat.
+CNI         := $(addprefix lariat-,$(patsubst plugins/%/main.go,%,$(wildcard plugins/*/main.go))) $(patsubst %/main.go,lariat-%,$(wildcard ipam/main.go))
+VOLUME      := $(patsubst flexvolume/%/main.go,%,$(wildcard flexvolume/*/main.go))
+HELPERS     := $(patsubst lariat-lariat,lariat,$(addprefix lariat-,$(patsubst helpers/%/main.go,%,$(wildcard helpers/*/main.go))))
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z\/-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  T=30s (fuzz)   DESTDIR= PREFIX=$(PREFIX) CNIDIR=$(CNIDIR) (install)   BENCH='-n 50 -rounds 3' (bench)   KEEP=1 (demo)"
+
+.PHONY: all build
+all: build
+build: $(addprefix bin/,$(CNI) $(VOLUME) $(HELPERS)) ## every executable into bin/, static
+
+# The go command knows better than make what is out of date.
+.PHONY: FORCE
+FORCE:
+bin/lariat-ipam: FORCE
+	@$(BUILD) -o $@ ./ipam
+$(addprefix bin/,$(filter-out lariat-ipam,$(CNI))): bin/lariat-%: FORCE
+	@$(BUILD) -o $@ ./plugins/$*
+$(addprefix bin/,$(VOLUME)): bin/%: FORCE
+	@$(BUILD) -o $@ ./flexvolume/$*
+bin/lariat: FORCE
+	@$(BUILD) -o $@ ./helpers/lariat
+$(addprefix bin/,$(filter-out lariat,$(HELPERS))): bin/lariat-%: FORCE
+	@$(BUILD) -o $@ ./helpers/$*
+
+.PHONY: peers
+peers: ## the reference CNI plugins that tests and bench compare with, into bin/peers
+	@hack/peers bin/peers
+
+.PHONY: test
+test: deps build peers ## vet, unit tests (race detector), integration: what CI runs
+	@hack/test
+
+.PHONY: bench
+bench: build peers ## measure against bridge, ptp and host-local, and a VXLAN made by hand
+	@$(GO) run ./test/bench $(BENCH)
+
+.PHONY: demo
+demo: build ## three hosts in namespaces, no privileges needed; KEEP=1 leaves them up
+	@$(GO) run ./test/demo
+
+.PHONY: lint
+lint: ## golangci-lint; the first call builds it
+	@hack/lint
+
+.PHONY: fuzz
+fuzz: ## every fuzz target in turn, T each
+	@hack/fuzz $(T)
+
+.PHONY: update/golden
+update/golden: ## rewrite golden files from what the code does now; read the diff
+	@hack/update-golden
+
+.PHONY: deps
+deps: ## what the tests call: installed on Debian as root, else only named
+	@hack/deps
+
+.PHONY: install
+install: build ## executables and units below DESTDIR
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(CNIDIR)
+	$(if $(HELPERS),install -m 0755 $(addprefix bin/,$(HELPERS)) $(DESTDIR)$(PREFIX)/bin/)
+	$(if $(CNI),install -m 0755 $(addprefix bin/,$(CNI)) $(DESTDIR)$(CNIDIR)/)
+	for d in $(VOLUME); do install -D -m 0755 bin/$$d $(DESTDIR)$(VOLUMEDIR)/lariat~$$d/$$d; done
+	for u in $(wildcard examples/systemd/*.service examples/*.service); do install -D -m 0644 $$u $(DESTDIR)$(UNITDIR)/$${u##*/}; done
+
+.PHONY: clean
+clean: ## remove bin/ and .cache/
+	rm -rf bin .cache
