@@ -1,0 +1,177 @@
+package graph
+
+import (
+	"encoding/json"
+	"encoding/xml"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+func fixture(t testing.TB, name string) *metadata.Snapshot {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("../../helpers/lariat/testdata", name+".json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s metadata.Snapshot
+	if err := json.Unmarshal(b, &s); err != nil {
+		t.Fatal(err)
+	}
+	return &s
+}
+
+// cluster makes hosts with so many containers each, on so many networks.
+func cluster(hosts, containers, networks int) *metadata.Snapshot {
+	s := &metadata.Snapshot{Revision: 99}
+	for n := range networks {
+		s.Networks = append(s.Networks, metadata.Network{Name: fmt.Sprintf("net%d", n+1), Encapsulation: "vxlan", VNI: uint32(1042 + n), HostNAT: true,
+			Subnets: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(42 + n), 0, 0}), 16)}})
+	}
+	for h := range hosts {
+		name := fmt.Sprintf("node-%d", h+1)
+		s.Hosts = append(s.Hosts, metadata.Host{Name: name, Live: h%13 != 12, Underlay: []metadata.Underlay{{
+			Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, byte(2 + h/20), byte(1 + h)}), 24), Device: "ens192", MTU: 9000}}})
+		for n := range networks {
+			at := netip.AddrFrom4([4]byte{10, byte(42 + n), byte(h), 0})
+			s.Blocks = append(s.Blocks, metadata.Block{Network: s.Networks[n].Name, Host: name, CIDR: netip.PrefixFrom(at, 26), Gateway: at.Next()})
+		}
+		for c := range containers {
+			n := c % max(networks, 1)
+			s.Containers = append(s.Containers, metadata.Container{ID: fmt.Sprintf("%064x", h<<16|c), Name: fmt.Sprintf("service-%d", c+1), Host: name,
+				Network: fmt.Sprintf("net%d", n+1), Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, byte(42 + n), byte(h), byte(2 + c)})}})
+		}
+	}
+	return s
+}
+
+func TestF136PictureIsAsRecorded(t *testing.T) {
+	for name, s := range map[string]*metadata.Snapshot{
+		"empty": {}, "one": fixture(t, "one"), "three": fixture(t, "three"), "fifty": fixture(t, "fifty"),
+		"three-by-hundred": cluster(3, 100, 2), "thirty": cluster(30, 20, 3), "thirty-idle": cluster(30, 0, 1),
+	} {
+		for ext, got := range map[string]string{"svg": SVG(s, Options{}), "dot": DOT(s, Options{})} {
+			file := filepath.Join("testdata", name+"."+ext)
+			if *update {
+				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				continue
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if string(want) != got {
+				t.Errorf("%s differs; look at it, then go test ./pkg/graph -update", file)
+			}
+		}
+	}
+}
+
+// The order in which the store lists objects is nobody's promise.
+func TestF136PictureDoesNotDependOnOrder(t *testing.T) {
+	s := fixture(t, "three")
+	svg, dot := SVG(s, Options{}), DOT(s, Options{})
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 20 {
+		r.Shuffle(len(s.Hosts), func(i, j int) { s.Hosts[i], s.Hosts[j] = s.Hosts[j], s.Hosts[i] })
+		r.Shuffle(len(s.Networks), func(i, j int) { s.Networks[i], s.Networks[j] = s.Networks[j], s.Networks[i] })
+		r.Shuffle(len(s.Containers), func(i, j int) { s.Containers[i], s.Containers[j] = s.Containers[j], s.Containers[i] })
+		if SVG(s, Options{}) != svg || DOT(s, Options{}) != dot {
+			t.Fatal("another order, another picture")
+		}
+	}
+}
+
+func TestF136PictureShowsHostsNetworksContainersTunnels(t *testing.T) {
+	s := fixture(t, "three")
+	svg, dot := SVG(s, Options{}), DOT(s, Options{})
+	for _, want := range []string{"h1", "h2", "h3", "overlay", "backend", "VXLAN 1042", "10.42.1.1", "10.42.1.64/26", "web-1", "10.42.1.2", "fd43:0:0:1::2", "192.0.2.1", "198.51.100.0/24"} {
+		if !strings.Contains(svg, want) {
+			t.Errorf("SVG does not show %s", want)
+		}
+		if !strings.Contains(dot, want) {
+			t.Errorf("DOT does not show %s", want)
+		}
+	}
+	// h1 and h2 share a link and backend wants plain routes there; h3 is elsewhere.
+	for pair, way := range map[string]string{`"host h1" -- "host h2"`: "backend direct", `"host h1" -- "host h3"`: "backend VXLAN 1043", `"host h2" -- "host h3"`: "overlay VXLAN 1042"} {
+		if !regexp.MustCompile(regexp.QuoteMeta(pair) + `.*` + way).MatchString(dot) {
+			t.Errorf("DOT: %s is not %s", pair, way)
+		}
+	}
+}
+
+func TestHostileNamesStayText(t *testing.T) {
+	s := fixture(t, "one")
+	s.Containers[0].Name = "</text><script>alert(1)</script>\x00\xff\"&'"
+	s.Hosts[0].Name, s.Blocks[0].Host = `a"]; b -- c <`, `a"]; b -- c <`
+	svg := SVG(s, Options{})
+	if strings.Contains(svg, "<script") {
+		t.Error("a name became an element")
+	}
+	dec := xml.NewDecoder(strings.NewReader(svg))
+	for {
+		if _, err := dec.Token(); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatalf("not XML: %v", err)
+		}
+	}
+	if strings.Contains(DOT(s, Options{}), "host a\"") {
+		t.Error("a name left its quotes")
+	}
+}
+
+func TestFolding(t *testing.T) {
+	count := func(s *metadata.Snapshot, o Options) int { return strings.Count(SVG(s, o), ">service-") }
+	for _, tc := range []struct {
+		hosts, containers int
+		o                 Options
+		want              int
+	}{
+		{1, 0, Options{}, 0},
+		{1, 13, Options{}, 13}, // one more is named rather than counted
+		{1, 14, Options{}, 12},
+		{3, 100, Options{}, 36},
+		{30, 20, Options{}, 90},
+		{60, 20, Options{}, 0},
+		{2, 20, Options{Containers: 15}, 30},
+		{2, 20, Options{Containers: -1}, 0},
+	} {
+		if got := count(cluster(tc.hosts, tc.containers, 1), tc.o); got != tc.want {
+			t.Errorf("%d hosts with %d containers: %d named, want %d", tc.hosts, tc.containers, got, tc.want)
+		}
+	}
+	if !strings.Contains(SVG(cluster(3, 100, 1), Options{}), "and 88 more") {
+		t.Error("what is folded is not counted")
+	}
+}
+
+func TestNaturalOrder(t *testing.T) {
+	for _, tc := range [][2]string{{"h2", "h10"}, {"a", "b"}, {"h1", "h1a"}, {"h01", "h2"}, {"", "a"}, {"web-9-1", "web-10-0"}} {
+		if naturally(tc[0], tc[1]) >= 0 || naturally(tc[1], tc[0]) <= 0 {
+			t.Errorf("%q should stand before %q", tc[0], tc[1])
+		}
+	}
+}
+
+func BenchmarkSVG(b *testing.B) {
+	s := cluster(250, 200, 3)
+	for b.Loop() {
+		SVG(s, Options{})
+	}
+}
