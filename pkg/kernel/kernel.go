@@ -7,9 +7,14 @@ package kernel
 
 import (
 	"context"
+	"errors"
+	"net/netip"
 
 	"github.com/lariat-net/lariat/pkg/delta"
 )
+
+// ErrExists is wrapped when a container already has an interface of the name that a port is to get.
+var ErrExists = errors.New("interface exists")
 
 // Kernel is one network namespace. New gives the real one; package fake has one that prints itself and fails on request.
 type Kernel interface {
@@ -33,6 +38,10 @@ type Kernel interface {
 
 	// CheckPort compares a port with what it should be and names everything that differs.
 	CheckPort(ctx context.Context, netns string, p delta.Port) error
+
+	// Joined reports whether a device of ours is there and every address is one of this host's own: what an ADD needs to
+	// know before it relies on them. It asks for single objects and dumps nothing.
+	Joined(ctx context.Context, device string, addrs []netip.Addr) (bool, error)
 
 	// Ports lists the host ends of ports, by their alias.
 	Ports(ctx context.Context) ([]delta.HostPort, error)

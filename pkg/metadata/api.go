@@ -40,12 +40,13 @@ type Attachment struct {
 	Network       string              `json:"network"`
 	Encapsulation string              `json:"encapsulation"`
 	VNI           uint32              `json:"vni,omitempty"`
-	MTU           int                 `json:"mtu"`          // for the container's interface
-	MAC           MAC                 `json:"mac,omitzero"` // that the model assigned; zero: the caller's choice
-	Addresses     []AttachmentAddress `json:"addresses"`    // IPv4 before IPv6
-	Subnets       []netip.Prefix      `json:"subnets"`      // of the network
-	Host          string              `json:"host"`         // that owns the attachment
-	BootID        string              `json:"bootID"`       // under which it was recorded
+	MTU           int                 `json:"mtu"`                // for the container's interface
+	Overhead      int                 `json:"overhead,omitempty"` // octets that the encapsulation takes of the underlay's MTU
+	MAC           MAC                 `json:"mac,omitzero"`       // that the model assigned; zero: the caller's choice
+	Addresses     []AttachmentAddress `json:"addresses"`          // IPv4 before IPv6
+	Subnets       []netip.Prefix      `json:"subnets"`            // of the network
+	Host          string              `json:"host"`               // that owns the attachment
+	BootID        string              `json:"bootID"`             // under which it was recorded
 	PreAssigned   bool                `json:"preAssigned,omitempty"`
 }
 

@@ -63,6 +63,12 @@ func (c Client) Allocations(ctx context.Context, network string, all bool) ([]Al
 	return out, c.Do(ctx, "GET", fmt.Sprintf("/v1/networks/%s/attachments?all=%t", url.PathEscape(network), all), nil, &out)
 }
 
+// Join claims the first block of each of the network's subnets for this host, and with it the host's own overlay address. Joining
+// again changes nothing. An *Error with CodeExhausted when all blocks are taken.
+func (c Client) Join(ctx context.Context, network string) error {
+	return c.Do(ctx, "POST", "/v1/networks/"+url.PathEscape(network)+"/join", nil, nil)
+}
+
 // GC releases whatever this host holds on the network and valid does not list.
 func (c Client) GC(ctx context.Context, network string, valid []AttachmentID) (*GCResult, error) {
 	if valid == nil {

@@ -1,0 +1,20 @@
+//go:debug containermaxprocs=0
+
+// Command lariat-ipam is the CNI IPAM plugin that answers "which address?" from the metadata service: the one that the
+// model assigned to the container, or one of this host's blocks. It works under any main plugin; lariat-vxlan does the same work
+// in-process. See README.md.
+package main
+
+import (
+	_ "embed"
+
+	"github.com/lariat-net/lariat/pkg/cni"
+	"github.com/lariat-net/lariat/pkg/lease"
+)
+
+//go:embed README.md
+var help string
+
+func main() {
+	cni.Main(cni.Plugin{Name: lease.IPAMType, Help: help, Add: add, Del: del, Check: check, Status: status, GC: gc})
+}

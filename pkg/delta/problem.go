@@ -1,0 +1,8 @@
+package delta
+
+import "fmt"
+
+// Problemf notes an entry that could not be planned.
+func (s *State) Problemf(format string, a ...any) {
+	s.Problems = append(s.Problems, fmt.Sprintf(format, a...))
+}

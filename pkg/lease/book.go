@@ -1,0 +1,182 @@
+package lease
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// Book gives and takes addresses: through the metadata service when it answers, from the journal when it does not.
+type Book struct {
+	Client  metadata.Client
+	Journal Journal
+	Type    string // of the plugin, for the records
+}
+
+// Netns is where an attachment lives.
+type Netns struct {
+	Path  string
+	Inode uint64
+}
+
+// Acquire gives the interface its addresses and notes them, before anything in the kernel holds them. Asked again for the same
+// interface it gives the same. explicit holds lengths and gateways for the case that the service is away and the
+// addresses were asked for by name: they are then used and the service is told later.
+func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRequest, ns Netns, explicit *metadata.Attachment) (*metadata.Attachment, error) {
+	id := metadata.AttachmentID{ContainerID: req.ContainerID, IfName: req.IfName}
+	if req.WaitSeconds > 0 {
+		var cancel func()
+		ctx, cancel = context.WithTimeout(ctx, time.Duration(req.WaitSeconds+10)*time.Second)
+		defer cancel()
+	}
+	state := Held
+	a, err := b.attach(ctx, network, req)
+	if errors.Is(err, metadata.ErrUnreachable) {
+		if old, ok, _ := b.Journal.Get(network, id); ok && old.State != Released && old.BootID == BootID() {
+			a, state, err = &old.Attachment, old.State, nil
+		} else if explicit != nil {
+			a, state, err = explicit, Unregistered, nil
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	if a.BootID == "" {
+		a.BootID = BootID()
+	}
+	err = b.Journal.Put(Record{AttachmentID: id, Attachment: *a, State: state, Type: b.Type, Netns: ns.Path, NetnsInode: ns.Inode,
+		BootID: a.BootID, Name: req.Name, UUID: req.UUID, Labels: req.Labels, Created: time.Now().UTC()})
+	if err != nil {
+		return nil, errors.Join(err, b.Client.Release(ctx, network, id, 0))
+	}
+	return a, nil
+}
+
+// attach asks the service, and while the caller is ready to wait, asks again when the service went away meanwhile: it may
+// be restarting.
+func (b Book) attach(ctx context.Context, network string, req metadata.AttachRequest) (*metadata.Attachment, error) {
+	start, wait := time.Now(), time.Duration(req.WaitSeconds)*time.Second
+	for {
+		a, err := b.Client.Attach(ctx, network, req)
+		left := wait - time.Since(start)
+		if !errors.Is(err, metadata.ErrUnreachable) || left <= 0 {
+			return a, err
+		}
+		t := time.NewTimer(min(200*time.Millisecond, left))
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return nil, err
+		case <-t.C:
+		}
+		req.WaitSeconds = int((left + time.Second - 1) / time.Second)
+	}
+}
+
+// Release gives the addresses back. With the service away it notes the release for the network manager to replay, and
+// succeeds: a runtime must not be kept from removing a container. Only a journal that cannot be written either is an error.
+func (b Book) Release(ctx context.Context, network string, id metadata.AttachmentID) error {
+	old, known, _ := b.Journal.Get(network, id)
+	if known && old.State == Unregistered {
+		return b.Journal.Remove(network, id) // the service never knew
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	err := b.Client.Release(ctx, network, id, old.Sequence())
+	if err == nil || metadata.IsCode(err, metadata.CodeNotFound) {
+		return b.Journal.Remove(network, id)
+	}
+	if !errors.Is(err, metadata.ErrUnreachable) {
+		return err
+	}
+	if !known {
+		old = Record{AttachmentID: id, Attachment: metadata.Attachment{Network: network}, BootID: BootID(), Created: time.Now().UTC(), Type: b.Type}
+	}
+	old.State = Released
+	if jerr := b.Journal.Put(old); jerr != nil {
+		return errors.Join(err, jerr)
+	}
+	return nil
+}
+
+// Check compares what the service and the journal hold with the addresses that a result named. With the service away the
+// journal alone decides.
+func (b Book) Check(ctx context.Context, network string, id metadata.AttachmentID) (*metadata.Attachment, error) {
+	rec, known, err := b.Journal.Get(network, id)
+	if err != nil {
+		return nil, err
+	}
+	if known && rec.State == Released {
+		known = false
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	a, err := b.Client.Attachment(ctx, network, id)
+	switch {
+	case errors.Is(err, metadata.ErrUnreachable) && known:
+		return &rec.Attachment, nil
+	case metadata.IsCode(err, metadata.CodeNotFound) && known && rec.State == Unregistered:
+		return &rec.Attachment, nil
+	case err != nil:
+		return nil, err
+	}
+	return a, nil
+}
+
+// Collect releases every attachment of the network on this host that valid does not list, by the service and by the journal,
+// and returns those that the journal held, for their interfaces to be removed. It goes on after errors.
+func (b Book) Collect(ctx context.Context, network string, valid []metadata.AttachmentID) (gone []metadata.AttachmentID, err error) {
+	keep := make(map[metadata.AttachmentID]bool, len(valid))
+	for _, id := range valid {
+		keep[id] = true
+	}
+	records, err := b.Journal.List(network)
+	errs := []error{err}
+	for _, r := range records {
+		if keep[r.AttachmentID] {
+			continue
+		}
+		unlock, err := b.Journal.Lock(network, r.AttachmentID)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if err := b.Release(ctx, network, r.AttachmentID); err != nil {
+			errs = append(errs, fmt.Errorf("release %s: %w", r.AttachmentID, err))
+		}
+		unlock()
+		gone = append(gone, r.AttachmentID)
+	}
+	// What a killed ADD allocated and did not come to note is known to the service alone. When it is away the manager will
+	// find it later.
+	if _, err := b.Client.GC(ctx, network, valid); err != nil && !errors.Is(err, metadata.ErrUnreachable) && !metadata.IsCode(err, metadata.CodeNotFound) {
+		errs = append(errs, err)
+	}
+	return gone, errors.Join(errs...)
+}
+
+// Same reports whether an attachment holds exactly these addresses.
+func Same(a *metadata.Attachment, want []string) bool {
+	have := make([]string, 0, len(a.Addresses))
+	for _, addr := range a.Addresses {
+		have = append(have, addr.Address.String())
+	}
+	slices.Sort(have)
+	want = slices.Sorted(slices.Values(want))
+	return slices.Equal(have, want)
+}
+
+// BootID is the kernel's id of this boot.
+func BootID() string {
+	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(data))
+}

@@ -1,0 +1,218 @@
+// Package lease is a host's own record of its attachments: which container interface holds which addresses of which network.
+//
+// The metadata service decides about addresses; the journal lets DEL, CHECK and GC work while it is away, and lets the
+// network manager find what a killed plugin or a reboot has left over. One small JSON file per attachment, replaced
+// atomically, so that a lookup costs the same with one attachment and with ten thousand.
+package lease
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// DefaultStateDir is where a host keeps what must survive the processes.
+const DefaultStateDir = "/var/lib/lariat"
+
+// States of a record.
+const (
+	// Held: the interface holds its addresses, and the metadata service knows it.
+	Held = "held"
+	// Unregistered: the interface holds addresses that were given explicitly while the service was away; it must be told.
+	Unregistered = "unregistered"
+	// Released: the interface is gone, and the service must be told.
+	Released = "released"
+)
+
+// Record is one attachment.
+type Record struct {
+	metadata.AttachmentID
+	Attachment metadata.Attachment `json:"attachment"` // as the service answered; of a Released record maybe only the network
+	State      string              `json:"state"`
+	Type       string              `json:"type"` // of the plugin that asked: lariat-vxlan, or lariat-ipam under another one
+	Netns      string              `json:"netns,omitempty"`
+	NetnsInode uint64              `json:"netnsInode,omitempty"`
+	BootID     string              `json:"bootID"`
+	Name       string              `json:"name,omitempty"`
+	UUID       string              `json:"uuid,omitempty"`
+	Labels     map[string]string   `json:"labels,omitempty"`
+	Created    time.Time           `json:"created"`
+}
+
+// Sequence is the highest one among the record's addresses: a release that names it cannot hit a later holder.
+func (r Record) Sequence() uint64 {
+	var seq uint64
+	for _, a := range r.Attachment.Addresses {
+		seq = max(seq, a.Sequence)
+	}
+	return seq
+}
+
+// Journal is the folder of records.
+type Journal struct{ Dir string }
+
+// NewJournal keeps its records under a state directory; empty means DefaultStateDir.
+func NewJournal(stateDir string) Journal {
+	if stateDir == "" {
+		stateDir = DefaultStateDir
+	}
+	return Journal{Dir: filepath.Join(stateDir, "attachments")}
+}
+
+func (j Journal) path(network string, id metadata.AttachmentID) string {
+	// Neither part may hold a colon or a slash: pkg/cni has refused them.
+	return filepath.Join(j.Dir, network, id.ContainerID+":"+id.IfName)
+}
+
+// Lock serialises the verbs of one attachment across processes; the kernel drops it with the process. It costs two
+// system calls: a fixed number of lock files is shared by hash, and they are never removed.
+func (j Journal) Lock(network string, id metadata.AttachmentID) (unlock func(), err error) {
+	h := fnv.New32a()
+	h.Write([]byte(network + "\x00" + id.String()))
+	name := filepath.Join(j.Dir, network, fmt.Sprintf(".lock-%02x", h.Sum32()&0xff))
+	f, err := j.create(name, os.O_RDWR|os.O_CREATE)
+	if err != nil {
+		return nil, fmt.Errorf("lock attachment %s of network %s: %w", id, network, err)
+	}
+	for {
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX)
+		if !errors.Is(err, syscall.EINTR) {
+			break
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	return func() { f.Close() }, nil
+}
+
+func (j Journal) create(name string, flag int) (*os.File, error) {
+	f, err := os.OpenFile(name, flag, 0o600)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := os.MkdirAll(filepath.Dir(name), 0o700); err != nil {
+			return nil, err
+		}
+		f, err = os.OpenFile(name, flag, 0o600)
+	}
+	return f, err
+}
+
+// Put writes a record, whole or not at all.
+//
+// There is no fsync, on purpose. What a power failure can tear is by then a record of an earlier boot, whose containers are
+// gone and whose addresses the manager gives back by their boot id, so nothing hangs on it (docs/design/journal.md). What
+// kill -9 can interrupt is covered by the rename. The 0.7 ms of two fsyncs are a sixth of an ADD.
+func (j Journal) Put(r Record) error {
+	data, err := json.Marshal(r)
+	if err != nil {
+		return fmt.Errorf("journal %s: %w", r.AttachmentID, err)
+	}
+	path := j.path(r.Attachment.Network, r.AttachmentID)
+	tmp := fmt.Sprintf("%s/.tmp-%d-%s", filepath.Dir(path), os.Getpid(), filepath.Base(path))
+	f, err := j.create(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
+	if err == nil {
+		_, err = f.Write(data)
+		err = errors.Join(err, f.Close())
+	}
+	if err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		os.Remove(tmp)
+		return fmt.Errorf("journal attachment %s of network %s: %w", r.AttachmentID, r.Attachment.Network, err)
+	}
+	return nil
+}
+
+// Get reads a record; ok is false when there is none. A torn one counts as none: it is of an earlier boot.
+func (j Journal) Get(network string, id metadata.AttachmentID) (r Record, ok bool, err error) {
+	data, err := os.ReadFile(j.path(network, id))
+	if errors.Is(err, fs.ErrNotExist) {
+		return r, false, nil
+	}
+	if err != nil {
+		return r, false, fmt.Errorf("journal: %w", err)
+	}
+	if json.Unmarshal(data, &r) != nil || r.AttachmentID != id {
+		return Record{}, false, nil
+	}
+	return r, true, nil
+}
+
+// Remove forgets a record.
+func (j Journal) Remove(network string, id metadata.AttachmentID) error {
+	if err := os.Remove(j.path(network, id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("journal: %w", err)
+	}
+	return nil
+}
+
+// Networks lists the networks that have records.
+func (j Journal) Networks() ([]string, error) {
+	entries, err := os.ReadDir(j.Dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("journal: %w", err)
+	}
+	var out []string
+	for _, e := range entries {
+		if e.IsDir() {
+			out = append(out, e.Name())
+		}
+	}
+	return out, nil
+}
+
+// List reads all records of a network. A torn one is listed with its id and the State Released: all that can be done about it
+// is to give back what it held. Temporary files of killed processes are removed.
+func (j Journal) List(network string) ([]Record, error) {
+	dir := filepath.Join(j.Dir, network)
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("journal: %w", err)
+	}
+	var out []Record
+	for _, e := range entries {
+		if name := e.Name(); strings.HasPrefix(name, ".") {
+			removeStale(dir, name)
+			continue
+		}
+		container, ifname, ok := strings.Cut(e.Name(), ":")
+		if !ok {
+			continue
+		}
+		id := metadata.AttachmentID{ContainerID: container, IfName: ifname}
+		r, ok, err := j.Get(network, id)
+		if err != nil {
+			return out, err
+		}
+		if !ok {
+			if _, err := os.Stat(filepath.Join(dir, e.Name())); err != nil {
+				continue // went away meanwhile
+			}
+			r = Record{AttachmentID: id, Attachment: metadata.Attachment{Network: network}, State: Released}
+		}
+		out = append(out, r)
+	}
+	return out, nil
+}
+
+// removeStale removes a temporary file whose writer is dead.
+func removeStale(dir, name string) {
+	var pid int
+	if n, _ := fmt.Sscanf(name, ".tmp-%d-", &pid); n != 1 {
+		return
+	}
+	if err := syscall.Kill(pid, 0); errors.Is(err, syscall.ESRCH) {
+		os.Remove(filepath.Join(dir, name))
+	}
+}

@@ -1,0 +1,77 @@
+// Package nat plans host NAT: what containers send to the outside leaves with the host's address.
+//
+// It is one nftables rule per network and family over sets of prefixes, so it does not grow with containers and a container's
+// start or stop changes nothing. Pure: no kernel, no clock.
+package nat
+
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// Chain is where the rules stand: postrouting, at nft's own priority for source NAT.
+const Chain = "egress"
+
+// Plan returns the rules of every network that wants host NAT. What stays inside of any of our networks, goes to an exempted
+// prefix, or to a link-local or multicast address keeps its source.
+func Plan(snap *metadata.Snapshot) *delta.State {
+	s := delta.NewState()
+	var inside []netip.Prefix
+	for _, n := range snap.Networks {
+		if n.Encapsulation != metadata.EncapNone {
+			inside = append(inside, n.Subnets...)
+		}
+	}
+	chain := delta.Chain{Type: "nat", Hook: "postrouting", Priority: 100}
+	for _, n := range snap.Networks {
+		if !n.HostNAT || n.Encapsulation == metadata.EncapNone {
+			continue
+		}
+		for _, subnet := range n.Subnets {
+			v6 := subnet.Addr().Is6()
+			suffix := "4-" + n.Name
+			keep := []netip.Prefix{netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/4")}
+			if v6 {
+				suffix = "6-" + n.Name
+				keep = []netip.Prefix{netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8")}
+			}
+			for _, p := range slices.Concat(inside, n.HostNATExempt) {
+				if p.Addr().Is6() == v6 {
+					keep = append(keep, p.Masked())
+				}
+			}
+			s.Sets["nat"+suffix] = delta.Set{V6: v6, Interval: true, Elements: []netip.Prefix{subnet}}
+			s.Sets["keep"+suffix] = delta.Set{V6: v6, Interval: true, Elements: Disjoint(keep)}
+			chain.Rules = append(chain.Rules, delta.Rule{
+				delta.InSet{Field: "saddr", Set: "nat" + suffix, V6: v6},
+				delta.InSet{Field: "daddr", Set: "keep" + suffix, V6: v6, Not: true},
+				delta.Masquerade{},
+			})
+		}
+	}
+	if len(chain.Rules) > 0 {
+		s.Chains[Chain] = chain
+	}
+	return s
+}
+
+// Disjoint sorts prefixes and drops those that another one covers: an interval set takes no overlaps.
+func Disjoint(prefixes []netip.Prefix) []netip.Prefix {
+	sorted := slices.Clone(prefixes)
+	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
+		if c := a.Addr().Compare(b.Addr()); c != 0 {
+			return c
+		}
+		return a.Bits() - b.Bits()
+	})
+	out := sorted[:0]
+	for _, p := range sorted {
+		if len(out) == 0 || !out[len(out)-1].Overlaps(p) {
+			out = append(out, p)
+		}
+	}
+	return out
+}

@@ -1,0 +1,58 @@
+// Package overlay is what the main plugins share, whatever the encapsulation: from a runtime's call to addresses, a port
+// in the kernel, and a result; and back.
+//
+// A plugin adds the name of its encapsulation and the device that it expects. The package decides nothing about addresses (the
+// metadata service does), plans nothing about hosts (the planners do), and makes nothing itself (pkg/kernel does).
+package overlay
+
+import (
+	"encoding/json"
+
+	"github.com/lariat-net/lariat/pkg/cni"
+	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/mtu"
+)
+
+// Config is a main plugin's configuration. Everything about the network itself comes from metadata by its name, so hosts share
+// one file.
+type Config struct {
+	cni.Conf
+	IPAM            json.RawMessage `json:"ipam"`
+	Socket          string          `json:"socket,omitempty"`          // of the metadata service
+	StateDir        string          `json:"stateDir,omitempty"`        // where the journal is
+	MTU             int             `json:"mtu,omitempty"`             // of the container's interface; default: the network's
+	LinkMTUOverhead *int            `json:"linkMTUOverhead,omitempty"` // octets below the underlay's MTU; default: the encapsulation's
+	DefaultRoute    *bool           `json:"defaultRoute,omitempty"`    // false: only the network's subnets go by this interface
+	lease.Definition
+}
+
+func decode(r *cni.Request) (Config, error) {
+	c, err := cni.Decode[Config](r)
+	if err != nil {
+		return c, err
+	}
+	switch {
+	case c.MTU != 0 && c.LinkMTUOverhead != nil:
+		return c, cni.Errorf(cni.ErrConfig, "keys \"mtu\" and \"linkMTUOverhead\" contradict each other; give one of them")
+	case c.MTU != 0 && (c.MTU < 576 || c.MTU > 65535):
+		return c, cni.Errorf(cni.ErrConfig, "key \"mtu\": %d is not between 576 and 65535", c.MTU)
+	case c.MTU != 0 && c.MTU < mtu.MinIPv6 && c.v6():
+		return c, cni.Errorf(cni.ErrConfig, "key \"mtu\": %d: IPv6 needs at least %d", c.MTU, mtu.MinIPv6)
+	case c.LinkMTUOverhead != nil && (*c.LinkMTUOverhead < 0 || *c.LinkMTUOverhead > 1000):
+		return c, cni.Errorf(cni.ErrConfig, "key \"linkMTUOverhead\": %d is not between 0 and 1000", *c.LinkMTUOverhead)
+	}
+	return c, nil
+}
+
+func (c Config) v6() bool {
+	n, err := c.Create("x", "")
+	if err != nil || n == nil {
+		return false
+	}
+	for _, s := range n.Subnets {
+		if s.Addr().Is6() {
+			return true
+		}
+	}
+	return false
+}

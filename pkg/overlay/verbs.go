@@ -1,0 +1,441 @@
+package overlay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/types"
+	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/lariat-net/lariat/pkg/attach"
+	"github.com/lariat-net/lariat/pkg/cni"
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/reconcile"
+)
+
+// Plugin is what tells one main plugin from another.
+type Plugin struct {
+	Name          string // of the executable
+	Help          string
+	Encapsulation string
+	Device        func(a *metadata.Attachment) string // that carries the network on this host; "" when it has none
+
+	// Kernel opens the namespace that the plugin runs in.
+	Kernel func() (kernel.Kernel, error)
+}
+
+// CNI is the plugin as the process contract wants it.
+func (p Plugin) CNI() cni.Plugin {
+	return cni.Plugin{Name: p.Name, Help: p.Help, Add: p.add, Del: p.del, Check: p.check, Status: p.status, GC: p.gc}
+}
+
+// call is one verb at work.
+type call struct {
+	Plugin
+	*cni.Request
+	conf  Config
+	ipam  lease.IPAM
+	owned bool // the ipam block is ours, and its work is done in-process
+	book  lease.Book
+}
+
+func (p Plugin) open(r *cni.Request) (*call, error) {
+	conf, err := decode(r)
+	if err != nil {
+		return nil, err
+	}
+	ipam, owned, err := lease.Block(r, conf.IPAM)
+	if err != nil {
+		return nil, err
+	}
+	if ipam.Socket == "" {
+		ipam.Socket = conf.Socket
+	}
+	if ipam.StateDir == "" {
+		ipam.StateDir = conf.StateDir
+	}
+	if ipam.Network != "" && ipam.Network != r.Conf.Name {
+		return nil, cni.Errorf(cni.ErrConfig, "key \"ipam.network\": %q differs from the name %q; under %s they are one and the same", ipam.Network, r.Conf.Name, p.Name)
+	}
+	if ipam.Subnet == "" && ipam.Subnets == nil {
+		ipam.Definition = conf.Definition
+	}
+	return &call{Plugin: p, Request: r, conf: conf, ipam: ipam, owned: owned, book: ipam.Book(p.Name)}, nil
+}
+
+func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, err error) {
+	c, err := p.open(r)
+	if err != nil {
+		return nil, err
+	}
+	unlock, err := c.book.Journal.Lock(r.Conf.Name, r.ID())
+	if err != nil {
+		return nil, cni.Errorf(cni.ErrIO, "%w", err)
+	}
+	defer unlock()
+	_, again, err := c.book.Journal.Get(r.Conf.Name, r.ID())
+	if err != nil {
+		return nil, cni.Errorf(cni.ErrIO, "%w", err)
+	}
+	var undo []func() error
+	defer func() {
+		if err != nil && !again { // what an earlier ADD of the same interface made is not ours to undo
+			for _, f := range slices.Backward(undo) {
+				err = errors.Join(err, f())
+			}
+		}
+	}()
+	a, fromIPAM, err := c.addresses(ctx, &undo)
+	if err != nil {
+		return nil, err
+	}
+	if a.Encapsulation != p.Encapsulation {
+		return nil, cni.Errorf(cni.ErrConfig, "network %s uses the encapsulation %s, which is not this plugin's", r.Conf.Name, a.Encapsulation).WithDetails("use the plugin lariat-%s", a.Encapsulation)
+	}
+	k, err := p.Kernel()
+	if err != nil {
+		return nil, cni.Errorf(cni.ErrKernel, "%w", err)
+	}
+	defer k.Close()
+	if err := c.join(ctx, k, a); err != nil {
+		return nil, err
+	}
+	port, err := c.port(a, fromIPAM)
+	if err != nil {
+		return nil, err
+	}
+	if !again || k.CheckPort(ctx, r.Netns, port) != nil {
+		if err := k.AddPort(ctx, r.Netns, port); err != nil {
+			return nil, cni.Errorf(cni.ErrKernel, "connect %s: %w", r.ID(), err)
+		}
+	}
+	return cni.After(r.Prev, c.result(port, fromIPAM)), nil
+}
+
+// addresses asks our own IPAM in-process, or executes another one and announces what it chose.
+func (c *call) addresses(ctx context.Context, undo *[]func() error) (*metadata.Attachment, *current.Result, error) {
+	create, err := c.ipam.Create(c.Conf.Name, c.Encapsulation)
+	if err != nil {
+		return nil, nil, err
+	}
+	req, _, err := lease.Request(c.Request, c.ipam.WaitSeconds, create)
+	if err != nil {
+		return nil, nil, err
+	}
+	var res *current.Result
+	if !c.owned {
+		if res, err = c.delegate(ctx, "ADD"); err != nil {
+			return nil, nil, errors.Join(err, c.delegateDel(ctx))
+		}
+		*undo = append(*undo, func() error { return c.delegateDel(ctx) })
+		if len(res.IPs) == 0 {
+			return nil, nil, cni.Errorf(cni.ErrConfig, "the IPAM plugin %s gave no address", c.ipam.Type)
+		}
+		req.Foreign, req.Requested, req.WaitSeconds = true, nil, 0
+		for _, ip := range res.IPs {
+			addr, _ := netip.AddrFromSlice(ip.Address.IP)
+			req.Requested = append(req.Requested, addr.Unmap())
+		}
+	}
+	inode, err := cni.NetnsInode(c.Netns)
+	if err != nil {
+		return nil, nil, cni.Errorf(cni.ErrNetns, "CNI_NETNS: %w", err)
+	}
+	a, err := c.book.Acquire(ctx, c.Conf.Name, req, lease.Netns{Path: c.Netns, Inode: inode}, nil)
+	if err != nil {
+		return nil, nil, cni.FromMetadata(err)
+	}
+	*undo = append(*undo, func() error { return c.book.Release(ctx, c.Conf.Name, c.ID()) })
+	return a, res, nil
+}
+
+// join makes sure that the host takes part in the network. Usually the manager has seen to it long ago. When it has not, or
+// does not run, the whole plan is applied here, so that a host works before, and without, the manager.
+func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment) error {
+	var own []netip.Addr
+	for _, addr := range a.Addresses {
+		if addr.Gateway.IsValid() {
+			own = append(own, addr.Gateway)
+		}
+	}
+	ok, err := k.Joined(ctx, c.Device(a), own)
+	if err != nil {
+		return cni.Errorf(cni.ErrKernel, "%w", err)
+	}
+	if ok {
+		return nil
+	}
+	snap, err := c.book.Client.View(ctx)
+	if err != nil {
+		return cni.FromMetadata(err)
+	}
+	if _, err := kernel.Reconcile(ctx, k, reconcile.Desired(snap, a.Host)); err != nil {
+		return cni.Errorf(cni.ErrKernel, "set up network %s on this host: %w", c.Conf.Name, err).WithDetails("check: lariat doctor; lariat plan --diff")
+	}
+	return nil
+}
+
+// port plans the container's interface.
+func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.Port, error) {
+	name, _, _ := c.Owner()
+	mac, err := c.MAC()
+	if err != nil {
+		return delta.Port{}, err
+	}
+	conf := attach.Config{ID: c.ID(), Name: name, MAC: delta.MAC(mac), NoDefaultRoute: c.conf.DefaultRoute != nil && !*c.conf.DefaultRoute}
+	routes := c.ipam.Routes
+	if fromIPAM != nil {
+		routes = nil
+		for _, r := range fromIPAM.Routes {
+			routes = append(routes, *r)
+		}
+	}
+	for _, r := range routes {
+		dst, err := netip.ParsePrefix(r.Dst.String())
+		if err != nil {
+			return delta.Port{}, cni.Errorf(cni.ErrConfig, "route %s: %w", r.Dst.String(), err)
+		}
+		pr := delta.PortRoute{Dst: dst.Masked(), MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority}
+		if r.Table != nil {
+			pr.Table = *r.Table
+		}
+		conf.Routes = append(conf.Routes, pr)
+	}
+	p := attach.Plan(a, conf)
+	overhead := c.conf.LinkMTUOverhead
+	if v := c.Arg("LinkMTUOverhead"); v != "" { // Rancher's, and it wins as it did there
+		n, err := strconv.Atoi(v)
+		if err != nil || n < 0 || n > 1000 {
+			return p, cni.Errorf(cni.ErrEnvironment, "CNI_ARGS LinkMTUOverhead=%s: want a number of octets, 0 to 1000", v)
+		}
+		overhead = &n
+	}
+	switch {
+	case overhead != nil:
+		p.MTU = a.MTU + a.Overhead - *overhead
+	case c.conf.MTU != 0:
+		p.MTU = c.conf.MTU
+	}
+	return p, nil
+}
+
+func (c *call) result(p delta.Port, fromIPAM *current.Result) *current.Result {
+	res := &current.Result{CNIVersion: current.ImplementedSpecVersion, DNS: c.conf.DNS, Interfaces: []*current.Interface{
+		{Name: p.HostName, Mac: p.HostMAC.String(), Mtu: p.MTU},
+		{Name: p.IfName, Mac: p.MAC.String(), Mtu: p.MTU, Sandbox: c.Netns},
+	}}
+	for _, addr := range p.Addrs {
+		ip := &current.IPConfig{Interface: current.Int(1), Address: net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())}}
+		for _, g := range p.Gateways {
+			if g.BitLen() == addr.BitLen() {
+				ip.Gateway = g.AsSlice()
+			}
+		}
+		res.IPs = append(res.IPs, ip)
+	}
+	for _, r := range p.Routes {
+		route := &types.Route{Dst: net.IPNet{IP: r.Dst.Addr().AsSlice(), Mask: net.CIDRMask(r.Dst.Bits(), r.Dst.Addr().BitLen())},
+			GW: r.Via.AsSlice(), MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority}
+		if r.Table != 0 {
+			route.Table = &r.Table
+		}
+		res.Routes = append(res.Routes, route)
+	}
+	empty := func() bool {
+		return len(res.DNS.Nameservers)+len(res.DNS.Search)+len(res.DNS.Options) == 0 && res.DNS.Domain == ""
+	}
+	if fromIPAM != nil && empty() {
+		res.DNS = fromIPAM.DNS
+	}
+	if c.ipam.DNS != nil && empty() {
+		res.DNS = *c.ipam.DNS
+	}
+	if d := c.conf.RuntimeConfig.DNS; d != nil {
+		res.DNS = types.DNS{Nameservers: d.Servers, Search: d.Searches, Options: d.Options}
+	}
+	return res
+}
+
+func (p Plugin) del(ctx context.Context, r *cni.Request) error {
+	c, err := p.open(r)
+	if err != nil {
+		return err
+	}
+	unlock, err := c.book.Journal.Lock(r.Conf.Name, r.ID())
+	if err != nil {
+		return cni.Errorf(cni.ErrIO, "%w", err)
+	}
+	defer unlock()
+	// The interface first: an address that is free must not be in use anywhere. With the kernel not letting go of it the
+	// address stays taken, and the runtime comes again.
+	k, err := p.Kernel()
+	if err != nil {
+		return cni.Errorf(cni.ErrKernel, "%w", err)
+	}
+	defer k.Close()
+	if err := k.DelPort(ctx, attach.HostName(r.ID())); err != nil {
+		return cni.Errorf(cni.ErrKernel, "disconnect %s: %w", r.ID(), err)
+	}
+	var errs []error
+	if !c.owned {
+		errs = append(errs, c.delegateDel(ctx))
+	}
+	if err := c.book.Release(ctx, r.Conf.Name, r.ID()); err != nil {
+		errs = append(errs, cni.FromMetadata(err))
+	}
+	return join(errs)
+}
+
+// join keeps a single error as it is, with its code.
+func join(errs []error) error {
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
+	if len(errs) == 1 {
+		return errs[0]
+	}
+	return errors.Join(errs...)
+}
+
+func (p Plugin) check(ctx context.Context, r *cni.Request) error {
+	c, err := p.open(r)
+	if err != nil {
+		return err
+	}
+	if !c.owned {
+		if _, err := c.delegate(ctx, "CHECK"); err != nil {
+			return err
+		}
+	}
+	a, err := c.book.Check(ctx, r.Conf.Name, r.ID())
+	if err != nil {
+		return cni.FromMetadata(err)
+	}
+	var named []string
+	for _, ip := range r.Prev.IPs {
+		if ip.Interface == nil || *ip.Interface >= 0 && *ip.Interface < len(r.Prev.Interfaces) && r.Prev.Interfaces[*ip.Interface].Name == r.IfName {
+			named = append(named, ip.Address.IP.String())
+		}
+	}
+	for _, addr := range a.Addresses {
+		if !slices.Contains(named, addr.Address.String()) {
+			return cni.Errorf(cni.ErrDiffers, "attachment %s holds %s, but its result lists %s", r.ID(), addr.Address, strings.Join(named, ", "))
+		}
+	}
+	k, err := p.Kernel()
+	if err != nil {
+		return cni.Errorf(cni.ErrKernel, "%w", err)
+	}
+	defer k.Close()
+	port, err := c.port(a, nil)
+	if err != nil {
+		return err
+	}
+	c.asResulted(&port)
+	if err := k.CheckPort(ctx, r.Netns, port); err != nil {
+		return cni.Errorf(cni.ErrDiffers, "attachment %s: %w", r.ID(), err)
+	}
+	if ok, err := k.Joined(ctx, c.Device(a), nil); err != nil || !ok {
+		return cni.Errorf(cni.ErrDiffers, "network %s: device %s is missing on this host", r.Conf.Name, c.Device(a)).WithDetails("check: systemctl status lariat-network-manager; lariat plan --diff")
+	}
+	return nil
+}
+
+// asResulted judges only what this plugin made and the result still says: plugins behind it may have changed MTU, MAC and routes,
+// and recorded that in the result.
+func (c *call) asResulted(p *delta.Port) {
+	for _, i := range c.Prev.Interfaces {
+		if i.Name == c.IfName && i.Sandbox != "" {
+			if m, err := metadata.ParseMAC(strings.ToLower(i.Mac)); err == nil {
+				p.MAC = delta.MAC(m)
+			}
+			p.MTU = i.Mtu // 0 before 1.1: not compared
+		}
+	}
+	p.Routes = nil
+	for _, r := range c.Prev.Routes {
+		dst, err := netip.ParsePrefix(r.Dst.String())
+		gw, ok := netip.AddrFromSlice(r.GW)
+		if err == nil && ok && slices.Contains(p.Gateways, gw.Unmap()) {
+			pr := delta.PortRoute{Dst: dst, Via: gw.Unmap()}
+			if r.Table != nil {
+				pr.Table = *r.Table
+			}
+			p.Routes = append(p.Routes, pr)
+		}
+	}
+}
+
+func (p Plugin) status(ctx context.Context, r *cni.Request) error {
+	c, err := p.open(r)
+	if err != nil {
+		return err
+	}
+	if !c.owned {
+		if _, err := c.delegate(ctx, "STATUS"); err != nil {
+			return err
+		}
+	}
+	if err := lease.Status(ctx, c.book, r.Conf.Name, c.ipam.Definition); err != nil {
+		return err
+	}
+	s, err := c.book.Client.Status(ctx, r.Conf.Name)
+	if err != nil || s.Device == "" {
+		return nil // not in use yet: the first ADD makes it
+	}
+	if v, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err == nil && strings.TrimSpace(string(v)) == "0" {
+		return cni.Errorf(cni.ErrLimited, "net.ipv4.ip_forward is 0: no container's packet leaves this host").WithDetails("sysctl -w net.ipv4.ip_forward=1, or start lariat-network-manager, which sets it")
+	}
+	k, err := p.Kernel()
+	if err != nil {
+		return cni.Errorf(cni.ErrNotAvailable, "%w", err)
+	}
+	defer k.Close()
+	if ok, err := k.Joined(ctx, s.Device, nil); err != nil || !ok {
+		return cni.Errorf(cni.ErrLimited, "network %s: device %s is missing on this host", r.Conf.Name, s.Device).WithDetails("check: systemctl status lariat-network-manager; lariat plan --diff")
+	}
+	return nil
+}
+
+func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
+	c, err := p.open(r)
+	if err != nil {
+		return err
+	}
+	if r.Valid == nil {
+		return nil // no list is not an empty list: cnitool calls like this
+	}
+	var errs []error
+	if !c.owned {
+		_, err := c.delegate(ctx, "GC")
+		errs = append(errs, err)
+	}
+	k, err := p.Kernel()
+	if err != nil {
+		return join(append(errs, cni.Errorf(cni.ErrKernel, "%w", err)))
+	}
+	defer k.Close()
+	ports, err := k.Ports(ctx)
+	errs = append(errs, err)
+	var names []string
+	for _, port := range ports {
+		id := metadata.AttachmentID{ContainerID: port.Alias.ContainerID, IfName: port.Alias.IfName}
+		if port.Alias.Network == r.Conf.Name && !slices.Contains(*r.Valid, id) {
+			names = append(names, port.Name)
+		}
+	}
+	if err := k.DelPorts(ctx, names); err != nil {
+		// Their addresses are in use still: nothing is released this time.
+		return join(append(errs, fmt.Errorf("remove %d ports: %w", len(names), err)))
+	}
+	_, err = c.book.Collect(ctx, r.Conf.Name, *r.Valid)
+	return join(append(errs, err))
+}

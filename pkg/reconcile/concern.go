@@ -1,0 +1,109 @@
+package reconcile
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+)
+
+// Concern is one thing that is kept true: run on a trigger, on a timer, and again with back-off after an error.
+type Concern struct {
+	Name  string
+	Every time.Duration // the slow timer
+
+	// Run observes and mends. It returns what it changed, as lines for the log; no lines means that all was well.
+	Run func(ctx context.Context) (changed []string, err error)
+
+	trigger chan struct{}
+	mu      sync.Mutex
+	health  Health
+}
+
+// Health is how a concern fares.
+type Health struct {
+	Concern     string        `json:"concern"`
+	OK          bool          `json:"ok"`
+	Error       string        `json:"error,omitempty"`
+	LastSuccess time.Time     `json:"lastSuccess,omitzero"`
+	Passes      uint64        `json:"passes"`
+	Failures    uint64        `json:"failures"`
+	Changes     uint64        `json:"changes"`
+	Took        time.Duration `json:"tookNanoseconds"` // by the last pass
+}
+
+// NewConcern makes a concern that has not run yet, and so is not healthy yet.
+func NewConcern(name string, every time.Duration, run func(ctx context.Context) ([]string, error)) *Concern {
+	return &Concern{Name: name, Every: every, Run: run, trigger: make(chan struct{}, 1), health: Health{Concern: name, Error: "has not run yet"}}
+}
+
+// Trigger asks for a pass soon. Triggers that come while a pass runs are folded into the next one.
+func (c *Concern) Trigger() {
+	select {
+	case c.trigger <- struct{}{}:
+	default:
+	}
+}
+
+// Health reports how the last pass went.
+func (c *Concern) Health() Health {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.health
+}
+
+// Loop runs the concern until the context ends. The first pass is at once.
+func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
+	const firstRetry, lastRetry = 250 * time.Millisecond, 30 * time.Second
+	retry := firstRetry
+	for {
+		start := time.Now()
+		changed, err := c.Run(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		c.note(len(changed), time.Since(start), err, log)
+		for _, line := range changed {
+			log.Info("changed", "concern", c.Name, "change", line)
+		}
+		wait := c.Every
+		if err != nil {
+			wait, retry = min(retry, c.Every), min(2*retry, lastRetry)
+		} else {
+			retry = firstRetry
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		case <-timer.C:
+		case <-c.trigger:
+			timer.Stop()
+		}
+	}
+}
+
+func (c *Concern) note(changes int, took time.Duration, err error, log *slog.Logger) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	before := c.health
+	c.health.Passes++
+	c.health.Changes += uint64(changes)
+	c.health.Took = took
+	c.health.OK = err == nil
+	c.health.Error = ""
+	if err != nil {
+		c.health.Error = err.Error()
+		c.health.Failures++
+	} else {
+		c.health.LastSuccess = time.Now().UTC()
+	}
+	// A quiet log is how flapping is found: say what is new, and nothing twice.
+	switch {
+	case err != nil && before.Error != err.Error():
+		log.Error("failed, will be tried again", "concern", c.Name, "error", err)
+	case err == nil && !before.OK && before.Failures > 0:
+		log.Info("recovered", "concern", c.Name, "failures", before.Failures)
+	}
+}

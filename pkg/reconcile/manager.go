@@ -1,0 +1,271 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/kernel/iptables"
+	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// Manager keeps one host's kernel equal to the metadata.
+type Manager struct {
+	Client  metadata.Client
+	Journal lease.Journal
+	Kernel  kernel.Kernel
+	BootID  string
+	Log     *slog.Logger
+
+	// Every is the slow timer of the overlay pass; Grace is Leftovers.Grace.
+	Every, Grace time.Duration
+
+	// MetadataAddress is put on the loopback device, for containers and host processes to reach the metadata tree by; the zero
+	// Addr leaves it out.
+	MetadataAddress netip.Addr
+
+	view     atomic.Pointer[metadata.Snapshot]
+	mu       sync.Mutex
+	concerns []*Concern
+	metadata Health // of the watch
+}
+
+// errNoView is told until the metadata service has answered once. Nothing is changed before that: an empty view would mean
+// to remove everything.
+var errNoView = errors.New("the metadata service has not answered yet")
+
+// Run keeps everything true until the context ends. It ends with nothing removed: the kernel carries the containers' packets
+// without it.
+func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
+	overlay := NewConcern("overlay", m.Every, m.overlay)
+	underlay := NewConcern("underlay", m.Every, m.underlay)
+	leftovers := &Leftovers{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID, Grace: m.Grace}
+	gc := NewConcern("leftovers", m.Every, leftovers.Run)
+	forward := NewConcern("forward", m.Every, m.forward)
+	m.mu.Lock()
+	m.concerns = []*Concern{overlay, underlay, gc, forward}
+	m.metadata = Health{Concern: "metadata", Error: errNoView.Error()}
+	m.mu.Unlock()
+
+	var wg sync.WaitGroup
+	for _, c := range m.concerns {
+		wg.Go(func() { c.Loop(ctx, m.Log) })
+	}
+	wg.Go(func() {
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case ev, ok := <-events:
+				if !ok {
+					return
+				}
+				m.Log.Debug("kernel event", "event", ev)
+				overlay.Trigger()
+				if ev.Kind == kernel.EventLink || ev.Kind == kernel.EventAddr || ev.Kind == kernel.EventResync {
+					underlay.Trigger()
+				}
+				if ev.Kind == kernel.EventNft || ev.Kind == kernel.EventResync {
+					forward.Trigger()
+				}
+			}
+		}
+	})
+	err := m.Client.Watch(ctx, func(s *metadata.Snapshot) error {
+		first := m.view.Swap(s) == nil
+		m.watched(nil)
+		overlay.Trigger()
+		forward.Trigger()
+		if first {
+			underlay.Trigger()
+			gc.Trigger()
+		}
+		return nil
+	}, m.watched)
+	wg.Wait()
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// watched notes how the watch fares; what was learned stays in force while it is broken.
+func (m *Manager) watched(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case err == nil:
+		if !m.metadata.OK {
+			m.Log.Info("metadata service answers", "socket", m.Client.Socket)
+		}
+		m.metadata.OK, m.metadata.Error, m.metadata.LastSuccess = true, "", time.Now().UTC()
+	default:
+		if m.metadata.OK || m.metadata.Failures == 0 {
+			m.Log.Error("metadata service lost; the network stays as it is", "error", err)
+		}
+		m.metadata.OK, m.metadata.Error = false, err.Error()
+		m.metadata.Failures++
+	}
+	m.metadata.Passes++
+}
+
+// Health lists every concern.
+func (m *Manager) Health() []Health {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := []Health{m.metadata}
+	for _, c := range m.concerns {
+		out = append(out, c.Health())
+	}
+	return out
+}
+
+// View is the network view that is in force; nil before the first.
+func (m *Manager) View() *metadata.Snapshot { return m.view.Load() }
+
+// Desired is what the overlay pass wants, the manager's own additions included.
+func (m *Manager) Desired(s *metadata.Snapshot) *delta.State {
+	want := Desired(s, s.Self)
+	if m.MetadataAddress.IsValid() {
+		want.Addrs[delta.Addr{Dev: "lo", Prefix: netip.PrefixFrom(m.MetadataAddress, m.MetadataAddress.BitLen())}] = struct{}{}
+	}
+	return want
+}
+
+// overlay is one pass over everything that the planners want.
+func (m *Manager) overlay(ctx context.Context) ([]string, error) {
+	s := m.view.Load()
+	if s == nil {
+		return nil, errNoView
+	}
+	joinErr := m.join(ctx, s)
+	want := m.Desired(s)
+	d, err := kernel.Reconcile(ctx, m.Kernel, want)
+	var changed []string
+	if d != nil && !d.Empty() {
+		changed = strings.Split(strings.TrimRight(d.String(), "\n"), "\n")
+		const most = 50
+		if len(changed) > most {
+			changed = append(changed[:most:most], fmt.Sprintf("and %d more", len(changed)-most))
+		}
+	}
+	for _, p := range want.Problems {
+		err = errors.Join(err, errors.New(p))
+	}
+	return changed, errors.Join(joinErr, err)
+}
+
+// join claims this host's first block of every overlay network, while there are blocks enough for every host. With it the host
+// has an overlay address of its own, and its processes can reach containers on other hosts before it runs any.
+func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
+	var errs []error
+	for _, n := range s.Networks {
+		if n.Encapsulation == metadata.EncapNone || len(s.Gateways(n.Name, s.Self)) > 0 {
+			continue
+		}
+		hosts := map[string]bool{}
+		claimed := 0
+		for _, b := range s.Blocks {
+			if b.Network == n.Name {
+				hosts[b.Host] = true
+				claimed++
+			}
+		}
+		var total float64
+		for _, p := range n.Subnets {
+			if t := float64(uint64(1) << min(63, n.BlockSize(p)-p.Bits())); total == 0 || t < total {
+				total = t
+			}
+		}
+		if total-float64(claimed) < float64(len(s.Hosts)-len(hosts)) {
+			continue // containers need them more
+		}
+		if err := m.Client.Join(ctx, n.Name); err != nil {
+			errs = append(errs, fmt.Errorf("join network %s: %w", n.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// underlay tells the metadata when the link that carries the tunnels got another MTU or address.
+func (m *Manager) underlay(ctx context.Context) ([]string, error) {
+	s := m.view.Load()
+	if s == nil {
+		return nil, errNoView
+	}
+	me, ok := s.Host(s.Self)
+	if !ok {
+		return nil, fmt.Errorf("host %s is not in the metadata", s.Self)
+	}
+	links, err := kernel.Underlays()
+	if err != nil {
+		return nil, err
+	}
+	now, changed := follow(me.Underlay, links)
+	if len(changed) == 0 {
+		return nil, nil
+	}
+	me.Underlay, me.Live = now, false
+	if err := m.Client.Put(ctx, metadata.KindHost, me.Name, me); err != nil {
+		return nil, fmt.Errorf("tell the metadata about the underlay: %w", err)
+	}
+	return changed, nil
+}
+
+// follow returns the underlay as it is now: the MTU of each address's device, and for an address that is gone the only one of its
+// family that the device has.
+func follow(registered, links []metadata.Underlay) (now []metadata.Underlay, changed []string) {
+	for _, u := range registered {
+		next := u
+		var same []metadata.Underlay
+		found := false
+		for _, l := range links {
+			if l.Address.Addr() == u.Address.Addr() {
+				next, found = l, true
+				break
+			}
+			if l.Device == u.Device && l.Address.Addr().Is4() == u.Address.Addr().Is4() {
+				same = append(same, l)
+			}
+		}
+		if !found && len(same) == 1 {
+			next = same[0]
+		}
+		if next != u {
+			changed = append(changed, fmt.Sprintf("underlay %s dev %s mtu %d is now %s dev %s mtu %d", u.Address, u.Device, u.MTU, next.Address, next.Device, next.MTU))
+		}
+		now = append(now, next)
+	}
+	return now, changed
+}
+
+// overlaySubnets are the subnets whose packets the host forwards.
+func overlaySubnets(s *metadata.Snapshot) []netip.Prefix {
+	var out []netip.Prefix
+	for _, n := range s.Networks {
+		if n.Encapsulation != metadata.EncapNone {
+			out = append(out, n.Subnets...)
+		}
+	}
+	slices.SortFunc(out, func(a, b netip.Prefix) int { return strings.Compare(a.String(), b.String()) })
+	return out
+}
+
+// forward lets the networks' packets through where another program's policy for FORWARD is to drop.
+func (m *Manager) forward(context.Context) ([]string, error) {
+	s := m.view.Load()
+	if s == nil {
+		return nil, errNoView
+	}
+	return iptables.AcceptForward(overlaySubnets(s))
+}

@@ -1,0 +1,265 @@
+// Package vxlan plans the VXLAN part of a host: for each network one device, and for each other host that takes part one
+// neighbour, one forwarding entry, one nexthop, and a route for each of its blocks.
+//
+// A packet to 10.42.7.9 takes the route of its block to the nexthop of its host, the neighbour entry turns the nexthop
+// into a MAC, and the forwarding entry turns the MAC into the host's real address. State grows with hosts and blocks,
+// never with containers. Device names, MACs and nexthop ids are derived, so hosts that know the same facts agree without
+// talking.
+//
+// Same input, same output. No clock, no kernel, no logging.
+package vxlan
+
+import (
+	"fmt"
+	"hash/fnv"
+	"net/netip"
+	"slices"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/mtu"
+)
+
+// Device is the name of a network's vxlan device, as Rancher named it.
+func Device(vni uint32) string { return fmt.Sprintf("vtep%d", vni) }
+
+// Alias is the ifalias of a network's device.
+func Alias(network string) string { return delta.AliasPrefix + "vxlan:" + network }
+
+// LinkLocal is the IPv6 link-local address that follows from a MAC (modified EUI-64, RFC 4291 appendix A). It is the
+// nexthop of IPv6 routes: they accept no other kind of on-link gateway.
+func LinkLocal(m metadata.MAC) netip.Addr {
+	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
+}
+
+// VTEPs4 and VTEPs6 are the nftables sets of the addresses from which VXLAN packets are accepted.
+const (
+	VTEPs4 = "vteps4"
+	VTEPs6 = "vteps6"
+	// SourcesChain drops what comes from anyone else.
+	SourcesChain = "vtep-sources"
+)
+
+// Plan returns what host self needs for all of its VXLAN networks. A host or entry that cannot be planned is left out and
+// told in Problems; the rest stands. A self that the snapshot does not list gives an empty state with that problem.
+func Plan(snap *metadata.Snapshot, self string) *delta.State {
+	s := delta.NewState()
+	me, ok := snap.Host(self)
+	if !ok {
+		s.Problemf("host %s is not in the metadata; is lariat-metadata running on it under that name?", self)
+		return s
+	}
+	var networks []metadata.Network
+	for _, n := range snap.Networks {
+		if n.Encapsulation == metadata.EncapVXLAN {
+			networks = append(networks, n)
+		}
+	}
+	if len(networks) == 0 {
+		return s
+	}
+	local := me.UnderlayAddr()
+	if !local.IsValid() {
+		s.Problemf("host %s has no underlay address; give lariat-metadata --underlay ADDRESS/LENGTH", self)
+		return s
+	}
+	peers := findPeers(snap, me, s)
+	prefixes := ownership(snap)
+	ids := nexthopIDs{taken: make(map[uint32]struct{}, len(peers))}
+	vnis := map[uint32]string{}
+	for _, n := range networks {
+		if other, taken := vnis[n.VNI]; taken {
+			s.Problemf("network %s has the VNI %d of network %s and is left out; give it another one", n.Name, n.VNI, other)
+			continue
+		}
+		vnis[n.VNI] = n.Name
+		planNetwork(s, snap, n, me, peers, prefixes[n.Name], &ids)
+	}
+	planSources(s, snap, networks, local)
+	return s
+}
+
+// peer is another host as self sees it.
+type peer struct {
+	name   string
+	addr   netip.Addr // of self's underlay family
+	mac    metadata.MAC
+	ll     netip.Addr
+	onLink bool // on the link of self's underlay
+}
+
+func findPeers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []peer {
+	link := me.Underlay[0].Address.Masked()
+	local := me.UnderlayAddr()
+	peers := make([]peer, 0, len(snap.Hosts))
+	byAddr := make(map[netip.Addr]string, len(snap.Hosts))
+	byMAC := make(map[metadata.MAC]string, len(snap.Hosts))
+	byAddr[local], byMAC[me.MAC] = me.Name, me.Name
+	for _, h := range snap.Hosts {
+		if h.Name == me.Name {
+			continue
+		}
+		var addr netip.Addr
+		for _, u := range h.Underlay {
+			if u.Address.Addr().Is4() == local.Is4() {
+				addr = u.Address.Addr()
+				break
+			}
+		}
+		family := "IPv6"
+		if local.Is4() {
+			family = "IPv4"
+		}
+		switch {
+		case !addr.IsValid():
+			s.Problemf("host %s has no %s underlay address and cannot be reached from %s; give its lariat-metadata one with --underlay", h.Name, family, me.Name)
+			continue
+		case byAddr[addr] != "":
+			s.Problemf("host %s has the underlay address %s of host %s and is left out; remove the one that is gone: lariat host remove", h.Name, addr, byAddr[addr])
+			continue
+		case h.MAC.IsZero():
+			s.Problemf("host %s has no overlay MAC and is left out; restart its lariat-metadata", h.Name)
+			continue
+		case byMAC[h.MAC] != "":
+			s.Problemf("host %s has the overlay MAC %s of host %s and is left out; restart its lariat-metadata", h.Name, h.MAC, byMAC[h.MAC])
+			continue
+		}
+		byAddr[addr], byMAC[h.MAC] = h.Name, h.Name
+		peers = append(peers, peer{name: h.Name, addr: addr, mac: h.MAC, ll: LinkLocal(h.MAC), onLink: link.Contains(addr)})
+	}
+	return peers
+}
+
+// ownership is network to host to prefixes: the blocks, and the endpoints that none of the host's blocks cover.
+func ownership(snap *metadata.Snapshot) map[string]map[string][]netip.Prefix {
+	out := map[string]map[string][]netip.Prefix{}
+	add := func(network, host string, p netip.Prefix) {
+		hosts := out[network]
+		if hosts == nil {
+			hosts = make(map[string][]netip.Prefix, len(snap.Hosts))
+			out[network] = hosts
+		}
+		hosts[host] = append(hosts[host], p)
+	}
+	for _, b := range snap.Blocks {
+		add(b.Network, b.Host, b.CIDR)
+	}
+	for _, e := range snap.Endpoints {
+		add(e.Network, e.Host, netip.PrefixFrom(e.Address, e.Address.BitLen()))
+	}
+	return out
+}
+
+func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me metadata.Host, peers []peer, prefixes map[string][]netip.Prefix, ids *nexthopIDs) {
+	dev := Device(n.VNI)
+	s.Links[dev] = delta.Link{Kind: "vxlan", VNI: n.VNI, Port: n.UDPPort(), Local: me.UnderlayAddr(), MAC: delta.MAC(me.MAC), MTU: mtu.Container(n, me), Alias: Alias(n.Name)}
+	s.Sysctls["net/ipv4/ip_forward"] = "1"
+	if slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Addr().Is6() }) || me.UnderlayAddr().Is6() {
+		s.Sysctls["net/ipv6/conf/all/forwarding"] = "1"
+		s.Addrs[delta.Addr{Dev: dev, Prefix: netip.PrefixFrom(LinkLocal(me.MAC), 64)}] = struct{}{}
+	}
+	var src4, src6 netip.Addr
+	for _, g := range snap.Gateways(n.Name, me.Name) {
+		s.Addrs[delta.Addr{Dev: dev, Prefix: netip.PrefixFrom(g, g.BitLen())}] = struct{}{}
+		if g.Is4() {
+			src4 = g
+		} else {
+			src6 = g
+		}
+	}
+	// What falls into an own block and belongs to no container must not wander off by the default route.
+	for _, p := range prefixes[me.Name] {
+		if !p.IsSingleIP() {
+			s.Routes[p] = delta.Route{Type: "blackhole"}
+		}
+	}
+	for _, p := range peers {
+		own := prefixes[p.name]
+		if len(own) == 0 {
+			continue
+		}
+		direct := n.DirectRouting && p.onLink
+		if !direct {
+			s.FDB[delta.FDB{Dev: dev, MAC: delta.MAC(p.mac), Dst: p.addr}] = struct{}{}
+		}
+		var nh4, nh6 uint32
+		for _, prefix := range own {
+			if prefix.Addr().Is4() {
+				if nh4 == 0 {
+					nh4 = planNexthop(s, n.Name, dev, me, p, ids, direct, false)
+				}
+				s.Routes[prefix] = delta.Route{NH: nh4, Src: src4}
+			} else {
+				if nh6 == 0 {
+					nh6 = planNexthop(s, n.Name, dev, me, p, ids, direct, true)
+				}
+				s.Routes[prefix] = delta.Route{NH: nh6, Src: src6}
+			}
+		}
+	}
+}
+
+// planNexthop makes the way to one peer for routes of one family. Routes share it by its id: ten thousand routes with a
+// gateway each on one device are quadratic in the kernel (fib_info is hashed by device), with nexthop objects they
+// are not; and a peer that changes its address changes this one object.
+func planNexthop(s *delta.State, network, dev string, me metadata.Host, p peer, ids *nexthopIDs, direct, v6 bool) uint32 {
+	id := ids.next(network, p.name, v6)
+	if direct && p.addr.Is6() == v6 {
+		s.Nexthops[id] = delta.Nexthop{Via: p.addr, Dev: me.Underlay[0].Device}
+		return id
+	}
+	if direct { // the other family has no gateway on the underlay that we know of: it takes the tunnel
+		s.FDB[delta.FDB{Dev: dev, MAC: delta.MAC(p.mac), Dst: p.addr}] = struct{}{}
+	}
+	via := p.addr
+	if v6 || via.Is6() {
+		via = p.ll
+	}
+	s.Neighs[delta.Neigh{Dev: dev, Addr: via}] = delta.MAC(p.mac)
+	s.Nexthops[id] = delta.Nexthop{Via: via, Dev: dev, Onlink: true}
+	return id
+}
+
+// nexthopIDs hands out ids in the range 0x4c000000 to 0x4cffffff (0x4c is 76), from a hash of whom they lead to. Two that
+// fall together are told apart by the order of the hosts' names, which all passes see alike.
+type nexthopIDs struct{ taken map[uint32]struct{} }
+
+func (n *nexthopIDs) next(network, host string, v6 bool) uint32 {
+	h := fnv.New32a()
+	h.Write([]byte(network))
+	h.Write([]byte{0, map[bool]byte{false: 4, true: 6}[v6]})
+	h.Write([]byte(host))
+	for i := h.Sum32(); ; i++ {
+		id := delta.Protocol<<24 | i&0xffffff
+		if _, used := n.taken[id]; !used {
+			n.taken[id] = struct{}{}
+			return id
+		}
+	}
+}
+
+// planSources lets VXLAN packets in only from hosts that the metadata lists. The VNI is matched too: another overlay on the
+// same port is not ours to filter.
+func planSources(s *delta.State, snap *metadata.Snapshot, networks []metadata.Network, local netip.Addr) {
+	set := delta.Set{V6: local.Is6()}
+	name := VTEPs4
+	if set.V6 {
+		name = VTEPs6
+	}
+	for _, h := range snap.Hosts {
+		for _, u := range h.Underlay {
+			if a := u.Address.Addr(); a.Is6() == set.V6 {
+				set.Elements = append(set.Elements, netip.PrefixFrom(a, a.BitLen()))
+			}
+		}
+	}
+	slices.SortFunc(set.Elements, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
+	set.Elements = slices.Compact(set.Elements)
+	s.Sets[name] = set
+	chain := delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300}
+	for _, n := range networks {
+		chain.Rules = append(chain.Rules, delta.Rule{delta.UDPDport(n.UDPPort()), delta.VXLANVNI(n.VNI),
+			delta.InSet{Field: "saddr", Set: name, V6: set.V6, Not: true}, delta.Verdict("drop")})
+	}
+	s.Chains[SourcesChain] = chain
+}

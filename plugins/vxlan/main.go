@@ -1,0 +1,30 @@
+//go:debug containermaxprocs=0
+
+// Command lariat-vxlan is the CNI plugin that joins a container to a VXLAN network which spans the hosts.
+//
+// The container gets a routed veth and an address that is unique in the cluster; which hosts there are, and which addresses
+// they own, comes from the metadata service. See README.md.
+package main
+
+import (
+	_ "embed"
+
+	"github.com/lariat-net/lariat/pkg/cni"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/overlay"
+	"github.com/lariat-net/lariat/pkg/vxlan"
+)
+
+//go:embed README.md
+var help string
+
+func main() {
+	cni.Main(overlay.Plugin{
+		Name:          "lariat-vxlan",
+		Help:          help,
+		Encapsulation: metadata.EncapVXLAN,
+		Device:        func(a *metadata.Attachment) string { return vxlan.Device(a.VNI) },
+		Kernel:        func() (kernel.Kernel, error) { return kernel.New() },
+	}.CNI())
+}
