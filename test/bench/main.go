@@ -1,0 +1,187 @@
+// Command bench measures Lariat against the reference CNI plugins and against a VXLAN made by hand, all in one run on one
+// machine, in turn.
+//
+// It runs itself in a user, network and mount namespace, so it needs no privileges and leaves nothing behind. The CNI part
+// needs nothing but the executables of `make build peers`; masquerading by the peers needs nft or iptables, the datapath
+// iproute2 and iperf3. What cannot be measured is named.
+//
+// The figures are medians of one machine at one time: only ratios within one run mean anything. It never fails on a
+// figure; the exit code says only whether the bench itself worked.
+package main
+
+import (
+	"context"
+	_ "embed"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// options are the flags.
+type options struct {
+	n, rounds  int
+	quick      bool
+	only       string
+	json       string
+	dir        string
+	bin, peers string
+	empty      string // built before the namespaces are entered
+}
+
+func parse() options {
+	var o options
+	flag.IntVar(&o.n, "n", 40, "containers of the plain comparison; others take a part of it")
+	flag.IntVar(&o.rounds, "rounds", 3, "rounds of each comparison")
+	flag.BoolVar(&o.quick, "quick", false, "a few calls of everything, to show that the bench works")
+	flag.StringVar(&o.only, "only", "", "sections to run: cni, start, reconcile, datapath (comma-separated; default all)")
+	flag.StringVar(&o.json, "json", "bench.json", "also write all figures to this `file`; empty: do not")
+	flag.StringVar(&o.dir, "dir", os.TempDir(), "keep state below this `directory`; it decides what a durable write costs")
+	flag.StringVar(&o.bin, "bin", envOr("LARIAT_BIN", "bin"), "where our executables are")
+	flag.StringVar(&o.peers, "peers", envOr("LARIAT_PEERS", "bin/peers"), "where the reference plugins are")
+	flag.Parse()
+	return o
+}
+
+func envOr(name, def string) string {
+	if v := os.Getenv(name); v != "" {
+		return v
+	}
+	return def
+}
+
+func main() {
+	if os.Getenv(trafficRole) != "" {
+		traffic()
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, parse()); err != nil {
+		if !errors.Is(err, errTold) {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+		}
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, o options) (err error) {
+	// Administrators' programs are not in every user's PATH.
+	os.Setenv("PATH", os.Getenv("PATH")+":/usr/local/sbin:/usr/sbin:/sbin")
+	for _, p := range []*string{&o.bin, &o.peers, &o.dir} {
+		if *p, err = filepath.Abs(*p); err != nil {
+			return err
+		}
+	}
+	if os.Getenv(child) == "" {
+		return outer(ctx, o)
+	}
+	o.empty = os.Getenv(emptyProgram)
+	if err := privateMounts(); err != nil {
+		return err
+	}
+	work := os.Getenv(workDir)
+	b := &bench{opt: o, ctx: ctx, work: work, nsdir: "/run/netns", rep: &report{}, hasIPT: has("iptables"), hasNFT: has("nft")}
+	if err := os.Mkdir(b.nsdir, 0o700); err != nil {
+		return err
+	}
+	b.oursHere = exists(filepath.Join(o.bin, "lariat-vxlan")) && exists(filepath.Join(o.bin, "lariat-metadata"))
+	if !b.oursHere {
+		b.rep.note("our own executables are not in %s: only the peers were measured", o.bin)
+	}
+	defer b.close()
+	start := time.Now()
+	b.rep.Machine = describe(work)
+	b.rep.Machine.Quick = o.quick
+	for _, s := range []struct {
+		name string
+		run  func() error
+	}{{"start", b.starts}, {"cni", b.containers}, {"reconcile", b.reconciles}, {"datapath", b.datapath}} {
+		if o.only != "" && !strings.Contains(","+o.only+",", ","+s.name+",") {
+			continue
+		}
+		if err := s.run(); err != nil {
+			return fmt.Errorf("%s: %w", s.name, err)
+		}
+	}
+	b.rep.Machine.Seconds = time.Since(start).Seconds()
+	b.rep.judge()
+	m := b.rep.Machine
+	fmt.Printf("Lariat bench: %d CPUs, Linux %s, %s, state on %s, load %s, %.0f s\n", m.CPUs, m.Kernel, m.Go, m.Store, m.Load, m.Seconds)
+	b.rep.print(os.Stdout)
+	if o.json == "" {
+		return nil
+	}
+	data, err := json.MarshalIndent(b.rep, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(o.json, append(data, '\n'), 0o644)
+}
+
+// What the outer process hands to the inner.
+const (
+	workDir      = "LARIAT_BENCH_WORK"
+	emptyProgram = "LARIAT_BENCH_EMPTY"
+	rootless     = "LARIAT_BENCH_ROOTLESS"
+)
+
+//go:embed empty/main.go
+var emptySource []byte
+
+// outer prepares what has to be done outside of the namespaces and cleans up after them.
+func outer(ctx context.Context, o options) error {
+	if !exists(filepath.Join(o.peers, "bridge")) {
+		return fmt.Errorf("no reference plugins in %s; run `make peers`", o.peers)
+	}
+	work, err := os.MkdirTemp(o.dir, "lariat-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(work)
+	source, empty := filepath.Join(work, "main.go"), filepath.Join(work, "empty")
+	if err := os.WriteFile(source, emptySource, 0o600); err != nil {
+		return err
+	}
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", empty, source)
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build the empty program: %w: %s", err, clip(out))
+	}
+	return inNamespaces(ctx, workDir+"="+work, emptyProgram+"="+empty)
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}
+
+func describe(dir string) machine {
+	m := machine{CPUs: runtime.NumCPU(), Go: runtime.Version(), Root: os.Getenv(rootless) == ""}
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		m.Kernel = unix.ByteSliceToString(u.Release[:])
+	}
+	if load, err := os.ReadFile("/proc/loadavg"); err == nil {
+		m.Load = strings.Join(strings.Fields(string(load))[:3], " ")
+	}
+	var fs unix.Statfs_t
+	if unix.Statfs(dir, &fs) == nil {
+		names := map[int64]string{unix.EXT4_SUPER_MAGIC: "ext4", unix.TMPFS_MAGIC: "tmpfs", unix.XFS_SUPER_MAGIC: "xfs",
+			unix.BTRFS_SUPER_MAGIC: "btrfs", unix.OVERLAYFS_SUPER_MAGIC: "overlayfs"}
+		if m.Store = names[int64(fs.Type)]; m.Store == "" {
+			m.Store = fmt.Sprintf("file system %#x", fs.Type)
+		}
+	}
+	return m
+}
