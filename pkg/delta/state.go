@@ -25,8 +25,18 @@ const Table = "lariat"
 // MAC is a 48-bit Ethernet address.
 type MAC [6]byte
 
-func (m MAC) String() string {
-	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+// String prints the usual form, 0e:00:c0:00:02:01.
+func (m MAC) String() string { return string(m.appendTo(nil)) }
+
+func (m MAC) appendTo(b []byte) []byte {
+	const hex = "0123456789abcdef"
+	for i, c := range m {
+		if i > 0 {
+			b = append(b, ':')
+		}
+		b = append(b, hex[c>>4], hex[c&15])
+	}
+	return b
 }
 
 // Link is a device that Lariat makes. Only vxlan devices exist today; containers' veths are pkg/attach's.
@@ -38,6 +48,18 @@ type Link struct {
 	MAC   MAC
 	MTU   int
 	Alias string // begins with AliasPrefix
+
+	// Down is set on an observed device that is not administratively up. Desired devices are up.
+	Down bool
+
+	// Other is empty on desired devices. On an observed one it names, as ip does, what a device of ours never has and
+	// what cannot be changed without making it again, such as "learning" or "dev eth0".
+	Other string
+}
+
+// Remake says whether a device l can only be had by removing old and making it again. Everything on old goes with it.
+func (l Link) Remake(old Link) bool {
+	return l.Kind != old.Kind || l.VNI != old.VNI || l.Port != old.Port || l.Local != old.Local || l.Other != old.Other
 }
 
 // Addr is an address on a device.
@@ -69,7 +91,7 @@ type Nexthop struct {
 
 // Route is a route of protocol Protocol in the main table, keyed by its destination.
 type Route struct {
-	Type   string     // "" (unicast), blackhole or unreachable
+	Type   string     // "" (unicast), blackhole or unreachable; an observed one may have other words of ip's
 	NH     uint32     // id of a nexthop object; 0: by Via and Dev
 	Via    netip.Addr // invalid: on-link
 	Dev    string
@@ -88,7 +110,7 @@ type Set struct {
 	Elements []netip.Prefix // sorted, without overlaps
 }
 
-// Chain is a base chain of the table Table.
+// Chain is a base chain of the table Table; its policy is accept.
 type Chain struct {
 	Type     string // filter or nat
 	Hook     string // prerouting, input, forward, output, postrouting
@@ -99,34 +121,11 @@ type Chain struct {
 // Rule is a row of statements. The kinds of statements are few on purpose: each has one text and one meaning.
 type Rule []Statement
 
-// Statement is one match or verdict of a rule.
+// Statement is one match or verdict of a rule. Every one is comparable.
 type Statement interface {
 	fmt.Stringer // as nft would list it
 	statement()
 }
-
-// The statements that Lariat's rules are made of.
-type (
-	IifPrefix string // iifname "lrt*": the arriving interface's name begins so
-	Oif       struct {
-		Name string
-		Not  bool
-	} // oifname [!=] "vtep1042"
-	Iif struct {
-		Name string
-		Not  bool
-	} // iifname [!=] "vtep1042"
-	InSet struct {
-		Field, Set string
-		V6, Not    bool
-	} // ip saddr [!=] @set; Field is saddr or daddr
-	UDPDport    uint16   // udp dport 4789
-	VXLANVNI    uint32   // @th,96,24 1042: the VNI field behind the UDP header (RFC 7348 §5)
-	NoReverse   struct{} // fib saddr . iif oif missing: no route back by the arriving interface
-	Masquerade  struct{} // masquerade
-	Verdict     string   // accept or drop
-	MarkComment string   // comment "…"
-)
 
 // State is what the kernel should hold, or holds, of what Lariat owns.
 type State struct {
@@ -143,4 +142,24 @@ type State struct {
 	// Problems are entries that could not be planned and were left out, each a sentence that names the entry and
 	// the remedy. They are for people: they make no difference between two states.
 	Problems []string
+}
+
+// NewState returns an empty state with all of its maps made.
+func NewState() *State {
+	return &State{
+		Links:    map[string]Link{},
+		Addrs:    map[Addr]struct{}{},
+		Neighs:   map[Neigh]MAC{},
+		FDB:      map[FDB]struct{}{},
+		Nexthops: map[uint32]Nexthop{},
+		Routes:   map[netip.Prefix]Route{},
+		Sysctls:  map[string]string{},
+		Sets:     map[string]Set{},
+		Chains:   map[string]Chain{},
+	}
+}
+
+// Len is the number of objects.
+func (s *State) Len() int {
+	return len(s.Links) + len(s.Addrs) + len(s.Neighs) + len(s.FDB) + len(s.Nexthops) + len(s.Routes) + len(s.Sysctls) + len(s.Sets) + len(s.Chains)
 }

@@ -1,0 +1,288 @@
+package delta
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+)
+
+// Entry is one object of a difference.
+type Entry[K comparable, V any] struct {
+	Key   K
+	Value V // what it shall be; of a removal, what it is
+
+	// Replaces is set where an object of the same key is there and unequal: it is Old.
+	Replaces bool
+	Old      V
+}
+
+// Changes is the work left to make one kind of object what it should be. Both lists are sorted by key, so that the same
+// difference always prints, and runs, the same way. Set runs before Remove: a peer that moves is never without a path.
+type Changes[K comparable, V any] struct {
+	Set    []Entry[K, V] // absent or different in the kernel: add or replace
+	Remove []Entry[K, V] // ours, in the kernel, wanted no longer
+}
+
+// Len is the number of objects to change.
+func (c *Changes[K, V]) Len() int { return len(c.Set) + len(c.Remove) }
+
+// Difference is all work left to make a host equal to a desired state.
+type Difference struct {
+	Sysctls  Changes[string, string] // never removed: nobody knows what was there before
+	Links    Changes[string, Link]
+	Addrs    Changes[Addr, struct{}]
+	Neighs   Changes[Neigh, MAC]
+	FDB      Changes[FDB, struct{}]
+	Nexthops Changes[uint32, Nexthop]
+	Routes   Changes[netip.Prefix, Route]
+	Sets     Changes[string, Set]
+	Chains   Changes[string, Chain]
+}
+
+// Between returns what must change to make observed equal to desired. observed must hold only what carries our mark:
+// whatever is in it and not in desired will be removed.
+//
+// A device that must be made again, or that goes, takes with it in the kernel all that stands on it. Between knows: what is
+// still wanted on such a device is in Set although it was observed, and what is not wanted is in no Remove.
+//
+// A nil state counts as an empty one.
+func Between(desired, observed *State) *Difference {
+	if desired == nil {
+		desired = &State{}
+	}
+	if observed == nil {
+		observed = &State{}
+	}
+	d := &Difference{}
+	diff(&d.Links, desired.Links, observed.Links, func(a, b Link) bool { return a == b }, cmp.Compare)
+	observed = survivors(&d.Links, observed)
+	diff(&d.Sysctls, desired.Sysctls, observed.Sysctls, equal, cmp.Compare)
+	d.Sysctls.Remove = nil
+	diff(&d.Addrs, desired.Addrs, observed.Addrs, equal, compareAddr)
+	diff(&d.Neighs, desired.Neighs, observed.Neighs, equal, compareNeigh)
+	diff(&d.FDB, desired.FDB, observed.FDB, equal, compareFDB)
+	diff(&d.Nexthops, desired.Nexthops, observed.Nexthops, equal, cmp.Compare)
+	diff(&d.Routes, desired.Routes, observed.Routes, equal, comparePrefix)
+	diff(&d.Sets, desired.Sets, observed.Sets, Set.Equal, cmp.Compare)
+	diff(&d.Chains, desired.Chains, observed.Chains, Chain.Equal, cmp.Compare)
+	return d
+}
+
+func equal[V comparable](a, b V) bool { return a == b }
+
+func diff[K comparable, V any](c *Changes[K, V], desired, observed map[K]V, equal func(a, b V) bool, compare func(a, b K) int) {
+	kept := 0
+	for k, want := range desired {
+		have, ok := observed[k]
+		if ok {
+			kept++
+			if equal(want, have) {
+				continue
+			}
+		} else if c.Set == nil && len(observed) == 0 {
+			c.Set = make([]Entry[K, V], 0, len(desired))
+		}
+		c.Set = append(c.Set, Entry[K, V]{Key: k, Value: want, Replaces: ok, Old: have})
+	}
+	byKey := func(a, b Entry[K, V]) int { return compare(a.Key, b.Key) }
+	slices.SortFunc(c.Set, byKey)
+	if kept == len(observed) {
+		return // the usual case: nothing is left over, and the second walk is saved
+	}
+	for k, have := range observed {
+		if _, ok := desired[k]; !ok {
+			c.Remove = append(c.Remove, Entry[K, V]{Key: k, Value: have})
+		}
+	}
+	slices.SortFunc(c.Remove, byKey)
+}
+
+// survivors is what will still be there of observed once the links are changed.
+func survivors(links *Changes[string, Link], observed *State) *State {
+	gone := map[string]bool{} // devices that go; false: only their neighbours do
+	for _, e := range links.Remove {
+		gone[e.Key] = true
+	}
+	for _, e := range links.Set {
+		switch {
+		case !e.Replaces: // a device that is not there has nothing on it, whatever a hasty observer saw
+			gone[e.Key] = true
+		case e.Value.Remake(e.Old):
+			gone[e.Key] = true
+		case e.Value.MAC != e.Old.MAC:
+			// The kernel flushes all neighbours of a device that changes its address, permanent ones too.
+			gone[e.Key] = false
+		}
+	}
+	if len(gone) == 0 {
+		return observed
+	}
+	sources := map[netip.Addr]bool{} // addresses that go: IPv4 routes that prefer them go too
+	for a := range observed.Addrs {
+		if gone[a.Dev] {
+			sources[a.Prefix.Addr()] = true
+		}
+	}
+	nexthops := filter(observed.Nexthops, func(_ uint32, n Nexthop) bool { return !gone[n.Dev] })
+	return &State{
+		Links:    observed.Links,
+		Addrs:    filter(observed.Addrs, func(a Addr, _ struct{}) bool { return !gone[a.Dev] }),
+		Neighs:   filter(observed.Neighs, func(n Neigh, _ MAC) bool { _, ok := gone[n.Dev]; return !ok }),
+		FDB:      filter(observed.FDB, func(f FDB, _ struct{}) bool { return !gone[f.Dev] }),
+		Nexthops: nexthops,
+		Routes: filter(observed.Routes, func(_ netip.Prefix, r Route) bool {
+			_, held := nexthops[r.NH]
+			return !gone[r.Dev] && !sources[r.Src] && (r.NH == 0 || held)
+		}),
+		Sysctls: filter(observed.Sysctls, func(k, _ string) bool { return !gone[SysctlDevice(k)] }),
+		Sets:    observed.Sets,
+		Chains:  observed.Chains,
+	}
+}
+
+func filter[K comparable, V any](m map[K]V, keep func(K, V) bool) map[K]V {
+	out := make(map[K]V, len(m))
+	for k, v := range m {
+		if keep(k, v) {
+			out[k] = v
+		}
+	}
+	return out
+}
+
+// SysctlDevice is the device of a sysctl such as net/ipv4/conf/vtep1042/rp_filter, empty of any other. Those values live
+// and die with their device.
+func SysctlDevice(key string) string {
+	for _, prefix := range []string{"net/ipv4/conf/", "net/ipv6/conf/", "net/ipv4/neigh/", "net/ipv6/neigh/"} {
+		if len(key) > len(prefix) && key[:len(prefix)] == prefix {
+			rest := key[len(prefix):]
+			for i := range rest {
+				if rest[i] == '/' && rest[:i] != "all" && rest[:i] != "default" {
+					return rest[:i]
+				}
+			}
+		}
+	}
+	return ""
+}
+
+// Empty says whether nothing is left to do.
+func (d *Difference) Empty() bool { return d.Len() == 0 }
+
+// Len is the number of objects to change.
+func (d *Difference) Len() int {
+	return d.Sysctls.Len() + d.Links.Len() + d.Addrs.Len() + d.Neighs.Len() + d.FDB.Len() + d.Nexthops.Len() + d.Routes.Len() + d.Sets.Len() + d.Chains.Len()
+}
+
+// String prints the changes in the order in which Apply makes them: "+ " adds, "~ " replaces, "- " removes. What is replaced
+// stands behind as a comment, but sets show their elements and chains their rules.
+func (d *Difference) String() string {
+	var b []byte
+	set(&b, &d.Sysctls, appendSysctl)
+	set(&b, &d.Links, appendLink)
+	set(&b, &d.Addrs, func(b []byte, a Addr, _ struct{}) []byte { return appendAddr(b, a) })
+	set(&b, &d.Neighs, appendNeigh)
+	set(&b, &d.FDB, func(b []byte, f FDB, _ struct{}) []byte { return appendFDB(b, f) })
+	set(&b, &d.Nexthops, appendNexthop)
+	set(&b, &d.Routes, appendRoute)
+	for _, e := range d.Sets.Set {
+		if !e.Replaces || !e.Value.SameType(e.Old) {
+			setOne(&b, &e, appendSet)
+			continue
+		}
+		add, gone := ElementChanges(e.Value.Elements, e.Old.Elements)
+		if len(add) > 0 {
+			b = appendElementLine(b, "+ ", e.Key, add)
+		}
+		if len(gone) > 0 {
+			b = appendElementLine(b, "- ", e.Key, gone)
+		}
+	}
+	for _, e := range d.Chains.Set {
+		if e.Replaces && e.Value.SameBase(e.Old) {
+			b = appendRules(b, "- ", e.Key, e.Old.Rules, e.Value.Rules)
+			b = appendRules(b, "+ ", e.Key, e.Value.Rules, e.Old.Rules)
+			continue
+		}
+		setOne(&b, &e, appendChainBase)
+		b = appendRules(b, "+ ", e.Key, e.Value.Rules, nil)
+	}
+	remove(&b, &d.Chains, appendChainBase)
+	remove(&b, &d.Sets, appendSet)
+	remove(&b, &d.Routes, appendRoute)
+	remove(&b, &d.Nexthops, appendNexthop)
+	remove(&b, &d.FDB, func(b []byte, f FDB, _ struct{}) []byte { return appendFDB(b, f) })
+	remove(&b, &d.Neighs, appendNeigh)
+	remove(&b, &d.Addrs, func(b []byte, a Addr, _ struct{}) []byte { return appendAddr(b, a) })
+	remove(&b, &d.Links, appendLink)
+	return string(b)
+}
+
+func set[K comparable, V any](b *[]byte, c *Changes[K, V], line func([]byte, K, V) []byte) {
+	for i := range c.Set {
+		setOne(b, &c.Set[i], line)
+	}
+}
+
+func setOne[K comparable, V any](b *[]byte, e *Entry[K, V], line func([]byte, K, V) []byte) {
+	sign := "+ "
+	if e.Replaces {
+		sign = "~ "
+	}
+	*b = line(append(*b, sign...), e.Key, e.Value)
+	if e.Replaces {
+		*b = line(append(*b, " # was "...), e.Key, e.Old)
+	}
+	*b = append(*b, '\n')
+}
+
+func remove[K comparable, V any](b *[]byte, c *Changes[K, V], line func([]byte, K, V) []byte) {
+	for _, e := range c.Remove {
+		*b = append(line(append(*b, "- "...), e.Key, e.Value), '\n')
+	}
+}
+
+func appendElementLine(b []byte, sign, name string, elements []netip.Prefix) []byte {
+	b = append(append(append(b, sign...), "element inet "+Table+" "...), name...)
+	return append(appendElements(append(b, ' '), elements), '\n')
+}
+
+// appendRules prints the rules that are not among others. When the two differ in nothing but order, all are printed.
+func appendRules(b []byte, sign, chain string, rules, others []Rule) []byte {
+	before := len(b)
+	for _, r := range rules {
+		if !slices.ContainsFunc(others, r.Equal) {
+			b = append(appendRule(append(b, sign...), chain, r), '\n')
+		}
+	}
+	if len(b) == before && len(rules) >= len(others) {
+		for _, r := range rules {
+			b = append(appendRule(append(b, sign...), chain, r), '\n')
+		}
+	}
+	return b
+}
+
+// ElementChanges compares the elements of two sets, both sorted.
+func ElementChanges(desired, observed []netip.Prefix) (add, remove []netip.Prefix) {
+	for len(desired) > 0 || len(observed) > 0 {
+		c := 0
+		switch {
+		case len(desired) == 0:
+			c = 1
+		case len(observed) == 0:
+			c = -1
+		default:
+			c = comparePrefix(desired[0], observed[0])
+		}
+		switch {
+		case c < 0:
+			add, desired = append(add, desired[0]), desired[1:]
+		case c > 0:
+			remove, observed = append(remove, observed[0]), observed[1:]
+		default:
+			desired, observed = desired[1:], observed[1:]
+		}
+	}
+	return add, remove
+}

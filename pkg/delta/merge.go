@@ -1,0 +1,53 @@
+package delta
+
+import (
+	"cmp"
+	"net/netip"
+)
+
+// Merge puts the states of several planners together. Two that want the same object differently cannot both have it: the
+// first gets it, and the conflict becomes a Problem. nil states are skipped. The arguments are not changed, but
+// the result shares the slices of their sets and chains.
+func Merge(states ...*State) *State {
+	out := &State{}
+	for _, s := range states {
+		if s == nil {
+			continue
+		}
+		merge(out, &out.Sysctls, s.Sysctls, equal, cmp.Compare, appendSysctl)
+		merge(out, &out.Links, s.Links, equal, cmp.Compare, appendLink)
+		merge(out, &out.Addrs, s.Addrs, equal, compareAddr, func(b []byte, a Addr, _ struct{}) []byte { return appendAddr(b, a) })
+		merge(out, &out.Neighs, s.Neighs, equal, compareNeigh, appendNeigh)
+		merge(out, &out.FDB, s.FDB, equal, compareFDB, func(b []byte, f FDB, _ struct{}) []byte { return appendFDB(b, f) })
+		merge(out, &out.Nexthops, s.Nexthops, equal, cmp.Compare, appendNexthop)
+		merge(out, &out.Routes, s.Routes, equal, func(a, b netip.Prefix) int { return comparePrefix(a, b) }, appendRoute)
+		merge(out, &out.Sets, s.Sets, Set.Equal, cmp.Compare, appendSet)
+		merge(out, &out.Chains, s.Chains, Chain.Equal, cmp.Compare, func(b []byte, name string, c Chain) []byte {
+			b = appendChainBase(b, name, c)
+			for _, r := range c.Rules {
+				b = append(append(b, "; "...), r.String()...)
+			}
+			return b
+		})
+		out.Problems = append(out.Problems, s.Problems...)
+	}
+	return out
+}
+
+func merge[K comparable, V any](out *State, to *map[K]V, from map[K]V, same func(a, b V) bool, compare func(a, b K) int, line func([]byte, K, V) []byte) {
+	if *to == nil {
+		*to = make(map[K]V, len(from))
+	}
+	conflicts := map[K]V{}
+	for k, v := range from {
+		have, ok := (*to)[k]
+		if !ok {
+			(*to)[k] = v
+		} else if !same(have, v) {
+			conflicts[k] = v
+		}
+	}
+	for _, k := range sortedKeys(conflicts, compare) {
+		out.Problemf("%s is left out, it conflicts with %s", line(nil, k, conflicts[k]), line(nil, k, (*to)[k]))
+	}
+}
