@@ -135,11 +135,11 @@ func (m *Manager) View() *metadata.Snapshot { return m.view.Load() }
 
 // Desired is what the overlay pass wants, the manager's own additions included.
 func (m *Manager) Desired(s *metadata.Snapshot) *delta.State {
-	want := Desired(s, s.Self)
+	own := delta.NewState()
 	if m.MetadataAddress.IsValid() {
-		want.Addrs[delta.Addr{Dev: "lo", Prefix: netip.PrefixFrom(m.MetadataAddress, m.MetadataAddress.BitLen())}] = struct{}{}
+		own.Addrs[delta.Addr{Dev: "lo", Prefix: netip.PrefixFrom(m.MetadataAddress, m.MetadataAddress.BitLen())}] = struct{}{}
 	}
-	return want
+	return delta.Merge(Desired(s, s.Self), own)
 }
 
 // overlay is one pass over everything that the planners want.

@@ -67,6 +67,7 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	prefixes := ownership(snap)
 	ids := nexthopIDs{taken: make(map[uint32]struct{}, len(peers))}
 	vnis := map[uint32]string{}
+	planned := networks[:0:0]
 	for _, n := range networks {
 		if other, taken := vnis[n.VNI]; taken {
 			s.Problemf("network %s has the VNI %d of network %s and is left out; give it another one", n.Name, n.VNI, other)
@@ -74,8 +75,9 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 		}
 		vnis[n.VNI] = n.Name
 		planNetwork(s, snap, n, me, peers, prefixes[n.Name], &ids)
+		planned = append(planned, n)
 	}
-	planSources(s, snap, networks, local)
+	planSources(s, snap, planned, local)
 	return s
 }
 
@@ -182,19 +184,20 @@ func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me
 		if !direct {
 			s.FDB[delta.FDB{Dev: dev, MAC: delta.MAC(p.mac), Dst: p.addr}] = struct{}{}
 		}
-		var nh4, nh6 uint32
+		var nh [2]uint32 // of IPv4 and of IPv6 gateways
 		for _, prefix := range own {
-			if prefix.Addr().Is4() {
-				if nh4 == 0 {
-					nh4 = planNexthop(s, n.Name, dev, me, p, ids, direct, false)
-				}
-				s.Routes[prefix] = delta.Route{NH: nh4, Src: src4}
-			} else {
-				if nh6 == 0 {
-					nh6 = planNexthop(s, n.Name, dev, me, p, ids, direct, true)
-				}
-				s.Routes[prefix] = delta.Route{NH: nh6, Src: src6}
+			src, family := src4, 0
+			if prefix.Addr().Is6() {
+				src, family = src6, 1
 			}
+			// Over an IPv6 underlay both families go by the one link-local nexthop.
+			if p.addr.Is6() {
+				family = 1
+			}
+			if nh[family] == 0 {
+				nh[family] = planNexthop(s, n.Name, dev, me, p, ids, direct, family == 1)
+			}
+			s.Routes[prefix] = delta.Route{NH: nh[family], Src: src}
 		}
 	}
 }
@@ -212,7 +215,7 @@ func planNexthop(s *delta.State, network, dev string, me metadata.Host, p peer, 
 		s.FDB[delta.FDB{Dev: dev, MAC: delta.MAC(p.mac), Dst: p.addr}] = struct{}{}
 	}
 	via := p.addr
-	if v6 || via.Is6() {
+	if v6 {
 		via = p.ll
 	}
 	s.Neighs[delta.Neigh{Dev: dev, Addr: via}] = delta.MAC(p.mac)
