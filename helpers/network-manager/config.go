@@ -1,0 +1,79 @@
+package main
+
+import (
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"github.com/spf13/pflag"
+
+	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+//go:embed README.md
+var manual string
+
+// DefaultSocket is where the manager tells how it fares.
+const DefaultSocket = "/run/lariat/network-manager.sock"
+
+type config struct {
+	metadataSocket  string
+	socket          string
+	stateDir        string
+	bootIDFile      string
+	every           time.Duration
+	grace           time.Duration
+	metadataAddress netip.Addr
+	listen          string
+	probe           bool
+	logLevel        slog.Level
+}
+
+var errHelp = errors.New("help")
+
+func parse(args []string, stdout io.Writer) (config, error) {
+	var c config
+	var address, level string
+	f := pflag.NewFlagSet("lariat-network-manager", pflag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.StringVar(&c.metadataSocket, "metadata-socket", metadata.DefaultSocket, "unix socket of the metadata service")
+	f.StringVar(&c.socket, "socket", DefaultSocket, "unix socket to tell health, metrics and state by")
+	f.StringVar(&c.stateDir, "state-dir", lease.DefaultStateDir, "where the CNI plugins keep their journal (their stateDir)")
+	f.StringVar(&c.bootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "file with the id of this boot")
+	f.DurationVar(&c.every, "interval", time.Minute, "time between passes when nothing happens")
+	f.DurationVar(&c.grace, "grace", time.Minute, "how long an attachment must look dead before it is released")
+	f.StringVar(&address, "metadata-address", "169.254.169.250", "address of the metadata tree, put on the loopback device; empty: none")
+	f.StringVar(&c.listen, "listen-metrics", "", "TCP address for /metrics, /healthz and /readyz, such as 127.0.0.1:9476; empty: the unix socket alone")
+	f.BoolVar(&c.probe, "answer-probes", true, "answer the UDP probes of \"lariat doctor\" on the underlay address")
+	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	help := f.BoolP("help", "h", false, "print the manual")
+	if err := f.Parse(args); err != nil {
+		return c, fmt.Errorf("%w; see lariat-network-manager --help", err)
+	}
+	if *help {
+		fmt.Fprintf(stdout, "%s\nFlags:\n%s", manual, f.FlagUsages())
+		return c, errHelp
+	}
+	if f.NArg() > 0 {
+		return c, fmt.Errorf("unexpected argument %q; see lariat-network-manager --help", f.Arg(0))
+	}
+	if address != "" {
+		a, err := netip.ParseAddr(address)
+		if err != nil {
+			return c, fmt.Errorf("--metadata-address: %w", err)
+		}
+		c.metadataAddress = a
+	}
+	if err := c.logLevel.UnmarshalText([]byte(level)); err != nil {
+		return c, fmt.Errorf("--log-level: %w", err)
+	}
+	if c.every <= 0 || c.grace < 0 {
+		return c, errors.New("--interval must be above zero, --grace not below")
+	}
+	return c, nil
+}

@@ -1,0 +1,238 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/lariat-net/lariat/pkg/doctor/echo"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/reconcile"
+)
+
+func run(args []string, stdout, stderr io.Writer) int {
+	conf, err := parse(args, stdout)
+	if errors.Is(err, errHelp) {
+		return 0
+	}
+	if err == nil {
+		err = manage(conf, slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: conf.logLevel})))
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, "lariat-network-manager:", err)
+		return 1
+	}
+	return 0
+}
+
+func manage(conf config, log *slog.Logger) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	boot, err := os.ReadFile(conf.bootIDFile)
+	if err != nil {
+		return fmt.Errorf("boot id: %w", err)
+	}
+	k, err := kernel.New()
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	events, err := kernel.Watch(ctx)
+	if err != nil {
+		return err
+	}
+	m := &reconcile.Manager{
+		Client: metadata.Client{Socket: conf.metadataSocket}, Journal: lease.NewJournal(conf.stateDir), Kernel: k,
+		BootID: strings.TrimSpace(string(boot)), Log: log, Every: conf.every, Grace: conf.grace, MetadataAddress: conf.metadataAddress,
+	}
+	mux := handler(m)
+	unix, err := listenUnix(conf.socket)
+	if err != nil {
+		return err
+	}
+	listeners := []net.Listener{unix}
+	if conf.listen != "" {
+		tcp, err := net.Listen("tcp", conf.listen)
+		if err != nil {
+			unix.Close()
+			return fmt.Errorf("--listen-metrics: %w", err)
+		}
+		listeners = append(listeners, tcp)
+	}
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
+	for _, l := range listeners {
+		go server.Serve(l)
+	}
+	defer server.Close()
+	if conf.probe {
+		go answerProbes(ctx, m, log)
+	}
+	daemon.SdNotify(false, daemon.SdNotifyReady)
+	go watchdog(ctx)
+	log.Info("started", "socket", conf.socket, "metadata", conf.metadataSocket, "state", conf.stateDir)
+	err = m.Run(ctx, events)
+	daemon.SdNotify(false, daemon.SdNotifyStopping)
+	log.Info("stopped; the network stays as it is")
+	return err
+}
+
+// listenUnix takes the place of a socket file that a killed process left, but not of one that somebody answers on.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("socket %s: another lariat-network-manager answers on it; stop it first, or give this one --socket", path)
+	}
+	os.Remove(path)
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	return l, os.Chmod(path, 0o600)
+}
+
+// watchdog tells systemd that the process lives, when the unit asks for it.
+func watchdog(ctx context.Context) {
+	every, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || every == 0 {
+		return
+	}
+	t := time.NewTicker(every / 2)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+		}
+	}
+}
+
+// answerProbes serves "lariat doctor" of other hosts, on this host's underlay address, and moves with it.
+func answerProbes(ctx context.Context, m *reconcile.Manager, log *slog.Logger) {
+	t := time.NewTicker(time.Second)
+	defer t.Stop()
+	for {
+		if s := m.View(); s != nil {
+			if me, ok := s.Host(s.Self); ok && me.UnderlayAddr().IsValid() {
+				serving, cancel := context.WithCancel(ctx)
+				addr := me.UnderlayAddr()
+				go func() {
+					defer cancel()
+					for {
+						select {
+						case <-serving.Done():
+							return
+						case <-t.C:
+						}
+						if now, ok := m.View().Host(m.View().Self); ok && now.UnderlayAddr() != addr {
+							return
+						}
+					}
+				}()
+				if err := echo.Serve(serving, addr); err != nil && serving.Err() == nil {
+					log.Debug("doctor's probes are not answered", "address", addr, "error", err)
+				}
+				cancel()
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// handler tells health, metrics and the state that is wanted.
+func handler(m *reconcile.Manager) http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collector{m})
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		var bad []string
+		for _, h := range m.Health() {
+			if !h.OK {
+				bad = append(bad, h.Concern+": "+h.Error)
+			}
+		}
+		if len(bad) > 0 {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			fmt.Fprintln(w, strings.Join(bad, "\n"))
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) {
+		out := struct {
+			Host     string             `json:"host,omitempty"`
+			Revision int64              `json:"revision"`
+			Health   []reconcile.Health `json:"health"`
+			Desired  []string           `json:"desired"`
+		}{Health: m.Health()}
+		if s := m.View(); s != nil {
+			out.Host, out.Revision = s.Self, s.Revision
+			out.Desired = strings.Split(strings.TrimRight(m.Desired(s).String(), "\n"), "\n")
+		}
+		w.Header().Set("Content-Type", "application/json")
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		enc.Encode(out)
+	})
+	return mux
+}
+
+// collector turns the concerns' health into metrics.
+type collector struct{ m *reconcile.Manager }
+
+var (
+	descUp       = prometheus.NewDesc("lariat_concern_ok", "1 when the concern's last pass succeeded.", []string{"concern"}, nil)
+	descPasses   = prometheus.NewDesc("lariat_concern_passes_total", "Passes of the concern.", []string{"concern"}, nil)
+	descFailures = prometheus.NewDesc("lariat_concern_failures_total", "Passes of the concern that failed.", []string{"concern"}, nil)
+	descChanges  = prometheus.NewDesc("lariat_concern_changes_total", "Changes that the concern made to the host.", []string{"concern"}, nil)
+	descTook     = prometheus.NewDesc("lariat_concern_duration_seconds", "How long the concern's last pass took.", []string{"concern"}, nil)
+	descRevision = prometheus.NewDesc("lariat_metadata_revision", "Revision of the metadata that is in force.", nil, nil)
+)
+
+func (c collector) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(c, ch) }
+
+func (c collector) Collect(ch chan<- prometheus.Metric) {
+	for _, h := range c.m.Health() {
+		up := 0.0
+		if h.OK {
+			up = 1
+		}
+		ch <- prometheus.MustNewConstMetric(descUp, prometheus.GaugeValue, up, h.Concern)
+		ch <- prometheus.MustNewConstMetric(descPasses, prometheus.CounterValue, float64(h.Passes), h.Concern)
+		ch <- prometheus.MustNewConstMetric(descFailures, prometheus.CounterValue, float64(h.Failures), h.Concern)
+		ch <- prometheus.MustNewConstMetric(descChanges, prometheus.CounterValue, float64(h.Changes), h.Concern)
+		ch <- prometheus.MustNewConstMetric(descTook, prometheus.GaugeValue, h.Took.Seconds(), h.Concern)
+	}
+	revision := 0.0
+	if s := c.m.View(); s != nil {
+		revision = float64(s.Revision)
+	}
+	ch <- prometheus.MustNewConstMetric(descRevision, prometheus.GaugeValue, revision)
+}
