@@ -83,10 +83,13 @@ type Server struct {
 	Now   func() time.Time      // nil: time.Now
 }
 
-// Serve answers questions on addr ("192.0.2.1:4788") until the context ends, which is no error. It gives up only when it cannot listen.
-func Serve(ctx context.Context, addr string) error { return Server{}.Serve(ctx, addr) }
+// Serve answers anyone's questions on a host's underlay address and the port Port until the context ends, which is no error. It gives
+// up only when it cannot listen. A Server that knows the cluster's hosts can answer these alone.
+func Serve(ctx context.Context, addr netip.Addr) error {
+	return Server{}.Serve(ctx, netip.AddrPortFrom(addr, Port).String())
+}
 
-// Serve is the same with the server's settings.
+// Serve answers on addr ("192.0.2.1:4788") until the context ends.
 func (s Server) Serve(ctx context.Context, addr string) error {
 	conn, err := s.Listen(ctx, addr)
 	if err != nil {

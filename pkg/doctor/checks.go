@@ -1,0 +1,624 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/doctor/echo"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/mtu"
+)
+
+// Bounds beyond which a finding is made.
+const (
+	skewWarning   = 2 * time.Second
+	skewError     = time.Minute // certificates made a moment ago are refused, logs cannot be put in order
+	usageWarning  = 0.90
+	storeWarning  = 0.80
+	storeError    = 0.95 // at 1 the store takes no write at all
+	oneFindingFor = 5    // peers that are named one by one
+)
+
+var checks = []struct {
+	name, good string
+	run        func(*examination)
+}{
+	{"metadata", "the metadata service answers", (*examination).metadata},
+	{"store", "the store is healthy and has room", (*examination).store},
+	{"manager", "the network manager runs, and all that it keeps is true", (*examination).manager},
+	{"hosts", "all hosts are live", (*examination).hosts},
+	{"duplicates", "no two hosts share an identity, an address or a MAC", (*examination).duplicates},
+	{"networks", "networks are well defined and do not overlap", (*examination).networks},
+	{"addresses", "networks have addresses left", (*examination).addresses},
+	{"features", "the kernel can do all that is needed", (*examination).features},
+	{"forwarding", "the host forwards packets", (*examination).forwarding},
+	{"rp-filter", "the reverse path check is not loosened", (*examination).rpFilter},
+	{"forward-policy", "no firewall drops forwarded packets of the networks", (*examination).forwardPolicy},
+	{"underlay", "the underlay is as the metadata says, and large enough", (*examination).underlay},
+	{"devices", "tunnel devices are as they should be", (*examination).devices},
+	{"reach", "every live host answers over the underlay", (*examination).reach},
+	{"tunnel", "every live host answers through the tunnels", (*examination).tunnel},
+	{"mtu", "full packets reach every live host", (*examination).pathMTU},
+	{"clock", "clocks agree", (*examination).clock},
+}
+
+func (e *examination) metadata() {
+	if !e.needs("metadata", e.Metadata != nil) || e.Metadata.Err == nil {
+		return
+	}
+	what, remedy := Unreachable(e.Metadata.Err, e.Metadata.Socket)
+	e.add(Error, e.Metadata.Socket, remedy, "%s", what)
+}
+
+// Unreachable says in words why the metadata service did not answer, and what helps.
+func Unreachable(err error, socket string) (what, remedy string) {
+	start := "start it: systemctl start lariat-metadata; if it ends at once: journalctl -u lariat-metadata"
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Sprintf("the metadata service is not running: there is no socket %s", socket), start + ". When it listens elsewhere, give --socket"
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Sprintf("the metadata service has died: nobody answers on its socket %s", socket), start
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Sprintf("the metadata service's socket %s is not open to this user", socket), "run this as root"
+	case errors.Is(err, syscall.ENOTSOCK):
+		return fmt.Sprintf("%s is not a socket", socket), "remove the file and restart lariat-metadata, or give the right --socket"
+	case errors.Is(err, context.DeadlineExceeded):
+		return fmt.Sprintf("the metadata service on %s does not answer in time", socket), "look at journalctl -u lariat-metadata; a store that lost its majority answers nobody"
+	case metadata.IsCode(err, metadata.CodeUnavailable):
+		return fmt.Sprintf("the metadata service has no store: %v", err), "look at journalctl -u lariat-metadata; with external etcd: etcdctl endpoint health"
+	}
+	return fmt.Sprintf("the metadata service gave no proper answer: %v", err), "look at journalctl -u lariat-metadata"
+}
+
+func (e *examination) store() {
+	if e.Metadata == nil || e.Metadata.Err != nil || e.Metadata.Store == nil {
+		e.needs("store", false)
+		return
+	}
+	s := e.Metadata.Store
+	if s.Reason != "" {
+		e.add(Error, e.Metadata.Socket, "look at journalctl -u lariat-metadata; with external etcd: etcdctl endpoint health", "the store is not healthy: %s", s.Reason)
+	}
+	if s.Quota <= 0 {
+		return
+	}
+	used := float64(s.Size) / float64(s.Quota)
+	remedy := "defragment it (etcdctl defrag), look for what fills it, or restart lariat-metadata with a larger quota"
+	switch {
+	case used >= storeError:
+		e.add(Error, e.Metadata.Socket, remedy, "the store is %.0f %% full (%s of %s); when it is full it takes no write", used*100, size(s.Size), size(s.Quota))
+	case used >= storeWarning:
+		e.add(Warning, e.Metadata.Socket, remedy, "the store is %.0f %% full (%s of %s)", used*100, size(s.Size), size(s.Quota))
+	}
+}
+
+func size(n int64) string {
+	switch {
+	case n >= 1<<30:
+		return fmt.Sprintf("%.1f GiB", float64(n)/(1<<30))
+	case n >= 1<<20:
+		return fmt.Sprintf("%.0f MiB", float64(n)/(1<<20))
+	}
+	return fmt.Sprintf("%d KiB", n>>10)
+}
+
+func (e *examination) manager() {
+	if !e.needs("manager", e.Manager != nil) {
+		return
+	}
+	where := "host " + e.Self
+	switch err := e.Manager.Err; {
+	case errors.Is(err, fs.ErrPermission):
+		e.skip("the network manager's socket %s is not open to this user; run this as root", e.Manager.Socket)
+	case err != nil:
+		e.add(Error, where, "start it: systemctl start lariat-network-manager. Until then running containers keep their network, but nothing follows changes",
+			"the network manager is not running: %v", err)
+	}
+	for _, c := range e.Manager.Concerns {
+		if !c.OK {
+			e.add(Error, where, "it is tried again by itself; the message says what is in the way. More: journalctl -u lariat-network-manager", "the network manager cannot keep %s true: %s", c.Name, c.Error)
+		}
+	}
+}
+
+func (e *examination) hosts() {
+	if !e.needsSnapshot() {
+		return
+	}
+	s := e.Metadata.Snapshot
+	if e.Self != "" {
+		if _, ok := s.Host(e.Self); !ok {
+			e.add(Error, "host "+e.Self, "restart lariat-metadata on this host; it registers itself", "this host is not in the metadata")
+		}
+	}
+	for _, h := range s.Hosts {
+		if h.Live {
+			continue
+		}
+		e.add(Warning, "host "+h.Name, fmt.Sprintf("on %s: systemctl status lariat-metadata. When the host is gone for good: lariat host remove %s", h.Name, h.Name),
+			"host %s does not answer: its metadata service has not been heard of%s", h.Name, holds(s, h.Name))
+	}
+}
+
+// holds says what a host has that others wait for.
+func holds(s *metadata.Snapshot, host string) string {
+	blocks, containers := 0, 0
+	for _, b := range s.Blocks {
+		if b.Host == host {
+			blocks++
+		}
+	}
+	for _, c := range s.Containers {
+		if c.Host == host {
+			containers++
+		}
+	}
+	switch {
+	case containers > 0:
+		return fmt.Sprintf("; it has %s and %s", count(blocks, "block"), count(containers, "container"))
+	case blocks > 0:
+		return fmt.Sprintf("; it has %s", count(blocks, "block"))
+	}
+	return ""
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+func (e *examination) duplicates() {
+	if !e.needsSnapshot() {
+		return
+	}
+	s := e.Metadata.Snapshot
+	twice := func(what, remedy string, of func(metadata.Host) []string) {
+		users := map[string][]string{}
+		for _, h := range s.Hosts {
+			for _, v := range of(h) {
+				if v != "" && !slices.Contains(users[v], h.Name) {
+					users[v] = append(users[v], h.Name)
+				}
+			}
+		}
+		for _, v := range slices.Sorted(maps.Keys(users)) {
+			if len(users[v]) > 1 {
+				slices.Sort(users[v])
+				e.add(Error, "hosts "+strings.Join(users[v], ", "), remedy, "hosts %s have the same %s %s", strings.Join(users[v], " and "), what, v)
+			}
+		}
+	}
+	twice("machine id", "one machine under two names: lariat host remove the old name. Two machines from one image: on one of them rm /etc/machine-id; systemd-machine-id-setup; restart lariat-metadata",
+		func(h metadata.Host) []string { return []string{h.MachineID} })
+	twice("underlay address", "give one of them another address and restart its lariat-metadata, or remove the host that is gone: lariat host remove NAME",
+		func(h metadata.Host) (out []string) {
+			for _, u := range h.Underlay {
+				out = append(out, u.Address.Addr().String())
+			}
+			return out
+		})
+	twice("overlay MAC", "restart lariat-metadata on one of them; it derives its MAC from its underlay address", func(h metadata.Host) []string {
+		if h.MAC.IsZero() {
+			return nil
+		}
+		return []string{h.MAC.String()}
+	})
+	type claim struct{ network, what string }
+	claims := map[claim][]string{}
+	for _, b := range s.Blocks {
+		claims[claim{b.Network, b.CIDR.String()}] = append(claims[claim{b.Network, b.CIDR.String()}], b.Host)
+		if b.Gateway.IsValid() {
+			k := claim{b.Network, b.Gateway.String()}
+			claims[k] = append(claims[k], b.Host)
+		}
+	}
+	for _, en := range s.Endpoints {
+		k := claim{en.Network, en.Address.String()}
+		claims[k] = append(claims[k], en.Host)
+	}
+	keys := slices.SortedFunc(maps.Keys(claims), func(a, b claim) int {
+		if a.network != b.network {
+			return strings.Compare(a.network, b.network)
+		}
+		return strings.Compare(a.what, b.what)
+	})
+	for _, k := range keys {
+		if who := claims[k]; len(who) > 1 {
+			slices.Sort(who)
+			e.add(Error, "network "+k.network, "this should not be possible: keep a backup (lariat-metadata backup FILE), report it, and remove the host that does not use it",
+				"%s is claimed by hosts %s", k.what, strings.Join(slices.Compact(who), " and "))
+		}
+	}
+}
+
+func (e *examination) networks() {
+	if !e.needsSnapshot() {
+		return
+	}
+	s := e.Metadata.Snapshot
+	for i, n := range s.Networks {
+		where := "network " + n.Name
+		if err := n.Validate(); err != nil {
+			e.add(Error, where, "correct it: lariat network update "+n.Name, "%s", strings.ReplaceAll(err.Error(), "\n", "; "))
+		}
+		for _, o := range s.Networks[i+1:] {
+			if n.Encapsulation == metadata.EncapVXLAN && o.Encapsulation == metadata.EncapVXLAN && n.VNI == o.VNI {
+				e.add(Error, where, "give one of them another: lariat network update NAME --vni N", "networks %s and %s have the same VNI %d", n.Name, o.Name, n.VNI)
+			}
+			for _, p := range n.Subnets {
+				for _, q := range o.Subnets {
+					if p.Overlaps(q) {
+						e.add(Error, where, "make one of them anew with another subnet", "subnet %s of network %s and subnet %s of network %s overlap", p, n.Name, q, o.Name)
+					}
+				}
+			}
+		}
+		if n.Encapsulation == metadata.EncapNone {
+			continue
+		}
+		for _, h := range s.Hosts {
+			for _, u := range h.Underlay {
+				for _, p := range n.Subnets {
+					if p.Overlaps(u.Address.Masked()) {
+						e.add(Error, where, "make the network anew with another subnet: packets of the tunnels would be sent into the tunnels",
+							"subnet %s overlaps the underlay %s of host %s", p, u.Address, h.Name)
+					}
+				}
+			}
+		}
+	}
+}
+
+func (e *examination) addresses() {
+	if e.Metadata == nil || e.Metadata.Err != nil || e.Metadata.Status == nil {
+		e.needs("usage", false)
+		return
+	}
+	for _, st := range e.Metadata.Status {
+		where := "network " + st.Network
+		full := false
+		for _, u := range st.Usage {
+			total := u.Used + u.Free
+			used := 0.0
+			if total > 0 {
+				used = float64(u.Used) / float64(total)
+			}
+			remedy := "look for containers that are gone and hold addresses: lariat ip list --network " + st.Network + "; or make a wider network"
+			switch {
+			case u.Free <= 0:
+				full = true
+				e.add(Error, where, remedy, "subnet %s has no address left for this host", u.Subnet)
+			case used >= usageWarning && u.BlocksFree == 0:
+				e.add(Warning, where, remedy, "subnet %s is %.0f %% full for this host: %d of %d addresses are left", u.Subnet, used*100, u.Free, total)
+			case u.BlocksFree == 0:
+				e.add(Warning, where, "a host that joins now must borrow addresses one by one; make a wider network, or smaller blocks in a new one", "subnet %s has no free block left", u.Subnet)
+			}
+		}
+		if !st.Ready && !full {
+			e.add(Error, where, "see the reason", "no container can be attached to network %s on this host: %s", st.Network, st.Reason)
+		}
+	}
+}
+
+func (e *examination) features() {
+	if !e.needs("features", e.Features != nil) {
+		return
+	}
+	for _, f := range e.Features {
+		if !f.OK {
+			e.add(Error, "kernel of host "+e.Self, f.Remedy, "the kernel cannot do %s (%s), without which %s", f.Name, f.Detail, f.Need)
+		}
+	}
+}
+
+// overlays are the networks that Lariat routes, by family.
+func (e *examination) overlays() (v4, v6 bool) {
+	for _, n := range e.Metadata.Snapshot.Networks {
+		if n.Encapsulation == metadata.EncapNone {
+			continue
+		}
+		for _, p := range n.Subnets {
+			v4, v6 = v4 || p.Addr().Is4(), v6 || p.Addr().Is6()
+		}
+	}
+	return v4, v6
+}
+
+func (e *examination) forwarding() {
+	if !e.needs("kernel", e.Kernel != nil) || !e.needsSnapshot() {
+		return
+	}
+	v4, v6 := e.overlays()
+	for _, f := range []struct {
+		key, family string
+		wanted      bool
+	}{{"net/ipv4/ip_forward", "IPv4", v4}, {"net/ipv6/conf/all/forwarding", "IPv6", v6}} {
+		if value, known := e.Kernel.Sysctls[f.key]; f.wanted && known && value == "0" {
+			dotted := strings.ReplaceAll(f.key, "/", ".")
+			e.add(Error, "sysctl "+dotted, fmt.Sprintf("sysctl -w %s=1, and look in /etc/sysctl.d for what turns it off; the network manager turns it on at its next pass", dotted),
+				"the host does not forward %s: containers reach nobody", f.family)
+		}
+	}
+}
+
+// The kernel takes the larger of net.ipv4.conf.all.rp_filter and the device's own value: "loose" (2) for all makes a strict
+// check (1) on a container's device loose as well.
+func (e *examination) rpFilter() {
+	if !e.needs("kernel", e.Kernel != nil) {
+		return
+	}
+	if e.Kernel.Sysctls["net/ipv4/conf/all/rp_filter"] != "2" {
+		return
+	}
+	const key = "sysctl net.ipv4.conf.all.rp_filter"
+	remedy := "sysctl -w net.ipv4.conf.all.rp_filter=0 (each device's own value then counts), and look in /etc/sysctl.d for what sets it"
+	if e.Kernel.AntiSpoof != nil && *e.Kernel.AntiSpoof {
+		e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices; only Lariat's own nftables rule keeps containers from using each other's addresses")
+		return
+	}
+	e.add(Error, key, remedy+"; the network manager adds a rule of its own when it runs", "the reverse path check is loose (2) for all devices, which overrides a strict one: a container can use another's address")
+}
+
+func (e *examination) forwardPolicy() {
+	if e.Kernel == nil || e.NotLooked["forward"] != "" {
+		e.needs("forward", false)
+		return
+	}
+	if !e.needsSnapshot() {
+		return
+	}
+	v4, v6 := e.overlays()
+	for _, c := range e.Kernel.Forward {
+		if c.Passes || !c.Both && (c.V6 && !v6 || !c.V6 && !v4) {
+			continue
+		}
+		remedy := "start lariat-network-manager, which lets the networks' packets through"
+		if !strings.HasPrefix(c.Name, "iptables") && !strings.HasPrefix(c.Name, "ip6tables") {
+			remedy = "add accept rules for the networks' subnets to this chain where it is made; an accept elsewhere does not help, for a packet must pass every chain"
+		}
+		e.add(Error, c.Name, remedy, "forwarded packets are dropped by the policy of %s: containers reach nobody", c.Name)
+	}
+}
+
+func (e *examination) underlay() {
+	if !e.needs("kernel", e.Kernel != nil) || !e.needsSnapshot() {
+		return
+	}
+	me, ok := e.Metadata.Snapshot.Host(e.Self)
+	if !ok {
+		e.skip("this host is not in the metadata")
+		return
+	}
+	if len(me.Underlay) == 0 {
+		e.add(Error, "host "+e.Self, "give lariat-metadata --underlay ADDRESS/LENGTH", "this host has no underlay address: no other host can reach it")
+	}
+	for i, u := range me.Underlay {
+		dev := ""
+		for _, name := range slices.Sorted(maps.Keys(e.Kernel.Links)) {
+			if slices.ContainsFunc(e.Kernel.Links[name].Addrs, func(p netip.Prefix) bool { return p.Addr() == u.Address.Addr() }) {
+				dev = name
+				break
+			}
+		}
+		where := "interface " + u.Device
+		link := e.Kernel.Links[dev]
+		switch {
+		case dev == "":
+			e.add(Error, where, "put the address back, or restart lariat-metadata so that it registers the present one", "the underlay address %s of this host is on none of its interfaces", u.Address.Addr())
+			continue
+		case dev != u.Device && u.Device != "":
+			e.add(Warning, where, "restart lariat-metadata; it registers what is there", "the underlay address %s is on %s, the metadata says %s", u.Address.Addr(), dev, u.Device)
+		case !link.Up:
+			e.add(Error, where, "ip link set "+dev+" up", "the underlay's interface %s is down", dev)
+		case u.MTU != 0 && link.MTU != u.MTU:
+			e.add(Warning, where, "the network manager tells the metadata; is it running?", "the MTU of %s is %d, the metadata says %d", dev, link.MTU, u.MTU)
+		}
+		if i > 0 {
+			continue
+		}
+		for _, n := range e.Metadata.Snapshot.Networks {
+			if need := mtu.Container(n, me) + mtu.Overhead(n, me); n.Encapsulation == metadata.EncapVXLAN && need > link.MTU {
+				e.add(Error, where, fmt.Sprintf("lariat network update %s --mtu %d, or raise the MTU of %s to %d", n.Name, link.MTU-mtu.Overhead(n, me), dev, need),
+					"network %s has an MTU of %d, which with %d octets of encapsulation does not fit the %d of %s: large packets are lost", n.Name, mtu.Container(n, me), mtu.Overhead(n, me), link.MTU, dev)
+			}
+		}
+	}
+}
+
+func (e *examination) devices() {
+	if !e.needs("kernel", e.Kernel != nil) {
+		return
+	}
+	if why := e.NotLooked["devices"]; why != "" {
+		e.skip("%s", why)
+		return
+	}
+	remedy := "start lariat-network-manager, which mends it; if it runs, lariat plan --diff shows what is left to do"
+	for _, d := range e.Kernel.Devices {
+		where := "device " + d.Name
+		switch {
+		case d.Want == "":
+			e.add(Error, where, "start lariat-network-manager, which removes it; or by hand: ip link del "+d.Name, "device %s is left over: no network wants it (%s)", d.Name, d.Have)
+		case d.Have == "":
+			e.add(Error, where, remedy, "device %s is missing (it should be: %s)", d.Name, d.Want)
+		case d.Want != d.Have:
+			e.add(Error, where, remedy, "device %s is not as it should be: it is %q, it should be %q", d.Name, d.Have, d.Want)
+		}
+	}
+}
+
+// each reports a finding for each of few peers, or one that counts many: fifty times the same says less than once.
+func (e *examination) each(list []Peer, s Severity, remedy string, one func(Peer) string, many string) {
+	if len(list) <= oneFindingFor {
+		for _, p := range list {
+			e.add(s, fmt.Sprintf("host %s (%s)", p.Host, p.Addr), remedy, "%s", one(p))
+		}
+		return
+	}
+	names := make([]string, len(list))
+	for i, p := range list {
+		names[i] = p.Host
+	}
+	e.add(s, "hosts "+strings.Join(names, ", "), remedy, "%s", fmt.Sprintf(many, len(list)))
+}
+
+// tunnelAnswers reports whether some tunnel to the peer works, and whether one does not.
+func tunnelAnswers(p Peer) (some, broken bool) {
+	for _, o := range p.Overlay {
+		if o.Err == nil {
+			some = true
+		} else {
+			broken = true
+		}
+	}
+	return some, broken
+}
+
+func (e *examination) reach() {
+	if !e.needs("peers", e.Peers != nil) {
+		return
+	}
+	var refused, silent, odd []Peer
+	for _, p := range e.Peers {
+		some, _ := tunnelAnswers(p)
+		switch {
+		case p.Echo == nil:
+		case errors.Is(p.Echo, echo.ErrRefused):
+			refused = append(refused, p)
+		case errors.Is(p.Echo, echo.ErrSilent) && some:
+			odd = append(odd, p)
+		default:
+			silent = append(silent, p)
+		}
+	}
+	e.each(silent, Error, fmt.Sprintf("ping the address; open UDP %d (probes) and the networks' ports between the hosts in every firewall on the way", echo.Port),
+		func(p Peer) string {
+			return fmt.Sprintf("host %s does not answer over the underlay: %v", p.Host, p.Echo)
+		},
+		"%d hosts do not answer over the underlay")
+	e.each(refused, Warning, "start lariat-network-manager there", func(p Peer) string {
+		return fmt.Sprintf("host %s is reached, but its network manager does not answer probes on UDP %d", p.Host, echo.Port)
+	}, "%d hosts are reached, but their network managers do not answer probes")
+	e.each(odd, Warning, fmt.Sprintf("open UDP %d between the hosts; without it packet size and clock cannot be checked", echo.Port), func(p Peer) string {
+		return fmt.Sprintf("host %s is reached through the tunnel, but not on UDP %d", p.Host, echo.Port)
+	}, "%d hosts are reached through the tunnel, but not on the port of probes")
+}
+
+func (e *examination) tunnel() {
+	if !e.needs("peers", e.Peers != nil) {
+		return
+	}
+	type key struct {
+		network string
+		port    uint16
+	}
+	blocked, routeless := map[key][]Peer{}, map[key][]Peer{}
+	for _, p := range e.Peers {
+		for _, o := range p.Overlay {
+			k := key{o.Network, o.Port}
+			switch {
+			case o.Err == nil:
+			case o.Source != o.Ours:
+				routeless[k] = append(routeless[k], p)
+			case errors.Is(p.Echo, echo.ErrSilent):
+				// Nothing at all gets through, which is told already.
+			default:
+				blocked[k] = append(blocked[k], p)
+			}
+		}
+	}
+	order := func(m map[key][]Peer) []key {
+		return slices.SortedFunc(maps.Keys(m), func(a, b key) int { return strings.Compare(a.network, b.network) })
+	}
+	for _, k := range order(routeless) {
+		e.each(routeless[k], Error, "lariat plan --diff shows what is missing; start lariat-network-manager, which adds it", func(p Peer) string {
+			return fmt.Sprintf("there is no route of network %s to host %s", k.network, p.Host)
+		}, "there is no route of network "+k.network+" to %d hosts")
+	}
+	for _, k := range order(blocked) {
+		e.each(blocked[k], Error, fmt.Sprintf("open UDP %d between the hosts in every firewall on the way and on both ends; if it is open, look on the other host: lariat doctor", k.port), func(p Peer) string {
+			return fmt.Sprintf("UDP %d is blocked to or from host %s: it answers over the underlay, but not through network %s", k.port, p.Host, k.network)
+		}, fmt.Sprintf("UDP %d is blocked to or from %%d hosts: they answer over the underlay, but not through network %s", k.port, k.network))
+	}
+}
+
+func (e *examination) pathMTU() {
+	if !e.needs("peers", e.Peers != nil) {
+		return
+	}
+	asked, measured := 0, 0
+	for _, p := range e.Peers {
+		if p.WantMTU == 0 || p.Echo != nil {
+			continue
+		}
+		asked++
+		if p.MTUErr != nil {
+			continue
+		}
+		measured++
+		if p.MTU >= p.WantMTU {
+			continue
+		}
+		overhead := mtu.VXLANOverIPv4
+		if p.Addr.Is6() {
+			overhead = mtu.VXLANOverIPv6
+		}
+		e.add(Error, fmt.Sprintf("way to host %s (%s)", p.Host, p.Addr),
+			fmt.Sprintf("raise the MTU on the way, or lower the networks': lariat network update NAME --mtu %d", p.MTU-overhead),
+			"packets of %d octets, as the tunnels make them, do not come through to host %s and back; the largest that do have %d", p.WantMTU, p.Host, p.MTU)
+	}
+	if measured < asked {
+		e.skip("%d of %d hosts could not be measured", asked-measured, asked)
+	}
+}
+
+func (e *examination) clock() {
+	if !e.needs("peers", e.Peers != nil) {
+		return
+	}
+	var off []Peer
+	answered := 0
+	for _, p := range e.Peers {
+		if p.Echo != nil {
+			continue
+		}
+		answered++
+		// Only what exceeds the doubt of the measurement counts.
+		if p.Skew.Abs()-p.RTT/2 > skewWarning {
+			off = append(off, p)
+		}
+	}
+	if answered == 0 && len(e.Peers) > 0 {
+		e.skip("no host answered probes")
+		return
+	}
+	remedy := "look at timedatectl on both hosts; run chrony or systemd-timesyncd"
+	if len(off) > 1 && len(off) == answered {
+		e.add(severity(off[0].Skew), "host "+e.Self, remedy, "this host's clock is off by %s against every other host", off[0].Skew.Abs().Round(100*time.Millisecond))
+		return
+	}
+	for _, p := range off {
+		direction := "ahead of"
+		if p.Skew < 0 {
+			direction = "behind"
+		}
+		e.add(severity(p.Skew), "host "+p.Host, remedy, "the clock of host %s is %s %s this host's", p.Host, p.Skew.Abs().Round(100*time.Millisecond), direction)
+	}
+}
+
+func severity(skew time.Duration) Severity {
+	if skew.Abs() >= skewError {
+		return Error
+	}
+	return Warning
+}

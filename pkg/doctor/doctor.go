@@ -1,0 +1,116 @@
+// Package doctor finds out why a host's network does not work, and says what to do about it.
+//
+// Gather collects facts: it asks the metadata service and the network manager, reads the kernel, and probes the other hosts. It
+// changes nothing. Check is pure and turns facts into findings, so that each finding has a test that needs no broken host.
+package doctor
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+)
+
+// Severity of a finding.
+type Severity string
+
+// An error breaks something now; a warning will, or does for some.
+const (
+	Warning Severity = "warning"
+	Error   Severity = "error"
+)
+
+// Finding is one thing that is wrong.
+type Finding struct {
+	Check    string   `json:"check"`
+	Severity Severity `json:"severity"`
+	What     string   `json:"what"`
+	Where    string   `json:"where"`
+	Remedy   string   `json:"remedy"`
+}
+
+// Skipped is a check that could not be made.
+type Skipped struct {
+	Check string `json:"check"`
+	Why   string `json:"why"`
+}
+
+// Passed is a check that found nothing.
+type Passed struct {
+	Check string `json:"check"`
+	What  string `json:"what"`
+}
+
+// Report is the outcome of a check-up. Errors stand before warnings.
+type Report struct {
+	Findings []Finding `json:"findings"`
+	Skipped  []Skipped `json:"skipped"`
+	Passed   []Passed  `json:"passed"`
+}
+
+// ExitStatus is 1 when there is an error, else 2 when something could not be checked, else 0.
+func (r *Report) ExitStatus() int {
+	switch {
+	case slices.ContainsFunc(r.Findings, func(f Finding) bool { return f.Severity == Error }):
+		return 1
+	case len(r.Skipped) > 0:
+		return 2
+	}
+	return 0
+}
+
+// examination is one check under way.
+type examination struct {
+	*Facts
+	name    string
+	report  *Report
+	found   bool
+	skipped bool
+}
+
+func (e *examination) add(s Severity, where, remedy, format string, a ...any) {
+	e.found = true
+	e.report.Findings = append(e.report.Findings, Finding{Check: e.name, Severity: s, What: fmt.Sprintf(format, a...), Where: where, Remedy: remedy})
+}
+
+func (e *examination) skip(format string, a ...any) {
+	e.skipped = true
+	e.report.Skipped = append(e.report.Skipped, Skipped{Check: e.name, Why: fmt.Sprintf(format, a...)})
+}
+
+// needs skips the check when a group of facts is absent, and reports whether to go on.
+func (e *examination) needs(group string, there bool) bool {
+	if !there {
+		e.skip("%s", cmp.Or(e.NotLooked[group], group+" was not looked at"))
+	}
+	return there
+}
+
+func (e *examination) needsSnapshot() bool {
+	return e.needs("metadata", e.Metadata != nil && e.Metadata.Snapshot != nil)
+}
+
+// Check turns facts into findings. With names it makes these checks only.
+func Check(f *Facts, names ...string) *Report {
+	r := &Report{Findings: []Finding{}, Skipped: []Skipped{}, Passed: []Passed{}}
+	for _, c := range checks {
+		if len(names) > 0 && !slices.Contains(names, c.name) {
+			continue
+		}
+		e := &examination{Facts: f, name: c.name, report: r}
+		c.run(e)
+		if !e.found && !e.skipped {
+			r.Passed = append(r.Passed, Passed{Check: c.name, What: c.good})
+		}
+	}
+	slices.SortStableFunc(r.Findings, func(a, b Finding) int { return cmp.Compare(a.Severity, b.Severity) }) // error < warning
+	return r
+}
+
+// Names lists the checks, with what each says when all is well.
+func Names() []Passed {
+	out := make([]Passed, len(checks))
+	for i, c := range checks {
+		out[i] = Passed{c.name, c.good}
+	}
+	return out
+}
