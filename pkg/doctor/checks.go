@@ -515,7 +515,7 @@ func (e *examination) reach() {
 }
 
 func (e *examination) tunnel() {
-	if !e.needs("peers", e.Peers != nil) {
+	if !e.needs("peers", e.Peers != nil) || !e.needs("tunnel", e.NotLooked["tunnel"] == "") {
 		return
 	}
 	type key struct {

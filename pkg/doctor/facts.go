@@ -113,6 +113,5 @@ type Overlay struct {
 	Gateway netip.Addr
 	Source  netip.Addr // from which the kernel would send there; not ours on that network: there is no route by the overlay
 	Ours    netip.Addr
-	Direct  bool // a plain route, no tunnel
 	Err     error
 }

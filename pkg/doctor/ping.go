@@ -1,0 +1,71 @@
+package doctor
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"time"
+)
+
+// errNoEcho is told when an echo request stays without a reply.
+var errNoEcho = errors.New("no reply")
+
+// ping sends echo requests from one overlay address to another until one is answered. The kernel wraps them as it wraps
+// containers' packets, so a reply proves the tunnel in both directions. It needs CAP_NET_RAW.
+func ping(ctx context.Context, from, to netip.Addr, tries int, timeout time.Duration) error {
+	network, request, reply := "ip4:icmp", byte(8), byte(0)
+	if to.Is6() {
+		network, request, reply = "ip6:ipv6-icmp", 128, 129
+	}
+	conn, err := net.ListenPacket(network, from.String())
+	if err != nil {
+		return fmt.Errorf("ping %s from %s: %w", to, from, err)
+	}
+	defer conn.Close()
+	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
+	packet := make([]byte, 8+16)
+	packet[0] = request
+	if _, err := rand.Read(packet[4:]); err != nil { // identifier, sequence and payload: what tells our reply from others'
+		return err
+	}
+	if to.Is4() {
+		binary.BigEndian.PutUint16(packet[2:], checksum(packet)) // the kernel adds ICMPv6's
+	}
+	buf := make([]byte, 1500)
+	for range tries {
+		if _, err := conn.WriteTo(packet, &net.IPAddr{IP: to.AsSlice()}); err != nil {
+			return fmt.Errorf("ping %s from %s: %w", to, from, err)
+		}
+		conn.SetReadDeadline(time.Now().Add(timeout))
+		for ctx.Err() == nil {
+			n, _, err := conn.ReadFrom(buf)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				break
+			}
+			if err != nil {
+				return fmt.Errorf("ping %s from %s: %w", to, from, err)
+			}
+			if n == len(packet) && buf[0] == reply && string(buf[4:n]) == string(packet[4:]) {
+				return nil
+			}
+		}
+	}
+	return fmt.Errorf("ping %s from %s: %w", to, from, errors.Join(errNoEcho, ctx.Err()))
+}
+
+// checksum is the Internet checksum (RFC 1071).
+func checksum(b []byte) uint16 {
+	var sum uint32
+	for i := 0; i+1 < len(b); i += 2 {
+		sum += uint32(b[i])<<8 | uint32(b[i+1])
+	}
+	for sum > 0xffff {
+		sum = sum>>16 + sum&0xffff
+	}
+	return ^uint16(sum)
+}
