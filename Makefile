@@ -61,7 +61,8 @@ test: deps build peers ## vet, unit tests (race detector), integration: what CI 
 
 .PHONY: bench
 bench: build peers ## measure against bridge, ptp and host-local, and a VXLAN made by hand
-	@$(GO) run ./test/bench $(BENCH)
+	@mkdir -p .cache
+	@$(GO) run ./test/bench -json .cache/bench.json $(BENCH)
 
 .PHONY: demo
 demo: build ## three hosts in namespaces, no privileges needed; KEEP=1 leaves them up
