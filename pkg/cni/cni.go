@@ -241,9 +241,6 @@ func decodeError(data []byte, err error) *Error {
 	if errors.As(err, &typ) {
 		return Errorf(ErrConfig, "key %q: a %s is not a %s", typ.Field, typ.Value, typ.Type)
 	}
-	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
-		return Errorf(ErrDecode, "configuration on stdin is not JSON: it ends too early")
-	}
 	return wrap(ErrDecode, err, "configuration on stdin")
 }
 
