@@ -179,7 +179,8 @@ func describe(dir string) machine {
 	if unix.Statfs(dir, &fs) == nil {
 		names := map[int64]string{unix.EXT4_SUPER_MAGIC: "ext4", unix.TMPFS_MAGIC: "tmpfs", unix.XFS_SUPER_MAGIC: "xfs",
 			unix.BTRFS_SUPER_MAGIC: "btrfs", unix.OVERLAYFS_SUPER_MAGIC: "overlayfs"}
-		if m.Store = names[int64(fs.Type)]; m.Store == "" {
+		kind := int64(fs.Type) //nolint:unconvert // its type differs between architectures
+		if m.Store = names[kind]; m.Store == "" {
 			m.Store = fmt.Sprintf("file system %#x", fs.Type)
 		}
 	}
