@@ -15,6 +15,9 @@ import (
 //go:embed README.md
 var help string
 
+// version is stamped by the linker.
+var version = "devel"
+
 func main() {
-	cni.Main(cni.Plugin{Name: lease.IPAMType, Help: help, Add: add, Del: del, Check: check, Status: status, GC: gc})
+	cni.Main(cni.Plugin{Name: lease.IPAMType, Version: version, Help: help, Add: add, Del: del, Check: check, Status: status, GC: gc})
 }

@@ -28,13 +28,14 @@ var Versions = []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}
 
 // Plugin is the six verbs of one executable; VERSION is answered here. A nil verb is answered with an error, never with success.
 type Plugin struct {
-	Name   string // of the executable
-	Help   string // what --help prints
-	Add    func(ctx context.Context, r *Request) (*current.Result, error)
-	Del    func(ctx context.Context, r *Request) error
-	Check  func(ctx context.Context, r *Request) error
-	Status func(ctx context.Context, r *Request) error
-	GC     func(ctx context.Context, r *Request) error
+	Name    string // of the executable
+	Version string // of the build
+	Help    string // what --help prints
+	Add     func(ctx context.Context, r *Request) (*current.Result, error)
+	Del     func(ctx context.Context, r *Request) error
+	Check   func(ctx context.Context, r *Request) error
+	Status  func(ctx context.Context, r *Request) error
+	GC      func(ctx context.Context, r *Request) error
 }
 
 // Main runs the verb that the environment names and ends the process: exit code 0, or 1 with an error object on stdout.
@@ -45,16 +46,13 @@ func Main(p Plugin) {
 	os.Exit(p.Run(os.Getenv, os.Stdin, os.Stdout, os.Stderr))
 }
 
-// Version is stamped by the linker.
-var Version = "devel"
-
 func (p Plugin) byHand(args []string, stdout, stderr io.Writer) int {
 	switch args[0] {
 	case "-h", "--help", "help":
-		fmt.Fprintf(stdout, "%s %s\n\n%s", p.Name, Version, p.Help)
+		fmt.Fprintf(stdout, "%s %s\n\n%s", p.Name, p.Version, p.Help)
 		return 0
 	case "--version", "version":
-		fmt.Fprintf(stdout, "%s %s, CNI %s\n", p.Name, Version, strings.Join(Versions, ", "))
+		fmt.Fprintf(stdout, "%s %s, CNI %s\n", p.Name, p.Version, strings.Join(Versions, ", "))
 		return 0
 	}
 	fmt.Fprintf(stderr, "%s: unknown argument %q; a CNI plugin is driven by CNI_COMMAND and JSON on stdin, see --help\n", p.Name, args[0])

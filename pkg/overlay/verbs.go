@@ -26,6 +26,7 @@ import (
 // Plugin is what tells one main plugin from another.
 type Plugin struct {
 	Name          string // of the executable
+	Version       string // of the build
 	Help          string
 	Encapsulation string
 	Device        func(a *metadata.Attachment) string // that carries the network on this host; "" when it has none
@@ -36,7 +37,7 @@ type Plugin struct {
 
 // CNI is the plugin as the process contract wants it.
 func (p Plugin) CNI() cni.Plugin {
-	return cni.Plugin{Name: p.Name, Help: p.Help, Add: p.add, Del: p.del, Check: p.check, Status: p.status, GC: p.gc}
+	return cni.Plugin{Name: p.Name, Version: p.Version, Help: p.Help, Add: p.add, Del: p.del, Check: p.check, Status: p.status, GC: p.gc}
 }
 
 // call is one verb at work.

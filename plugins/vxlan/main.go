@@ -19,9 +19,13 @@ import (
 //go:embed README.md
 var help string
 
+// version is stamped by the linker.
+var version = "devel"
+
 func main() {
 	cni.Main(overlay.Plugin{
 		Name:          "lariat-vxlan",
+		Version:       version,
 		Help:          help,
 		Encapsulation: metadata.EncapVXLAN,
 		Device:        func(a *metadata.Attachment) string { return vxlan.Device(a.VNI) },
