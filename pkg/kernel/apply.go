@@ -1,0 +1,313 @@
+package kernel
+
+import (
+	"cmp"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+)
+
+// maxErrors is how many refusals of one kind of object are told one by one. What is wrong with ten thousand is one thing.
+const maxErrors = 10
+
+// Apply implements Kernel. Sysctls come first, then links, addresses, neighbours, forwarding entries, nexthops, routes, and
+// nftables in one transaction; what goes, goes in reverse. What stands on a device that could not be made is left out.
+func (n *Netns) Apply(ctx context.Context, d *delta.Difference) error {
+	if d.Empty() {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	a := &application{n: n, d: d, indexes: map[string]uint32{}, missing: map[string]int{}}
+	a.run()
+	return errors.Join(a.errs...)
+}
+
+type application struct {
+	n       *Netns
+	d       *delta.Difference
+	indexes map[string]uint32
+	missing map[string]int // devices that are not there, and how much was left out for that
+	errs    []error
+}
+
+func (a *application) fail(format string, args ...any) {
+	a.errs = append(a.errs, fmt.Errorf(format, args...))
+}
+
+func (a *application) run() {
+	d := a.d
+	a.sysctls(false)
+	a.links()
+	a.sysctls(true)
+	send(a, "set", d.Addrs.Set, a.addAddr, func(e *delta.Entry[delta.Addr, struct{}]) string { return e.Key.String() }, unix.EEXIST)
+	send(a, "set", d.Neighs.Set, a.setNeigh, neighName)
+	send(a, "set", d.FDB.Set, a.addFDB, fdbName)
+	a.nexthops()
+	a.routes()
+	if err := a.n.applyNft(d); err != nil {
+		a.errs = append(a.errs, err)
+	}
+	send(a, "remove", d.Routes.Remove, a.removeRoute, routeName, unix.ESRCH, unix.ENOENT, unix.ENODEV)
+	send(a, "remove", d.Nexthops.Remove, a.removeNexthop, nexthopName, unix.ENOENT, unix.ESRCH)
+	send(a, "remove", d.FDB.Remove, a.removeFDB, fdbName, unix.ENOENT)
+	send(a, "remove", d.Neighs.Remove, a.removeNeigh, neighName, unix.ENOENT)
+	send(a, "remove", d.Addrs.Remove, a.removeAddr, func(e *delta.Entry[delta.Addr, struct{}]) string { return e.Key.String() }, unix.EADDRNOTAVAIL)
+	for _, e := range d.Links.Remove {
+		a.removeLink(e.Key)
+	}
+	devs := make([]string, 0, len(a.missing))
+	for dev := range a.missing {
+		devs = append(devs, dev)
+	}
+	slices.Sort(devs)
+	for _, dev := range devs {
+		a.fail("device %s is missing: %d entries on it are left out", dev, a.missing[dev])
+	}
+}
+
+// index is 0 when there is no such device; that is told once, with how much it cost.
+func (a *application) index(dev string) uint32 {
+	if i, ok := a.indexes[dev]; ok {
+		if i == 0 {
+			a.missing[dev]++
+		}
+		return i
+	}
+	i, err := a.n.index(dev)
+	if err != nil {
+		i = 0
+		a.missing[dev]++
+	}
+	a.indexes[dev] = i
+	return i
+}
+
+// send sends one message for each entry, in batches. Refusals in harmless mean that there was nothing to do.
+func send[K comparable, V any](a *application, verb string, entries []delta.Entry[K, V], build func(*message, *delta.Entry[K, V]) bool,
+	name func(*delta.Entry[K, V]) string, harmless ...error) {
+	if len(entries) == 0 {
+		return
+	}
+	refused := 0
+	err := a.n.rt.run(len(entries), func(m *message, i int) bool { return build(m, &entries[i]) }, func(i int, err error) {
+		for _, h := range harmless {
+			if errors.Is(err, h) {
+				return
+			}
+		}
+		if refused++; refused <= maxErrors {
+			a.fail("%s %s: %w", verb, name(&entries[i]), err)
+		}
+	})
+	if err != nil {
+		a.fail("%s %s and what follows: %w", verb, name(&entries[0]), err)
+	}
+	if refused > maxErrors {
+		a.fail("and %d more like %s", refused-maxErrors, name(&entries[0]))
+	}
+}
+
+func neighName(e *delta.Entry[delta.Neigh, delta.MAC]) string {
+	return delta.NeighString(e.Key, e.Value)
+}
+func fdbName(e *delta.Entry[delta.FDB, struct{}]) string { return e.Key.String() }
+func nexthopName(e *nexthopEntry) string                 { return delta.NexthopString(e.Key, e.Value) }
+func routeName(e *routeEntry) string                     { return delta.RouteString(e.Key, e.Value) }
+
+func (a *application) links() {
+	d := a.d
+	for _, e := range d.Links.Remove { // one tunnel end per VNI and port: the old one has to go first
+		if slices.ContainsFunc(d.Links.Set, func(s delta.Entry[string, delta.Link]) bool {
+			return s.Value.VNI == e.Value.VNI && s.Value.Port == e.Value.Port
+		}) {
+			a.removeLink(e.Key)
+		}
+	}
+	for _, e := range d.Links.Set {
+		var err error
+		switch {
+		case e.Replaces && !e.Value.Remake(e.Old):
+			err = a.adjust(e.Key, e.Value)
+		case e.Replaces:
+			a.n.log().Warn("device has the wrong parameters and is made again", "device", e.Key,
+				"was", delta.LinkString(e.Key, e.Old), "becomes", delta.LinkString(e.Key, e.Value))
+			a.removeLink(e.Key)
+			err = a.create(e.Key, e.Value)
+		default:
+			err = a.create(e.Key, e.Value)
+		}
+		if err != nil {
+			a.fail("set %s: %w", delta.LinkString(e.Key, e.Value), err)
+			a.indexes[e.Key] = 0 // nothing must be put on what may be someone else's
+		}
+	}
+}
+
+func (a *application) create(name string, l delta.Link) error {
+	err := a.n.rt.do(func(m *message) { createVXLAN(m, name, l) })
+	if errors.Is(err, unix.EEXIST) {
+		// Another process of ours may have been faster. Anything else of that name, or on that VNI, is not ours.
+		var f foundLink
+		gerr := a.n.rt.get(unix.RTM_GETLINK, func(m *message) {
+			m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+			m.string(unix.IFLA_IFNAME, name)
+		}, func(_ uint16, body []byte) { f = parseLink(body) })
+		switch {
+		case gerr != nil:
+			return fmt.Errorf("another device has VNI %d and port %d: %w", l.VNI, l.Port, err)
+		case f.kind != "vxlan":
+			return fmt.Errorf("a device of that name is there, of kind %q, and is left alone; rename it or give the network another VNI: %w", cmp.Or(f.kind, "hardware"), err)
+		case l.Remake(f.link):
+			return fmt.Errorf("appeared meanwhile as %s: %w", delta.LinkString(name, f.link), err)
+		}
+		err = nil
+	}
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("this kernel lacks %s: %w", l.Kind, err)
+	}
+	if err != nil {
+		return err
+	}
+	return a.adjust(name, l)
+}
+
+// adjust sets what can be set in place, and ends with the device up.
+func (a *application) adjust(name string, l delta.Link) error {
+	index, err := a.n.index(name)
+	if err != nil {
+		return err
+	}
+	a.indexes[name] = index
+	err = a.n.rt.do(func(m *message) { noLinkLocal(m, index) })
+	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EINVAL) {
+		return err // those three are a kernel or device without IPv6
+	}
+	return a.n.rt.do(func(m *message) {
+		changeLink(m, index, unix.IFF_UP, unix.IFF_UP)
+		m.bytes(unix.IFLA_ADDRESS, l.MAC[:])
+		if l.MTU != 0 {
+			m.u32(unix.IFLA_MTU, uint32(l.MTU))
+		}
+		m.bytes(unix.IFLA_IFALIAS, []byte(l.Alias))
+	})
+}
+
+func (a *application) removeLink(name string) {
+	index, err := a.n.index(name)
+	delete(a.indexes, name)
+	if errors.Is(err, unix.ENODEV) {
+		return
+	}
+	if err == nil {
+		err = a.n.rt.do(func(m *message) {
+			m.begin(unix.RTM_DELLINK, 0)
+			m.raw(0, 0, 0, 0)
+			m.rawU32(index)
+			m.rawU32(0)
+			m.rawU32(0)
+		})
+	}
+	if err != nil && !errors.Is(err, unix.ENODEV) {
+		a.fail("remove link %s: %w", name, err)
+	}
+}
+
+func (a *application) addAddr(m *message, e *delta.Entry[delta.Addr, struct{}]) bool {
+	return a.addr(m, unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_EXCL, e.Key)
+}
+
+func (a *application) removeAddr(m *message, e *delta.Entry[delta.Addr, struct{}]) bool {
+	return a.addr(m, unix.RTM_DELADDR, 0, e.Key)
+}
+
+func (a *application) addr(m *message, typ, flags uint16, k delta.Addr) bool {
+	index := a.index(k.Dev)
+	if index == 0 {
+		return false
+	}
+	ip := k.Prefix.Addr()
+	m.begin(typ, flags)
+	family, scope, noDAD := byte(unix.AF_INET), byte(unix.RT_SCOPE_UNIVERSE), byte(0)
+	if ip.Is6() {
+		// Nobody else can have it: it is derived from a block or a MAC that is ours. Waiting for others would cost a second.
+		family, noDAD = unix.AF_INET6, unix.IFA_F_NODAD
+	}
+	if ip.IsLinkLocalUnicast() && ip.Is6() {
+		scope = unix.RT_SCOPE_LINK
+	}
+	m.raw(family, byte(k.Prefix.Bits()), noDAD, scope)
+	m.rawU32(index)
+	m.addr(unix.IFA_LOCAL, ip)
+	m.addr(unix.IFA_ADDRESS, ip)
+	return true
+}
+
+func (a *application) setNeigh(m *message, e *delta.Entry[delta.Neigh, delta.MAC]) bool {
+	index := a.index(e.Key.Dev)
+	if index == 0 {
+		return false
+	}
+	m.begin(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+	ndmsg(m, family(e.Key.Addr.Is6()), index, unix.NUD_PERMANENT, 0)
+	m.addr(unix.NDA_DST, e.Key.Addr)
+	m.bytes(unix.NDA_LLADDR, e.Value[:])
+	return true
+}
+
+func (a *application) removeNeigh(m *message, e *delta.Entry[delta.Neigh, delta.MAC]) bool {
+	index := a.index(e.Key.Dev)
+	if index == 0 {
+		return false
+	}
+	m.begin(unix.RTM_DELNEIGH, 0)
+	ndmsg(m, family(e.Key.Addr.Is6()), index, 0, 0)
+	m.addr(unix.NDA_DST, e.Key.Addr)
+	return true
+}
+
+func (a *application) addFDB(m *message, e *delta.Entry[delta.FDB, struct{}]) bool {
+	// Appended and not replaced: see delta.FDB.
+	return a.fdb(m, unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_APPEND, unix.NUD_PERMANENT, e.Key)
+}
+
+func (a *application) removeFDB(m *message, e *delta.Entry[delta.FDB, struct{}]) bool {
+	return a.fdb(m, unix.RTM_DELNEIGH, 0, 0, e.Key)
+}
+
+func (a *application) fdb(m *message, typ, flags, state uint16, k delta.FDB) bool {
+	index := a.index(k.Dev)
+	if index == 0 {
+		return false
+	}
+	m.begin(typ, flags)
+	ndmsg(m, unix.AF_BRIDGE, index, state, unix.NTF_SELF)
+	m.bytes(unix.NDA_LLADDR, k.MAC[:])
+	if k.Dst.IsValid() {
+		m.addr(unix.NDA_DST, k.Dst)
+	}
+	return true
+}
+
+func ndmsg(m *message, family byte, index uint32, state uint16, flags byte) {
+	m.raw(family, 0, 0, 0)
+	m.rawU32(index)
+	m.b = binary.NativeEndian.AppendUint16(m.b, state)
+	m.raw(flags, 0)
+}
+
+func family(v6 bool) byte {
+	if v6 {
+		return unix.AF_INET6
+	}
+	return unix.AF_INET
+}

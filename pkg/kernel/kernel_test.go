@@ -1,0 +1,103 @@
+package kernel_test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
+)
+
+func TestMain(m *testing.M) { netnstest.Main(m) }
+
+// overlay is what host 192.0.2.1 needs for n peers: for each a neighbour, a forwarding entry, a nexthop and a route.
+func overlay(n int) *delta.State {
+	s := delta.NewState()
+	const dev = "vtep1042"
+	s.Links[dev] = delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"), MAC: delta.MAC{0x0e, 0, 192, 0, 2, 1}, MTU: 1450, Alias: "lariat:vxlan:overlay"}
+	for _, p := range []string{"10.42.0.1/32", "fd42::1/128", "fe80::c00:c0ff:fe00:201/64"} {
+		s.Addrs[delta.Addr{Dev: dev, Prefix: netip.MustParsePrefix(p)}] = struct{}{}
+	}
+	s.Routes[netip.MustParsePrefix("10.42.0.0/26")] = delta.Route{Type: "blackhole"}
+	s.Routes[netip.MustParsePrefix("fd42::/122")] = delta.Route{Type: "blackhole"}
+	for i := 1; i <= n; i++ {
+		hi, lo := byte(i>>8), byte(i)
+		via := netip.AddrFrom4([4]byte{198, 18 + byte(i>>16), hi, lo})
+		mac := delta.MAC{0x0e, 0, 198, 18, hi, lo}
+		s.Neighs[delta.Neigh{Dev: dev, Addr: via}] = mac
+		s.FDB[delta.FDB{Dev: dev, MAC: mac, Dst: via}] = struct{}{}
+		s.Nexthops[0x4c000000+uint32(i)] = delta.Nexthop{Via: via, Dev: dev, Onlink: true}
+		dst := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 43 + byte(i>>10), byte(i >> 2), byte(i << 6)}), 26)
+		s.Routes[dst] = delta.Route{NH: 0x4c000000 + uint32(i), Src: netip.MustParseAddr("10.42.0.1")}
+	}
+	return s
+}
+
+func newKernel(t testing.TB) (*netnstest.NS, *kernel.Netns) {
+	t.Helper()
+	ns := netnstest.New(t)
+	k, err := kernel.NewAt(ns.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { k.Close() })
+	return ns, k
+}
+
+func reconcile(t testing.TB, k kernel.Kernel, want *delta.State) *delta.Difference {
+	t.Helper()
+	d, err := kernel.Reconcile(context.Background(), k, want)
+	if err != nil {
+		t.Fatalf("reconcile: %v", err)
+	}
+	return d
+}
+
+func observe(t testing.TB, k kernel.Kernel, want *delta.State) *delta.State {
+	t.Helper()
+	s, err := k.Observe(context.Background(), want)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func wantText(t testing.TB, got, want string) {
+	t.Helper()
+	if got == want {
+		return
+	}
+	g, w := strings.Split(got, "\n"), strings.Split(want, "\n")
+	var b strings.Builder
+	for _, l := range w {
+		if !strings.Contains("\n"+got, "\n"+l+"\n") {
+			fmt.Fprintf(&b, "missing:    %s\n", l)
+		}
+	}
+	for _, l := range g {
+		if !strings.Contains("\n"+want, "\n"+l+"\n") {
+			fmt.Fprintf(&b, "unexpected: %s\n", l)
+		}
+	}
+	t.Errorf("text differs:\n%s\ngot:\n%s", b.String(), got)
+}
+
+func TestF23F26ReconcileMakesWhatThePlanSays(t *testing.T) {
+	_, k := newKernel(t)
+	want := overlay(3)
+	reconcile(t, k, want)
+	wantText(t, observe(t, k, want).String(), want.String())
+}
+
+func TestF141SettledPassFindsNothingToDo(t *testing.T) {
+	_, k := newKernel(t)
+	want := overlay(300)
+	reconcile(t, k, want)
+	if d := reconcile(t, k, want); !d.Empty() {
+		t.Errorf("a settled kernel still differs:\n%s", d)
+	}
+}

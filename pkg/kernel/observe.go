@@ -1,0 +1,384 @@
+package kernel
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+)
+
+// interruptedTries is how often an inconsistent list is read again. After that it is taken as it is: each change that follows
+// from it is harmless when it comes to nothing, and the next pass sees the rest.
+const interruptedTries = 4
+
+// Observe implements Kernel.
+func (n *Netns) Observe(ctx context.Context, want *delta.State) (*delta.State, error) {
+	if want == nil {
+		want = &delta.State{}
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	var s *delta.State
+	var err error
+	for range interruptedTries {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		o := observation{n: n, want: want, names: map[uint32]string{}, s: sized(want)}
+		err = o.run()
+		s = o.s
+		if !errors.Is(err, errInterrupted) {
+			break
+		}
+	}
+	if err != nil && !errors.Is(err, errInterrupted) {
+		return nil, fmt.Errorf("observe the kernel: %w", err)
+	}
+	if err := n.observeNft(s, want); err != nil {
+		return nil, fmt.Errorf("observe the kernel: %w", err)
+	}
+	if err := n.observeSysctls(s, want); err != nil {
+		return nil, fmt.Errorf("observe the kernel: %w", err)
+	}
+	return s, nil
+}
+
+// sized is an empty state with room for as much as is wanted: in the settled case nothing has to grow.
+func sized(want *delta.State) *delta.State {
+	return &delta.State{
+		Links:    make(map[string]delta.Link, len(want.Links)),
+		Addrs:    make(map[delta.Addr]struct{}, len(want.Addrs)),
+		Neighs:   make(map[delta.Neigh]delta.MAC, len(want.Neighs)),
+		FDB:      make(map[delta.FDB]struct{}, len(want.FDB)),
+		Nexthops: make(map[uint32]delta.Nexthop, len(want.Nexthops)),
+		Routes:   make(map[netip.Prefix]delta.Route, len(want.Routes)),
+		Sysctls:  make(map[string]string, len(want.Sysctls)),
+		Sets:     map[string]delta.Set{},
+		Chains:   map[string]delta.Chain{},
+	}
+}
+
+type observation struct {
+	n     *Netns
+	want  *delta.State
+	s     *delta.State
+	names map[uint32]string // of interface indexes
+	owned []uint32          // indexes of owned devices
+
+	interrupted bool
+}
+
+func (o *observation) run() error {
+	if err := o.links(); err != nil {
+		return err
+	}
+	if err := o.addrs(); err != nil {
+		return err
+	}
+	for _, index := range o.owned {
+		if err := o.neighs(index); err != nil {
+			return err
+		}
+		if err := o.fdb(index); err != nil {
+			return err
+		}
+	}
+	if err := o.nexthops(); err != nil {
+		return err
+	}
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		if err := o.routes(family); err != nil {
+			return err
+		}
+	}
+	if o.interrupted {
+		return errInterrupted
+	}
+	return nil
+}
+
+// dump lets a list that was inconsistent pass for now, and remembers that it was.
+func (o *observation) dump(what string, typ uint16, build func(m *message), each func(body []byte)) error {
+	err := o.n.rt.dump(typ, build, func(_ uint16, body []byte) { each(body) })
+	if errors.Is(err, errInterrupted) {
+		o.interrupted = true
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("list %s: %w", what, err)
+	}
+	return nil
+}
+
+func (o *observation) name(index uint32) string {
+	name, ok := o.names[index]
+	if !ok {
+		name = o.n.name(index)
+		o.names[index] = name
+	}
+	return name
+}
+
+// foundLink is a device as the kernel describes it.
+type foundLink struct {
+	index uint32
+	name  string
+	kind  string
+	link  delta.Link
+}
+
+func (o *observation) links() error {
+	err := o.dump("vxlan devices", unix.RTM_GETLINK, func(m *message) {
+		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+		// Thousands of containers' veths are left out by the kernel: only one kind of device is asked for.
+		info := m.nest(unix.IFLA_LINKINFO)
+		m.bytes(unix.IFLA_INFO_KIND, []byte("vxlan"))
+		m.end(info)
+		m.u32(unix.IFLA_EXT_MASK, rtextFilterSkipStats)
+	}, func(body []byte) {
+		f := parseLink(body)
+		_, wanted := o.want.Links[f.name]
+		if f.kind == "vxlan" && (wanted || strings.HasPrefix(f.link.Alias, delta.AliasPrefix)) {
+			o.s.Links[f.name] = f.link
+			o.names[f.index] = f.name
+			o.owned = append(o.owned, f.index)
+		}
+	})
+	if err != nil {
+		return err
+	}
+	for name := range o.want.Links {
+		if _, ok := o.s.Links[name]; ok {
+			continue
+		}
+		if _, err := o.n.index(name); err == nil {
+			o.s.Problemf("%s is there and is no vxlan device; it is left alone: rename it, or give the network another VNI", name)
+		}
+	}
+	return nil
+}
+
+// addrs reads all addresses of owned devices, and those of others that are wanted.
+func (o *observation) addrs() error {
+	for _, index := range o.owned {
+		if err := o.addrsOf(index, o.name(index), true); err != nil {
+			return err
+		}
+	}
+	var others []string
+	for a := range o.want.Addrs {
+		if _, ok := o.s.Links[a.Dev]; !ok && !slices.Contains(others, a.Dev) {
+			others = append(others, a.Dev)
+		}
+	}
+	for _, dev := range others {
+		index, err := o.n.index(dev)
+		if errors.Is(err, unix.ENODEV) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := o.addrsOf(index, dev, false); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (o *observation) addrsOf(index uint32, dev string, owned bool) error {
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		err := o.dump("addresses of "+dev, unix.RTM_GETADDR, func(m *message) {
+			m.raw(family, 0, 0, 0)
+			m.rawU32(index)
+		}, func(body []byte) {
+			if len(body) < unix.SizeofIfAddrmsg || binary.NativeEndian.Uint32(body[4:]) != index {
+				return
+			}
+			var local, address netip.Addr
+			for a := newAttrs(body[unix.SizeofIfAddrmsg:]); a.next(); {
+				switch a.typ {
+				case unix.IFA_LOCAL:
+					local = a.addr()
+				case unix.IFA_ADDRESS:
+					address = a.addr()
+				}
+			}
+			if !local.IsValid() {
+				local = address
+			}
+			key := delta.Addr{Dev: dev, Prefix: netip.PrefixFrom(local, int(body[1]))}
+			if _, wanted := o.want.Addrs[key]; owned || wanted {
+				o.s.Addrs[key] = struct{}{}
+			}
+		})
+		// A kernel without IPv6 says EOPNOTSUPP or answers with all addresses, which are filtered above.
+		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+			return err
+		}
+	}
+	return nil
+}
+
+func (o *observation) neighs(index uint32) error {
+	dev := o.name(index)
+	return o.dump("neighbours of "+dev, unix.RTM_GETNEIGH, func(m *message) {
+		m.raw(make([]byte, unix.SizeofNdMsg)...)
+		m.u32(unix.NDA_IFINDEX, index)
+	}, func(body []byte) {
+		addr, mac, ok := parseNeigh(body, index, unix.NUD_PERMANENT)
+		if ok && addr.IsValid() {
+			o.s.Neighs[delta.Neigh{Dev: dev, Addr: addr}] = mac
+		}
+	})
+}
+
+func (o *observation) fdb(index uint32) error {
+	dev := o.name(index)
+	return o.dump("forwarding entries of "+dev, unix.RTM_GETNEIGH, func(m *message) {
+		m.raw(unix.AF_BRIDGE, 0, 0, 0)
+		m.rawU32(index)
+		m.rawU32(0)
+	}, func(body []byte) {
+		addr, mac, ok := parseNeigh(body, index, unix.NUD_PERMANENT|unix.NUD_NOARP)
+		if ok {
+			o.s.FDB[delta.FDB{Dev: dev, MAC: mac, Dst: addr}] = struct{}{}
+		}
+	})
+}
+
+func parseNeigh(body []byte, index uint32, states uint16) (addr netip.Addr, mac delta.MAC, ok bool) {
+	if len(body) < unix.SizeofNdMsg || binary.NativeEndian.Uint32(body[4:]) != index || binary.NativeEndian.Uint16(body[8:])&states == 0 {
+		return
+	}
+	for a := newAttrs(body[unix.SizeofNdMsg:]); a.next(); {
+		switch a.typ {
+		case unix.NDA_DST:
+			addr = a.addr()
+		case unix.NDA_LLADDR:
+			copy(mac[:], a.value)
+		}
+	}
+	return addr, mac, true
+}
+
+// Nexthop objects (Linux 5.3, include/uapi/linux/nexthop.h): struct nhmsg is family, scope, protocol, reserved, flags.
+const (
+	sizeofNhMsg = 8
+	nhaID       = 1
+	nhaOIF      = 5
+	nhaGateway  = 6
+	rtaNHID     = 30
+
+	rtextFilterSkipStats = 8
+)
+
+func (o *observation) nexthops() error {
+	err := o.dump("nexthops", unix.RTM_GETNEXTHOP, func(m *message) { m.raw(make([]byte, sizeofNhMsg)...) }, func(body []byte) {
+		if len(body) < sizeofNhMsg || body[2] != delta.Protocol {
+			return
+		}
+		var id uint32
+		nh := delta.Nexthop{Onlink: binary.NativeEndian.Uint32(body[4:])&unix.RTNH_F_ONLINK != 0}
+		for a := newAttrs(body[sizeofNhMsg:]); a.next(); {
+			switch a.typ {
+			case nhaID:
+				id = a.u32()
+			case nhaGateway:
+				nh.Via = a.addr()
+			case nhaOIF:
+				nh.Dev = o.name(a.u32())
+			}
+		}
+		o.s.Nexthops[id] = nh
+	})
+	if errors.Is(err, unix.EOPNOTSUPP) && len(o.want.Nexthops) == 0 {
+		return nil
+	}
+	return named(err, "this kernel lacks nexthop objects (Linux 5.3)", unix.EOPNOTSUPP)
+}
+
+// named says what an error of the kernel means.
+func named(err error, meaning string, codes ...error) error {
+	for _, c := range codes {
+		if errors.Is(err, c) {
+			return fmt.Errorf("%s: %w", meaning, err)
+		}
+	}
+	return err
+}
+
+func (o *observation) routes(family byte) error {
+	err := o.dump("routes", unix.RTM_GETROUTE, func(m *message) {
+		m.raw(family, 0, 0, 0, unix.RT_TABLE_MAIN, delta.Protocol, 0, 0)
+		m.rawU32(0)
+	}, o.route)
+	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) {
+		return nil // an IPv4 table appears with its first route; a kernel without IPv6 has none
+	}
+	return err
+}
+
+var routeTypes = map[byte]string{
+	unix.RTN_UNICAST: "", unix.RTN_BLACKHOLE: "blackhole", unix.RTN_UNREACHABLE: "unreachable",
+	unix.RTN_PROHIBIT: "prohibit", unix.RTN_THROW: "throw", unix.RTN_LOCAL: "local",
+}
+
+func (o *observation) route(body []byte) {
+	if len(body) < unix.SizeofRtMsg || body[4] != unix.RT_TABLE_MAIN || body[5] != delta.Protocol {
+		return // an older kernel does not filter
+	}
+	flags := binary.NativeEndian.Uint32(body[8:])
+	if flags&unix.RTM_F_CLONED != 0 {
+		return
+	}
+	dst := netip.IPv4Unspecified()
+	if body[0] == unix.AF_INET6 {
+		dst = netip.IPv6Unspecified()
+	}
+	r := delta.Route{Type: routeTypes[body[7]], Onlink: flags&unix.RTNH_F_ONLINK != 0}
+	var oif uint32
+	for a := newAttrs(body[unix.SizeofRtMsg:]); a.next(); {
+		switch a.typ {
+		case unix.RTA_DST:
+			dst = a.addr()
+		case unix.RTA_GATEWAY:
+			r.Via = a.addr()
+		case unix.RTA_VIA:
+			if len(a.value) > 2 {
+				r.Via, _ = netip.AddrFromSlice(a.value[2:])
+			}
+		case unix.RTA_OIF:
+			oif = a.u32()
+		case unix.RTA_PREFSRC:
+			r.Src = a.addr()
+		case rtaNHID:
+			r.NH = a.u32()
+		case unix.RTA_METRICS:
+			for m := newAttrs(a.value); m.next(); {
+				if m.typ == unix.RTAX_MTU {
+					r.MTU = int(m.u32())
+				}
+			}
+		case unix.RTA_MULTIPATH:
+			r.Type = "multipath" // not ours to write: differs from whatever is wanted
+		}
+	}
+	switch {
+	case r.NH != 0 || r.Type != "":
+		r.Via, r.Onlink = netip.Addr{}, false // the nexthop's, or lo for what leads nowhere
+	case oif != 0:
+		r.Dev = o.name(oif)
+		if strings.HasPrefix(r.Dev, delta.PortPrefix) {
+			return // a container's, made and removed with its port
+		}
+	}
+	o.s.Routes[netip.PrefixFrom(dst, int(body[1]))] = r
+}

@@ -1,0 +1,137 @@
+package kernel
+
+import (
+	"encoding/binary"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+)
+
+// parseLink reads an RTM_NEWLINK. What a vxlan device of ours never has is in Other, in ip's words.
+func parseLink(body []byte) foundLink {
+	var f foundLink
+	if len(body) < unix.SizeofIfInfomsg {
+		return f
+	}
+	f.index = binary.NativeEndian.Uint32(body[4:])
+	f.link.Down = binary.NativeEndian.Uint32(body[8:])&unix.IFF_UP == 0
+	var data []byte
+	for a := newAttrs(body[unix.SizeofIfInfomsg:]); a.next(); {
+		switch a.typ {
+		case unix.IFLA_IFNAME:
+			f.name = cstring(a.value)
+		case unix.IFLA_MTU:
+			f.link.MTU = int(a.u32())
+		case unix.IFLA_ADDRESS:
+			copy(f.link.MAC[:], a.value)
+		case unix.IFLA_IFALIAS:
+			f.link.Alias = cstring(a.value)
+		case unix.IFLA_LINKINFO:
+			for i := newAttrs(a.value); i.next(); {
+				switch i.typ {
+				case unix.IFLA_INFO_KIND:
+					f.kind = cstring(i.value)
+				case unix.IFLA_INFO_DATA:
+					data = i.value
+				}
+			}
+		}
+	}
+	f.link.Kind = f.kind
+	if f.kind == "vxlan" {
+		parseVXLAN(&f.link, data)
+	}
+	return f
+}
+
+func parseVXLAN(l *delta.Link, data []byte) {
+	var other []string
+	flag := func(set bool, word string) {
+		if set {
+			other = append(other, word)
+		}
+	}
+	for a := newAttrs(data); a.next(); {
+		switch a.typ {
+		case unix.IFLA_VXLAN_ID:
+			l.VNI = a.u32()
+		case unix.IFLA_VXLAN_PORT:
+			l.Port = a.u16be()
+		case unix.IFLA_VXLAN_LOCAL, unix.IFLA_VXLAN_LOCAL6:
+			l.Local = a.addr()
+		case unix.IFLA_VXLAN_GROUP, unix.IFLA_VXLAN_GROUP6:
+			other = append(other, "remote "+a.addr().String())
+		case unix.IFLA_VXLAN_LINK:
+			flag(a.u32() != 0, "dev")
+		case unix.IFLA_VXLAN_LEARNING:
+			flag(a.u8() != 0, "learning")
+		case unix.IFLA_VXLAN_PROXY:
+			flag(a.u8() != 0, "proxy")
+		case unix.IFLA_VXLAN_RSC:
+			flag(a.u8() != 0, "rsc")
+		case unix.IFLA_VXLAN_L2MISS:
+			flag(a.u8() != 0, "l2miss")
+		case unix.IFLA_VXLAN_L3MISS:
+			flag(a.u8() != 0, "l3miss")
+		case unix.IFLA_VXLAN_COLLECT_METADATA:
+			flag(a.u8() != 0, "external")
+		case unix.IFLA_VXLAN_GBP:
+			other = append(other, "gbp")
+		case unix.IFLA_VXLAN_GPE:
+			other = append(other, "gpe")
+		case unix.IFLA_VXLAN_LIMIT:
+			flag(a.u32() != 0, "maxaddress")
+		case unix.IFLA_VXLAN_UDP_CSUM:
+			flag(a.u8() == 0, "noudpcsum")
+		}
+	}
+	l.Other = strings.Join(other, " ")
+}
+
+// createVXLAN is the message that makes a device. The MAC is part of it: set afterwards, udev may replace it with one of its own
+// (MACAddressPolicy=persistent), and the forwarding entries of every peer are then wrong; flannel-io/flannel#1155.
+func createVXLAN(m *message, name string, l delta.Link) {
+	m.begin(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+	m.string(unix.IFLA_IFNAME, name)
+	m.bytes(unix.IFLA_ADDRESS, l.MAC[:])
+	if l.MTU != 0 {
+		m.u32(unix.IFLA_MTU, uint32(l.MTU))
+	}
+	info := m.nest(unix.IFLA_LINKINFO)
+	m.bytes(unix.IFLA_INFO_KIND, []byte(l.Kind))
+	data := m.nest(unix.IFLA_INFO_DATA)
+	m.u32(unix.IFLA_VXLAN_ID, l.VNI)
+	m.u16be(unix.IFLA_VXLAN_PORT, l.Port)
+	m.u8(unix.IFLA_VXLAN_LEARNING, 0)
+	if l.Local.Is4() {
+		m.addr(unix.IFLA_VXLAN_LOCAL, l.Local)
+	} else if l.Local.IsValid() {
+		m.addr(unix.IFLA_VXLAN_LOCAL6, l.Local)
+	}
+	m.end(data)
+	m.end(info)
+}
+
+// changeLink begins a message that changes a device in place.
+func changeLink(m *message, index uint32, flags, mask uint32) {
+	m.begin(unix.RTM_NEWLINK, 0)
+	m.raw(0, 0, 0, 0)
+	m.rawU32(index)
+	m.rawU32(flags)
+	m.rawU32(mask)
+}
+
+// noLinkLocal keeps the kernel from making a link-local address by itself: it would detect duplicates for a second, and until
+// then nothing leaves from it. The planners name the address, and it is added without that.
+func noLinkLocal(m *message, index uint32) {
+	const in6AddrGenModeNone = 1
+	changeLink(m, index, 0, 0)
+	spec := m.nest(unix.IFLA_AF_SPEC)
+	v6 := m.nest(unix.AF_INET6)
+	m.u8(unix.IFLA_INET6_ADDR_GEN_MODE, in6AddrGenModeNone)
+	m.end(v6)
+	m.end(spec)
+}
