@@ -46,7 +46,7 @@ type summary struct {
 }
 
 func main() {
-	s := &summary{out: os.Stdout, held: map[key][]string{}, start: time.Now()}
+	s := newSummary(os.Stdout)
 	if err := s.read(os.Stdin); err != nil {
 		fmt.Fprintln(os.Stderr, "testsum:", err)
 		os.Exit(1)
@@ -54,6 +54,10 @@ func main() {
 	if !s.print() {
 		os.Exit(1)
 	}
+}
+
+func newSummary(out io.Writer) *summary {
+	return &summary{out: out, held: map[key][]string{}, start: time.Now()}
 }
 
 func (s *summary) read(r io.Reader) error {

@@ -193,7 +193,7 @@ func (b *bench) pair(prefix string) (hosts, containers [2]*namespace, err error)
 			to   **namespace
 			name string
 		}{{&hosts[i], "h"}, {&containers[i], "c"}} {
-			n, err := newNamespace(b.nsdir, fmt.Sprintf("%s%s%d", prefix, ns.name, i+1))
+			n, err := newNamespace(fmt.Sprintf("%s%s%d", prefix, ns.name, i+1))
 			if err != nil {
 				return hosts, containers, err
 			}

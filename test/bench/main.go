@@ -13,7 +13,6 @@ import (
 	"context"
 	_ "embed"
 	"encoding/json"
-	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -26,6 +25,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/test/lab"
 )
 
 // options are the flags.
@@ -36,7 +37,7 @@ type options struct {
 	json       string
 	dir        string
 	bin, peers string
-	empty      string // built before the namespaces are entered
+	empty      string
 }
 
 func parse() options {
@@ -65,12 +66,12 @@ func main() {
 		traffic()
 		return
 	}
+	o := parse()
+	lab.Enter()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, parse()); err != nil {
-		if !errors.Is(err, errTold) {
-			fmt.Fprintln(os.Stderr, "bench:", err)
-		}
+	if err := run(ctx, o); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
@@ -83,18 +84,18 @@ func run(ctx context.Context, o options) (err error) {
 			return err
 		}
 	}
-	if os.Getenv(child) == "" {
-		return outer(ctx, o)
+	if !exists(filepath.Join(o.peers, "bridge")) {
+		return fmt.Errorf("no reference plugins in %s; run `make peers`", o.peers)
 	}
-	o.empty = os.Getenv(emptyProgram)
-	if err := privateMounts(); err != nil {
+	work, err := os.MkdirTemp(o.dir, "lariat-bench-")
+	if err != nil {
 		return err
 	}
-	work := os.Getenv(workDir)
-	b := &bench{opt: o, ctx: ctx, work: work, nsdir: "/run/netns", rep: &report{}, hasIPT: has("iptables"), hasNFT: has("nft")}
-	if err := os.Mkdir(b.nsdir, 0o700); err != nil {
+	defer os.RemoveAll(work)
+	if o.empty, err = buildEmpty(ctx, work); err != nil {
 		return err
 	}
+	b := &bench{opt: o, ctx: ctx, work: work, rep: &report{}, hasIPT: has("iptables"), hasNFT: has("nft")}
 	b.oursHere = exists(filepath.Join(o.bin, "lariat-vxlan")) && exists(filepath.Join(o.bin, "lariat-metadata"))
 	if !b.oursHere {
 		b.rep.note("our own executables are not in %s: only the peers were measured", o.bin)
@@ -129,36 +130,21 @@ func run(ctx context.Context, o options) (err error) {
 	return os.WriteFile(o.json, append(data, '\n'), 0o644)
 }
 
-// What the outer process hands to the inner.
-const (
-	workDir      = "LARIAT_BENCH_WORK"
-	emptyProgram = "LARIAT_BENCH_EMPTY"
-	rootless     = "LARIAT_BENCH_ROOTLESS"
-)
-
 //go:embed empty/main.go
 var emptySource []byte
 
-// outer prepares what has to be done outside of the namespaces and cleans up after them.
-func outer(ctx context.Context, o options) error {
-	if !exists(filepath.Join(o.peers, "bridge")) {
-		return fmt.Errorf("no reference plugins in %s; run `make peers`", o.peers)
-	}
-	work, err := os.MkdirTemp(o.dir, "lariat-bench-")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(work)
-	source, empty := filepath.Join(work, "main.go"), filepath.Join(work, "empty")
+// buildEmpty compiles the empty program.
+func buildEmpty(ctx context.Context, dir string) (string, error) {
+	source, program := filepath.Join(dir, "main.go"), filepath.Join(dir, "empty")
 	if err := os.WriteFile(source, emptySource, 0o600); err != nil {
-		return err
+		return "", err
 	}
-	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", empty, source)
+	build := exec.CommandContext(ctx, "go", "build", "-trimpath", "-o", program, source)
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build the empty program: %w: %s", err, clip(out))
+		return "", fmt.Errorf("build the empty program: %w: %s", err, clip(out))
 	}
-	return inNamespaces(ctx, workDir+"="+work, emptyProgram+"="+empty)
+	return program, nil
 }
 
 func exists(path string) bool {
@@ -167,7 +153,7 @@ func exists(path string) bool {
 }
 
 func describe(dir string) machine {
-	m := machine{CPUs: runtime.NumCPU(), Go: runtime.Version(), Root: os.Getenv(rootless) == ""}
+	m := machine{CPUs: runtime.NumCPU(), Go: runtime.Version()}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		m.Kernel = unix.ByteSliceToString(u.Release[:])

@@ -1,100 +1,33 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"sync"
-	"syscall"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/test/lab"
 )
 
-// child in the environment says that this process already is inside of its own namespaces.
-const child = "LARIAT_BENCH_CHILD"
-
-// errTold marks a failure that the inner process has already told.
-var errTold = errors.New("the inner process failed")
-
-// inNamespaces runs this same program again in a network and mount namespace of its own, and, unless we are root, in a user
-// namespace that makes us root there. What the bench makes cannot outlive it, and cannot touch the host.
-func inNamespaces(ctx context.Context, env ...string) error {
-	cmd := exec.CommandContext(ctx, "/proc/self/exe", os.Args[1:]...)
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(append(os.Environ(), child+"=1"), env...)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS, Pdeathsig: syscall.SIGTERM}
-	if os.Geteuid() != 0 {
-		cmd.Env = append(cmd.Env, rootless+"=1")
-		cmd.SysProcAttr.Cloneflags |= unix.CLONE_NEWUSER
-		cmd.SysProcAttr.UidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}}
-		cmd.SysProcAttr.GidMappings = []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}}
-	}
-	// Pdeathsig follows the thread that forks, so that thread must last.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	if err := cmd.Run(); err != nil {
-		var exit *exec.ExitError
-		if errors.As(err, &exit) {
-			return fmt.Errorf("%w: %w", errTold, err)
-		}
-		return fmt.Errorf("start in own namespaces: %w (does this kernel allow user namespaces?)", err)
-	}
-	return nil
-}
-
-// privateMounts makes the mount table ours alone and covers /run, where iptables keeps its lock.
-func privateMounts() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return fmt.Errorf("make mounts private: %w", err)
-	}
-	if err := unix.Mount("bench", "/run", "tmpfs", 0, ""); err != nil {
-		return fmt.Errorf("cover /run: %w", err)
-	}
-	return nil
-}
-
 // namespace is a network namespace held by a bind mount, as a runtime would hand it to a plugin.
-type namespace struct {
-	Name, Path string
-}
+type namespace struct{ lab.Netns }
 
-// newNamespace makes one with its loopback up.
-func newNamespace(dir, name string) (*namespace, error) {
-	ns := &namespace{Name: name, Path: filepath.Join(dir, name)}
-	f, err := os.Create(ns.Path)
+func newNamespace(name string) (*namespace, error) {
+	ns, err := lab.NewNetns(name)
 	if err != nil {
-		return nil, err
-	}
-	f.Close()
-	errc := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine and does not come back elsewhere
-		errc <- func() error {
-			if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-				return err
-			}
-			if err := unix.Mount("/proc/thread-self/ns/net", ns.Path, "", unix.MS_BIND, ""); err != nil {
-				return err
-			}
-			return linkUp("lo")
-		}()
-	}()
-	if err := <-errc; err != nil {
 		return nil, fmt.Errorf("namespace %s: %w", name, err)
 	}
-	return ns, nil
+	return &namespace{ns}, nil
 }
 
 // namespaces makes n of them, in parallel as far as the kernel lets it.
-func namespaces(dir, prefix string, n int) ([]*namespace, error) {
+func namespaces(prefix string, n int) ([]*namespace, error) {
 	out, errs := make([]*namespace, n), make([]error, n)
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, 8)
@@ -103,32 +36,14 @@ func namespaces(dir, prefix string, n int) ([]*namespace, error) {
 		slots <- struct{}{}
 		go func() {
 			defer func() { <-slots; wg.Done() }()
-			out[i], errs[i] = newNamespace(dir, prefix+strconv.Itoa(i))
+			out[i], errs[i] = newNamespace(prefix + strconv.Itoa(i))
 		}()
 	}
 	wg.Wait()
 	return out, errors.Join(errs...)
 }
 
-// Remove lets go of the namespace; the kernel frees it with its last process.
-func (n *namespace) Remove() error {
-	return errors.Join(unix.Unmount(n.Path, unix.MNT_DETACH), os.Remove(n.Path))
-}
-
-// Do runs fn on a thread that is in the namespace. Processes that fn starts are in it too.
-func (n *namespace) Do(fn func() error) error {
-	errc := make(chan error)
-	go func() {
-		runtime.LockOSThread() // never unlocked, see newNamespace
-		if err := n.enter(); err != nil {
-			errc <- err
-			return
-		}
-		errc <- fn()
-	}()
-	return <-errc
-}
-
+// enter moves this thread, which must be locked, into the namespace.
 func (n *namespace) enter() error {
 	f, err := os.Open(n.Path)
 	if err != nil {
@@ -192,14 +107,6 @@ func (c *crew) RunAll(jobs []func()) {
 func (c *crew) Close() {
 	close(c.jobs)
 	c.wg.Wait()
-}
-
-func linkUp(name string) error {
-	l, err := netlink.LinkByName(name)
-	if err != nil {
-		return fmt.Errorf("link %s: %w", name, err)
-	}
-	return netlink.LinkSetUp(l)
 }
 
 // wire joins two namespaces by a veth pair, each end with its address, and lets both forward.

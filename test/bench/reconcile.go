@@ -6,6 +6,10 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/reconcile"
 )
 
 // peersOf makes up a cluster: hosts on one large underlay, a block for each.
@@ -32,7 +36,7 @@ func (b *bench) reconciles() error {
 		}
 		b.logf("reconcile: %d peers, %d rounds", n, rounds)
 		scenario := fmt.Sprintf("%d peers", n)
-		ours := b.newReconciler(scenario)
+		ours := newReconciler(scenario)
 		least := &series{Section: "reconcile", Scenario: scenario, Who: "batched floor", Op: "from nothing", Unit: "ms"}
 		for range rounds {
 			if err := b.scope(func() error { return b.floorOnce(peersOf(n), least) }); err != nil {
@@ -50,12 +54,12 @@ func (b *bench) reconciles() error {
 // host makes a namespace with an underlay device that holds the first address of the made-up cluster.
 func (b *bench) underlay() (*namespace, error) {
 	b.hosts++
-	host, err := newNamespace(b.nsdir, fmt.Sprintf("r%d", b.hosts))
+	host, err := newNamespace(fmt.Sprintf("r%d", b.hosts))
 	if err != nil {
 		return nil, err
 	}
 	b.cleanup(func() { host.Remove() })
-	other, err := newNamespace(b.nsdir, host.Name+"w")
+	other, err := newNamespace(host.Name + "w")
 	if err != nil {
 		return nil, err
 	}
@@ -92,4 +96,77 @@ func (b *bench) floorOnce(peers []peer, s *series) error {
 		s.addTime(time.Since(start))
 		return nil
 	})
+}
+
+// reconciler holds what is measured of ours in one scenario.
+type reconciler struct {
+	plan, nothing, settled, writes *series
+}
+
+func newReconciler(scenario string) *reconciler {
+	s := func(op, unit string) *series {
+		return &series{Section: "reconcile", Scenario: scenario, Who: oursName, Op: op, Unit: unit}
+	}
+	return &reconciler{s("plan", "ms"), s("from nothing", "ms"), s("settled", "ms"), s("writes when settled", "")}
+}
+
+func (r *reconciler) all() []*series {
+	return []*series{r.plan, r.nothing, r.settled, r.writes}
+}
+
+// reconcileOnce plans the cluster and makes an empty kernel so; then again, when there is nothing to do.
+func (b *bench) reconcileOnce(peers []peer, r *reconciler) error {
+	host, err := b.underlay()
+	if err != nil {
+		return err
+	}
+	snap := snapshotOf(peers)
+	start := time.Now()
+	want := reconcile.Desired(snap, "self")
+	r.plan.addTime(time.Since(start))
+	if len(want.Problems) > 0 {
+		return fmt.Errorf("plan: %s", want.Problems[0])
+	}
+	k, err := kernel.NewAt(host.Path)
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	start = time.Now()
+	d, err := kernel.Reconcile(b.ctx, k, want)
+	if err != nil {
+		return fmt.Errorf("from nothing: %w", err)
+	}
+	r.nothing.addTime(time.Since(start))
+	if d.Len() < 4*len(peers) {
+		return fmt.Errorf("from nothing: %d changes for %d peers", d.Len(), len(peers))
+	}
+	for range 5 {
+		start = time.Now()
+		d, err := kernel.Reconcile(b.ctx, k, want)
+		if err != nil {
+			return fmt.Errorf("settled: %w", err)
+		}
+		r.settled.addTime(time.Since(start))
+		r.writes.add(float64(d.Len()))
+	}
+	return nil
+}
+
+// snapshotOf is the cluster of the peers as metadata tells it to host self.
+func snapshotOf(peers []peer) *metadata.Snapshot {
+	s := &metadata.Snapshot{Revision: 1, Self: "self", Networks: []metadata.Network{{
+		Name: networkName, Subnets: []netip.Prefix{netip.MustParsePrefix("10.64.0.0/12")}, Encapsulation: metadata.EncapVXLAN,
+		VNI: metadata.DefaultVNI, HostNAT: true,
+	}}}
+	add := func(name string, underlay netip.Addr, mac [6]byte, block netip.Prefix) {
+		s.Hosts = append(s.Hosts, metadata.Host{Name: name, MAC: mac, Live: true,
+			Underlay: []metadata.Underlay{{Address: netip.PrefixFrom(underlay, 12), Device: "up0", MTU: 1500}}})
+		s.Blocks = append(s.Blocks, metadata.Block{Network: networkName, CIDR: block, Host: name, Gateway: block.Addr().Next()})
+	}
+	add("self", netip.MustParseAddr("172.16.0.1"), [6]byte{0x0e, 0, 172, 16, 0, 1}, netip.MustParsePrefix("10.64.0.0/26"))
+	for i, p := range peers {
+		add(fmt.Sprintf("peer%05d", i), p.Underlay, p.MAC, p.Block)
+	}
+	return s
 }

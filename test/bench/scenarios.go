@@ -38,8 +38,7 @@ type bench struct {
 	ctx      context.Context
 	rep      *report
 	work     string // directory for state
-	nsdir    string
-	hosts    int // so many host namespaces were made
+	hosts    int    // so many host namespaces were made
 	stops    []func()
 	hasIPT   bool
 	hasNFT   bool
@@ -121,12 +120,12 @@ var errAbsent = errors.New("not available here")
 func (b *bench) contender(who string, s setup) (*contender, error) {
 	b.hosts++
 	tag := fmt.Sprintf("h%d", b.hosts)
-	host, err := newNamespace(b.nsdir, tag)
+	host, err := newNamespace(tag)
 	if err != nil {
 		return nil, err
 	}
 	b.cleanup(func() { host.Remove() })
-	world, err := newNamespace(b.nsdir, tag+"w")
+	world, err := newNamespace(tag + "w")
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +134,7 @@ func (b *bench) contender(who string, s setup) (*contender, error) {
 		return nil, err
 	}
 	c := &contender{name: who, host: host}
-	if c.containers, err = namespaces(b.nsdir, tag+"c", s.n); err != nil {
+	if c.containers, err = namespaces(tag+"c", s.n); err != nil {
 		return nil, err
 	}
 	b.cleanup(func() {

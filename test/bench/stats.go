@@ -85,7 +85,6 @@ type machine struct {
 	CPUs    int     `json:"cpus"`
 	Go      string  `json:"go"`
 	Store   string  `json:"store"` // file system that state was kept on
-	Root    bool    `json:"root"`  // false: in a user namespace
 	Load    string  `json:"load"`
 	Seconds float64 `json:"seconds"`
 	Quick   bool    `json:"quick,omitempty"`

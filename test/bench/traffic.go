@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -21,6 +22,18 @@ import (
 const trafficRole = "LARIAT_BENCH_TRAFFIC"
 
 const rrPort = 7007
+
+// reach says whether anything answers at an address: a refused connection is an answer.
+func reach(address string) error {
+	conn, err := net.DialTimeout("tcp", net.JoinHostPort(address, strconv.Itoa(rrPort)), 200*time.Millisecond)
+	if err == nil {
+		return conn.Close()
+	}
+	if errors.Is(err, unix.ECONNREFUSED) {
+		return nil
+	}
+	return err
+}
 
 // exchange is what the asking end prints.
 type exchange struct {
