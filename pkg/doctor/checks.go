@@ -110,6 +110,8 @@ func size(n int64) string {
 	return fmt.Sprintf("%d KiB", n>>10)
 }
 
+const startManager = "start it: systemctl start lariat-network-manager. Until then running containers keep their network, but nothing follows changes"
+
 func (e *examination) manager() {
 	if !e.needs("manager", e.Manager != nil) {
 		return
@@ -118,8 +120,10 @@ func (e *examination) manager() {
 	switch err := e.Manager.Err; {
 	case errors.Is(err, fs.ErrPermission):
 		e.skip("the network manager's socket %s is not open to this user; run this as root", e.Manager.Socket)
+	case errors.Is(err, fs.ErrNotExist):
+		e.add(Error, where, startManager, "the network manager is not running: there is no socket %s", e.Manager.Socket)
 	case err != nil:
-		e.add(Error, where, "start it: systemctl start lariat-network-manager. Until then running containers keep their network, but nothing follows changes",
+		e.add(Error, where, startManager,
 			"the network manager is not running: %v", err)
 	}
 	for _, c := range e.Manager.Concerns {

@@ -167,9 +167,7 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 		if !ok {
 			return ""
 		}
-		one := delta.NewState()
-		one.Links[name] = l
-		_, rest, _ := strings.Cut(strings.TrimSpace(one.String()), name+" ")
+		_, rest, _ := strings.Cut(delta.LinkString(name, l), name+" ")
 		return rest
 	}
 	names := slices.Collect(maps.Keys(want.Links))

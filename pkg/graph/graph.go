@@ -75,7 +75,7 @@ func build(s *metadata.Snapshot, o Options) *picture {
 		p.fold = 3
 	}
 	nets := slices.Clone(s.Networks)
-	slices.SortFunc(nets, func(a, b metadata.Network) int { return naturally(a.Name, b.Name) })
+	slices.SortFunc(nets, func(a, b metadata.Network) int { return CompareNames(a.Name, b.Name) })
 	p.networks = make([]network, len(nets))
 	byName := map[string]*network{}
 	for i, n := range nets {
@@ -113,10 +113,12 @@ func build(s *metadata.Snapshot, o Options) *picture {
 			continue
 		}
 		h.count++
-		if pt := share(c.Host, c.Network); pt != nil {
-			pt.containers = append(pt.containers, c)
-		} else {
-			h.other = append(h.other, c)
+		for _, c := range onNetworks(c) {
+			if pt := share(c.Host, c.Network); pt != nil {
+				pt.containers = append(pt.containers, c)
+			} else {
+				h.other = append(h.other, c)
+			}
 		}
 	}
 	links := map[netip.Prefix]*link{}
@@ -151,6 +153,23 @@ func build(s *metadata.Snapshot, o Options) *picture {
 }
 
 func (p *picture) note(format string, a ...any) { p.noted = append(p.noted, fmt.Sprintf(format, a...)) }
+
+// onNetworks is the container once for each network that it is on, with its addresses there.
+func onNetworks(c metadata.Container) []metadata.Container {
+	if len(c.Interfaces) == 0 {
+		return []metadata.Container{c}
+	}
+	var out []metadata.Container
+	for _, i := range c.Interfaces {
+		if k := slices.IndexFunc(out, func(o metadata.Container) bool { return o.Network == i.Network }); k >= 0 {
+			out[k].Addresses = append(out[k].Addresses, i.Addresses...)
+			continue
+		}
+		c.Network, c.Addresses = i.Network, slices.Clone(i.Addresses)
+		out = append(out, c)
+	}
+	return out
+}
 
 // way says how the packets of a network travel between two hosts of the same link, or of different ones.
 func (n *network) way(sameLink bool) string {
@@ -208,7 +227,7 @@ func sortedNames(hosts []metadata.Host) []string {
 	for _, h := range hosts {
 		out = append(out, h.Name)
 	}
-	slices.SortFunc(out, naturally)
+	slices.SortFunc(out, CompareNames)
 	return slices.Compact(out)
 }
 
@@ -217,11 +236,11 @@ func comparePrefix(a, b netip.Prefix) int {
 }
 
 func compareContainers(a, b metadata.Container) int {
-	return cmp.Or(naturally(title(a), title(b)), cmp.Compare(a.ID, b.ID))
+	return cmp.Or(CompareNames(title(a), title(b)), cmp.Compare(a.ID, b.ID))
 }
 
-// naturally orders names as people do: h2 before h10.
-func naturally(a, b string) int {
+// CompareNames orders names as people do: h2 before h10.
+func CompareNames(a, b string) int {
 	x, y := a, b
 	for x != "" && y != "" {
 		nx, ny := digits(x), digits(y)

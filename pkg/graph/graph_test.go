@@ -161,9 +161,21 @@ func TestFolding(t *testing.T) {
 	}
 }
 
+func TestContainerOnTwoNetworksStandsInBoth(t *testing.T) {
+	s := fixture(t, "three")
+	s.Containers = []metadata.Container{{ID: "c0ffee", Name: "router", Host: "h1", Interfaces: []metadata.ContainerInterface{
+		{Network: "overlay", IfName: "eth0", Addresses: []netip.Addr{netip.MustParseAddr("10.42.1.9")}},
+		{Network: "backend", IfName: "eth1", Addresses: []netip.Addr{netip.MustParseAddr("10.43.1.9")}},
+	}}}
+	svg := SVG(s, Options{})
+	if strings.Count(svg, ">router<") != 2 || !strings.Contains(svg, ">10.42.1.9<") || !strings.Contains(svg, ">10.43.1.9<") || !strings.Contains(svg, "1 container<") {
+		t.Error(svg)
+	}
+}
+
 func TestNaturalOrder(t *testing.T) {
 	for _, tc := range [][2]string{{"h2", "h10"}, {"a", "b"}, {"h1", "h1a"}, {"h01", "h2"}, {"", "a"}, {"web-9-1", "web-10-0"}} {
-		if naturally(tc[0], tc[1]) >= 0 || naturally(tc[1], tc[0]) <= 0 {
+		if CompareNames(tc[0], tc[1]) >= 0 || CompareNames(tc[1], tc[0]) <= 0 {
 			t.Errorf("%q should stand before %q", tc[0], tc[1])
 		}
 	}
