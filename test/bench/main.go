@@ -117,6 +117,7 @@ func run(ctx context.Context, o options) (err error) {
 	}
 	b.rep.Machine.Seconds = time.Since(start).Seconds()
 	b.rep.judge()
+	b.rep.explain()
 	m := b.rep.Machine
 	fmt.Printf("Lariat bench: %d CPUs, Linux %s, %s, state on %s, load %s, %.0f s\n", m.CPUs, m.Kernel, m.Go, m.Store, m.Load, m.Seconds)
 	b.rep.print(os.Stdout)
