@@ -8,12 +8,12 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
-	"github.com/vishvananda/netlink/nl"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
 
@@ -26,48 +26,59 @@ var hostLinkLocal = netip.MustParsePrefix("fe80::1/64")
 // AddPort implements Kernel.
 //
 // Both ends are made by one message, the container's already in its own namespace, each with its MAC: set later, udev's
-// MACAddressPolicy may replace it. Everything inside is then done by one more socket; no sysctl is written on the way.
+// MACAddressPolicy may replace it. What is to be done at each end then goes in one batch; no sysctl is written on the way.
 func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err error) {
-	inside, err := netns.GetFromPath(path)
+	inside, err := os.Open(path)
 	if err != nil {
-		return fmt.Errorf("open network namespace %s: %w", path, err)
+		return fmt.Errorf("open network namespace: %w", err)
 	}
 	defer inside.Close()
-	host, err := n.handle()
-	if err != nil {
-		return err
-	}
-	defer host.Close()
-	if err := createPair(host, inside, p); err != nil {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if err := n.createPair(inside, p); err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, deletePort(host, p.HostName))
+			err = errors.Join(err, n.deletePort(p.HostName))
 		}
 	}()
-	if err := hostEnd(host, p); err != nil {
+	index, err := n.index(p.HostName)
+	if err != nil {
+		return err
+	}
+	if err := n.rt.steps(hostEnd(index, p)); err != nil {
 		return err
 	}
 	return insideEnd(inside, path, p)
 }
 
-func createPair(host *netlink.Handle, inside netns.NsHandle, p delta.Port) error {
-	veth := &netlink.Veth{
-		LinkAttrs:        netlink.LinkAttrs{Name: p.HostName, MTU: p.MTU, HardwareAddr: p.HostMAC[:], Group: delta.PortGroup, TxQLen: -1},
-		PeerName:         p.IfName,
-		PeerHardwareAddr: p.MAC[:],
-		PeerMTU:          uint32(p.MTU),
-		PeerNamespace:    netlink.NsFd(inside),
-	}
-	err := host.LinkAdd(veth)
+// step is one message of a port, and what to say when the kernel refuses it.
+type step struct {
+	what  string
+	build func(m *message)
+}
+
+// steps sends them in one batch and returns the first refusal.
+func (s *socket) steps(list []step) (first error) {
+	err := s.run(len(list), func(m *message, i int) bool { list[i].build(m); return true }, func(i int, err error) {
+		if first == nil {
+			first = fmt.Errorf("%s: %w", list[i].what, err)
+		}
+	})
+	return errors.Join(first, err)
+}
+
+func (n *Netns) createPair(inside *os.File, p delta.Port) error {
+	create := func() error { return n.rt.do(func(m *message) { createVeth(m, int(inside.Fd()), p) }) }
+	err := create()
 	if errors.Is(err, unix.EEXIST) {
 		// Either our end is left over from a killed ADD, or the container has such an interface.
-		if _, gerr := host.LinkByName(p.HostName); gerr == nil {
-			if err := deletePort(host, p.HostName); err != nil {
+		if _, ierr := n.index(p.HostName); ierr == nil {
+			if err := n.deletePort(p.HostName); err != nil {
 				return fmt.Errorf("replace the dangling %s: %w", p.HostName, err)
 			}
-			err = host.LinkAdd(veth)
+			err = create()
 		}
 	}
 	switch {
@@ -79,89 +90,179 @@ func createPair(host *netlink.Handle, inside netns.NsHandle, p delta.Port) error
 	return nil
 }
 
-func hostEnd(host *netlink.Handle, p delta.Port) error {
-	link, err := host.LinkByName(p.HostName)
-	if err != nil {
-		return fmt.Errorf("find veth %s: %w", p.HostName, err)
-	}
-	if err := host.LinkSetAlias(link, p.Alias); err != nil {
-		return fmt.Errorf("name %s for its owner: %w", p.HostName, err)
-	}
-	v6 := slices.ContainsFunc(p.Addrs, netip.Addr.Is6)
-	if v6 {
-		addr := &netlink.Addr{IPNet: ipNet(hostLinkLocal), Flags: unix.IFA_F_NODAD}
-		if err := host.AddrAdd(link, addr); err != nil {
-			return fmt.Errorf("give %s the gateway address %s: %w", p.HostName, hostLinkLocal, err)
-		}
-	}
-	if err := host.LinkSetUp(link); err != nil {
-		return fmt.Errorf("set %s up: %w", p.HostName, err)
-	}
-	for _, a := range p.Addrs {
-		route := &netlink.Route{LinkIndex: link.Attrs().Index, Dst: ipNet(netip.PrefixFrom(a, a.BitLen())), Protocol: delta.Protocol}
-		if a.Is4() {
-			route.Scope = netlink.SCOPE_LINK
-		}
-		if err := host.RouteReplace(route); err != nil {
-			return fmt.Errorf("route %s to %s: %w", a, p.HostName, err)
-		}
-	}
-	return nil
+// vethInfoPeer is VETH_INFO_PEER of linux/veth.h.
+const vethInfoPeer = 1
+
+func createVeth(m *message, netnsFD int, p delta.Port) {
+	m.begin(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
+	m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+	m.string(unix.IFLA_IFNAME, p.HostName)
+	m.bytes(unix.IFLA_ADDRESS, p.HostMAC[:])
+	m.u32(unix.IFLA_MTU, uint32(p.MTU))
+	m.u32(unix.IFLA_GROUP, delta.PortGroup)
+	info := m.nest(unix.IFLA_LINKINFO)
+	m.string(unix.IFLA_INFO_KIND, "veth")
+	data := m.nest(unix.IFLA_INFO_DATA)
+	peer := m.nest(vethInfoPeer)
+	m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+	m.string(unix.IFLA_IFNAME, p.IfName)
+	m.bytes(unix.IFLA_ADDRESS, p.MAC[:])
+	m.u32(unix.IFLA_MTU, uint32(p.MTU))
+	m.u32(unix.IFLA_NET_NS_FD, uint32(netnsFD))
+	m.end(peer)
+	m.end(data)
+	m.end(info)
 }
 
-func insideEnd(inside netns.NsHandle, path string, p delta.Port) error {
-	h, err := netlink.NewHandleAt(inside, unix.NETLINK_ROUTE)
+func hostEnd(index uint32, p delta.Port) []step {
+	list := []step{
+		// Before it is up, or the kernel begins to detect duplicates of a link-local address that nobody needs.
+		{"keep " + p.HostName + " from making addresses", func(m *message) { noLinkLocal(m, index) }},
+		{"set " + p.HostName + " up", func(m *message) {
+			changeLink(m, index, unix.IFF_UP, unix.IFF_UP)
+			m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias))
+		}},
+	}
+	if slices.ContainsFunc(p.Addrs, netip.Addr.Is6) {
+		list = append(list, step{"give " + p.HostName + " the gateway address", func(m *message) { newAddr(m, index, hostLinkLocal) }})
+	} else {
+		list = list[1:] // without IPv6 there may be no such setting at all
+	}
+	for _, a := range p.Addrs {
+		list = append(list, step{"route " + a.String() + " to " + p.HostName, func(m *message) {
+			newRoute(m, index, delta.PortRoute{Dst: netip.PrefixFrom(a, a.BitLen())}, delta.Protocol)
+		}})
+	}
+	return list
+}
+
+func insideEnd(inside *os.File, path string, p delta.Port) error {
+	s, err := socketIn(inside)
 	if err != nil {
 		return fmt.Errorf("netlink socket in %s: %w", path, err)
 	}
-	defer h.Close()
-	link, err := h.LinkByName(p.IfName)
+	defer s.close()
+	req, err := unix.NewIfreq(p.IfName)
+	if err == nil {
+		err = unix.IoctlIfreq(s.fd, unix.SIOCGIFINDEX, req)
+	}
 	if err != nil {
 		return fmt.Errorf("find %s in the container: %w", p.IfName, err)
 	}
-	index := link.Attrs().Index
+	list := portSteps(req.Uint32(), p)
+	err = s.steps(list)
+	if errors.Is(err, unix.EACCES) && slices.ContainsFunc(p.Addrs, netip.Addr.Is6) {
+		// Some runtimes switch IPv6 off by default in the namespaces that they make. All steps can be repeated.
+		if err = enableIPv6(path, p.IfName); err == nil {
+			err = s.steps(list)
+		}
+	}
+	return err
+}
+
+func portSteps(index uint32, p delta.Port) []step {
+	var list []step
 	for _, a := range p.Addrs {
-		addr := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, a.BitLen()))}
-		if a.Is6() {
-			addr.Flags = unix.IFA_F_NODAD // the address is ours alone by construction, and waiting costs seconds
-		}
-		err := h.AddrAdd(link, addr)
-		if a.Is6() && (errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM)) {
-			// Some runtimes switch IPv6 off by default in the namespaces that they make.
-			if err = enableIPv6(path, p.IfName); err == nil {
-				err = h.AddrAdd(link, addr)
-			}
-		}
-		if err != nil {
-			return fmt.Errorf("give %s the address %s: %w", p.IfName, a, err)
-		}
+		list = append(list, step{"give " + p.IfName + " the address " + a.String(), func(m *message) {
+			newAddr(m, index, netip.PrefixFrom(a, a.BitLen()))
+		}})
 	}
-	if err := h.LinkSetUp(link); err != nil {
-		return fmt.Errorf("set %s up: %w", p.IfName, err)
-	}
+	list = append(list, step{"set " + p.IfName + " up", func(m *message) { changeLink(m, index, unix.IFF_UP, unix.IFF_UP) }})
 	for _, g := range p.Gateways {
-		neigh := &netlink.Neigh{LinkIndex: index, State: netlink.NUD_PERMANENT, IP: g.AsSlice(), HardwareAddr: p.HostMAC[:]}
-		if err := h.NeighSet(neigh); err != nil {
-			return fmt.Errorf("neighbour %s of %s: %w", g, p.IfName, err)
-		}
+		list = append(list, step{"neighbour " + g.String() + " of " + p.IfName, func(m *message) {
+			m.begin(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+			ndmsg(m, family(g.Is6()), index, unix.NUD_PERMANENT, 0)
+			m.addr(unix.NDA_DST, g)
+			m.bytes(unix.NDA_LLADDR, p.HostMAC[:])
+		}})
 		if g.Is4() {
-			on := &netlink.Route{LinkIndex: index, Dst: ipNet(netip.PrefixFrom(g, 32)), Scope: netlink.SCOPE_LINK}
-			if err := h.RouteReplace(on); err != nil {
-				return fmt.Errorf("route to the gateway %s: %w", g, err)
-			}
+			list = append(list, step{"route to the gateway " + g.String(), func(m *message) {
+				newRoute(m, index, delta.PortRoute{Dst: netip.PrefixFrom(g, 32)}, unix.RTPROT_BOOT)
+			}})
 		}
 	}
 	for _, r := range p.Routes {
-		if err := h.RouteReplace(portRoute(index, r)); err != nil {
-			return fmt.Errorf("route %s via %s: %w", r.Dst, r.Via, err)
-		}
+		list = append(list, step{fmt.Sprintf("route %s via %s", r.Dst, r.Via), func(m *message) { newRoute(m, index, r, unix.RTPROT_BOOT) }})
 	}
-	return nil
+	return list
 }
 
-func portRoute(index int, r delta.PortRoute) *netlink.Route {
-	return &netlink.Route{LinkIndex: index, Dst: ipNet(r.Dst), Gw: r.Via.AsSlice(), Flags: int(netlink.FLAG_ONLINK),
-		MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority, Table: r.Table}
+// newAddr adds an address without duplicate address detection: it is ours alone by construction, and waiting costs seconds.
+func newAddr(m *message, index uint32, p netip.Prefix) {
+	ip := p.Addr()
+	m.begin(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+	scope := byte(unix.RT_SCOPE_UNIVERSE)
+	if ip.IsLinkLocalUnicast() {
+		scope = unix.RT_SCOPE_LINK
+	}
+	flags := byte(0)
+	if ip.Is6() {
+		flags = unix.IFA_F_NODAD
+	}
+	m.raw(family(ip.Is6()), byte(p.Bits()), flags, scope)
+	m.rawU32(index)
+	m.addr(unix.IFA_LOCAL, ip)
+	m.addr(unix.IFA_ADDRESS, ip)
+}
+
+// newRoute adds or replaces a route by the device; without Via it is on-link.
+func newRoute(m *message, index uint32, r delta.PortRoute, protocol byte) {
+	v6 := r.Dst.Addr().Is6()
+	table, scope, flags := r.Table, byte(unix.RT_SCOPE_UNIVERSE), uint32(0)
+	if table == 0 {
+		table = unix.RT_TABLE_MAIN
+	}
+	if r.Via.IsValid() {
+		flags = unix.RTNH_F_ONLINK
+	} else if !v6 {
+		scope = unix.RT_SCOPE_LINK
+	}
+	m.begin(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+	m.raw(family(v6), byte(r.Dst.Bits()), 0, 0, byte(min(table, unix.RT_TABLE_COMPAT)), protocol, scope, unix.RTN_UNICAST)
+	m.rawU32(flags)
+	if r.Dst.Bits() > 0 {
+		m.addr(unix.RTA_DST, r.Dst.Addr())
+	}
+	if r.Via.IsValid() {
+		m.addr(unix.RTA_GATEWAY, r.Via)
+	}
+	m.u32(unix.RTA_OIF, index)
+	m.u32(unix.RTA_TABLE, uint32(table))
+	if r.Priority != 0 {
+		m.u32(unix.RTA_PRIORITY, uint32(r.Priority))
+	}
+	if r.MTU != 0 || r.AdvMSS != 0 {
+		metrics := m.nest(unix.RTA_METRICS)
+		if r.MTU != 0 {
+			m.u32(unix.RTAX_MTU, uint32(r.MTU))
+		}
+		if r.AdvMSS != 0 {
+			m.u32(unix.RTAX_ADVMSS, uint32(r.AdvMSS))
+		}
+		m.end(metrics)
+	}
+}
+
+// socketIn opens a socket in another namespace; the socket stays there, the thread comes back.
+func socketIn(ns *os.File) (s *socket, err error) {
+	runtime.LockOSThread()
+	own, err := os.Open(ownNamespace)
+	if err != nil {
+		runtime.UnlockOSThread()
+		return nil, err
+	}
+	defer own.Close()
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return nil, os.NewSyscallError("setns", err)
+	}
+	s, err = openSocket(unix.NETLINK_ROUTE)
+	if berr := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); berr != nil {
+		// A thread that is lost elsewhere must not be used again: still locked, it ends with its goroutine.
+		return s, errors.Join(err, os.NewSyscallError("setns", berr))
+	}
+	runtime.UnlockOSThread()
+	return s, err
 }
 
 func enableIPv6(path, ifname string) error {
@@ -172,59 +273,55 @@ func enableIPv6(path, ifname string) error {
 
 // DelPort implements Kernel.
 func (n *Netns) DelPort(ctx context.Context, hostName string) error {
-	h, err := n.handle()
-	if err != nil {
-		return err
-	}
-	defer h.Close()
-	return deletePort(h, hostName)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.deletePort(hostName)
 }
 
 // deletePort asks by name: one message, no look-up before it.
-func deletePort(h *netlink.Handle, name string) error {
-	err := h.LinkDel(&netlink.GenericLink{LinkAttrs: netlink.LinkAttrs{Name: name}})
-	var missing netlink.LinkNotFoundError
-	if err != nil && !errors.Is(err, unix.ENODEV) && !errors.As(err, &missing) {
+func (n *Netns) deletePort(name string) error {
+	err := n.rt.do(func(m *message) {
+		m.begin(unix.RTM_DELLINK, 0)
+		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+		m.string(unix.IFLA_IFNAME, name)
+	})
+	if err != nil && !errors.Is(err, unix.ENODEV) {
 		return fmt.Errorf("remove %s: %w", name, err)
 	}
 	return nil
 }
 
-// DelPorts implements Kernel: the links are put into a group of their own, and the group is deleted.
+// DelPorts implements Kernel: the links are put into a group of their own, and the group is deleted. The kernel unregisters all
+// members in one go, and waits for RCU once.
 func (n *Netns) DelPorts(ctx context.Context, names []string) error {
 	if len(names) == 0 {
 		return nil
 	}
-	h, err := n.handle()
-	if err != nil {
-		return err
-	}
-	defer h.Close()
-	if len(names) == 1 {
-		return deletePort(h, names[0])
-	}
-	group := delta.Protocol<<24 | rand.IntN(1<<24)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	group := uint32(delta.Protocol<<24 | rand.IntN(1<<24))
 	var errs []error
-	found := 0
-	for _, name := range names {
-		link, err := h.LinkByName(name)
-		var missing netlink.LinkNotFoundError
-		if errors.As(err, &missing) {
-			continue
+	missing := 0
+	err := n.rt.run(len(names), func(m *message, i int) bool {
+		changeLink(m, 0, 0, 0)
+		m.string(unix.IFLA_IFNAME, names[i])
+		m.u32(unix.IFLA_GROUP, group)
+		return true
+	}, func(i int, err error) {
+		missing++
+		if !errors.Is(err, unix.ENODEV) {
+			errs = append(errs, fmt.Errorf("remove %s: %w", names[i], err))
 		}
-		if err == nil {
-			err = h.LinkSetGroup(link, group)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("remove %s: %w", name, err))
-			continue
-		}
-		found++
+	})
+	if err == nil && missing < len(names) {
+		err = n.rt.do(func(m *message) {
+			m.begin(unix.RTM_DELLINK, 0)
+			m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+			m.u32(unix.IFLA_GROUP, group)
+		})
 	}
-	if found > 0 {
-		if err := n.deleteGroup(group); err != nil {
-			errs = append(errs, fmt.Errorf("remove %d ports: %w", found, err))
-		}
+	if err != nil {
+		errs = append(errs, fmt.Errorf("remove %d ports: %w", len(names), err))
 	}
 	return errors.Join(errs...)
 }
@@ -406,20 +503,4 @@ func hasRoute(h *netlink.Handle, index int, want delta.PortRoute) (bool, error) 
 		ones, _ := r.Dst.Mask.Size()
 		return ones == want.Dst.Bits() && r.Dst.IP.Equal(want.Dst.Addr().AsSlice())
 	}), nil
-}
-
-// deleteGroup is RTM_DELLINK by IFLA_GROUP, which the netlink library has no call for. The kernel unregisters all members in one
-// go, and waits for RCU once.
-func (n *Netns) deleteGroup(group int) error {
-	return n.do(func() error {
-		req := nl.NewNetlinkRequest(unix.RTM_DELLINK, unix.NLM_F_ACK)
-		req.AddData(nl.NewIfInfomsg(unix.AF_UNSPEC))
-		req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(uint32(group))))
-		_, err := req.Execute(unix.NETLINK_ROUTE, 0)
-		return err
-	})
-}
-
-func ipNet(p netip.Prefix) *net.IPNet {
-	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
