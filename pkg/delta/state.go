@@ -108,6 +108,9 @@ type Set struct {
 	V6       bool
 	Interval bool
 	Elements []netip.Prefix // sorted, without overlaps
+
+	// Other is empty on desired sets. On an observed one it says what it is that ours never are; such a set is made again.
+	Other string
 }
 
 // Chain is a base chain of the table Table; its policy is accept.

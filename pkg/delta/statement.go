@@ -138,7 +138,9 @@ func (c Chain) Equal(o Chain) bool {
 }
 
 // SameType says whether two sets differ in nothing but their elements.
-func (s Set) SameType(o Set) bool { return s.V6 == o.V6 && s.Interval == o.Interval }
+func (s Set) SameType(o Set) bool {
+	return s.V6 == o.V6 && s.Interval == o.Interval && s.Other == o.Other
+}
 
 // Equal compares two sets with their elements.
 func (s Set) Equal(o Set) bool { return s.SameType(o) && slices.Equal(s.Elements, o.Elements) }

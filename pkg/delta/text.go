@@ -119,6 +119,9 @@ func appendSet(b []byte, name string, s Set) []byte {
 	if s.Interval {
 		b = append(b, " flags interval;"...)
 	}
+	if s.Other != "" {
+		b = append(append(append(b, " <"...), s.Other...), ">;"...)
+	}
 	if len(s.Elements) > 0 {
 		b = append(appendElements(append(b, " elements = "...), s.Elements), ';')
 	}

@@ -40,12 +40,17 @@ func overlay(n int) *delta.State {
 func newKernel(t testing.TB) (*netnstest.NS, *kernel.Netns) {
 	t.Helper()
 	ns := netnstest.New(t)
+	return ns, openKernel(t, ns)
+}
+
+func openKernel(t testing.TB, ns *netnstest.NS) *kernel.Netns {
+	t.Helper()
 	k, err := kernel.NewAt(ns.Path())
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { k.Close() })
-	return ns, k
+	return k
 }
 
 func reconcile(t testing.TB, k kernel.Kernel, want *delta.State) *delta.Difference {

@@ -1,0 +1,213 @@
+package kernel_test
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+)
+
+func prefixes(list ...string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range list {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
+}
+
+// filters is one of each statement.
+func filters() *delta.State {
+	s := delta.NewState()
+	s.Sets["nat4-overlay"] = delta.Set{Interval: true, Elements: prefixes("10.42.0.0/16")}
+	s.Sets["keep4-overlay"] = delta.Set{Interval: true, Elements: prefixes("0.0.0.0/8", "10.42.0.0/16", "10.43.0.0/16", "240.0.0.0/4")}
+	s.Sets["keep6-overlay"] = delta.Set{Interval: true, V6: true, Elements: prefixes("fd42::/64", "ff00::/8")}
+	s.Sets["vteps4"] = delta.Set{Elements: prefixes("192.0.2.1/32", "192.0.2.2/32")}
+	s.Sets["vteps6"] = delta.Set{V6: true, Elements: prefixes("2001:db8::1/128")}
+	s.Chains["antispoof"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
+		{delta.IifPrefix(delta.PortPrefix), delta.NoReverse{}, delta.Verdict("drop"), delta.MarkComment("own addresses only")},
+	}}
+	s.Chains["vtep-sources"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
+		{delta.UDPDport(4789), delta.VXLANVNI(1042), delta.InSet{Field: "saddr", Set: "vteps4", Not: true}, delta.Verdict("drop")},
+		{delta.Iif{Name: "vtep1042", Not: true}, delta.UDPDport(4789), delta.InSet{Field: "saddr", Set: "vteps6", V6: true}, delta.Verdict("accept")},
+	}}
+	s.Chains["egress"] = delta.Chain{Type: "nat", Hook: "postrouting", Priority: 100, Rules: []delta.Rule{
+		{delta.InSet{Field: "saddr", Set: "nat4-overlay"}, delta.InSet{Field: "daddr", Set: "keep4-overlay", Not: true}, delta.Oif{Name: "vtep1042", Not: true}, delta.Masquerade{}},
+	}}
+	return s
+}
+
+func TestNftablesHoldWhatThePlanSays(t *testing.T) {
+	_, k := newKernel(t)
+	want := filters()
+	reconcile(t, k, want)
+	wantText(t, observe(t, k, want).String(), want.String())
+	if d := reconcile(t, k, want); !d.Empty() {
+		t.Errorf("F141: a settled ruleset still differs:\n%s", d)
+	}
+}
+
+// Another reader, which did not write it and so has nothing remembered, must see the same.
+func TestNftablesReadBackByAnother(t *testing.T) {
+	ns, k := newKernel(t)
+	want := filters()
+	reconcile(t, k, want)
+	other := openKernel(t, ns)
+	wantText(t, observe(t, other, nil).String(), want.String())
+}
+
+func TestNftablesPrintAsNftDoes(t *testing.T) {
+	ns, k := newKernel(t)
+	want := filters()
+	reconcile(t, k, want)
+	listing := ns.Command(t, "nft", "-n", "list", "table", "inet", delta.Table)
+	for name, c := range want.Chains {
+		if !strings.Contains(listing, "chain "+name+" {") {
+			t.Errorf("nft lists no chain %s", name)
+		}
+		for _, r := range c.Rules {
+			if !strings.Contains(listing, "\t\t"+r.String()+"\n") {
+				t.Errorf("nft does not list the rule %s", r)
+			}
+		}
+	}
+	squeezed := strings.Join(strings.Fields(listing), " ")
+	for name, s := range want.Sets {
+		text := strings.TrimPrefix((&delta.State{Sets: map[string]delta.Set{name: s}}).String(), "set   inet lariat ")
+		text = strings.ReplaceAll(strings.TrimSpace(text), ";", "")
+		if !strings.Contains(squeezed, "set "+text) {
+			t.Errorf("nft does not list set %s", text)
+		}
+	}
+	if t.Failed() {
+		t.Log(listing)
+	}
+}
+
+func TestF29NftablesChangedByHandAreMended(t *testing.T) {
+	for _, tc := range []struct{ name, command string }{
+		{"a rule removed", "flush chain inet lariat antispoof"},
+		{"a rule added", "add rule inet lariat egress accept"},
+		{"a rule added in front", `insert rule inet lariat vtep-sources ip saddr 1.2.3.4 counter log prefix "x" accept`},
+		{"a rule with a counter", "insert rule inet lariat antispoof counter"},
+		{"an element added", "add element inet lariat vteps4 { 203.0.113.9 }"},
+		{"an element removed", "delete element inet lariat keep4-overlay { 10.43.0.0/16 }"},
+		{"a range added", "add element inet lariat keep4-overlay { 192.0.2.5-192.0.2.9 }"},
+		{"a chain added", "add chain inet lariat mine { type filter hook input priority 0; policy drop; }"},
+		{"a chain without hook that a rule jumps to", "add chain inet lariat mine; add rule inet lariat mine drop; add rule inet lariat antispoof jump mine"},
+		{"a policy of drop", "add chain inet lariat antispoof { policy drop; }"},
+		{"a set added", "add set inet lariat mine { type inet_service; flags timeout; }"},
+		{"a map added", "add map inet lariat mine { type ipv4_addr : ipv4_addr; }"},
+		{"a rule with a set of its own", "add rule inet lariat egress tcp dport { 1, 2 } accept"},
+		{"the table removed", "delete table inet lariat"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			ns, k := newKernel(t)
+			want := filters()
+			reconcile(t, k, want)
+			ns.Command(t, "nft", tc.command)
+			if d := reconcile(t, k, want); d.Empty() {
+				t.Fatal("went unnoticed")
+			}
+			wantText(t, observe(t, openKernel(t, ns), nil).String(), want.String())
+			if d := reconcile(t, k, want); !d.Empty() {
+				t.Errorf("not settled:\n%s", d)
+			}
+		})
+	}
+}
+
+func TestNftablesFollowThePlan(t *testing.T) {
+	for _, tc := range []struct {
+		name   string
+		change func(s *delta.State)
+	}{
+		{"an element more and one less", func(s *delta.State) {
+			s.Sets["vteps4"] = delta.Set{Elements: prefixes("192.0.2.2/32", "192.0.2.3/32")}
+		}},
+		{"a wider prefix in place of a narrow one", func(s *delta.State) {
+			s.Sets["nat4-overlay"] = delta.Set{Interval: true, Elements: prefixes("10.0.0.0/8")}
+		}},
+		{"everything", func(s *delta.State) { s.Sets["nat4-overlay"] = delta.Set{Interval: true, Elements: prefixes("0.0.0.0/0")} }},
+		{"a set of another type", func(s *delta.State) {
+			s.Sets["vteps4"] = delta.Set{Interval: true, Elements: prefixes("192.0.2.0/24")}
+		}},
+		{"a chain at another hook", func(s *delta.State) {
+			c := s.Chains["antispoof"]
+			c.Hook = "forward"
+			s.Chains["antispoof"] = c
+		}},
+		{"a chain and its sets less", func(s *delta.State) {
+			delete(s.Chains, "vtep-sources")
+			delete(s.Sets, "vteps4")
+			delete(s.Sets, "vteps6")
+		}},
+		{"nothing at all", func(s *delta.State) { *s = *delta.NewState() }},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			ns, k := newKernel(t)
+			reconcile(t, k, filters())
+			want := filters()
+			tc.change(want)
+			reconcile(t, k, want)
+			wantText(t, observe(t, openKernel(t, ns), nil).String(), want.String())
+			if d := reconcile(t, k, want); !d.Empty() {
+				t.Errorf("not settled:\n%s", d)
+			}
+		})
+	}
+}
+
+// Applying a difference once more, after it was done and after half of it was undone, must be harmless.
+func TestNftablesApplyTwice(t *testing.T) {
+	ns, k := newKernel(t)
+	reconcile(t, k, filters())
+	want := filters()
+	want.Sets["vteps4"] = delta.Set{Elements: prefixes("192.0.2.2/32", "192.0.2.3/32")}
+	delete(want.Chains, "egress")
+	delete(want.Sets, "nat4-overlay")
+	d := delta.Between(want, observe(t, k, want))
+	for range 2 {
+		if err := k.Apply(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := openKernel(t, ns).Apply(t.Context(), d); err != nil {
+		t.Fatal(err)
+	}
+	wantText(t, observe(t, openKernel(t, ns), nil).String(), want.String())
+}
+
+func BenchmarkNftablesSettled10000(b *testing.B) {
+	_, k := newKernel(b)
+	want := filters()
+	s := delta.Set{}
+	for i := range 10000 {
+		a := netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)})
+		s.Elements = append(s.Elements, netip.PrefixFrom(a, 32))
+	}
+	want.Sets["vteps4"] = s
+	reconcile(b, k, want)
+	for b.Loop() {
+		if d := reconcile(b, k, want); !d.Empty() {
+			b.Fatal(d)
+		}
+	}
+}
+
+func BenchmarkNftablesFromNothing10000(b *testing.B) {
+	_, k := newKernel(b)
+	want := filters()
+	s := delta.Set{}
+	for i := range 10000 {
+		a := netip.AddrFrom4([4]byte{198, 18, byte(i >> 8), byte(i)})
+		s.Elements = append(s.Elements, netip.PrefixFrom(a, 32))
+	}
+	want.Sets["vteps4"] = s
+	for b.Loop() {
+		reconcile(b, k, want)
+		b.StopTimer()
+		reconcile(b, k, delta.NewState())
+		b.StartTimer()
+	}
+}
