@@ -1,50 +1,69 @@
 package overlay
 
 import (
+	"bytes"
 	"context"
-	"errors"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
 
-	"github.com/containernetworking/cni/pkg/invoke"
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/pkg/types/create"
 
 	"github.com/lariat-net/lariat/pkg/cni"
 )
 
 // delegate executes another IPAM plugin with our configuration and environment, as the spec says. Its result comes back for ADD.
+//
+// The reference library's invoke package does the same, and since 1.3.1 links OpenTelemetry and net/http for it: two thirds
+// of a millisecond more for the start of every container, whether or not there is anything to delegate.
 func (c *call) delegate(ctx context.Context, verb string) (*current.Result, error) {
-	if c.Path == "" {
-		return nil, cni.Errorf(cni.ErrEnvironment, "the IPAM plugin %s is to be executed, but CNI_PATH is not set", c.ipam.Type)
-	}
-	var res types.Result
-	var err error
-	switch verb {
-	case "ADD":
-		res, err = invoke.DelegateAdd(ctx, c.ipam.Type, c.Stdin, nil)
-	case "CHECK":
-		err = invoke.DelegateCheck(ctx, c.ipam.Type, c.Stdin, nil)
-	case "DEL":
-		err = invoke.DelegateDel(ctx, c.ipam.Type, c.Stdin, nil)
-	case "STATUS":
-		err = invoke.DelegateStatus(ctx, c.ipam.Type, c.Stdin, nil)
-	case "GC":
-		err = invoke.DelegateGC(ctx, c.ipam.Type, c.Stdin, nil)
-	}
+	path, err := c.find(c.ipam.Type)
 	if err != nil {
-		var e *types.Error
-		if errors.As(err, &e) {
+		return nil, err
+	}
+	var out, errs bytes.Buffer
+	cmd := exec.CommandContext(ctx, path)
+	cmd.Env = append(os.Environ(), "CNI_COMMAND="+verb)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(c.Stdin), &out, &errs
+	if err := cmd.Run(); err != nil {
+		var e types.Error
+		if json.Unmarshal(out.Bytes(), &e) == nil && e.Code != 0 {
 			return nil, &cni.Error{Code: e.Code, Msg: "IPAM plugin " + c.ipam.Type + ": " + e.Msg, Details: e.Details}
 		}
-		return nil, cni.Errorf(cni.ErrConfig, "IPAM plugin %s, %s: %w", c.ipam.Type, verb, err)
+		return nil, cni.Errorf(cni.ErrConfig, "IPAM plugin %s, %s: %w: %s", path, verb, err, strings.TrimSpace(out.String()+errs.String()))
 	}
-	if res == nil {
+	if verb != "ADD" {
 		return nil, nil
 	}
-	out, err := current.NewResultFromResult(res)
-	if err != nil {
-		return nil, cni.Errorf(cni.ErrDecode, "result of the IPAM plugin %s: %w", c.ipam.Type, err)
+	res, err := create.CreateFromBytes(out.Bytes())
+	if err == nil {
+		var r *current.Result
+		if r, err = current.NewResultFromResult(res); err == nil {
+			return r, nil
+		}
 	}
-	return out, nil
+	return nil, cni.Errorf(cni.ErrDecode, "result of the IPAM plugin %s: %w", path, err)
+}
+
+// find looks for a plugin in CNI_PATH. A type is a name, never a path.
+func (c *call) find(name string) (string, error) {
+	if strings.ContainsRune(name, filepath.Separator) || name == "." || name == ".." {
+		return "", cni.Errorf(cni.ErrConfig, "key \"ipam.type\": %q is not the name of a plugin", name)
+	}
+	if c.Path == "" {
+		return "", cni.Errorf(cni.ErrEnvironment, "the IPAM plugin %s is to be executed, but CNI_PATH is not set", name)
+	}
+	for _, dir := range filepath.SplitList(c.Path) {
+		path := filepath.Join(dir, name)
+		if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0 {
+			return path, nil
+		}
+	}
+	return "", cni.Errorf(cni.ErrConfig, "the IPAM plugin %s is not in CNI_PATH (%s)", name, c.Path).WithDetails("install it there, or use %q", "lariat-ipam")
 }
 
 func (c *call) delegateDel(ctx context.Context) error {

@@ -20,7 +20,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
-	"github.com/lariat-net/lariat/pkg/reconcile"
+	"github.com/lariat-net/lariat/pkg/plan"
 )
 
 // Plugin is what tells one main plugin from another.
@@ -180,7 +180,7 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 	if err != nil {
 		return cni.FromMetadata(err)
 	}
-	if _, err := kernel.Reconcile(ctx, k, reconcile.Desired(snap, a.Host)); err != nil {
+	if _, err := kernel.Reconcile(ctx, k, plan.Desired(snap, a.Host)); err != nil {
 		return cni.Errorf(cni.ErrKernel, "set up network %s on this host: %w", c.Conf.Name, err).WithDetails("check: lariat doctor; lariat plan --diff")
 	}
 	return nil

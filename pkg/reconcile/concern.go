@@ -1,3 +1,5 @@
+// Package reconcile keeps a host's kernel equal to the metadata: one loop per concern, each of which observes, diffs and applies
+// on an event, on a timer, and again with back-off after an error.
 package reconcile
 
 import (

@@ -1,17 +1,6 @@
-// Package reconcile keeps a host's kernel equal to the metadata: it puts the planners' states together, and runs the loop
-// that observes, diffs and applies.
 package reconcile
 
-import (
-	"github.com/lariat-net/lariat/pkg/attach"
-	"github.com/lariat-net/lariat/pkg/delta"
-	"github.com/lariat-net/lariat/pkg/metadata"
-	"github.com/lariat-net/lariat/pkg/nat"
-	"github.com/lariat-net/lariat/pkg/vxlan"
-)
+import "github.com/lariat-net/lariat/pkg/plan"
 
-// Desired is all that Lariat wants of host self's kernel, apart from containers' ports, which their own ADD makes. It is
-// a pure function of the snapshot; "lariat plan" prints it, and the network manager applies it.
-func Desired(snap *metadata.Snapshot, self string) *delta.State {
-	return delta.Merge(vxlan.Plan(snap, self), nat.Plan(snap), attach.HostRules(snap))
-}
+// Desired is plan.Desired.
+var Desired = plan.Desired

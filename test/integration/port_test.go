@@ -1,11 +1,9 @@
 package integration_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
 	"strings"
 	"testing"
 
@@ -17,14 +15,9 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-func TestMain(m *testing.M) {
-	lab.Enter()
-	os.Exit(m.Run())
+func port(id string) metadata.AttachmentID {
+	return metadata.AttachmentID{ContainerID: id, IfName: "eth0"}
 }
-
-var ctx = context.Background()
-
-func port(id string) metadata.AttachmentID { return metadata.AttachmentID{ContainerID: id, IfName: "eth0"} }
 
 func attachment(addrs ...string) *metadata.Attachment {
 	a := &metadata.Attachment{Network: "overlay", MTU: 1450}

@@ -3,6 +3,7 @@ package lab
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/containernetworking/cni/pkg/types"
 )
 
 // Process is a program that stays up, in a namespace.
@@ -153,4 +156,24 @@ func (n Netns) Output(ctx context.Context, args ...string) (string, error) {
 		return out.String(), fmt.Errorf("%s in %s: %w: %s", strings.Join(args, " "), n.Name, err, strings.TrimSpace(errs.String()))
 	}
 	return out.String(), nil
+}
+
+// Exec runs a CNI plugin in the namespace with stdin and environment, and returns its standard output. A CNI error object comes
+// back as *types.Error.
+func (n Netns) Exec(ctx context.Context, path, stdin string, env ...string) (string, error) {
+	var out, errs bytes.Buffer
+	err := n.Do(func() error {
+		cmd := exec.CommandContext(ctx, path)
+		cmd.Env = append(os.Environ(), env...)
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &errs
+		return cmd.Run()
+	})
+	if err == nil {
+		return out.String(), nil
+	}
+	var e types.Error
+	if json.Unmarshal(out.Bytes(), &e) == nil && e.Code != 0 {
+		return out.String(), &e
+	}
+	return out.String(), fmt.Errorf("%s: %w: %s%s", path, err, out.String(), errs.String())
 }

@@ -1,0 +1,16 @@
+// Package plan puts the planners together: all that Lariat wants of one host, as a pure function of the metadata.
+package plan
+
+import (
+	"github.com/lariat-net/lariat/pkg/attach"
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/nat"
+	"github.com/lariat-net/lariat/pkg/vxlan"
+)
+
+// Desired is all that Lariat wants of host self's kernel, apart from containers' ports, which their own ADD makes. It is
+// a pure function of the snapshot; "lariat plan" prints it, and the network manager applies it.
+func Desired(snap *metadata.Snapshot, self string) *delta.State {
+	return delta.Merge(vxlan.Plan(snap, self), nat.Plan(snap), attach.HostRules(snap))
+}
