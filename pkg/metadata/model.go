@@ -162,6 +162,18 @@ type Container struct {
 	Health     string            `json:"health,omitempty"`
 	StartCount int               `json:"startCount,omitempty"`
 	Created    time.Time         `json:"created,omitzero"`
+
+	// Interfaces is kept by the metadata service: what attachments of this container hold. Addresses beside them were
+	// assigned by whoever wrote the object, as PreAssigned says, and outlive the attachments.
+	Interfaces  []ContainerInterface `json:"interfaces,omitempty"`
+	PreAssigned bool                 `json:"preAssigned,omitempty"`
+}
+
+// ContainerInterface is one attached interface of a container.
+type ContainerInterface struct {
+	Network   string       `json:"network"`
+	IfName    string       `json:"ifname"`
+	Addresses []netip.Addr `json:"addresses"`
 }
 
 // Allocation is one address in use, as its block's table records it.

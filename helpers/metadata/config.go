@@ -1,0 +1,274 @@
+package main
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/pflag"
+	"github.com/vishvananda/netlink"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// config is what the flags say.
+type config struct {
+	HostName      string
+	Socket        string
+	DataDir       string
+	MachineIDFile string
+	BootIDFile    string
+	Underlay      []string
+	Labels        map[string]string
+	LogLevel      string
+
+	ListenTree    string
+	ListenMetrics string
+
+	Endpoints      []string
+	CA, Cert, Key  string
+	Prefix         string
+	Name           string
+	ListenClient   string
+	ListenPeer     string
+	AdvertisePeer  string
+	InitialCluster string
+	Join           bool
+	QuotaMiB       int64
+	StartTimeout   time.Duration
+	LeaseTTL       time.Duration
+}
+
+// flags declares the flags that the service takes; its sub-commands take some of them.
+func (c *config) flags(f *pflag.FlagSet) {
+	host, _ := os.Hostname()
+	f.StringVar(&c.HostName, "host-name", host, "this host's name in the cluster")
+	f.StringVar(&c.Socket, "socket", metadata.DefaultSocket, "unix socket of the control API")
+	f.StringVar(&c.MachineIDFile, "machine-id-file", "/etc/machine-id", "what tells a reinstalled host from a second one")
+	f.StringVar(&c.BootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "what tells one boot from the next")
+	f.StringArrayVar(&c.Underlay, "underlay", nil, "address/length by which the other hosts reach this one, repeated; default: of the default route")
+	f.StringToStringVar(&c.Labels, "label", nil, "label of this host, key=value, repeated")
+	f.StringVar(&c.LogLevel, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&c.ListenTree, "listen-tree", "", "IP:port of the read-only tree for containers, usually 169.254.169.250:80")
+	f.StringVar(&c.ListenMetrics, "listen-metrics", "", "IP:port of /metrics, /healthz and /readyz, beside the socket")
+	f.DurationVar(&c.StartTimeout, "start-timeout", time.Minute, "give up when the store is not ready until then")
+	f.DurationVar(&c.LeaseTTL, "lease", 30*time.Second, "a host that is silent for so long counts as gone")
+	c.storeFlags(f)
+}
+
+func (c *config) storeFlags(f *pflag.FlagSet) {
+	f.StringVar(&c.DataDir, "data-dir", "/var/lib/lariat/etcd", "folder of the embedded store")
+	f.StringSliceVar(&c.Endpoints, "etcd-endpoints", nil, "use this etcd instead of the embedded store: https://host:port,…")
+	f.StringVar(&c.CA, "etcd-ca", "", "CA certificates that etcd's peers must be signed by")
+	f.StringVar(&c.Cert, "etcd-cert", "", "certificate of this host")
+	f.StringVar(&c.Key, "etcd-key", "", "key of the certificate")
+	f.StringVar(&c.Prefix, "etcd-prefix", "/lariat/v1/", "of all keys")
+	f.StringVar(&c.Name, "name", "", "of this member of the embedded cluster; default: the host name")
+	f.StringVar(&c.ListenClient, "listen-client", "", "let other hosts use the embedded store: https://IP:port")
+	f.StringVar(&c.ListenPeer, "listen-peer", "", "for other members of the embedded cluster: https://IP:port")
+	f.StringVar(&c.AdvertisePeer, "advertise-peer", "", "this member's URL in --initial-cluster; default: --listen-peer")
+	f.StringVar(&c.InitialCluster, "initial-cluster", "", "all members: name=https://IP:port,…")
+	f.BoolVar(&c.Join, "join", false, "the cluster runs already and expects this member")
+	f.Int64Var(&c.QuotaMiB, "etcd-quota", 4096, "MiB that the embedded store may take")
+}
+
+// normalize fills in what follows from other flags, and refuses contradictions.
+func (c *config) normalize() error {
+	if c.Name == "" {
+		c.Name = c.HostName
+	}
+	if !strings.HasSuffix(c.Prefix, "/") {
+		c.Prefix += "/"
+	}
+	if len(c.Endpoints) > 0 && (c.ListenClient != "" || c.ListenPeer != "" || c.InitialCluster != "") {
+		return errors.New("--etcd-endpoints uses an existing store; --listen-client, --listen-peer and --initial-cluster are of the embedded one")
+	}
+	for _, e := range c.Endpoints {
+		if err := safeEndpoint(e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// safeEndpoint refuses to speak in clear to another machine.
+func safeEndpoint(e string) error {
+	scheme, rest, ok := strings.Cut(e, "://")
+	if !ok {
+		return fmt.Errorf("--etcd-endpoints %s: want https://host:port", e)
+	}
+	switch scheme {
+	case "https", "unix":
+		return nil
+	case "http":
+		host, _, err := net.SplitHostPort(rest)
+		if ip := net.ParseIP(host); err == nil && (host == "localhost" || ip.IsLoopback()) {
+			return nil
+		}
+	}
+	return fmt.Errorf("--etcd-endpoints %s: want https://host:port; plain http is for loopback only", e)
+}
+
+// tls reads the client certificate for an external store; nil when none of its endpoints is https.
+func (c *config) tls() (*tls.Config, error) {
+	if !strings.HasPrefix(strings.Join(c.Endpoints, ","), "https://") {
+		return nil, nil
+	}
+	if c.CA == "" || c.Cert == "" || c.Key == "" {
+		return nil, errors.New("--etcd-endpoints with https needs --etcd-ca, --etcd-cert and --etcd-key; `lariat certs` makes them")
+	}
+	pem, err := os.ReadFile(c.CA)
+	if err != nil {
+		return nil, fmt.Errorf("--etcd-ca: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("--etcd-ca %s: no certificate in it", c.CA)
+	}
+	if _, err := tls.LoadX509KeyPair(c.Cert, c.Key); err != nil {
+		return nil, fmt.Errorf("--etcd-cert %s, --etcd-key %s: %w", c.Cert, c.Key, err)
+	}
+	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12,
+		// Read for each connection, so that a renewed certificate needs no restart.
+		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			pair, err := tls.LoadX509KeyPair(c.Cert, c.Key)
+			return &pair, err
+		}}, nil
+}
+
+func readID(flag, file string) (string, error) {
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("--%s: %w", flag, err)
+	}
+	id := strings.TrimSpace(string(data))
+	if id == "" {
+		return "", fmt.Errorf("--%s: %s is empty; `systemd-machine-id-setup` fills /etc/machine-id", flag, file)
+	}
+	return id, nil
+}
+
+// underlay finds the addresses by which other hosts reach this one.
+func (c *config) underlay() ([]metadata.Underlay, error) {
+	links, err := netlink.LinkList()
+	if err != nil {
+		return nil, fmt.Errorf("list interfaces: %w", err)
+	}
+	all, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	byIndex := map[int]netlink.Link{}
+	for _, l := range links {
+		byIndex[l.Attrs().Index] = l
+	}
+	type candidate struct {
+		u     metadata.Underlay
+		index int
+		auto  bool // may be chosen unasked
+	}
+	var list []candidate
+	var known []string
+	for _, a := range all {
+		l := byIndex[a.LinkIndex]
+		ip, ok := netip.AddrFromSlice(a.IP)
+		if l == nil || !ok {
+			continue
+		}
+		ones, _ := a.Mask.Size()
+		u := metadata.Underlay{Address: netip.PrefixFrom(ip.Unmap(), ones), Device: l.Attrs().Name, MTU: l.Attrs().MTU}
+		auto := ip.IsGlobalUnicast() && l.Attrs().Flags&net.FlagUp != 0 && l.Attrs().Flags&net.FlagLoopback == 0 &&
+			!strings.HasPrefix(l.Attrs().Alias, "lariat:") && !virtual(l)
+		list = append(list, candidate{u, a.LinkIndex, auto})
+		known = append(known, u.Address.String())
+	}
+	if len(c.Underlay) > 0 {
+		var out []metadata.Underlay
+		for _, s := range c.Underlay {
+			p, err := netip.ParsePrefix(s)
+			if err != nil {
+				return nil, fmt.Errorf("--underlay %s: want address/length: %w", s, err)
+			}
+			found := false
+			for _, x := range list {
+				if !found && x.u.Address.Addr() == p.Addr() {
+					found = true
+					out = append(out, metadata.Underlay{Address: p, Device: x.u.Device, MTU: x.u.MTU})
+				}
+			}
+			if !found {
+				return nil, fmt.Errorf("--underlay %s: no interface has it; this host has %s", s, strings.Join(known, ", "))
+			}
+		}
+		return out, nil
+	}
+	var out []metadata.Underlay
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		var chosen *candidate
+		routes, err := netlink.RouteList(nil, family)
+		if err != nil {
+			return nil, fmt.Errorf("list routes: %w", err)
+		}
+		metric := -1
+		for _, r := range routes {
+			if r.Dst != nil && !r.Dst.IP.IsUnspecified() || metric >= 0 && r.Priority >= metric {
+				continue
+			}
+			for i, x := range list {
+				a := x.u.Address.Addr()
+				if x.auto && x.index == r.LinkIndex && a.Is4() == (family == netlink.FAMILY_V4) && (r.Src == nil || r.Src.Equal(a.AsSlice())) {
+					chosen, metric = &list[i], r.Priority
+					break
+				}
+			}
+		}
+		for i, x := range list {
+			if chosen == nil && x.auto && x.u.Address.Addr().Is4() == (family == netlink.FAMILY_V4) {
+				chosen = &list[i]
+			}
+		}
+		if chosen != nil {
+			out = append(out, chosen.u)
+		}
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("no address found by which other hosts could reach this one; give it with --underlay IP/len (this host has %s)", strings.Join(known, ", "))
+	}
+	return out, nil
+}
+
+// virtual interfaces carry containers, not hosts. A veth may be a host's uplink all the same, when the host is a namespace.
+func virtual(l netlink.Link) bool {
+	switch l.Type() {
+	case "vxlan", "geneve", "wireguard", "xfrm", "ipip", "sit", "dummy":
+		return true
+	}
+	name := l.Attrs().Name
+	for _, p := range []string{"docker", "br-", "cni", "podman", "virbr", "kube-", "flannel", "cali"} {
+		if strings.HasPrefix(name, p) {
+			return true
+		}
+	}
+	return false
+}
+
+func usage(w io.Writer, f *pflag.FlagSet) {
+	fmt.Fprintf(w, "lariat-metadata: the metadata service of one host\n\n  lariat-metadata [flags]\n  lariat-metadata backup [flags] FILE\n  lariat-metadata restore [flags] FILE\n\n%s", f.FlagUsages())
+}
+
+// memberURL finds a member's URL in an --initial-cluster list.
+func memberURL(cluster, name string) string {
+	for _, m := range strings.Split(cluster, ",") {
+		if n, u, ok := strings.Cut(m, "="); ok && n == name {
+			return u
+		}
+	}
+	return ""
+}

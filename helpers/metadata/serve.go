@@ -1,0 +1,246 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/metadata/server"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
+	"github.com/lariat-net/lariat/pkg/mtu"
+)
+
+// run is the program; what it returns is the exit code.
+func run(args []string, stdout, stderr io.Writer) int {
+	fail := func(err error) int {
+		fmt.Fprintf(stderr, "lariat-metadata: %v\n", err)
+		return 1
+	}
+	var err error
+	switch {
+	case len(args) > 0 && args[0] == "backup":
+		err = backup(args[1:], stdout)
+	case len(args) > 0 && args[0] == "restore":
+		err = restore(args[1:], stdout)
+	default:
+		err = serve(args, stdout, stderr)
+	}
+	if errors.Is(err, pflag.ErrHelp) {
+		return 0
+	}
+	if err != nil {
+		return fail(err)
+	}
+	return 0
+}
+
+func serve(args []string, stdout, stderr io.Writer) error {
+	var c config
+	f := pflag.NewFlagSet("lariat-metadata", pflag.ContinueOnError)
+	f.SetOutput(stderr)
+	c.flags(f)
+	show := f.Bool("version", false, "print the version")
+	f.Usage = func() { usage(stdout, f) }
+	if err := f.Parse(args); err != nil {
+		return err
+	}
+	if *show {
+		fmt.Fprintln(stdout, version)
+		return nil
+	}
+	if f.NArg() > 0 {
+		return fmt.Errorf("%s: unknown sub-command; there are backup and restore", f.Arg(0))
+	}
+	if err := c.normalize(); err != nil {
+		return err
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(c.LogLevel)); err != nil {
+		return fmt.Errorf("--log-level %s: want debug, info, warn or error", c.LogLevel)
+	}
+	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+
+	machine, err := readID("machine-id-file", c.MachineIDFile)
+	if err != nil {
+		return err
+	}
+	boot, err := readID("boot-id-file", c.BootIDFile)
+	if err != nil {
+		return err
+	}
+	underlay, err := c.underlay()
+	if err != nil {
+		return err
+	}
+
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	// Whoever holds the socket is the service of this host; ask before the store is opened, which would wait for its lock.
+	listener, err := listenUnix(c.Socket)
+	if err != nil {
+		return err
+	}
+	defer listener.Close()
+
+	start, cancel := context.WithTimeout(ctx, c.StartTimeout)
+	defer cancel()
+	st, err := c.open(start, log, func(err error) {
+		fmt.Fprintf(stderr, "lariat-metadata: %v\n", err)
+		os.Exit(1)
+	})
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	var s *server.Server
+	st.Observe = func(op string, took time.Duration, err error) {
+		if s != nil {
+			s.ObserveStore(op, took, err)
+		}
+	}
+	s, err = server.New(start, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay,
+		Labels: c.Labels, Version: version, MTU: mtu.Container, AllContainers: c.ListenTree != "", LeaseTTL: c.LeaseTTL, Log: log}, st)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+
+	failed := make(chan error, 3)
+	var servers []*http.Server
+	serveOn := func(l net.Listener, h http.Handler) {
+		hs := &http.Server{Handler: h, ConnContext: server.ConnContext, ReadHeaderTimeout: 10 * time.Second,
+			ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+		servers = append(servers, hs)
+		go func() {
+			if err := hs.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				failed <- fmt.Errorf("%s: %w", l.Addr(), err)
+			}
+		}()
+	}
+	serveOn(listener, s.Handler())
+	if c.ListenMetrics != "" {
+		l, err := net.Listen("tcp", c.ListenMetrics)
+		if err != nil {
+			return fmt.Errorf("--listen-metrics: %w", err)
+		}
+		serveOn(l, s.PublicHandler())
+	}
+	log.Info("serving", "socket", c.Socket, "host", c.HostName)
+	daemon.SdNotify(false, daemon.SdNotifyReady) //nolint:errcheck // not under systemd
+	go watchdog(ctx, s)
+
+	select {
+	case <-ctx.Done():
+		err = nil
+	case err = <-failed:
+	}
+	daemon.SdNotify(false, daemon.SdNotifyStopping) //nolint:errcheck // not under systemd
+	log.Info("stopping")
+	// Requests under way get their answer; watches and waits end with the server.
+	end, cancelEnd := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancelEnd()
+	go s.Stop()
+	for _, hs := range servers {
+		if serr := hs.Shutdown(end); serr != nil {
+			hs.Close()
+		}
+	}
+	return err
+}
+
+// open opens the store that the flags describe.
+func (c *config) open(ctx context.Context, log *slog.Logger, fatal func(error)) (*store.Etcd, error) {
+	if len(c.Endpoints) > 0 {
+		t, err := c.tls()
+		if err != nil {
+			return nil, err
+		}
+		return store.Dial(ctx, store.External{Endpoints: c.Endpoints, TLS: t, Prefix: c.Prefix, Log: log})
+	}
+	return store.Open(ctx, store.Embedded{Dir: c.DataDir, Prefix: c.Prefix, Name: c.Name, ListenClient: c.ListenClient,
+		ListenPeer: c.ListenPeer, AdvertisePeer: c.AdvertisePeer, InitialCluster: c.InitialCluster, Existing: c.Join,
+		CA: c.CA, Cert: c.Cert, Key: c.Key, Quota: c.QuotaMiB << 20, Log: log, Fatal: fatal})
+}
+
+// listenUnix listens with mode 0600. A socket that a killed process left is replaced, one that answers is not: a lock file
+// decides, so that two processes that start at once cannot both think the socket stale.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	lock, err := os.OpenFile(path+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		pid := make([]byte, 32)
+		n, _ := lock.Read(pid)
+		lock.Close()
+		return nil, fmt.Errorf("socket %s: lariat-metadata with process id %s serves it already; stop that one, or give this one another --socket", path, pid[:n])
+	}
+	if err := errors.Join(lock.Truncate(0), writeAt(lock, fmt.Sprint(os.Getpid()))); err != nil {
+		return nil, fmt.Errorf("socket %s: lock: %w", path, err)
+	}
+	if conn, err := net.Dial("unix", path); err == nil {
+		conn.Close()
+		return nil, fmt.Errorf("socket %s: another program serves it; stop it, or give another --socket", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	old := syscall.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	syscall.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("socket %s: %w", path, err)
+	}
+	return &lockedListener{l, lock}, nil
+}
+
+func writeAt(f *os.File, s string) error {
+	_, err := f.WriteAt([]byte(s), 0)
+	return err
+}
+
+// lockedListener holds the lock for as long as it listens.
+type lockedListener struct {
+	net.Listener
+	lock *os.File
+}
+
+func (l *lockedListener) Close() error {
+	return errors.Join(l.Listener.Close(), l.lock.Close())
+}
+
+// watchdog tells systemd that the service is well, at half the interval that it asked for.
+func watchdog(ctx context.Context, s *server.Server) {
+	interval, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || interval == 0 {
+		return
+	}
+	t := time.NewTicker(interval / 2)
+	defer t.Stop()
+	for {
+		if s.Alive() {
+			daemon.SdNotify(false, daemon.SdNotifyWatchdog) //nolint:errcheck // not under systemd
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+}

@@ -1,0 +1,127 @@
+package allocate
+
+import (
+	"hash/fnv"
+	"math"
+	"net/netip"
+	"slices"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// Rules say which addresses of a subnet may be handed out.
+type Rules struct {
+	Subnet  netip.Prefix
+	Exclude []metadata.Range
+	// Holder names who has an address although no table says so: a host's gateway, a host's own address, the LAN's
+	// router, an endpoint of another host. Empty: nobody.
+	Holder func(netip.Addr) string
+}
+
+// Edge reports whether nobody may ever have the address: the first and last of an IPv4 subnet, the subnet-router anycast
+// address of an IPv6 one (RFC 4291 §2.6.1). Links of two and one address have no such edges (RFC 3021, RFC 6164).
+func Edge(subnet netip.Prefix, a netip.Addr) bool {
+	if subnet.Addr().BitLen()-subnet.Bits() < 2 {
+		return false
+	}
+	return a == subnet.Masked().Addr() || a.Is4() && a == metadata.LastAddr(subnet)
+}
+
+// Usable reports whether the address may be handed out unasked.
+func (r Rules) Usable(a netip.Addr) bool {
+	if !r.Subnet.Contains(a) || Edge(r.Subnet, a) {
+		return false
+	}
+	for _, x := range r.Exclude {
+		if x.Contains(a) {
+			return false
+		}
+	}
+	return r.Holder == nil || r.Holder(a) == ""
+}
+
+// FirstUsable finds the lowest usable address of a block that none of the given is.
+func (r Rules) FirstUsable(block netip.Prefix, not []netip.Addr) (netip.Addr, bool) {
+	for a := block.Addr(); a.IsValid() && block.Contains(a); a = a.Next() {
+		if r.Usable(a) && !slices.Contains(not, a) {
+			return a, true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// BlockOf is the block of a subnet that an address lies in.
+func BlockOf(a netip.Addr, bits int) netip.Prefix {
+	p, _ := a.Prefix(bits)
+	return p
+}
+
+// Blocks counts the blocks of a subnet; math.MaxInt when there are more.
+func Blocks(subnet netip.Prefix, bits int) int {
+	if n := bits - subnet.Bits(); n < 62 {
+		return 1 << max(n, 0)
+	}
+	return math.MaxInt
+}
+
+// FreeBlock finds a block that nobody has claimed and that has a usable address: the lowest, so that the blocks of a small
+// cluster read like a list. Hosts that claim at the same time would all choose the same one; whoever lost passes skip, a
+// chance number of free blocks to pass over. Fewer free ones than that: the last of them.
+func (r Rules) FreeBlock(bits, skip int, claimed func(netip.Prefix) bool) (netip.Prefix, bool) {
+	var found netip.Prefix
+	last := metadata.LastAddr(r.Subnet)
+	for a := r.Subnet.Masked().Addr(); a.IsValid() && a.Compare(last) <= 0; {
+		p := BlockOf(a, bits)
+		end := metadata.LastAddr(p)
+		if x := slices.IndexFunc(r.Exclude, func(x metadata.Range) bool { return x.Contains(p.Addr()) && x.Contains(end) }); x >= 0 {
+			// Pass over the whole exclusion at once; it may be half the subnet.
+			if tail := BlockOf(r.Exclude[x].Last, bits); metadata.LastAddr(tail) == r.Exclude[x].Last {
+				end = r.Exclude[x].Last
+			} else {
+				end = tail.Addr().Prev()
+			}
+		} else if !claimed(p) {
+			if _, ok := r.FirstUsable(p, nil); ok {
+				found = p
+				if skip == 0 {
+					return found, true
+				}
+				skip--
+			}
+		}
+		a = end.Next()
+	}
+	return found, found.IsValid()
+}
+
+// BorrowOrder sorts other hosts' blocks in the order in which a host should ask them for a single address: each host another
+// order, so that those who borrow at the same time do not all compare and swap the same table.
+func BorrowOrder(blocks []metadata.Block, self string) []metadata.Block {
+	type ranked struct {
+		rank uint64
+		b    metadata.Block
+	}
+	var list []ranked
+	for _, b := range blocks {
+		if b.Host == self {
+			continue
+		}
+		h := fnv.New64a()
+		h.Write([]byte(self + " " + b.CIDR.String()))
+		list = append(list, ranked{h.Sum64(), b})
+	}
+	slices.SortFunc(list, func(x, y ranked) int {
+		if x.rank < y.rank {
+			return -1
+		}
+		if x.rank > y.rank {
+			return 1
+		}
+		return x.b.CIDR.Addr().Compare(y.b.CIDR.Addr())
+	})
+	out := make([]metadata.Block, len(list))
+	for i, x := range list {
+		out[i] = x.b
+	}
+	return out
+}

@@ -1,0 +1,426 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/allocate"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
+)
+
+// Attach gives an interface its addresses. See Client.Attach for what it promises.
+func (s *Server) Attach(ctx context.Context, network string, req metadata.AttachRequest) (*metadata.Attachment, error) {
+	id := metadata.AttachmentID{ContainerID: req.ContainerID, IfName: req.IfName}
+	if err := validAttach(id, &req); err != nil {
+		return nil, err
+	}
+	n, err := s.networkOrCreate(ctx, network, req.Create)
+	if err != nil {
+		return nil, err
+	}
+	object, want, err := s.assigned(ctx, n, &req)
+	if err != nil {
+		return nil, err
+	}
+	o := &op{kind: opAttach, req: &req, id: id, want: req.Requested}
+	if len(want) > 0 {
+		for _, r := range req.Requested {
+			if !slices.Contains(want, r) {
+				return nil, metadata.Errorf(metadata.CodeConflict, "the model assigned %v to container %s on network %s, so it cannot have the requested %s",
+					want, req.ContainerID, network, r)
+			}
+		}
+		o.want, o.assigned = want, true
+	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	o.ctx = ctx
+	if err := s.book(network).do(o); err != nil {
+		return nil, err
+	}
+	a := s.attachment(n, o.entries)
+	a.PreAssigned = o.assigned
+	if o.assigned {
+		a.MAC = object.MAC
+	}
+	return a, nil
+}
+
+func validAttach(id metadata.AttachmentID, req *metadata.AttachRequest) error {
+	switch {
+	case id.ContainerID == "" || len(id.ContainerID) > 256 || strings.ContainsFunc(id.ContainerID, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '/' }):
+		return metadata.Errorf(metadata.CodeInvalid, "containerID %q: want 1 to 256 characters, none of them space or /", id.ContainerID)
+	case id.IfName == "" || len(id.IfName) > 15 || strings.ContainsAny(id.IfName, "/ :\t\n"):
+		return metadata.Errorf(metadata.CodeInvalid, "ifname %q: want 1 to 15 characters, none of them space, : or /", id.IfName)
+	case req.Foreign && len(req.Requested) == 0:
+		return metadata.Errorf(metadata.CodeInvalid, "foreign without requested addresses: there is nothing to record")
+	case req.WaitSeconds < 0 || req.WaitSeconds > 3600:
+		return metadata.Errorf(metadata.CodeInvalid, "waitSeconds %d: want 0 to 3600", req.WaitSeconds)
+	}
+	seen := map[netip.Addr]bool{}
+	for i, a := range req.Requested {
+		a = a.Unmap()
+		if !a.IsValid() || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() {
+			return metadata.Errorf(metadata.CodeInvalid, "requested address %s is not one that a container can have", a)
+		}
+		if seen[a] {
+			return metadata.Errorf(metadata.CodeInvalid, "requested address %s is listed twice", a)
+		}
+		seen[a] = true
+		req.Requested[i] = a
+	}
+	return nil
+}
+
+// assigned returns the container's object and the addresses that the model assigned, waiting for them as long as the
+// request says. It wakes up with each change of the model, never by a timer of its own.
+func (s *Server) assigned(ctx context.Context, n metadata.Network, req *metadata.AttachRequest) (held, []netip.Addr, error) {
+	start := time.Now()
+	deadline := time.NewTimer(time.Duration(req.WaitSeconds) * time.Second)
+	defer deadline.Stop()
+	id := metadata.AttachmentID{ContainerID: req.ContainerID, IfName: req.IfName}
+	for {
+		changed := s.containers.watch()
+		h, ok := s.containers.find(req.ContainerID, req.UUID)
+		if ok {
+			// An address that another interface of the container has is not this one's.
+			want := slices.DeleteFunc(slices.Clone(h.assigned(n)), func(a netip.Addr) bool {
+				return slices.ContainsFunc(h.Interfaces, func(i metadata.ContainerInterface) bool {
+					return (i.Network != n.Name || i.IfName != req.IfName) && slices.Contains(i.Addresses, a)
+				})
+			})
+			if len(want) > 0 {
+				return h, want, nil
+			}
+		}
+		if req.WaitSeconds == 0 || s.book(n.Name).holds(id) {
+			return h, nil, nil
+		}
+		select {
+		case <-changed:
+		case <-s.stopping.Done():
+			return h, nil, metadata.Errorf(metadata.CodeUnavailable, "the metadata service is stopping; ask again")
+		case <-ctx.Done():
+			return h, nil, ctx.Err()
+		case <-deadline.C:
+			e := metadata.Errorf(metadata.CodeNotYet, "the model lists no address for container %s after %s", req.ContainerID, time.Since(start).Round(100*time.Millisecond))
+			what := "containers/" + s.cfg.HostName + "/" + req.ContainerID
+			if req.UUID != "" {
+				what += ", or a container of this host with UUID " + req.UUID + ","
+			}
+			e.Details = "whoever schedules it has not written " + what + " with addresses"
+			return h, nil, e
+		}
+	}
+}
+
+func (b *book) holds(id metadata.AttachmentID) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return len(b.held[id]) > 0
+}
+
+// attachment is the answer for recorded entries.
+func (s *Server) attachment(n metadata.Network, entries []allocate.Entry) *metadata.Attachment {
+	self, _ := s.view.host(s.cfg.HostName)
+	a := &metadata.Attachment{Network: n.Name, Encapsulation: n.Encapsulation, VNI: n.VNI, Subnets: n.Subnets,
+		Host: s.cfg.HostName, MTU: s.cfg.MTU(n, self), Addresses: []metadata.AttachmentAddress{}}
+	for _, e := range entries { // sorted: IPv4 first
+		x := metadata.AttachmentAddress{Address: e.Address, Sequence: e.Sequence}
+		a.BootID = e.Owner.BootID
+		for _, p := range n.Subnets {
+			if !p.Contains(e.Address) {
+				continue
+			}
+			x.Subnet = p
+			x.Gateway = s.view.gateway(n.Name, p)
+			for _, g := range n.Gateways {
+				if n.Encapsulation == metadata.EncapNone && p.Contains(g) {
+					x.Gateway = g
+				}
+			}
+		}
+		a.Addresses = append(a.Addresses, x)
+	}
+	return a
+}
+
+// Release frees an interface's addresses. See Client.Release.
+func (s *Server) Release(ctx context.Context, network string, id metadata.AttachmentID, sequence uint64) error {
+	if _, _, ok := s.view.network(network); !ok {
+		return nil // its addresses went with it
+	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	return s.book(network).do(&op{ctx: ctx, kind: opRelease, id: id, sequence: sequence})
+}
+
+// GC releases what this host holds and valid does not list. See Client.GC.
+func (s *Server) GC(ctx context.Context, network string, valid []metadata.AttachmentID) (*metadata.GCResult, error) {
+	if _, _, ok := s.view.network(network); !ok {
+		return nil, s.unknownNetwork(network)
+	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	o := &op{ctx: ctx, kind: opGC, valid: map[metadata.AttachmentID]bool{}}
+	for _, id := range valid {
+		o.valid[id] = true
+	}
+	if err := s.book(network).do(o); err != nil {
+		return nil, err
+	}
+	r := &metadata.GCResult{Released: allocations(network, o.released)}
+	if len(r.Released) > 0 {
+		s.log.Info("released what nothing uses", "network", network, "addresses", len(r.Released))
+	}
+	return r, nil
+}
+
+func allocations(network string, entries []allocate.Entry) []metadata.Allocation {
+	out := make([]metadata.Allocation, 0, len(entries))
+	for _, e := range entries {
+		out = append(out, metadata.Allocation{Address: e.Address, Network: network, ContainerID: e.ID.ContainerID, IfName: e.ID.IfName,
+			Host: e.Owner.Host, BootID: e.Owner.BootID, Sequence: e.Sequence, Created: e.Created})
+	}
+	slices.SortFunc(out, func(a, b metadata.Allocation) int { return a.Address.Compare(b.Address) })
+	return out
+}
+
+// loaded makes sure that a book's tables are in memory.
+func (s *Server) loaded(ctx context.Context, network string) (*book, metadata.Network, error) {
+	n, _, ok := s.view.network(network)
+	if !ok {
+		return nil, n, s.unknownNetwork(network)
+	}
+	b := s.book(network)
+	b.mu.Lock()
+	done := b.loaded
+	b.mu.Unlock()
+	if done {
+		return b, n, nil
+	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	return b, n, b.do(&op{ctx: ctx, kind: opRelease, id: metadata.AttachmentID{}}) // releases nothing
+}
+
+// Attachment returns what an interface holds.
+func (s *Server) Attachment(ctx context.Context, network string, id metadata.AttachmentID) (*metadata.Attachment, error) {
+	b, n, err := s.loaded(ctx, network)
+	if err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	var entries []allocate.Entry
+	for _, cidr := range b.held[id] {
+		for _, e := range b.tables[cidr].table.Entries {
+			if e.ID == id && e.Owner.Host == s.cfg.HostName {
+				entries = append(entries, e)
+			}
+		}
+	}
+	b.mu.Unlock()
+	if len(entries) == 0 {
+		return nil, metadata.Errorf(metadata.CodeNotFound, "%s holds no address on network %s at host %s", id, network, s.cfg.HostName)
+	}
+	slices.SortFunc(entries, func(a, b allocate.Entry) int { return a.Address.Compare(b.Address) })
+	a := s.attachment(n, entries)
+	if h, ok := s.containers.find(id.ContainerID, ""); ok && h.PreAssigned {
+		a.PreAssigned = slices.ContainsFunc(entries, func(e allocate.Entry) bool { return slices.Contains(h.assigned(n), e.Address) })
+		if a.PreAssigned {
+			a.MAC = h.MAC
+		}
+	}
+	return a, nil
+}
+
+// Allocations lists addresses in use: this host's, or all hosts' by reading every table of the network.
+func (s *Server) Allocations(ctx context.Context, network string, all bool) ([]metadata.Allocation, error) {
+	b, _, err := s.loaded(ctx, network)
+	if err != nil {
+		return nil, err
+	}
+	var entries []allocate.Entry
+	if all {
+		err := s.eachTable(ctx, network, func(t *allocate.Table, _ int64) error {
+			entries = append(entries, t.Entries...)
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+		return allocations(network, entries), nil
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, l := range b.tables {
+		if l.table == nil {
+			continue
+		}
+		for _, e := range l.table.Entries {
+			if e.Owner.Host == s.cfg.HostName {
+				entries = append(entries, e)
+			}
+		}
+	}
+	return allocations(network, entries), nil
+}
+
+// eachTable reads all tables of a network.
+func (s *Server) eachTable(ctx context.Context, network string, fn func(*allocate.Table, int64) error) error {
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	prefix := tablePrefix + network + "/"
+	list, _, err := s.store.List(ctx, prefix)
+	if err != nil {
+		return err
+	}
+	for _, e := range list {
+		cidr, err := netip.ParsePrefix(strings.TrimPrefix(e.Key, prefix))
+		if err != nil {
+			return fmt.Errorf("store key %s: %w", e.Key, err)
+		}
+		t, err := allocate.Decode(cidr, e.Value)
+		if err != nil {
+			return err
+		}
+		if err := fn(t, e.Revision); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Status says whether an ADD could be served now.
+func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkStatus, error) {
+	b, n, err := s.loaded(ctx, network)
+	if err != nil {
+		return nil, err
+	}
+	st := &metadata.NetworkStatus{Network: network, Ready: true, Usage: []metadata.SubnetUsage{}}
+	s.view.mu.RLock()
+	st.Revision = s.view.revision
+	s.view.mu.RUnlock()
+	if n.Encapsulation == metadata.EncapVXLAN {
+		st.Device = fmt.Sprintf("vtep%d", n.VNI)
+	}
+	for _, p := range n.Subnets {
+		u := b.usage(n, p)
+		perBlock := 1 << min(p.Addr().BitLen()-n.BlockSize(p), 30)
+		if u.BlocksFree > (1<<50)/perBlock {
+			u.Free = 1 << 50
+		} else {
+			u.Free += u.BlocksFree * perBlock
+		}
+		if !n.StrictAffinity {
+			// What others have left is worth reading only where it is few, or all there is.
+			if others := s.view.blocksOf(network, func(x metadata.Block) bool { return x.Host != s.cfg.HostName && p.Contains(x.CIDR.Addr()) }); u.Free == 0 || len(others) <= 64 {
+				left, err := s.leftWithOthers(ctx, n, p, others)
+				if err != nil {
+					return nil, err
+				}
+				u.Free += left
+			}
+		}
+		st.Usage = append(st.Usage, u)
+		if u.Free == 0 && st.Ready {
+			st.Ready = false
+			st.Reason = fmt.Sprintf("no address left in subnet %s: %d used in this host's blocks, %d blocks claimed by all hosts, 0 free; widen the network or release what is unused (`lariat ip list`)",
+				p, u.Used, u.Blocks)
+		}
+	}
+	if cause := s.unready(); cause != nil && st.Ready {
+		st.Ready, st.Reason = false, cause.Error()
+	}
+	return st, nil
+}
+
+// leftWithOthers counts free addresses in other hosts' blocks; the count may be some seconds old.
+func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet netip.Prefix, blocks []metadata.Block) (int, error) {
+	if len(blocks) == 0 {
+		return 0, nil
+	}
+	key := n.Name + " " + subnet.String()
+	s.mu.Lock()
+	c, ok := s.left[key]
+	s.mu.Unlock()
+	if ok && time.Since(c.when) < 10*time.Second {
+		return c.free, nil
+	}
+	rules := (&batch{b: s.book(n.Name), net: n}).rules(subnet)
+	seen := map[netip.Prefix]bool{}
+	free := 0
+	err := s.eachTable(ctx, n.Name, func(t *allocate.Table, _ int64) error {
+		seen[t.CIDR] = true
+		if slices.ContainsFunc(blocks, func(b metadata.Block) bool { return b.CIDR.Contains(t.CIDR.Addr()) }) {
+			free += t.Usage(rules.Usable).Free()
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	for _, blk := range blocks {
+		for _, cidr := range allocate.TablesOf(blk.CIDR) {
+			if !seen[cidr] {
+				t := allocate.Table{CIDR: cidr}
+				free += t.Usage(rules.Usable).Free()
+			}
+		}
+	}
+	s.mu.Lock()
+	s.left[key] = leftover{free, time.Now()}
+	s.mu.Unlock()
+	return free, nil
+}
+
+type leftover struct {
+	free int
+	when time.Time
+}
+
+// networkOrCreate finds a network, or makes it as the request defines it.
+func (s *Server) networkOrCreate(ctx context.Context, name string, create *metadata.Network) (metadata.Network, error) {
+	n, _, ok := s.view.network(name)
+	if ok {
+		return n, nil
+	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	// Another host may have made it a moment ago.
+	e, err := s.store.Get(ctx, networkPrefix+name)
+	switch {
+	case err == nil:
+		if err := s.view.wait(ctx, e.Revision); err != nil {
+			return n, fmt.Errorf("%w: %w", store.ErrUnavailable, err)
+		}
+		return n, json.Unmarshal(e.Value, &n)
+	case !errors.Is(err, store.ErrNotFound):
+		return n, err
+	case create == nil:
+		return n, s.unknownNetwork(name)
+	}
+	if create.Name != "" && create.Name != name {
+		return n, metadata.Errorf(metadata.CodeInvalid, "create defines network %s, the request is for %s", create.Name, name)
+	}
+	n = *create
+	n.Name = name
+	return s.PutNetwork(ctx, n, true)
+}
+
+func (s *Server) unknownNetwork(name string) error {
+	e := metadata.Errorf(metadata.CodeNotFound, "there is no network %s", name)
+	if all := s.view.networkNames(); len(all) > 0 {
+		e.Details = "known: " + strings.Join(all, ", ")
+	} else {
+		e.Details = "no network is defined yet; make one with `lariat network create " + name + " --subnet 10.42.0.0/16`, or name a subnet in the CNI configuration"
+	}
+	return e
+}

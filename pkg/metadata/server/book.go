@@ -1,0 +1,1168 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/allocate"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
+)
+
+// maxBatch bounds how long a request waits for those it shares a write with.
+const maxBatch = 512
+
+// book keeps this host's address tables of one network. All that changes them goes through its queue: while one write is
+// under way, whatever arrives waits and shares the next one, so a burst of requests costs a few durable writes, and no two
+// requests of this host ever compete for a table. Other hosts may (they borrow); then the write's condition fails, the
+// table is read again, and those requests are planned once more.
+type book struct {
+	s       *Server
+	network string
+
+	mu      sync.Mutex // queue, running; tables and held are written by the runner under it, and read by others under it
+	queue   []*op
+	running bool
+	tables  map[netip.Prefix]*ledger
+	held    map[metadata.AttachmentID][]netip.Prefix // tables with entries of this host's attachment
+	loaded  bool
+
+	// Of the runner alone.
+	gen      uint64
+	sequence uint64
+	full     time.Time // other hosts' blocks were all looked through and found full
+	hint     map[bool]*ledger
+}
+
+// ledger is one table and what is known about it.
+type ledger struct {
+	cidr     netip.Prefix
+	own      bool // of a block of this host
+	table    *allocate.Table
+	revision int64 // 0: not stored
+	stale    bool  // must be read again before use
+	seen     time.Time
+
+	noFresh bool // no fresh address at generation gen
+	gen     uint64
+
+	usage      allocate.Usage // of counted at countedGen
+	counted    *allocate.Table
+	countedGen uint64
+}
+
+type opKind int
+
+const (
+	opAttach opKind = iota
+	opRelease
+	opGC
+	opTidy
+)
+
+// op is one request in the queue.
+type op struct {
+	ctx      context.Context
+	kind     opKind
+	req      *metadata.AttachRequest
+	want     []netip.Addr // addresses that must be given
+	assigned bool         // by the model, which may name addresses outside of the subnets
+	id       metadata.AttachmentID
+	sequence uint64
+	valid    map[metadata.AttachmentID]bool
+	empty    time.Time // opTidy: blocks empty since before it are given back
+
+	tries int
+	taken []uint64 // attach: sequence numbers it used
+	done  chan struct{}
+
+	entries  []allocate.Entry // attach: what it holds now
+	released []allocate.Entry
+	err      error
+}
+
+// plan of one op within a batch: applied to memory only once its tables are written.
+type outcome struct {
+	op         *op
+	touched    map[netip.Prefix]bool
+	containers map[string]func(*metadata.Container) bool // by key: how it changes the object
+	announced  []netip.Addr
+	withdraw   []netip.Addr
+	failure    error // the op fails with it once its earlier half is undone
+}
+
+// batch is the work between two writes.
+type batch struct {
+	b          *book
+	net        metadata.Network
+	now        time.Time
+	work       map[netip.Prefix]*allocate.Table
+	containers map[string]*metadata.Container // nil value: delete
+	revisions  map[string]int64
+	outcomes   []*outcome
+	pending    map[metadata.AttachmentID][]netip.Prefix // tables in which this batch took something for it
+}
+
+func newBook(s *Server, network string) *book {
+	return &book{s: s, network: network, tables: map[netip.Prefix]*ledger{}, held: map[metadata.AttachmentID][]netip.Prefix{}, hint: map[bool]*ledger{}}
+}
+
+// do queues a request and waits for its end. When the context ends first, whether it was done is unknown; asking again
+// tells.
+func (b *book) do(o *op) error {
+	o.done = make(chan struct{})
+	b.mu.Lock()
+	b.queue = append(b.queue, o)
+	if !b.running {
+		b.running = true
+		go b.run()
+	}
+	b.mu.Unlock()
+	select {
+	case <-o.done:
+		return o.err
+	case <-o.ctx.Done():
+		return fmt.Errorf("%w: network %s: %w", store.ErrUnavailable, b.network, context.Cause(o.ctx))
+	}
+}
+
+func (b *book) run() {
+	for {
+		b.mu.Lock()
+		ops := b.queue[:min(len(b.queue), maxBatch)]
+		b.queue = b.queue[len(ops):]
+		if len(ops) == 0 {
+			b.running = false
+			b.mu.Unlock()
+			return
+		}
+		b.mu.Unlock()
+		again := b.batch(ops)
+		b.mu.Lock()
+		b.queue = append(again, b.queue...)
+		b.mu.Unlock()
+	}
+}
+
+func (o *op) finish(err error) {
+	o.err = err
+	close(o.done)
+}
+
+// batch plans, writes, and answers. It returns what must be planned once more.
+func (b *book) batch(ops []*op) (again []*op) {
+	ops = slices.DeleteFunc(ops, func(o *op) bool {
+		if o.ctx.Err() != nil {
+			o.finish(o.ctx.Err())
+			return true
+		}
+		return false
+	})
+	if len(ops) == 0 {
+		return nil
+	}
+	// The store's work is bounded by the request that has the longest to go; the others answer by their own deadlines.
+	var deadline time.Time
+	for _, o := range ops {
+		if d, ok := o.ctx.Deadline(); ok && d.After(deadline) {
+			deadline = d
+		}
+	}
+	ctx, cancel := context.WithDeadline(context.Background(), deadline)
+	defer cancel()
+
+	fail := func(err error) []*op {
+		for _, o := range ops {
+			o.finish(err)
+		}
+		return nil
+	}
+	net, gen, ok := b.s.view.network(b.network)
+	if !ok {
+		return fail(b.s.unknownNetwork(b.network))
+	}
+	if err := b.sync(ctx, net, gen); err != nil {
+		return fail(err)
+	}
+	p := &batch{b: b, net: net, now: b.s.now(), work: map[netip.Prefix]*allocate.Table{},
+		containers: map[string]*metadata.Container{}, revisions: map[string]int64{},
+		pending: map[metadata.AttachmentID][]netip.Prefix{}}
+	for _, o := range ops {
+		out := &outcome{op: o, touched: map[netip.Prefix]bool{}, containers: map[string]func(*metadata.Container) bool{}}
+		if err := p.plan(ctx, out); err != nil {
+			b.withdraw(ctx, out.announced)
+			out.announced, out.failure = nil, err
+			if o.kind == opAttach { // all families or none: what an earlier try wrote goes back
+				half := slices.DeleteFunc(p.mine(o.id), func(e allocate.Entry) bool { return !slices.Contains(o.taken, e.Sequence) })
+				p.planRelease(out, half, 0)
+			}
+		}
+		if len(out.touched) == 0 && len(out.containers) == 0 {
+			o.finish(out.failure)
+			continue
+		}
+		p.outcomes = append(p.outcomes, out)
+	}
+	if len(p.outcomes) == 0 {
+		return nil
+	}
+	return p.commit(ctx)
+}
+
+// commit writes the batch's tables and containers at once and tells each op how it went.
+func (p *batch) commit(ctx context.Context) (again []*op) {
+	b := p.b
+	var changes []store.Change
+	var order []netip.Prefix
+	for cidr, t := range p.work {
+		order = append(order, cidr)
+		ch := store.Change{Key: tableKey(b.network, cidr), Revision: b.tables[cidr].revision}
+		if len(t.Entries) > 0 || !cidr.IsSingleIP() || p.inside(cidr.Addr()) {
+			data, err := json.Marshal(t)
+			if err != nil {
+				panic(err) // strings and numbers only
+			}
+			ch.Value = data
+		}
+		changes = append(changes, ch)
+	}
+	var keys []string
+	for key, c := range p.containers {
+		ch := store.Change{Key: containerPrefix + key, Revision: p.revisions[key]}
+		if c != nil {
+			data, err := json.Marshal(c)
+			if err != nil {
+				panic(err)
+			}
+			ch.Value = data
+		}
+		keys = append(keys, key)
+		changes = append(changes, ch)
+	}
+	results := b.s.store.Write(ctx, changes...)
+
+	failed := map[netip.Prefix]error{}
+	b.mu.Lock()
+	for i, cidr := range order {
+		l := b.tables[cidr]
+		if err := results[i].Err; err != nil {
+			failed[cidr], l.stale = err, true
+			continue
+		}
+		revision := results[i].Revision
+		if changes[i].Value == nil {
+			revision = 0
+		}
+		b.install(l, p.work[cidr], revision)
+	}
+	b.mu.Unlock()
+	behind := map[string]error{}
+	for i, key := range keys {
+		r := results[len(order)+i]
+		if r.Err == nil {
+			b.s.containers.wrote(changes[len(order)+i], r.Revision)
+		} else {
+			behind[key] = r.Err
+		}
+	}
+	for _, out := range p.outcomes {
+		o := out.op
+		var conflict bool
+		var err error
+		for cidr := range out.touched {
+			switch e := failed[cidr]; {
+			case errors.Is(e, store.ErrConflict):
+				conflict = true
+			case e != nil:
+				err = e
+			}
+		}
+		for key, change := range out.containers {
+			// Somebody else changed the container's object: rare, so it may cost another write.
+			e := behind[key]
+			if errors.Is(e, store.ErrConflict) && !conflict && err == nil {
+				e = b.s.changeContainer(ctx, key, change)
+			}
+			if e != nil && err == nil && !errors.Is(e, store.ErrConflict) {
+				err = e
+			}
+		}
+		switch {
+		case err != nil:
+			o.finish(err)
+		case conflict:
+			b.withdraw(ctx, out.announced)
+			if o.tries++; o.tries > 100 {
+				o.finish(fmt.Errorf("%w: network %s: other hosts keep changing the same addresses", store.ErrUnavailable, b.network))
+				continue
+			}
+			again = append(again, o)
+		default:
+			b.withdraw(ctx, out.withdraw)
+			o.finish(out.failure)
+		}
+	}
+	return again
+}
+
+// install makes a written or read table the current one. The caller holds mu.
+func (b *book) install(l *ledger, t *allocate.Table, revision int64) {
+	mine := func(t *allocate.Table) map[metadata.AttachmentID]bool {
+		ids := map[metadata.AttachmentID]bool{}
+		if t != nil {
+			for _, e := range t.Entries {
+				if e.Owner.Host == b.s.cfg.HostName {
+					ids[e.ID] = true
+				}
+			}
+		}
+		return ids
+	}
+	old, now := mine(l.table), mine(t)
+	for id := range old {
+		if !now[id] {
+			b.held[id] = slices.DeleteFunc(b.held[id], func(p netip.Prefix) bool { return p == l.cidr })
+			if len(b.held[id]) == 0 {
+				delete(b.held, id)
+			}
+		}
+	}
+	for id := range now {
+		if !old[id] {
+			b.held[id] = append(b.held[id], l.cidr)
+		}
+	}
+	l.table, l.revision, l.stale, l.noFresh = t, revision, false, false
+}
+
+func tableKey(network string, cidr netip.Prefix) string {
+	return tablePrefix + network + "/" + cidr.String()
+}
+
+// readTable reads one table; one that is not stored is empty.
+func (s *Server) readTable(ctx context.Context, network string, cidr netip.Prefix) (*allocate.Table, int64, error) {
+	e, err := s.store.Get(ctx, tableKey(network, cidr))
+	if errors.Is(err, store.ErrNotFound) {
+		return &allocate.Table{CIDR: cidr}, 0, nil
+	}
+	if err != nil {
+		return nil, 0, err
+	}
+	t, err := allocate.Decode(cidr, e.Value)
+	return t, e.Revision, err
+}
+
+// read brings ledgers up to date, many at a time.
+func (b *book) read(ctx context.Context, list []*ledger) error {
+	type result struct {
+		l        *ledger
+		t        *allocate.Table
+		revision int64
+		err      error
+	}
+	results := make([]result, len(list))
+	var wg sync.WaitGroup
+	limit := make(chan struct{}, 16)
+	for i, l := range list {
+		if len(list) == 1 {
+			t, rev, err := b.s.readTable(ctx, b.network, l.cidr)
+			results[i] = result{l, t, rev, err}
+			break
+		}
+		limit <- struct{}{}
+		wg.Go(func() {
+			t, rev, err := b.s.readTable(ctx, b.network, l.cidr)
+			results[i] = result{l, t, rev, err}
+			<-limit
+		})
+	}
+	wg.Wait()
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var errs []error
+	for _, r := range results {
+		if r.err != nil {
+			r.l.stale = true
+			errs = append(errs, r.err)
+			continue
+		}
+		b.install(r.l, r.t, r.revision)
+		r.l.seen = b.s.now()
+		b.sequence = max(b.sequence, r.t.Next)
+	}
+	return errors.Join(errs...)
+}
+
+// ledger returns the ledger of a table, read if need be.
+func (b *book) ledger(ctx context.Context, cidr netip.Prefix, own bool) (*ledger, error) {
+	l := b.tables[cidr]
+	if l == nil {
+		l = &ledger{cidr: cidr, own: own, stale: true}
+		b.mu.Lock()
+		b.tables[cidr] = l
+		b.mu.Unlock()
+	}
+	if l.stale {
+		if err := b.read(ctx, []*ledger{l}); err != nil {
+			return nil, err
+		}
+	}
+	return l, nil
+}
+
+// sync follows the view: blocks that this host won or lost. The first call reads all tables, and mends what a killed
+// process left half done.
+func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error {
+	if b.loaded && gen == b.gen {
+		var stale []*ledger
+		for _, l := range b.tables {
+			if l.stale {
+				stale = append(stale, l)
+			}
+		}
+		if len(stale) == 0 {
+			return nil
+		}
+		return b.read(ctx, stale)
+	}
+	b.s.view.mu.RLock()
+	revision := b.s.view.revision
+	b.s.view.mu.RUnlock()
+	want := map[netip.Prefix]bool{}
+	for _, blk := range b.s.view.blocksOf(b.network, func(x metadata.Block) bool { return x.Host == b.s.cfg.HostName }) {
+		for _, cidr := range allocate.TablesOf(blk.CIDR) {
+			want[cidr] = true
+		}
+	}
+	var missing []*ledger
+	b.mu.Lock()
+	for cidr := range want {
+		l := b.tables[cidr]
+		if l == nil {
+			l = &ledger{cidr: cidr, stale: true}
+			b.tables[cidr] = l
+		}
+		l.own = true
+		if l.stale {
+			missing = append(missing, l)
+		}
+	}
+	for cidr, l := range b.tables {
+		if !want[cidr] && l.own {
+			l.own, l.stale = false, true // somebody removed the block; its entries may be gone with it
+			missing = append(missing, l)
+		}
+	}
+	b.mu.Unlock()
+	b.hint = map[bool]*ledger{}
+
+	if !b.loaded {
+		// Sequence numbers never come back, not even after a block was given back and its table with them: each stored
+		// revision covers fewer than 256 of them.
+		b.sequence = max(b.sequence, uint64(revision)<<8)
+		single := map[netip.Addr]bool{}
+		for _, a := range b.s.view.endpointsOf(b.network, b.s.cfg.HostName) {
+			single[a] = true
+		}
+		for _, c := range b.s.containers.list() {
+			for _, i := range c.Interfaces {
+				if c.Host == b.s.cfg.HostName && i.Network == b.network {
+					for _, a := range i.Addresses {
+						single[a] = true
+					}
+				}
+			}
+		}
+		for a := range single {
+			cidr := tableFor(net, a)
+			if b.tables[cidr] == nil {
+				l := &ledger{cidr: cidr, stale: true}
+				b.mu.Lock()
+				b.tables[cidr] = l
+				b.mu.Unlock()
+				missing = append(missing, l)
+			}
+		}
+	}
+	if err := b.read(ctx, missing); err != nil {
+		return err
+	}
+	if !b.loaded {
+		if err := b.mend(ctx, net); err != nil {
+			return err
+		}
+	}
+	b.loaded, b.gen = true, gen
+	return nil
+}
+
+// mend makes endpoints agree with tables: an address is announced before it is recorded and withdrawn after it is
+// released, so what a killed process leaves is an endpoint too many, never one too few. One that somebody removed by hand
+// is published again.
+func (b *book) mend(ctx context.Context, net metadata.Network) error {
+	announced := map[netip.Addr]bool{}
+	for _, a := range b.s.view.endpointsOf(b.network, b.s.cfg.HostName) {
+		announced[a] = true
+	}
+	var changes []store.Change
+	for _, l := range b.tables {
+		for _, e := range l.table.Entries {
+			if e.Owner.Host == b.s.cfg.HostName && !l.own && !announced[e.Address] {
+				changes = append(changes, b.endpoint(e.Address))
+			}
+		}
+	}
+	for a := range announced {
+		if l := b.tables[tableFor(net, a)]; l != nil && !l.own {
+			if e, ok := l.table.Entry(a); !ok || e.Owner.Host != b.s.cfg.HostName {
+				changes = append(changes, store.Change{Key: endpointPrefix + b.network + "/" + a.String(), Revision: store.Any})
+			}
+		}
+	}
+	if len(changes) == 0 {
+		return nil
+	}
+	for _, r := range b.s.store.Write(ctx, changes...) {
+		if r.Err != nil && !errors.Is(r.Err, store.ErrConflict) {
+			return r.Err
+		}
+	}
+	return nil
+}
+
+func (b *book) endpoint(a netip.Addr) store.Change {
+	data, _ := json.Marshal(metadata.Endpoint{Network: b.network, Address: a, Host: b.s.cfg.HostName})
+	return store.Change{Key: endpointPrefix + b.network + "/" + a.String(), Value: data}
+}
+
+// tableFor is the table of an address: of its block, or its own when it lies outside of the subnets.
+func tableFor(n metadata.Network, a netip.Addr) netip.Prefix {
+	for _, p := range n.Subnets {
+		if p.Contains(a) {
+			return allocate.TableOf(allocate.BlockOf(a, n.BlockSize(p)), a)
+		}
+	}
+	return netip.PrefixFrom(a, a.BitLen())
+}
+
+// withdraw removes endpoints. A failure is no error of the caller: mend does it at the next start.
+func (b *book) withdraw(ctx context.Context, addrs []netip.Addr) {
+	if len(addrs) == 0 {
+		return
+	}
+	var changes []store.Change
+	for _, a := range addrs {
+		changes = append(changes, store.Change{Key: endpointPrefix + b.network + "/" + a.String(), Revision: store.Any})
+	}
+	for i, r := range b.s.store.Write(ctx, changes...) {
+		if r.Err != nil {
+			b.s.log.Warn("endpoint left behind", "network", b.network, "address", addrs[i], "error", r.Err)
+		}
+	}
+}
+
+// table returns the working copy of a table.
+func (p *batch) table(l *ledger) *allocate.Table {
+	t := p.work[l.cidr]
+	if t == nil {
+		t = l.table.Clone()
+		p.work[l.cidr] = t
+	}
+	return t
+}
+
+// peek returns the table as the batch has it so far, not to be changed.
+func (p *batch) peek(l *ledger) *allocate.Table {
+	if t := p.work[l.cidr]; t != nil {
+		return t
+	}
+	return l.table
+}
+
+// mine lists the entries of this host's attachment, those of earlier ops in the batch included.
+func (p *batch) mine(id metadata.AttachmentID) []allocate.Entry {
+	var out []allocate.Entry
+	collect := func(t *allocate.Table) {
+		for _, e := range t.Entries {
+			if e.ID == id && e.Owner.Host == p.b.s.cfg.HostName {
+				out = append(out, e)
+			}
+		}
+	}
+	tables := p.b.held[id]
+	for _, cidr := range p.pending[id] {
+		if !slices.Contains(tables, cidr) {
+			tables = append(tables[:len(tables):len(tables)], cidr)
+		}
+	}
+	for _, cidr := range tables {
+		collect(p.peek(p.b.tables[cidr]))
+	}
+	slices.SortFunc(out, func(a, b allocate.Entry) int { return a.Address.Compare(b.Address) })
+	return out
+}
+
+// inside reports whether a subnet of the network holds the address.
+func (p *batch) inside(a netip.Addr) bool {
+	return slices.ContainsFunc(p.net.Subnets, func(s netip.Prefix) bool { return s.Contains(a) })
+}
+
+func (p *batch) rules(subnet netip.Prefix) allocate.Rules {
+	r := allocate.Rules{Subnet: subnet, Holder: func(a netip.Addr) string { return p.b.s.view.holder(p.b.network, a) }}
+	for _, s := range p.net.Exclude {
+		if x, err := metadata.ParseRange(s); err == nil {
+			r.Exclude = append(r.Exclude, x)
+		}
+	}
+	return r
+}
+
+func (p *batch) plan(ctx context.Context, out *outcome) error {
+	switch out.op.kind {
+	case opAttach:
+		return p.planAttach(ctx, out)
+	case opRelease:
+		p.planRelease(out, p.mine(out.op.id), out.op.sequence)
+	case opGC:
+		for id := range p.b.held {
+			if !out.op.valid[id] {
+				p.planRelease(out, p.mine(id), 0)
+			}
+		}
+	case opTidy:
+		return p.b.tidy(ctx, p.net, out.op.empty, p)
+	}
+	return nil
+}
+
+func (p *batch) planRelease(out *outcome, entries []allocate.Entry, sequence uint64) {
+	o := out.op
+	last := len(entries) > 0
+	for _, e := range entries {
+		if sequence != 0 && e.Sequence > sequence {
+			last = false
+			continue
+		}
+		l := p.b.tables[tableFor(p.net, e.Address)]
+		t := p.table(l)
+		out.touched[l.cidr] = true
+		o.released = append(o.released, t.Release(p.now, func(x allocate.Entry) bool { return x.Address == e.Address && x.ID == e.ID })...)
+		if !l.own {
+			out.withdraw = append(out.withdraw, e.Address)
+		}
+	}
+	if !last {
+		return
+	}
+	id := entries[0].ID
+	key := p.b.s.cfg.HostName + "/" + id.ContainerID
+	p.changeContainer(out, key, func(c *metadata.Container) bool { return detachContainer(c, p.b.network, id.IfName) })
+}
+
+// changeContainer changes a container's object within the batch, from what the cache knows of it.
+func (p *batch) changeContainer(out *outcome, key string, change func(*metadata.Container) bool) {
+	out.containers[key] = change
+	c, seen := p.containers[key]
+	if !seen {
+		p.b.s.containers.mu.RLock()
+		h, ok := p.b.s.containers.objects[key]
+		p.b.s.containers.mu.RUnlock()
+		if ok {
+			p.revisions[key] = h.revision
+			c = &h.Container
+		}
+	}
+	had := c != nil
+	if c == nil {
+		c = &metadata.Container{}
+	}
+	if change(c) {
+		p.containers[key] = c
+	} else if had {
+		p.containers[key] = nil
+	}
+}
+
+// pick is an address chosen for an op, not yet taken.
+type pick struct {
+	l *ledger
+	a netip.Addr
+}
+
+func (p *batch) planAttach(ctx context.Context, out *outcome) error {
+	o, b := out.op, p.b
+	owner := allocate.Owner{Host: b.s.cfg.HostName, BootID: b.s.bootID}
+	have := p.mine(o.id)
+	for _, w := range o.want {
+		for _, e := range have {
+			if w.BitLen() == e.Address.BitLen() && !slices.ContainsFunc(have, func(e allocate.Entry) bool { return e.Address == w }) {
+				return metadata.Errorf(metadata.CodeConflict, "%s has %s on network %s already, %s was requested; release it first", o.id, e.Address, b.network, w)
+			}
+		}
+	}
+	// A half that an earlier try left (one of two families) is completed.
+	var picks []pick
+	chosen := map[netip.Addr]bool{}
+	family := map[int]bool{}
+	for _, e := range have {
+		family[e.Address.BitLen()] = true
+	}
+	for _, a := range o.want {
+		if slices.ContainsFunc(have, func(e allocate.Entry) bool { return e.Address == a }) {
+			continue
+		}
+		l, err := p.specific(ctx, out, a)
+		if err != nil {
+			return err
+		}
+		picks, chosen[a], family[a.BitLen()] = append(picks, pick{l, a}), true, true
+	}
+	if !o.req.Foreign {
+		for _, subnet := range p.net.Subnets {
+			if family[subnet.Addr().BitLen()] {
+				continue
+			}
+			l, a, err := p.any(ctx, out, subnet, chosen)
+			if err != nil {
+				return err
+			}
+			picks, chosen[a] = append(picks, pick{l, a}), true
+		}
+	}
+	if len(picks) > 0 || slices.ContainsFunc(have, func(e allocate.Entry) bool { return e.Owner != owner }) {
+		b.sequence++
+	}
+	for _, e := range have {
+		if e.Owner != owner { // the same container after a reboot
+			l := b.tables[tableFor(p.net, e.Address)]
+			p.table(l).Renew(e.Address, owner, b.sequence)
+			out.touched[l.cidr] = true
+		}
+	}
+	for _, x := range picks {
+		p.table(x.l).Take(allocate.Entry{Address: x.a, ID: o.id, Owner: owner, Sequence: b.sequence, Created: p.now.UTC().Truncate(time.Second)})
+		out.touched[x.l.cidr] = true
+		p.pending[o.id] = append(p.pending[o.id], x.l.cidr)
+	}
+	if len(picks) > 0 {
+		o.taken = append(o.taken, b.sequence)
+	}
+	o.entries = p.mine(o.id)
+
+	h, known := b.s.containers.find(o.req.ContainerID, o.req.UUID)
+	if known && h.ID == o.req.ContainerID && len(out.touched) == 0 &&
+		slices.ContainsFunc(h.Interfaces, func(i metadata.ContainerInterface) bool { return i.Network == b.network && i.IfName == o.id.IfName }) {
+		return nil
+	}
+	var addresses []netip.Addr
+	for _, e := range o.entries {
+		addresses = append(addresses, e.Address)
+	}
+	base := metadata.Container{ID: o.req.ContainerID, Created: p.now.UTC().Truncate(time.Second)}
+	if known && h.ID != o.req.ContainerID {
+		// The model knew the container by its UUID, before it had an id: its object moves.
+		base = h.Container
+		base.ID, base.Interfaces = o.req.ContainerID, nil
+		p.changeContainer(out, metadata.ContainerKey(h.Container), func(*metadata.Container) bool { return false })
+	}
+	p.changeContainer(out, b.s.cfg.HostName+"/"+o.req.ContainerID, func(c *metadata.Container) bool {
+		if c.ID == "" {
+			*c = base
+		}
+		attachContainer(c, b.s.cfg.HostName, b.network, o.req, addresses)
+		return true
+	})
+	return nil
+}
+
+// heldBy is the refusal of an address.
+func heldBy(network string, a netip.Addr, holder string) error {
+	return metadata.Errorf(metadata.CodeHeld, "address %s on network %s is held by %s", a, network, holder)
+}
+
+// specific finds the table for an address that must be this one.
+func (p *batch) specific(ctx context.Context, out *outcome, a netip.Addr) (*ledger, error) {
+	o, b := out.op, p.b
+	if holder := b.s.view.holder(b.network, a); holder != "" {
+		// Another host's endpoint says no more than the host; its table, if any, names the attachment.
+		if t, _, err := b.s.readTable(ctx, b.network, tableFor(p.net, a)); err == nil {
+			if e, ok := t.Entry(a); ok {
+				holder = fmt.Sprintf("%s on host %s", e.ID, e.Owner.Host)
+			}
+		}
+		return nil, heldBy(b.network, a, holder)
+	}
+	var subnet netip.Prefix
+	for _, s := range p.net.Subnets {
+		if s.Contains(a) {
+			subnet = s
+		}
+	}
+	if !subnet.IsValid() {
+		if !o.req.Foreign && !o.assigned {
+			return nil, metadata.Errorf(metadata.CodeInvalid, "address %s is outside of network %s, which has %v", a, b.network, p.net.Subnets)
+		}
+		return p.single(ctx, out, a, tableFor(p.net, a))
+	}
+	if allocate.Edge(subnet, a) {
+		return nil, metadata.Errorf(metadata.CodeInvalid, "address %s is the first or last of subnet %s, which no container may have", a, subnet)
+	}
+	cidr := allocate.BlockOf(a, p.net.BlockSize(subnet))
+	for {
+		blk, claimed := b.s.view.block(b.network, cidr)
+		if !claimed {
+			var err error
+			if blk, err = b.claim(ctx, p, subnet, cidr, []netip.Addr{a}); errors.Is(err, store.ErrConflict) {
+				continue // the view knows by now whose it is
+			} else if err != nil {
+				return nil, err
+			}
+		}
+		if blk.Host != b.s.cfg.HostName {
+			if p.net.StrictAffinity && !o.req.Foreign && !o.assigned {
+				return nil, metadata.Errorf(metadata.CodeHeld, "address %s lies in block %s of host %s, and network %s has strictAffinity: a host uses its own blocks only",
+					a, blk.CIDR, blk.Host, b.network)
+			}
+			return p.single(ctx, out, a, allocate.TableOf(cidr, a))
+		}
+		l, err := b.ledger(ctx, allocate.TableOf(cidr, a), true)
+		if err != nil {
+			return nil, err
+		}
+		if holder := b.s.view.holder(b.network, a); holder != "" {
+			return nil, heldBy(b.network, a, holder)
+		}
+		if e, used := p.peek(l).Entry(a); used {
+			return nil, heldBy(b.network, a, fmt.Sprintf("%s on host %s", e.ID, e.Owner.Host))
+		}
+		return l, nil
+	}
+}
+
+// single announces one address that no block of this host covers, and returns its table.
+func (p *batch) single(ctx context.Context, out *outcome, a netip.Addr, cidr netip.Prefix) (*ledger, error) {
+	b := p.b
+	if l := b.tables[cidr]; l != nil && p.work[cidr] == nil {
+		l.stale = true // others write it
+	}
+	l, err := b.ledger(ctx, cidr, false)
+	if err != nil {
+		return nil, err
+	}
+	if e, used := p.peek(l).Entry(a); used {
+		return nil, heldBy(b.network, a, fmt.Sprintf("%s on host %s", e.ID, e.Owner.Host))
+	}
+	revision, err := store.One(ctx, b.s.store, b.endpoint(a))
+	if errors.Is(err, store.ErrConflict) {
+		e, err := b.s.store.Get(ctx, endpointPrefix+b.network+"/"+a.String())
+		if err != nil {
+			return nil, err
+		}
+		var ep metadata.Endpoint
+		if err := json.Unmarshal(e.Value, &ep); err != nil {
+			return nil, err
+		}
+		if ep.Host != b.s.cfg.HostName {
+			return nil, heldBy(b.network, a, "a container on host "+ep.Host)
+		}
+		return l, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	out.announced = append(out.announced, a)
+	return l, b.s.view.wait(ctx, revision)
+}
+
+// any finds an address of a subnet.
+func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chosen map[netip.Addr]bool) (*ledger, netip.Addr, error) {
+	b, rules := p.b, p.rules(subnet)
+	usable := func(a netip.Addr) bool { return !chosen[a] && rules.Usable(a) }
+	// Own blocks, fresh.
+	is4 := subnet.Addr().Is4()
+	fresh := func(l *ledger) (netip.Addr, bool) {
+		if !l.own || !subnet.Contains(l.cidr.Addr()) || l.noFresh && l.gen == b.gen {
+			return netip.Addr{}, false
+		}
+		t := p.peek(l)
+		if 1<<min(l.cidr.Addr().BitLen()-l.cidr.Bits(), 30) <= len(t.Entries)+len(t.Resting) {
+			return netip.Addr{}, false
+		}
+		a, ok := t.Fresh(usable)
+		if !ok {
+			l.noFresh, l.gen = true, b.gen
+		}
+		return a, ok
+	}
+	if l := b.hint[is4]; l != nil {
+		if a, ok := fresh(l); ok {
+			return l, a, nil
+		}
+	}
+	var best *ledger
+	var address netip.Addr
+	for _, l := range b.tables {
+		if best != nil && best.cidr.Addr().Less(l.cidr.Addr()) {
+			continue
+		}
+		if a, ok := fresh(l); ok {
+			best, address = l, a
+		}
+	}
+	if best != nil {
+		b.hint[is4] = best
+		return best, address, nil
+	}
+	// Own blocks, rested.
+	if l, a, ok := p.longest(subnet, usable, p.now.Add(-p.net.Cooldown()), true); ok {
+		return l, a, nil
+	}
+	// A new block.
+	size := p.net.BlockSize(subnet)
+	for try := 0; try < 20; try++ {
+		skip := 0
+		if try > 0 {
+			skip = rand.IntN(1 << min(try+1, 12)) // others claim too
+		}
+		cidr, ok := rules.FreeBlock(size, skip, func(c netip.Prefix) bool {
+			_, claimed := b.s.view.block(b.network, c)
+			return claimed
+		})
+		if !ok {
+			break
+		}
+		if _, err := b.claim(ctx, p, subnet, cidr, nil); errors.Is(err, store.ErrConflict) {
+			continue
+		} else if err != nil {
+			return nil, netip.Addr{}, err
+		}
+		for _, c := range allocate.TablesOf(cidr) {
+			if l := b.tables[c]; l != nil {
+				if a, ok := fresh(l); ok {
+					b.hint[is4] = l
+					return l, a, nil
+				}
+			}
+		}
+	}
+	// Other hosts' blocks.
+	if !p.net.StrictAffinity {
+		if l, a, err := p.borrow(ctx, out, subnet, usable); err != nil || l != nil {
+			return l, a, err
+		}
+	}
+	// Cooling ones: better than a container that cannot start.
+	if l, a, ok := p.longest(subnet, usable, p.now.Add(time.Hour), true); ok {
+		b.s.log.Warn("address reused before its cooldown ended: no other is left", "network", b.network, "address", a)
+		return l, a, nil
+	}
+	u := b.usage(p.net, subnet)
+	return nil, netip.Addr{}, metadata.Errorf(metadata.CodeExhausted,
+		"no address left in subnet %s of network %s for host %s: %d used and %d free in its blocks, %d of %d blocks claimed by all hosts; widen the network, release what is unused (`lariat ip list`), or remove hosts that are gone",
+		subnet, b.network, b.s.cfg.HostName, u.Used, u.Free, u.Blocks, allocate.Blocks(subnet, p.net.BlockSize(subnet)))
+}
+
+// longest finds the address that was released longest ago, not after until.
+func (p *batch) longest(subnet netip.Prefix, usable func(netip.Addr) bool, until time.Time, own bool) (*ledger, netip.Addr, bool) {
+	var best *ledger
+	var rest allocate.Rest
+	for _, l := range p.b.tables {
+		if l.own != own || !subnet.Contains(l.cidr.Addr()) {
+			continue
+		}
+		t := p.peek(l)
+		if len(t.Resting) == 0 || best != nil && !t.Resting[0].Since.Before(rest.Since) && !(t.Resting[0].Since.Equal(rest.Since) && l.cidr.Addr().Less(best.cidr.Addr())) {
+			continue
+		}
+		if r, ok := t.Rested(until, usable); ok && (best == nil || r.Since.Before(rest.Since) || r.Since.Equal(rest.Since) && l.cidr.Addr().Less(best.cidr.Addr())) {
+			best, rest = l, r
+		}
+	}
+	return best, rest.Address, best != nil
+}
+
+// claim makes a block this host's own.
+func (b *book) claim(ctx context.Context, p *batch, subnet, cidr netip.Prefix, not []netip.Addr) (metadata.Block, error) {
+	blk := metadata.Block{Network: b.network, CIDR: cidr, Host: b.s.cfg.HostName}
+	if p.net.Encapsulation != metadata.EncapNone && !b.s.view.gateway(b.network, subnet).IsValid() {
+		// An address that another host borrowed from the block before it was free is not taken for it.
+		rules := p.rules(subnet)
+		for _, c := range allocate.TablesOf(cidr)[:1] {
+			if t, _, err := b.s.readTable(ctx, b.network, c); err == nil {
+				for _, e := range t.Entries {
+					not = append(not, e.Address)
+				}
+			}
+		}
+		blk.Gateway, _ = rules.FirstUsable(cidr, not)
+	}
+	data, err := json.Marshal(blk)
+	if err != nil {
+		return blk, err
+	}
+	key := blockPrefix + metadata.BlockKey(blk)
+	revision, err := store.One(ctx, b.s.store, store.Change{Key: key, Value: data})
+	if errors.Is(err, store.ErrConflict) {
+		// Let the view learn who was faster.
+		if e, gerr := b.s.store.Get(ctx, key); gerr == nil {
+			if werr := b.s.view.wait(ctx, e.Revision); werr != nil {
+				return blk, fmt.Errorf("%w: %w", store.ErrUnavailable, werr)
+			}
+		}
+		return blk, err
+	}
+	if err != nil {
+		return blk, err
+	}
+	if err := b.s.view.wait(ctx, revision); err != nil {
+		return blk, fmt.Errorf("%w: %w", store.ErrUnavailable, err)
+	}
+	b.s.log.Info("block claimed", "network", b.network, "block", cidr, "gateway", blk.Gateway)
+	var fresh []*ledger
+	b.mu.Lock()
+	for _, c := range allocate.TablesOf(cidr) {
+		l := b.tables[c]
+		if l == nil {
+			l = &ledger{cidr: c}
+			b.tables[c] = l
+		}
+		l.own = true
+		if p.work[c] == nil {
+			fresh = append(fresh, l)
+		}
+	}
+	b.mu.Unlock()
+	return blk, b.read(ctx, fresh)
+}
+
+// borrow finds a single address in another host's block.
+func (p *batch) borrow(ctx context.Context, out *outcome, subnet netip.Prefix, usable func(netip.Addr) bool) (*ledger, netip.Addr, error) {
+	b := p.b
+	if p.now.Sub(b.full) < 2*time.Second && p.now.After(b.full) {
+		return nil, netip.Addr{}, nil
+	}
+	blocks := b.s.view.blocksOf(b.network, func(x metadata.Block) bool { return x.Host != b.s.cfg.HostName && subnet.Contains(x.CIDR.Addr()) })
+	cooled := p.now.Add(-p.net.Cooldown())
+	for _, last := range []bool{false, true} {
+		for _, blk := range allocate.BorrowOrder(blocks, b.s.cfg.HostName) {
+			for _, cidr := range allocate.TablesOf(blk.CIDR) {
+				if l := b.tables[cidr]; l != nil && p.work[cidr] == nil && p.now.Sub(l.seen) > time.Second {
+					l.stale = true // its owner writes it
+				}
+				l, err := b.ledger(ctx, cidr, false)
+				if err != nil {
+					return nil, netip.Addr{}, err
+				}
+				for tries := 0; tries < 8; tries++ {
+					a, ok := p.peek(l).Fresh(usable)
+					if !ok {
+						until := cooled
+						if last {
+							until = p.now.Add(time.Hour)
+						}
+						var r allocate.Rest
+						if r, ok = p.peek(l).Rested(until, usable); ok {
+							a = r.Address
+						}
+					}
+					if !ok {
+						break
+					}
+					l, err := p.single(ctx, out, a, cidr)
+					if metadata.IsCode(err, metadata.CodeHeld) {
+						old := usable
+						usable = func(x netip.Addr) bool { return x != a && old(x) }
+						continue
+					}
+					return l, a, err
+				}
+			}
+		}
+	}
+	b.full = p.now
+	return nil, netip.Addr{}, nil
+}
+
+// usage counts a subnet's addresses.
+func (b *book) usage(net metadata.Network, subnet netip.Prefix) metadata.SubnetUsage {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	rules := (&batch{b: b, net: net}).rules(subnet)
+	u := metadata.SubnetUsage{Subnet: subnet}
+	_, gen, _ := b.s.view.network(b.network)
+	for _, l := range b.tables {
+		if !l.own || l.table == nil || !subnet.Contains(l.cidr.Addr()) {
+			continue
+		}
+		if l.counted != l.table || l.countedGen != gen {
+			l.usage, l.counted, l.countedGen = l.table.Usage(rules.Usable), l.table, gen
+		}
+		u.Used += l.usage.Used
+		u.Free += l.usage.Free()
+	}
+	u.Blocks = len(b.s.view.blocksOf(b.network, func(x metadata.Block) bool { return subnet.Contains(x.CIDR.Addr()) }))
+	u.BlocksFree = max(0, allocate.Blocks(subnet, net.BlockSize(subnet))-u.Blocks)
+	return u
+}
+
+// tidy gives empty blocks back.
+func (b *book) tidy(ctx context.Context, net metadata.Network, before time.Time, p *batch) error {
+	own := b.s.view.blocksOf(b.network, func(x metadata.Block) bool { return x.Host == b.s.cfg.HostName && !x.Gateway.IsValid() })
+	for _, blk := range own {
+		var empty []*ledger
+		for _, c := range allocate.TablesOf(blk.CIDR) {
+			l := b.tables[c]
+			if l == nil || l.table == nil || p.work[c] != nil || len(l.table.Entries) > 0 {
+				empty = nil
+				break
+			}
+			if n := len(l.table.Resting); n > 0 && l.table.Resting[n-1].Since.After(before) {
+				empty = nil
+				break
+			}
+			empty = append(empty, l)
+		}
+		if empty == nil {
+			continue
+		}
+		// The tables go first: a host that borrowed meanwhile makes this fail, and the block stays.
+		var changes []store.Change
+		for _, l := range empty {
+			if l.revision != 0 {
+				changes = append(changes, store.Change{Key: tableKey(b.network, l.cidr), Revision: l.revision})
+			}
+			l.stale = true
+		}
+		if len(changes) > 0 {
+			ok := true
+			for _, r := range b.s.store.Write(ctx, changes...) {
+				ok = ok && r.Err == nil
+			}
+			if !ok {
+				continue
+			}
+		}
+		revision, err := store.One(ctx, b.s.store, store.Change{Key: blockPrefix + metadata.BlockKey(blk), Revision: store.Any})
+		if err != nil {
+			return err
+		}
+		if err := b.s.view.wait(ctx, revision); err != nil {
+			return err
+		}
+		b.mu.Lock()
+		for _, l := range empty {
+			delete(b.tables, l.cidr)
+		}
+		b.mu.Unlock()
+		b.hint = map[bool]*ledger{}
+		b.s.log.Info("empty block given back", "network", b.network, "block", blk.CIDR)
+	}
+	return nil
+}

@@ -1,0 +1,249 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
+)
+
+// containers keeps Container objects in memory: this host's, or all where the tree is served.
+type containers struct {
+	self string
+
+	mu      sync.RWMutex
+	objects map[string]held // by host/id
+	uuids   map[string]string
+	changed chan struct{}
+	updates uint64
+}
+
+type held struct {
+	metadata.Container
+	revision int64
+}
+
+func newContainers(self string) *containers {
+	return &containers{self: self, objects: map[string]held{}, uuids: map[string]string{}, changed: make(chan struct{})}
+}
+
+func (c *containers) load(entries []store.Entry) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.objects, c.uuids = map[string]held{}, map[string]string{}
+	var errs []error
+	for _, e := range entries {
+		errs = append(errs, c.set(e))
+	}
+	c.wake()
+	return errors.Join(errs...)
+}
+
+func (c *containers) apply(entries []store.Entry) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var errs []error
+	for _, e := range entries {
+		errs = append(errs, c.set(e))
+	}
+	c.wake()
+	return errors.Join(errs...)
+}
+
+func (c *containers) wake() {
+	c.updates++
+	close(c.changed)
+	c.changed = make(chan struct{})
+}
+
+// set takes an object unless a newer state of it is known.
+func (c *containers) set(e store.Entry) error {
+	key := strings.TrimPrefix(e.Key, containerPrefix)
+	old, ok := c.objects[key]
+	if ok && old.revision > e.Revision {
+		return nil
+	}
+	if ok && old.UUID != "" && c.uuids[old.UUID] == key {
+		delete(c.uuids, old.UUID)
+	}
+	if e.Deleted {
+		delete(c.objects, key)
+		return nil
+	}
+	h := held{revision: e.Revision}
+	if err := json.Unmarshal(e.Value, &h.Container); err != nil {
+		return fmt.Errorf("container %s: %w", key, err)
+	}
+	c.objects[key] = h
+	if h.UUID != "" && h.Host == c.self {
+		c.uuids[h.UUID] = key
+	}
+	return nil
+}
+
+// find returns this host's container by id, or by UUID.
+func (c *containers) find(id, uuid string) (held, bool) {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	if h, ok := c.objects[c.self+"/"+id]; ok {
+		return h, true
+	}
+	for _, u := range []string{uuid, id} {
+		if key, ok := c.uuids[u]; ok && u != "" {
+			return c.objects[key], true
+		}
+	}
+	return held{}, false
+}
+
+func (c *containers) watch() <-chan struct{} {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	return c.changed
+}
+
+func (c *containers) list() []metadata.Container {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	out := make([]metadata.Container, 0, len(c.objects))
+	for _, k := range slices.Sorted(maps.Keys(c.objects)) {
+		out = append(out, c.objects[k].Container)
+	}
+	return out
+}
+
+// assigned returns the addresses that the model gave the container before, for this network.
+func (h held) assigned(n metadata.Network) []netip.Addr {
+	if len(h.Interfaces) > 0 && !h.PreAssigned || h.Network != "" && h.Network != n.Name {
+		return nil
+	}
+	return h.Addresses
+}
+
+// attach adds an interface to a container's object.
+func attachContainer(c *metadata.Container, host, network string, req *metadata.AttachRequest, addresses []netip.Addr) {
+	if len(c.Interfaces) == 0 {
+		c.PreAssigned = len(c.Addresses) > 0
+	}
+	if c.ID == "" {
+		c.ID = req.ContainerID
+	}
+	c.Host = host
+	if c.UUID == "" {
+		c.UUID = req.UUID
+	}
+	if req.Name != "" {
+		c.Name = req.Name
+	}
+	if c.Network == "" {
+		c.Network = network
+	}
+	if c.MAC.IsZero() {
+		c.MAC = req.MAC
+	}
+	if len(req.Labels) > 0 {
+		all := maps.Clone(c.Labels) // the cache holds the old map
+		if all == nil {
+			all = map[string]string{}
+		}
+		maps.Copy(all, req.Labels)
+		c.Labels = all
+	}
+	c.State = "running"
+	at := slices.IndexFunc(c.Interfaces, func(i metadata.ContainerInterface) bool { return i.Network == network && i.IfName == req.IfName })
+	if at < 0 {
+		at, c.Interfaces = len(c.Interfaces), append(slices.Clone(c.Interfaces), metadata.ContainerInterface{})
+	} else {
+		c.Interfaces = slices.Clone(c.Interfaces)
+	}
+	c.Interfaces[at] = metadata.ContainerInterface{Network: network, IfName: req.IfName, Addresses: addresses}
+	unite(c)
+}
+
+// unite derives a container's addresses from its interfaces, unless they were assigned to it.
+func unite(c *metadata.Container) {
+	if c.PreAssigned {
+		return
+	}
+	c.Addresses = nil
+	for _, i := range c.Interfaces {
+		c.Addresses = append(c.Addresses, i.Addresses...)
+	}
+}
+
+// detachContainer takes an interface away and reports whether the object has anything left to tell.
+func detachContainer(c *metadata.Container, network, ifname string) (keep bool) {
+	c.Interfaces = slices.DeleteFunc(slices.Clone(c.Interfaces), func(i metadata.ContainerInterface) bool {
+		return i.Network == network && i.IfName == ifname
+	})
+	if len(c.Interfaces) == 0 {
+		c.State = ""
+		return c.PreAssigned
+	}
+	unite(c)
+	return true
+}
+
+// putContainer is what a client's PUT makes of the stored object: what the service keeps itself is not the client's to change.
+func putContainer(old *metadata.Container, c metadata.Container) metadata.Container {
+	c.Interfaces, c.PreAssigned = nil, false
+	if old == nil || len(old.Interfaces) == 0 {
+		return c
+	}
+	c.Interfaces = old.Interfaces
+	mine := c.Addresses
+	unite(&c)
+	c.PreAssigned = old.PreAssigned
+	if len(mine) > 0 && !slices.Equal(mine, c.Addresses) {
+		c.Addresses, c.PreAssigned = mine, true
+	}
+	return c
+}
+
+// change reads, changes and writes one container until nobody interferes. change returns false to delete it.
+func (s *Server) changeContainer(ctx context.Context, key string, change func(*metadata.Container) bool) error {
+	for {
+		e, err := s.store.Get(ctx, containerPrefix+key)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		var c metadata.Container
+		if e.Value != nil {
+			if err := json.Unmarshal(e.Value, &c); err != nil {
+				return fmt.Errorf("container %s: %w", key, err)
+			}
+		}
+		next := store.Change{Key: containerPrefix + key, Revision: e.Revision}
+		if change(&c) {
+			if next.Value, err = json.Marshal(c); err != nil {
+				return err
+			}
+		} else if e.Value == nil {
+			return nil
+		}
+		r, err := store.One(ctx, s.store, next)
+		if errors.Is(err, store.ErrConflict) {
+			continue
+		}
+		if err == nil {
+			s.containers.wrote(next, r)
+		}
+		return err
+	}
+}
+
+// wrote tells the cache of a finished write before the watch does.
+func (c *containers) wrote(ch store.Change, revision int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.set(store.Entry{Key: ch.Key, Value: ch.Value, Revision: revision, Deleted: ch.Value == nil}) //nolint:errcheck // our own encoding
+	c.wake()
+}

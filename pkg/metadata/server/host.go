@@ -1,0 +1,376 @@
+package server
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/allocate"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
+)
+
+// register writes this host's object and takes the lease that makes it live.
+func (s *Server) register(ctx context.Context) error {
+	name := s.cfg.HostName
+	if err := s.takeName(ctx); err != nil {
+		return err
+	}
+	mac, err := s.overlayMAC(ctx)
+	if err != nil {
+		return err
+	}
+	for {
+		e, err := s.store.Get(ctx, hostPrefix+name)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		h := metadata.Host{Name: name, Joined: s.now().UTC().Truncate(time.Second)}
+		if e.Value != nil {
+			if err := json.Unmarshal(e.Value, &h); err != nil {
+				return fmt.Errorf("host %s: %w", name, err)
+			}
+			if h.MachineID != s.cfg.MachineID {
+				s.log.Warn("host was another machine before", "host", name, "before", h.MachineID, "now", s.cfg.MachineID)
+			}
+		}
+		h.Underlay, h.MachineID, h.BootID, h.MAC = s.cfg.Underlay, s.cfg.MachineID, s.bootID, mac
+		h.AgentVersion, h.Live = s.cfg.Version, false
+		labels := maps.Clone(h.Labels)
+		if labels == nil {
+			labels = map[string]string{}
+		}
+		maps.Copy(labels, s.cfg.Labels)
+		if h.Labels = labels; len(labels) == 0 {
+			h.Labels = nil
+		}
+		data, err := json.Marshal(h)
+		if err != nil {
+			return err
+		}
+		if string(data) == string(e.Value) {
+			return nil
+		}
+		_, err = store.One(ctx, s.store, store.Change{Key: hostPrefix + name, Value: data, Revision: e.Revision})
+		if errors.Is(err, store.ErrConflict) {
+			continue
+		}
+		if err == nil {
+			s.log.Info("host registered", "host", name, "machine", s.cfg.MachineID, "boot", s.bootID, "underlay", fmt.Sprint(addresses(s.cfg.Underlay)), "mac", mac)
+		}
+		return err
+	}
+}
+
+func addresses(list []metadata.Underlay) []string {
+	var out []string
+	for _, u := range list {
+		out = append(out, u.Address.String())
+	}
+	return out
+}
+
+// takeName makes this machine the holder of its host's name, or says who is.
+func (s *Server) takeName(ctx context.Context) error {
+	name := s.cfg.HostName
+	me := presence{Host: name, MachineID: s.cfg.MachineID, BootID: s.bootID, Since: s.now().UTC()}
+	if len(s.cfg.Underlay) > 0 {
+		me.Address = s.cfg.Underlay[0].Address.Addr().String()
+	}
+	data, err := json.Marshal(me)
+	if err != nil {
+		return err
+	}
+	lease, err := s.store.Hold(ctx, s.cfg.LeaseTTL)
+	if err != nil {
+		return err
+	}
+	for {
+		e, err := s.store.Get(ctx, livePrefix+name)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			lease.Close()
+			return err
+		}
+		if e.Value != nil {
+			var other presence
+			if err := json.Unmarshal(e.Value, &other); err != nil {
+				lease.Close()
+				return err
+			}
+			if other.MachineID != s.cfg.MachineID {
+				lease.Close()
+				return fmt.Errorf("host name %s is taken: a live machine with id %s at %s has it, this machine is %s at %s; give this one another --host-name, "+
+					"or, when its machine id is a copy of a cloned disk image, a new /etc/machine-id", name, other.MachineID, other.Address, s.cfg.MachineID, me.Address)
+			}
+			// The same machine: its former process's lease has not run out yet. Take the key over at once.
+		}
+		_, err = store.One(ctx, s.store, store.Change{Key: livePrefix + name, Value: data, Revision: e.Revision, Lease: lease})
+		if errors.Is(err, store.ErrConflict) {
+			continue
+		}
+		if err != nil {
+			lease.Close()
+			return err
+		}
+		s.mu.Lock()
+		old := s.lease
+		s.lease = lease
+		s.mu.Unlock()
+		if old != nil {
+			old.Close()
+		}
+		return nil
+	}
+}
+
+// keepName takes the name again whenever the lease was lost, which means that the store was away for longer than the lease.
+func (s *Server) keepName() {
+	for {
+		s.mu.Lock()
+		lease := s.lease
+		s.mu.Unlock()
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-lease.Lost():
+		}
+		for wait := 100 * time.Millisecond; s.ctx.Err() == nil; wait = min(2*wait, 5*time.Second) {
+			ctx, cancel := s.timeout(s.ctx)
+			err := s.register(ctx)
+			cancel()
+			s.setProblem(err)
+			if err == nil {
+				s.log.Info("lease taken again", "host", s.cfg.HostName)
+				break
+			}
+			t := time.NewTimer(wait)
+			select {
+			case <-s.ctx.Done():
+			case <-t.C:
+			}
+			t.Stop()
+		}
+	}
+}
+
+// overlayMAC derives the MAC of this host's overlay devices and reserves it, so that no two hosts have the same.
+func (s *Server) overlayMAC(ctx context.Context) (metadata.MAC, error) {
+	if len(s.cfg.Underlay) == 0 {
+		return metadata.MAC{}, nil
+	}
+	a := s.cfg.Underlay[0].Address.Addr()
+	data, err := json.Marshal(s.cfg.HostName)
+	if err != nil {
+		return metadata.MAC{}, err
+	}
+	for round := 0; round < 100; round++ {
+		mac := OverlayMAC(a, round)
+		ch := store.Change{Key: macPrefix + mac.String(), Value: data}
+		for {
+			_, err := store.One(ctx, s.store, ch)
+			if err == nil {
+				return mac, nil
+			}
+			if !errors.Is(err, store.ErrConflict) {
+				return mac, err
+			}
+			e, err := s.store.Get(ctx, ch.Key)
+			if errors.Is(err, store.ErrNotFound) {
+				ch.Revision = 0
+				continue
+			}
+			if err != nil {
+				return mac, err
+			}
+			var holder string
+			if err := json.Unmarshal(e.Value, &holder); err != nil {
+				return mac, err
+			}
+			if holder == s.cfg.HostName {
+				return mac, nil
+			}
+			// A reservation whose host has moved to another MAC, or is gone, is free.
+			if o, err := s.store.Get(ctx, hostPrefix+holder); err == nil {
+				var h metadata.Host
+				if json.Unmarshal(o.Value, &h) == nil && h.MAC == mac {
+					if round == 0 && h.UnderlayAddr() == a {
+						s.log.Error("another host has the same underlay address; tunnels to both cannot work", "address", a, "host", holder)
+					}
+					break
+				}
+			}
+			ch.Revision = e.Revision
+		}
+	}
+	return metadata.MAC{}, fmt.Errorf("host %s: no overlay MAC is free", s.cfg.HostName)
+}
+
+// OverlayMAC is the MAC of a host's overlay devices, derived from its first underlay address so that it survives a
+// reinstallation: 0e:00 and the IPv4 address, or 32 bits of a hash. Each round above 0 gives another one, for hosts
+// whose MAC is taken.
+func OverlayMAC(a netip.Addr, round int) metadata.MAC {
+	m := metadata.MAC{0x0e, 0x00}
+	a = a.Unmap()
+	if a.Is4() && round == 0 {
+		b := a.As4()
+		copy(m[2:], b[:])
+		return m
+	}
+	text := a.String()
+	if round > 0 {
+		text = fmt.Sprintf("%s#%d", text, round)
+	}
+	h := sha256.Sum256([]byte(text))
+	copy(m[2:], h[:4])
+	return m
+}
+
+// PutHost writes what an operator may change of a host; what its own service keeps stays as it is.
+func (s *Server) PutHost(ctx context.Context, h metadata.Host) error {
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	h.Live = false
+	for {
+		e, err := s.store.Get(ctx, hostPrefix+h.Name)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		data, err := json.Marshal(h)
+		if err != nil {
+			return err
+		}
+		revision, err := store.One(ctx, s.store, store.Change{Key: hostPrefix + h.Name, Value: data, Revision: e.Revision})
+		if errors.Is(err, store.ErrConflict) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		return s.seen(ctx, revision)
+	}
+}
+
+// DeleteHost removes a host that is gone, and everything it held. Its own object goes last: when this is interrupted, asking
+// again does the rest.
+func (s *Server) DeleteHost(ctx context.Context, name string) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if _, err := s.store.Get(ctx, livePrefix+name); err == nil {
+		return metadata.Errorf(metadata.CodeConflict, "host %s is live; stop its lariat-metadata first (its lease runs out %s after a crash)", name, s.cfg.LeaseTTL)
+	} else if !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	e, err := s.store.Get(ctx, hostPrefix+name)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var h metadata.Host
+	if err := json.Unmarshal(e.Value, &h); err != nil {
+		return err
+	}
+	entries, _, err := s.store.List(ctx, viewPrefix)
+	if err != nil {
+		return err
+	}
+	networks := map[string]metadata.Network{}
+	blocks := map[string][]netip.Prefix{}
+	endpoints := map[string][]netip.Addr{}
+	for _, e := range entries {
+		var err error
+		switch {
+		case strings.HasPrefix(e.Key, networkPrefix):
+			var n metadata.Network
+			if err = json.Unmarshal(e.Value, &n); err == nil {
+				networks[n.Name] = n
+			}
+		case strings.HasPrefix(e.Key, blockPrefix):
+			var b metadata.Block
+			if err = json.Unmarshal(e.Value, &b); err == nil && b.Host == name {
+				blocks[b.Network] = append(blocks[b.Network], b.CIDR)
+			}
+		case strings.HasPrefix(e.Key, endpointPrefix):
+			var p metadata.Endpoint
+			if err = json.Unmarshal(e.Value, &p); err == nil && p.Host == name {
+				endpoints[p.Network] = append(endpoints[p.Network], p.Address)
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("%s: %w", e.Key, err)
+		}
+	}
+	list, _, err := s.store.List(ctx, containerPrefix+name+"/")
+	if err != nil {
+		return err
+	}
+	var changes []store.Change
+	for _, c := range list {
+		changes = append(changes, store.Change{Key: c.Key, Revision: store.Any})
+	}
+	// Tables before blocks and endpoints, which are how the next try finds them.
+	for network, n := range networks {
+		tables := map[netip.Prefix]bool{}
+		for _, b := range blocks[network] {
+			for _, cidr := range allocate.TablesOf(b) {
+				tables[cidr] = true
+			}
+		}
+		for _, a := range endpoints[network] {
+			tables[tableFor(n, a)] = true
+		}
+		for cidr := range tables {
+			if err := s.strip(ctx, network, cidr, name); err != nil {
+				return err
+			}
+		}
+		for _, b := range blocks[network] {
+			changes = append(changes, store.Change{Key: blockPrefix + network + "/" + b.String(), Revision: store.Any})
+		}
+		for _, a := range endpoints[network] {
+			changes = append(changes, store.Change{Key: endpointPrefix + network + "/" + a.String(), Revision: store.Any})
+		}
+	}
+	if !h.MAC.IsZero() {
+		changes = append(changes, store.Change{Key: macPrefix + h.MAC.String(), Revision: store.Any})
+	}
+	for _, r := range s.store.Write(ctx, changes...) {
+		if r.Err != nil {
+			return r.Err
+		}
+	}
+	revision, err := store.One(ctx, s.store, store.Change{Key: hostPrefix + name, Revision: e.Revision})
+	if err != nil {
+		return err
+	}
+	s.log.Info("host removed", "host", name, "blocks", len(slices.Concat(slices.Collect(maps.Values(blocks))...)), "containers", len(list))
+	return s.seen(ctx, revision)
+}
+
+// strip removes a host's entries from a table, and the table when nothing is left in it.
+func (s *Server) strip(ctx context.Context, network string, cidr netip.Prefix, host string) error {
+	for {
+		t, revision, err := s.readTable(ctx, network, cidr)
+		if err != nil || revision == 0 {
+			return err
+		}
+		t.Release(s.now(), func(e allocate.Entry) bool { return e.Owner.Host == host })
+		ch := store.Change{Key: tableKey(network, cidr), Revision: revision}
+		if len(t.Entries) > 0 {
+			if ch.Value, err = json.Marshal(t); err != nil {
+				return err
+			}
+		}
+		if _, err := store.One(ctx, s.store, ch); !errors.Is(err, store.ErrConflict) {
+			return err
+		}
+	}
+}

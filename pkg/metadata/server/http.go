@@ -1,0 +1,420 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
+)
+
+// maxRequest bounds a request's body, in octets: a GC list of a hundred thousand attachments fits.
+const maxRequest = 32 << 20
+
+type peerKey struct{}
+
+// ConnContext notes who is at the other end of a unix connection; for http.Server.
+func ConnContext(ctx context.Context, c net.Conn) context.Context {
+	u, ok := c.(*net.UnixConn)
+	if !ok {
+		return ctx
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return ctx
+	}
+	var cred *unix.Ucred
+	if err := raw.Control(func(fd uintptr) { cred, _ = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil || cred == nil {
+		return ctx
+	}
+	return context.WithValue(ctx, peerKey{}, *cred)
+}
+
+// privileged: root, or who the service itself runs as (a test in a user namespace). The socket's mode says the same;
+// this holds also when somebody opened the socket to others so that they can read.
+func privileged(r *http.Request) bool {
+	cred, ok := r.Context().Value(peerKey{}).(unix.Ucred)
+	return ok && (cred.Uid == 0 || int(cred.Uid) == os.Geteuid())
+}
+
+// Handler is the control API.
+func (s *Server) Handler() http.Handler {
+	mux := http.NewServeMux()
+	write := func(pattern string, h func(*http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			if !privileged(r) {
+				answer(w, nil, &refusal{http.StatusForbidden, metadata.Errorf(metadata.CodeInvalid, "%s %s: only root may write, and the caller is not root", r.Method, r.URL.Path)})
+				return
+			}
+			r.Body = http.MaxBytesReader(w, r.Body, maxRequest)
+			v, err := h(r)
+			answer(w, v, err)
+		})
+	}
+	read := func(pattern string, h func(*http.Request) (any, error)) {
+		mux.HandleFunc("GET "+pattern, func(w http.ResponseWriter, r *http.Request) {
+			v, err := h(r)
+			answer(w, v, err)
+		})
+	}
+
+	write("POST /v1/networks/{network}/attachments", func(r *http.Request) (any, error) {
+		var req metadata.AttachRequest
+		if err := decode(r.Body, &req); err != nil {
+			return nil, err
+		}
+		return s.Attach(r.Context(), r.PathValue("network"), req)
+	})
+	attachmentID := func(r *http.Request) metadata.AttachmentID {
+		return metadata.AttachmentID{ContainerID: r.PathValue("id"), IfName: r.PathValue("ifname")}
+	}
+	write("DELETE /v1/networks/{network}/attachments/{id}/{ifname}", func(r *http.Request) (any, error) {
+		var sequence uint64
+		if q := r.URL.Query().Get("sequence"); q != "" {
+			var err error
+			if sequence, err = strconv.ParseUint(q, 10, 64); err != nil {
+				return nil, metadata.Errorf(metadata.CodeInvalid, "sequence %q: want a number", q)
+			}
+		}
+		return nil, s.Release(r.Context(), r.PathValue("network"), attachmentID(r), sequence)
+	})
+	read("/v1/networks/{network}/attachments/{id}/{ifname}", func(r *http.Request) (any, error) {
+		return s.Attachment(r.Context(), r.PathValue("network"), attachmentID(r))
+	})
+	read("/v1/networks/{network}/attachments", func(r *http.Request) (any, error) {
+		return s.Allocations(r.Context(), r.PathValue("network"), r.URL.Query().Get("all") == "true")
+	})
+	write("POST /v1/networks/{network}/gc", func(r *http.Request) (any, error) {
+		var req metadata.GCRequest
+		if err := decode(r.Body, &req); err != nil {
+			return nil, err
+		}
+		if req.Valid == nil {
+			return nil, metadata.Errorf(metadata.CodeInvalid, "gc without a list of valid attachments: nothing is released; an empty list releases all of this host")
+		}
+		return s.GC(r.Context(), r.PathValue("network"), *req.Valid)
+	})
+	read("/v1/networks/{network}/status", func(r *http.Request) (any, error) { return s.Status(r.Context(), r.PathValue("network")) })
+
+	read("/v1/networks", func(*http.Request) (any, error) { return s.view.snapshot().Networks, nil })
+	read("/v1/networks/{network}", func(r *http.Request) (any, error) {
+		n, _, ok := s.view.network(r.PathValue("network"))
+		if !ok {
+			return nil, s.unknownNetwork(r.PathValue("network"))
+		}
+		return n, nil
+	})
+	write("PUT /v1/networks/{network}", func(r *http.Request) (any, error) {
+		var n metadata.Network
+		if err := decode(r.Body, &n); err != nil {
+			return nil, err
+		}
+		if err := sameName(&n.Name, r.PathValue("network")); err != nil {
+			return nil, err
+		}
+		return s.PutNetwork(r.Context(), n, false)
+	})
+	write("DELETE /v1/networks/{network}", func(r *http.Request) (any, error) {
+		return nil, s.DeleteNetwork(r.Context(), r.PathValue("network"))
+	})
+
+	read("/v1/hosts", func(*http.Request) (any, error) { return s.view.hostList(), nil })
+	read("/v1/hosts/{host}", func(r *http.Request) (any, error) {
+		h, ok := s.view.host(r.PathValue("host"))
+		if !ok {
+			var names []string
+			for _, h := range s.view.hostList() {
+				names = append(names, h.Name)
+			}
+			return nil, metadata.Errorf(metadata.CodeNotFound, "there is no host %s; known: %s", r.PathValue("host"), strings.Join(names, ", "))
+		}
+		return h, nil
+	})
+	write("PUT /v1/hosts/{host}", func(r *http.Request) (any, error) {
+		var h metadata.Host
+		if err := decode(r.Body, &h); err != nil {
+			return nil, err
+		}
+		if err := sameName(&h.Name, r.PathValue("host")); err != nil {
+			return nil, err
+		}
+		if err := metadata.ValidName(h.Name); err != nil {
+			return nil, metadata.Errorf(metadata.CodeInvalid, "host %s", err)
+		}
+		return nil, s.PutHost(r.Context(), h)
+	})
+	write("DELETE /v1/hosts/{host}", func(r *http.Request) (any, error) { return nil, s.DeleteHost(r.Context(), r.PathValue("host")) })
+
+	read("/v1/blocks", func(*http.Request) (any, error) { return s.view.snapshot().Blocks, nil })
+	read("/v1/endpoints", func(*http.Request) (any, error) {
+		return append([]metadata.Endpoint{}, s.view.snapshot().Endpoints...), nil
+	})
+
+	read("/v1/containers", func(r *http.Request) (any, error) { return s.listContainers(r.Context(), "") })
+	read("/v1/containers/{host}", func(r *http.Request) (any, error) { return s.listContainers(r.Context(), r.PathValue("host")+"/") })
+	read("/v1/containers/{host}/{id}", func(r *http.Request) (any, error) {
+		ctx, cancel := s.timeout(r.Context())
+		defer cancel()
+		e, err := s.store.Get(ctx, containerPrefix+r.PathValue("host")+"/"+r.PathValue("id"))
+		if errors.Is(err, store.ErrNotFound) {
+			return nil, metadata.Errorf(metadata.CodeNotFound, "there is no container %s at host %s", r.PathValue("id"), r.PathValue("host"))
+		}
+		return json.RawMessage(e.Value), err
+	})
+	write("PUT /v1/containers/{host}/{id}", func(r *http.Request) (any, error) {
+		var c metadata.Container
+		if err := decode(r.Body, &c); err != nil {
+			return nil, err
+		}
+		if err := errors.Join(sameName(&c.Host, r.PathValue("host")), sameName(&c.ID, r.PathValue("id"))); err != nil {
+			return nil, metadata.Errorf(metadata.CodeInvalid, "%s", err)
+		}
+		ctx, cancel := s.timeout(r.Context())
+		defer cancel()
+		return nil, s.changeContainer(ctx, metadata.ContainerKey(c), func(old *metadata.Container) bool {
+			*old = putContainer(old, c)
+			return true
+		})
+	})
+	write("DELETE /v1/containers/{host}/{id}", func(r *http.Request) (any, error) {
+		ctx, cancel := s.timeout(r.Context())
+		defer cancel()
+		ch := store.Change{Key: containerPrefix + r.PathValue("host") + "/" + r.PathValue("id"), Revision: store.Any}
+		revision, err := store.One(ctx, s.store, ch)
+		if err == nil {
+			s.containers.wrote(ch, revision)
+		}
+		return nil, err
+	})
+
+	read("/v1/snapshot", func(r *http.Request) (any, error) {
+		snap := s.view.snapshot()
+		if r.URL.Query().Get("view") == "network" {
+			return snap, nil
+		}
+		var err error
+		snap.Containers, err = s.listContainers(r.Context(), "")
+		return snap, err
+	})
+	mux.HandleFunc("GET /v1/watch", s.serveWatch)
+	mux.HandleFunc("GET /v1/backup", s.serveBackup)
+
+	s.public(mux)
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		answer(w, nil, metadata.Errorf(metadata.CodeNotFound, "there is no %s %s; kinds are networks, hosts, blocks, endpoints and containers", r.Method, r.URL.Path))
+	})
+	return mux
+}
+
+// PublicHandler has what monitoring needs, for a TCP port.
+func (s *Server) PublicHandler() http.Handler {
+	mux := http.NewServeMux()
+	s.public(mux)
+	return mux
+}
+
+func (s *Server) public(mux *http.ServeMux) {
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		if err := s.unready(); err != nil {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			fmt.Fprintln(w, err)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	mux.Handle("GET /metrics", s.metrics.handler())
+}
+
+func sameName(field *string, path string) error {
+	if *field != "" && *field != path {
+		return metadata.Errorf(metadata.CodeInvalid, "the object says %q, the path %q", *field, path)
+	}
+	*field = path
+	return nil
+}
+
+func (s *Server) listContainers(ctx context.Context, prefix string) ([]metadata.Container, error) {
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	list, _, err := s.store.List(ctx, containerPrefix+prefix)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]metadata.Container, len(list))
+	for i, e := range list {
+		if err := json.Unmarshal(e.Value, &out[i]); err != nil {
+			return nil, fmt.Errorf("%s: %w", e.Key, err)
+		}
+	}
+	return out, nil
+}
+
+// refusal is an Error with a status that its code does not imply.
+type refusal struct {
+	status int
+	err    *metadata.Error
+}
+
+func (r *refusal) Error() string { return r.err.Error() }
+
+var statuses = map[string]int{
+	metadata.CodeInvalid:     http.StatusBadRequest,
+	metadata.CodeNotFound:    http.StatusNotFound,
+	metadata.CodeHeld:        http.StatusConflict,
+	metadata.CodeConflict:    http.StatusConflict,
+	metadata.CodeExhausted:   http.StatusInsufficientStorage,
+	metadata.CodeNotYet:      http.StatusGatewayTimeout,
+	metadata.CodeUnavailable: http.StatusServiceUnavailable,
+	metadata.CodeInternal:    http.StatusInternalServerError,
+}
+
+func answer(w http.ResponseWriter, v any, err error) {
+	status := http.StatusOK
+	if err != nil {
+		var e *metadata.Error
+		var ref *refusal
+		switch {
+		case errors.As(err, &ref):
+			e, status = ref.err, ref.status
+		case errors.As(err, &e):
+			status = statuses[e.Code]
+		case errors.Is(err, store.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), errors.Is(err, store.ErrNoSpace):
+			e, status = metadata.Errorf(metadata.CodeUnavailable, "%s", err), http.StatusServiceUnavailable
+		case errors.Is(err, store.ErrConflict):
+			e, status = metadata.Errorf(metadata.CodeConflict, "%s", err), http.StatusConflict
+		default:
+			e, status = metadata.Errorf(metadata.CodeInternal, "%s", err), http.StatusInternalServerError
+		}
+		v = e
+	}
+	if v == nil {
+		w.WriteHeader(http.StatusNoContent)
+		return
+	}
+	data, err := json.Marshal(v)
+	if err != nil {
+		status, data = http.StatusInternalServerError, []byte(`{"code":"internal","message":"the answer cannot be encoded"}`)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(data)+1))
+	w.WriteHeader(status)
+	w.Write(append(data, '\n')) //nolint:errcheck // the caller hung up
+}
+
+// serveWatch streams changes of the network view as lines of JSON.
+func (s *Server) serveWatch(w http.ResponseWriter, r *http.Request) {
+	revision, err := strconv.ParseInt("0"+r.URL.Query().Get("revision"), 10, 64)
+	if err != nil {
+		answer(w, nil, metadata.Errorf(metadata.CodeInvalid, "revision %q: want a number", r.URL.Query().Get("revision")))
+		return
+	}
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	rc := http.NewResponseController(w)
+	// A peer that does not read is cut off rather than kept in memory.
+	send := func(lines ...[]byte) bool {
+		if err := rc.SetWriteDeadline(time.Now().Add(30 * time.Second)); err != nil {
+			return false
+		}
+		for _, l := range lines {
+			if _, err := w.Write(l); err != nil {
+				return false
+			}
+		}
+		return rc.Flush() == nil
+	}
+	snapshot := func() (uint64, bool) {
+		snap, index := s.view.position()
+		data, err := json.Marshal(snap)
+		if err != nil {
+			return 0, false
+		}
+		line, err := json.Marshal(metadata.Event{Type: metadata.EventSnapshot, Revision: snap.Revision, Object: data})
+		return index, err == nil && send(append(line, '\n'))
+	}
+	index, ok := uint64(0), false
+	if revision > 0 {
+		index, ok = s.view.since(revision)
+	}
+	if !ok {
+		if index, ok = snapshot(); !ok {
+			return
+		}
+	}
+	s.metrics.watchers.Inc()
+	defer s.metrics.watchers.Dec()
+	t := time.NewTicker(s.cfg.Bookmark)
+	defer t.Stop()
+	bookmark := func() bool {
+		s.view.mu.RLock()
+		now := s.view.revision
+		s.view.mu.RUnlock()
+		line, _ := json.Marshal(metadata.Event{Type: metadata.EventBookmark, Revision: now})
+		return send(append(line, '\n'))
+	}
+	if revision > 0 && !bookmark() { // the head of the answer leaves at once
+		return
+	}
+	for {
+		events, next, changed, ok := s.view.next(index)
+		if !ok {
+			if index, ok = snapshot(); !ok {
+				return
+			}
+			continue
+		}
+		if len(events) > 0 {
+			lines := make([][]byte, len(events))
+			for i, e := range events {
+				lines[i] = e.line
+			}
+			if !send(lines...) {
+				return
+			}
+			index = next
+			continue
+		}
+		select {
+		case <-changed:
+		case <-t.C:
+			if !bookmark() {
+				return
+			}
+		case <-r.Context().Done():
+			return
+		case <-s.stopping.Done():
+			return
+		}
+	}
+}
+
+// serveBackup streams the whole store.
+func (s *Server) serveBackup(w http.ResponseWriter, r *http.Request) {
+	if !privileged(r) {
+		answer(w, nil, &refusal{http.StatusForbidden, metadata.Errorf(metadata.CodeInvalid, "a backup is for root only")})
+		return
+	}
+	b, ok := s.store.(interface {
+		Backup(context.Context, io.Writer) error
+	})
+	if !ok {
+		answer(w, nil, metadata.Errorf(metadata.CodeInvalid, "this store has no backup"))
+		return
+	}
+	w.Header().Set("Content-Type", "application/octet-stream")
+	if err := b.Backup(r.Context(), w); err != nil {
+		s.log.Error("backup failed", "error", err)
+		panic(http.ErrAbortHandler) // the reader finds the checksum missing
+	}
+}

@@ -1,0 +1,282 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"reflect"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/allocate"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
+)
+
+// PutNetwork creates or replaces a network. With onlyCreate an existing one is left as it is and returned.
+func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate bool) (metadata.Network, error) {
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	for {
+		e, err := s.store.Get(ctx, networkPrefix+n.Name)
+		if err != nil && !errors.Is(err, store.ErrNotFound) {
+			return n, err
+		}
+		var old *metadata.Network
+		if e.Value != nil {
+			old = &metadata.Network{}
+			if err := json.Unmarshal(e.Value, old); err != nil {
+				return n, err
+			}
+			if onlyCreate {
+				return *old, s.seen(ctx, e.Revision)
+			}
+		}
+		next, reserved, err := s.prepareNetwork(ctx, n, old)
+		if err != nil {
+			return n, err
+		}
+		if old != nil && reflect.DeepEqual(*old, next) {
+			return next, nil
+		}
+		data, err := json.Marshal(next)
+		if err != nil {
+			return n, err
+		}
+		revision, err := store.One(ctx, s.store, store.Change{Key: networkPrefix + n.Name, Value: data, Revision: e.Revision})
+		if reserved && err != nil && !errors.Is(err, store.ErrUnavailable) {
+			s.freeVNI(ctx, next.VNI, n.Name)
+		}
+		if errors.Is(err, store.ErrConflict) {
+			continue
+		}
+		if err != nil {
+			return n, err
+		}
+		if old != nil && old.VNI != 0 && old.VNI != next.VNI {
+			s.freeVNI(ctx, old.VNI, n.Name)
+		}
+		s.log.Info("network written", "network", next.Name, "subnets", fmt.Sprint(next.Subnets), "encapsulation", next.Encapsulation, "vni", next.VNI)
+		return next, s.seen(ctx, revision)
+	}
+}
+
+// seen waits until this host's view shows a write, so that whoever asks next through this socket reads it.
+func (s *Server) seen(ctx context.Context, revision int64) error {
+	if err := s.view.wait(ctx, revision); err != nil {
+		return fmt.Errorf("%w: %w", store.ErrUnavailable, err)
+	}
+	return nil
+}
+
+// prepareNetwork fills in defaults, checks, and reserves the VNI.
+func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *metadata.Network) (_ metadata.Network, reserved bool, err error) {
+	if n.Encapsulation == "" {
+		n.Encapsulation = metadata.EncapVXLAN
+	}
+	n.Created = s.now().UTC().Truncate(time.Second)
+	vni := n.VNI
+	if old != nil {
+		n.Created = old.Created
+		if vni == 0 && n.Encapsulation == old.Encapsulation {
+			vni = old.VNI
+		}
+	}
+	check := n
+	if n.Encapsulation == metadata.EncapVXLAN && vni == 0 {
+		check.VNI = metadata.DefaultVNI
+	} else {
+		check.VNI = vni
+	}
+	if err := check.Validate(); err != nil {
+		return n, false, metadata.Errorf(metadata.CodeInvalid, "%s", err)
+	}
+	for _, other := range s.view.snapshot().Networks {
+		for _, p := range other.Subnets {
+			for _, q := range n.Subnets {
+				if other.Name != n.Name && p.Overlaps(q) && other.Encapsulation != metadata.EncapNone && n.Encapsulation != metadata.EncapNone {
+					return n, false, metadata.Errorf(metadata.CodeConflict, "subnet %s overlaps %s of network %s: a host could not tell which of them an address belongs to", q, p, other.Name)
+				}
+			}
+		}
+	}
+	if old != nil {
+		for _, b := range s.view.blocksOf(n.Name, func(metadata.Block) bool { return true }) {
+			if !slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool {
+				return p.Overlaps(b.CIDR) && p.Bits() <= b.CIDR.Bits() && n.BlockSize(p) == b.CIDR.Bits()
+			}) {
+				return n, false, metadata.Errorf(metadata.CodeConflict, "network %s: block %s of host %s does not fit the new subnets and block sizes; remove its containers first, or make another network", n.Name, b.CIDR, b.Host)
+			}
+		}
+	}
+	switch {
+	case n.Encapsulation != metadata.EncapVXLAN:
+		n.VNI = 0
+		return n, false, nil
+	case old != nil && old.VNI == vni && vni != 0:
+		n.VNI = vni
+		return n, false, nil
+	case vni != 0:
+		n.VNI = vni
+		holder, err := s.reserveVNI(ctx, vni, n.Name)
+		if err == nil && holder != "" {
+			return n, false, metadata.Errorf(metadata.CodeConflict, "VNI %d is used by network %s", vni, holder)
+		}
+		return n, err == nil, err
+	}
+	for vni = metadata.DefaultVNI; vni < 1<<24; vni++ {
+		if slices.ContainsFunc(s.view.snapshot().Networks, func(o metadata.Network) bool { return o.VNI == vni }) {
+			continue
+		}
+		holder, err := s.reserveVNI(ctx, vni, n.Name)
+		if err != nil {
+			return n, false, err
+		}
+		if holder == "" {
+			n.VNI = vni
+			return n, true, nil
+		}
+	}
+	return n, false, metadata.Errorf(metadata.CodeExhausted, "no VNI left")
+}
+
+type reservation struct {
+	Network string    `json:"network"`
+	Since   time.Time `json:"since"`
+}
+
+func vniKey(vni uint32) string { return vniPrefix + strconv.FormatUint(uint64(vni), 10) }
+
+// reserveVNI takes a VNI for a network before the network is written: the object's creation is what two hosts compete
+// for. It returns who has it, if not this network. One that a killed process reserved for a network that never came to
+// be is free again after a minute.
+func (s *Server) reserveVNI(ctx context.Context, vni uint32, network string) (holder string, err error) {
+	data, err := json.Marshal(reservation{network, s.now().UTC()})
+	if err != nil {
+		return "", err
+	}
+	ch := store.Change{Key: vniKey(vni), Value: data}
+	for {
+		_, err = store.One(ctx, s.store, ch)
+		if !errors.Is(err, store.ErrConflict) {
+			return "", err
+		}
+		e, err := s.store.Get(ctx, ch.Key)
+		if errors.Is(err, store.ErrNotFound) {
+			ch.Revision = 0
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		var r reservation
+		if err := json.Unmarshal(e.Value, &r); err != nil {
+			return "", err
+		}
+		if r.Network == network {
+			return "", nil
+		}
+		if s.now().Sub(r.Since) < time.Minute {
+			return r.Network, nil
+		}
+		if o, err := s.store.Get(ctx, networkPrefix+r.Network); err == nil {
+			var other metadata.Network
+			if json.Unmarshal(o.Value, &other) != nil || other.VNI == vni {
+				return r.Network, nil
+			}
+		} else if !errors.Is(err, store.ErrNotFound) {
+			return "", err
+		}
+		ch.Revision = e.Revision
+	}
+}
+
+func (s *Server) freeVNI(ctx context.Context, vni uint32, network string) {
+	e, err := s.store.Get(ctx, vniKey(vni))
+	if err != nil {
+		return
+	}
+	var r reservation
+	if json.Unmarshal(e.Value, &r) == nil && r.Network == network {
+		if o, err := s.store.Get(ctx, networkPrefix+network); err == nil {
+			var n metadata.Network
+			if json.Unmarshal(o.Value, &n) == nil && n.VNI == vni {
+				return // another host made the same network with it meanwhile
+			}
+		}
+		if _, err := store.One(ctx, s.store, store.Change{Key: vniKey(vni), Revision: e.Revision}); err != nil {
+			s.log.Warn("VNI stays reserved for a minute", "vni", vni, "error", err)
+		}
+	}
+}
+
+// DeleteNetwork removes a network that nothing uses.
+func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	e, err := s.store.Get(ctx, networkPrefix+name)
+	if errors.Is(err, store.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var n metadata.Network
+	if err := json.Unmarshal(e.Value, &n); err != nil {
+		return err
+	}
+	used := 0
+	var first allocate.Entry
+	var changes []store.Change
+	err = s.eachTable(ctx, name, func(t *allocate.Table, revision int64) error {
+		if used == 0 && len(t.Entries) > 0 {
+			first = t.Entries[0]
+		}
+		used += len(t.Entries)
+		changes = append(changes, store.Change{Key: tableKey(name, t.CIDR), Revision: revision})
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if used > 0 {
+		return metadata.Errorf(metadata.CodeConflict, "network %s has %d addresses in use, among them %s by %s on host %s; stop those containers first",
+			name, used, first.Address, first.ID, first.Owner.Host)
+	}
+	// Tables on condition of their revisions: an address given out meanwhile keeps the network.
+	for _, r := range s.store.Write(ctx, changes...) {
+		if errors.Is(r.Err, store.ErrConflict) {
+			return metadata.Errorf(metadata.CodeConflict, "network %s came into use just now", name)
+		} else if r.Err != nil {
+			return r.Err
+		}
+	}
+	revision, err := store.One(ctx, s.store, store.Change{Key: networkPrefix + name, Revision: e.Revision})
+	if err != nil {
+		return err
+	}
+	changes = nil
+	for _, b := range s.view.blocksOf(name, func(metadata.Block) bool { return true }) {
+		changes = append(changes, store.Change{Key: blockPrefix + metadata.BlockKey(b), Revision: store.Any})
+	}
+	for _, h := range s.view.hostList() {
+		for _, a := range s.view.endpointsOf(name, h.Name) {
+			changes = append(changes, store.Change{Key: endpointPrefix + name + "/" + a.String(), Revision: store.Any})
+		}
+	}
+	for _, r := range s.store.Write(ctx, changes...) {
+		if r.Err != nil {
+			return r.Err
+		}
+		revision = max(revision, r.Revision)
+	}
+	if n.VNI != 0 {
+		s.freeVNI(ctx, n.VNI, name)
+	}
+	s.dropBook(name)
+	s.log.Info("network removed", "network", name)
+	return s.seen(ctx, revision)
+}

@@ -1,0 +1,299 @@
+// Package server answers for the metadata of one host: who may use which address, who is there, what has changed.
+//
+// A request takes this way: unix socket, net/http, one method of Server, then either the view in memory (reads) or a
+// book of one network (addresses), and from there the store. The server changes nothing on the host; it knows no
+// kernel.
+//
+// What is written where, and in which order, so that a kill at any point leaves nothing wrong:
+//
+//	block claimed  -> seen in the view      -> its table is used
+//	endpoint made  -> entry in the table    (borrowed and foreign addresses; undone in reverse)
+//	VNI, MAC reserved -> network, host written
+//
+// An interrupted sequence leaves a reservation or an endpoint too many, and the next start removes it.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
+)
+
+// Config of a Server. Zero durations mean the defaults that the comments name.
+type Config struct {
+	HostName  string
+	MachineID string
+	BootID    string
+	Underlay  []metadata.Underlay
+	Labels    map[string]string
+	Version   string
+
+	// MTU is the MTU of containers' interfaces on a network at a host; it comes from outside because this package knows
+	// no overheads.
+	MTU func(metadata.Network, metadata.Host) int
+
+	// AllContainers keeps all hosts' containers in memory, for the tree.
+	AllContainers bool
+
+	Timeout    time.Duration // of one request's work in the store: 5 s
+	LeaseTTL   time.Duration // a silent host is dead after it: 30 s
+	Bookmark   time.Duration // between signs of life on a watch: 10 s
+	BlockGrace time.Duration // an empty block is given back after it: 10 min
+
+	// Now is the clock for what is recorded; nil: time.Now.
+	Now func() time.Time
+	Log *slog.Logger
+}
+
+// Server is the metadata service of one host.
+type Server struct {
+	cfg        Config
+	store      store.Store
+	bootID     string
+	log        *slog.Logger
+	view       *view
+	containers *containers
+	metrics    *metrics
+
+	ctx      context.Context
+	cancel   context.CancelFunc
+	stopping context.Context // ends before ctx: watches and waits are over
+	stop     context.CancelFunc
+	wg       sync.WaitGroup
+
+	mu      sync.Mutex
+	books   map[string]*book
+	left    map[string]leftover
+	lease   *store.Lease
+	problem error // why it is not ready
+}
+
+// New registers the host and loads its view. It fails when another live machine has the name, or the store does not answer
+// within the context. The caller keeps the store and closes it after the server.
+func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
+	if err := metadata.ValidName(cfg.HostName); err != nil {
+		return nil, fmt.Errorf("--host-name: %w", err)
+	}
+	if cfg.MachineID == "" || cfg.BootID == "" {
+		return nil, fmt.Errorf("host %s: machine id and boot id must be known", cfg.HostName)
+	}
+	def := func(d *time.Duration, v time.Duration) {
+		if *d == 0 {
+			*d = v
+		}
+	}
+	def(&cfg.Timeout, 5*time.Second)
+	def(&cfg.LeaseTTL, 30*time.Second)
+	def(&cfg.Bookmark, 10*time.Second)
+	def(&cfg.BlockGrace, 10*time.Minute)
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.MTU == nil {
+		cfg.MTU = func(n metadata.Network, _ metadata.Host) int { return n.MTU }
+	}
+	s := &Server{cfg: cfg, store: st, bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
+		books: map[string]*book{}, left: map[string]leftover{}}
+	s.metrics = newMetrics(s)
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.stopping, s.stop = context.WithCancel(s.ctx)
+	if err := s.register(ctx); err != nil {
+		s.cancel()
+		return nil, err
+	}
+	prefix := containerPrefix + cfg.HostName + "/"
+	if cfg.AllContainers {
+		prefix = containerPrefix
+	}
+	viewReady, containersReady := make(chan struct{}), make(chan struct{})
+	s.wg.Go(func() { s.follow(viewPrefix, s.view.load, s.view.apply, viewReady) })
+	s.wg.Go(func() {
+		s.follow(prefix, func(e []store.Entry, _ int64) error { return s.containers.load(e) },
+			func(u store.Update) error { return s.containers.apply(u.Entries) }, containersReady)
+	})
+	for _, ready := range []chan struct{}{viewReady, containersReady} {
+		select {
+		case <-ready:
+		case <-ctx.Done():
+			s.Close()
+			return nil, fmt.Errorf("%w: reading the model: %w", store.ErrUnavailable, ctx.Err())
+		}
+	}
+	s.wg.Go(s.keepName)
+	s.wg.Go(s.housekeeping)
+	return s, nil
+}
+
+// Stop ends watches and waits; requests for addresses are still served. Close does the rest.
+func (s *Server) Stop() { s.stop() }
+
+// Alive reports whether the server makes progress: its locks are free.
+func (s *Server) Alive() bool {
+	done := make(chan struct{})
+	go func() {
+		s.view.networkNames()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		close(done)
+	}()
+	select {
+	case <-done:
+		return true
+	case <-time.After(2 * time.Second):
+		return false
+	}
+}
+
+// Close gives the lease up, so that the host counts as gone at once, and ends all watches.
+func (s *Server) Close() {
+	s.cancel()
+	s.mu.Lock()
+	lease := s.lease
+	s.mu.Unlock()
+	s.wg.Wait()
+	if lease != nil {
+		lease.Close()
+	}
+}
+
+// follow keeps a part of the store in memory: list, watch from there, and again from the start when history is gone. What is
+// in memory stays in use while the store is away.
+func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, apply func(store.Update) error, ready chan struct{}) {
+	var revision int64
+	wait := 50 * time.Millisecond
+	for s.ctx.Err() == nil {
+		var err error
+		if revision == 0 {
+			var list []store.Entry
+			var at int64
+			ctx, cancel := s.timeout(s.ctx)
+			list, at, err = s.store.List(ctx, prefix)
+			cancel()
+			if err == nil {
+				if lerr := load(list, at); lerr != nil {
+					s.log.Error("object not understood, left out", "error", lerr)
+				}
+				revision = at
+				if ready != nil {
+					close(ready)
+					ready = nil
+				}
+			}
+		}
+		if err == nil {
+			wait = 50 * time.Millisecond
+			err = s.store.Watch(s.ctx, prefix, revision, func(u store.Update) error {
+				wait = 50 * time.Millisecond
+				if aerr := apply(u); aerr != nil {
+					s.log.Error("object not understood, left out", "revision", u.Revision, "error", aerr)
+				}
+				revision = max(revision, u.Revision)
+				return nil
+			})
+		}
+		if s.ctx.Err() != nil {
+			return
+		}
+		if errors.Is(err, store.ErrCompacted) {
+			revision = 0
+			continue
+		}
+		s.log.Warn("the store is away, going on with what is known", "error", err)
+		t := time.NewTimer(wait)
+		select {
+		case <-s.ctx.Done():
+		case <-t.C:
+		}
+		t.Stop()
+		wait = min(2*wait, 2*time.Second)
+	}
+}
+
+// housekeeping gives empty blocks back.
+func (s *Server) housekeeping() {
+	t := time.NewTicker(s.cfg.BlockGrace / 4)
+	defer t.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-t.C:
+		}
+		for _, n := range s.view.networkNames() {
+			if err := s.Tidy(s.ctx, n); err != nil && s.ctx.Err() == nil {
+				s.log.Debug("empty blocks kept", "network", n, "error", err)
+			}
+		}
+	}
+}
+
+// Tidy gives back this host's blocks of a network that have been empty for the grace time.
+func (s *Server) Tidy(ctx context.Context, network string) error {
+	if len(s.view.blocksOf(network, func(b metadata.Block) bool { return b.Host == s.cfg.HostName && !b.Gateway.IsValid() })) == 0 {
+		return nil
+	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	return s.book(network).do(&op{ctx: ctx, kind: opTidy, empty: s.now().Add(-s.cfg.BlockGrace)})
+}
+
+func (s *Server) now() time.Time { return s.cfg.Now() }
+
+func (s *Server) timeout(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(ctx, s.cfg.Timeout)
+}
+
+func (s *Server) book(network string) *book {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	b := s.books[network]
+	if b == nil {
+		b = newBook(s, network)
+		s.books[network] = b
+	}
+	return b
+}
+
+func (s *Server) dropBook(network string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.books, network)
+}
+
+func (s *Server) setProblem(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil && (s.problem == nil || s.problem.Error() != err.Error()) {
+		s.log.Error("not ready", "error", err)
+	}
+	s.problem = err
+}
+
+// unready says why an allocation could not be served now.
+func (s *Server) unready() error {
+	s.mu.Lock()
+	problem := s.problem
+	s.mu.Unlock()
+	if problem != nil {
+		return problem
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, time.Second)
+	defer cancel()
+	st, err := s.store.Status(ctx)
+	if err != nil {
+		return err
+	}
+	if st.Problem != "" {
+		return errors.New(st.Problem)
+	}
+	return nil
+}

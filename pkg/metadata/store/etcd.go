@@ -1,0 +1,347 @@
+package store
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
+	clientv3 "go.etcd.io/etcd/client/v3"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/keepalive"
+)
+
+// Etcd is a Store in etcd v3, in this process or elsewhere.
+type Etcd struct {
+	client *clientv3.Client
+	prefix string
+	where  string // for messages: the folder, or the endpoints
+	log    *slog.Logger
+
+	member *member // nil: external
+	done   context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	writes  atomic.Int64 // finished, for "is it busy?"
+	problem atomic.Pointer[string]
+	repair  chan struct{}
+	mendMu  sync.Mutex
+
+	// Observe, when set before use, hears how long each call took.
+	Observe func(op string, took time.Duration, err error)
+}
+
+// External says where an existing etcd is.
+type External struct {
+	Endpoints []string
+	TLS       *tls.Config // nil: plain, for loopback and unix sockets only
+	Prefix    string      // of all keys, with a trailing slash
+	Log       *slog.Logger
+}
+
+// Dial connects to an existing etcd. It fails when none of the endpoints answers within the context.
+func Dial(ctx context.Context, c External) (*Etcd, error) {
+	where := strings.Join(c.Endpoints, ",")
+	client, err := clientv3.New(clientv3.Config{
+		Endpoints:   c.Endpoints,
+		TLS:         c.TLS,
+		DialTimeout: 5 * time.Second,
+		// A peer that vanished without a word is noticed after 10+5 s, also when only watches are open.
+		DialKeepAliveTime:    10 * time.Second,
+		DialKeepAliveTimeout: 5 * time.Second,
+		PermitWithoutStream:  true,
+		DialOptions: []grpc.DialOption{grpc.WithKeepaliveParams(keepalive.ClientParameters{
+			Time: 10 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true})},
+		Logger: zapTo(c.Log, nil, nil),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("etcd at %s: %w", where, err)
+	}
+	e := newEtcd(client, c.Prefix, where, c.Log)
+	if _, err := e.Get(ctx, "version"); err != nil && !errors.Is(err, ErrNotFound) {
+		e.Close()
+		return nil, fmt.Errorf("etcd at %s: %w; is it up, and do the certificates of --etcd-ca, --etcd-cert and --etcd-key fit?", where, err)
+	}
+	return e, nil
+}
+
+func newEtcd(client *clientv3.Client, prefix, where string, log *slog.Logger) *Etcd {
+	e := &Etcd{client: client, prefix: prefix, where: where, log: log, repair: make(chan struct{}, 1)}
+	e.done, e.cancel = context.WithCancel(context.Background())
+	return e
+}
+
+// fault translates etcd's errors.
+func (e *Etcd) fault(op, key string, err error) error {
+	kind := ErrUnavailable
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, rpctypes.ErrCompacted), errors.Is(err, rpctypes.ErrFutureRev):
+		kind = ErrCompacted
+	case errors.Is(err, rpctypes.ErrNoSpace):
+		kind = ErrNoSpace
+	case errors.Is(err, context.Canceled):
+		return fmt.Errorf("%s %s: %w", op, key, err)
+	}
+	return fmt.Errorf("%w: %s %s in %s: %w", kind, op, key, e.where, err)
+}
+
+func (e *Etcd) observe(op string, start time.Time, err *error) {
+	if e.Observe != nil {
+		e.Observe(op, time.Since(start), *err)
+	}
+}
+
+// Get implements Store.
+func (e *Etcd) Get(ctx context.Context, key string) (_ Entry, err error) {
+	defer e.observe("get", time.Now(), &err)
+	r, err := e.client.Get(ctx, e.prefix+key)
+	if err != nil {
+		return Entry{}, e.fault("read", key, err)
+	}
+	if len(r.Kvs) == 0 {
+		return Entry{Key: key}, fmt.Errorf("%s: %w", key, ErrNotFound)
+	}
+	kv := r.Kvs[0]
+	return Entry{Key: key, Value: kv.Value, Revision: kv.ModRevision, Held: kv.Lease != 0}, nil
+}
+
+// page bounds one answer of a list; an address table has about 8 KiB.
+const page = 4096
+
+// List implements Store.
+func (e *Etcd) List(ctx context.Context, prefix string) (_ []Entry, _ int64, err error) {
+	defer e.observe("list", time.Now(), &err)
+	var out []Entry
+	var revision int64
+	from := e.prefix + prefix
+	for {
+		opts := []clientv3.OpOption{clientv3.WithRange(clientv3.GetPrefixRangeEnd(e.prefix + prefix)), clientv3.WithLimit(page),
+			clientv3.WithSort(clientv3.SortByKey, clientv3.SortAscend)}
+		if revision != 0 {
+			opts = append(opts, clientv3.WithRev(revision))
+		}
+		r, err := e.client.Get(ctx, from, opts...)
+		if err != nil {
+			return nil, 0, e.fault("list", prefix, err)
+		}
+		if revision == 0 {
+			revision = r.Header.Revision
+		}
+		for _, kv := range r.Kvs {
+			out = append(out, Entry{Key: string(kv.Key[len(e.prefix):]), Value: kv.Value, Revision: kv.ModRevision, Held: kv.Lease != 0})
+		}
+		if !r.More || len(r.Kvs) == 0 {
+			return out, revision, nil
+		}
+		from = string(r.Kvs[len(r.Kvs)-1].Key) + "\x00"
+	}
+}
+
+// Limits of one etcd transaction, below its defaults of 128 operations and 1.5 MiB.
+const (
+	maxOps   = 100
+	maxBytes = 1 << 20
+)
+
+// Write implements Store.
+func (e *Etcd) Write(ctx context.Context, changes ...Change) []Result {
+	results := make([]Result, len(changes))
+	for from := 0; from < len(changes); {
+		to, size := from, 0
+		for to < len(changes) && to-from < maxOps {
+			size += len(changes[to].Key) + len(changes[to].Value) + 64
+			if size > maxBytes && to > from {
+				break
+			}
+			to++
+		}
+		e.write(ctx, changes[from:to], results[from:to])
+		from = to
+	}
+	return results
+}
+
+// write tries all in one transaction: one proposal, one fsync. Only when a condition fails are they tried each alone.
+func (e *Etcd) write(ctx context.Context, changes []Change, results []Result) {
+	ok, revision, err := e.txn(ctx, changes)
+	if err == nil && !ok && len(changes) > 1 {
+		var wg sync.WaitGroup
+		for i := range changes {
+			wg.Go(func() { e.write(ctx, changes[i:i+1], results[i:i+1]) })
+		}
+		wg.Wait()
+		return
+	}
+	if err == nil && !ok {
+		err = fmt.Errorf("%s: %w", changes[0].Key, ErrConflict)
+	}
+	for i := range results {
+		results[i] = Result{Revision: revision, Err: err}
+	}
+}
+
+func (e *Etcd) txn(ctx context.Context, changes []Change) (ok bool, revision int64, err error) {
+	defer e.observe("write", time.Now(), &err)
+	if p := e.problem.Load(); p != nil && e.member != nil {
+		if err := e.member.room(); err != nil {
+			return false, 0, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		}
+	}
+	cmps := make([]clientv3.Cmp, 0, len(changes))
+	ops := make([]clientv3.Op, 0, len(changes))
+	for _, c := range changes {
+		key := e.prefix + c.Key
+		if c.Revision != Any {
+			cmps = append(cmps, clientv3.Compare(clientv3.ModRevision(key), "=", c.Revision))
+		}
+		switch {
+		case c.Value == nil:
+			ops = append(ops, clientv3.OpDelete(key))
+		case c.Lease != nil:
+			ops = append(ops, clientv3.OpPut(key, string(c.Value), clientv3.WithLease(clientv3.LeaseID(c.Lease.id))))
+		default:
+			ops = append(ops, clientv3.OpPut(key, string(c.Value)))
+		}
+	}
+	for {
+		r, err := e.client.Txn(ctx).If(cmps...).Then(ops...).Commit()
+		if errors.Is(err, rpctypes.ErrNoSpace) && e.mend(ctx) {
+			continue
+		}
+		e.writes.Add(1)
+		if err != nil {
+			return false, 0, e.fault("write", changes[0].Key, err)
+		}
+		return r.Succeeded, r.Header.Revision, nil
+	}
+}
+
+// Watch implements Store.
+func (e *Etcd) Watch(ctx context.Context, prefix string, after int64, fn func(Update) error) error {
+	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
+	defer cancel()
+	ch := e.client.Watch(ctx, e.prefix+prefix, clientv3.WithPrefix(), clientv3.WithRev(after+1), clientv3.WithProgressNotify())
+	for r := range ch {
+		if r.CompactRevision != 0 {
+			return fmt.Errorf("watch %s from revision %d: %w", prefix, after, ErrCompacted)
+		}
+		if err := r.Err(); err != nil {
+			return e.fault("watch", prefix, err)
+		}
+		// One answer may hold several revisions, but never part of one.
+		for i := 0; i < len(r.Events); {
+			u := Update{Revision: r.Events[i].Kv.ModRevision}
+			for ; i < len(r.Events) && r.Events[i].Kv.ModRevision == u.Revision; i++ {
+				ev := r.Events[i]
+				u.Entries = append(u.Entries, Entry{Key: string(ev.Kv.Key[len(e.prefix):]), Value: ev.Kv.Value,
+					Revision: ev.Kv.ModRevision, Deleted: ev.Type == clientv3.EventTypeDelete, Held: ev.Kv.Lease != 0})
+			}
+			if err := fn(u); err != nil {
+				return err
+			}
+		}
+		if r.IsProgressNotify() {
+			if err := fn(Update{Revision: r.Header.Revision}); err != nil {
+				return err
+			}
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return fmt.Errorf("%w: watch %s in %s ended", ErrUnavailable, prefix, e.where)
+}
+
+// Hold implements Store.
+func (e *Etcd) Hold(ctx context.Context, ttl time.Duration) (*Lease, error) {
+	g, err := e.client.Grant(ctx, int64(math.Ceil(ttl.Seconds())))
+	if err != nil {
+		return nil, e.fault("grant", "lease", err)
+	}
+	keep, stop := context.WithCancel(e.done)
+	ch, err := e.client.KeepAlive(keep, g.ID)
+	if err != nil {
+		stop()
+		return nil, e.fault("renew", "lease", err)
+	}
+	l := &Lease{id: int64(g.ID), lost: make(chan struct{})}
+	var once sync.Once
+	l.close = func() {
+		once.Do(func() {
+			stop()
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(e.done), 2*time.Second)
+			defer cancel()
+			if _, err := e.client.Revoke(ctx, g.ID); err != nil {
+				e.log.Debug("lease left to run out", "error", err)
+			}
+		})
+	}
+	e.wg.Go(func() {
+		for range ch { //nolint:revive // renewals carry no news
+		}
+		close(l.lost)
+	})
+	return l, nil
+}
+
+// Status implements Store.
+func (e *Etcd) Status(ctx context.Context) (Status, error) {
+	var st Status
+	if p := e.problem.Load(); p != nil {
+		st.Problem = *p
+	}
+	if e.member != nil {
+		e.member.status(&st)
+		return st, nil
+	}
+	r, err := e.client.Status(ctx, e.client.Endpoints()[0])
+	if err != nil {
+		return st, e.fault("ask", "status", err)
+	}
+	st.Size, st.InUse, st.Revision = r.DbSize, r.DbSizeInUse, r.Header.Revision
+	return st, nil
+}
+
+// Backup writes the store's whole state at one moment, with its checksum at the end, as `etcdutl snapshot restore` and
+// Restore read it. An external etcd's is written whole, whoever else uses it.
+func (e *Etcd) Backup(ctx context.Context, w io.Writer) error {
+	r, err := e.client.Snapshot(ctx)
+	if err != nil {
+		return e.fault("back up", "everything", err)
+	}
+	defer r.Close()
+	if _, err := io.Copy(w, r); err != nil {
+		return fmt.Errorf("back up %s: %w", e.where, err)
+	}
+	return nil
+}
+
+// Close implements Store.
+func (e *Etcd) Close() error {
+	e.cancel()
+	var err error
+	if e.member == nil {
+		err = e.client.Close()
+	} else {
+		e.client.Close() // in-process: nothing to hang up
+	}
+	e.wg.Wait()
+	if e.member != nil {
+		err = e.member.close()
+	}
+	if errors.Is(err, context.Canceled) {
+		err = nil
+	}
+	return err
+}
