@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"iter"
 	"maps"
+	"net/url"
 
 	"github.com/spf13/cobra"
 
@@ -187,7 +188,7 @@ A live host is refused unless --force is given; it comes back when its lariat-me
 			if h.Live && !force {
 				return fmt.Errorf("host %s is live: its metadata service answers; stop lariat-metadata there first, or give --force", h.Name)
 			}
-			if err := a.client().Delete(ctx, metadata.KindHost, h.Name); err != nil {
+			if err := a.client().Do(ctx, "DELETE", fmt.Sprintf("/v1/hosts/%s?force=%t", url.PathEscape(h.Name), force), nil, nil); err != nil {
 				return err
 			}
 			return a.print(h, func(w *writer) { w.line("host %s removed", h.Name) })

@@ -241,7 +241,7 @@ func (a *app) ipRelease() *cobra.Command {
 		Short: "Free the addresses of an attachment that is gone",
 		Long: `Frees the addresses that an interface of a container holds: all of them, for they were given together. This is for attachments
 that are gone and were never told to be; a container that still runs would share its address with the next one. The network manager
-finds such leftovers by itself.
+finds such leftovers by itself. Each host releases its own: for those of a host that is gone see host remove.
 
 A container's id may be cut short as long as it is unambiguous.`,
 		Example: `  lariat ip release 10.42.0.5
@@ -250,7 +250,7 @@ A container's id may be cut short as long as it is unambiguous.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, cancel := a.bounded(c)
 			defer cancel()
-			list, _, err := a.allocations(ctx, network)
+			list, snap, err := a.allocations(ctx, network)
 			if err != nil {
 				return err
 			}
@@ -262,6 +262,9 @@ A container's id may be cut short as long as it is unambiguous.`,
 			who := shortContainer(first.ContainerID) + "/" + first.IfName
 			if first.Name != "" {
 				who += " (" + first.Name + ")"
+			}
+			if first.Host != snap.Self {
+				return fmt.Errorf("%s of %s is held by host %s; %s", first.Address, who, first.Host, elsewhere(snap, []metadata.Allocation{first.Allocation}))
 			}
 			addresses := strings.Join(names(held, func(r ipRow) string { return r.Address.String() }), " and ")
 			if !sure {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -195,13 +196,14 @@ A network that is there already is not touched: see network update.`,
 			if _, ok := snap.Network(n.Name); ok {
 				return fmt.Errorf("network %s is there already; change it with: lariat network update %s", n.Name, n.Name)
 			}
-			if n.Encapsulation == metadata.EncapVXLAN && n.VNI == 0 {
-				n.VNI = freeVNI(snap)
+			check := n
+			if n.Encapsulation == metadata.EncapVXLAN && !c.Flags().Changed("vni") {
+				check.VNI = freeVNI(snap) // which one it gets is the service's choice: two who ask at once get two
 			}
-			if err := errors.Join(n.Validate(), conflicts(n, snap)); err != nil {
+			if err := errors.Join(check.Validate(), conflicts(check, snap)); err != nil {
 				return err
 			}
-			if err := a.client().Put(ctx, metadata.KindNetwork, n.Name, n); err != nil {
+			if n, err = a.put(ctx, n); err != nil {
 				return err
 			}
 			return a.print(n, func(w *writer) { w.line("network %s made: %s", n.Name, describe(n)) })
@@ -211,6 +213,11 @@ A network that is there already is not touched: see network update.`,
 	flags.register(c.Flags())
 	a.completeNetworkFlags(c)
 	return c
+}
+
+// put writes a network and returns it as the service completed it.
+func (a *app) put(ctx context.Context, n metadata.Network) (out metadata.Network, err error) {
+	return out, a.client().Do(ctx, "PUT", "/v1/networks/"+url.PathEscape(n.Name), n, &out)
 }
 
 func (a *app) completeNetworkFlags(c *cobra.Command) {
@@ -251,7 +258,7 @@ interface they have. An empty list (--exclude '') clears the list.`,
 					return fmt.Errorf("network %s: host %s has the block %s; subnets and block sizes can be changed only before hosts take part", n.Name, snap.Blocks[i].Host, snap.Blocks[i].CIDR)
 				}
 			}
-			if err := a.client().Put(ctx, metadata.KindNetwork, n.Name, n); err != nil {
+			if n, err = a.put(ctx, n); err != nil {
 				return err
 			}
 			return a.print(n, func(w *writer) { w.line("network %s changed: %s", n.Name, describe(n)) })
@@ -430,8 +437,9 @@ func (a *app) networkDelete() *cobra.Command {
 		Use:     "delete NAME",
 		Aliases: []string{"rm"},
 		Short:   "Delete a network",
-		Long: `Deletes a network. It refuses while addresses are in use, and says by whom. With --force it releases them: the containers keep their
-interfaces but reach nobody any more, and their addresses may be given to others.`,
+		Long: `Deletes a network. It refuses while addresses are in use, and says by whom. With --force it releases those of this host: the containers
+keep their interfaces but reach nobody any more. Addresses are released on the host that holds them, so where other hosts hold some
+it names these hosts.`,
 		Example: `  lariat network delete overlay
   lariat network delete overlay --force`,
 		Args: cobra.ExactArgs(1),
@@ -453,6 +461,10 @@ interfaces but reach nobody any more, and their addresses may be given to others
 			if len(held) > 0 && !force {
 				return fmt.Errorf("network %s is in use by %s: %s; stop these containers, or give --force", n.Name, count(len(held), "address"), holders(held))
 			}
+			others := slices.DeleteFunc(slices.Clone(held), func(al metadata.Allocation) bool { return al.Host == snap.Self })
+			if len(others) > 0 {
+				return fmt.Errorf("network %s is in use on other hosts by %s: %s; %s", n.Name, count(len(others), "address"), holders(others), elsewhere(snap, others))
+			}
 			if err := a.releaseAll(ctx, held); err != nil {
 				return err
 			}
@@ -463,7 +475,7 @@ interfaces but reach nobody any more, and their addresses may be given to others
 		},
 		ValidArgsFunction: a.complete(networkNames),
 	}
-	c.Flags().BoolVar(&force, "force", false, "release addresses that are in use")
+	c.Flags().BoolVar(&force, "force", false, "release addresses that are in use on this host")
 	return c
 }
 
@@ -484,6 +496,25 @@ func shortContainer(id string) string {
 		return id[:12]
 	}
 	return id
+}
+
+// elsewhere says what to do about addresses that other hosts hold: each host releases its own.
+func elsewhere(snap *metadata.Snapshot, list []metadata.Allocation) string {
+	var live, gone []string
+	for _, al := range list {
+		h, _ := snap.Host(al.Host)
+		if set := map[bool]*[]string{true: &live, false: &gone}[h.Live]; !slices.Contains(*set, al.Host) {
+			*set = append(*set, al.Host)
+		}
+	}
+	var out []string
+	if len(live) > 0 {
+		out = append(out, "run this on "+strings.Join(live, ", "))
+	}
+	if len(gone) > 0 {
+		out = append(out, "if it is gone for good: lariat host remove "+strings.Join(gone, ", "))
+	}
+	return strings.Join(out, "; ")
 }
 
 func (a *app) releaseAll(ctx context.Context, list []metadata.Allocation) error {
