@@ -133,10 +133,12 @@ func (n *Netns) index(dev string) (uint32, error) {
 }
 
 // name is the device of an interface index, empty when there is none (any more).
-func (n *Netns) name(index uint32) string {
+func (n *Netns) name(index uint32) string { return deviceName(n.rt.fd, index) }
+
+func deviceName(fd int, index uint32) string {
 	req, _ := unix.NewIfreq("")
 	req.SetUint32(index)
-	if unix.IoctlIfreq(n.rt.fd, unix.SIOCGIFNAME, req) != nil {
+	if unix.IoctlIfreq(fd, unix.SIOCGIFNAME, req) != nil {
 		return ""
 	}
 	return req.Name()

@@ -60,7 +60,7 @@ func TestNftablesPrintAsNftDoes(t *testing.T) {
 	ns, k := newKernel(t)
 	want := filters()
 	reconcile(t, k, want)
-	listing := ns.Command(t, "nft", "-n", "list", "table", "inet", delta.Table)
+	listing := ns.Command(t, "nft", "-y", "list", "table", "inet", delta.Table)
 	for name, c := range want.Chains {
 		if !strings.Contains(listing, "chain "+name+" {") {
 			t.Errorf("nft lists no chain %s", name)
@@ -128,7 +128,9 @@ func TestNftablesFollowThePlan(t *testing.T) {
 		{"a wider prefix in place of a narrow one", func(s *delta.State) {
 			s.Sets["nat4-overlay"] = delta.Set{Interval: true, Elements: prefixes("10.0.0.0/8")}
 		}},
-		{"everything", func(s *delta.State) { s.Sets["nat4-overlay"] = delta.Set{Interval: true, Elements: prefixes("0.0.0.0/0")} }},
+		{"everything", func(s *delta.State) {
+			s.Sets["nat4-overlay"] = delta.Set{Interval: true, Elements: prefixes("0.0.0.0/0")}
+		}},
 		{"a set of another type", func(s *delta.State) {
 			s.Sets["vteps4"] = delta.Set{Interval: true, Elements: prefixes("192.0.2.0/24")}
 		}},

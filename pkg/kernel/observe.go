@@ -31,7 +31,7 @@ func (n *Netns) Observe(ctx context.Context, want *delta.State) (*delta.State, e
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		o := observation{n: n, want: want, names: map[uint32]string{}, s: sized(want)}
+		o := observation{n: n, want: want, names: map[uint32]string{}, lookup: n.name, s: sized(want)}
 		err = o.run()
 		s = o.s
 		if !errors.Is(err, errInterrupted) {
@@ -69,8 +69,10 @@ type observation struct {
 	n     *Netns
 	want  *delta.State
 	s     *delta.State
-	names map[uint32]string // of interface indexes
+	names map[uint32]string // of interface indexes, as far as known; lookup finds the others
 	owned []uint32          // indexes of owned devices
+
+	lookup func(index uint32) string
 
 	interrupted bool
 }
@@ -120,7 +122,7 @@ func (o *observation) dump(what string, typ uint16, build func(m *message), each
 func (o *observation) name(index uint32) string {
 	name, ok := o.names[index]
 	if !ok {
-		name = o.n.name(index)
+		name = o.lookup(index)
 		o.names[index] = name
 	}
 	return name

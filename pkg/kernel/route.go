@@ -25,7 +25,7 @@ type collisions struct {
 
 func (c *collisions) observe() *delta.State {
 	if c.seen == nil {
-		o := observation{n: c.a.n, want: &delta.State{}, names: map[uint32]string{}, s: delta.NewState()}
+		o := observation{n: c.a.n, want: &delta.State{}, names: map[uint32]string{}, lookup: c.a.n.name, s: delta.NewState()}
 		c.failed = errors.Join(o.nexthops(), o.routes(unix.AF_INET), o.routes(unix.AF_INET6))
 		c.seen = o.s
 	}

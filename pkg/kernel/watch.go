@@ -1,0 +1,270 @@
+package kernel
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+)
+
+// EventKind says what sort of object was touched.
+type EventKind string
+
+// The kinds of events.
+const (
+	EventLink    EventKind = "link"
+	EventAddr    EventKind = "addr"
+	EventNeigh   EventKind = "neigh" // also forwarding entries
+	EventRoute   EventKind = "route"
+	EventNexthop EventKind = "nexthop"
+	EventNft     EventKind = "nft"
+	EventResync  EventKind = "resync" // anything may have happened: the kernel had more to tell than was read in time
+)
+
+// Event says that something was touched, by whomever. It does not say what became of it: look.
+type Event struct {
+	Kind EventKind
+	Name string // a device, destination, or nftables table; empty when unknown
+}
+
+// String is kind and name.
+func (e Event) String() string { return strings.TrimSpace(string(e.Kind) + " " + e.Name) }
+
+// quiet is how long events are gathered before they are passed on: whatever touches one object mostly touches many.
+const quiet = 10 * time.Millisecond
+
+// Watch reports what touches something of Lariat's in the current network namespace, and changes of links and addresses of
+// others, for the underlay is one of them. Containers' ports are no news. Equal events within some milliseconds are one. The
+// channel is closed when ctx ends.
+//
+// Lariat's own changes are reported as well; the pass that follows finds nothing to do.
+func Watch(ctx context.Context) (<-chan Event, error) {
+	rt, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("watch the kernel: %w", err)
+	}
+	raw, err := rt.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("watch the kernel: %w", err)
+	}
+	// Neither older kernels without nexthop objects nor those without nftables have anything to tell of them.
+	_ = raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_NEXTHOP)
+	})
+	w := &watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1), owned: map[uint32]string{}}
+	if err := w.learn(); err != nil {
+		rt.Close()
+		return nil, fmt.Errorf("watch the kernel: %w", err)
+	}
+	sockets := []*os.File{rt}
+	var readers sync.WaitGroup
+	readers.Go(func() { w.read(rt, w.route) })
+	if nf, err := subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err == nil {
+		sockets = append(sockets, nf)
+		readers.Go(func() { w.read(nf, w.nft) })
+	}
+	out := make(chan Event)
+	go func() {
+		defer close(out)
+		w.forward(ctx, out)
+		for _, s := range sockets {
+			s.Close() // ends the reader
+		}
+		readers.Wait()
+		w.names.close()
+	}()
+	return out, nil
+}
+
+func subscribe(family int, groups ...int) (*os.File, error) {
+	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, family)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	f := os.NewFile(uintptr(fd), "netlink")
+	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
+		f.Close()
+		return nil, os.NewSyscallError("bind", err)
+	}
+	const size = 1 << 20
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, size) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, size)
+	}
+	for _, g := range groups {
+		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, g); err != nil {
+			f.Close()
+			return nil, os.NewSyscallError("join netlink group", err)
+		}
+	}
+	return f, nil
+}
+
+type watcher struct {
+	mu      sync.Mutex
+	pending map[Event]struct{}
+	notify  chan struct{}
+
+	// Of the reader of routes alone.
+	owned map[uint32]string // vxlan devices of ours by index
+	names *socket           // asks for the names of devices, in the namespace of Watch's caller
+}
+
+// learn finds the devices that are ours already.
+func (w *watcher) learn() (err error) {
+	if w.names, err = openSocket(unix.NETLINK_ROUTE); err != nil {
+		return err
+	}
+	err = w.names.dump(unix.RTM_GETLINK, func(m *message) {
+		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+		info := m.nest(unix.IFLA_LINKINFO)
+		m.bytes(unix.IFLA_INFO_KIND, []byte("vxlan"))
+		m.end(info)
+	}, func(_ uint16, body []byte) {
+		if f := parseLink(body); strings.HasPrefix(f.link.Alias, delta.AliasPrefix) {
+			w.owned[f.index] = f.name
+		}
+	})
+	if errors.Is(err, errInterrupted) {
+		err = nil
+	}
+	return err
+}
+
+func (w *watcher) add(kind EventKind, name string) {
+	w.mu.Lock()
+	w.pending[Event{kind, name}] = struct{}{}
+	w.mu.Unlock()
+	select {
+	case w.notify <- struct{}{}:
+	default:
+	}
+}
+
+func (w *watcher) forward(ctx context.Context, out chan<- Event) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-w.notify:
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(quiet):
+		}
+		w.mu.Lock()
+		events := w.pending
+		w.pending = make(map[Event]struct{}, len(events))
+		w.mu.Unlock()
+		for e := range events {
+			select {
+			case <-ctx.Done():
+				return
+			case out <- e:
+			}
+		}
+	}
+}
+
+func (w *watcher) read(f *os.File, each func(typ uint16, body []byte)) {
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := f.Read(buf)
+		switch {
+		case errors.Is(err, os.ErrClosed):
+			return
+		case err != nil: // ENOBUFS: events were lost
+			w.add(EventResync, "")
+			continue
+		}
+		for in := buf[:n]; len(in) >= unix.NLMSG_HDRLEN; {
+			h := header(in)
+			n := h.length()
+			if n < unix.NLMSG_HDRLEN || n > len(in) {
+				break
+			}
+			each(h.typ(), in[unix.NLMSG_HDRLEN:n])
+			in = in[min(align(n), len(in)):]
+		}
+	}
+}
+
+func (w *watcher) route(typ uint16, body []byte) {
+	switch typ {
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		if len(body) >= unix.SizeofIfInfomsg && body[0] == unix.AF_UNSPEC { // others are a bridge's own affairs
+			w.link(typ, parseLink(body))
+		}
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		if len(body) >= unix.SizeofIfAddrmsg {
+			if name := w.device(binary.NativeEndian.Uint32(body[4:])); !strings.HasPrefix(name, delta.PortPrefix) {
+				w.add(EventAddr, name)
+			}
+		}
+	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
+		if len(body) >= unix.SizeofNdMsg {
+			if name, ok := w.owned[binary.NativeEndian.Uint32(body[4:])]; ok {
+				w.add(EventNeigh, name)
+			}
+		}
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		o := observation{names: map[uint32]string{}, s: delta.NewState(), lookup: w.device}
+		o.route(body)
+		for dst, r := range o.s.Routes {
+			// Without a name for its device, it was a port that is gone.
+			if r.NH != 0 || r.Type != "" || r.Dev != "" {
+				w.add(EventRoute, dst.String())
+			}
+		}
+	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
+		if len(body) >= sizeofNhMsg && body[2] == delta.Protocol {
+			w.add(EventNexthop, "")
+		}
+	}
+}
+
+func (w *watcher) link(typ uint16, f foundLink) {
+	ours := f.kind == "vxlan" && strings.HasPrefix(f.link.Alias, delta.AliasPrefix)
+	switch {
+	case strings.HasPrefix(f.name, delta.PortPrefix):
+		return
+	case ours && typ == unix.RTM_NEWLINK:
+		w.owned[f.index] = f.name
+	case typ == unix.RTM_DELLINK:
+		delete(w.owned, f.index)
+	}
+	w.add(EventLink, f.name)
+}
+
+func (w *watcher) device(index uint32) string {
+	if name, ok := w.owned[index]; ok {
+		return name
+	}
+	return deviceName(w.names.fd, index)
+}
+
+// nft reports our own table, and the chains of a table "filter", whose policy Docker sets.
+func (w *watcher) nft(typ uint16, body []byte) {
+	typ &= 0xff
+	if typ == unix.NFT_MSG_NEWGEN || len(body) < 4 {
+		return
+	}
+	for a := newAttrs(body[4:]); a.next(); {
+		if a.typ != 1 { // in all messages of nftables, the table's name
+			continue
+		}
+		name := cstring(a.value)
+		if name == delta.Table || (name == "filter" && (typ == unix.NFT_MSG_NEWCHAIN || typ == unix.NFT_MSG_DELCHAIN || typ == unix.NFT_MSG_DELTABLE)) {
+			w.add(EventNft, name)
+		}
+	}
+}
