@@ -14,7 +14,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/graph"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
-	"github.com/lariat-net/lariat/pkg/reconcile"
+	"github.com/lariat-net/lariat/pkg/plan"
 )
 
 func (a *app) plan() *cobra.Command {
@@ -46,7 +46,7 @@ replaced, "-" removed. It then ends with status 1 when something is to change, a
 			if _, ok := snap.Host(self); !ok {
 				return fmt.Errorf("plan: host %s is not in the metadata; there are: %s", self, strings.Join(names(snap.Hosts, func(h metadata.Host) string { return h.Name }), " "))
 			}
-			want := reconcile.Desired(snap, self)
+			want := plan.Desired(snap, self)
 			if !diff {
 				_, err := io.WriteString(a.stdout, want.String())
 				return err

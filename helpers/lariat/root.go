@@ -75,7 +75,7 @@ It asks the metadata service of this host over its unix socket, which is root's.
 		Example: `  lariat status
   lariat network create overlay --subnet 10.42.0.0/16
   lariat doctor`,
-		Version:       version(),
+		Version:       versionText(),
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
@@ -93,19 +93,19 @@ It asks the metadata service of this host over its unix socket, which is root's.
 	return c
 }
 
-// version is what the build stamped, or what Go knows of the module.
-func version() string {
-	if stamped != "" {
-		return stamped
+// version is stamped by the Makefile.
+var version string
+
+// versionText is the stamp, or what Go knows of the module.
+func versionText() string {
+	if version != "" {
+		return version
 	}
 	if b, ok := debug.ReadBuildInfo(); ok && b.Main.Version != "" {
 		return b.Main.Version
 	}
 	return "unknown"
 }
-
-// stamped is set by the linker: -X main.stamped=v1.2.3.
-var stamped string
 
 func (a *app) client() metadata.Client {
 	return metadata.Client{Socket: cmp.Or(a.socket, metadata.DefaultSocket)}
