@@ -1,0 +1,244 @@
+package fake
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
+)
+
+// AddPort implements kernel.Kernel. Its steps are those of the real one.
+func (k *Kernel) AddPort(ctx context.Context, netns string, p delta.Port) (err error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.dead() {
+		return ErrKilled
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	if old, ok := k.ports[p.HostName]; ok {
+		if err := k.deletePort(old.p.HostName); err != nil {
+			return fmt.Errorf("replace the dangling %s: %w", p.HostName, err)
+		}
+	}
+	if k.taken(netns, p.IfName) {
+		return fmt.Errorf("interface %s in the container: %w", p.IfName, kernel.ErrExists)
+	}
+	made := &port{p: p, netns: netns}
+	plan := made.plan()
+	if err := k.step(plan[0].line); err != nil {
+		return fmt.Errorf("%s: %w", plan[0].line, err)
+	}
+	k.ports[p.HostName] = made
+	plan[0].do()
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, k.deletePort(p.HostName))
+		}
+	}()
+	for _, s := range plan[1:] {
+		if err := k.step(s.line); err != nil {
+			return fmt.Errorf("%s: %w", s.line, err)
+		}
+		s.do()
+	}
+	return nil
+}
+
+func (k *Kernel) taken(netns, ifname string) bool {
+	for _, o := range k.ports {
+		if o.netns == netns && o.p.IfName == ifname {
+			return true
+		}
+	}
+	return k.netns[netns][ifname]
+}
+
+type portStep struct {
+	line string
+	do   func()
+}
+
+// plan is what AddPort does, step by step.
+func (m *port) plan() []portStep {
+	p := m.p
+	var steps []portStep
+	host := func(line string) {
+		steps = append(steps, portStep{line, func() { m.host = append(m.host, line) }})
+	}
+	inside := func(line string) {
+		steps = append(steps, portStep{line + " in " + m.netns, func() { m.inside = append(m.inside, line) }})
+	}
+	link := fmt.Sprintf("link  %s type veth mtu %d address %s", p.HostName, p.MTU, p.HostMAC)
+	peer := fmt.Sprintf("link  %s type veth mtu %d address %s", p.IfName, p.MTU, p.MAC)
+	steps = append(steps, portStep{link, func() { m.host, m.inside = []string{link}, []string{peer} }})
+	up := "link  set " + p.HostName + " up alias " + p.Alias
+	steps = append(steps, portStep{up, func() { m.host, m.alias = append(m.host, up), p.Alias }})
+	if slices.ContainsFunc(p.Addrs, netip.Addr.Is6) {
+		host("addr  fe80::1/64 dev " + p.HostName)
+	}
+	for _, a := range p.Addrs {
+		host(delta.RouteString(netip.PrefixFrom(a, a.BitLen()), delta.Route{Dev: p.HostName}))
+	}
+	for _, a := range p.Addrs {
+		inside(delta.Addr{Dev: p.IfName, Prefix: netip.PrefixFrom(a, a.BitLen())}.String())
+	}
+	inside("link  set " + p.IfName + " up")
+	for _, g := range p.Gateways {
+		inside(delta.NeighString(delta.Neigh{Dev: p.IfName, Addr: g}, p.HostMAC))
+		if g.Is4() {
+			inside(fmt.Sprintf("route %s/32 dev %s", g, p.IfName))
+		}
+	}
+	for _, r := range p.Routes {
+		line := fmt.Sprintf("route %s via %s dev %s onlink", r.Dst, r.Via, p.IfName)
+		for _, x := range []struct {
+			word  string
+			value int
+		}{{"mtu", r.MTU}, {"advmss", r.AdvMSS}, {"metric", r.Priority}, {"table", r.Table}} {
+			if x.value != 0 {
+				line += fmt.Sprintf(" %s %d", x.word, x.value)
+			}
+		}
+		inside(line)
+	}
+	return steps
+}
+
+// DelPort implements kernel.Kernel.
+func (k *Kernel) DelPort(ctx context.Context, hostName string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.dead() {
+		return ErrKilled
+	}
+	return k.deletePort(hostName)
+}
+
+func (k *Kernel) deletePort(name string) error {
+	if _, ok := k.ports[name]; !ok {
+		return nil
+	}
+	if err := k.step("remove link " + name); err != nil {
+		return fmt.Errorf("remove %s: %w", name, err)
+	}
+	delete(k.ports, name)
+	return nil
+}
+
+// DelPorts implements kernel.Kernel: one step for all.
+func (k *Kernel) DelPorts(ctx context.Context, hostNames []string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.dead() {
+		return ErrKilled
+	}
+	var there []string
+	for _, name := range hostNames {
+		if _, ok := k.ports[name]; ok {
+			there = append(there, name)
+		}
+	}
+	if len(there) == 0 {
+		return nil
+	}
+	if err := k.step(fmt.Sprintf("remove links %v", there)); err != nil {
+		return fmt.Errorf("remove %d ports: %w", len(there), err)
+	}
+	for _, name := range there {
+		delete(k.ports, name)
+	}
+	return nil
+}
+
+// CheckPort implements kernel.Kernel.
+func (k *Kernel) CheckPort(ctx context.Context, netns string, p delta.Port) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	have, ok := k.ports[p.HostName]
+	if !ok {
+		return fmt.Errorf("the host's end %s is missing", p.HostName)
+	}
+	if have.netns != netns {
+		return fmt.Errorf("%s ends in %s, not in %s", p.HostName, have.netns, netns)
+	}
+	whole := &port{p: p, netns: netns}
+	for _, s := range whole.plan() {
+		s.do()
+	}
+	var errs []error
+	for _, l := range whole.host {
+		if !slices.Contains(have.host, l) {
+			errs = append(errs, fmt.Errorf("missing on the host: %s", l))
+		}
+	}
+	for _, l := range whole.inside {
+		if !slices.Contains(have.inside, l) {
+			errs = append(errs, fmt.Errorf("missing in the container: %s", l))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Spoil removes a line of String from a port, as an administrator or another program may. It says whether the line was there.
+func (k *Kernel) Spoil(hostName, line string) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	p, ok := k.ports[hostName]
+	if !ok {
+		return false
+	}
+	before := len(p.host) + len(p.inside)
+	same := func(l string) bool { return l == line }
+	p.host, p.inside = slices.DeleteFunc(p.host, same), slices.DeleteFunc(p.inside, same)
+	return len(p.host)+len(p.inside) < before
+}
+
+// Joined implements kernel.Kernel.
+func (k *Kernel) Joined(ctx context.Context, device string, addrs []netip.Addr) (bool, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if device != "" {
+		if l, ok := k.world.Links[device]; !ok || l.Down || l.Alias == "" {
+			return false, nil
+		}
+	}
+	for _, a := range addrs {
+		if !k.local(a) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// Ports implements kernel.Kernel.
+func (k *Kernel) Ports(ctx context.Context) ([]delta.HostPort, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.dead() {
+		return nil, ErrKilled
+	}
+	var out []delta.HostPort
+	for i, name := range slices.Sorted(maps.Keys(k.ports)) {
+		p := k.ports[name]
+		alias, ok := delta.ParsePortAlias(p.alias)
+		if !ok {
+			continue
+		}
+		port := delta.HostPort{Name: name, Index: i + 2, Alias: alias, HasPeer: true}
+		for _, a := range p.p.Addrs {
+			dst := netip.PrefixFrom(a, a.BitLen())
+			if slices.Contains(p.host, delta.RouteString(dst, delta.Route{Dev: name})) {
+				port.Routes = append(port.Routes, dst)
+			}
+		}
+		out = append(out, port)
+	}
+	return out, nil
+}
