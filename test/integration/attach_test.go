@@ -1,6 +1,7 @@
 package integration_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"net"
 	"net/netip"
@@ -66,9 +67,9 @@ var _ = Describe("An attachment", func() {
 
 	It("F3: a second ADD for the same interface gives the same result and no second veth", func() {
 		c := connected(host(0), "overlay")
-		before, first := ports(host(0)), c.Result.String()
+		before, first := ports(host(0)), resultText(c)
 		Expect(c.Add(ctx, call(host(0), "overlay", nil))).To(Succeed())
-		Expect(c.Result.String()).To(Equal(first))
+		Expect(resultText(c)).To(Equal(first))
 		Expect(ports(host(0))).To(Equal(before))
 	})
 
@@ -329,4 +330,11 @@ var _ = Describe("An attachment", func() {
 func raw(h *lab.Host, verb, containerID, conf string) (string, error) {
 	conf += fmt.Sprintf(`,"socket":%q,"stateDir":%q,"ipam":{"type":"lariat-ipam"}}`, h.Socket(), h.StateDir())
 	return h.Exec(ctx, filepath.Join(cluster.Bin, "lariat-vxlan"), conf, "CNI_COMMAND="+verb, "CNI_CONTAINERID="+containerID, "CNI_IFNAME=eth0", "CNI_PATH="+cluster.Bin)
+}
+
+func resultText(c *lab.Container) string {
+	GinkgoHelper()
+	data, err := json.Marshal(c.Result)
+	Expect(err).NotTo(HaveOccurred())
+	return string(data)
 }
