@@ -112,7 +112,7 @@ func serve(args []string, stdout, stderr io.Writer) error {
 		}
 	}
 	s, err = server.New(start, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay,
-		Labels: c.Labels, Version: version, MTU: mtu.Container, AllContainers: c.ListenTree != "", LeaseTTL: c.LeaseTTL, Log: log}, st)
+		Labels: c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, AllContainers: c.ListenTree != "", LeaseTTL: c.LeaseTTL, Log: log}, st)
 	if err != nil {
 		return err
 	}
@@ -137,6 +137,25 @@ func serve(args []string, stdout, stderr io.Writer) error {
 			return fmt.Errorf("--listen-metrics: %w", err)
 		}
 		serveOn(l, s.PublicHandler())
+	}
+	if c.ListenTree != "" {
+		// The address may come later (the network manager puts it on the host): bind all the same.
+		lc := net.ListenConfig{Control: func(network, _ string, raw syscall.RawConn) error {
+			var err error
+			cerr := raw.Control(func(fd uintptr) {
+				if network == "tcp6" {
+					err = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_FREEBIND, 1)
+				} else {
+					err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1)
+				}
+			})
+			return errors.Join(cerr, err)
+		}}
+		l, err := lc.Listen(ctx, "tcp", c.ListenTree)
+		if err != nil {
+			return fmt.Errorf("--listen-tree: %w", err)
+		}
+		serveOn(l, s.TreeHandler())
 	}
 	log.Info("serving", "socket", c.Socket, "host", c.HostName)
 	daemon.SdNotify(false, daemon.SdNotifyReady) //nolint:errcheck // not under systemd

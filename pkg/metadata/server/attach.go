@@ -131,7 +131,7 @@ func (b *book) holds(id metadata.AttachmentID) bool {
 func (s *Server) attachment(n metadata.Network, entries []allocate.Entry) *metadata.Attachment {
 	self, _ := s.view.host(s.cfg.HostName)
 	a := &metadata.Attachment{Network: n.Name, Encapsulation: n.Encapsulation, VNI: n.VNI, Subnets: n.Subnets,
-		Host: s.cfg.HostName, MTU: s.cfg.MTU(n, self), Addresses: []metadata.AttachmentAddress{}}
+		Host: s.cfg.HostName, MTU: s.cfg.MTU(n, self), Overhead: s.cfg.Overhead(n, self), Addresses: []metadata.AttachmentAddress{}}
 	for _, e := range entries { // sorted: IPv4 first
 		x := metadata.AttachmentAddress{Address: e.Address, Sequence: e.Sequence}
 		a.BootID = e.Owner.BootID

@@ -24,6 +24,7 @@ type containers struct {
 	uuids   map[string]string
 	changed chan struct{}
 	updates uint64
+	filled  bool
 }
 
 type held struct {
@@ -38,7 +39,7 @@ func newContainers(self string) *containers {
 func (c *containers) load(entries []store.Entry) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.objects, c.uuids = map[string]held{}, map[string]string{}
+	c.objects, c.uuids, c.filled = map[string]held{}, map[string]string{}, true
 	var errs []error
 	for _, e := range entries {
 		errs = append(errs, c.set(e))

@@ -37,6 +37,8 @@ type Config struct {
 	// MTU is the MTU of containers' interfaces on a network at a host; it comes from outside because this package knows
 	// no overheads.
 	MTU func(metadata.Network, metadata.Host) int
+	// Overhead is what the network's encapsulation takes of the underlay's MTU there; from outside likewise.
+	Overhead func(metadata.Network, metadata.Host) int
 
 	// AllContainers keeps all hosts' containers in memory, for the tree.
 	AllContainers bool
@@ -100,6 +102,9 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	}
 	if cfg.MTU == nil {
 		cfg.MTU = func(n metadata.Network, _ metadata.Host) int { return n.MTU }
+	}
+	if cfg.Overhead == nil {
+		cfg.Overhead = func(metadata.Network, metadata.Host) int { return 0 }
 	}
 	s := &Server{cfg: cfg, store: st, bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
 		books: map[string]*book{}, left: map[string]leftover{}}

@@ -35,7 +35,7 @@ func TestThinPath(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if bt.Addresses[0].Address != addr("10.42.0.66") {
+	if bt.Addresses[0].Address != addr("10.42.0.65") || bt.Addresses[0].Gateway != addr("10.42.0.64") {
 		t.Errorf("%+v", bt)
 	}
 	for s := range seen {

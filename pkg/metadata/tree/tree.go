@@ -1,0 +1,337 @@
+// Package tree shows the model as the read-only tree that containers know from Rancher: /latest/self/container/name.
+// It is pure: a model and a caller in, text or JSON out. It can show nothing but names, addresses, labels and states; it
+// has no way to write.
+package tree
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// Versions that the tree answers to, oldest first; "latest" is the last of them.
+var Versions = []string{"2016-07-29"}
+
+// Latest is the name of the newest version.
+const Latest = "latest"
+
+// Tree is one state of the model, ready to be asked. Nodes are map[string]any, []any, string, float64, bool, or nil.
+type Tree struct {
+	root      map[string]any
+	hosts     map[string]any          // by name
+	byAddress map[netip.Addr]selfNode // whose address it is
+}
+
+type selfNode struct {
+	container any
+	host      string
+}
+
+// Build makes the tree of a snapshot that includes containers.
+func Build(s *metadata.Snapshot) *Tree {
+	t := &Tree{hosts: map[string]any{}, byAddress: map[netip.Addr]selfNode{}}
+	hosts, containers, networks := []any{}, []any{}, []any{}
+	for _, h := range s.Hosts {
+		n := host(h)
+		hosts = append(hosts, n)
+		t.hosts[h.Name] = n
+		for _, u := range h.Underlay {
+			t.byAddress[u.Address.Addr()] = selfNode{host: h.Name}
+		}
+	}
+	for _, b := range s.Blocks {
+		if b.Gateway.IsValid() {
+			t.byAddress[b.Gateway] = selfNode{host: b.Host}
+		}
+	}
+	index := map[string]int{}
+	for _, c := range s.Containers {
+		n := container(c, index)
+		containers = append(containers, n)
+		for _, a := range c.Addresses {
+			t.byAddress[a] = selfNode{container: n, host: c.Host}
+		}
+	}
+	for _, n := range s.Networks {
+		networks = append(networks, network(n))
+	}
+	t.root = map[string]any{"version": strconv.FormatInt(s.Revision, 10), "hosts": hosts, "containers": containers, "networks": networks}
+	return t
+}
+
+func host(h metadata.Host) map[string]any {
+	state := "inactive"
+	if h.Live {
+		state = "active"
+	}
+	ip := ""
+	if a := h.UnderlayAddr(); a.IsValid() {
+		ip = a.String()
+	}
+	return map[string]any{"uuid": h.MachineID, "name": h.Name, "hostname": h.Name, "agent_ip": ip, "labels": strs(h.Labels), "state": state}
+}
+
+// Labels by which Rancher's and our own users say what a container belongs to.
+const (
+	labelStack         = "lariat.stack"
+	labelService       = "lariat.service"
+	labelRancherStack  = "io.rancher.stack.name"
+	labelRancherMember = "io.rancher.stack_service.name" // stack/service
+)
+
+func container(c metadata.Container, index map[string]int) map[string]any {
+	name := c.Name
+	if name == "" {
+		name = c.ID
+	}
+	uuid := c.UUID
+	if uuid == "" {
+		uuid = c.ID
+	}
+	stack, service := c.Labels[labelStack], c.Labels[labelService]
+	if rs, rv, ok := strings.Cut(c.Labels[labelRancherMember], "/"); ok {
+		stack, service = first(stack, rs), first(service, rv)
+	}
+	stack = first(stack, c.Labels[labelRancherStack])
+	n := map[string]any{"name": strings.ToLower(name), "uuid": uuid, "external_id": c.ID, "host_uuid": c.Host, "hostname": name,
+		"network_uuid": nullable(c.Network), "labels": strs(c.Labels), "links": strs(c.Links), "state": first(c.State, "stopped"),
+		"health_state": nullable(c.Health), "start_count": float64(c.StartCount), "stack_name": nullable(strings.ToLower(stack)),
+		"service_name": nullable(strings.ToLower(service)), "primary_ip": nil, "primary_mac_address": nil}
+	if service != "" {
+		index[stack+"/"+service]++
+		n["service_index"] = strconv.Itoa(index[stack+"/"+service])
+	}
+	ips, ports := []any{}, []any{}
+	for _, a := range c.Addresses {
+		ips = append(ips, a.String())
+	}
+	for _, p := range c.Ports {
+		ports = append(ports, p)
+	}
+	n["ips"], n["ports"] = ips, ports
+	if len(ips) > 0 {
+		n["primary_ip"] = ips[0]
+	}
+	if !c.MAC.IsZero() {
+		n["primary_mac_address"] = c.MAC.String()
+	}
+	return n
+}
+
+func network(n metadata.Network) map[string]any {
+	subnets := []any{}
+	for _, p := range n.Subnets {
+		subnets = append(subnets, p.String())
+	}
+	conf := map[string]any{}
+	for name, raw := range n.CNIConfig {
+		var v any
+		if json.Unmarshal(raw, &v) == nil {
+			conf[name] = v
+		}
+	}
+	return map[string]any{"name": n.Name, "uuid": n.Name, "is_default": n.IsDefault, "host_ports": n.HostPorts, "subnets": subnets,
+		"metadata": map[string]any{"cniConfig": conf}}
+}
+
+func first(list ...string) string {
+	for _, s := range list {
+		if s != "" {
+			return s
+		}
+	}
+	return ""
+}
+
+func nullable(s string) any {
+	if s == "" {
+		return nil
+	}
+	return s
+}
+
+func strs(m map[string]string) map[string]any {
+	out := map[string]any{}
+	for k, v := range m {
+		out[k] = v
+	}
+	return out
+}
+
+// Answer is what a request gets.
+type Answer struct {
+	Status      int
+	ContentType string
+	Body        []byte
+}
+
+// Get answers a request: the URL's path as it was sent (escaped), the Accept header, and the address of the caller, by which
+// it is known. The caller's word for who it is counts for nothing.
+func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
+	asJSON := wantsJSON(accept)
+	segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' })
+	for i, s := range segments {
+		u, err := url.QueryUnescape(s)
+		if err != nil {
+			return Problem(400, "Bad path: "+s, asJSON)
+		}
+		segments[i] = u
+	}
+	if len(segments) == 0 {
+		root := map[string]any{Latest: map[string]any{}}
+		for _, v := range Versions {
+			root[v] = map[string]any{}
+		}
+		return render(root, asJSON)
+	}
+	if segments[0] != Latest && !slices.Contains(Versions, segments[0]) {
+		return Problem(404, "Invalid version", asJSON)
+	}
+	root := maps.Clone(t.root)
+	if self, ok := t.byAddress[caller.Unmap()]; ok {
+		node := map[string]any{}
+		if self.container != nil {
+			node["container"] = self.container
+		}
+		if h, ok := t.hosts[self.host]; ok {
+			node["host"] = h
+		}
+		root["self"] = node
+	}
+	node, ok := descend(root, segments[1:])
+	if !ok {
+		lower := make([]string, len(segments)-1)
+		for i, s := range segments[1:] {
+			lower[i] = strings.ToLower(s)
+		}
+		if node, ok = descend(root, lower); !ok {
+			return Problem(404, "Not found", asJSON)
+		}
+	}
+	return render(node, asJSON)
+}
+
+func descend(node any, segments []string) (any, bool) {
+	for _, s := range segments {
+		switch n := node.(type) {
+		case map[string]any:
+			v, ok := n[s]
+			if !ok {
+				return nil, false
+			}
+			node = v
+		case []any:
+			if i, err := strconv.Atoi(s); err == nil {
+				if i < 0 || i >= len(n) {
+					return nil, false
+				}
+				node = n[i]
+				continue
+			}
+			i := member(n, "name", s)
+			if i < 0 {
+				i = member(n, "uuid", s)
+			}
+			if i < 0 {
+				return nil, false
+			}
+			node = n[i]
+		default:
+			return nil, false
+		}
+	}
+	return node, true
+}
+
+func member(list []any, key, value string) int {
+	return slices.IndexFunc(list, func(v any) bool {
+		m, ok := v.(map[string]any)
+		return ok && m[key] == value
+	})
+}
+
+// wantsJSON follows the first type of the Accept header that is known.
+func wantsJSON(accept string) bool {
+	for _, a := range strings.Split(accept, ",") {
+		a, _, _ = strings.Cut(a, ";")
+		switch strings.TrimSpace(a) {
+		case "application/json":
+			return true
+		case "text/plain", "*/*", "text/*":
+			return false
+		}
+	}
+	return false
+}
+
+// Problem is an error answer.
+func Problem(status int, message string, asJSON bool) Answer {
+	if !asJSON {
+		return Answer{status, "text/plain; charset=utf-8", []byte(message + "\n")}
+	}
+	data, _ := json.Marshal(map[string]any{"message": message, "type": "error", "code": status})
+	return Answer{status, "application/json", append(data, '\n')}
+}
+
+func render(node any, asJSON bool) Answer {
+	if asJSON {
+		data, err := json.Marshal(node)
+		if err != nil {
+			return Problem(500, err.Error(), true)
+		}
+		return Answer{200, "application/json", data}
+	}
+	return Answer{200, "text/plain; charset=utf-8", []byte(text(node))}
+}
+
+// text is a scalar without a newline, or the list of a container's members, one to a line.
+func text(node any) string {
+	var b strings.Builder
+	switch n := node.(type) {
+	case nil:
+	case string:
+		return n
+	case bool:
+		return strconv.FormatBool(n)
+	case float64:
+		return strconv.FormatFloat(n, 'f', -1, 64)
+	case map[string]any:
+		for _, k := range slices.Sorted(maps.Keys(n)) {
+			b.WriteString(url.QueryEscape(k))
+			if isContainer(n[k]) {
+				b.WriteByte('/')
+			}
+			b.WriteByte('\n')
+		}
+	case []any:
+		for i, v := range n {
+			m, ok := v.(map[string]any)
+			switch {
+			case ok && m["name"] != nil && m["name"] != "":
+				fmt.Fprintf(&b, "%d=%s\n", i, url.QueryEscape(fmt.Sprint(m["name"])))
+			case ok && m["uuid"] != nil && m["uuid"] != "":
+				fmt.Fprintf(&b, "%d=%s\n", i, url.QueryEscape(fmt.Sprint(m["uuid"])))
+			case isContainer(v):
+				fmt.Fprintf(&b, "%d/\n", i)
+			default:
+				fmt.Fprintf(&b, "%d\n", i)
+			}
+		}
+	}
+	return b.String()
+}
+
+func isContainer(v any) bool {
+	switch v.(type) {
+	case map[string]any, []any:
+		return true
+	}
+	return false
+}
