@@ -109,7 +109,7 @@ func (c *containerd) up(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { conn.Close() })
+	c.t.Cleanup(func() { conn.Close() }) // with the host, not with the subtest that restarts the daemon
 	c.conn, c.pods = conn, cri.NewRuntimeServiceClient(conn)
 	eventually(t, "containerd on host "+c.name, func() error {
 		select {

@@ -19,6 +19,9 @@ import (
 // stage in the environment says how deep inside of its namespaces this process is.
 const stage = "LARIAT_RUNTIMES_STAGE"
 
+// workDir in the environment is where the tests keep everything.
+const workDir = "LARIAT_RUNTIMES_DIR"
+
 // TestMain runs the tests in namespaces of their own: network and mounts, so that the machine is not touched, and process ids, so
 // that nothing a runtime left behind (shims, conmons, containers) outlives the test. Without root the tests run here, and skip.
 func TestMain(m *testing.M) {
@@ -33,14 +36,22 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(code)
 	}
+	// Short, because a unix socket's path holds 107 octets at most. Made and removed out here, where no mount of a container
+	// that a failed test left running is in the way.
+	dir, err := os.MkdirTemp("", "lrt")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "test/runtimes:", err)
+		os.Exit(1)
+	}
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.Env = append(os.Environ(), stage+"=init")
+	cmd.Env = append(os.Environ(), stage+"=init", workDir+"="+dir)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread() // Pdeathsig follows the thread
 	before := controlGroups()
-	err := cmd.Run()
+	err = cmd.Run()
 	removeGroups(before)
+	os.RemoveAll(dir)
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		if strings.Contains(","+os.Getenv("REQUIRE")+",", ",root,") {
