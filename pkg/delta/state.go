@@ -74,8 +74,8 @@ type Neigh struct {
 	Addr netip.Addr
 }
 
-// FDB is a permanent forwarding entry of a vxlan device. The destination is part of the key: two hosts that
-// for a moment share a MAC must not make one of the entries disappear.
+// FDB is a permanent forwarding entry of a vxlan device. The kernel keeps one destination for a unicast MAC, so a plan names a
+// MAC once on each device, and an entry whose destination changes replaces the one before it.
 type FDB struct {
 	Dev string
 	MAC MAC

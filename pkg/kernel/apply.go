@@ -57,7 +57,8 @@ func (a *application) run() {
 	if err := a.n.applyNft(d); err != nil {
 		a.errs = append(a.errs, err)
 	}
-	send(a, "remove", d.Routes.Remove, a.removeRoute, routeName, unix.ESRCH, unix.ENOENT, unix.ENODEV)
+	send(a, "remove", d.Routes.Remove, a.removeRoute, routeName, unix.ESRCH, unix.ENOENT, unix.ENODEV,
+		unix.EINVAL) // its nexthop is gone, and took it along
 	send(a, "remove", d.Nexthops.Remove, a.removeNexthop, nexthopName, unix.ENOENT, unix.ESRCH)
 	send(a, "remove", d.FDB.Remove, a.removeFDB, fdbName, unix.ENOENT)
 	send(a, "remove", d.Neighs.Remove, a.removeNeigh, neighName, unix.ENOENT)
@@ -137,7 +138,7 @@ func (a *application) links() {
 		var err error
 		switch {
 		case e.Replaces && !e.Value.Remake(e.Old):
-			err = a.adjust(e.Key, e.Value)
+			err = a.adjust(e.Key, e.Value, e.Old)
 		case e.Replaces:
 			a.n.log().Warn("device has the wrong parameters and is made again", "device", e.Key,
 				"was", delta.LinkString(e.Key, e.Old), "becomes", delta.LinkString(e.Key, e.Value))
@@ -154,6 +155,7 @@ func (a *application) links() {
 }
 
 func (a *application) create(name string, l delta.Link) error {
+	old := l // as it will be when it is made
 	err := a.n.rt.do(func(m *message) { createVXLAN(m, name, l) })
 	if errors.Is(err, unix.EEXIST) {
 		// Another process of ours may have been faster. Anything else of that name, or on that VNI, is not ours.
@@ -170,7 +172,7 @@ func (a *application) create(name string, l delta.Link) error {
 		case l.Remake(f.link):
 			return fmt.Errorf("appeared meanwhile as %s: %w", delta.LinkString(name, f.link), err)
 		}
-		err = nil
+		old, err = f.link, nil
 	}
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return fmt.Errorf("this kernel lacks %s: %w", l.Kind, err)
@@ -178,11 +180,12 @@ func (a *application) create(name string, l delta.Link) error {
 	if err != nil {
 		return err
 	}
-	return a.adjust(name, l)
+	return a.adjust(name, l, old)
 }
 
-// adjust sets what can be set in place, and ends with the device up.
-func (a *application) adjust(name string, l delta.Link) error {
+// adjust sets what can be set in place and differs from old, and ends with the device up. The address is set only when it has to
+// be: the kernel flushes the neighbours of a device that is given an address, be it the one that it has.
+func (a *application) adjust(name string, l, old delta.Link) error {
 	index, err := a.n.index(name)
 	if err != nil {
 		return err
@@ -194,8 +197,10 @@ func (a *application) adjust(name string, l delta.Link) error {
 	}
 	return a.n.rt.do(func(m *message) {
 		changeLink(m, index, unix.IFF_UP, unix.IFF_UP)
-		m.bytes(unix.IFLA_ADDRESS, l.MAC[:])
-		if l.MTU != 0 {
+		if l.MAC != old.MAC {
+			m.bytes(unix.IFLA_ADDRESS, l.MAC[:])
+		}
+		if l.MTU != 0 && l.MTU != old.MTU {
 			m.u32(unix.IFLA_MTU, uint32(l.MTU))
 		}
 		m.bytes(unix.IFLA_IFALIAS, []byte(l.Alias))
@@ -276,8 +281,13 @@ func (a *application) removeNeigh(m *message, e *delta.Entry[delta.Neigh, delta.
 }
 
 func (a *application) addFDB(m *message, e *delta.Entry[delta.FDB, struct{}]) bool {
-	// Appended and not replaced: see delta.FDB.
-	return a.fdb(m, unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_APPEND, unix.NUD_PERMANENT, e.Key)
+	// The kernel takes an appended destination for a unicast MAC, says nothing, and forgets it. A replaced one works, and the
+	// removal of the former, which follows, finds nothing. For what is no unicast address it is the other way round.
+	how := uint16(unix.NLM_F_REPLACE)
+	if e.Key.MAC[0]&1 != 0 || e.Key.MAC == (delta.MAC{}) {
+		how = unix.NLM_F_APPEND
+	}
+	return a.fdb(m, unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|how, unix.NUD_PERMANENT, e.Key)
 }
 
 func (a *application) removeFDB(m *message, e *delta.Entry[delta.FDB, struct{}]) bool {

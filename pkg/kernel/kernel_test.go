@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 
@@ -104,5 +105,12 @@ func TestF141SettledPassFindsNothingToDo(t *testing.T) {
 	reconcile(t, k, want)
 	if d := reconcile(t, k, want); !d.Empty() {
 		t.Errorf("a settled kernel still differs:\n%s", d)
+	}
+}
+
+func write(t testing.TB, path, text string) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -5,186 +5,268 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"strings"
+	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// EventKind says what was touched.
+// EventKind says what sort of object was touched.
 type EventKind string
 
-// The kinds of events. Resync means that the kernel had more to tell than the socket could hold: anything may have changed.
+// The kinds of events.
 const (
 	EventLink    EventKind = "link"
 	EventAddr    EventKind = "addr"
-	EventNeigh   EventKind = "neigh"
+	EventNeigh   EventKind = "neigh" // also forwarding entries
 	EventRoute   EventKind = "route"
 	EventNexthop EventKind = "nexthop"
 	EventNft     EventKind = "nft"
-	EventResync  EventKind = "resync"
+	EventResync  EventKind = "resync" // anything may have happened: the kernel had more to tell than was read in time
 )
 
-// Event tells that something of ours, or something that we depend on, may have changed; Name is the device, a route's destination, or an nftables table, where there is one.
+// Event says that something was touched, by whomever. It does not say what became of it: look.
 type Event struct {
 	Kind EventKind
-	Name string
+	Name string // a device, destination, or nftables table; empty when unknown
 }
 
-// Watch reports changes of the calling goroutine's network namespace until the context ends; the channel is then closed. What
-// concerns containers' ports alone is left out: their own ADD and DEL see to that, and there are many. A reader that falls behind
-// loses nothing but count: what does not fit becomes one EventResync.
+// String is kind and name.
+func (e Event) String() string { return strings.TrimSpace(string(e.Kind) + " " + e.Name) }
+
+// quiet is how long events are gathered before they are passed on: whatever touches one object mostly touches many.
+const quiet = 10 * time.Millisecond
+
+// Watch reports what touches something of Lariat's in the current network namespace, and changes of links and addresses of
+// others, for the underlay is one of them. Containers' ports are no news. Equal events within some milliseconds are one. The
+// channel is closed when ctx ends.
+//
+// Lariat's own changes are reported as well; the pass that follows finds nothing to do.
 func Watch(ctx context.Context) (<-chan Event, error) {
-	rt, err := listen(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
-		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_NEXTHOP)
+	rt, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
 	if err != nil {
-		return nil, fmt.Errorf("watch links and routes: %w", err)
+		return nil, fmt.Errorf("watch the kernel: %w", err)
 	}
-	nf, err := listen(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES)
+	raw, err := rt.SyscallConn()
 	if err != nil {
+		return nil, fmt.Errorf("watch the kernel: %w", err)
+	}
+	// Neither older kernels without nexthop objects nor those without nftables have anything to tell of them.
+	_ = raw.Control(func(fd uintptr) {
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_NEXTHOP)
+	})
+	w := &watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1), owned: map[uint32]string{}}
+	if err := w.learn(); err != nil {
 		rt.Close()
-		return nil, fmt.Errorf("watch nftables: %w", err)
+		return nil, fmt.Errorf("watch the kernel: %w", err)
 	}
-	w := &watcher{events: make(chan Event, 256), fd: -1}
-	if w.fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_ROUTE); err != nil { // for names
-		return nil, errors.Join(os.NewSyscallError("socket", err), rt.Close(), nf.Close())
+	sockets := []*os.File{rt}
+	var readers sync.WaitGroup
+	readers.Go(func() { w.read(rt, w.route) })
+	if nf, err := subscribe(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES); err == nil {
+		sockets = append(sockets, nf)
+		readers.Go(func() { w.read(nf, w.nft) })
 	}
-	stop := context.AfterFunc(ctx, func() { rt.Close(); nf.Close() })
-	done := make(chan struct{}, 2)
-	go func() { w.read(rt, w.route); done <- struct{}{} }()
-	go func() { w.read(nf, w.nft); done <- struct{}{} }()
+	out := make(chan Event)
 	go func() {
-		<-done
-		<-done
-		stop()
-		unix.Close(w.fd)
-		close(w.events)
+		defer close(out)
+		w.forward(ctx, out)
+		for _, s := range sockets {
+			s.Close() // ends the reader
+		}
+		readers.Wait()
+		w.names.close()
 	}()
-	return w.events, nil
+	return out, nil
 }
 
-// listen opens a socket in the current namespace, known to Go's poller so that Close ends a Read.
-func listen(family int, groups ...uint32) (*os.File, error) {
+func subscribe(family int, groups ...int) (*os.File, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, family)
 	if err != nil {
 		return nil, os.NewSyscallError("socket", err)
 	}
+	f := os.NewFile(uintptr(fd), "netlink")
 	if err := unix.Bind(fd, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		unix.Close(fd)
+		f.Close()
 		return nil, os.NewSyscallError("bind", err)
 	}
+	const size = 1 << 20
+	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, size) != nil {
+		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, size)
+	}
 	for _, g := range groups {
-		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, int(g)); err != nil && g != unix.RTNLGRP_NEXTHOP {
-			unix.Close(fd)
-			return nil, os.NewSyscallError("setsockopt", err)
+		if err := unix.SetsockoptInt(fd, unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, g); err != nil {
+			f.Close()
+			return nil, os.NewSyscallError("join netlink group", err)
 		}
 	}
-	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, 4<<20)
-	return os.NewFile(uintptr(fd), "netlink"), nil
+	return f, nil
 }
 
 type watcher struct {
-	events chan Event
-	fd     int
+	mu      sync.Mutex
+	pending map[Event]struct{}
+	notify  chan struct{}
+
+	// Of the reader of routes alone.
+	owned map[uint32]string // vxlan devices of ours by index
+	names *socket           // asks for the names of devices, in the namespace of Watch's caller
 }
 
-func (w *watcher) read(f *os.File, each func(h header, body []byte)) {
-	buf := make([]byte, 1<<16)
-	for {
-		n, err := f.Read(buf)
-		if errors.Is(err, unix.ENOBUFS) {
-			w.tell(Event{Kind: EventResync})
-			continue
-		}
-		if err != nil {
-			return
-		}
-		for in := buf[:n]; len(in) >= unix.NLMSG_HDRLEN; {
-			h := header(in)
-			size := h.length()
-			if size < unix.NLMSG_HDRLEN || size > len(in) {
-				break
-			}
-			each(h, in[unix.NLMSG_HDRLEN:size])
-			in = in[min(align(size), len(in)):]
-		}
+// learn finds the devices that are ours already.
+func (w *watcher) learn() (err error) {
+	if w.names, err = openSocket(unix.NETLINK_ROUTE); err != nil {
+		return err
 	}
+	err = w.names.dump(unix.RTM_GETLINK, func(m *message) {
+		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+		info := m.nest(unix.IFLA_LINKINFO)
+		m.bytes(unix.IFLA_INFO_KIND, []byte("vxlan"))
+		m.end(info)
+	}, func(_ uint16, body []byte) {
+		if f := parseLink(body); strings.HasPrefix(f.link.Alias, delta.AliasPrefix) {
+			w.owned[f.index] = f.name
+		}
+	})
+	if errors.Is(err, errInterrupted) {
+		err = nil
+	}
+	return err
 }
 
-// tell never blocks: a full channel is one whose reader will look at everything anyway.
-func (w *watcher) tell(e Event) {
+func (w *watcher) add(kind EventKind, name string) {
+	w.mu.Lock()
+	w.pending[Event{kind, name}] = struct{}{}
+	w.mu.Unlock()
 	select {
-	case w.events <- e:
+	case w.notify <- struct{}{}:
 	default:
 	}
 }
 
-func (w *watcher) route(h header, body []byte) {
-	if len(body) < 8 {
-		return
-	}
-	index := binary.NativeEndian.Uint32(body[4:])
-	switch h.typ() {
-	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		f := parseLink(body)
-		if !strings.HasPrefix(f.name, delta.PortPrefix) {
-			w.tell(Event{EventLink, f.name})
-		}
-	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
-		if dev := deviceName(w.fd, index); !strings.HasPrefix(dev, delta.PortPrefix) {
-			w.tell(Event{EventAddr, dev})
-		}
-	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
-		// Ours are permanent and on devices of ours; the rest of a busy host's neighbours come and go all the time.
-		if state := binary.NativeEndian.Uint16(body[8:]); len(body) >= 12 && (state&unix.NUD_PERMANENT != 0 || h.typ() == unix.RTM_DELNEIGH) {
-			if dev := deviceName(w.fd, index); strings.HasPrefix(dev, "vtep") {
-				w.tell(Event{EventNeigh, dev})
-			}
-		}
-	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		if len(body) < unix.SizeofRtMsg || body[5] != delta.Protocol {
+func (w *watcher) forward(ctx context.Context, out chan<- Event) {
+	for {
+		select {
+		case <-ctx.Done():
 			return
+		case <-w.notify:
 		}
-		dev, dst, family := "", netip.Addr{}, body[0]
-		for a := newAttrs(body[unix.SizeofRtMsg:]); a.next(); {
-			switch a.typ {
-			case unix.RTA_OIF:
-				dev = deviceName(w.fd, a.u32())
-			case unix.RTA_DST:
-				dst = a.addr()
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(quiet):
+		}
+		w.mu.Lock()
+		events := w.pending
+		w.pending = make(map[Event]struct{}, len(events))
+		w.mu.Unlock()
+		for e := range events {
+			select {
+			case <-ctx.Done():
+				return
+			case out <- e:
 			}
-		}
-		if !strings.HasPrefix(dev, delta.PortPrefix) {
-			if !dst.IsValid() && family == unix.AF_INET {
-				dst = netip.IPv4Unspecified()
-			} else if !dst.IsValid() {
-				dst = netip.IPv6Unspecified()
-			}
-			w.tell(Event{EventRoute, netip.PrefixFrom(dst, int(body[1])).String()})
-		}
-	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
-		if body[2] == delta.Protocol {
-			w.tell(Event{Kind: EventNexthop})
 		}
 	}
 }
 
-// nft tells of every table: another program's may be the one that drops what is forwarded.
-func (w *watcher) nft(h header, body []byte) {
-	const (
-		sizeofNfgenmsg = 4
-		tableAttr      = 1 // NFTA_*_TABLE of chains, rules, sets and elements, NFTA_TABLE_NAME of tables
-	)
-	if h.typ()&0xff == unix.NFT_MSG_NEWGEN || len(body) < sizeofNfgenmsg {
+func (w *watcher) read(f *os.File, each func(typ uint16, body []byte)) {
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := f.Read(buf)
+		switch {
+		case errors.Is(err, os.ErrClosed):
+			return
+		case err != nil: // ENOBUFS: events were lost
+			w.add(EventResync, "")
+			continue
+		}
+		for in := buf[:n]; len(in) >= unix.NLMSG_HDRLEN; {
+			h := header(in)
+			n := h.length()
+			if n < unix.NLMSG_HDRLEN || n > len(in) {
+				break
+			}
+			each(h.typ(), in[unix.NLMSG_HDRLEN:n])
+			in = in[min(align(n), len(in)):]
+		}
+	}
+}
+
+func (w *watcher) route(typ uint16, body []byte) {
+	switch typ {
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		if len(body) >= unix.SizeofIfInfomsg && body[0] == unix.AF_UNSPEC { // others are a bridge's own affairs
+			w.link(typ, parseLink(body))
+		}
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		if len(body) >= unix.SizeofIfAddrmsg {
+			if name := w.device(binary.NativeEndian.Uint32(body[4:])); !strings.HasPrefix(name, delta.PortPrefix) {
+				w.add(EventAddr, name)
+			}
+		}
+	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
+		if len(body) >= unix.SizeofNdMsg {
+			if name, ok := w.owned[binary.NativeEndian.Uint32(body[4:])]; ok {
+				w.add(EventNeigh, name)
+			}
+		}
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		o := observation{names: map[uint32]string{}, s: delta.NewState(), lookup: w.device}
+		o.route(body)
+		for dst, r := range o.s.Routes {
+			// Without a name for its device, it was a port that is gone.
+			if r.NH != 0 || r.Type != "" || r.Dev != "" {
+				w.add(EventRoute, dst.String())
+			}
+		}
+	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
+		if len(body) >= sizeofNhMsg && body[2] == delta.Protocol {
+			w.add(EventNexthop, "")
+		}
+	}
+}
+
+func (w *watcher) link(typ uint16, f foundLink) {
+	ours := f.kind == "vxlan" && strings.HasPrefix(f.link.Alias, delta.AliasPrefix)
+	switch {
+	case strings.HasPrefix(f.name, delta.PortPrefix):
+		return
+	case ours && typ == unix.RTM_NEWLINK:
+		w.owned[f.index] = f.name
+	case typ == unix.RTM_DELLINK:
+		delete(w.owned, f.index)
+	}
+	w.add(EventLink, f.name)
+}
+
+func (w *watcher) device(index uint32) string {
+	if name, ok := w.owned[index]; ok {
+		return name
+	}
+	return deviceName(w.names.fd, index)
+}
+
+// nft reports all of our own table, and of others' the chains: the policy of one may be what drops all that is forwarded, as
+// Docker's does.
+func (w *watcher) nft(typ uint16, body []byte) {
+	typ &= 0xff
+	if typ == unix.NFT_MSG_NEWGEN || len(body) < 4 {
 		return
 	}
-	for a := newAttrs(body[sizeofNfgenmsg:]); a.next(); {
-		if a.typ == tableAttr {
-			w.tell(Event{EventNft, cstring(a.value)})
-			return
+	for a := newAttrs(body[4:]); a.next(); {
+		if a.typ != 1 { // in all messages of nftables, the table's name
+			continue
 		}
+		name := cstring(a.value)
+		if name == delta.Table || typ == unix.NFT_MSG_NEWCHAIN || typ == unix.NFT_MSG_DELCHAIN || typ == unix.NFT_MSG_DELTABLE {
+			w.add(EventNft, name)
+		}
+		return
 	}
 }
