@@ -78,14 +78,15 @@ func add(ctx context.Context, r *cni.Request) (*current.Result, error) {
 	return c.result(a, length), nil
 }
 
-// standIn is the answer that is used while the service is away: only addresses that were given with a length tell enough.
+// standIn is the answer that is used while the service is away: only addresses that were given with a length tell enough. The
+// gateway is then the first address of their subnet, as it was with Rancher.
 func standIn(network string, explicit []netip.Prefix) *metadata.Attachment {
 	if len(explicit) == 0 || slices.ContainsFunc(explicit, netip.Prefix.IsSingleIP) {
 		return nil
 	}
 	a := &metadata.Attachment{Network: network}
 	for _, p := range explicit {
-		a.Addresses = append(a.Addresses, metadata.AttachmentAddress{Address: p.Addr(), Subnet: p.Masked()})
+		a.Addresses = append(a.Addresses, metadata.AttachmentAddress{Address: p.Addr(), Subnet: p.Masked(), Gateway: p.Masked().Addr().Next()})
 	}
 	return a
 }

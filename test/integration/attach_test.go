@@ -2,8 +2,8 @@ package integration_test
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -23,16 +23,17 @@ import (
 func inside(c *lab.Container, f func(eth0 netlink.Link)) {
 	GinkgoHelper()
 	Expect(c.Do(func() error {
+		defer GinkgoRecover()
 		l, err := netlink.LinkByName("eth0")
-		if err == nil {
-			f(l)
-		}
-		return err
+		Expect(err).NotTo(HaveOccurred())
+		f(l)
+		return nil
 	})).To(Succeed())
 }
 
 func code(err error) uint {
-	if e, ok := err.(*types.Error); ok {
+	var e *types.Error
+	if errors.As(err, &e) {
 		return e.Code
 	}
 	return 0
@@ -49,16 +50,16 @@ var _ = Describe("An attachment", func() {
 			Expect(addrs[0].IPNet.String()).To(Equal(c.Addr(false).String() + "/32"))
 			routes, err := netlink.RouteList(l, netlink.FAMILY_V4)
 			Expect(err).NotTo(HaveOccurred())
-			Expect(routes).To(ContainElement(HaveField("Gw", gw)))
+			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Gw.String() }, Equal(gw.String()))))
 			neighs, err := netlink.NeighList(l.Attrs().Index, netlink.FAMILY_V4)
 			Expect(err).NotTo(HaveOccurred())
-			Expect(neighs).To(ContainElement(And(HaveField("IP", gw), HaveField("State", netlink.NUD_PERMANENT))))
+			Expect(neighs).To(ContainElement(And(WithTransform(func(n netlink.Neigh) string { return n.IP.String() }, Equal(gw.String())), HaveField("State", netlink.NUD_PERMANENT))))
 		})
-		Expect(host(0).Do(func() error {
+		on(host(0), func() {
 			routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+			Expect(err).NotTo(HaveOccurred())
 			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Dst.String() }, Equal(c.Addr(false).String()+"/32"))))
-			return err
-		})).To(Succeed())
+		})
 		own, _ := netip.AddrFromSlice(gw)
 		pings(c.Netns, own.Unmap())
 		pings(host(0).Netns, c.Addr(false))
@@ -196,7 +197,7 @@ var _ = Describe("An attachment", func() {
 		Expect(c.Add(ctx, cl)).To(Succeed())
 		ones, _ := c.Result.IPs[0].Address.Mask.Size()
 		Expect(ones).To(Equal(24))
-		Expect(c.Result.Routes).To(ContainElement(HaveField("Dst.IP", net.IPv4(10, 99, 0, 0).To4())))
+		Expect(c.Result.Routes).To(ContainElement(WithTransform(func(r *types.Route) string { return r.Dst.String() }, Equal("10.99.0.0/16"))))
 		Expect(c.Del(ctx, cl)).To(Succeed())
 	})
 
