@@ -162,6 +162,16 @@ func (s *Server) Release(ctx context.Context, network string, id metadata.Attach
 	return s.book(network).do(&op{ctx: ctx, kind: opRelease, id: id, sequence: sequence})
 }
 
+// Join claims this host's first blocks of a network. See Client.Join.
+func (s *Server) Join(ctx context.Context, network string) error {
+	if _, err := s.networkOrCreate(ctx, network, nil); err != nil {
+		return err
+	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	return s.book(network).do(&op{ctx: ctx, kind: opJoin})
+}
+
 // GC releases what this host holds and valid does not list. See Client.GC.
 func (s *Server) GC(ctx context.Context, network string, valid []metadata.AttachmentID) (*metadata.GCResult, error) {
 	if _, _, ok := s.view.network(network); !ok {
@@ -351,7 +361,7 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 	s.mu.Lock()
 	c, ok := s.left[key]
 	s.mu.Unlock()
-	if ok && time.Since(c.when) < 10*time.Second {
+	if ok && time.Since(c.when) < leftoverAge {
 		return c.free, nil
 	}
 	rules := (&batch{b: s.book(n.Name), net: n}).rules(subnet)
@@ -380,6 +390,9 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 	s.mu.Unlock()
 	return free, nil
 }
+
+// leftoverAge bounds how stale the count of other hosts' free addresses is; a runtime asks for the status every five seconds.
+const leftoverAge = 2 * time.Second
 
 type leftover struct {
 	free int

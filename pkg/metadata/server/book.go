@@ -65,6 +65,7 @@ const (
 	opRelease
 	opGC
 	opTidy
+	opJoin
 )
 
 // op is one request in the queue.
@@ -636,6 +637,8 @@ func (p *batch) plan(ctx context.Context, out *outcome) error {
 				p.planRelease(out, p.mine(id), 0)
 			}
 		}
+	case opJoin:
+		return p.join(ctx)
 	case opTidy:
 		return p.b.tidy(ctx, p.net, out.op.empty, p)
 	}
@@ -925,24 +928,11 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 		return l, a, nil
 	}
 	// A new block.
-	size := p.net.BlockSize(subnet)
-	for try := 0; try < 20; try++ {
-		skip := 0
-		if try > 0 {
-			skip = rand.IntN(1 << min(try+1, 12)) // others claim too
-		}
-		cidr, ok := rules.FreeBlock(size, skip, func(c netip.Prefix) bool {
-			_, claimed := b.s.view.block(b.network, c)
-			return claimed
-		})
-		if !ok {
-			break
-		}
-		if _, err := b.claim(ctx, p, subnet, cidr, nil); errors.Is(err, store.ErrConflict) {
-			continue
-		} else if err != nil {
-			return nil, netip.Addr{}, err
-		}
+	cidr, err := p.fresh(ctx, subnet)
+	if err != nil {
+		return nil, netip.Addr{}, err
+	}
+	if cidr.IsValid() {
 		for _, c := range allocate.TablesOf(cidr) {
 			if l := b.tables[c]; l != nil {
 				if a, ok := fresh(l); ok {
@@ -967,6 +957,48 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 	return nil, netip.Addr{}, metadata.Errorf(metadata.CodeExhausted,
 		"no address left in subnet %s of network %s for host %s: %d used and %d free in its blocks, %d of %d blocks claimed by all hosts; widen the network, release what is unused (`lariat ip list`), or remove hosts that are gone",
 		subnet, b.network, b.s.cfg.HostName, u.Used, u.Free, u.Blocks, allocate.Blocks(subnet, p.net.BlockSize(subnet)))
+}
+
+// fresh claims a free block of a subnet; the zero Prefix when there is none.
+func (p *batch) fresh(ctx context.Context, subnet netip.Prefix) (netip.Prefix, error) {
+	rules := p.rules(subnet)
+	for try := 0; ; try++ {
+		skip := 0
+		if try > 0 {
+			skip = rand.IntN(1 << min(try+1, 12)) // others claim too
+		}
+		cidr, ok := rules.FreeBlock(p.net.BlockSize(subnet), skip, func(c netip.Prefix) bool {
+			_, claimed := p.b.s.view.block(p.b.network, c)
+			return claimed
+		})
+		if !ok {
+			return cidr, nil
+		}
+		if _, err := p.b.claim(ctx, p, subnet, cidr, nil); !errors.Is(err, store.ErrConflict) || ctx.Err() != nil {
+			return cidr, err
+		}
+	}
+}
+
+// join claims a first block of each subnet, for the sake of the gateway address in it.
+func (p *batch) join(ctx context.Context) error {
+	if p.net.Encapsulation == metadata.EncapNone {
+		return nil // the LAN's router is the gateway
+	}
+	for _, subnet := range p.net.Subnets {
+		if p.b.s.view.gateway(p.b.network, subnet).IsValid() {
+			continue
+		}
+		cidr, err := p.fresh(ctx, subnet)
+		if err != nil {
+			return err
+		}
+		if !cidr.IsValid() {
+			return metadata.Errorf(metadata.CodeExhausted, "no free block left in subnet %s of network %s: host %s gets no overlay address of its own; widen the network, or remove hosts that are gone",
+				subnet, p.b.network, p.b.s.cfg.HostName)
+		}
+	}
+	return nil
 }
 
 // longest finds the address that was released longest ago, not after until.

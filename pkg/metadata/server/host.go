@@ -143,7 +143,14 @@ func (s *Server) keepName() {
 		}
 		for wait := 100 * time.Millisecond; s.ctx.Err() == nil; wait = min(2*wait, 5*time.Second) {
 			ctx, cancel := s.timeout(s.ctx)
-			err := s.register(ctx)
+			err := s.takeName(ctx)
+			if err == nil {
+				// Removed by an operator while it was away: it is a new host. Otherwise its object is as it was, or newer than
+				// what this process knew at its start.
+				if _, gerr := s.store.Get(ctx, hostPrefix+s.cfg.HostName); errors.Is(gerr, store.ErrNotFound) {
+					err = s.register(ctx)
+				}
+			}
 			cancel()
 			s.setProblem(err)
 			if err == nil {
@@ -258,13 +265,13 @@ func (s *Server) PutHost(ctx context.Context, h metadata.Host) error {
 }
 
 // DeleteHost removes a host that is gone, and everything it held. Its own object goes last: when this is interrupted, asking
-// again does the rest.
-func (s *Server) DeleteHost(ctx context.Context, name string) error {
+// again does the rest. A live host is removed by force only; it comes back when its service starts anew.
+func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if _, err := s.store.Get(ctx, livePrefix+name); err == nil {
+	if _, err := s.store.Get(ctx, livePrefix+name); err == nil && !force {
 		return metadata.Errorf(metadata.CodeConflict, "host %s is live; stop its lariat-metadata first (its lease runs out %s after a crash)", name, s.cfg.LeaseTTL)
-	} else if !errors.Is(err, store.ErrNotFound) {
+	} else if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
 	e, err := s.store.Get(ctx, hostPrefix+name)

@@ -95,6 +95,9 @@ func (s *Server) Handler() http.Handler {
 	read("/v1/networks/{network}/attachments", func(r *http.Request) (any, error) {
 		return s.Allocations(r.Context(), r.PathValue("network"), r.URL.Query().Get("all") == "true")
 	})
+	write("POST /v1/networks/{network}/join", func(r *http.Request) (any, error) {
+		return nil, s.Join(r.Context(), r.PathValue("network"))
+	})
 	write("POST /v1/networks/{network}/gc", func(r *http.Request) (any, error) {
 		var req metadata.GCRequest
 		if err := decode(r.Body, &req); err != nil {
@@ -154,7 +157,9 @@ func (s *Server) Handler() http.Handler {
 		}
 		return nil, s.PutHost(r.Context(), h)
 	})
-	write("DELETE /v1/hosts/{host}", func(r *http.Request) (any, error) { return nil, s.DeleteHost(r.Context(), r.PathValue("host")) })
+	write("DELETE /v1/hosts/{host}", func(r *http.Request) (any, error) {
+		return nil, s.DeleteHost(r.Context(), r.PathValue("host"), r.URL.Query().Get("force") == "true")
+	})
 
 	read("/v1/blocks", func(*http.Request) (any, error) { return s.view.snapshot().Blocks, nil })
 	read("/v1/endpoints", func(*http.Request) (any, error) {
