@@ -1,0 +1,219 @@
+// Package probe finds out what this kernel and this process can do, by doing it in a network namespace that is thrown away.
+// Modules load on first use, configurations lie, and containers forbid: only a try tells. Nothing outside of that namespace changes.
+//
+// "lariat doctor" asks Check; tests say what they need with Need, and are skipped, with the names of what is missing, where
+// it is missing. REQUIRE=vxlan,nftfib (or REQUIRE=all) turns such a skip into a failure, so that coverage cannot leak away unseen.
+package probe
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
+)
+
+// Feature is something that a kernel may lack. Its text is its name in REQUIRE.
+type Feature string
+
+// The features.
+const (
+	NetNS          Feature = "netns"   // the right to make network namespaces
+	UserNS         Feature = "userns"  // the right to make user namespaces
+	Veth           Feature = "veth"    // pairs of devices
+	VXLAN          Feature = "vxlan"   // tunnel devices
+	NexthopObjects Feature = "nexthop" // routes by the id of a nexthop (Linux 5.3)
+	Nft            Feature = "nft"     // nftables, family inet
+	NftFib         Feature = "nftfib"  // reverse path lookups in nftables
+	NftNAT         Feature = "nftnat"  // masquerade in nftables, family inet (Linux 5.2)
+	Macvlan        Feature = "macvlan" // devices that share another one's link
+	IFB            Feature = "ifb"     // devices for shaping what arrives
+	IPv6           Feature = "ipv6"    // at all
+	Dummy          Feature = "dummy"   // devices without a link
+	Bridge         Feature = "bridge"  // software switches
+)
+
+var tries = map[Feature]func() error{
+	NetNS:   func() error { return inside(func() error { return nil }) },
+	UserNS:  userNS,
+	Veth:    func() error { return link(&netlink.Veth{LinkAttrs: attrs(), PeerName: "peer"}) },
+	IFB:     func() error { return link(&netlink.Ifb{LinkAttrs: attrs()}) },
+	Dummy:   func() error { return link(&netlink.Dummy{LinkAttrs: attrs()}) },
+	Bridge:  func() error { return link(&netlink.Bridge{LinkAttrs: attrs()}) },
+	Macvlan: macvlan,
+	IPv6: func() error {
+		return inside(func() error {
+			_, err := os.Stat("/proc/sys/net/ipv6")
+			return err
+		})
+	},
+	VXLAN: func() error { return apply(func(s *delta.State) { device(s) }) },
+	NexthopObjects: func() error {
+		return apply(func(s *delta.State) {
+			dev := device(s)
+			// A namespace without any IPv4 address takes no gateway at all.
+			s.Addrs[delta.Addr{Dev: dev, Prefix: netip.MustParsePrefix("203.0.113.1/32")}] = struct{}{}
+			s.Nexthops[1] = delta.Nexthop{Via: netip.MustParseAddr("192.0.2.2"), Dev: dev, Onlink: true}
+			s.Routes[netip.MustParsePrefix("198.51.100.0/24")] = delta.Route{NH: 1}
+		})
+	},
+	Nft:    func() error { return chain("filter", "input", delta.Verdict("accept")) },
+	NftFib: func() error { return chain("filter", "prerouting", delta.NoReverse{}, delta.Verdict("drop")) },
+	NftNAT: func() error { return chain("nat", "postrouting", delta.Masquerade{}) },
+}
+
+var (
+	mu      sync.Mutex
+	results = map[Feature]error{}
+)
+
+// Check tries a feature, once in the life of the process, and says why it is missing. It takes some milliseconds.
+func Check(f Feature) error {
+	try, ok := tries[f]
+	if !ok {
+		return fmt.Errorf("unknown feature %q", string(f))
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	err, known := results[f]
+	if !known {
+		if err = try(); err != nil {
+			err = fmt.Errorf("%s: %w", f, err)
+		}
+		results[f] = err
+	}
+	return err
+}
+
+// All lists the features, sorted.
+func All() []Feature {
+	out := make([]Feature, 0, len(tries))
+	for f := range tries {
+		out = append(out, f)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// TB is what Need needs of a test. It is not testing.TB, so that programs that link Check do not link package testing.
+type TB interface {
+	Helper()
+	Skipf(format string, args ...any)
+	Fatalf(format string, args ...any)
+}
+
+// Need skips a test with the names of what is missing. A feature that the environment variable REQUIRE lists, or any if that is
+// "all", makes it fail instead.
+func Need(t TB, features ...Feature) {
+	t.Helper()
+	need(t, os.Getenv("REQUIRE"), Check, features)
+}
+
+func need(t TB, require string, check func(Feature) error, features []Feature) {
+	t.Helper()
+	required := strings.FieldsFunc(require, func(r rune) bool { return r == ',' || r == ' ' })
+	var missing []error
+	fatal := false
+	for _, f := range features {
+		if err := check(f); err != nil {
+			missing = append(missing, err)
+			fatal = fatal || slices.Contains(required, string(f)) || slices.Contains(required, "all")
+		}
+	}
+	switch {
+	case fatal:
+		t.Fatalf("missing, and REQUIRE=%s: %v", require, errors.Join(missing...))
+	case len(missing) > 0:
+		t.Skipf("missing: %v", errors.Join(missing...))
+	}
+}
+
+// inside calls f on a thread in a new network namespace; both end with the call.
+func inside(f func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlock
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			done <- fmt.Errorf("create a network namespace: %w", err)
+			return
+		}
+		done <- f()
+	}()
+	return <-done
+}
+
+func attrs() netlink.LinkAttrs {
+	a := netlink.NewLinkAttrs()
+	a.Name = "probe"
+	return a
+}
+
+func link(l netlink.Link) error {
+	return inside(func() error { return netlink.LinkAdd(l) })
+}
+
+func macvlan() error {
+	return inside(func() error {
+		parent := &netlink.Veth{LinkAttrs: attrs(), PeerName: "peer"}
+		if err := netlink.LinkAdd(parent); err != nil {
+			return err
+		}
+		l, err := netlink.LinkByName("peer")
+		if err != nil {
+			return err
+		}
+		a := attrs()
+		a.Name, a.ParentIndex = "macvlan", l.Attrs().Index
+		return netlink.LinkAdd(&netlink.Macvlan{LinkAttrs: a, Mode: netlink.MACVLAN_MODE_BRIDGE})
+	})
+}
+
+// apply makes a state by the very code that will have to.
+func apply(build func(s *delta.State)) error {
+	return inside(func() error {
+		k, err := kernel.New()
+		if err != nil {
+			return err
+		}
+		defer k.Close()
+		s := delta.NewState()
+		build(s)
+		_, err = kernel.Reconcile(context.Background(), k, s)
+		return err
+	})
+}
+
+func device(s *delta.State) string {
+	s.Links["probe"] = delta.Link{Kind: "vxlan", VNI: 1, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"), MAC: delta.MAC{2, 0, 0, 0, 0, 1}, MTU: 1450, Alias: delta.AliasPrefix + "probe"}
+	return "probe"
+}
+
+func chain(kind, hook string, r ...delta.Statement) error {
+	return apply(func(s *delta.State) {
+		s.Chains["probe"] = delta.Chain{Type: kind, Hook: hook, Rules: []delta.Rule{r}}
+	})
+}
+
+// userNS starts a program that does not exist: the kernel makes the namespaces before it finds that out.
+func userNS() error {
+	_, err := os.StartProcess("/nonexistent/lariat-probe", []string{"probe"}, &os.ProcAttr{Sys: &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,
+		UidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getuid(), Size: 1}},
+		GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
+	}})
+	if errors.Is(err, unix.ENOENT) {
+		return nil
+	}
+	return fmt.Errorf("create a user namespace: %w", err)
+}
