@@ -28,6 +28,7 @@ type series struct {
 	FirstErr string  `json:"firstError,omitempty"`
 
 	samples []float64
+	inOrder []float64 // the samples as they were taken, one each round; kept for datapath
 	cpu     time.Duration
 	rates   []float64
 }
@@ -45,6 +46,7 @@ func (s *series) fail(err error) {
 
 // finish derives the figures.
 func (s *series) finish() {
+	s.inOrder = slices.Clone(s.samples)
 	slices.Sort(s.samples)
 	s.N = len(s.samples)
 	if s.N == 0 {
