@@ -16,6 +16,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
+	"github.com/lariat-net/lariat/pkg/probe"
 )
 
 // rows are the lines of a command's output, with single spaces, sorted by nobody.
@@ -218,6 +219,7 @@ func TestF32ForeignDeviceUnderOurNameIsLeftAloneAndNamed(t *testing.T) {
 }
 
 func TestF32ForeignStateSurvives(t *testing.T) {
+	probe.Need(t, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.Veth)
 	ns, other := netnstest.New(t), netnstest.New(t)
 	k := openKernel(t, ns)
 	dev, _ := netnstest.Veth(t, ns, "192.0.2.1/24", other, "192.0.2.2/24")
@@ -361,6 +363,7 @@ func TestMissingDeviceIsToldOnce(t *testing.T) {
 }
 
 func TestDirectRoutesNeedNoTunnel(t *testing.T) {
+	probe.Need(t, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.Veth)
 	ns, other := netnstest.New(t), netnstest.New(t)
 	k := openKernel(t, ns)
 	dev, _ := netnstest.Veth(t, ns, "192.0.2.1/24", other, "192.0.2.2/24")

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/probe"
 )
 
 func prefixes(list ...string) []netip.Prefix {
@@ -38,6 +39,7 @@ func filters() *delta.State {
 }
 
 func TestNftablesHoldWhatThePlanSays(t *testing.T) {
+	probe.Need(t, probe.NftFib, probe.NftNAT)
 	_, k := newKernel(t)
 	want := filters()
 	reconcile(t, k, want)
@@ -49,6 +51,7 @@ func TestNftablesHoldWhatThePlanSays(t *testing.T) {
 
 // Another reader, which did not write it and so has nothing remembered, must see the same.
 func TestNftablesReadBackByAnother(t *testing.T) {
+	probe.Need(t, probe.NftFib, probe.NftNAT)
 	ns, k := newKernel(t)
 	want := filters()
 	reconcile(t, k, want)
@@ -57,6 +60,7 @@ func TestNftablesReadBackByAnother(t *testing.T) {
 }
 
 func TestNftablesPrintAsNftDoes(t *testing.T) {
+	probe.Need(t, probe.NftFib, probe.NftNAT)
 	ns, k := newKernel(t)
 	want := filters()
 	reconcile(t, k, want)
@@ -102,6 +106,7 @@ func TestF29NftablesChangedByHandAreMended(t *testing.T) {
 		{"the table removed", "delete table inet lariat"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			probe.Need(t, probe.NftFib, probe.NftNAT)
 			ns, k := newKernel(t)
 			want := filters()
 			reconcile(t, k, want)
@@ -147,6 +152,7 @@ func TestNftablesFollowThePlan(t *testing.T) {
 		{"nothing at all", func(s *delta.State) { *s = *delta.NewState() }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			probe.Need(t, probe.NftFib, probe.NftNAT)
 			ns, k := newKernel(t)
 			reconcile(t, k, filters())
 			want := filters()
@@ -162,6 +168,7 @@ func TestNftablesFollowThePlan(t *testing.T) {
 
 // Applying a difference once more, after it was done and after half of it was undone, must be harmless.
 func TestNftablesApplyTwice(t *testing.T) {
+	probe.Need(t, probe.NftFib, probe.NftNAT)
 	ns, k := newKernel(t)
 	reconcile(t, k, filters())
 	want := filters()
@@ -181,6 +188,7 @@ func TestNftablesApplyTwice(t *testing.T) {
 }
 
 func BenchmarkNftablesSettled10000(b *testing.B) {
+	probe.Need(b, probe.NftFib, probe.NftNAT)
 	_, k := newKernel(b)
 	want := filters()
 	s := delta.Set{}
@@ -198,6 +206,7 @@ func BenchmarkNftablesSettled10000(b *testing.B) {
 }
 
 func BenchmarkNftablesFromNothing10000(b *testing.B) {
+	probe.Need(b, probe.NftFib, probe.NftNAT)
 	_, k := newKernel(b)
 	want := filters()
 	s := delta.Set{}

@@ -8,6 +8,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
+	"github.com/lariat-net/lariat/pkg/probe"
 )
 
 // next waits for one of the wanted events; others may come before.
@@ -68,6 +69,7 @@ func TestF29WatchTellsWhatIsTouchedByHand(t *testing.T) {
 }
 
 func TestWatchKeepsQuietAboutOthers(t *testing.T) {
+	probe.Need(t, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.Veth)
 	ns, other := netnstest.New(t), netnstest.New(t)
 	dev, _ := netnstest.Veth(t, ns, "192.0.2.1/24", other, "192.0.2.2/24")
 	var events <-chan kernel.Event
@@ -109,6 +111,7 @@ func TestUnderlaysListWhatMayCarryTunnels(t *testing.T) {
 }
 
 func TestForwardPolicyOfOthersIsFound(t *testing.T) {
+	probe.Need(t, probe.Nft)
 	ns := netnstest.New(t)
 	drops := func() (chains []string) {
 		ns.Do(t, func() {
