@@ -132,26 +132,33 @@ func survivors(links *Changes[string, Link], observed *State) *State {
 	if len(gone) == 0 {
 		return observed
 	}
-	sources := map[netip.Addr]bool{} // addresses that go: IPv4 routes that prefer them go too
+	sources := map[netip.Addr]bool{} // addresses that go: IPv4 routes that prefer them go too, by whatever device they lead
 	for a := range observed.Addrs {
 		if gone[a.Dev] {
 			sources[a.Prefix.Addr()] = true
 		}
 	}
 	nexthops := filter(observed.Nexthops, func(_ uint32, n Nexthop) bool { return !gone[n.Dev] })
+	routes := filter(observed.Routes, func(_ netip.Prefix, r Route) bool {
+		_, held := nexthops[r.NH]
+		return !gone[r.Dev] && (r.NH == 0 || held) && !(r.Src.Is4() && sources[r.Src])
+	})
+	for dst, r := range routes {
+		if sources[r.Src] { // IPv6 routes stay and lose their source
+			r.Src = netip.Addr{}
+			routes[dst] = r
+		}
+	}
 	return &State{
 		Links:    observed.Links,
 		Addrs:    filter(observed.Addrs, func(a Addr, _ struct{}) bool { return !gone[a.Dev] }),
 		Neighs:   filter(observed.Neighs, func(n Neigh, _ MAC) bool { _, ok := gone[n.Dev]; return !ok }),
 		FDB:      filter(observed.FDB, func(f FDB, _ struct{}) bool { return !gone[f.Dev] }),
 		Nexthops: nexthops,
-		Routes: filter(observed.Routes, func(_ netip.Prefix, r Route) bool {
-			_, held := nexthops[r.NH]
-			return !gone[r.Dev] && !sources[r.Src] && (r.NH == 0 || held)
-		}),
-		Sysctls: filter(observed.Sysctls, func(k, _ string) bool { return !gone[SysctlDevice(k)] }),
-		Sets:    observed.Sets,
-		Chains:  observed.Chains,
+		Routes:   routes,
+		Sysctls:  filter(observed.Sysctls, func(k, _ string) bool { return !gone[SysctlDevice(k)] }),
+		Sets:     observed.Sets,
+		Chains:   observed.Chains,
 	}
 }
 

@@ -347,7 +347,15 @@ func (k *Kernel) flush(dev string) {
 			k.dropNexthop(id)
 		}
 	}
-	maps.DeleteFunc(w.Routes, func(_ netip.Prefix, r delta.Route) bool { return r.Dev == dev || sources[r.Src] })
+	for dst, r := range w.Routes {
+		switch {
+		case r.Dev == dev || (sources[r.Src] && r.Src.Is4()):
+			delete(w.Routes, dst)
+		case sources[r.Src]: // IPv6 routes stay and lose their source
+			r.Src = netip.Addr{}
+			w.Routes[dst] = r
+		}
+	}
 	maps.DeleteFunc(w.Sysctls, func(key, _ string) bool { return delta.SysctlDevice(key) == dev })
 }
 
