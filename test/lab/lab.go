@@ -15,7 +15,9 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
+	"github.com/containernetworking/cni/pkg/invoke"
 	current "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/lariat-net/lariat/pkg/certs"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -182,7 +184,7 @@ func (c *Cluster) Down() error {
 
 // Lariat runs the lariat command on a host.
 func (h *Host) Lariat(ctx context.Context, args ...string) (string, error) {
-	return h.Output(ctx, append([]string{filepath.Join(h.c.Bin, "lariat"), "--socket", h.Socket()}, args...)...)
+	return h.Output(ctx, append([]string{"env", "LARIAT_MANAGER_SOCKET=" + h.ManagerSocket(), filepath.Join(h.c.Bin, "lariat"), "--socket", h.Socket()}, args...)...)
 }
 
 // Container is a network namespace and what CNI made of it.
@@ -226,7 +228,12 @@ func (h *Host) CNI() *libcni.CNIConfig {
 	} else {
 		path = append(path, filepath.Join(h.c.Bin, "peers"))
 	}
-	return libcni.NewCNIConfigWithCacheDir(path, h.path("cni-cache"), nil)
+	log := h.c.opts.Log
+	if log == nil {
+		log = io.Discard
+	}
+	exec := &invoke.DefaultExec{RawExec: &invoke.RawExec{Stderr: log}, PluginDecoder: version.PluginDecoder{}}
+	return libcni.NewCNIConfigWithCacheDir(path, h.path("cni-cache"), exec)
 }
 
 func (c *Container) runtime(args map[string]string, capabilities map[string]any) *libcni.RuntimeConf {
