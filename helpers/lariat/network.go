@@ -203,9 +203,14 @@ A network that is there already is not touched: see network update.`,
 			if err := errors.Join(check.Validate(), conflicts(check, snap)); err != nil {
 				return err
 			}
-			if n, err = a.put(ctx, n); err != nil {
+			made, err := a.put(ctx, n, "?create=true")
+			if err != nil {
 				return err
 			}
+			if !slices.Equal(made.Subnets, n.Subnets) { // somebody was faster
+				return fmt.Errorf("network %s is there already, with subnet %s; change it with: lariat network update %s", n.Name, joined(made.Subnets, " "), n.Name)
+			}
+			n = made
 			return a.print(n, func(w *writer) { w.line("network %s made: %s", n.Name, describe(n)) })
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -215,9 +220,11 @@ A network that is there already is not touched: see network update.`,
 	return c
 }
 
-// put writes a network and returns it as the service completed it.
-func (a *app) put(ctx context.Context, n metadata.Network) (out metadata.Network, err error) {
-	return out, a.client().Do(ctx, "PUT", "/v1/networks/"+url.PathEscape(n.Name), n, &out)
+// put writes a network and returns it as the service completed it. With the query "?create=true" the service leaves one that is
+// there as it is and returns that: this host's view, which is asked before, may be a moment old.
+func (a *app) put(ctx context.Context, n metadata.Network, query string) (out metadata.Network, err error) {
+	err = a.client().Do(ctx, "PUT", "/v1/networks/"+url.PathEscape(n.Name)+query, n, &out)
+	return out, err
 }
 
 func (a *app) completeNetworkFlags(c *cobra.Command) {
@@ -258,7 +265,7 @@ interface they have. An empty list (--exclude '') clears the list.`,
 					return fmt.Errorf("network %s: host %s has the block %s; subnets and block sizes can be changed only before hosts take part", n.Name, snap.Blocks[i].Host, snap.Blocks[i].CIDR)
 				}
 			}
-			if n, err = a.put(ctx, n); err != nil {
+			if n, err = a.put(ctx, n, ""); err != nil {
 				return err
 			}
 			return a.print(n, func(w *writer) { w.line("network %s changed: %s", n.Name, describe(n)) })

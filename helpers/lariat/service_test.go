@@ -70,13 +70,19 @@ func serve(t testing.TB, ns *netnstest.NS, binary, host, underlay string, args .
 	}
 	go func() { s.cmd.Wait(); close(s.done) }()
 	t.Cleanup(func() { s.stop(); os.RemoveAll(dir) })
+	s.await(t, func(v *metadata.Snapshot) bool { _, ok := v.Host(host); return ok })
+	return s
+}
+
+// await waits until this host's view is so. The watch retries until the service answers, so it serves to wait for that too.
+func (s *service) await(t testing.TB, so func(*metadata.Snapshot) bool) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	// The watch retries until the service answers: an event rather than a sleep.
-	found := errors.New("found")
-	err = metadata.Client{Socket: s.socket}.Watch(ctx, func(v *metadata.Snapshot) error {
-		if _, ok := v.Host(host); ok {
-			return found
+	seen := errors.New("seen")
+	err := metadata.Client{Socket: s.socket}.Watch(ctx, func(v *metadata.Snapshot) error {
+		if so(v) {
+			return seen
 		}
 		return nil
 	}, func(error) {
@@ -86,11 +92,14 @@ func serve(t testing.TB, ns *netnstest.NS, binary, host, underlay string, args .
 		default:
 		}
 	})
-	if !errors.Is(err, found) {
+	if !errors.Is(err, seen) {
 		s.stop()
-		t.Fatalf("lariat-metadata does not start: %v\n%s", err, s.log.String())
+		t.Fatalf("the service of %s does not come so far: %v\n%s", s.socket, err, s.log.String())
 	}
-	return s
+}
+
+func has(network string) func(*metadata.Snapshot) bool {
+	return func(v *metadata.Snapshot) bool { _, ok := v.Network(network); return ok }
 }
 
 func (s *service) stop() {
@@ -161,13 +170,16 @@ func TestWithRealService(t *testing.T) {
 	if out := h1.must(t, "network", "create", "overlay", "--subnet", "10.42.0.0/16", "--default"); !strings.Contains(out, "network overlay made: 10.42.0.0/16, vxlan, vni 1042, udp 4789") {
 		t.Error(out)
 	}
+	h2.await(t, has("overlay"))
 	h2.refused(t, "is there already", "network", "create", "overlay", "--subnet", "10.44.0.0/16")
 	h2.refused(t, "overlaps subnet 10.42.0.0/16 of network overlay", "network", "create", "other", "--subnet", "10.42.128.0/17")
 	h2.refused(t, "vni 1042 is network overlay's", "network", "create", "other", "--subnet", "10.44.0.0/16", "--vni", "1042")
 	if out := h2.must(t, "network", "create", "backend", "--subnet", "10.43.0.0/16,fd43::/48", "--mtu", "1400", "--direct-routing", "--host-nat=false", "--exclude", "10.43.0.9"); !strings.Contains(out, "vni 1043") {
 		t.Error(out)
 	}
+	h1.await(t, has("backend"))
 	h1.must(t, "network", "update", "backend", "--mtu", "1380", "--exclude", "")
+	h2.await(t, func(v *metadata.Snapshot) bool { n, _ := v.Network("backend"); return n.MTU == 1380 })
 	var n metadata.Network
 	if err := json.Unmarshal([]byte(h2.must(t, "network", "show", "backend", "-o", "json")), &n); err != nil || n.MTU != 1380 || !n.DirectRouting || n.HostNAT || len(n.Exclude) != 0 || n.VNI != 1043 {
 		t.Errorf("%v %+v", err, n)
@@ -176,7 +188,12 @@ func TestWithRealService(t *testing.T) {
 	h1.refused(t, "there is no network nope", "network", "delete", "nope")
 
 	// Addresses.
+	both := func(v *metadata.Snapshot) bool {
+		return len(v.Gateways("overlay", "h1")) == 1 && len(v.Gateways("overlay", "h2")) == 1
+	}
 	web, db := h1.attach(t, "c0ffee0000001111222233334444", "web"), h2.attach(t, "deadbeef000011112222", "db")
+	h1.await(t, both)
+	h2.await(t, both)
 	list := h1.must(t, "ip", "list")
 	for _, want := range []string{web.String(), db.String(), "c0ffee000000/eth0", "deadbeef0000/eth0", "web"} {
 		if !strings.Contains(list, want) {
@@ -261,23 +278,14 @@ func TestWithRealService(t *testing.T) {
 	h1.must(t, "network", "delete", "backend")
 	h1.attach(t, "feed", "late")
 	h1.must(t, "network", "delete", "overlay", "--force")
+	h2.await(t, func(v *metadata.Snapshot) bool { return len(v.Networks) == 0 })
 	if out := h2.must(t, "network", "list", "-o", "json"); strings.TrimSpace(out) != "[]" {
 		t.Error(out)
 	}
 
 	// A host that is gone.
 	h2.stop()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-	defer cancel()
-	gone := errors.New("gone")
-	if err := (metadata.Client{Socket: h1.socket}).Watch(ctx, func(s *metadata.Snapshot) error {
-		if h, _ := s.Host("h2"); !h.Live {
-			return gone
-		}
-		return nil
-	}, nil); !errors.Is(err, gone) {
-		t.Fatal(err)
-	}
+	h1.await(t, func(v *metadata.Snapshot) bool { h, _ := v.Host("h2"); return !h.Live })
 	if out := h1.must(t, "status"); !strings.Contains(out, "host h2 does not answer") || !strings.Contains(out, "remedy: on h2: systemctl status lariat-metadata") || !strings.Contains(out, "2 hosts (1 live)") {
 		t.Error(out)
 	}

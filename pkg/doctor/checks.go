@@ -318,8 +318,12 @@ func (e *examination) features() {
 	if !e.needs("features", e.Features != nil) {
 		return
 	}
+	v6 := true
+	if e.Metadata != nil && e.Metadata.Snapshot != nil {
+		_, v6 = e.overlays()
+	}
 	for _, f := range e.Features {
-		if !f.OK {
+		if !f.OK && (v6 || !f.IPv6) {
 			e.add(Error, "kernel of host "+e.Self, f.Remedy, "the kernel cannot do %s (%s), without which %s", f.Name, f.Detail, f.Need)
 		}
 	}

@@ -122,6 +122,7 @@ func TestF137Findings(t *testing.T) {
 		{"missing feature", func(f *Facts) {
 			f.Features[0] = Feature{Name: "vxlan", Detail: "operation not supported", Need: "hosts cannot tunnel", Remedy: "modprobe vxlan"}
 		}, "features error: the kernel cannot do vxlan (operation not supported), without which hosts cannot tunnel", "modprobe vxlan"},
+		{"missing feature that a network needs for IPv6", func(f *Facts) { f.Features[0] = Feature{Name: "ipv6", IPv6: true} }, "features error: the kernel cannot do ipv6", ""},
 		{"ip_forward off", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/ip_forward"] = "0" }, "forwarding error: the host does not forward IPv4", "sysctl -w net.ipv4.ip_forward=1"},
 		{"IPv6 forwarding off", func(f *Facts) { f.Kernel.Sysctls["net/ipv6/conf/all/forwarding"] = "0" }, "forwarding error: the host does not forward IPv6", "sysctl -w net.ipv6.conf.all.forwarding=1"},
 		{"rp_filter loose, our rule there", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/conf/all/rp_filter"] = "2" }, "rp-filter warning: the reverse path check is loose (2)", "rp_filter=0"},
@@ -185,6 +186,16 @@ func TestF137DoubtIsNoFinding(t *testing.T) {
 	f.Peers[0].Skew, f.Peers[0].RTT = 3*time.Second, 4*time.Second // the way there took long
 	f.Kernel.Forward = append(f.Kernel.Forward, ForwardChain{Name: "x", Both: true, Passes: true})
 	if r := Check(f); len(r.Findings) != 0 {
+		t.Errorf("%+v", r.Findings)
+	}
+}
+
+func TestF137FeatureThatNobodyNeedsIsNoFinding(t *testing.T) {
+	f := healthy(t)
+	f.Features[0] = Feature{Name: "ipv6", IPv6: true}
+	f.Metadata.Snapshot.Networks = f.Metadata.Snapshot.Networks[1:] // IPv4 alone
+	f.Metadata.Snapshot.Blocks, f.Metadata.Snapshot.Endpoints = nil, nil
+	if r := Check(f, "features"); len(r.Findings) != 0 {
 		t.Errorf("%+v", r.Findings)
 	}
 }

@@ -89,6 +89,7 @@ type Feature struct {
 	Detail string // what was tried and how it failed
 	Remedy string
 	Need   string // what does not work without it
+	IPv6   bool   // only networks with IPv6 need it
 }
 
 // Peer is what probing another host told.

@@ -42,7 +42,7 @@ type Gatherer struct {
 	Want    func(*metadata.Snapshot, string) *delta.State
 	Observe func(context.Context, *delta.State) (*delta.State, error)
 
-	Features func() []Feature // what the kernel can do; nil: not looked at
+	Features func() ([]Feature, error) // what the kernel can do
 
 	Probe    bool          // the other hosts
 	EchoPort uint16        // 0: echo.Port
@@ -95,9 +95,10 @@ func (g Gatherer) Gather(ctx context.Context) *Facts {
 	g.MetadataFacts(ctx, f)
 	g.ManagerFacts(ctx, f)
 	if g.Features != nil {
-		f.Features = g.Features()
-	} else {
-		f.NotLooked["features"] = "this build cannot probe the kernel"
+		var err error
+		if f.Features, err = g.Features(); err != nil {
+			f.NotLooked["features"] = err.Error()
+		}
 	}
 	g.kernelFacts(ctx, f)
 	switch {

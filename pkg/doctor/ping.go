@@ -27,7 +27,7 @@ func ping(ctx context.Context, from, to netip.Addr, tries int, timeout time.Dura
 		return fmt.Errorf("ping %s from %s: %w", to, from, err)
 	}
 	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
 	packet := make([]byte, 8+16)
 	packet[0] = request
 	if _, err := rand.Read(packet[4:]); err != nil { // identifier, sequence and payload: what tells our reply from others'
@@ -41,7 +41,9 @@ func ping(ctx context.Context, from, to netip.Addr, tries int, timeout time.Dura
 		if _, err := conn.WriteTo(packet, &net.IPAddr{IP: to.AsSlice()}); err != nil {
 			return fmt.Errorf("ping %s from %s: %w", to, from, err)
 		}
-		conn.SetReadDeadline(time.Now().Add(timeout))
+		if err := conn.SetReadDeadline(time.Now().Add(timeout)); err != nil {
+			return fmt.Errorf("ping %s from %s: %w", to, from, err)
+		}
 		for ctx.Err() == nil {
 			n, _, err := conn.ReadFrom(buf)
 			if errors.Is(err, os.ErrDeadlineExceeded) {

@@ -111,7 +111,7 @@ func (s Server) Listen(ctx context.Context, addr string) (*net.UDPConn, error) {
 // ServeConn answers on a socket from Listen and closes it.
 func (s Server) ServeConn(ctx context.Context, conn *net.UDPConn) error {
 	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.SetReadDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(ctx, func() { _ = conn.SetReadDeadline(time.Unix(1, 0)) })()
 	now := s.Now
 	if now == nil {
 		now = time.Now
@@ -146,7 +146,7 @@ func (s Server) ServeConn(ctx context.Context, conn *net.UDPConn) error {
 		if p[6]&sameSize == 0 {
 			p = p[:MinSize]
 		}
-		conn.WriteToUDPAddrPort(p, from) // an answer that cannot be sent is a lost one: who asked asks again
+		_, _ = conn.WriteToUDPAddrPort(p, from) // an answer that cannot be sent is a lost one: who asked asks again
 	}
 }
 
@@ -202,7 +202,7 @@ func (p Prober) Ask(ctx context.Context, size int, back bool) (Answer, error) {
 		return Answer{}, fmt.Errorf("ask %s: %w", p.Peer, err)
 	}
 	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })()
+	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
 	req := make([]byte, size)
 	copy(req, magic)
 	req[4], req[5] = version, question
@@ -222,7 +222,9 @@ func (p Prober) Ask(ctx context.Context, size int, back bool) (Answer, error) {
 		} else if err != nil {
 			return Answer{}, fmt.Errorf("ask %s: %w", p.Peer, err)
 		}
-		conn.SetReadDeadline(sent.Add(timeout))
+		if err := conn.SetReadDeadline(sent.Add(timeout)); err != nil {
+			return Answer{}, fmt.Errorf("ask %s: %w", p.Peer, err)
+		}
 		for {
 			if ctx.Err() != nil {
 				return Answer{}, fmt.Errorf("ask %s: %w", p.Peer, ctx.Err())
