@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/lariat-net/lariat/pkg/probe"
 )
 
 // TestMain lets the test binary be the bench: the bench runs itself anew inside of its namespaces, and as the ends of traffic.
@@ -31,13 +33,7 @@ func TestQuickRun(t *testing.T) {
 	if !exists(filepath.Join(peers, "bridge")) {
 		t.Skipf("no reference plugins in %s; run `make peers`", peers)
 	}
-	if out, err := exec.Command("unshare", "-Urnm", "true").CombinedOutput(); err != nil && os.Geteuid() != 0 {
-		msg := "this kernel gives an ordinary user no namespaces: " + strings.TrimSpace(string(out))
-		if strings.Contains(","+os.Getenv("REQUIRE")+",", ",userns,") {
-			t.Fatal(msg)
-		}
-		t.Skip(msg)
-	}
+	probe.Need(t, probe.UserNS)
 	bin, err := filepath.Abs(envOr("LARIAT_BIN", "../../bin"))
 	if err != nil {
 		t.Fatal(err)

@@ -54,7 +54,7 @@ func TestMain(m *testing.M) {
 	os.RemoveAll(dir)
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
-		if strings.Contains(","+os.Getenv("REQUIRE")+",", ",root,") {
+		if required("root") {
 			fmt.Fprintln(os.Stderr, "test/runtimes: namespaces:", err)
 			os.Exit(1)
 		}
@@ -140,11 +140,17 @@ func initProcess() (int, error) {
 	}
 }
 
+// required says whether the environment variable REQUIRE names a need, whose absence is a failure then.
+func required(name string) bool {
+	list := "," + os.Getenv("REQUIRE") + ","
+	return strings.Contains(list, ","+name+",") || list == ",all,"
+}
+
 // need skips the test, naming what is missing, or fails it when REQUIRE holds one of the names.
 func need(t *testing.T, names ...string) {
 	t.Helper()
 	var missing []string
-	required := false
+	fatal := false
 	for _, n := range names {
 		ok := false
 		if n == "root" {
@@ -155,12 +161,12 @@ func need(t *testing.T, names ...string) {
 		}
 		if !ok {
 			missing = append(missing, n)
-			required = required || strings.Contains(","+os.Getenv("REQUIRE")+",", ","+n+",")
+			fatal = fatal || required(n)
 		}
 	}
 	switch msg := "needs " + strings.Join(missing, ", "); {
 	case len(missing) == 0:
-	case required:
+	case fatal:
 		t.Fatal(msg + ", and REQUIRE says that it must be here")
 	default:
 		t.Skip(msg)
