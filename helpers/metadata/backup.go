@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
 // backup writes the running store's state into a file that appears only when it is whole.
@@ -24,6 +25,7 @@ func backup(args []string, stdout io.Writer) error {
 	var c config
 	f := pflag.NewFlagSet("lariat-metadata backup", pflag.ContinueOnError)
 	f.StringVar(&c.Socket, "socket", metadata.DefaultSocket, "of the running lariat-metadata")
+	f.StringVar(&c.DataDir, "data-dir", "", "of a lariat-metadata that is stopped, instead of asking a running one")
 	timeout := f.Duration("timeout", 10*time.Minute, "for all of it")
 	f.Usage = func() {
 		fmt.Fprintf(stdout, "lariat-metadata backup [flags] FILE: copy the running store\n\n%s", f.FlagUsages())
@@ -37,29 +39,21 @@ func backup(args []string, stdout io.Writer) error {
 	file := f.Arg(0)
 	ctx, cancel := context.WithTimeout(context.Background(), *timeout)
 	defer cancel()
-	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", c.Socket)
-	}}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lariat/v1/backup", nil)
-	if err != nil {
-		return err
-	}
-	res, err := client.Do(req)
-	if err != nil {
-		return fmt.Errorf("backup: %w; is lariat-metadata running?", err)
-	}
-	defer res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		text, _ := io.ReadAll(io.LimitReader(res.Body, 4096))
-		return fmt.Errorf("backup: %s: %s", res.Status, text)
-	}
 	tmp, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".") // mode 0600
 	if err != nil {
 		return fmt.Errorf("backup: %w", err)
 	}
 	defer os.Remove(tmp.Name()) //nolint:errcheck // renamed by then
 	defer tmp.Close()
-	size, err := io.Copy(tmp, res.Body)
+	if c.DataDir != "" {
+		err = copyStopped(ctx, c.DataDir, tmp)
+	} else {
+		err = copyRunning(ctx, c.Socket, tmp)
+	}
+	if err != nil {
+		return fmt.Errorf("backup: %w", err)
+	}
+	size, err := tmp.Seek(0, io.SeekEnd)
 	if err != nil {
 		return fmt.Errorf("backup %s: %w", file, err)
 	}
@@ -71,6 +65,42 @@ func backup(args []string, stdout io.Writer) error {
 	}
 	fmt.Fprintf(stdout, "%s: %d octets\n", file, size)
 	return nil
+}
+
+// copyRunning asks the service.
+func copyRunning(ctx context.Context, socket string, w io.Writer) error {
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+	}}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lariat/v1/backup", nil)
+	if err != nil {
+		return err
+	}
+	res, err := client.Do(req)
+	if err != nil {
+		return fmt.Errorf("%w; is lariat-metadata running? A stopped one's store is read with --data-dir", err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(res.Body, 4096))
+		return fmt.Errorf("%s: %s", res.Status, text)
+	}
+	_, err = io.Copy(w, res.Body)
+	return err
+}
+
+// copyStopped opens the store, so that what is only in its log so far is in the copy too.
+func copyStopped(ctx context.Context, dir string, w io.Writer) error {
+	if _, err := os.Stat(filepath.Join(dir, "member")); err != nil {
+		return fmt.Errorf("data folder %s: there is no store in it: %w", dir, err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	st, err := store.Open(ctx, store.Embedded{Dir: dir, Prefix: "/", NoListen: true})
+	if err != nil {
+		return err
+	}
+	return errors.Join(st.Backup(ctx, w), st.Close())
 }
 
 // verify checks the SHA-256 that etcd puts behind the pages of its snapshot.

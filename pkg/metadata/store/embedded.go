@@ -35,6 +35,8 @@ type Embedded struct {
 	Existing       bool   // join a cluster that runs already
 	CA, Cert, Key  string // files, for both listeners
 
+	NoListen bool // not even the socket in Dir
+
 	Quota int64 // octets that the data may take; 0: DefaultQuota
 	Log   *slog.Logger
 
@@ -167,9 +169,12 @@ func (c Embedded) etcd() (*embed.Config, error) {
 	cfg.LogLevel = "info"
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = "periodic", "0" // maintain does it, by count
 
-	tls := transport.TLSInfo{TrustedCAFile: c.CA, CertFile: c.Cert, KeyFile: c.Key, ClientCertAuth: true}
+	tls := transport.TLSInfo{TrustedCAFile: c.CA, CertFile: c.Cert, KeyFile: c.Key, ClientCertAuth: true,
+		// Whom the authority signed belongs; that a host of several addresses comes by one that is in its certificate cannot be
+		// had.
+		SkipClientSANVerify: true}
 	client := c.ListenClient
-	if client == "" {
+	if client == "" && !c.NoListen {
 		if s := filepath.Join(c.Dir, "client.sock"); len(s) < 100 {
 			client = "unix://" + s
 		}

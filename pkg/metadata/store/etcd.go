@@ -96,6 +96,25 @@ func (e *Etcd) fault(op, key string, err error) error {
 	return fmt.Errorf("%w: %s %s in %s: %w", kind, op, key, e.where, err)
 }
 
+// patient tries again while the cluster elects a leader, which takes a second or two: then nothing was done, for certain.
+// Other failures leave open what was done, and are the caller's.
+func patient(ctx context.Context, try func() error) error {
+	for wait := 10 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
+		err := try()
+		if err == nil || !(errors.Is(err, rpctypes.ErrNoLeader) || errors.Is(err, rpctypes.ErrLeaderChanged) || errors.Is(err, rpctypes.ErrNotLeader) ||
+			strings.Contains(err.Error(), "raft proposal dropped")) {
+			return err
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return err
+		case <-t.C:
+		}
+	}
+}
+
 func (e *Etcd) observe(op string, start time.Time, err *error) {
 	if e.Observe != nil {
 		e.Observe(op, time.Since(start), *err)
@@ -105,7 +124,11 @@ func (e *Etcd) observe(op string, start time.Time, err *error) {
 // Get implements Store.
 func (e *Etcd) Get(ctx context.Context, key string) (_ Entry, err error) {
 	defer e.observe("get", time.Now(), &err)
-	r, err := e.client.Get(ctx, e.prefix+key)
+	var r *clientv3.GetResponse
+	err = patient(ctx, func() error {
+		r, err = e.client.Get(ctx, e.prefix+key)
+		return err
+	})
 	if err != nil {
 		return Entry{}, e.fault("read", key, err)
 	}
@@ -131,7 +154,11 @@ func (e *Etcd) List(ctx context.Context, prefix string) (_ []Entry, _ int64, err
 		if revision != 0 {
 			opts = append(opts, clientv3.WithRev(revision))
 		}
-		r, err := e.client.Get(ctx, from, opts...)
+		var r *clientv3.GetResponse
+		err = patient(ctx, func() error {
+			r, err = e.client.Get(ctx, from, opts...)
+			return err
+		})
 		if err != nil {
 			return nil, 0, e.fault("list", prefix, err)
 		}
@@ -215,7 +242,11 @@ func (e *Etcd) txn(ctx context.Context, changes []Change) (ok bool, revision int
 		}
 	}
 	for {
-		r, err := e.client.Txn(ctx).If(cmps...).Then(ops...).Commit()
+		var r *clientv3.TxnResponse
+		err = patient(ctx, func() error {
+			r, err = e.client.Txn(ctx).If(cmps...).Then(ops...).Commit()
+			return err
+		})
 		if errors.Is(err, rpctypes.ErrNoSpace) && e.mend(ctx) {
 			continue
 		}
