@@ -156,8 +156,12 @@ type iperf struct {
 func runIperf(ns *namespace, address string, seconds float64, args ...string) (*iperf, error) {
 	var out []byte
 	err := ns.Do(func() (err error) {
-		// iperf3 takes no fraction below a second, so time is rounded up.
-		cmd := exec.Command("iperf3", append([]string{"-c", address, "-J", "-t", strconv.Itoa(max(1, int(seconds+0.5)))}, args...)...)
+		// iperf3 takes no fraction of a second; a run below one is bounded by what it sends.
+		limit := []string{"-t", strconv.Itoa(int(seconds + 0.5))}
+		if seconds < 0.5 {
+			limit = []string{"-n", "1M"}
+		}
+		cmd := exec.Command("iperf3", slices.Concat([]string{"-c", address, "-J"}, limit, args)...)
 		out, err = cmd.Output()
 		return err
 	})
