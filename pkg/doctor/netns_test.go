@@ -55,7 +55,7 @@ func examine(file string) error {
 	f.Self = f.Metadata.Snapshot.Self
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	g := Gatherer{Want: want, Probe: true, Timeout: 150 * time.Millisecond, Observe: func(ctx context.Context, s *delta.State) (*delta.State, error) {
+	g := Gatherer{Want: want, Probe: true, Timeout: 300 * time.Millisecond, Observe: func(ctx context.Context, s *delta.State) (*delta.State, error) {
 		k, err := kernel.New()
 		if err != nil {
 			return nil, err
