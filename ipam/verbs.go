@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"net"
 	"net/netip"
 	"slices"
@@ -173,6 +172,5 @@ func gc(ctx context.Context, r *cni.Request) error {
 	if r.Valid == nil {
 		return nil
 	}
-	_, err = c.book.Collect(ctx, c.network, *r.Valid)
-	return errors.Join(err)
+	return c.book.Collect(ctx, c.network, *r.Valid)
 }

@@ -129,9 +129,9 @@ func (b Book) Check(ctx context.Context, network string, id metadata.AttachmentI
 	return a, nil
 }
 
-// Collect releases every attachment of the network on this host that valid does not list, by the service and by the journal,
-// and returns those that the journal held, for their interfaces to be removed. It goes on after errors.
-func (b Book) Collect(ctx context.Context, network string, valid []metadata.AttachmentID) (gone []metadata.AttachmentID, err error) {
+// Collect releases every attachment of the network on this host that valid does not list, those of the journal and those that the
+// service alone knows. Their interfaces must be gone. It goes on after errors.
+func (b Book) Collect(ctx context.Context, network string, valid []metadata.AttachmentID) error {
 	keep := make(map[metadata.AttachmentID]bool, len(valid))
 	for _, id := range valid {
 		keep[id] = true
@@ -151,14 +151,13 @@ func (b Book) Collect(ctx context.Context, network string, valid []metadata.Atta
 			errs = append(errs, fmt.Errorf("release %s: %w", r.AttachmentID, err))
 		}
 		unlock()
-		gone = append(gone, r.AttachmentID)
 	}
 	// What a killed ADD allocated and did not come to note is known to the service alone. When it is away the manager will
 	// find it later.
 	if _, err := b.Client.GC(ctx, network, valid); err != nil && !errors.Is(err, metadata.ErrUnreachable) && !metadata.IsCode(err, metadata.CodeNotFound) {
 		errs = append(errs, err)
 	}
-	return gone, errors.Join(errs...)
+	return errors.Join(errs...)
 }
 
 // Same reports whether an attachment holds exactly these addresses.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -424,19 +425,34 @@ func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
 		return join(append(errs, cni.Errorf(cni.ErrKernel, "%w", err)))
 	}
 	defer k.Close()
-	ports, err := k.Ports(ctx)
+	names, err := c.unlisted(ctx, k)
 	errs = append(errs, err)
-	var names []string
-	for _, port := range ports {
-		id := metadata.AttachmentID{ContainerID: port.Alias.ContainerID, IfName: port.Alias.IfName}
-		if port.Alias.Network == r.Conf.Name && !slices.Contains(*r.Valid, id) {
-			names = append(names, port.Name)
-		}
-	}
 	if err := k.DelPorts(ctx, names); err != nil {
 		// Their addresses are in use still: nothing is released this time.
 		return join(append(errs, fmt.Errorf("remove %d ports: %w", len(names), err)))
 	}
-	_, err = c.book.Collect(ctx, r.Conf.Name, *r.Valid)
-	return join(append(errs, err))
+	return join(append(errs, c.book.Collect(ctx, r.Conf.Name, *r.Valid)))
+}
+
+// unlisted are the host ends of this network's ports that the list does not name: by their alias, and, for one whose ADD was killed
+// before it had an alias, by the journal.
+func (c *call) unlisted(ctx context.Context, k kernel.Kernel) ([]string, error) {
+	keep := make(map[string]bool, len(*c.Valid))
+	for _, id := range *c.Valid {
+		keep[attach.HostName(id)] = true
+	}
+	ports, err := k.Ports(ctx)
+	records, jerr := c.book.Journal.List(c.Conf.Name)
+	drop := map[string]bool{}
+	for _, p := range ports {
+		if p.Alias.Network == c.Conf.Name && !keep[p.Name] {
+			drop[p.Name] = true
+		}
+	}
+	for _, r := range records {
+		if name := attach.HostName(r.AttachmentID); !keep[name] {
+			drop[name] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(drop)), errors.Join(err, jerr)
 }
