@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -82,7 +83,7 @@ func manage(conf config, log *slog.Logger) error {
 	}
 	defer server.Close()
 	if conf.probe {
-		go answerProbes(ctx, m, log)
+		m.OnView = (&responder{ctx: ctx, view: m.View, log: log}).follow
 	}
 	daemon.SdNotify(false, daemon.SdNotifyReady)
 	go watchdog(ctx)
@@ -128,40 +129,62 @@ func watchdog(ctx context.Context) {
 	}
 }
 
-// answerProbes serves "lariat doctor" of other hosts, on this host's underlay address, and moves with it.
-func answerProbes(ctx context.Context, m *reconcile.Manager, log *slog.Logger) {
-	t := time.NewTicker(time.Second)
-	defer t.Stop()
+// responder answers "lariat doctor" of the cluster's other hosts on this host's underlay address, and moves with it.
+type responder struct {
+	ctx  context.Context
+	view func() *metadata.Snapshot
+	log  *slog.Logger
+	addr netip.Addr
+	stop context.CancelFunc
+}
+
+// follow is called with each new view, one at a time.
+func (r *responder) follow(s *metadata.Snapshot) {
+	me, _ := s.Host(s.Self)
+	addr := me.UnderlayAddr()
+	if addr == r.addr {
+		return
+	}
+	if r.stop != nil {
+		r.stop()
+	}
+	r.addr = addr
+	if !addr.IsValid() {
+		return
+	}
+	var ctx context.Context
+	ctx, r.stop = context.WithCancel(r.ctx)
+	go r.serve(ctx, addr)
+}
+
+func (r *responder) serve(ctx context.Context, addr netip.Addr) {
+	const again = 5 * time.Second
 	for {
-		if s := m.View(); s != nil {
-			if me, ok := s.Host(s.Self); ok && me.UnderlayAddr().IsValid() {
-				serving, cancel := context.WithCancel(ctx)
-				addr := me.UnderlayAddr()
-				go func() {
-					defer cancel()
-					for {
-						select {
-						case <-serving.Done():
-							return
-						case <-t.C:
-						}
-						if now, ok := m.View().Host(m.View().Self); ok && now.UnderlayAddr() != addr {
-							return
-						}
-					}
-				}()
-				if err := echo.Serve(serving, addr); err != nil && serving.Err() == nil {
-					log.Debug("doctor's probes are not answered", "address", addr, "error", err)
-				}
-				cancel()
-			}
+		err := echo.Server{Allow: r.known}.Serve(ctx, netip.AddrPortFrom(addr, echo.Port).String())
+		if ctx.Err() != nil {
+			return
 		}
+		r.log.Debug("doctor's probes are not answered", "address", addr, "error", err)
+		t := time.NewTimer(again)
 		select {
 		case <-ctx.Done():
+			t.Stop()
 			return
 		case <-t.C:
 		}
 	}
+}
+
+// known reports whether an address is a host's of the cluster: nobody else is answered.
+func (r *responder) known(a netip.Addr) bool {
+	for _, h := range r.view().Hosts {
+		for _, u := range h.Underlay {
+			if u.Address.Addr() == a {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // handler tells health, metrics and the state that is wanted.

@@ -17,6 +17,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/kernel/iptables"
 	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/plan"
 )
 
 // Manager keeps one host's kernel equal to the metadata.
@@ -33,6 +34,9 @@ type Manager struct {
 	// MetadataAddress is put on the loopback device, for containers and host processes to reach the metadata tree by; the zero
 	// Addr leaves it out.
 	MetadataAddress netip.Addr
+
+	// OnView, when not nil, is called with each view as it comes into force.
+	OnView func(*metadata.Snapshot)
 
 	view     atomic.Pointer[metadata.Snapshot]
 	mu       sync.Mutex
@@ -84,6 +88,9 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	err := m.Client.Watch(ctx, func(s *metadata.Snapshot) error {
 		first := m.view.Swap(s) == nil
 		m.watched(nil)
+		if m.OnView != nil {
+			m.OnView(s)
+		}
 		overlay.Trigger()
 		forward.Trigger()
 		if first {
@@ -139,7 +146,7 @@ func (m *Manager) Desired(s *metadata.Snapshot) *delta.State {
 	if m.MetadataAddress.IsValid() {
 		own.Addrs[delta.Addr{Dev: "lo", Prefix: netip.PrefixFrom(m.MetadataAddress, m.MetadataAddress.BitLen())}] = struct{}{}
 	}
-	return delta.Merge(Desired(s, s.Self), own)
+	return delta.Merge(plan.Desired(s, s.Self), own)
 }
 
 // overlay is one pass over everything that the planners want.
