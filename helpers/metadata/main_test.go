@@ -443,7 +443,7 @@ func TestF146_OneStoreToThreeAndBack(t *testing.T) {
 	// One member lost: writes go on, the leader or not.
 	start := time.Now()
 	hosts := []string{"h1", "h2", "h3"}
-	leader := slices.IndexFunc(hosts, func(h string) bool { return strings.Contains(w.running[h].metrics(t), "lariat_store_leader 1") })
+	leader := slices.IndexFunc(hosts, func(h string) bool { return strings.Contains(w.running[h].metrics(t), "\nlariat_store_leader 1\n") })
 	if leader < 0 {
 		t.Fatal("nobody leads")
 	}

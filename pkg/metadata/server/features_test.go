@@ -474,7 +474,7 @@ func TestF129_ExhaustionIsVisible(t *testing.T) {
 		t.Errorf("%+v", st.Usage)
 	}
 	text := metricsText(n)
-	for _, line := range []string{`lariat_addresses_free{network="lan",subnet="10.42.0.0/28"} 0`, `lariat_addresses_used{network="lan",subnet="10.42.0.0/28"} 13`, `lariat_store_leader 1`} {
+	for _, line := range []string{`lariat_addresses_free{network="lan",subnet="10.42.0.0/28"} 0`, `lariat_addresses_used{network="lan",subnet="10.42.0.0/28"} 13`, "\nlariat_store_leader 1\n"} {
 		if !strings.Contains(text, line) {
 			t.Errorf("no %s in\n%s", line, text)
 		}

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -193,36 +194,52 @@ func (e *Etcd) Write(ctx context.Context, changes ...Change) []Result {
 			}
 			to++
 		}
-		e.write(ctx, changes[from:to], results[from:to])
+		e.write(ctx, changes[from:to], results[from:to], false)
 		from = to
 	}
 	return results
 }
 
 // write tries all in one transaction: one proposal, one fsync. Only when a condition fails are they tried each alone.
-func (e *Etcd) write(ctx context.Context, changes []Change, results []Result) {
-	ok, revision, err := e.txn(ctx, changes)
+func (e *Etcd) write(ctx context.Context, changes []Change, results []Result, unsure bool) {
+	ok, lost, revision, err := e.txn(ctx, changes)
+	unsure = unsure || lost
 	if err == nil && !ok && len(changes) > 1 {
 		var wg sync.WaitGroup
 		for i := range changes {
-			wg.Go(func() { e.write(ctx, changes[i:i+1], results[i:i+1]) })
+			wg.Go(func() { e.write(ctx, changes[i:i+1], results[i:i+1], unsure) })
 		}
 		wg.Wait()
 		return
 	}
 	if err == nil && !ok {
 		err = fmt.Errorf("%s: %w", changes[0].Key, ErrConflict)
+		if unsure {
+			// What is in the way may be our own first try.
+			now, gerr := e.Get(ctx, changes[0].Key)
+			switch {
+			case gerr == nil && changes[0].Value != nil && bytes.Equal(now.Value, changes[0].Value):
+				revision, err = now.Revision, nil
+			case errors.Is(gerr, ErrNotFound) && changes[0].Value == nil:
+				err = nil
+			}
+		}
 	}
 	for i := range results {
 		results[i] = Result{Revision: revision, Err: err}
 	}
 }
 
-func (e *Etcd) txn(ctx context.Context, changes []Change) (ok bool, revision int64, err error) {
+// firstTry bounds how long the first of several tries of a conditional write takes. While a leader is lost and not yet missed
+// (a second), followers send it what they are asked to write, and nobody ever answers.
+const firstTry = 1200 * time.Millisecond
+
+// txn reports whether the conditions held, and whether an earlier try may have been done although nobody answered.
+func (e *Etcd) txn(ctx context.Context, changes []Change) (ok, unsure bool, revision int64, err error) {
 	defer e.observe("write", time.Now(), &err)
 	if p := e.problem.Load(); p != nil && e.member != nil {
 		if err := e.member.room(); err != nil {
-			return false, 0, fmt.Errorf("%w: %w", ErrUnavailable, err)
+			return false, false, 0, fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}
 	}
 	cmps := make([]clientv3.Cmp, 0, len(changes))
@@ -241,20 +258,30 @@ func (e *Etcd) txn(ctx context.Context, changes []Change) (ok bool, revision int
 			ops = append(ops, clientv3.OpPut(key, string(c.Value)))
 		}
 	}
-	for {
+	for limit := firstTry; ; limit *= 2 {
+		try, cancel := ctx, context.CancelFunc(func() {})
+		if len(cmps) == len(changes) { // a condition makes a second try harmless
+			try, cancel = context.WithTimeout(ctx, limit)
+		}
 		var r *clientv3.TxnResponse
-		err = patient(ctx, func() error {
-			r, err = e.client.Txn(ctx).If(cmps...).Then(ops...).Commit()
+		err = patient(try, func() error {
+			r, err = e.client.Txn(try).If(cmps...).Then(ops...).Commit()
 			return err
 		})
+		expired := try.Err() != nil
+		cancel()
+		if err != nil && expired && ctx.Err() == nil {
+			unsure = true
+			continue
+		}
 		if errors.Is(err, rpctypes.ErrNoSpace) && e.mend(ctx) {
 			continue
 		}
 		e.writes.Add(1)
 		if err != nil {
-			return false, 0, e.fault("write", changes[0].Key, err)
+			return false, unsure, 0, e.fault("write", changes[0].Key, err)
 		}
-		return r.Succeeded, r.Header.Revision, nil
+		return r.Succeeded, unsure, r.Header.Revision, nil
 	}
 }
 
