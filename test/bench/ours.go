@@ -139,6 +139,46 @@ func (b *bench) ours(c *contender, dir string, s setup) error {
 	return nil
 }
 
+// roundTrips measures what an ADD and a DEL wait for the metadata service, durable write included, without any plugin.
+func (b *bench) roundTrips(n int) error {
+	if !b.oursHere {
+		return nil
+	}
+	attach := &series{Section: "start", Scenario: "parts", Who: "metadata round trip", Op: "attach", Unit: "ms"}
+	release := &series{Section: "start", Scenario: "parts", Who: "metadata round trip", Op: "release", Unit: "ms"}
+	err := b.scope(func() error {
+		host, err := b.underlay()
+		if err != nil {
+			return err
+		}
+		h, err := b.startHost(host, filepath.Join(b.work, host.Name), host.Name, netip.MustParsePrefix("172.16.0.1/12"), "", "")
+		if err != nil {
+			return err
+		}
+		if err := b.define(h, metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("10.64.0.0/16")}}); err != nil {
+			return err
+		}
+		for i := range n + 1 {
+			id := metadata.AttachmentID{ContainerID: fmt.Sprintf("trip%06d", i), IfName: "eth0"}
+			start := time.Now()
+			if _, err := h.client.Attach(b.ctx, networkName, metadata.AttachRequest{ContainerID: id.ContainerID, IfName: id.IfName}); err != nil {
+				return err
+			}
+			middle := time.Now()
+			if err := h.client.Release(b.ctx, networkName, id, 0); err != nil {
+				return err
+			}
+			if i > 0 { // the first claims the block
+				attach.addTime(middle.Sub(start))
+				release.addTime(time.Since(middle))
+			}
+		}
+		return nil
+	})
+	b.rep.add(attach, release)
+	return err
+}
+
 // allocate takes n addresses as so many containers' ADDs would.
 func (b *bench) allocate(h *lariatHost, n int) error {
 	if n == 0 {

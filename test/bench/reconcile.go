@@ -9,7 +9,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
-	"github.com/lariat-net/lariat/pkg/reconcile"
+	"github.com/lariat-net/lariat/pkg/plan"
 )
 
 // peersOf makes up a cluster: hosts on one large underlay, a block for each.
@@ -127,7 +127,7 @@ func (b *bench) reconcileOnce(peers []peer, r *reconciler) error {
 	}
 	snap := snapshotOf(peers)
 	start := time.Now()
-	want := reconcile.Desired(snap, "self")
+	want := plan.Desired(snap, "self")
 	r.plan.addTime(time.Since(start))
 	if len(want.Problems) > 0 {
 		return fmt.Errorf("plan: %s", want.Problems[0])

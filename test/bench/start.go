@@ -64,6 +64,9 @@ func (b *bench) starts() error {
 		durable.addTime(time.Since(start))
 	}
 	b.rep.add(durable)
+	if err := b.roundTrips(n); err != nil {
+		return fmt.Errorf("metadata round trip: %w", err)
+	}
 	return b.ctx.Err()
 }
 
@@ -93,13 +96,14 @@ func writeDurably(dir, name string) error {
 func (r *report) explain() {
 	start := r.find(seriesKey{"start", "VERSION", "empty program", "start"})
 	durable := r.find(seriesKey{"start", "parts", "durable file", "write"})
-	for _, op := range []string{"ADD", "DEL"} {
+	for op, call := range map[string]string{"ADD": "attach", "DEL": "release"} {
+		trip := r.find(seriesKey{"start", "parts", "metadata round trip", call})
 		kernel, ours := r.find(cniKey("plain", "floor", op)), r.find(cniKey("plain", oursName, op))
-		if start == nil || durable == nil || kernel == nil || ours == nil {
+		if start == nil || durable == nil || kernel == nil || ours == nil || trip == nil {
 			continue
 		}
-		floor := start.P50 + kernel.P50 + durable.P50
-		r.note("an %s of ours takes %s ms; its floor is %s: a Go process %s, the kernel's work %s, one durable record %s",
-			op, number(ours.P50), number(floor), number(start.P50), number(kernel.P50), number(durable.P50))
+		floor := start.P50 + kernel.P50 + durable.P50 + trip.P50
+		r.note("%s: ours takes %s ms; its parts alone are %s: a Go process %s, the kernel's work %s, the journal's durable record %s, the metadata round trip with its own durable write %s",
+			op, number(ours.P50), number(floor), number(start.P50), number(kernel.P50), number(durable.P50), number(trip.P50))
 	}
 }
