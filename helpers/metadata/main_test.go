@@ -354,6 +354,77 @@ func TestCorruptionIsNamed(t *testing.T) {
 	}
 }
 
+// Two hosts on the first one's store: a killed host is seen as gone when its lease has run out, its restart at once.
+func TestLivenessFollowsTheLease(t *testing.T) {
+	da, db := shortDir(t), shortDir(t)
+	url := "http://127.0.0.1:" + freePort(t)
+	a := start(t, da, "a", "--listen-client", url).ready(t)
+	b := start(t, db, "b", "--etcd-endpoints", url, "--lease", "2s").ready(t)
+	live := make(chan bool, 100)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	go a.Watch(ctx, func(s *metadata.Snapshot) error { //nolint:errcheck // ends with the context
+		h, ok := s.Host("b")
+		live <- ok && h.Live
+		return nil
+	}, nil)
+	until := func(want bool) {
+		t.Helper()
+		for {
+			select {
+			case got := <-live:
+				if got == want {
+					return
+				}
+			case <-ctx.Done():
+				t.Fatalf("host b never became live=%t", want)
+			}
+		}
+	}
+	until(true)
+	attach(t, b, "c1")
+	b.kill()
+	until(false)
+	b = start(t, db, "b", "--etcd-endpoints", url, "--lease", "2s").ready(t)
+	until(true)
+	if _, err := b.Attachment(ctx, "lan", metadata.AttachmentID{ContainerID: "c1", IfName: "eth0"}); err != nil {
+		t.Error(err)
+	}
+	b.stop(t)
+	until(false)
+
+	// The store's host restarts: the other goes on by itself.
+	b = start(t, db, "b", "--etcd-endpoints", url, "--lease", "2s").ready(t)
+	until(true)
+	a.stop(t)
+	if v, err := b.View(ctx); err != nil || len(v.Hosts) != 2 {
+		t.Errorf("reads go on: %+v %v", v, err)
+	}
+	start(t, da, "a", "--listen-client", url).ready(t)
+	attach(t, b, "c2")
+}
+
+// The tree can be bound before its address exists, and knows containers by their source address.
+func TestTreeListens(t *testing.T) {
+	dir := shortDir(t)
+	port := freePort(t)
+	p := start(t, dir, "a", "--listen-tree", "169.254.169.250:"+port).ready(t)
+	p.stop(t)
+	p = start(t, dir, "a", "--listen-tree", "127.0.0.1:"+port).ready(t)
+	for method, want := range map[string]string{"GET": "200 OK", "POST": "405 Method Not Allowed"} {
+		c, err := net.Dial("tcp", "127.0.0.1:"+port)
+		if err != nil {
+			t.Fatal(err)
+		}
+		fmt.Fprintf(c, "%s /latest/self/host/name HTTP/1.0\r\n\r\n", method)
+		data, _ := io.ReadAll(c)
+		c.Close()
+		if !strings.Contains(string(data), want) || method == "GET" && !strings.HasSuffix(string(data), "\r\n\r\na") {
+			t.Errorf("%s: %s", method, data)
+		}
+	}
+}
+
 func freePort(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -36,6 +36,7 @@ type book struct {
 
 	// Of the runner alone.
 	gen      uint64
+	spoilt   bool // some ledger is stale
 	sequence uint64
 	full     time.Time // other hosts' blocks were all looked through and found full
 	hint     map[bool]*ledger
@@ -254,7 +255,7 @@ func (p *batch) commit(ctx context.Context) (again []*op) {
 	for i, cidr := range order {
 		l := b.tables[cidr]
 		if err := results[i].Err; err != nil {
-			failed[cidr], l.stale = err, true
+			failed[cidr], l.stale, b.spoilt = err, true, true
 			continue
 		}
 		revision := results[i].Revision
@@ -390,7 +391,7 @@ func (b *book) read(ctx context.Context, list []*ledger) error {
 	var errs []error
 	for _, r := range results {
 		if r.err != nil {
-			r.l.stale = true
+			r.l.stale, b.spoilt = true, true
 			errs = append(errs, r.err)
 			continue
 		}
@@ -422,6 +423,10 @@ func (b *book) ledger(ctx context.Context, cidr netip.Prefix, own bool) (*ledger
 // process left half done.
 func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error {
 	if b.loaded && gen == b.gen {
+		if !b.spoilt {
+			return nil
+		}
+		b.spoilt = false
 		var stale []*ledger
 		for _, l := range b.tables {
 			if l.stale {
@@ -483,11 +488,14 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 		}
 		for a := range single {
 			cidr := tableFor(net, a)
-			if b.tables[cidr] == nil {
-				l := &ledger{cidr: cidr, stale: true}
+			l := b.tables[cidr]
+			if l == nil {
+				l = &ledger{cidr: cidr, stale: true}
 				b.mu.Lock()
 				b.tables[cidr] = l
 				b.mu.Unlock()
+			}
+			if l.stale && !slices.Contains(missing, l) {
 				missing = append(missing, l)
 			}
 		}
@@ -853,7 +861,7 @@ func (p *batch) specific(ctx context.Context, out *outcome, a netip.Addr) (*ledg
 func (p *batch) single(ctx context.Context, out *outcome, a netip.Addr, cidr netip.Prefix) (*ledger, error) {
 	b := p.b
 	if l := b.tables[cidr]; l != nil && p.work[cidr] == nil {
-		l.stale = true // others write it
+		l.stale, b.spoilt = true, true // others write it
 	}
 	l, err := b.ledger(ctx, cidr, false)
 	if err != nil {
@@ -1086,7 +1094,7 @@ func (p *batch) borrow(ctx context.Context, out *outcome, subnet netip.Prefix, u
 		for _, blk := range allocate.BorrowOrder(blocks, b.s.cfg.HostName) {
 			for _, cidr := range allocate.TablesOf(blk.CIDR) {
 				if l := b.tables[cidr]; l != nil && p.work[cidr] == nil && p.now.Sub(l.seen) > time.Second {
-					l.stale = true // its owner writes it
+					l.stale, b.spoilt = true, true // its owner writes it
 				}
 				l, err := b.ledger(ctx, cidr, false)
 				if err != nil {
@@ -1170,7 +1178,7 @@ func (b *book) tidy(ctx context.Context, net metadata.Network, before time.Time,
 			if l.revision != 0 {
 				changes = append(changes, store.Change{Key: tableKey(b.network, l.cidr), Revision: l.revision})
 			}
-			l.stale = true
+			l.stale, b.spoilt = true, true
 		}
 		if len(changes) > 0 {
 			ok := true

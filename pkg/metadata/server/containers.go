@@ -69,7 +69,7 @@ func (c *containers) wake() {
 func (c *containers) set(e store.Entry) error {
 	key := strings.TrimPrefix(e.Key, containerPrefix)
 	old, ok := c.objects[key]
-	if ok && old.revision > e.Revision {
+	if ok && (old.revision > e.Revision || old.revision == e.Revision && !e.Deleted) {
 		return nil
 	}
 	if ok && old.UUID != "" && c.uuids[old.UUID] == key {

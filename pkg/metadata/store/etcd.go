@@ -32,8 +32,9 @@ type Etcd struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
-	writes  atomic.Int64 // finished, for "is it busy?"
-	problem atomic.Pointer[string]
+	writes  atomic.Int64           // finished, for "is it busy?"
+	problem atomic.Pointer[string] // the disk is nearly full
+	full    atomic.Pointer[string] // the quota is used up by data in use
 	repair  chan struct{}
 	mendMu  sync.Mutex
 
@@ -356,8 +357,10 @@ func (e *Etcd) Hold(ctx context.Context, ttl time.Duration) (*Lease, error) {
 // Status implements Store.
 func (e *Etcd) Status(ctx context.Context) (Status, error) {
 	var st Status
-	if p := e.problem.Load(); p != nil {
-		st.Problem = *p
+	for _, p := range []*string{e.problem.Load(), e.full.Load()} {
+		if p != nil {
+			st.Problem = *p
+		}
 	}
 	if e.member != nil {
 		e.member.status(&st)

@@ -97,6 +97,10 @@ func (e *Etcd) defragment(force bool) {
 		}
 	}
 	start, before := time.Now(), e.member.etcd.Server.Backend().Size()
+	if free, err := e.member.free(); err == nil && free < e.member.etcd.Server.Backend().SizeInUse()+minFree {
+		e.log.Debug("no room to defragment in", "folder", e.member.dir, "free", free)
+		return
+	}
 	if err := e.member.etcd.Server.Backend().Defrag(); err != nil {
 		e.log.Error("defragmentation failed", "error", e.member.explain(err))
 		return
@@ -116,17 +120,24 @@ func (e *Etcd) mend(ctx context.Context) bool {
 	if len(s.Alarms()) == 0 {
 		return true // someone mended it meanwhile
 	}
-	e.log.Warn("the store is full: dropping history", "folder", e.member.dir, "size", s.Backend().Size(), "inUse", s.Backend().SizeInUse())
+	e.log.Debug("quota used up: dropping history", "folder", e.member.dir, "size", s.Backend().Size(), "inUse", s.Backend().SizeInUse())
 	if err := e.compact(s.KV().Rev()); err != nil {
 		e.log.Error("compaction failed", "error", err)
 		return false
 	}
-	e.defragment(true)
-	if quota := s.Cfg.QuotaBackendBytes; s.Backend().Size() > quota*9/10 {
-		text := fmt.Sprintf("data folder %s: %d MiB of data, the quota is %d MiB; raise --etcd-quota and start again", e.member.dir, s.Backend().Size()>>20, quota>>20)
-		e.log.Error("the store is full", "problem", text)
+	quota := s.Cfg.QuotaBackendBytes
+	if s.Backend().SizeInUse() < quota*9/10 {
+		e.defragment(true)
+	}
+	if s.Backend().Size() > quota*9/10 {
+		text := fmt.Sprintf("data folder %s: %d MiB of data in use, the quota is %d MiB; raise --etcd-quota and start again, or remove what is unused",
+			e.member.dir, s.Backend().SizeInUse()>>20, quota>>20)
+		if e.full.Swap(&text) == nil {
+			e.log.Error("the store is full", "problem", text)
+		}
 		return false
 	}
+	e.full.Store(nil)
 	for _, a := range s.Alarms() {
 		if a.Alarm != pb.AlarmType_NOSPACE {
 			continue

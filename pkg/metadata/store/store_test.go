@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 )
@@ -49,4 +50,146 @@ func TestConditionalWrites(t *testing.T) {
 	if err != nil || len(list) != 200 || rev == 0 {
 		t.Fatal(len(list), rev, err)
 	}
+}
+
+func TestWatchGivesWholeRevisionsAndTellsOfCompaction(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	s := open(t, t.TempDir())
+	defer s.Close()
+	first, err := One(ctx, s, Change{Key: "w/a", Value: []byte("1")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Write(ctx, Change{Key: "w/b", Value: []byte("1")}, Change{Key: "w/c", Value: []byte("1")}, Change{Key: "x", Value: []byte("1")})
+	if _, err := One(ctx, s, Change{Key: "w/b", Revision: Any}); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	stop := errors.New("enough")
+	err = s.Watch(ctx, "w/", first, func(u Update) error {
+		line := ""
+		for _, e := range u.Entries {
+			line += fmt.Sprintf("%s=%s,%t ", e.Key, e.Value, e.Deleted)
+		}
+		if got = append(got, line); len(got) == 2 {
+			return stop
+		}
+		return nil
+	})
+	if !errors.Is(err, stop) || got[0] != "w/b=1,false w/c=1,false " || got[1] != "w/b=,true " {
+		t.Errorf("%q %v", got, err)
+	}
+	now, _ := One(ctx, s, Change{Key: "w/a", Value: []byte("2"), Revision: Any})
+	if err := s.compact(now); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Watch(ctx, "w/", first, func(Update) error { return nil }); !errors.Is(err, ErrCompacted) {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestLeaseTakesItsKeysAlong(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	s := open(t, t.TempDir())
+	defer s.Close()
+	l, err := s.Hold(ctx, 30*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := One(ctx, s, Change{Key: "live", Value: []byte("1"), Lease: l})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e, err := s.Get(ctx, "live"); err != nil || !e.Held {
+		t.Errorf("%+v %v", e, err)
+	}
+	l.Close()
+	stop := errors.New("gone")
+	if err := s.Watch(ctx, "live", r, func(u Update) error {
+		if len(u.Entries) == 1 && u.Entries[0].Deleted {
+			return stop
+		}
+		return nil
+	}); !errors.Is(err, stop) {
+		t.Error(err)
+	}
+}
+
+func TestManyChangesInOneCall(t *testing.T) {
+	ctx := t.Context()
+	s := open(t, t.TempDir())
+	defer s.Close()
+	var changes []Change
+	for i := range 1000 { // more than one transaction of etcd takes, in number and in size
+		changes = append(changes, Change{Key: fmt.Sprintf("k%03d", i), Value: make([]byte, 9000)})
+	}
+	for i, r := range s.Write(ctx, changes...) {
+		if r.Err != nil {
+			t.Fatal(i, r.Err)
+		}
+	}
+	if list, _, err := s.List(ctx, "k"); err != nil || len(list) != 1000 || list[999].Key != "k999" {
+		t.Error(len(list), err)
+	}
+}
+
+func TestQuotaUsedUpMakesRoomByItself(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+	defer cancel()
+	dir := t.TempDir()
+	s, err := Open(ctx, Embedded{Dir: dir, Prefix: "/lariat/v1/", Quota: 16 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	// Old versions of one object fill the quota several times over: history goes, the object stays.
+	revision := int64(0)
+	for i := range 80 {
+		value := make([]byte, 1<<20)
+		copy(value, fmt.Sprint(i))
+		if revision, err = One(ctx, s, Change{Key: "big", Value: value, Revision: revision}); err != nil {
+			t.Fatal(i, err)
+		}
+	}
+	if e, err := s.Get(ctx, "big"); err != nil || string(e.Value[:2]) != "79" {
+		t.Error(err)
+	}
+	// Data that is in use fills it: a clear refusal.
+	for i := range 40 {
+		if _, err = One(ctx, s, Change{Key: fmt.Sprint("keep", i), Value: make([]byte, 1<<20)}); err != nil {
+			break
+		}
+	}
+	if !errors.Is(err, ErrNoSpace) {
+		t.Fatal(err)
+	}
+	st, _ := s.Status(ctx)
+	if st.Problem == "" {
+		t.Error("the status does not say so")
+	}
+	// Room is made by deleting; then it goes on.
+	for i := range 40 {
+		if _, err = One(ctx, s, Change{Key: fmt.Sprint("keep", i), Revision: Any}); err != nil {
+			t.Fatal(i, err)
+		}
+	}
+	if _, err = One(ctx, s, Change{Key: "after", Value: []byte("1")}); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSecondProcessOnTheFolderIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir)
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	if other, err := Open(ctx, Embedded{Dir: dir, Prefix: "/", NoListen: true}); err == nil {
+		other.Close()
+		t.Error("two members on one folder")
+	} else if !strings.Contains(err.Error(), dir) {
+		t.Error(err)
+	}
+	s.Close()
 }
