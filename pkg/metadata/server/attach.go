@@ -25,6 +25,11 @@ func (s *Server) Attach(ctx context.Context, network string, req metadata.Attach
 	if err != nil {
 		return nil, err
 	}
+	if req.WaitSeconds > 0 { // one that holds an address already does not wait for it
+		if _, _, err := s.loaded(ctx, network); err != nil {
+			return nil, err
+		}
+	}
 	object, want, err := s.assigned(ctx, n, &req)
 	if err != nil {
 		return nil, err

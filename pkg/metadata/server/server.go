@@ -134,6 +134,14 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 		}
 	}
 	s.wg.Go(s.keepName)
+	// The first container after a start should not wait for a thousand tables to be read.
+	s.wg.Go(func() {
+		for _, name := range s.view.networkNames() {
+			if _, _, err := s.loaded(s.stopping, name); err != nil {
+				s.log.Debug("tables not read ahead", "network", name, "error", err)
+			}
+		}
+	})
 	s.wg.Go(s.housekeeping)
 	return s, nil
 }

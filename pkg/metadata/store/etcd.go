@@ -291,6 +291,23 @@ func (e *Etcd) Watch(ctx context.Context, prefix string, after int64, fn func(Up
 	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
 	ch := e.client.Watch(ctx, e.prefix+prefix, clientv3.WithPrefix(), clientv3.WithRev(after+1), clientv3.WithProgressNotify())
+	if e.member == nil {
+		// The embedded member tells every ten seconds that it is there; another etcd is asked to.
+		go func() {
+			t := time.NewTicker(10 * time.Second)
+			defer t.Stop()
+			for {
+				select {
+				case <-ctx.Done():
+					return
+				case <-t.C:
+					if err := e.client.RequestProgress(ctx); err != nil {
+						return
+					}
+				}
+			}
+		}()
+	}
 	for r := range ch {
 		if r.CompactRevision != 0 {
 			return fmt.Errorf("watch %s from revision %d: %w", prefix, after, ErrCompacted)
