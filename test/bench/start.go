@@ -6,6 +6,9 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 // starts measures what it takes to start an executable, by the cheapest verb, against an empty Go program.
@@ -64,6 +67,9 @@ func (b *bench) starts() error {
 		durable.addTime(time.Since(start))
 	}
 	b.rep.add(durable)
+	if err := b.linkRemoval(max(5, n/10)); err != nil {
+		return fmt.Errorf("link removal: %w", err)
+	}
 	if err := b.roundTrips(n); err != nil {
 		return fmt.Errorf("metadata round trip: %w", err)
 	}
@@ -92,11 +98,56 @@ func writeDurably(dir, name string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
+// linkRemoval measures what the kernel does when a veth pair is deleted: when it says that the link is gone, and when the call
+// that asked for it returns. Between the two it waits for others to let go of what was freed (netdev_run_todo), without any lock.
+func (b *bench) linkRemoval(n int) error {
+	gone := &series{Section: "start", Scenario: "parts", Who: "link removal", Op: "until it is gone", Unit: "ms"}
+	returned := &series{Section: "start", Scenario: "parts", Who: "link removal", Op: "until the call returns", Unit: "ms"}
+	events, done := make(chan netlink.LinkUpdate, 64), make(chan struct{})
+	defer close(done)
+	if err := netlink.LinkSubscribe(events, done); err != nil {
+		return err
+	}
+	for range n {
+		veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "gone0"}, PeerName: "gone1"}
+		if err := netlink.LinkAdd(veth); err != nil {
+			return err
+		}
+		if err := netlink.LinkSetUp(veth); err != nil {
+			return err
+		}
+		start := time.Now()
+		result := make(chan error, 1)
+		var took time.Duration
+		go func() {
+			err := netlink.LinkDel(veth)
+			took = time.Since(start)
+			result <- err
+		}()
+		for removed := false; !removed; {
+			select {
+			case e := <-events:
+				removed = e.Header.Type == unix.RTM_DELLINK && e.Attrs().Name == veth.Name
+			case <-time.After(10 * time.Second):
+				return errors.New("the kernel did not tell of a removed link within 10 s")
+			}
+		}
+		gone.addTime(time.Since(start))
+		if err := <-result; err != nil {
+			return err
+		}
+		returned.addTime(took)
+	}
+	b.rep.add(gone, returned)
+	return nil
+}
+
 // explain says what an ADD and a DEL are made of, so that a target that was missed can be judged by how near the floor it is.
 func (r *report) explain() {
 	start := r.find(seriesKey{"start", "VERSION", "empty program", "start"})
 	durable := r.find(seriesKey{"start", "parts", "durable file", "write"})
-	for op, call := range map[string]string{"ADD": "attach", "DEL": "release"} {
+	for _, pair := range [][2]string{{"ADD", "attach"}, {"DEL", "release"}} {
+		op, call := pair[0], pair[1]
 		trip := r.find(seriesKey{"start", "parts", "metadata round trip", call})
 		kernel, ours := r.find(cniKey("plain", "floor", op)), r.find(cniKey("plain", oursName, op))
 		if start == nil || durable == nil || kernel == nil || ours == nil || trip == nil {
