@@ -118,15 +118,29 @@ func TestF141SettledPassWritesNothing(t *testing.T) {
 		}
 	})
 	var log bytes.Buffer
-	for _, k := range []*kernel.Netns{k, k, openKernel(t, ns)} {
-		k.Log = slog.New(slog.NewTextHandler(&log, nil))
-		if d := reconcile(t, k, want); !d.Empty() {
-			t.Errorf("a settled kernel still differs:\n%s", d)
+	passes := []*kernel.Netns{k, k, openKernel(t, ns)}
+	// The kernel tells of an IPv6 address some time after it was set, from a work queue: that is not the passes' doing, and
+	// comes once. So one round of several must be silent.
+	var e kernel.Event
+	for round := range 5 {
+		for _, k := range passes {
+			k.Log = slog.New(slog.NewTextHandler(&log, nil))
+			if d := reconcile(t, k, want); !d.Empty() {
+				t.Errorf("a settled kernel still differs:\n%s", d)
+			}
+		}
+		marker := fmt.Sprintf("203.0.113.%d/32", round+1)
+		ns.Up(t, "lo", marker)
+		silent := kernel.Event{Kind: kernel.EventAddr, Name: "lo"}
+		if e = <-events; e == silent {
+			break
+		}
+		for next := e; next != silent; {
+			next = <-events
 		}
 	}
-	ns.Up(t, "lo", "203.0.113.1/32")
-	if e := <-events; e != (kernel.Event{Kind: kernel.EventAddr, Name: "lo"}) {
-		t.Errorf("the passes made the event %v", e)
+	if e != (kernel.Event{Kind: kernel.EventAddr, Name: "lo"}) {
+		t.Errorf("the passes made the event %v, every time", e)
 	}
 	if log.Len() > 0 {
 		t.Errorf("the passes logged %s", log.String())
