@@ -188,6 +188,9 @@ const (
 	procMagic = 0x9fa0
 )
 
+// nsGetType is NS_GET_NSTYPE of linux/nsfs.h.
+const nsGetType = 0xb703
+
 // checkNetns refuses what is no namespace, and the plugin's own, before the act.
 func checkNetns(path string) error {
 	ino, err := NetnsInode(path)
@@ -196,6 +199,17 @@ func checkNetns(path string) error {
 	}
 	if own, err := NetnsInode("/proc/thread-self/ns/net"); err == nil && own == ino {
 		return Errorf(ErrNetns, "CNI_NETNS %s is the network namespace that the plugin itself runs in", path)
+	}
+	// Files of every kind of namespace are on the same file system. lariat-ipam never enters the one it is told, so it
+	// would give addresses to a uts namespace.
+	f, err := os.Open(path)
+	if err != nil {
+		return Errorf(ErrNetns, "CNI_NETNS: %w", err)
+	}
+	defer f.Close()
+	kind, _, errno := syscall.Syscall(syscall.SYS_IOCTL, f.Fd(), nsGetType, 0)
+	if errno == 0 && kind != syscall.CLONE_NEWNET { // before Linux 4.11 nobody can tell
+		return Errorf(ErrNetns, "CNI_NETNS %s is a namespace, but not one of network", path)
 	}
 	return nil
 }
