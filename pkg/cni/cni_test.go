@@ -20,7 +20,6 @@ import (
 )
 
 type conf struct {
-	cni.Conf
 	MTU  int `json:"mtu,omitempty"`
 	IPAM struct {
 		Type        string `json:"type"`

@@ -7,7 +7,7 @@ import (
 	"strings"
 )
 
-// Decode reads a plugin's own configuration. Outside of DEL and GC, which must not fail for a word, a key that the struct
+// Decode reads a plugin's own keys, which stand beside those of Conf. Outside of DEL and GC, which must not fail for a word, a key that the struct
 // does not know is an error that names it and the nearest one that it knows.
 func Decode[T any](r *Request) (T, error) {
 	var conf T
@@ -17,7 +17,7 @@ func Decode[T any](r *Request) (T, error) {
 	if r.Command == "DEL" || r.Command == "GC" {
 		return conf, nil
 	}
-	return conf, unknownKeys(r.Stdin, reflect.TypeFor[T](), "")
+	return conf, unknownKeys(r.Stdin, "", reflect.TypeFor[T](), reflect.TypeFor[Conf]())
 }
 
 // DecodeBlock does the same for a part of it, as the ipam block.
@@ -29,17 +29,19 @@ func DecodeBlock[T any](r *Request, raw json.RawMessage, path string) (T, error)
 	if r.Command == "DEL" || r.Command == "GC" {
 		return conf, nil
 	}
-	return conf, unknownKeys(raw, reflect.TypeFor[T](), path+".")
+	return conf, unknownKeys(raw, path+".", reflect.TypeFor[T]())
 }
 
 // unknownKeys looks at one level, and into nested structs; maps, raw messages and what runtimes fill in are free.
-func unknownKeys(data []byte, t reflect.Type, path string) error {
+func unknownKeys(data []byte, path string, types ...reflect.Type) error {
 	var doc map[string]json.RawMessage
 	if json.Unmarshal(data, &doc) != nil {
 		return nil
 	}
 	known := map[string]reflect.Type{}
-	collect(t, known)
+	for _, t := range types {
+		collect(t, known)
+	}
 	for _, key := range slices.Sorted(mapKeys(doc)) {
 		field, ok := known[key]
 		if !ok {
@@ -56,7 +58,7 @@ func unknownKeys(data []byte, t reflect.Type, path string) error {
 			field = field.Elem()
 		}
 		if field.Kind() == reflect.Struct && !field.Implements(reflect.TypeFor[json.Unmarshaler]()) {
-			if err := unknownKeys(doc[key], field, path+key+"."); err != nil {
+			if err := unknownKeys(doc[key], path+key+".", field); err != nil {
 				return err
 			}
 		}

@@ -33,7 +33,7 @@ type Request struct {
 	Valid       *[]metadata.AttachmentID // GC: nil when the runtime sent no list, which frees nothing
 }
 
-// Conf is what the spec puts into every plugin's configuration. Plugins embed it.
+// Conf is what the spec puts into every plugin's configuration.
 type Conf struct {
 	CNIVersion   string          `json:"cniVersion"`
 	Name         string          `json:"name"`

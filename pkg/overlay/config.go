@@ -13,10 +13,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/mtu"
 )
 
-// Config is a main plugin's configuration. Everything about the network itself comes from metadata by its name, so hosts share
-// one file.
+// Config is what a main plugin's configuration has beyond cni.Conf. Everything about the network itself comes from metadata by
+// its name, so hosts share one file.
 type Config struct {
-	cni.Conf
 	IPAM            json.RawMessage `json:"ipam"`
 	Socket          string          `json:"socket,omitempty"`          // of the metadata service
 	StateDir        string          `json:"stateDir,omitempty"`        // where the journal is

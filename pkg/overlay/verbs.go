@@ -232,7 +232,7 @@ func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.Por
 }
 
 func (c *call) result(p delta.Port, fromIPAM *current.Result) *current.Result {
-	res := &current.Result{CNIVersion: current.ImplementedSpecVersion, DNS: c.conf.DNS, Interfaces: []*current.Interface{
+	res := &current.Result{CNIVersion: current.ImplementedSpecVersion, DNS: c.Conf.DNS, Interfaces: []*current.Interface{
 		{Name: p.HostName, Mac: p.HostMAC.String(), Mtu: p.MTU},
 		{Name: p.IfName, Mac: p.MAC.String(), Mtu: p.MTU, Sandbox: c.Netns},
 	}}
@@ -262,7 +262,7 @@ func (c *call) result(p delta.Port, fromIPAM *current.Result) *current.Result {
 	if c.ipam.DNS != nil && empty() {
 		res.DNS = *c.ipam.DNS
 	}
-	if d := c.conf.RuntimeConfig.DNS; d != nil {
+	if d := c.Conf.RuntimeConfig.DNS; d != nil {
 		res.DNS = types.DNS{Nameservers: d.Servers, Search: d.Searches, Options: d.Options}
 	}
 	return res
