@@ -96,8 +96,8 @@ type outcome struct {
 	touched    map[netip.Prefix]bool
 	containers map[string]func(*metadata.Container) bool // by key: how it changes the object
 	announced  []netip.Addr
-	withdraw   []netip.Addr
-	failure    error // the op fails with it once its earlier half is undone
+	freed      map[netip.Prefix][]allocate.Entry // by table
+	failure    error                             // the op fails with it once its earlier half is undone
 }
 
 // batch is the work between two writes.
@@ -106,6 +106,7 @@ type batch struct {
 	net        metadata.Network
 	now        time.Time
 	work       map[netip.Prefix]*allocate.Table
+	base       map[netip.Prefix]int64         // revision of the table that work was copied from: what its write depends on
 	containers map[string]*metadata.Container // nil value: delete
 	revisions  map[string]int64
 	outcomes   []*outcome
@@ -194,16 +195,21 @@ func (b *book) batch(ops []*op) (again []*op) {
 		return fail(err)
 	}
 	p := &batch{b: b, net: net, now: b.s.now(), work: map[netip.Prefix]*allocate.Table{},
-		containers: map[string]*metadata.Container{}, revisions: map[string]int64{},
+		base: map[netip.Prefix]int64{}, containers: map[string]*metadata.Container{}, revisions: map[string]int64{},
 		pending: map[metadata.AttachmentID][]netip.Prefix{}}
 	for _, o := range ops {
-		out := &outcome{op: o, touched: map[netip.Prefix]bool{}, containers: map[string]func(*metadata.Container) bool{}}
+		out := &outcome{op: o, touched: map[netip.Prefix]bool{}, containers: map[string]func(*metadata.Container) bool{}, freed: map[netip.Prefix][]allocate.Entry{}}
 		if err := p.plan(ctx, out); err != nil {
 			b.withdraw(ctx, out.announced)
 			out.announced, out.failure = nil, err
 			if o.kind == opAttach { // all families or none: what an earlier try wrote goes back
 				half := slices.DeleteFunc(p.mine(o.id), func(e allocate.Entry) bool { return !slices.Contains(o.taken, e.Sequence) })
 				p.planRelease(out, half, 0)
+				if o.tries > 0 && len(p.mine(o.id)) == 0 {
+					p.changeContainer(out, b.s.cfg.HostName+"/"+o.id.ContainerID, func(c *metadata.Container) bool {
+						return detachContainer(c, b.network, o.id.IfName)
+					})
+				}
 			}
 		}
 		if len(out.touched) == 0 && len(out.containers) == 0 {
@@ -225,7 +231,7 @@ func (p *batch) commit(ctx context.Context) (again []*op) {
 	var order []netip.Prefix
 	for cidr, t := range p.work {
 		order = append(order, cidr)
-		ch := store.Change{Key: tableKey(b.network, cidr), Revision: b.tables[cidr].revision}
+		ch := store.Change{Key: tableKey(b.network, cidr), Revision: p.base[cidr]}
 		if len(t.Entries) > 0 || !cidr.IsSingleIP() || p.inside(cidr.Addr()) {
 			data, err := json.Marshal(t)
 			if err != nil {
@@ -286,6 +292,27 @@ func (p *batch) commit(ctx context.Context) (again []*op) {
 				err = e
 			}
 		}
+		// Endpoints follow what was written, table by table: of two families one may have been, and the other not.
+		var gone []netip.Addr
+		for cidr, entries := range out.freed {
+			if failed[cidr] != nil {
+				continue
+			}
+			o.released = append(o.released, entries...)
+			for _, e := range entries {
+				if l := b.tables[cidr]; !l.own {
+					if now, ok := l.table.Entry(e.Address); !ok || now.Owner.Host != b.s.cfg.HostName { // not taken again in this batch
+						gone = append(gone, e.Address)
+					}
+				}
+			}
+		}
+		for _, a := range out.announced {
+			if errors.Is(failed[tableFor(p.net, a)], store.ErrConflict) {
+				gone = append(gone, a)
+			}
+		}
+		b.withdraw(ctx, gone)
 		for key, change := range out.containers {
 			// Somebody else changed the container's object: rare, so it may cost another write.
 			e := behind[key]
@@ -300,14 +327,12 @@ func (p *batch) commit(ctx context.Context) (again []*op) {
 		case err != nil:
 			o.finish(err)
 		case conflict:
-			b.withdraw(ctx, out.announced)
 			if o.tries++; o.tries > 100 {
 				o.finish(fmt.Errorf("%w: network %s: other hosts keep changing the same addresses", store.ErrUnavailable, b.network))
 				continue
 			}
 			again = append(again, o)
 		default:
-			b.withdraw(ctx, out.withdraw)
 			o.finish(out.failure)
 		}
 	}
@@ -500,6 +525,12 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 			}
 		}
 	}
+	for _, l := range b.tables {
+		if l.stale && !slices.Contains(missing, l) {
+			missing = append(missing, l)
+		}
+	}
+	b.spoilt = false
 	if err := b.read(ctx, missing); err != nil {
 		return err
 	}
@@ -582,7 +613,7 @@ func (p *batch) table(l *ledger) *allocate.Table {
 	t := p.work[l.cidr]
 	if t == nil {
 		t = l.table.Clone()
-		p.work[l.cidr] = t
+		p.work[l.cidr], p.base[l.cidr] = t, l.revision
 	}
 	return t
 }
@@ -654,7 +685,6 @@ func (p *batch) plan(ctx context.Context, out *outcome) error {
 }
 
 func (p *batch) planRelease(out *outcome, entries []allocate.Entry, sequence uint64) {
-	o := out.op
 	last := len(entries) > 0
 	for _, e := range entries {
 		if sequence != 0 && e.Sequence > sequence {
@@ -664,10 +694,7 @@ func (p *batch) planRelease(out *outcome, entries []allocate.Entry, sequence uin
 		l := p.b.tables[tableFor(p.net, e.Address)]
 		t := p.table(l)
 		out.touched[l.cidr] = true
-		o.released = append(o.released, t.Release(p.now, func(x allocate.Entry) bool { return x.Address == e.Address && x.ID == e.ID })...)
-		if !l.own {
-			out.withdraw = append(out.withdraw, e.Address)
-		}
+		out.freed[l.cidr] = append(out.freed[l.cidr], t.Release(p.now, func(x allocate.Entry) bool { return x.Address == e.Address && x.ID == e.ID })...)
 	}
 	if !last {
 		return
