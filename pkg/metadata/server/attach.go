@@ -52,7 +52,8 @@ func (s *Server) Attach(ctx context.Context, network string, req metadata.Attach
 	}
 	a := s.attachment(n, o.entries)
 	a.PreAssigned = o.assigned
-	if o.assigned {
+	// The model's MAC is that of the container's first interface.
+	if first := object.Interfaces; o.assigned || len(first) == 0 || first[0].Network == network && first[0].IfName == req.IfName {
 		a.MAC = object.MAC
 	}
 	return a, nil

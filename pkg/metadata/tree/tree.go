@@ -27,6 +27,7 @@ type Tree struct {
 	root      map[string]any
 	hosts     map[string]any          // by name
 	byAddress map[netip.Addr]selfNode // whose address it is
+	self      string                  // host that serves the tree
 }
 
 type selfNode struct {
@@ -36,7 +37,7 @@ type selfNode struct {
 
 // Build makes the tree of a snapshot that includes containers.
 func Build(s *metadata.Snapshot) *Tree {
-	t := &Tree{hosts: map[string]any{}, byAddress: map[netip.Addr]selfNode{}}
+	t := &Tree{hosts: map[string]any{}, byAddress: map[netip.Addr]selfNode{}, self: s.Self}
 	hosts, containers, networks := []any{}, []any{}, []any{}
 	for _, h := range s.Hosts {
 		n := host(h)
@@ -195,27 +196,33 @@ func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 		return Problem(404, "Invalid version", asJSON)
 	}
 	root := maps.Clone(t.root)
-	if self, ok := t.byAddress[caller.Unmap()]; ok {
-		node := map[string]any{}
-		if self.container != nil {
-			node["container"] = self.container
-		}
-		if h, ok := t.hosts[self.host]; ok {
-			node["host"] = h
-		}
+	// Who is nobody's address that we know is told its host and nothing else: the host's own processes come from the tree's
+	// address or a loopback one.
+	self, ok := t.byAddress[caller.Unmap()]
+	if !ok {
+		self = selfNode{host: t.self}
+	}
+	node := map[string]any{}
+	if self.container != nil {
+		node["container"] = self.container
+	}
+	if h, ok := t.hosts[self.host]; ok {
+		node["host"] = h
+	}
+	if len(node) > 0 {
 		root["self"] = node
 	}
-	node, ok := descend(root, segments[1:])
+	found, ok := descend(root, segments[1:])
 	if !ok {
 		lower := make([]string, len(segments)-1)
 		for i, s := range segments[1:] {
 			lower[i] = strings.ToLower(s)
 		}
-		if node, ok = descend(root, lower); !ok {
+		if found, ok = descend(root, lower); !ok {
 			return Problem(404, "Not found", asJSON)
 		}
 	}
-	return render(node, asJSON)
+	return render(found, asJSON)
 }
 
 func descend(node any, segments []string) (any, bool) {
