@@ -64,6 +64,15 @@ func (d Definition) Create(name, encapsulation string) (*metadata.Network, error
 		}
 		n.Subnets = append(n.Subnets, p)
 	}
+	if encapsulation == metadata.EncapNone && len(d.Gateways) == 0 {
+		// As with host-local: ptp cannot work without one, and bridge takes the first address of the subnet for itself, which
+		// must then not be a container's.
+		for _, p := range n.Subnets {
+			if !p.IsSingleIP() {
+				n.Gateways = append(n.Gateways, p.Masked().Addr().Next())
+			}
+		}
+	}
 	for _, s := range d.Gateways {
 		a, err := netip.ParseAddr(s)
 		if err != nil {
