@@ -3,7 +3,6 @@ package overlay
 import (
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"net"
 	"net/netip"
@@ -85,10 +84,11 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	defer unlock()
-	_, again, err := c.book.Journal.Get(r.Conf.Name, r.ID())
+	earlier, again, err := c.book.Journal.Get(r.Conf.Name, r.ID())
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
+	again = again && earlier.State != lease.Released // which only waits for the service to be told
 	var undo []func() error
 	defer func() {
 		if err != nil && !again { // what an earlier ADD of the same interface made is not ours to undo
@@ -97,7 +97,7 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 			}
 		}
 	}()
-	a, fromIPAM, err := c.addresses(ctx, &undo)
+	a, fromIPAM, err := c.addresses(ctx, again, &undo)
 	if err != nil {
 		return nil, err
 	}
@@ -125,7 +125,7 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 }
 
 // addresses asks our own IPAM in-process, or executes another one and announces what it chose.
-func (c *call) addresses(ctx context.Context, undo *[]func() error) (*metadata.Attachment, *current.Result, error) {
+func (c *call) addresses(ctx context.Context, again bool, undo *[]func() error) (*metadata.Attachment, *current.Result, error) {
 	create, err := c.ipam.Create(c.Conf.Name, c.Encapsulation)
 	if err != nil {
 		return nil, nil, err
@@ -136,7 +136,11 @@ func (c *call) addresses(ctx context.Context, undo *[]func() error) (*metadata.A
 	}
 	var res *current.Result
 	if !c.owned {
-		if res, err = c.delegate(ctx, "ADD"); err != nil {
+		res, err = c.delegate(ctx, "ADD", c.ID())
+		switch {
+		case err != nil && again: // host-local refuses to answer twice; a DEL would free what a running container has
+			return nil, nil, err
+		case err != nil:
 			return nil, nil, errors.Join(err, c.delegateDel(ctx))
 		}
 		*undo = append(*undo, func() error { return c.delegateDel(ctx) })
@@ -313,7 +317,7 @@ func (p Plugin) check(ctx context.Context, r *cni.Request) error {
 		return err
 	}
 	if !c.owned {
-		if _, err := c.delegate(ctx, "CHECK"); err != nil {
+		if _, err := c.delegate(ctx, "CHECK", c.ID()); err != nil {
 			return err
 		}
 	}
@@ -354,19 +358,23 @@ func (p Plugin) check(ctx context.Context, r *cni.Request) error {
 // asResulted judges only what this plugin made and the result still says: plugins behind it may have changed MTU, MAC and routes,
 // and recorded that in the result.
 func (c *call) asResulted(p *delta.Port) {
+	gateways := p.Gateways
+	p.MTU = 0 // not compared: the reference "tuning" changes it and leaves the result as it was
 	for _, i := range c.Prev.Interfaces {
 		if i.Name == c.IfName && i.Sandbox != "" {
 			if m, err := metadata.ParseMAC(strings.ToLower(i.Mac)); err == nil {
+				if p.MAC != delta.MAC(m) {
+					p.Gateways = nil // with the address the kernel drops the neighbour entries, and learns them anew
+				}
 				p.MAC = delta.MAC(m)
 			}
-			p.MTU = i.Mtu // 0 before 1.1: not compared
 		}
 	}
 	p.Routes = nil
 	for _, r := range c.Prev.Routes {
 		dst, err := netip.ParsePrefix(r.Dst.String())
 		gw, ok := netip.AddrFromSlice(r.GW)
-		if err == nil && ok && slices.Contains(p.Gateways, gw.Unmap()) {
+		if err == nil && ok && slices.Contains(gateways, gw.Unmap()) {
 			pr := delta.PortRoute{Dst: dst, Via: gw.Unmap()}
 			if r.Table != nil {
 				pr.Table = *r.Table
@@ -382,7 +390,7 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 		return err
 	}
 	if !c.owned {
-		if _, err := c.delegate(ctx, "STATUS"); err != nil {
+		if _, err := c.delegate(ctx, "STATUS", c.ID()); err != nil {
 			return err
 		}
 	}
@@ -415,28 +423,35 @@ func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
 	if r.Valid == nil {
 		return nil // no list is not an empty list: cnitool calls like this
 	}
-	var errs []error
-	if !c.owned {
-		_, err := c.delegate(ctx, "GC")
-		errs = append(errs, err)
-	}
 	k, err := p.Kernel()
 	if err != nil {
-		return join(append(errs, cni.Errorf(cni.ErrKernel, "%w", err)))
+		return cni.Errorf(cni.ErrKernel, "%w", err)
 	}
 	defer k.Close()
-	names, err := c.unlisted(ctx, k)
-	errs = append(errs, err)
+	names, records, err := c.unlisted(ctx, k)
+	errs := []error{err}
 	if err := k.DelPorts(ctx, names); err != nil {
 		// Their addresses are in use still: nothing is released this time.
-		return join(append(errs, fmt.Errorf("remove %d ports: %w", len(names), err)))
+		return join(append(errs, cni.Errorf(cni.ErrKernel, "remove %d ports: %w", len(names), err)))
 	}
-	return join(append(errs, c.book.Collect(ctx, r.Conf.Name, *r.Valid)))
+	keep := *r.Valid
+	if !c.owned {
+		_, err := c.delegate(ctx, "GC", metadata.AttachmentID{})
+		errs = append(errs, err)
+		// None of the reference IPAM plugins has a GC of its own, and their library answers one with success. A DEL they have.
+		for _, id := range records {
+			if _, err := c.delegate(ctx, "DEL", id); err != nil {
+				errs = append(errs, err)
+				keep = append(keep, id) // so that the record is there for the next GC
+			}
+		}
+	}
+	return join(append(errs, c.book.Collect(ctx, r.Conf.Name, keep)))
 }
 
 // unlisted are the host ends of this network's ports that the list does not name: by their alias, and, for one whose ADD was killed
-// before it had an alias, by the journal.
-func (c *call) unlisted(ctx context.Context, k kernel.Kernel) ([]string, error) {
+// before it had an alias, by the journal. The journal's unlisted attachments are told too.
+func (c *call) unlisted(ctx context.Context, k kernel.Kernel) (names []string, ids []metadata.AttachmentID, err error) {
 	keep := make(map[string]bool, len(*c.Valid))
 	for _, id := range *c.Valid {
 		keep[attach.HostName(id)] = true
@@ -452,7 +467,8 @@ func (c *call) unlisted(ctx context.Context, k kernel.Kernel) ([]string, error) 
 	for _, r := range records {
 		if name := attach.HostName(r.AttachmentID); !keep[name] {
 			drop[name] = true
+			ids = append(ids, r.AttachmentID)
 		}
 	}
-	return slices.Sorted(maps.Keys(drop)), errors.Join(err, jerr)
+	return slices.Sorted(maps.Keys(drop)), ids, errors.Join(err, jerr)
 }
