@@ -46,6 +46,7 @@ func TestDiskFullIsNamedAndLosesNothing(t *testing.T) {
 	}
 	dir := shortDir(t)
 	data := filepath.Join(dir, "etcd")
+	t.Cleanup(func() { syscall.Unmount(data, syscall.MNT_DETACH) }) //nolint:errcheck // so that the folder can be removed
 	mount := func(size string) {
 		t.Helper()
 		if err := os.MkdirAll(data, 0o700); err != nil {
