@@ -126,7 +126,8 @@ func (s *Server) Handler() http.Handler {
 		if err := sameName(&n.Name, r.PathValue("network")); err != nil {
 			return nil, err
 		}
-		return s.PutNetwork(r.Context(), n, false)
+		// ?create=true leaves a network that is there as it is, and returns it.
+		return s.PutNetwork(r.Context(), n, r.URL.Query().Get("create") == "true")
 	})
 	write("DELETE /v1/networks/{network}", func(r *http.Request) (any, error) {
 		return nil, s.DeleteNetwork(r.Context(), r.PathValue("network"))

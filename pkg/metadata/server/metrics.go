@@ -28,6 +28,7 @@ var (
 	descLeader   = prometheus.NewDesc("lariat_store_leader", "1 where the embedded store leads its cluster.", nil, nil)
 	descSize     = prometheus.NewDesc("lariat_store_size_bytes", "Size of the store's data file.", nil, nil)
 	descInUse    = prometheus.NewDesc("lariat_store_in_use_bytes", "Of it, what holds data.", nil, nil)
+	descQuota    = prometheus.NewDesc("lariat_store_quota_bytes", "What the embedded store may grow to.", nil, nil)
 	descReady    = prometheus.NewDesc("lariat_ready", "1 when allocations can be served.", nil, nil)
 )
 
@@ -55,7 +56,7 @@ func (m *metrics) handler() http.Handler {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descUsed, descFree, descBlocks, descHosts, descLag, descRevision, descLeader, descSize, descInUse, descReady} {
+	for _, d := range []*prometheus.Desc{descUsed, descFree, descBlocks, descHosts, descLag, descRevision, descLeader, descSize, descInUse, descQuota, descReady} {
 		ch <- d
 	}
 }
@@ -106,6 +107,9 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		gauge(descLeader, truth(st.Leader))
 		gauge(descSize, float64(st.Size))
 		gauge(descInUse, float64(st.InUse))
+		if st.Quota > 0 {
+			gauge(descQuota, float64(st.Quota))
+		}
 	}
 	gauge(descReady, truth(s.unready() == nil))
 }

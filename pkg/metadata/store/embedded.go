@@ -295,7 +295,7 @@ func (m *member) room() error {
 func (m *member) status(st *Status) {
 	s := m.etcd.Server
 	st.Leader = s.Leader() == s.MemberID()
-	st.Size, st.InUse = s.Backend().Size(), s.Backend().SizeInUse()
+	st.Size, st.InUse, st.Quota = s.Backend().Size(), s.Backend().SizeInUse(), s.Cfg.QuotaBackendBytes
 	st.Revision = s.KV().Rev()
 	if st.Problem == "" && s.Leader() == 0 {
 		st.Problem = "the cluster has no leader: a majority of its members must be up and reach each other"

@@ -71,6 +71,7 @@ type Status struct {
 	Leader   bool  // this member leads (an external store: false)
 	Size     int64 // octets of the data file
 	InUse    int64 // octets of it that hold data
+	Quota    int64 // octets that it may grow to; 0: not known (an external store)
 	Revision int64
 	Problem  string // why writes are refused, with the remedy; empty: they are not
 }
