@@ -162,6 +162,9 @@ func (b *bench) contender(who string, s setup) (*contender, error) {
 		b.cleanup(f.Close)
 		c.attacher = f
 	case oursName:
+		if who == oursEmpty {
+			s.existing = 0
+		}
 		err = b.ours(c, dir, s)
 	case "bridge", "ptp":
 		err = b.peer(c, dir, kind, backend, s)
@@ -260,7 +263,7 @@ func (b *bench) containers() error {
 		{existing(0), setup{n: pick(n/2, 2), rounds: rounds, who: []string{oursName, "bridge", "ptp"}}},
 		{existing(pick(1000, 100)), setup{n: pick(n/2, 2), rounds: rounds, existing: pick(1000, 100), who: []string{oursName, "bridge", "ptp"}}},
 		{existing(10000), setup{n: pick(n/4, 0), rounds: pick(2, 1), existing: 10000, who: []string{oursName, "bridge", "ptp"}}},
-		{existing(60000), setup{n: pick(n/2, 0), rounds: rounds, existing: 60000, who: []string{oursName}}},
+		{existing(60000), setup{n: pick(n/2, 0), rounds: rounds, existing: 60000, who: []string{oursName, oursEmpty}}},
 		{fmt.Sprintf("%d parallel", par), setup{n: pick(80, 8), rounds: rounds, parallel: par, who: []string{oursName, "bridge", "ptp"}}},
 		{fmt.Sprintf("%d parallel masq", par), setup{n: pick(80, 8), rounds: pick(min(rounds, 2), 1), parallel: par, masq: true, who: masq}},
 	}
