@@ -168,6 +168,9 @@ func (k *Kernel) CheckPort(ctx context.Context, netns string, p delta.Port) erro
 	if have.netns != netns {
 		return fmt.Errorf("%s ends in %s, not in %s", p.HostName, have.netns, netns)
 	}
+	if p.MTU == 0 { // not compared, as by the real one
+		p.MTU = have.p.MTU
+	}
 	whole := &port{p: p, netns: netns}
 	for _, s := range whole.plan() {
 		s.do()
