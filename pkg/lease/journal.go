@@ -157,6 +157,31 @@ func (j Journal) Remove(network string, id metadata.AttachmentID) error {
 	return nil
 }
 
+// BeginJoin notes that a plugin sets this host up for a network, and EndJoin that it came to its end.
+func (j Journal) BeginJoin(network string) error {
+	f, err := j.create(j.joining(network), os.O_WRONLY|os.O_CREATE)
+	if err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	return f.Close()
+}
+
+// EndJoin: see BeginJoin.
+func (j Journal) EndJoin(network string) error {
+	if err := os.Remove(j.joining(network)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("journal: %w", err)
+	}
+	return nil
+}
+
+// Joining reports whether a BeginJoin has found no EndJoin yet: it is under way, or was killed. It costs one system call.
+func (j Journal) Joining(network string) bool {
+	_, err := os.Lstat(j.joining(network))
+	return err == nil
+}
+
+func (j Journal) joining(network string) string { return filepath.Join(j.Dir, network, ".joining") }
+
 // Networks lists the networks that have records.
 func (j Journal) Networks() ([]string, error) {
 	entries, err := os.ReadDir(j.Dir)

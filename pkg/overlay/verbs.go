@@ -178,17 +178,22 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 	if err != nil {
 		return cni.Errorf(cni.ErrKernel, "%w", err)
 	}
-	if ok {
+	if ok && !c.book.Journal.Joining(c.Conf.Name) {
 		return nil
 	}
 	snap, err := c.book.Client.View(ctx)
 	if err != nil {
 		return cni.FromMetadata(err)
 	}
+	// The device stands long before the routes and the filters do, so the device alone does not tell a later ADD that this one
+	// came to its end.
+	if err := c.book.Journal.BeginJoin(c.Conf.Name); err != nil {
+		return cni.Errorf(cni.ErrIO, "%w", err)
+	}
 	if _, err := kernel.Reconcile(ctx, k, plan.Desired(snap, a.Host)); err != nil {
 		return cni.Errorf(cni.ErrKernel, "set up network %s on this host: %w", c.Conf.Name, err).WithDetails("check: lariat doctor; lariat plan --diff")
 	}
-	return nil
+	return c.book.Journal.EndJoin(c.Conf.Name)
 }
 
 // port plans the container's interface.
