@@ -13,13 +13,11 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/overlay"
 )
 
 //go:embed README.md
 var manual string
-
-// DefaultSocket is where the manager tells how it fares.
-const DefaultSocket = "/run/lariat/network-manager.sock"
 
 type config struct {
 	metadataSocket  string
@@ -42,7 +40,7 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	f := pflag.NewFlagSet("lariat-network-manager", pflag.ContinueOnError)
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.metadataSocket, "metadata-socket", metadata.DefaultSocket, "unix socket of the metadata service")
-	f.StringVar(&c.socket, "socket", DefaultSocket, "unix socket to tell health, metrics and state by")
+	f.StringVar(&c.socket, "socket", overlay.DefaultManagerSocket, "unix socket for health, metrics, state, and the plugins' DEL")
 	f.StringVar(&c.stateDir, "state-dir", lease.DefaultStateDir, "where the CNI plugins keep their journal (their stateDir)")
 	f.StringVar(&c.bootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "file with the id of this boot")
 	f.DurationVar(&c.every, "interval", time.Minute, "time between passes when nothing happens")

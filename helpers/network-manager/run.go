@@ -63,7 +63,11 @@ func manage(conf config, log *slog.Logger) error {
 		Client: metadata.Client{Socket: conf.metadataSocket}, Journal: lease.NewJournal(conf.stateDir), Kernel: k,
 		BootID: strings.TrimSpace(string(boot)), Log: log, Every: conf.every, Grace: conf.grace, MetadataAddress: conf.metadataAddress,
 	}
-	mux := handler(m)
+	remover, err := kernel.NewRemover(ctx)
+	if err != nil {
+		return err
+	}
+	mux := handler(m, remover)
 	unix, err := listenUnix(conf.socket)
 	if err != nil {
 		return err
@@ -188,7 +192,7 @@ func (r *responder) known(a netip.Addr) bool {
 }
 
 // handler tells health, metrics and the state that is wanted.
-func handler(m *reconcile.Manager) http.Handler {
+func handler(m *reconcile.Manager, remover *kernel.Remover) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collector{m})
 	mux := http.NewServeMux()
@@ -207,6 +211,13 @@ func handler(m *reconcile.Manager) http.Handler {
 			return
 		}
 		fmt.Fprintln(w, "ok")
+	})
+	// The CNI plugins' DEL asks for this: the manager waits for the kernel in their place.
+	mux.HandleFunc("DELETE /v1/ports/{name}", func(w http.ResponseWriter, r *http.Request) {
+		if err := remover.Remove(r.Context(), r.PathValue("name")); err != nil {
+			w.WriteHeader(http.StatusInternalServerError)
+			json.NewEncoder(w).Encode(metadata.Errorf(metadata.CodeInternal, "%v", err))
+		}
 	})
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) {
 		out := struct {

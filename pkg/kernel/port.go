@@ -299,6 +299,9 @@ func (n *Netns) DelPorts(ctx context.Context, names []string) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	if len(names) == 1 {
+		return n.deletePort(names[0])
+	}
 	group := uint32(delta.Protocol<<24 | rand.IntN(1<<24))
 	var errs []error
 	missing := 0

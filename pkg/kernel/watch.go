@@ -176,14 +176,19 @@ func (w *watcher) forward(ctx context.Context, out chan<- Event) {
 }
 
 func (w *watcher) read(f *os.File, each func(typ uint16, body []byte)) {
+	receive(f, each, func() { w.add(EventResync, "") })
+}
+
+// receive calls each with every message that comes, until the socket is closed, and lost when some did not fit.
+func receive(f *os.File, each func(typ uint16, body []byte), lost func()) {
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := f.Read(buf)
 		switch {
 		case errors.Is(err, os.ErrClosed):
 			return
-		case err != nil: // ENOBUFS: events were lost
-			w.add(EventResync, "")
+		case err != nil: // ENOBUFS
+			lost()
 			continue
 		}
 		for in := buf[:n]; len(in) >= unix.NLMSG_HDRLEN; {

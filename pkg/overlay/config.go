@@ -18,6 +18,7 @@ import (
 type Config struct {
 	IPAM            json.RawMessage `json:"ipam"`
 	Socket          string          `json:"socket,omitempty"`          // of the metadata service
+	ManagerSocket   string          `json:"managerSocket,omitempty"`   // of the network manager
 	StateDir        string          `json:"stateDir,omitempty"`        // where the journal is
 	MTU             int             `json:"mtu,omitempty"`             // of the container's interface; default: the network's
 	LinkMTUOverhead *int            `json:"linkMTUOverhead,omitempty"` // octets below the underlay's MTU; default: the encapsulation's

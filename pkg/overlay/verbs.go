@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -10,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -22,6 +24,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/plan"
 )
+
+// DefaultManagerSocket is where the network manager of this host answers.
+const DefaultManagerSocket = "/run/lariat/network-manager.sock"
 
 // Plugin is what tells one main plugin from another.
 type Plugin struct {
@@ -289,12 +294,7 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	defer unlock()
 	// The interface first: an address that is free must not be in use anywhere. With the kernel not letting go of it the
 	// address stays taken, and the runtime comes again.
-	k, err := p.Kernel()
-	if err != nil {
-		return cni.Errorf(cni.ErrKernel, "%w", err)
-	}
-	defer k.Close()
-	if err := k.DelPort(ctx, attach.HostName(r.ID())); err != nil {
+	if err := c.disconnect(ctx, attach.HostName(r.ID())); err != nil {
 		return cni.Errorf(cni.ErrKernel, "disconnect %s: %w", r.ID(), err)
 	}
 	var errs []error
@@ -305,6 +305,22 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 		errs = append(errs, cni.FromMetadata(err))
 	}
 	return join(errs)
+}
+
+// disconnect removes the port: by the manager, who waits for the kernel's house-keeping in our place and for many at once, or, when it
+// does not answer, itself.
+func (c *call) disconnect(ctx context.Context, hostName string) error {
+	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	if (metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}).Do(ask, "DELETE", "/v1/ports/"+hostName, nil, nil) == nil {
+		return nil
+	}
+	k, err := c.Kernel()
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	return k.DelPort(ctx, hostName)
 }
 
 // join keeps a single error as it is, with its code.

@@ -111,7 +111,7 @@ func until(ctx context.Context, what string, check func() error) error {
 
 func (h *lariatHost) conf() map[string]any {
 	return map[string]any{"cniVersion": "1.1.0", "name": networkName, "type": "lariat-vxlan",
-		"socket": h.client.Socket, "stateDir": h.path("state"), "ipam": map[string]any{"type": "lariat-ipam"}}
+		"socket": h.client.Socket, "managerSocket": h.path("manager.sock"), "stateDir": h.path("state"), "ipam": map[string]any{"type": "lariat-ipam"}}
 }
 
 // ours is lariat-vxlan with lariat-ipam in-process, beside a live service and manager.

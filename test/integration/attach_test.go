@@ -329,7 +329,7 @@ var _ = Describe("An attachment", func() {
 
 // raw calls lariat-vxlan as a runtime would, with this host's paths put behind the configuration, which lacks its last brace.
 func raw(h *lab.Host, verb, containerID, conf string) (string, error) {
-	conf += fmt.Sprintf(`,"socket":%q,"stateDir":%q,"ipam":{"type":"lariat-ipam"}}`, h.Socket(), h.StateDir())
+	conf += fmt.Sprintf(`,"socket":%q,"managerSocket":%q,"stateDir":%q,"ipam":{"type":"lariat-ipam"}}`, h.Socket(), h.ManagerSocket(), h.StateDir())
 	return h.Exec(ctx, filepath.Join(cluster.Bin, "lariat-vxlan"), conf, "CNI_COMMAND="+verb, "CNI_CONTAINERID="+containerID, "CNI_IFNAME=eth0", "CNI_PATH="+cluster.Bin)
 }
 

@@ -207,7 +207,7 @@ func (h *Host) NewContainer(name string) (*Container, error) {
 
 // Conf is a configuration list with one plugin, as an operator would write it, with this host's paths.
 func (h *Host) Conf(network string, plugin map[string]any, chained ...map[string]any) ([]byte, error) {
-	main := map[string]any{"type": "lariat-vxlan", "socket": h.Socket(), "stateDir": h.StateDir(), "ipam": map[string]any{"type": "lariat-ipam"}}
+	main := map[string]any{"type": "lariat-vxlan", "socket": h.Socket(), "managerSocket": h.ManagerSocket(), "stateDir": h.StateDir(), "ipam": map[string]any{"type": "lariat-ipam"}}
 	for k, v := range plugin {
 		main[k] = v
 	}
@@ -215,6 +215,7 @@ func (h *Host) Conf(network string, plugin map[string]any, chained ...map[string
 		// Under another main plugin these are the IPAM plugin's keys.
 		ipam["socket"], ipam["stateDir"] = h.Socket(), h.StateDir()
 		delete(main, "socket")
+		delete(main, "managerSocket")
 		delete(main, "stateDir")
 	}
 	return json.Marshal(map[string]any{"cniVersion": "1.1.0", "name": network, "plugins": append([]map[string]any{main}, chained...)})

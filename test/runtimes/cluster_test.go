@@ -167,8 +167,8 @@ func (h *host) callsOf(verb string) (out []string) {
 func (h *host) conflist(version string) {
 	h.t.Helper()
 	list := fmt.Sprintf(`{"cniVersion": %q, "name": %q, "plugins": [
-  {"type": "lariat-vxlan", "socket": %q, "stateDir": %q, "ipam": {"type": "lariat-ipam"}}]}
-`, version, networkName, h.socket, h.state)
+  {"type": "lariat-vxlan", "socket": %q, "managerSocket": %q, "stateDir": %q, "ipam": {"type": "lariat-ipam"}}]}
+`, version, networkName, h.socket, filepath.Join(h.dir, "manager.sock"), h.state)
 	if err := os.WriteFile(filepath.Join(h.conf, "10-overlay.conflist"), []byte(list), 0o644); err != nil {
 		h.t.Fatal(err)
 	}

@@ -1,0 +1,115 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+)
+
+// Remover removes ports for callers who need not wait for the kernel's house-keeping.
+//
+// A link is out of everyone's sight, its routes and addresses gone, after a third of a millisecond, and the kernel says so
+// (RTM_DELLINK). The request that asked for it returns 16 ms later, when RCU has let go of the device (netdev_run_todo),
+// and what is in that wait cannot be killed. So a short-lived process lets a long-lived one do it. Nobody holds a lock during
+// that wait, so a few workers take turns; requests that find them all waiting are made into one, for a group of links.
+type Remover struct {
+	kick chan struct{}
+
+	mu      sync.Mutex
+	queue   []string
+	waiting map[string][]chan error
+}
+
+// workers is how many requests may wait in the kernel at once: four at 16 ms each remove 250 ports a second one by one, and any number
+// in groups.
+const workers = 4
+
+// NewRemover works in the calling goroutine's network namespace until the context ends.
+func NewRemover(ctx context.Context) (*Remover, error) {
+	events, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK)
+	if err != nil {
+		return nil, fmt.Errorf("watch links: %w", err)
+	}
+	r := &Remover{kick: make(chan struct{}, 1), waiting: map[string][]chan error{}}
+	for range workers {
+		n, err := New()
+		if err != nil {
+			return nil, errors.Join(err, events.Close())
+		}
+		go r.work(ctx, n)
+	}
+	context.AfterFunc(ctx, func() { events.Close() })
+	// Those whose announcement is lost wait for the request to return.
+	go receive(events, r.announced, func() {})
+	return r, nil
+}
+
+// Remove returns when the kernel has announced that the port's host end is gone, or was not there. Its error is DelPorts', or the
+// context's.
+func (r *Remover) Remove(ctx context.Context, hostName string) error {
+	if !strings.HasPrefix(hostName, delta.PortPrefix) {
+		return fmt.Errorf("remove %s: it is no container's port", hostName)
+	}
+	done := make(chan error, 1)
+	r.mu.Lock()
+	r.queue = append(r.queue, hostName)
+	r.waiting[hostName] = append(r.waiting[hostName], done)
+	r.mu.Unlock()
+	select {
+	case r.kick <- struct{}{}:
+	default:
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("remove %s: %w", hostName, ctx.Err())
+	}
+}
+
+func (r *Remover) work(ctx context.Context, n *Netns) {
+	defer n.Close()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.kick:
+		}
+		r.mu.Lock()
+		names := r.queue
+		r.queue = nil
+		r.mu.Unlock()
+		if len(names) == 0 {
+			continue
+		}
+		err := n.DelPorts(ctx, names)
+		// Whoever still waits now asked for a link that was not there, or could not be removed.
+		for _, name := range names {
+			r.gone(name, err)
+		}
+	}
+}
+
+func (r *Remover) gone(name string, err error) {
+	r.mu.Lock()
+	waiting := r.waiting[name]
+	delete(r.waiting, name)
+	r.mu.Unlock()
+	for _, w := range waiting {
+		w <- err
+	}
+}
+
+func (r *Remover) announced(typ uint16, body []byte) {
+	if typ == unix.RTM_DELLINK {
+		if f := parseLink(body); strings.HasPrefix(f.name, delta.PortPrefix) {
+			r.gone(f.name, nil)
+		}
+	}
+}
