@@ -76,6 +76,10 @@ func (j Journal) path(network string, id metadata.AttachmentID) string {
 // Lock serialises the verbs of one attachment across processes; the kernel drops it with the process. It costs two
 // system calls: a fixed number of lock files is shared by hash, and they are never removed.
 func (j Journal) Lock(network string, id metadata.AttachmentID) (unlock func(), err error) {
+	return j.lock(network, id, syscall.LOCK_EX)
+}
+
+func (j Journal) lock(network string, id metadata.AttachmentID, how int) (unlock func(), err error) {
 	h := fnv.New32a()
 	h.Write([]byte(network + "\x00" + id.String()))
 	name := filepath.Join(j.Dir, network, fmt.Sprintf(".lock-%02x", h.Sum32()&0xff))
@@ -84,7 +88,7 @@ func (j Journal) Lock(network string, id metadata.AttachmentID) (unlock func(), 
 		return nil, fmt.Errorf("lock attachment %s of network %s: %w", id, network, err)
 	}
 	for {
-		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX)
+		err = syscall.Flock(int(f.Fd()), how)
 		if !errors.Is(err, syscall.EINTR) {
 			break
 		}
@@ -107,7 +111,7 @@ func (j Journal) create(name string, flag int) (*os.File, error) {
 	return f, err
 }
 
-// Put writes a record, whole or not at all.
+// Put writes a record, whole or not at all. The caller holds its lock, so the temporary name is its own.
 //
 // There is no fsync, on purpose. What a power failure can tear is by then a record of an earlier boot, whose containers are
 // gone and whose addresses the manager gives back by their boot id, so nothing hangs on it (docs/design/journal.md). What
@@ -118,7 +122,7 @@ func (j Journal) Put(r Record) error {
 		return fmt.Errorf("journal %s: %w", r.AttachmentID, err)
 	}
 	path := j.path(r.Attachment.Network, r.AttachmentID)
-	tmp := fmt.Sprintf("%s/.tmp-%d-%s", filepath.Dir(path), os.Getpid(), filepath.Base(path))
+	tmp := temporary(path)
 	f, err := j.create(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC)
 	if err == nil {
 		_, err = f.Write(data)
@@ -149,10 +153,18 @@ func (j Journal) Get(network string, id metadata.AttachmentID) (r Record, ok boo
 	return r, true, nil
 }
 
-// Remove forgets a record.
+const temporaryPrefix = ".tmp-"
+
+func temporary(path string) string {
+	return filepath.Join(filepath.Dir(path), temporaryPrefix+filepath.Base(path))
+}
+
+// Remove forgets a record, and what a killed Put may have left of one.
 func (j Journal) Remove(network string, id metadata.AttachmentID) error {
-	if err := os.Remove(j.path(network, id)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("journal: %w", err)
+	for _, name := range []string{j.path(network, id), temporary(j.path(network, id))} {
+		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("journal: %w", err)
+		}
 	}
 	return nil
 }
@@ -198,7 +210,7 @@ func (j Journal) Networks() ([]string, error) {
 }
 
 // List reads all records of a network. A torn one is listed with its id and the State Released: all that can be done about it
-// is to give back what it held. Temporary files of killed processes are removed.
+// is to give back what it held. Temporary files of killed processes are removed, unless the caller holds their record's lock.
 func (j Journal) List(network string) ([]Record, error) {
 	dir := filepath.Join(j.Dir, network)
 	entries, err := os.ReadDir(dir)
@@ -208,7 +220,9 @@ func (j Journal) List(network string) ([]Record, error) {
 	var out []Record
 	for _, e := range entries {
 		if name := e.Name(); strings.HasPrefix(name, ".") {
-			removeStale(dir, name)
+			if rest, ok := strings.CutPrefix(name, temporaryPrefix); ok {
+				j.removeStale(network, rest)
+			}
 			continue
 		}
 		container, ifname, ok := strings.Cut(e.Name(), ":")
@@ -231,13 +245,15 @@ func (j Journal) List(network string) ([]Record, error) {
 	return out, nil
 }
 
-// removeStale removes a temporary file whose writer is dead.
-func removeStale(dir, name string) {
-	var pid int
-	if n, _ := fmt.Sscanf(name, ".tmp-%d-", &pid); n != 1 {
+// removeStale removes a temporary file whose writer is dead: it holds the record's lock no more.
+func (j Journal) removeStale(network, record string) {
+	container, ifname, ok := strings.Cut(record, ":")
+	if !ok {
 		return
 	}
-	if err := syscall.Kill(pid, 0); errors.Is(err, syscall.ESRCH) {
-		os.Remove(filepath.Join(dir, name))
+	id := metadata.AttachmentID{ContainerID: container, IfName: ifname}
+	if unlock, err := j.lock(network, id, syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+		os.Remove(temporary(j.path(network, id)))
+		unlock()
 	}
 }
