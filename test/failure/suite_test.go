@@ -163,7 +163,8 @@ func call(c *lab.Container, verb string) cnirun.Call {
 
 // conf is a configuration; more stands at its end, beginning with a comma.
 func conf(h *lab.Host, stateDir, more string) string {
-	return fmt.Sprintf(`{"cniVersion":"1.1.0","name":"overlay","type":"lariat-vxlan","socket":%q,"stateDir":%q,"ipam":{"type":"lariat-ipam"}%s}`, h.Socket(), stateDir, more)
+	return fmt.Sprintf(`{"cniVersion":"1.1.0","name":"overlay","type":"lariat-vxlan","socket":%q,"managerSocket":%q,"stateDir":%q,"ipam":{"type":"lariat-ipam"}%s}`,
+		h.Socket(), h.ManagerSocket(), stateDir, more)
 }
 
 // gc is a call of GC with a list of what lives.
@@ -208,6 +209,7 @@ func difference(before, after string) string {
 	var out []string
 	for l, n := range have {
 		switch {
+		case l == "":
 		case n > 0:
 			out = append(out, "left behind: "+l)
 		case n < 0:
