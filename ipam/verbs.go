@@ -123,11 +123,7 @@ func del(ctx context.Context, r *cni.Request) error {
 	if err != nil {
 		return err
 	}
-	unlock, err := c.book.Journal.Lock(c.network, r.ID())
-	if err != nil {
-		return cni.Errorf(cni.ErrIO, "%w", err)
-	}
-	defer unlock()
+	defer c.book.Journal.LockIfPossible(c.network, r.ID())()
 	if err := c.book.Release(ctx, c.network, r.ID()); err != nil {
 		return cni.FromMetadata(err)
 	}

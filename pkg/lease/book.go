@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -50,10 +51,15 @@ func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRe
 	if a.BootID == "" {
 		a.BootID = BootID()
 	}
+	old, known, _ := b.Journal.Get(network, id)
+	known = known && old.State != Released
 	err = b.Journal.Put(Record{AttachmentID: id, Attachment: *a, State: state, Type: b.Type, Netns: ns.Path, NetnsInode: ns.Inode,
 		BootID: a.BootID, Name: req.Name, UUID: req.UUID, Labels: req.Labels, Created: time.Now().UTC()})
 	if err != nil {
-		return nil, errors.Join(err, b.Client.Release(ctx, network, id, 0))
+		if !known { // an earlier ADD's container may run with these addresses
+			err = errors.Join(err, b.Client.Release(ctx, network, id, 0))
+		}
+		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	return a, nil
 }
@@ -84,13 +90,13 @@ func (b Book) attach(ctx context.Context, network string, req metadata.AttachReq
 func (b Book) Release(ctx context.Context, network string, id metadata.AttachmentID) error {
 	old, known, _ := b.Journal.Get(network, id)
 	if known && old.State == Unregistered {
-		return b.Journal.Remove(network, id) // the service never knew
+		return b.forget(network, id) // the service never knew
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
 	err := b.Client.Release(ctx, network, id, old.Sequence())
 	if err == nil || metadata.IsCode(err, metadata.CodeNotFound) {
-		return b.Journal.Remove(network, id)
+		return b.forget(network, id)
 	}
 	if !errors.Is(err, metadata.ErrUnreachable) {
 		return err
@@ -101,6 +107,13 @@ func (b Book) Release(ctx context.Context, network string, id metadata.Attachmen
 	old.State = Released
 	if jerr := b.Journal.Put(old); jerr != nil {
 		return errors.Join(err, jerr)
+	}
+	return nil
+}
+
+func (b Book) forget(network string, id metadata.AttachmentID) error {
+	if err := b.Journal.Remove(network, id); err != nil {
+		return cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	return nil
 }
@@ -142,11 +155,7 @@ func (b Book) Collect(ctx context.Context, network string, valid []metadata.Atta
 		if keep[r.AttachmentID] {
 			continue
 		}
-		unlock, err := b.Journal.Lock(network, r.AttachmentID)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
+		unlock := b.Journal.LockIfPossible(network, r.AttachmentID)
 		if err := b.Release(ctx, network, r.AttachmentID); err != nil {
 			errs = append(errs, fmt.Errorf("release %s: %w", r.AttachmentID, err))
 		}

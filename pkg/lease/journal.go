@@ -79,6 +79,16 @@ func (j Journal) Lock(network string, id metadata.AttachmentID) (unlock func(), 
 	return j.lock(network, id, syscall.LOCK_EX)
 }
 
+// LockIfPossible is Lock for who takes away. On a disk that is full or read-only no lock file can be made; a runtime must be able to remove
+// a container all the same, and nobody can add one meanwhile.
+func (j Journal) LockIfPossible(network string, id metadata.AttachmentID) (unlock func()) {
+	unlock, err := j.Lock(network, id)
+	if err != nil {
+		return func() {}
+	}
+	return unlock
+}
+
 func (j Journal) lock(network string, id metadata.AttachmentID, how int) (unlock func(), err error) {
 	h := fnv.New32a()
 	h.Write([]byte(network + "\x00" + id.String()))
@@ -162,7 +172,12 @@ func temporary(path string) string {
 // Remove forgets a record, and what a killed Put may have left of one.
 func (j Journal) Remove(network string, id metadata.AttachmentID) error {
 	for _, name := range []string{j.path(network, id), temporary(j.path(network, id))} {
-		if err := os.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		err := os.Remove(name)
+		if err == nil || errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		// A file system that is read-only says so of files that are not there, too.
+		if _, there := os.Lstat(name); !errors.Is(there, fs.ErrNotExist) {
 			return fmt.Errorf("journal: %w", err)
 		}
 	}

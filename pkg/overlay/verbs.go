@@ -287,11 +287,7 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	if err != nil {
 		return err
 	}
-	unlock, err := c.book.Journal.Lock(r.Conf.Name, r.ID())
-	if err != nil {
-		return cni.Errorf(cni.ErrIO, "%w", err)
-	}
-	defer unlock()
+	defer c.book.Journal.LockIfPossible(r.Conf.Name, r.ID())()
 	// The interface first: an address that is free must not be in use anywhere. With the kernel not letting go of it the
 	// address stays taken, and the runtime comes again.
 	if err := c.disconnect(ctx, attach.HostName(r.ID())); err != nil {
