@@ -228,3 +228,21 @@ func pings(t testing.TB, from lab.Netns, to netip.Addr) {
 		t.Error(err)
 	}
 }
+
+// address is a container's first, as its kernel has it.
+func address(t testing.TB, c *lab.Container) (a netip.Addr) {
+	t.Helper()
+	must(t, c.Do(func() error {
+		l, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		list, err := netlink.AddrList(l, netlink.FAMILY_V4)
+		if err != nil || len(list) == 0 {
+			return fmt.Errorf("eth0 has no address: %w", err)
+		}
+		a, _ = netip.AddrFromSlice(list[0].IP.To4())
+		return nil
+	}))
+	return a
+}
