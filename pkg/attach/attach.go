@@ -116,14 +116,23 @@ func zero(a netip.Addr) netip.Addr {
 	return netip.IPv6Unspecified()
 }
 
-// HostRules keeps containers from using each other's addresses: what arrives on a port must have its route back by that
-// very port. One rule for all ports and both families; rp_filter knows only IPv4, and a loose "all" overrides it.
+// HostRules keeps containers from using each other's IPv6 addresses: what arrives on a port must have its route back by that very
+// port. For IPv4 every port has the kernel's strict reverse-path check, which costs no hook; see AntiSpoof.
 func HostRules(snap *metadata.Snapshot) *delta.State {
-	s := delta.NewState()
-	if slices.ContainsFunc(snap.Networks, func(n metadata.Network) bool { return n.Encapsulation != metadata.EncapNone }) {
-		s.Chains[AntiSpoofChain] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300,
-			Rules: []delta.Rule{{delta.IifPrefix(delta.PortPrefix), delta.NoReverse{}, delta.Verdict("drop")}}}
+	for _, n := range snap.Networks {
+		if n.Encapsulation != metadata.EncapNone && slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+			return AntiSpoof()
+		}
 	}
+	return delta.NewState()
+}
+
+// AntiSpoof is one rule for all ports and both families. It is for IPv6, which has no reverse-path check, and for a host whose
+// net.ipv4.conf.all.rp_filter is 2: loose wins over a port's own strict.
+func AntiSpoof() *delta.State {
+	s := delta.NewState()
+	s.Chains[AntiSpoofChain] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300,
+		Rules: []delta.Rule{{delta.IifPrefix(delta.PortPrefix), delta.NoReverse{}, delta.Verdict("drop")}}}
 	return s
 }
 

@@ -28,8 +28,9 @@ type Request struct {
 	Path        string            // CNI_PATH: where delegates are found
 	Args        map[string]string // CNI_ARGS
 	Conf        Conf
-	Stdin       []byte                   // the configuration as it came
-	Prev        *current.Result          // nil when there is none
+	Stdin       []byte          // the configuration as it came
+	Prev        *current.Result // nil when there is none
+	doc         document
 	Valid       *[]metadata.AttachmentID // GC: nil when the runtime sent no list, which frees nothing
 }
 
@@ -80,8 +81,11 @@ func (r *Request) read(getenv func(string) string, stdin io.Reader) error {
 		return wrap(ErrIO, err, "read the configuration from stdin")
 	}
 	r.Stdin = data
-	if err := json.Unmarshal(data, &r.Conf); err != nil {
-		return decodeError(data, err)
+	if r.doc, err = parse(data); err != nil {
+		return err
+	}
+	if err := r.doc.into(&r.Conf, "", false, nil); err != nil {
+		return err
 	}
 	version := r.Conf.CNIVersion
 	if version == "" {

@@ -121,6 +121,7 @@ func hostEnd(index uint32, p delta.Port) []step {
 		{"set " + p.HostName + " up", func(m *message) {
 			changeLink(m, index, unix.IFF_UP, unix.IFF_UP)
 			m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias))
+			strictReversePath(m)
 		}},
 	}
 	if slices.ContainsFunc(p.Addrs, netip.Addr.Is6) {
@@ -134,6 +135,22 @@ func hostEnd(index uint32, p delta.Port) []step {
 		}})
 	}
 	return list
+}
+
+// strictReversePath sets the device's rp_filter to 1, without a write to /proc: what arrives must have its route back by the device,
+// so that no container can use another's address.
+func strictReversePath(m *message) {
+	const (
+		inetConf = 1 // IFLA_INET_CONF
+		rpFilter = 8 // IPV4_DEVCONF_RP_FILTER of linux/ip.h
+	)
+	spec := m.nest(unix.IFLA_AF_SPEC)
+	v4 := m.nest(unix.AF_INET)
+	conf := m.nest(inetConf)
+	m.u32(rpFilter, 1)
+	m.end(conf)
+	m.end(v4)
+	m.end(spec)
 }
 
 func insideEnd(inside *os.File, path string, p delta.Port) error {
@@ -331,27 +348,31 @@ func (n *Netns) DelPorts(ctx context.Context, names []string) error {
 
 // Joined implements Kernel.
 func (n *Netns) Joined(ctx context.Context, device string, addrs []netip.Addr) (bool, error) {
-	h, err := n.handle()
-	if err != nil {
-		return false, err
-	}
-	defer h.Close()
+	n.mu.Lock()
+	defer n.mu.Unlock()
 	if device != "" {
-		link, err := h.LinkByName(device)
-		var missing netlink.LinkNotFoundError
-		if errors.As(err, &missing) {
+		var f foundLink
+		err := n.rt.get(unix.RTM_GETLINK, func(m *message) {
+			m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+			m.string(unix.IFLA_IFNAME, device)
+		}, func(_ uint16, body []byte) { f = parseLink(body) })
+		if errors.Is(err, unix.ENODEV) {
 			return false, nil
 		}
 		if err != nil {
 			return false, fmt.Errorf("look for %s: %w", device, err)
 		}
-		if link.Attrs().Flags&net.FlagUp == 0 || !strings.HasPrefix(link.Attrs().Alias, delta.AliasPrefix) {
+		if f.link.Down || !strings.HasPrefix(f.link.Alias, delta.AliasPrefix) {
 			return false, nil
 		}
 	}
 	for _, a := range addrs {
-		routes, err := h.RouteGet(a.AsSlice())
-		if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_LOCAL {
+		local := false
+		err := n.rt.get(unix.RTM_GETROUTE, func(m *message) {
+			m.raw(family(a.Is6()), byte(a.BitLen()), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+			m.addr(unix.RTA_DST, a)
+		}, func(_ uint16, body []byte) { local = len(body) >= unix.SizeofRtMsg && body[7] == unix.RTN_LOCAL })
+		if err != nil || !local {
 			return false, nil // no route at all is no error: it says the same
 		}
 	}

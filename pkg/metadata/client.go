@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/url"
 	"strconv"
 	"strings"
@@ -216,12 +215,11 @@ func (c Client) Do(ctx context.Context, method, path string, in, out any) error 
 
 // roundTrip sends a request and reads the head of the answer; the body follows on the reader until it ends.
 func (c Client) roundTrip(ctx context.Context, method, path string, payload []byte) (*bufio.Reader, func(), error) {
-	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", c.socket())
+	conn, err := dial(ctx, c.socket())
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w; is lariat-metadata running?", ErrUnreachable, err)
+		return nil, nil, fmt.Errorf("%w: %w; is the service running?", ErrUnreachable, err)
 	}
-	stop := context.AfterFunc(ctx, func() { conn.SetDeadline(time.Unix(1, 0)) })
-	done := func() { stop(); conn.Close() }
+	done := func() { conn.Close() }
 	req := make([]byte, 0, 256+len(payload))
 	req = fmt.Appendf(req, "%s %s HTTP/1.0\r\nHost: lariat\r\nAccept: application/json\r\n", method, path)
 	if payload != nil {

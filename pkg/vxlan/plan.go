@@ -259,7 +259,8 @@ func planSources(s *delta.State, snap *metadata.Snapshot, networks []metadata.Ne
 	slices.SortFunc(set.Elements, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
 	set.Elements = slices.Compact(set.Elements)
 	s.Sets[name] = set
-	chain := delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300}
+	// At the input hook: only what is for this host gets there, so containers' packets do not pay for it.
+	chain := delta.Chain{Type: "filter", Hook: "input", Priority: -300}
 	for _, n := range networks {
 		chain.Rules = append(chain.Rules, delta.Rule{delta.UDPDport(n.UDPPort()), delta.VXLANVNI(n.VNI),
 			delta.InSet{Field: "saddr", Set: name, V6: set.V6, Not: true}, delta.Verdict("drop")})
