@@ -75,7 +75,7 @@ func TestArrows(t *testing.T) {
 		"pkg/attach":            {"pkg/metadata", "pkg/delta"},
 		"pkg/plan":              {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/nat", "pkg/attach"},
 		"pkg/graph":             {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/mtu"},
-		"pkg/kernel":            {"pkg/delta"},
+		"pkg/kernel":            {"pkg/delta", "pkg/metadata"},
 	}
 	for _, p := range list(t) {
 		allowed, ok := pure[p.ImportPath]

@@ -6,14 +6,17 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"time"
 
 	. "github.com/onsi/ginkgo/v2"
 	. "github.com/onsi/gomega"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -247,8 +250,9 @@ var _ = Describe("The overlay", func() {
 		Expect(device(host(0), "vtep1043").VxlanId).To(Equal(1043))
 	})
 
-	It("F45: a container cannot use another's address", func() {
-		thief, victim, far := connected(host(0), "overlay"), connected(host(0), "overlay"), connected(host(1), "overlay")
+	spoof := func(network string) {
+		GinkgoHelper()
+		thief, victim, far := connected(host(0), network), connected(host(0), network), connected(host(1), network)
 		pings(thief.Netns, far.Addr(false))
 		inside(thief, func(l netlink.Link) {
 			a, err := netlink.ParseAddr(victim.Addr(false).String() + "/32")
@@ -265,6 +269,35 @@ var _ = Describe("The overlay", func() {
 		})
 		silent(thief.Netns, far.Addr(false))
 		pings(victim.Netns, far.Addr(false))
+	}
+
+	It("F45: a container cannot use another's address: by the rule that a network with IPv6 has", func() { spoof("overlay") })
+
+	It("F45: a container cannot use another's address: by its port's reverse-path check, and when that is overridden, by the rule", func() {
+		// The rule is there for networks with IPv6; without any, nothing but the check is.
+		on(host(0), func() {
+			conn, err := nftables.New()
+			Expect(err).NotTo(HaveOccurred())
+			Expect(host(0).Manager.Stop()).To(Succeed())
+			for _, c := range must(conn.ListChains()) {
+				if c.Name == attach.AntiSpoofChain {
+					conn.DelChain(c)
+				}
+			}
+			Expect(conn.Flush()).To(Succeed())
+		})
+		spoof("overlay")
+		on(host(0), func() {
+			Expect(os.WriteFile("/proc/sys/net/ipv4/conf/all/rp_filter", []byte("2"), 0)).To(Succeed())
+		})
+		DeferCleanup(func() {
+			on(host(0), func() {
+				Expect(os.WriteFile("/proc/sys/net/ipv4/conf/all/rp_filter", []byte("0"), 0)).To(Succeed())
+			})
+		})
+		Expect(host(0).StartManager(ctx)).To(Succeed())
+		Eventually(func() string { return settled(host(0)) }).Should(BeEmpty())
+		spoof("overlay")
 	})
 
 	It("F58, F59: masquerades what leaves the network, but not what is exempted and not what stays inside", func() {
@@ -478,4 +511,10 @@ func vxlanUDP(vni uint32, dst net.HardwareAddr, from, to netip.Addr, port uint16
 	ip[10], ip[11] = byte(^sum>>8), byte(^sum)
 	p = append(p, ip...)
 	return append(p, 0x30, 0x39, byte(port>>8), byte(port), 0, 12, 0, 0, 'f', 'o', 'r', 'g')
+}
+
+func must[T any](v T, err error) T {
+	GinkgoHelper()
+	Expect(err).NotTo(HaveOccurred())
+	return v
 }
