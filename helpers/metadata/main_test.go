@@ -410,7 +410,7 @@ func TestTreeListens(t *testing.T) {
 	port := freePort(t)
 	p := start(t, dir, "a", "--listen-tree", "169.254.169.250:"+port).ready(t)
 	p.stop(t)
-	p = start(t, dir, "a", "--listen-tree", "127.0.0.1:"+port).ready(t)
+	start(t, dir, "a", "--listen-tree", "127.0.0.1:"+port).ready(t)
 	for method, want := range map[string]string{"GET": "200 OK", "POST": "405 Method Not Allowed"} {
 		c, err := net.Dial("tcp", "127.0.0.1:"+port)
 		if err != nil {

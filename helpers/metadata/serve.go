@@ -99,7 +99,7 @@ func serve(args []string, stdout, stderr io.Writer) error {
 	defer cancel()
 	st, err := c.open(start, log, func(err error) {
 		fmt.Fprintf(stderr, "lariat-metadata: %v\n", err)
-		os.Exit(1)
+		os.Exit(1) //nolint:forbidigo // the store is lost under way, and everything that would return waits for it
 	})
 	if err != nil {
 		return err
@@ -174,7 +174,7 @@ func serve(args []string, stdout, stderr io.Writer) error {
 	go s.Stop()
 	for _, hs := range servers {
 		if serr := hs.Shutdown(end); serr != nil {
-			hs.Close()
+			_ = hs.Close()
 		}
 	}
 	return err

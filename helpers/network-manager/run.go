@@ -83,7 +83,7 @@ func manage(conf config, log *slog.Logger) error {
 	}
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	for _, l := range listeners {
-		go server.Serve(l)
+		go func() { _ = server.Serve(l) }() // ends with Close
 	}
 	defer server.Close()
 	if conf.probe {
@@ -216,7 +216,7 @@ func handler(m *reconcile.Manager, remover *kernel.Remover) http.Handler {
 	mux.HandleFunc("DELETE /v1/ports/{name}", func(w http.ResponseWriter, r *http.Request) {
 		if err := remover.Remove(r.Context(), r.PathValue("name")); err != nil {
 			w.WriteHeader(http.StatusInternalServerError)
-			json.NewEncoder(w).Encode(metadata.Errorf(metadata.CodeInternal, "%v", err))
+			_ = json.NewEncoder(w).Encode(metadata.Errorf(metadata.CodeInternal, "%v", err))
 		}
 	})
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) {
@@ -233,7 +233,7 @@ func handler(m *reconcile.Manager, remover *kernel.Remover) http.Handler {
 		w.Header().Set("Content-Type", "application/json")
 		enc := json.NewEncoder(w)
 		enc.SetIndent("", "  ")
-		enc.Encode(out)
+		_ = enc.Encode(out) // the caller hung up
 	})
 	return mux
 }

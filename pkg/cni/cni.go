@@ -222,8 +222,8 @@ func asError(err error) *Error {
 		return &Error{Code: ErrInternal, Msg: err.Error(), cause: err}
 	}
 	c := *e
-	if err != error(e) { // something was put in front
-		c.Msg = strings.TrimSuffix(err.Error(), "; "+e.Details)
+	if front := err.Error(); front != e.Error() { // something was put in front
+		c.Msg = strings.TrimSuffix(front, "; "+e.Details)
 	}
 	return &c
 }

@@ -54,7 +54,6 @@ type trunkEnd struct {
 	net   *network
 	y     int
 	frame int
-	live  bool
 }
 
 func (d *drawing) layout() {

@@ -386,7 +386,7 @@ func (n *Netns) Ports(ctx context.Context) ([]delta.HostPort, error) {
 		return nil, err
 	}
 	defer h.Close()
-	links, err := retryDump(h.LinkList)
+	links, err := RetryDump(h.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list ports: %w", err)
 	}
@@ -402,9 +402,9 @@ func (n *Netns) Ports(ctx context.Context) ([]delta.HostPort, error) {
 	return out, nil
 }
 
-// retryDump repeats a dump that changed while it was read. One that was interrupted over and over is complete enough: what it
+// RetryDump repeats a dump that changed while it was read. One that was interrupted over and over is complete enough: what it
 // missed changed a moment ago, and will be seen by the next pass.
-func retryDump[T any](dump func() ([]T, error)) ([]T, error) {
+func RetryDump[T any](dump func() ([]T, error)) ([]T, error) {
 	var out []T
 	var err error
 	for range 10 {
@@ -472,7 +472,7 @@ func checkInside(h *netlink.Handle, p delta.Port) error {
 	if p.MTU != 0 && attrs.MTU != p.MTU {
 		differ("%s has the MTU %d, not %d", p.IfName, attrs.MTU, p.MTU)
 	}
-	addrs, err := retryDump(func() ([]netlink.Addr, error) { return h.AddrList(link, netlink.FAMILY_ALL) })
+	addrs, err := RetryDump(func() ([]netlink.Addr, error) { return h.AddrList(link, netlink.FAMILY_ALL) })
 	if err != nil {
 		differ("addresses of %s: %w", p.IfName, err)
 	}
@@ -481,7 +481,7 @@ func checkInside(h *netlink.Handle, p delta.Port) error {
 			differ("%s has lost its address %s", p.IfName, want)
 		}
 	}
-	neighs, err := retryDump(func() ([]netlink.Neigh, error) { return h.NeighList(attrs.Index, netlink.FAMILY_ALL) })
+	neighs, err := RetryDump(func() ([]netlink.Neigh, error) { return h.NeighList(attrs.Index, netlink.FAMILY_ALL) })
 	if err != nil {
 		differ("neighbours of %s: %w", p.IfName, err)
 	}
@@ -511,7 +511,7 @@ func hasRoute(h *netlink.Handle, index int, want delta.PortRoute) (bool, error) 
 	if table == 0 {
 		table = unix.RT_TABLE_MAIN
 	}
-	routes, err := retryDump(func() ([]netlink.Route, error) {
+	routes, err := RetryDump(func() ([]netlink.Route, error) {
 		return h.RouteListFiltered(family, &netlink.Route{LinkIndex: index, Table: table}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {

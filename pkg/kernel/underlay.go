@@ -20,7 +20,7 @@ import (
 // Underlays lists the addresses of the current network namespace that could carry tunnels: global ones that last, on devices
 // that are up and are neither Lariat's nor the loopback. They are sorted by device, then address, IPv4 first.
 func Underlays() ([]metadata.Underlay, error) {
-	addrs, err := retryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	addrs, err := RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}

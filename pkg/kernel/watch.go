@@ -80,7 +80,7 @@ func Watch(ctx context.Context) (<-chan Event, error) {
 			s.Close() // ends the reader
 		}
 		readers.Wait()
-		w.names.close()
+		_ = w.names.close()
 	}()
 	return out, nil
 }

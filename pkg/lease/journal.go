@@ -193,7 +193,7 @@ func (j Journal) BeginJoin(network string) error {
 	return f.Close()
 }
 
-// EndJoin: see BeginJoin.
+// EndJoin takes back what BeginJoin noted.
 func (j Journal) EndJoin(network string) error {
 	if err := os.Remove(j.joining(network)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("journal: %w", err)

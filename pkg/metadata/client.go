@@ -219,7 +219,7 @@ func (c Client) roundTrip(ctx context.Context, method, path string, payload []by
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: %w; is the service running?", ErrUnreachable, err)
 	}
-	done := func() { conn.Close() }
+	done := func() { _ = conn.Close() }
 	req := make([]byte, 0, 256+len(payload))
 	req = fmt.Appendf(req, "%s %s HTTP/1.0\r\nHost: lariat\r\nAccept: application/json\r\n", method, path)
 	if payload != nil {

@@ -40,7 +40,7 @@ func dial(ctx context.Context, path string) (*conn, error) {
 		}
 	}
 	if err != nil {
-		syscall.Close(fd)
+		_ = syscall.Close(fd)
 		return nil, &os.PathError{Op: "connect", Path: path, Err: err}
 	}
 	c.stop = context.AfterFunc(ctx, c.shutdown)

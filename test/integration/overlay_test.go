@@ -1,6 +1,7 @@
 package integration_test
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"net"
@@ -441,7 +442,7 @@ func get(from lab.Netns, url string) (body string, err error) {
 			return err
 		}
 		defer conn.Close()
-		client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, Dial: func(string, string) (net.Conn, error) { return conn, nil }}, Timeout: 5 * time.Second}
+		client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }}, Timeout: 5 * time.Second}
 		res, err := client.Get(url)
 		if err != nil {
 			return err

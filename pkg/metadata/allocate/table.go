@@ -23,7 +23,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TableBits: a table holds 2^TableBits addresses, or the whole block when that is smaller.
+// TableBits says how much a table holds: 2^TableBits addresses, or the whole block when that is smaller.
 const TableBits = 6
 
 // Owner of an entry: the host, under one boot of it.

@@ -70,7 +70,7 @@ func Dial(ctx context.Context, c External) (*Etcd, error) {
 	}
 	e := newEtcd(client, c.Prefix, where, c.Log)
 	if _, err := e.Get(ctx, "version"); err != nil && !errors.Is(err, ErrNotFound) {
-		e.Close()
+		_ = e.Close()
 		return nil, fmt.Errorf("etcd at %s: %w; is it up, and do the certificates of --etcd-ca, --etcd-cert and --etcd-key fit?", where, err)
 	}
 	return e, nil
@@ -412,7 +412,7 @@ func (e *Etcd) Close() error {
 	if e.member == nil {
 		err = e.client.Close()
 	} else {
-		e.client.Close() // in-process: nothing to hang up
+		_ = e.client.Close() // in-process: nothing to hang up
 	}
 	e.wg.Wait()
 	if e.member != nil {
