@@ -329,7 +329,7 @@ func (c *chaos) judge(before []string) {
 			defer cancel()
 			for _, a := range to.addrs {
 				if _, err := v.Ping(short, a, 56); err != nil {
-					t.Errorf("%v (%s on %s, %d ADDs, to %s on %s, %d ADDs)", err, v.Name, v.Host.Name, v.count, to.Name, to.Host.Name, to.count)
+					t.Errorf("%v (%s on %s, %d ADDs, to %s on %s, %d ADDs)\n%s%s", err, v.Name, v.Host.Name, v.count, to.Name, to.Host.Name, to.count, autopsy(v), autopsy(to))
 				}
 			}
 		})
@@ -348,6 +348,14 @@ func (c *chaos) judge(before []string) {
 			return nil
 		})
 	}
+}
+
+// autopsy is what CHECK would want to know, from both ends.
+func autopsy(v *victim) string {
+	port := attach.HostName(metadata.AttachmentID{ContainerID: v.ID, IfName: "eth0"})
+	inside, _ := v.Output(ctx, "sh", "-c", "ip -d addr show dev eth0; ip neigh; ip route; ip -6 route")
+	outside, _ := v.Host.Output(ctx, "sh", "-c", "ip -d link show dev "+port+"; ip route show dev "+port+"; ip -6 route show dev "+port)
+	return fmt.Sprintf("in %s:\n%son %s:\n%s", v.Name, inside, v.Host.Name, outside)
 }
 
 // mentions reports whether a line of a world is about a live container: by its id, its port or its address; or about an address

@@ -1,0 +1,176 @@
+package reconcile
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"log/slog"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// In a bubble of synctest the clock stands still until everybody waits, so the times below are exact.
+
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+func TestConcernBacksOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		begin := time.Now()
+		var at []time.Duration
+		c := NewConcern("test", time.Minute, func(context.Context) ([]string, error) {
+			at = append(at, time.Since(begin))
+			if n := len(at); n <= 10 || n == 12 {
+				return nil, errors.New("no such luck")
+			}
+			return nil, nil
+		})
+		if h := c.Health(); h.OK || h.Error == "" {
+			t.Errorf("healthy before the first pass: %+v", h)
+		}
+		go c.Loop(ctx, discard())
+		time.Sleep(4 * time.Minute)
+		synctest.Wait()
+		cancel()
+		synctest.Wait()
+		// 0.25 s, doubled up to 30 s; after a success the slow timer, and after the next failure from the start.
+		want := []time.Duration{0, 250, 750, 1750, 3750, 7750, 15750, 31750, 61750, 91750, 121750, 181750, 182000}
+		for i := range want {
+			want[i] *= time.Millisecond
+		}
+		if len(at) != len(want) {
+			t.Fatalf("passes at %v", at)
+		}
+		for i := range want {
+			if at[i] != want[i] {
+				t.Errorf("pass %d at %s, want %s", i, at[i], want[i])
+			}
+		}
+		if h := c.Health(); !h.OK || h.Passes != 13 || h.Failures != 11 || h.Error != "" {
+			t.Errorf("%+v", h)
+		}
+	})
+}
+
+// TestConcernNeverWaitsLongerThanItsTimer, however often it failed.
+func TestConcernNeverWaitsLongerThanItsTimer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		passes := 0
+		c := NewConcern("test", time.Second, func(context.Context) ([]string, error) { passes++; return nil, errors.New("no") })
+		go c.Loop(ctx, discard())
+		time.Sleep(10*time.Second + 1)
+		synctest.Wait()
+		if passes < 10 {
+			t.Errorf("%d passes in 10 s", passes)
+		}
+	})
+}
+
+func TestConcernFoldsTriggers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var passes atomic.Int32
+		c := NewConcern("test", time.Hour, func(context.Context) ([]string, error) {
+			passes.Add(1)
+			time.Sleep(time.Second) // a pass takes its time
+			return nil, nil
+		})
+		go c.Loop(ctx, discard())
+		time.Sleep(500 * time.Millisecond)
+		for range 100 { // all while the first pass runs
+			c.Trigger()
+		}
+		time.Sleep(time.Minute)
+		if n := passes.Load(); n != 2 {
+			t.Errorf("100 triggers during a pass made %d passes, want one more", n-1)
+		}
+		c.Trigger()
+		time.Sleep(time.Minute)
+		if n := passes.Load(); n != 3 {
+			t.Errorf("a trigger at rest: %d passes", n)
+		}
+	})
+}
+
+// TestConcernTriggerCutsTheBackOffShort: what just changed may be what was missing.
+func TestConcernTriggerCutsTheBackOffShort(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		broken, last := true, time.Time{}
+		c := NewConcern("test", time.Minute, func(context.Context) ([]string, error) {
+			last = time.Now()
+			if broken {
+				return nil, errors.New("no")
+			}
+			return []string{"mended"}, nil
+		})
+		go c.Loop(ctx, discard())
+		time.Sleep(20 * time.Second) // in the middle of a long wait
+		synctest.Wait()
+		broken = false
+		now := time.Now()
+		c.Trigger()
+		synctest.Wait()
+		if last != now || !c.Health().OK || c.Health().Changes != 1 {
+			t.Errorf("the trigger waited for the back-off: %+v", c.Health())
+		}
+	})
+}
+
+// TestConcernLogsOnce: a failure, each new one, the recovery, every change; nothing twice, and nothing when nothing happens.
+func TestConcernLogsOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var log bytes.Buffer
+		n := 0
+		c := NewConcern("test", time.Second, func(context.Context) ([]string, error) {
+			n++
+			switch {
+			case n <= 5:
+				return nil, errors.New("first")
+			case n <= 8:
+				return []string{"+ one", "- two"}, errors.New("second")
+			}
+			return nil, nil
+		})
+		go c.Loop(ctx, slog.New(slog.NewTextHandler(&log, nil)))
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		cancel()
+		synctest.Wait()
+		for words, want := range map[string]int{"error=first": 1, "error=second": 1, "msg=recovered": 1, "failures=8": 1, `change="+ one"`: 3, `change="- two"`: 3} {
+			if got := strings.Count(log.String(), words); got != want {
+				t.Errorf("%q is said %d times, want %d", words, got, want)
+			}
+		}
+		if lines := strings.Count(log.String(), "\n"); lines != 9 {
+			t.Errorf("%d lines:\n%s", lines, &log)
+		}
+	})
+}
+
+// TestConcernEndsInTheMiddleOfAPass without a word: its error is only that it was told to stop.
+func TestConcernEndsInTheMiddleOfAPass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		var log bytes.Buffer
+		c := NewConcern("test", time.Second, func(ctx context.Context) ([]string, error) { <-ctx.Done(); return nil, ctx.Err() })
+		done := make(chan struct{})
+		go func() { c.Loop(ctx, slog.New(slog.NewTextHandler(&log, nil))); close(done) }()
+		synctest.Wait()
+		cancel()
+		<-done
+		if log.Len() > 0 || c.Health().Failures > 0 {
+			t.Errorf("%s %+v", &log, c.Health())
+		}
+	})
+}
