@@ -1,0 +1,153 @@
+package attach_test
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/lariat-net/lariat/pkg/attach"
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+var id = metadata.AttachmentID{ContainerID: "c0ffee", IfName: "eth0"}
+
+// answer is the metadata service's, with addresses written as address or address>gateway.
+func answer(addresses ...string) *metadata.Attachment {
+	a := &metadata.Attachment{Network: "overlay", MTU: 1450, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")}}
+	for _, s := range addresses {
+		addr, gw, has := strings.Cut(s, ">")
+		x := metadata.AttachmentAddress{Address: netip.MustParseAddr(addr)}
+		if has {
+			x.Gateway = netip.MustParseAddr(gw)
+		}
+		a.Addresses = append(a.Addresses, x)
+	}
+	return a
+}
+
+func TestF1_F20_Plan(t *testing.T) {
+	route := func(dst string, table int) delta.PortRoute {
+		return delta.PortRoute{Dst: netip.MustParsePrefix(dst), Table: table}
+	}
+	for _, tc := range []struct {
+		name     string
+		a        *metadata.Attachment
+		c        attach.Config
+		gateways string
+		routes   string
+	}{
+		{"IPv4", answer("10.42.0.5>10.42.0.1"), attach.Config{}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
+		{"IPv6: the host's end, whatever the host's overlay address is", answer("fd42::5>fd42::1"), attach.Config{}, "[fe80::1]", "::/0 via fe80::1"},
+		{"both", answer("10.42.0.5>10.42.0.1", "fd42::5>fd42::1"), attach.Config{}, "[10.42.0.1 fe80::1]", "0.0.0.0/0 via 10.42.0.1, ::/0 via fe80::1"},
+		{"a host that has no overlay address, since it borrows", answer("10.42.0.5"), attach.Config{}, "[169.254.1.1]", "0.0.0.0/0 via 169.254.1.1"},
+		{"two addresses of a family share the gateway and the route", answer("10.42.0.5>10.42.0.1", "10.42.0.6>10.42.0.1"), attach.Config{}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
+		{"no default route: the network's subnets of the families it has", answer("10.42.0.5>10.42.0.1"), attach.Config{NoDefaultRoute: true}, "[10.42.0.1]", "10.42.0.0/16 via 10.42.0.1"},
+		{"no default route, both", answer("10.42.0.5>10.42.0.1", "fd42::5"), attach.Config{NoDefaultRoute: true}, "[10.42.0.1 fe80::1]", "10.42.0.0/16 via 10.42.0.1, fd42::/48 via fe80::1"},
+		{"further routes take the gateway of their family", answer("10.42.0.5>10.42.0.1", "fd42::5"), attach.Config{Routes: []delta.PortRoute{route("10.99.0.0/16", 0), route("fd99::/48", 7)}}, "[10.42.0.1 fe80::1]",
+			"0.0.0.0/0 via 10.42.0.1, ::/0 via fe80::1, 10.99.0.0/16 via 10.42.0.1, fd99::/48 via fe80::1 table 7"},
+		{"a route of a family that it has not is left out", answer("10.42.0.5>10.42.0.1"), attach.Config{Routes: []delta.PortRoute{route("fd99::/48", 0)}}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
+		{"a default route that is asked for is there once", answer("10.42.0.5>10.42.0.1"), attach.Config{Routes: []delta.PortRoute{route("0.0.0.0/0", 0), route("0.0.0.0/0", 7)}}, "[10.42.0.1]",
+			"0.0.0.0/0 via 10.42.0.1, 0.0.0.0/0 via 10.42.0.1 table 7"},
+		{"no default route but one that is asked for", answer("10.42.0.5>10.42.0.1"), attach.Config{NoDefaultRoute: true, Routes: []delta.PortRoute{route("0.0.0.0/0", 0)}}, "[10.42.0.1]",
+			"10.42.0.0/16 via 10.42.0.1, 0.0.0.0/0 via 10.42.0.1"},
+	} {
+		tc.c.ID = id
+		p := attach.Plan(tc.a, tc.c)
+		var routes []string
+		for _, r := range p.Routes {
+			s := fmt.Sprintf("%s via %s", r.Dst, r.Via)
+			if r.Table != 0 {
+				s += fmt.Sprint(" table ", r.Table)
+			}
+			if !slices.Contains(p.Gateways, r.Via) {
+				t.Errorf("%s: %s goes by no gateway of the port", tc.name, s)
+			}
+			routes = append(routes, s)
+		}
+		if got := strings.Join(routes, ", "); got != tc.routes {
+			t.Errorf("%s: routes %s, want %s", tc.name, got, tc.routes)
+		}
+		if got := fmt.Sprint(p.Gateways); got != tc.gateways {
+			t.Errorf("%s: gateways %s, want %s", tc.name, got, tc.gateways)
+		}
+		if len(p.Addrs) != len(tc.a.Addresses) || p.MTU != 1450 || p.HostMAC != attach.HostMAC || p.IfName != "eth0" {
+			t.Errorf("%s: %+v", tc.name, p)
+		}
+	}
+}
+
+// TestF11_MAC: the caller's, else the model's, else one made from the attachment, the same at each try.
+func TestF11_MAC(t *testing.T) {
+	a := answer("10.42.0.5>10.42.0.1")
+	made := attach.Plan(a, attach.Config{ID: id}).MAC
+	if made != attach.MAC(id) || made[0]&3 != 2 {
+		t.Errorf("%s is not the attachment's, or not a local unicast address", made)
+	}
+	a.MAC = metadata.MAC{0x0a, 1, 1, 1, 1, 1}
+	if got := attach.Plan(a, attach.Config{ID: id}).MAC; got != (delta.MAC{0x0a, 1, 1, 1, 1, 1}) {
+		t.Errorf("the model's: %s", got)
+	}
+	if got := attach.Plan(a, attach.Config{ID: id, MAC: delta.MAC{0x0a, 2, 2, 2, 2, 2}}).MAC; got != (delta.MAC{0x0a, 2, 2, 2, 2, 2}) {
+		t.Errorf("the caller's: %s", got)
+	}
+}
+
+// TestNames: of the host's end fit the kernel, and tell attachments apart.
+func TestNames(t *testing.T) {
+	names, macs := map[string]metadata.AttachmentID{}, map[delta.MAC]metadata.AttachmentID{}
+	for i := range 50_000 {
+		x := metadata.AttachmentID{ContainerID: fmt.Sprintf("%064x", i/2), IfName: fmt.Sprint("eth", i%2)}
+		n := attach.HostName(x)
+		if len(n) > 15 || !strings.HasPrefix(n, delta.PortPrefix) {
+			t.Fatalf("name %q", n)
+		}
+		if y, ok := names[n]; ok {
+			t.Fatalf("%s and %s share the name %s", x, y, n)
+		}
+		if y, ok := macs[attach.MAC(x)]; ok {
+			t.Fatalf("%s and %s share a MAC", x, y)
+		}
+		names[n], macs[attach.MAC(x)] = x, x
+	}
+	// The two parts do not run into each other.
+	if attach.HostName(metadata.AttachmentID{ContainerID: "a", IfName: "bc"}) == attach.HostName(metadata.AttachmentID{ContainerID: "ab", IfName: "c"}) {
+		t.Error("a/bc and ab/c share a name")
+	}
+}
+
+// TestF45_HostRules: a host with an overlay network of IPv6 has the rule; one with flat networks alone has none.
+func TestF45_HostRules(t *testing.T) {
+	net := func(encap string, subnets ...string) metadata.Network {
+		n := metadata.Network{Name: "n", Encapsulation: encap}
+		for _, s := range subnets {
+			n.Subnets = append(n.Subnets, netip.MustParsePrefix(s))
+		}
+		return n
+	}
+	for _, tc := range []struct {
+		name string
+		n    []metadata.Network
+		want bool
+	}{
+		{"no network", nil, false},
+		{"flat", []metadata.Network{net(metadata.EncapNone, "10.1.0.0/16", "fd00::/48")}, false},
+		{"overlay of IPv6", []metadata.Network{net(metadata.EncapVXLAN, "fd00::/48")}, true},
+		{"both", []metadata.Network{net(metadata.EncapNone, "10.1.0.0/16"), net(metadata.EncapVXLAN, "10.2.0.0/16", "fd00::/48")}, true},
+	} {
+		s := attach.HostRules(&metadata.Snapshot{Networks: tc.n})
+		if _, got := s.Chains[attach.AntiSpoofChain]; got != tc.want {
+			t.Errorf("%s: %s", tc.name, s)
+		}
+	}
+}
+
+func TestShortID(t *testing.T) {
+	for in, want := range map[string]string{"": "", "c0ffee": "c0ffee", "0123456789abcdef0123": "0123456789ab", "my-long-container-name": "my-long-container-name"} {
+		if got := attach.ShortID(in); got != want {
+			t.Errorf("%q: %q, want %q", in, got, want)
+		}
+	}
+}

@@ -1,0 +1,90 @@
+package nat_test
+
+import (
+	"flag"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/nat"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+func prefixes(list ...string) (out []netip.Prefix) {
+	for _, s := range list {
+		out = append(out, netip.MustParsePrefix(s))
+	}
+	return out
+}
+
+// TestF58_F59_Golden: the rules of each little set of networks are the text of testdata.
+func TestF58_F59_Golden(t *testing.T) {
+	overlay := metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, HostNAT: true, Subnets: prefixes("10.42.0.0/16", "fd42::/48")}
+	second := metadata.Network{Name: "second", Encapsulation: metadata.EncapVXLAN, HostNAT: true, Subnets: prefixes("10.43.0.0/16")}
+	bare := metadata.Network{Name: "bare", Encapsulation: metadata.EncapVXLAN, Subnets: prefixes("10.44.0.0/16")}
+	flat := metadata.Network{Name: "flat", Encapsulation: metadata.EncapNone, HostNAT: true, Subnets: prefixes("192.0.2.0/24")}
+	exempt := overlay
+	// Host bits, one within another, one twice, one that covers the network itself, and both families.
+	exempt.HostNATExempt = prefixes("198.51.100.7/24", "198.51.100.128/25", "198.51.100.0/24", "10.0.0.0/8", "2001:db8::/32", "fd00::/8")
+	for _, tc := range []struct {
+		name     string
+		networks []metadata.Network
+	}{
+		{"none", nil},
+		{"dual-stack", []metadata.Network{overlay}},
+		{"exempt", []metadata.Network{exempt}},
+		{"several", []metadata.Network{overlay, second, bare, flat}},
+		{"not-wanted", []metadata.Network{bare, flat}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			got := nat.Plan(&metadata.Snapshot{Networks: tc.networks}).String()
+			golden := "testdata/" + tc.name + ".plan"
+			if *update {
+				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got != string(want) {
+				t.Errorf("differs from %s (make update/golden rewrites it):\n%s", golden, got)
+			}
+		})
+	}
+}
+
+// TestDisjoint: an interval set takes no overlaps, and must match what the list matched.
+func TestDisjoint(t *testing.T) {
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range 500 {
+		var in []netip.Prefix
+		for range rng.IntN(12) {
+			in = append(in, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(rng.IntN(3)), byte(rng.IntN(4) << 6), 0}), 6+rng.IntN(20)).Masked())
+		}
+		before := slices.Clone(in)
+		out := nat.Disjoint(in)
+		if !slices.Equal(in, before) {
+			t.Fatalf("the argument was changed: %v", in)
+		}
+		for i, p := range out {
+			for _, q := range out[i+1:] {
+				if p.Overlaps(q) {
+					t.Fatalf("%v and %v of %v overlap", p, q, in)
+				}
+			}
+		}
+		for range 50 {
+			a := netip.AddrFrom4([4]byte{byte(8 + rng.IntN(5)), byte(rng.IntN(5)), byte(rng.IntN(256)), 1})
+			contains := func(p netip.Prefix) bool { return p.Contains(a) }
+			if slices.ContainsFunc(in, contains) != slices.ContainsFunc(out, contains) {
+				t.Fatalf("%s is in only one of %v and %v", a, in, out)
+			}
+		}
+	}
+}
