@@ -303,14 +303,13 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	return join(errs)
 }
 
-// disconnect removes the port: by the manager, who waits for the kernel's house-keeping in our place and for many at once, or, when it
-// does not answer, itself.
+// disconnect removes the port. It asks the manager to, who waits for the kernel's house-keeping in our place and for many at once.
+// Whatever came of that, the port is then removed here: that of one which is gone costs nothing, and a manager may be down, or
+// serve another network namespace.
 func (c *call) disconnect(ctx context.Context, hostName string) error {
 	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if (metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}).Do(ask, "DELETE", "/v1/ports/"+hostName, nil, nil) == nil {
-		return nil
-	}
+	_ = metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}.Do(ask, "DELETE", "/v1/ports/"+hostName, nil, nil)
 	k, err := c.Kernel()
 	if err != nil {
 		return err
