@@ -64,7 +64,7 @@ func start(t testing.TB) *lab.Cluster {
 			must(t, <-errs)
 		}
 		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay", metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true,
-			BlockSizeV4: 22, BlockSizeV6: 118, // a second block, claimed in the middle of a test, would look like something left over
+			BlockSizeV4: 18, BlockSizeV6: 114, // a second block, claimed in the middle of a test, would look like something left over
 			Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")}}))
 		for _, h := range c.Hosts {
 			must(t, h.StartManager(ctx))
