@@ -125,6 +125,7 @@ func (e *Etcd) mend(ctx context.Context) bool {
 		e.log.Error("compaction failed", "error", err)
 		return false
 	}
+	s.Backend().ForceCommit() // what compaction freed counts only then, and the commit may be a tenth of a second away
 	quota := s.Cfg.QuotaBackendBytes
 	if s.Backend().SizeInUse() < quota*9/10 {
 		e.defragment(true)
