@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -214,7 +215,8 @@ func handler(m *reconcile.Manager, remover *kernel.Remover) http.Handler {
 	})
 	// The CNI plugins' DEL asks for this: the manager waits for the kernel in their place.
 	mux.HandleFunc("DELETE /v1/ports/{name}", func(w http.ResponseWriter, r *http.Request) {
-		if err := remover.Remove(r.Context(), r.PathValue("name")); err != nil {
+		index, _ := strconv.ParseUint(r.URL.Query().Get("index"), 10, 32)
+		if err := remover.Remove(r.Context(), r.PathValue("name"), uint32(index)); err != nil {
 			w.WriteHeader(http.StatusInternalServerError)
 			_ = json.NewEncoder(w).Encode(metadata.Errorf(metadata.CodeInternal, "%v", err))
 		}

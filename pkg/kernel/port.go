@@ -316,24 +316,38 @@ func (n *Netns) DelPorts(ctx context.Context, names []string) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if len(names) == 1 {
-		return n.deletePort(names[0])
+	var links []uint32
+	var errs []error
+	for _, name := range names {
+		switch index, err := n.index(name); {
+		case err == nil:
+			links = append(links, index)
+		case !errors.Is(err, unix.ENODEV):
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(append(errs, n.removeGroup(links))...)
+}
+
+// removeGroup removes links that the caller knows by their index; those that are gone are no error.
+func (n *Netns) removeGroup(links []uint32) error {
+	if len(links) == 0 {
+		return nil
 	}
 	group := uint32(delta.Protocol<<24 | rand.IntN(1<<24))
 	var errs []error
 	missing := 0
-	err := n.rt.run(len(names), func(m *message, i int) bool {
-		changeLink(m, 0, 0, 0)
-		m.string(unix.IFLA_IFNAME, names[i])
+	err := n.rt.run(len(links), func(m *message, i int) bool {
+		changeLink(m, links[i], 0, 0)
 		m.u32(unix.IFLA_GROUP, group)
 		return true
 	}, func(i int, err error) {
 		missing++
 		if !errors.Is(err, unix.ENODEV) {
-			errs = append(errs, fmt.Errorf("remove %s: %w", names[i], err))
+			errs = append(errs, fmt.Errorf("remove link %d: %w", links[i], err))
 		}
 	})
-	if err == nil && missing < len(names) {
+	if err == nil && missing < len(links) {
 		err = n.rt.do(func(m *message) {
 			m.begin(unix.RTM_DELLINK, 0)
 			m.raw(make([]byte, unix.SizeofIfInfomsg)...)
@@ -341,9 +355,23 @@ func (n *Netns) DelPorts(ctx context.Context, names []string) error {
 		})
 	}
 	if err != nil {
-		errs = append(errs, fmt.Errorf("remove %d ports: %w", len(names), err))
+		errs = append(errs, fmt.Errorf("remove %d ports: %w", len(links), err))
 	}
 	return errors.Join(errs...)
+}
+
+// PortIndex is the interface index of a port's host end in the calling goroutine's network namespace; 0 when there is none.
+func PortIndex(hostName string) uint32 {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return 0
+	}
+	defer unix.Close(fd)
+	req, err := unix.NewIfreq(hostName)
+	if err != nil || unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, req) != nil {
+		return 0
+	}
+	return req.Uint32()
 }
 
 // Joined implements Kernel.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync"
 
@@ -19,11 +20,12 @@ import (
 // and what is in that wait cannot be killed. So a short-lived process lets a long-lived one do it. Nobody holds a lock during
 // that wait, so a few workers take turns; requests that find them all waiting are made into one, for a group of links.
 type Remover struct {
-	kick chan struct{}
+	kick  chan struct{}
+	names int // a socket to ask for names by; it lives as long as the process
 
 	mu      sync.Mutex
-	queue   []string
-	waiting map[string][]chan error
+	queue   []uint32
+	waiting map[uint32][]chan error
 }
 
 // workers is how many requests may wait in the kernel at once: four at 16 ms each remove 250 ports a second one by one, and any number
@@ -36,7 +38,11 @@ func NewRemover(ctx context.Context) (*Remover, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch links: %w", err)
 	}
-	r := &Remover{kick: make(chan struct{}, 1), waiting: map[string][]chan error{}}
+	names, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, errors.Join(os.NewSyscallError("socket", err), events.Close())
+	}
+	r := &Remover{names: names, kick: make(chan struct{}, 1), waiting: map[uint32][]chan error{}}
 	for range workers {
 		n, err := New()
 		if err != nil {
@@ -52,14 +58,20 @@ func NewRemover(ctx context.Context) (*Remover, error) {
 
 // Remove returns when the kernel has announced that the port's host end is gone, or was not there. Its error is DelPorts', or the
 // context's.
-func (r *Remover) Remove(ctx context.Context, hostName string) error {
-	if !strings.HasPrefix(hostName, delta.PortPrefix) {
-		return fmt.Errorf("remove %s: it is no container's port", hostName)
+//
+// The link is named by its index, which the kernel does not use again: a request whose caller was killed may wait its turn until
+// after the next ADD of the same container, and that one's port has the same name.
+func (r *Remover) Remove(ctx context.Context, hostName string, index uint32) error {
+	if !strings.HasPrefix(hostName, delta.PortPrefix) || index == 0 {
+		return fmt.Errorf("remove %s, index %d: it is no container's port", hostName, index)
+	}
+	if deviceName(r.names, index) != hostName {
+		return nil
 	}
 	done := make(chan error, 1)
 	r.mu.Lock()
-	r.queue = append(r.queue, hostName)
-	r.waiting[hostName] = append(r.waiting[hostName], done)
+	r.queue = append(r.queue, index)
+	r.waiting[index] = append(r.waiting[index], done)
 	r.mu.Unlock()
 	select {
 	case r.kick <- struct{}{}:
@@ -82,24 +94,26 @@ func (r *Remover) work(ctx context.Context, n *Netns) {
 		case <-r.kick:
 		}
 		r.mu.Lock()
-		names := r.queue
+		links := r.queue
 		r.queue = nil
 		r.mu.Unlock()
-		if len(names) == 0 {
+		if len(links) == 0 {
 			continue
 		}
-		err := n.DelPorts(ctx, names)
+		n.mu.Lock()
+		err := n.removeGroup(links)
+		n.mu.Unlock()
 		// Whoever still waits now asked for a link that was not there, or could not be removed.
-		for _, name := range names {
-			r.gone(name, err)
+		for _, index := range links {
+			r.gone(index, err)
 		}
 	}
 }
 
-func (r *Remover) gone(name string, err error) {
+func (r *Remover) gone(index uint32, err error) {
 	r.mu.Lock()
-	waiting := r.waiting[name]
-	delete(r.waiting, name)
+	waiting := r.waiting[index]
+	delete(r.waiting, index)
 	r.mu.Unlock()
 	for _, w := range waiting {
 		w <- err
@@ -108,8 +122,6 @@ func (r *Remover) gone(name string, err error) {
 
 func (r *Remover) announced(typ uint16, body []byte) {
 	if typ == unix.RTM_DELLINK {
-		if f := parseLink(body); strings.HasPrefix(f.name, delta.PortPrefix) {
-			r.gone(f.name, nil)
-		}
+		r.gone(parseLink(body).index, nil)
 	}
 }

@@ -32,17 +32,7 @@ func TestMain(m *testing.M) {
 		fmt.Println("held")
 		io.Copy(io.Discard, os.Stdin) //nolint:errcheck // until killed
 	}
-	if os.Getenv("LARIAT_LAB") != "" || probe.Check(probe.UserNS) == nil {
-		lab.Enter()
-	}
-	code := m.Run()
-	if cluster != nil {
-		if err := cluster.Down(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	os.Exit(code)
+	lab.Main(m)
 }
 
 var (

@@ -32,19 +32,7 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-func TestMain(m *testing.M) {
-	if os.Getenv("LARIAT_LAB") != "" || probe.Check(probe.UserNS) == nil { // else every test skips, and says why
-		lab.Enter()
-	}
-	code := m.Run()
-	if cluster != nil {
-		if err := cluster.Down(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { lab.Main(m) }
 
 var (
 	ctx     = context.Background()

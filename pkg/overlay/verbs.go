@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"net"
 	"net/netip"
@@ -307,9 +308,11 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 // Whatever came of that, the port is then removed here: that of one which is gone costs nothing, and a manager may be down, or
 // serve another network namespace.
 func (c *call) disconnect(ctx context.Context, hostName string) error {
-	ask, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	_ = metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}.Do(ask, "DELETE", "/v1/ports/"+hostName, nil, nil)
+	if index := kernel.PortIndex(hostName); index != 0 {
+		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		_ = metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}.Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
+	}
 	k, err := c.Kernel()
 	if err != nil {
 		return err

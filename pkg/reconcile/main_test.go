@@ -2,9 +2,7 @@ package reconcile
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
-	"os"
 	"sync"
 	"testing"
 
@@ -13,19 +11,7 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-func TestMain(m *testing.M) {
-	if os.Getenv("LARIAT_LAB") != "" || probe.Check(probe.UserNS) == nil {
-		lab.Enter()
-	}
-	code := m.Run()
-	if cluster != nil {
-		if err := cluster.Down(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { lab.Main(m) }
 
 var (
 	ctx     = context.Background()

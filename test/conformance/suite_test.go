@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -19,24 +18,11 @@ import (
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/plan"
-	"github.com/lariat-net/lariat/pkg/probe"
 	"github.com/lariat-net/lariat/test/conformance/cnirun"
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-func TestMain(m *testing.M) {
-	if os.Getenv("LARIAT_LAB") != "" || probe.Check(probe.UserNS) == nil { // else every test skips, and says why
-		lab.Enter()
-	}
-	code := m.Run()
-	if cluster != nil {
-		if err := cluster.Down(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { lab.Main(m) }
 
 var (
 	ctx     = context.Background()

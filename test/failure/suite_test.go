@@ -2,6 +2,7 @@ package failure_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -22,19 +23,7 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-func TestMain(m *testing.M) {
-	if os.Getenv("LARIAT_LAB") != "" || probe.Check(probe.UserNS) == nil { // else every test skips, and says why
-		lab.Enter()
-	}
-	code := m.Run()
-	if cluster != nil {
-		if err := cluster.Down(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			code = 1
-		}
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { lab.Main(m) }
 
 var (
 	ctx     = context.Background()
@@ -73,12 +62,12 @@ func start(t testing.TB) *lab.Cluster {
 			eventually(t, 10*time.Second, func() error {
 				return h.Do(func() error { _, err := netlink.LinkByName("vtep1042"); return err })
 			})
-			eventually(t, 10*time.Second, func() error {
+			eventually(t, 20*time.Second, func() error {
 				v, err := h.Client().View(ctx)
 				if err == nil && len(v.Blocks) < 6 {
 					err = fmt.Errorf("%d blocks of 6", len(v.Blocks))
 				}
-				return err
+				return errors.Join(err, h.Settled(ctx))
 			})
 		}
 	})

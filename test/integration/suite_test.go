@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -18,10 +17,7 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-func TestMain(m *testing.M) {
-	lab.Enter()
-	os.Exit(m.Run())
-}
+func TestMain(m *testing.M) { lab.Main(m) }
 
 var ctx = context.Background()
 
@@ -41,12 +37,6 @@ var _ = BeforeSuite(func() {
 	Expect(err).NotTo(HaveOccurred())
 	Expect(cluster.Up(ctx)).To(Succeed())
 	create(metadata.Network{Name: "overlay", Subnets: prefixes("10.42.0.0/16", "fd42::/48"), Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true})
-})
-
-var _ = AfterSuite(func() {
-	if cluster != nil {
-		Expect(cluster.Down()).To(Succeed())
-	}
 })
 
 func prefixes(list ...string) (out []netip.Prefix) {

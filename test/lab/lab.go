@@ -63,6 +63,7 @@ func New(opts Options) (*Cluster, error) {
 		opts.MTU = 1500
 	}
 	c := &Cluster{Bin: bin, Dir: opts.Dir, opts: opts}
+	live = append(live, c)
 	if c.Dir == "" {
 		c.Dir = "/run/lab"
 	}

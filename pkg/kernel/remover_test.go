@@ -1,0 +1,79 @@
+package kernel_test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"testing"
+
+	"github.com/lariat-net/lariat/pkg/attach"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// TestF132RemoverSparesTheNextPort: ports go, many at once; the request of a DEL that was killed meanwhile does not cost the next ADD
+// of the same container its port, which has the same name.
+func TestF132RemoverSparesTheNextPort(t *testing.T) {
+	host, inside := netnstest.New(t), netnstest.New(t)
+	host.Do(t, func() {
+		r, err := kernel.NewRemover(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, err := kernel.New()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer k.Close()
+		port := func(round, n int) (string, uint32) {
+			t.Helper()
+			id := metadata.AttachmentID{ContainerID: fmt.Sprint("c", round, "-", n), IfName: fmt.Sprint("e", round, "-", n)}
+			p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.AddrFrom4([4]byte{10, 0, byte(round), byte(n)})}}}, attach.Config{ID: id})
+			if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+				t.Fatal(err)
+			}
+			return p.HostName, kernel.PortIndex(p.HostName)
+		}
+		var kept []string
+		for round := range 10 {
+			done := make(chan error)
+			for n := range 8 { // the workers are busy
+				name, index := port(round, n)
+				go func() { done <- r.Remove(t.Context(), name, index) }()
+			}
+			name, index := port(round, 100)
+			gone, cancel := context.WithCancel(t.Context())
+			cancel()
+			_ = r.Remove(gone, name, index) // the DEL that was killed
+			if err := k.DelPort(t.Context(), name); err != nil {
+				t.Fatal(err)
+			}
+			port(round, 100) // ADD again
+			kept = append(kept, name)
+			for range 8 {
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			}
+			if err := r.Remove(t.Context(), name, index); err != nil { // gone already
+				t.Error(err)
+			}
+		}
+		ports, err := k.Ports(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		var left []string
+		for _, p := range ports {
+			left = append(left, p.Name)
+		}
+		if slices.Sort(left); !slices.Equal(left, slices.Sorted(slices.Values(kept))) {
+			t.Errorf("want the ports %v, got %v", kept, left)
+		}
+		if err := r.Remove(t.Context(), "eth0", 1); err == nil {
+			t.Error("a link that is no port is removed")
+		}
+	})
+}

@@ -1,0 +1,57 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/plan"
+	"github.com/lariat-net/lariat/pkg/probe"
+)
+
+// live are the clusters that were made, for Main to take down.
+var live []*Cluster
+
+// Main is TestMain: it runs the tests inside of new namespaces and takes their clusters down at the end. Where namespaces are forbidden
+// the tests run outside; those that say with probe.Need what they need are then skipped, with the reason.
+func Main(m interface{ Run() int }) {
+	if os.Getenv(marker) != "" || probe.Check(probe.UserNS) == nil {
+		Enter()
+	}
+	code := m.Run()
+	for _, c := range live {
+		if err := c.Down(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
+// Settled returns an error that names everything in which the host's kernel differs from what its metadata wants.
+func (h *Host) Settled(ctx context.Context) error {
+	snap, err := h.Client().View(ctx)
+	if err != nil {
+		return err
+	}
+	want := plan.Desired(snap, h.Name)
+	var d *delta.Difference
+	err = h.Do(func() error {
+		k, err := kernel.New()
+		if err != nil {
+			return err
+		}
+		have, err := k.Observe(ctx, want)
+		if err == nil {
+			d = delta.Between(want, have)
+		}
+		return errors.Join(err, k.Close())
+	})
+	if err == nil && !d.Empty() {
+		err = fmt.Errorf("host %s is not settled:\n%s", h.Name, d)
+	}
+	return err
+}
