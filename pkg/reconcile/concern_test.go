@@ -33,7 +33,7 @@ func TestConcernBacksOff(t *testing.T) {
 			t.Errorf("healthy before the first pass: %+v", h)
 		}
 		go c.Loop(ctx, discard())
-		time.Sleep(4 * time.Minute)
+		time.Sleep(4 * time.Minute) //nolint:forbidigo // the bubble's clock
 		synctest.Wait()
 		cancel()
 		synctest.Wait()
@@ -64,7 +64,7 @@ func TestConcernNeverWaitsLongerThanItsTimer(t *testing.T) {
 		passes := 0
 		c := NewConcern("test", time.Second, func(context.Context) ([]string, error) { passes++; return nil, errors.New("no") })
 		go c.Loop(ctx, discard())
-		time.Sleep(10*time.Second + 1)
+		time.Sleep(10*time.Second + 1) //nolint:forbidigo // the bubble's clock
 		synctest.Wait()
 		if passes < 10 {
 			t.Errorf("%d passes in 10 s", passes)
@@ -79,7 +79,7 @@ func TestConcernFoldsTriggers(t *testing.T) {
 		var passes atomic.Int32
 		c := NewConcern("test", time.Hour, func(context.Context) ([]string, error) {
 			passes.Add(1)
-			time.Sleep(time.Second) // a pass takes its time
+			time.Sleep(time.Second) //nolint:forbidigo // a pass takes its time, by the bubble's clock
 			return nil, nil
 		})
 		go c.Loop(ctx, discard())

@@ -28,7 +28,7 @@ func Main(m interface{ Run() int }) {
 			code = 1
 		}
 	}
-	os.Exit(code)
+	os.Exit(code) //nolint:forbidigo // it stands in for main
 }
 
 // Settled returns an error that names everything in which the host's kernel differs from what its metadata wants.
