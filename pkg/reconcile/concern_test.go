@@ -83,16 +83,16 @@ func TestConcernFoldsTriggers(t *testing.T) {
 			return nil, nil
 		})
 		go c.Loop(ctx, discard())
-		time.Sleep(500 * time.Millisecond)
-		for range 100 { // all while the first pass runs
+		time.Sleep(500 * time.Millisecond) //nolint:forbidigo // the bubble's clock
+		for range 100 {                    // all while the first pass runs
 			c.Trigger()
 		}
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) //nolint:forbidigo // the bubble's clock
 		if n := passes.Load(); n != 2 {
 			t.Errorf("100 triggers during a pass made %d passes, want one more", n-1)
 		}
 		c.Trigger()
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) //nolint:forbidigo // the bubble's clock
 		if n := passes.Load(); n != 3 {
 			t.Errorf("a trigger at rest: %d passes", n)
 		}
@@ -113,7 +113,7 @@ func TestConcernTriggerCutsTheBackOffShort(t *testing.T) {
 			return []string{"mended"}, nil
 		})
 		go c.Loop(ctx, discard())
-		time.Sleep(20 * time.Second) // in the middle of a long wait
+		time.Sleep(20 * time.Second) //nolint:forbidigo // in the middle of a long wait
 		synctest.Wait()
 		broken = false
 		now := time.Now()
@@ -143,7 +143,7 @@ func TestConcernLogsOnce(t *testing.T) {
 			return nil, nil
 		})
 		go c.Loop(ctx, slog.New(slog.NewTextHandler(&log, nil)))
-		time.Sleep(time.Minute)
+		time.Sleep(time.Minute) //nolint:forbidigo // the bubble's clock
 		synctest.Wait()
 		cancel()
 		synctest.Wait()
