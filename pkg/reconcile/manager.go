@@ -185,21 +185,7 @@ func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 		if n.Encapsulation == metadata.EncapNone || len(s.Gateways(n.Name, s.Self)) > 0 {
 			continue
 		}
-		hosts := map[string]bool{}
-		claimed := 0
-		for _, b := range s.Blocks {
-			if b.Network == n.Name {
-				hosts[b.Host] = true
-				claimed++
-			}
-		}
-		var total float64
-		for _, p := range n.Subnets {
-			if t := float64(uint64(1) << min(63, n.BlockSize(p)-p.Bits())); total == 0 || t < total {
-				total = t
-			}
-		}
-		if total-float64(claimed) < float64(len(s.Hosts)-len(hosts)) {
+		if !blocksForAll(s, n) {
 			continue // containers need them more
 		}
 		if err := m.Client.Join(ctx, n.Name); err != nil {
@@ -207,6 +193,25 @@ func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// blocksForAll reports whether in each of the network's subnets every host that has no block yet could get one.
+func blocksForAll(s *metadata.Snapshot, n metadata.Network) bool {
+	for _, subnet := range n.Subnets {
+		hosts := map[string]bool{}
+		claimed := 0
+		for _, b := range s.Blocks {
+			if b.Network == n.Name && subnet.Contains(b.CIDR.Addr()) {
+				hosts[b.Host] = true
+				claimed++
+			}
+		}
+		total := float64(uint64(1) << min(63, n.BlockSize(subnet)-subnet.Bits()))
+		if total-float64(claimed) < float64(len(s.Hosts)-len(hosts)) {
+			return false
+		}
+	}
+	return true
 }
 
 // underlay tells the metadata when the link that carries the tunnels got another MTU or address.
