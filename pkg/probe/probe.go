@@ -42,6 +42,10 @@ const (
 	IPv6           Feature = "ipv6"    // at all
 	Dummy          Feature = "dummy"   // devices without a link
 	Bridge         Feature = "bridge"  // software switches
+	ESP            Feature = "esp"     // IPsec's encapsulation over IPv4, with any cipher
+	ESP6           Feature = "esp6"    // the same over IPv6
+	AESGCM         Feature = "aesgcm"  // ESP with the cipher rfc4106(gcm(aes))
+	XfrmInterface  Feature = "xfrmi"   // devices that are bound to IPsec policies by an id (Linux 4.19)
 )
 
 var tries = map[Feature]func() error{
@@ -67,6 +71,14 @@ var tries = map[Feature]func() error{
 			s.Nexthops[1] = delta.Nexthop{Via: netip.MustParseAddr("192.0.2.2"), Dev: dev, Onlink: true}
 			s.Routes[netip.MustParsePrefix("198.51.100.0/24")] = delta.Route{NH: 1}
 		})
+	},
+	ESP: func() error { return remedy(esp("192.0.2.1", "192.0.2.2", ciphers...), "module esp4, CONFIG_INET_ESP") },
+	ESP6: func() error {
+		return remedy(esp("2001:db8::1", "2001:db8::2", ciphers...), "module esp6, CONFIG_INET6_ESP")
+	},
+	AESGCM: func() error { return remedy(esp("192.0.2.1", "192.0.2.2", gcm), "modules esp4, gcm, seqiv and aes") },
+	XfrmInterface: func() error {
+		return remedy(link(&netlink.Xfrmi{LinkAttrs: attrs(), Ifid: 1}), "module xfrm_interface, CONFIG_XFRM_INTERFACE")
 	},
 	Nft:    func() error { return chain("filter", "input", delta.Verdict("accept")) },
 	NftFib: func() error { return chain("filter", "prerouting", delta.NoReverse{}, delta.Verdict("drop")) },
@@ -161,6 +173,57 @@ func attrs() netlink.LinkAttrs {
 
 func link(l netlink.Link) error {
 	return inside(func() error { return netlink.LinkAdd(l) })
+}
+
+// remedy says what of the kernel a feature is.
+func remedy(err error, what string) error {
+	if err != nil {
+		err = fmt.Errorf("%w; what it takes of the kernel: %s", err, what)
+	}
+	return err
+}
+
+// The ciphers that a security association is tried with, the likeliest first.
+var (
+	gcm     = netlink.XfrmState{Aead: &netlink.XfrmStateAlgo{Name: "rfc4106(gcm(aes))", Key: make([]byte, 20), ICVLen: 128}}
+	ciphers = []netlink.XfrmState{
+		gcm,
+		{
+			Crypt: &netlink.XfrmStateAlgo{Name: "cbc(aes)", Key: make([]byte, 16)},
+			Auth:  &netlink.XfrmStateAlgo{Name: "hmac(sha256)", Key: make([]byte, 32), TruncateLen: 128},
+		},
+		{
+			Crypt: &netlink.XfrmStateAlgo{Name: "ecb(cipher_null)"},
+			Auth:  &netlink.XfrmStateAlgo{Name: "hmac(sha1)", Key: make([]byte, 20), TruncateLen: 96},
+		},
+	}
+)
+
+// esp makes a security association in tunnel mode with one of the ciphers. The kernel refuses a protocol that it does not have as
+// well as a cipher, with different errors; they are all told.
+func esp(src, dst string, with ...netlink.XfrmState) error {
+	return inside(func() error {
+		var errs []error
+		for _, sa := range with {
+			sa.Src, sa.Dst = netip.MustParseAddr(src).AsSlice(), netip.MustParseAddr(dst).AsSlice()
+			sa.Proto, sa.Mode, sa.Spi = netlink.XFRM_PROTO_ESP, netlink.XFRM_MODE_TUNNEL, 0x100
+			err := netlink.XfrmStateAdd(&sa)
+			if err == nil {
+				return nil
+			}
+			name := ""
+			if sa.Aead != nil {
+				name = sa.Aead.Name
+			} else {
+				name = sa.Crypt.Name + " " + sa.Auth.Name
+			}
+			errs = append(errs, fmt.Errorf("add a security association of ESP with %s: %w", name, err))
+			if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EPERM) {
+				break // another cipher does not help
+			}
+		}
+		return errors.Join(errs...)
+	})
 }
 
 func macvlan() error {
