@@ -21,6 +21,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/server"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 	"github.com/lariat-net/lariat/pkg/mtu"
+	"github.com/lariat-net/lariat/pkg/plan"
 )
 
 // run is the program; what it returns is the exit code.
@@ -112,7 +113,7 @@ func serve(args []string, stdout, stderr io.Writer) error {
 		}
 	}
 	s, err = server.New(start, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay,
-		Labels: c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, AllContainers: c.ListenTree != "", LeaseTTL: c.LeaseTTL, Log: log}, st)
+		Labels: c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, Device: plan.Device, AllContainers: c.ListenTree != "", LeaseTTL: c.LeaseTTL, Log: log}, st)
 	if err != nil {
 		return err
 	}

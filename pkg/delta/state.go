@@ -39,13 +39,23 @@ func (m MAC) appendTo(b []byte) []byte {
 	return b
 }
 
-// Link is a device that Lariat makes. Only vxlan devices exist today; containers' veths are pkg/attach's.
+// TunnelPrefix begins the name of every XFRM interface of Lariat's, as PortPrefix that of every container's host end.
+const TunnelPrefix = "lrx"
+
+// Kinds of links.
+const (
+	KindVXLAN = "vxlan"
+	KindXFRM  = "xfrm"
+)
+
+// Link is a device that Lariat makes. Containers' veths are pkg/attach's.
 type Link struct {
-	Kind  string // vxlan
-	VNI   uint32
-	Port  uint16     // UDP
-	Local netip.Addr // source of the outer packets
+	Kind  string
+	VNI   uint32     // of vxlan, as are
+	Port  uint16     // the UDP port,
+	Local netip.Addr // the source of the outer packets, and
 	MAC   MAC
+	IfID  uint32 // of xfrm: which policies its packets fall under
 	MTU   int
 	Alias string // begins with AliasPrefix
 
@@ -59,7 +69,7 @@ type Link struct {
 
 // Remake says whether a device l can only be had by removing old and making it again. Everything on old goes with it.
 func (l Link) Remake(old Link) bool {
-	return l.Kind != old.Kind || l.VNI != old.VNI || l.Port != old.Port || l.Local != old.Local || l.Other != old.Other
+	return l.Kind != old.Kind || l.VNI != old.VNI || l.Port != old.Port || l.Local != old.Local || l.IfID != old.IfID || l.Other != old.Other
 }
 
 // Addr is an address on a device.

@@ -9,6 +9,9 @@ import (
 // IifPrefix matches packets that arrived on an interface whose name begins so: iifname "lrt*".
 type IifPrefix string
 
+// OifPrefix matches packets that leave by an interface whose name begins so: oifname "lrt*".
+type OifPrefix string
+
 // Iif matches the name of the arriving interface: iifname "vtep1042".
 type Iif struct {
 	Name string
@@ -53,6 +56,7 @@ type MarkComment string
 type Unknown string
 
 func (IifPrefix) statement()   {}
+func (OifPrefix) statement()   {}
 func (Iif) statement()         {}
 func (Oif) statement()         {}
 func (InSet) statement()       {}
@@ -73,6 +77,9 @@ func not(is bool) string {
 
 // String is the statement as nft lists it.
 func (s IifPrefix) String() string { return `iifname "` + string(s) + `*"` }
+
+// String is the statement as nft lists it.
+func (s OifPrefix) String() string { return `oifname "` + string(s) + `*"` }
 
 // String is the statement as nft lists it.
 func (s Iif) String() string { return "iifname " + not(s.Not) + `"` + s.Name + `"` }

@@ -18,6 +18,25 @@ func appendSysctl(b []byte, k, v string) []byte {
 func appendLink(b []byte, name string, l Link) []byte {
 	b = append(append(b, "link  "...), name...)
 	b = append(append(b, " type "...), l.Kind...)
+	if l.Kind == KindXFRM {
+		b = strconv.AppendUint(append(b, " if_id 0x"...), uint64(l.IfID), 16)
+		if l.Other != "" {
+			b = append(append(b, ' '), l.Other...)
+		}
+		b = strconv.AppendInt(append(b, " mtu "...), int64(l.MTU), 10)
+	} else {
+		b = appendVXLAN(b, l)
+	}
+	if l.Alias != "" {
+		b = append(append(b, " alias "...), l.Alias...)
+	}
+	if l.Down {
+		b = append(b, " down"...)
+	}
+	return b
+}
+
+func appendVXLAN(b []byte, l Link) []byte {
 	b = strconv.AppendUint(append(b, " id "...), uint64(l.VNI), 10)
 	if l.Local.IsValid() {
 		b = l.Local.AppendTo(append(b, " local "...))
@@ -29,14 +48,7 @@ func appendLink(b []byte, name string, l Link) []byte {
 		b = append(append(b, ' '), l.Other...)
 	}
 	b = strconv.AppendInt(append(b, " mtu "...), int64(l.MTU), 10)
-	b = l.MAC.appendTo(append(b, " address "...))
-	if l.Alias != "" {
-		b = append(append(b, " alias "...), l.Alias...)
-	}
-	if l.Down {
-		b = append(b, " down"...)
-	}
-	return b
+	return l.MAC.appendTo(append(b, " address "...))
 }
 
 func appendAddr(b []byte, a Addr) []byte {

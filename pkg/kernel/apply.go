@@ -16,8 +16,10 @@ import (
 // maxErrors is how many refusals of one kind of object are told one by one. What is wrong with ten thousand is one thing.
 const maxErrors = 10
 
-// Apply implements Kernel. Sysctls come first, then links, addresses, neighbours, forwarding entries, nexthops, routes, and
-// nftables in one transaction; what goes, goes in reverse. What stands on a device that could not be made is left out.
+// Apply implements Kernel. What nftables shall have in addition comes first, in one transaction: rules that block stand before there
+// is anything to block, and without them no encrypted device is made. Then sysctls, links, addresses, neighbours, forwarding
+// entries, nexthops, and routes; what goes, goes in reverse, with nftables last. What stands on a device that could not be made
+// is left out.
 func (n *Netns) Apply(ctx context.Context, d *delta.Difference) error {
 	if d.Empty() {
 		return nil
@@ -37,6 +39,7 @@ type application struct {
 	d       *delta.Difference
 	indexes map[string]uint32
 	missing map[string]int // devices that are not there, and how much was left out for that
+	bare    bool           // the rules could not be made
 	errs    []error
 }
 
@@ -46,6 +49,9 @@ func (a *application) fail(format string, args ...any) {
 
 func (a *application) run() {
 	d := a.d
+	if err := a.n.applyNft(d, true); err != nil {
+		a.errs, a.bare = append(a.errs, err), true
+	}
 	a.sysctls(false)
 	a.links()
 	a.sysctls(true)
@@ -54,9 +60,6 @@ func (a *application) run() {
 	send(a, "set", d.FDB.Set, a.addFDB, fdbName)
 	a.nexthops()
 	a.routes()
-	if err := a.n.applyNft(d); err != nil {
-		a.errs = append(a.errs, err)
-	}
 	send(a, "remove", d.Routes.Remove, a.removeRoute, routeName, unix.ESRCH, unix.ENOENT, unix.ENODEV,
 		unix.EINVAL) // its nexthop is gone, and took it along
 	send(a, "remove", d.Nexthops.Remove, a.removeNexthop, nexthopName, unix.ENOENT, unix.ESRCH)
@@ -65,6 +68,11 @@ func (a *application) run() {
 	send(a, "remove", d.Addrs.Remove, a.removeAddr, func(e *delta.Entry[delta.Addr, struct{}]) string { return e.Key.String() }, unix.EADDRNOTAVAIL)
 	for _, e := range d.Links.Remove {
 		a.removeLink(e.Key)
+	}
+	if !a.bare {
+		if err := a.n.applyNft(d, false); err != nil {
+			a.errs = append(a.errs, err)
+		}
 	}
 	devs := make([]string, 0, len(a.missing))
 	for dev := range a.missing {
@@ -129,7 +137,7 @@ func (a *application) links() {
 	d := a.d
 	for _, e := range d.Links.Remove { // one tunnel end per VNI and port: the old one has to go first
 		if slices.ContainsFunc(d.Links.Set, func(s delta.Entry[string, delta.Link]) bool {
-			return s.Value.VNI == e.Value.VNI && s.Value.Port == e.Value.Port
+			return s.Value.Kind == e.Value.Kind && s.Value.VNI == e.Value.VNI && s.Value.Port == e.Value.Port && s.Value.IfID == e.Value.IfID
 		}) {
 			a.removeLink(e.Key)
 		}
@@ -137,6 +145,8 @@ func (a *application) links() {
 	for _, e := range d.Links.Set {
 		var err error
 		switch {
+		case a.bare && e.Value.Kind == delta.KindXFRM:
+			err = errors.New("without the rules that keep packets from leaving in clear it is not made")
 		case e.Replaces && !e.Value.Remake(e.Old):
 			err = a.adjust(e.Key, e.Value, e.Old)
 		case e.Replaces:
@@ -156,7 +166,7 @@ func (a *application) links() {
 
 func (a *application) create(name string, l delta.Link) error {
 	old := l // as it will be when it is made
-	err := a.n.rt.do(func(m *message) { createVXLAN(m, name, l) })
+	err := a.n.rt.do(func(m *message) { createLink(m, name, l) })
 	if errors.Is(err, unix.EEXIST) {
 		// Another process of ours may have been faster. Anything else of that name, or on that VNI, is not ours.
 		var f foundLink
@@ -166,21 +176,33 @@ func (a *application) create(name string, l delta.Link) error {
 		}, func(_ uint16, body []byte) { f = parseLink(body) })
 		switch {
 		case gerr != nil:
-			return fmt.Errorf("another device has VNI %d and port %d: %w", l.VNI, l.Port, err)
-		case f.kind != "vxlan":
-			return fmt.Errorf("a device of that name is there, of kind %q, and is left alone; rename it or give the network another VNI: %w", cmp.Or(f.kind, "hardware"), err)
+			return fmt.Errorf("another device has %s: %w", identity(l), err)
+		case f.kind != l.Kind:
+			return fmt.Errorf("a device of that name is there, of kind %q, and is left alone; rename it, or give the network another %s: %w",
+				cmp.Or(f.kind, "hardware"), map[string]string{delta.KindVXLAN: "VNI", delta.KindXFRM: "name"}[l.Kind], err)
 		case l.Remake(f.link):
 			return fmt.Errorf("appeared meanwhile as %s: %w", delta.LinkString(name, f.link), err)
 		}
 		old, err = f.link, nil
 	}
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		return fmt.Errorf("this kernel lacks %s: %w", l.Kind, err)
+		return fmt.Errorf("this kernel lacks %s: %w", lacking[l.Kind], err)
 	}
 	if err != nil {
 		return err
 	}
 	return a.adjust(name, l, old)
+}
+
+// lacking is what a kernel that does not know a kind of device is without.
+var lacking = map[string]string{delta.KindVXLAN: "VXLAN devices (CONFIG_VXLAN, module vxlan)", delta.KindXFRM: "XFRM interfaces (CONFIG_XFRM_INTERFACE, module xfrm_interface)"}
+
+// identity is what no two devices of a kind may have in common.
+func identity(l delta.Link) string {
+	if l.Kind == delta.KindXFRM {
+		return fmt.Sprintf("if_id %#x", l.IfID)
+	}
+	return fmt.Sprintf("VNI %d and port %d", l.VNI, l.Port)
 }
 
 // adjust sets what can be set in place and differs from old, and ends with the device up. The address is set only when it has to

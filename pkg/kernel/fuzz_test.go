@@ -9,7 +9,7 @@ import (
 // What the kernel says is read by hand; whatever it says, nothing may run off the end.
 func FuzzParse(f *testing.F) {
 	m := &message{}
-	createVXLAN(m, "vtep1042", delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, MTU: 1450})
+	createLink(m, "vtep1042", delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, MTU: 1450})
 	m.finish(1)
 	f.Add(m.b[16:])
 	m = &message{}

@@ -22,6 +22,10 @@ type Netns struct {
 	rt *socket
 	nf *nftables // nil until something needs nftables
 
+	// unknown are the kinds of devices that the kernel did not know when it was asked. What it does not know it has none of,
+	// and a list of all devices instead can be long.
+	unknown map[string]bool
+
 	ns *os.File // the namespace itself
 	id nsID
 }

@@ -330,9 +330,9 @@ func (n *Netns) observeNft(s, want *delta.State) error {
 }
 
 // applyNft changes the table in one transaction. What the difference says to set or remove is held against the table as it is by
-// now, so that what is done already is left out, and nothing is done by halves.
-func (n *Netns) applyNft(d *delta.Difference) error {
-	if d.Sets.Len()+d.Chains.Len() == 0 {
+// now, so that what is done already is left out, and nothing is done by halves. With grow it takes nothing away yet.
+func (n *Netns) applyNft(d *delta.Difference, grow bool) error {
+	if d.Sets.Len()+d.Chains.Len() == 0 || !grow && !shrinks(d) {
 		return nil
 	}
 	f, err := n.nftables()
@@ -343,7 +343,7 @@ func (n *Netns) applyNft(d *delta.Difference) error {
 		if err = f.refresh(); err != nil {
 			return err
 		}
-		if err = f.change(d); !errors.Is(err, unix.ERESTART) && !errors.Is(err, unix.EAGAIN) {
+		if err = f.change(d, grow); !errors.Is(err, unix.ERESTART) && !errors.Is(err, unix.EAGAIN) {
 			break
 		}
 	}
@@ -353,20 +353,34 @@ func (n *Netns) applyNft(d *delta.Difference) error {
 	return nil
 }
 
-// target is what the table should hold once the difference is applied to what it holds now.
-func (f *nftables) target(d *delta.Difference) (sets map[string]delta.Set, chains map[string]delta.Chain) {
+// shrinks reports whether a difference takes anything of nftables away.
+func shrinks(d *delta.Difference) bool {
+	return len(d.Sets.Remove)+len(d.Chains.Remove) > 0 || slices.ContainsFunc(d.Sets.Set, func(e delta.Entry[string, delta.Set]) bool {
+		_, gone := delta.ElementChanges(e.Value.Elements, e.Old.Elements)
+		return len(gone) > 0
+	})
+}
+
+// target is what the table should hold once the difference is applied to what it holds now; with grow, and nothing that goes is gone.
+func (f *nftables) target(d *delta.Difference, grow bool) (sets map[string]delta.Set, chains map[string]delta.Chain) {
 	sets, chains = maps.Clone(f.sets), maps.Clone(f.chains)
 	if sets == nil {
 		sets, chains = map[string]delta.Set{}, map[string]delta.Chain{}
 	}
-	for _, e := range d.Sets.Remove {
-		delete(sets, e.Key)
-	}
-	for _, e := range d.Chains.Remove {
-		delete(chains, e.Key)
+	if !grow {
+		for _, e := range d.Sets.Remove {
+			delete(sets, e.Key)
+		}
+		for _, e := range d.Chains.Remove {
+			delete(chains, e.Key)
+		}
 	}
 	for _, e := range d.Sets.Set {
-		sets[e.Key] = e.Value
+		set := e.Value
+		if have, ok := f.sets[e.Key]; grow && ok && set.SameType(have) {
+			set.Elements = delta.Disjoint(slices.Concat(set.Elements, have.Elements))
+		}
+		sets[e.Key] = set
 	}
 	for _, e := range d.Chains.Set {
 		chains[e.Key] = e.Value
@@ -380,8 +394,8 @@ type nftStep struct {
 	build func(m *message) error
 }
 
-func (f *nftables) change(d *delta.Difference) error {
-	sets, chains := f.target(d)
+func (f *nftables) change(d *delta.Difference, grow bool) error {
+	sets, chains := f.target(d, grow)
 	steps, err := f.plan(sets, chains)
 	if err != nil || len(steps) == 0 {
 		return err

@@ -42,6 +42,9 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		case delta.IifPrefix:
 			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
 			cmp(false, []byte(s)) // compared up to here only
+		case delta.OifPrefix:
+			add(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg})
+			cmp(false, []byte(s))
 		case delta.Iif:
 			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
 			cmp(s.Not, ifname(s.Name))
@@ -220,6 +223,8 @@ func statement(x []expression) (delta.Statement, int) {
 			return delta.IifPrefix(data), 2
 		case key == unix.NFT_META_IIFNAME && len(data) == unix.IFNAMSIZ:
 			return delta.Iif{Name: cstring(data), Not: not}, 2
+		case key == unix.NFT_META_OIFNAME && len(data) < unix.IFNAMSIZ && !not:
+			return delta.OifPrefix(data), 2
 		case key == unix.NFT_META_OIFNAME && len(data) == unix.IFNAMSIZ:
 			return delta.Oif{Name: cstring(data), Not: not}, 2
 		case key == unix.NFT_META_NFPROTO && !not && len(data) == 1 && len(x) > 2 && matchesFamily(x[2:], data[0]):

@@ -85,6 +85,9 @@ func (o *observation) run() error {
 		return err
 	}
 	for _, index := range o.owned {
+		if o.s.Links[o.name(index)].Kind != delta.KindVXLAN {
+			continue // has neither neighbours nor forwarding entries
+		}
 		if err := o.neighs(index); err != nil {
 			return err
 		}
@@ -137,39 +140,68 @@ type foundLink struct {
 }
 
 func (o *observation) links() error {
-	err := o.dump("vxlan devices", unix.RTM_GETLINK, func(m *message) {
-		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
-		// Thousands of containers' veths are left out by the kernel: only one kind of device is asked for.
-		info := m.nest(unix.IFLA_LINKINFO)
-		m.bytes(unix.IFLA_INFO_KIND, []byte("vxlan"))
-		m.end(info)
-		m.u32(unix.IFLA_EXT_MASK, rtextFilterSkipStats)
-	}, func(body []byte) {
-		f := parseLink(body)
-		_, wanted := o.want.Links[f.name]
-		if f.kind == "vxlan" && (wanted || strings.HasPrefix(f.link.Alias, delta.AliasPrefix)) {
-			o.s.Links[f.name] = f.link
-			o.names[f.index] = f.name
-			o.owned = append(o.owned, f.index)
+	for _, kind := range linkKinds {
+		if o.n.unknown[kind] && !o.wants(kind) {
+			continue
 		}
-	})
-	if err != nil {
-		return err
+		err := o.dump(kind+" devices", unix.RTM_GETLINK, func(m *message) { allOfKind(m, kind) }, func(body []byte) {
+			f := parseLink(body)
+			if f.kind != kind { // asked for a kind that it does not know, the kernel lists all there is
+				if o.n.unknown == nil {
+					o.n.unknown = map[string]bool{}
+				}
+				o.n.unknown[kind] = true
+				return
+			}
+			want, wanted := o.want.Links[f.name]
+			if wanted && want.Kind == kind || strings.HasPrefix(f.link.Alias, delta.AliasPrefix) {
+				o.s.Links[f.name] = f.link
+				o.names[f.index] = f.name
+				o.owned = append(o.owned, f.index)
+			}
+		})
+		if err != nil {
+			return err
+		}
 	}
-	for name := range o.want.Links {
+	for name, l := range o.want.Links {
 		if _, ok := o.s.Links[name]; ok {
 			continue
 		}
 		if _, err := o.n.index(name); err == nil {
-			o.s.Problemf("%s is there and is no vxlan device; it is left alone: rename it, or give the network another VNI", name)
+			o.s.Problemf("%s is there and is no %s device; it is left alone: rename it, or give the network another %s", name, l.Kind, map[string]string{delta.KindVXLAN: "VNI", delta.KindXFRM: "name"}[l.Kind])
 		}
 	}
 	return nil
 }
 
+func (o *observation) wants(kind string) bool {
+	for _, l := range o.want.Links {
+		if l.Kind == kind {
+			return true
+		}
+	}
+	return false
+}
+
+// linkKinds are the kinds of devices that Lariat makes for a host.
+var linkKinds = []string{delta.KindVXLAN, delta.KindXFRM}
+
+// allOfKind asks for the devices of one kind: thousands of containers' veths are left out by the kernel.
+func allOfKind(m *message, kind string) {
+	m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+	info := m.nest(unix.IFLA_LINKINFO)
+	m.bytes(unix.IFLA_INFO_KIND, []byte(kind))
+	m.end(info)
+	m.u32(unix.IFLA_EXT_MASK, rtextFilterSkipStats)
+}
+
 // addrs reads all addresses of owned devices, and those of others that are wanted.
 func (o *observation) addrs() error {
 	for _, index := range o.owned {
+		if dev := o.name(index); strings.HasPrefix(dev, delta.TunnelPrefix) && !o.addressed(dev) {
+			continue // of hundreds of tunnels to peers, none has an address
+		}
 		if err := o.addrsOf(index, o.name(index), true); err != nil {
 			return err
 		}
@@ -193,6 +225,16 @@ func (o *observation) addrs() error {
 		}
 	}
 	return nil
+}
+
+// addressed reports whether an address is wanted on a device.
+func (o *observation) addressed(dev string) bool {
+	for a := range o.want.Addrs {
+		if a.Dev == dev {
+			return true
+		}
+	}
+	return false
 }
 
 func (o *observation) addrsOf(index uint32, dev string, owned bool) error {

@@ -40,8 +40,12 @@ func parseLink(body []byte) foundLink {
 		}
 	}
 	f.link.Kind = f.kind
-	if f.kind == "vxlan" {
+	switch f.kind {
+	case delta.KindVXLAN:
 		parseVXLAN(&f.link, data)
+	case delta.KindXFRM:
+		f.link.MAC = delta.MAC{} // the kernel invents one, and never uses it
+		parseXFRM(&f.link, data)
 	}
 	return f
 }
@@ -90,26 +94,54 @@ func parseVXLAN(l *delta.Link, data []byte) {
 	l.Other = strings.Join(other, " ")
 }
 
-// createVXLAN is the message that makes a device. The MAC is part of it: set afterwards, udev may replace it with one of its own
+// Attributes of an XFRM interface (Linux 4.19, include/uapi/linux/if_link.h).
+const (
+	iflaXFRMLink     = 1
+	iflaXFRMIfID     = 2
+	iflaXFRMMetadata = 3
+)
+
+func parseXFRM(l *delta.Link, data []byte) {
+	for a := newAttrs(data); a.next(); {
+		switch {
+		case a.typ == iflaXFRMIfID:
+			l.IfID = a.u32()
+		case a.typ == iflaXFRMLink && a.u32() != 0:
+			l.Other = "dev"
+		case a.typ == iflaXFRMMetadata:
+			l.Other = "external"
+		}
+	}
+}
+
+// createLink is the message that makes a device. The MAC is part of it: set afterwards, udev may replace it with one of its own
 // (MACAddressPolicy=persistent), and the forwarding entries of every peer are then wrong; flannel-io/flannel#1155.
-func createVXLAN(m *message, name string, l delta.Link) {
+func createLink(m *message, name string, l delta.Link) {
 	m.begin(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
 	m.raw(make([]byte, unix.SizeofIfInfomsg)...)
 	m.string(unix.IFLA_IFNAME, name)
-	m.bytes(unix.IFLA_ADDRESS, l.MAC[:])
+	if l.Kind == delta.KindVXLAN {
+		m.bytes(unix.IFLA_ADDRESS, l.MAC[:])
+	}
 	if l.MTU != 0 {
 		m.u32(unix.IFLA_MTU, uint32(l.MTU))
 	}
 	info := m.nest(unix.IFLA_LINKINFO)
 	m.bytes(unix.IFLA_INFO_KIND, []byte(l.Kind))
 	data := m.nest(unix.IFLA_INFO_DATA)
-	m.u32(unix.IFLA_VXLAN_ID, l.VNI)
-	m.u16be(unix.IFLA_VXLAN_PORT, l.Port)
-	m.u8(unix.IFLA_VXLAN_LEARNING, 0)
-	if l.Local.Is4() {
-		m.addr(unix.IFLA_VXLAN_LOCAL, l.Local)
-	} else if l.Local.IsValid() {
-		m.addr(unix.IFLA_VXLAN_LOCAL6, l.Local)
+	switch l.Kind {
+	case delta.KindXFRM:
+		// Bound to no device: the outer packets follow the routes of the underlay, wherever those lead today.
+		m.u32(iflaXFRMIfID, l.IfID)
+	case delta.KindVXLAN:
+		m.u32(unix.IFLA_VXLAN_ID, l.VNI)
+		m.u16be(unix.IFLA_VXLAN_PORT, l.Port)
+		m.u8(unix.IFLA_VXLAN_LEARNING, 0)
+		if l.Local.Is4() {
+			m.addr(unix.IFLA_VXLAN_LOCAL, l.Local)
+		} else if l.Local.IsValid() {
+			m.addr(unix.IFLA_VXLAN_LOCAL6, l.Local)
+		}
 	}
 	m.end(data)
 	m.end(info)

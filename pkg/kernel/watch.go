@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -114,7 +115,7 @@ type watcher struct {
 	notify  chan struct{}
 
 	// Of the reader of routes alone.
-	owned map[uint32]string // vxlan devices of ours by index
+	owned map[uint32]string // devices of ours by index, ports left out
 	names *socket           // asks for the names of devices, in the namespace of Watch's caller
 }
 
@@ -123,20 +124,17 @@ func (w *watcher) learn() (err error) {
 	if w.names, err = openSocket(unix.NETLINK_ROUTE); err != nil {
 		return err
 	}
-	err = w.names.dump(unix.RTM_GETLINK, func(m *message) {
-		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
-		info := m.nest(unix.IFLA_LINKINFO)
-		m.bytes(unix.IFLA_INFO_KIND, []byte("vxlan"))
-		m.end(info)
-	}, func(_ uint16, body []byte) {
-		if f := parseLink(body); strings.HasPrefix(f.link.Alias, delta.AliasPrefix) {
-			w.owned[f.index] = f.name
+	for _, kind := range linkKinds {
+		err = w.names.dump(unix.RTM_GETLINK, func(m *message) { allOfKind(m, kind) }, func(_ uint16, body []byte) {
+			if f := parseLink(body); f.kind == kind && strings.HasPrefix(f.link.Alias, delta.AliasPrefix) {
+				w.owned[f.index] = f.name
+			}
+		})
+		if err != nil && !errors.Is(err, errInterrupted) {
+			return err
 		}
-	})
-	if errors.Is(err, errInterrupted) {
-		err = nil
 	}
-	return err
+	return nil
 }
 
 func (w *watcher) add(kind EventKind, name string) {
@@ -238,7 +236,7 @@ func (w *watcher) route(typ uint16, body []byte) {
 }
 
 func (w *watcher) link(typ uint16, f foundLink) {
-	ours := f.kind == "vxlan" && strings.HasPrefix(f.link.Alias, delta.AliasPrefix)
+	ours := slices.Contains(linkKinds, f.kind) && strings.HasPrefix(f.link.Alias, delta.AliasPrefix)
 	switch {
 	case strings.HasPrefix(f.name, delta.PortPrefix):
 		return

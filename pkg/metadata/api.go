@@ -39,7 +39,7 @@ type AttachRequest struct {
 type Attachment struct {
 	Network       string              `json:"network"`
 	Encapsulation string              `json:"encapsulation"`
-	VNI           uint32              `json:"vni,omitempty"`
+	Device        string              `json:"device,omitempty"`   // that carries the network on this host
 	MTU           int                 `json:"mtu"`                // for the container's interface
 	Overhead      int                 `json:"overhead,omitempty"` // octets that the encapsulation takes of the underlay's MTU
 	MAC           MAC                 `json:"mac,omitzero"`       // that the model assigned; zero: the caller's choice

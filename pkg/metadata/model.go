@@ -79,7 +79,8 @@ type Host struct {
 	MachineID    string            `json:"machineID"` // of /etc/machine-id: what tells a reinstalled host from a second one
 	BootID       string            `json:"bootID"`    // of /proc/sys/kernel/random/boot_id
 	MAC          MAC               `json:"mac,omitzero"`
-	IKEIdentity  string            `json:"ikeIdentity,omitempty"`
+	IKEIdentity  string            `json:"ikeIdentity,omitempty"` // default: the name
+	IKEKeys      []string          `json:"ikeKeys,omitempty"`     // ids of the secrets of encrypted networks that this host has loaded
 	AgentVersion string            `json:"agentVersion,omitempty"`
 	Joined       time.Time         `json:"joined,omitzero"`
 
@@ -371,7 +372,11 @@ func (n Network) Validate() error {
 		if n.VNI == 0 || n.VNI >= 1<<24 {
 			fail("vni %d: want 1 to 16777215", n.VNI)
 		}
-	case EncapIPsec, EncapNone:
+	case EncapIPsec:
+		if n.DirectRouting {
+			fail("directRouting: an encrypted network never sends in clear; remove it, or use the encapsulation %s", EncapVXLAN)
+		}
+	case EncapNone:
 	default:
 		fail("encapsulation %q: want %s, %s or %s", n.Encapsulation, EncapVXLAN, EncapIPsec, EncapNone)
 	}

@@ -10,6 +10,32 @@ const (
 	VXLANOverIPv6 = 14 + 8 + 8 + 40
 )
 
+// Octets of ESP in tunnel mode (RFC 4303 §2) apart from the outer IP header and padding: SPI and sequence number 8, and an
+// integrity check value of 16 with every suite that Lariat offers. UDP encapsulation (RFC 3948) adds a header of 8.
+const (
+	espHeader  = 8
+	espICV     = 16
+	espTrailer = 2 // pad length and next header, which are encrypted and padded with the packet
+	udpHeader  = 8
+)
+
+// ESP is the longest inner packet, in octets, that fits an underlay packet of so many: with an initialisation vector of iv octets,
+// encryption in blocks of so many octets (4 when the cipher has none, RFC 4303 §2.4), over IPv4 or IPv6, with or without UDP.
+func ESP(underlay, iv, block int, v6, udp bool) int {
+	room := underlay - 20 - espHeader - iv - espICV
+	if v6 {
+		room -= 20
+	}
+	if udp {
+		room -= udpHeader
+	}
+	return room/block*block - espTrailer
+}
+
+// ipsec is what fits whatever two hosts agree on: the fallback suite, AES-CBC, takes most, and NAT, which brings UDP, is found out only
+// by IKE.
+func ipsec(underlay int, v6 bool) int { return ESP(underlay, 16, 16, v6, true) }
+
 // Default is assumed of an underlay that does not tell its MTU.
 const Default = 1500
 
@@ -36,6 +62,8 @@ func Underlay(h metadata.Host) int {
 // Overhead is what the network's encapsulation adds to a packet, in octets.
 func Overhead(n metadata.Network, h metadata.Host) int {
 	switch {
+	case n.Encapsulation == metadata.EncapIPsec:
+		return Underlay(h) - ipsec(Underlay(h), h.UnderlayAddr().Is6())
 	case n.Encapsulation != metadata.EncapVXLAN:
 		return 0
 	case h.UnderlayAddr().Is6():

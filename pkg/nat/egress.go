@@ -44,7 +44,7 @@ func Plan(snap *metadata.Snapshot) *delta.State {
 				}
 			}
 			s.Sets["nat"+suffix] = delta.Set{V6: v6, Interval: true, Elements: []netip.Prefix{subnet}}
-			s.Sets["keep"+suffix] = delta.Set{V6: v6, Interval: true, Elements: Disjoint(keep)}
+			s.Sets["keep"+suffix] = delta.Set{V6: v6, Interval: true, Elements: delta.Disjoint(keep)}
 			chain.Rules = append(chain.Rules, delta.Rule{
 				delta.InSet{Field: "saddr", Set: "nat" + suffix, V6: v6},
 				delta.InSet{Field: "daddr", Set: "keep" + suffix, V6: v6, Not: true},
@@ -56,22 +56,4 @@ func Plan(snap *metadata.Snapshot) *delta.State {
 		s.Chains[Chain] = chain
 	}
 	return s
-}
-
-// Disjoint sorts prefixes and drops those that another one covers: an interval set takes no overlaps.
-func Disjoint(prefixes []netip.Prefix) []netip.Prefix {
-	sorted := slices.Clone(prefixes)
-	slices.SortFunc(sorted, func(a, b netip.Prefix) int {
-		if c := a.Addr().Compare(b.Addr()); c != 0 {
-			return c
-		}
-		return a.Bits() - b.Bits()
-	})
-	out := sorted[:0]
-	for _, p := range sorted {
-		if len(out) == 0 || !out[len(out)-1].Overlaps(p) {
-			out = append(out, p)
-		}
-	}
-	return out
 }

@@ -27,7 +27,6 @@ import (
 	"github.com/lariat-net/lariat/pkg/plan"
 	"github.com/lariat-net/lariat/pkg/probe"
 	"github.com/lariat-net/lariat/pkg/reconcile"
-	"github.com/lariat-net/lariat/pkg/vxlan"
 	"github.com/lariat-net/lariat/test/conformance/cnirun"
 	"github.com/lariat-net/lariat/test/lab"
 )
@@ -138,7 +137,6 @@ func (b *bench) run(verb string, more map[string]any) (string, error) {
 	var stdout, stderr bytes.Buffer
 	p := overlay.Plugin{
 		Name: "lariat-vxlan", Encapsulation: metadata.EncapVXLAN,
-		Device: func(a *metadata.Attachment) string { return vxlan.Device(a.VNI) },
 		Kernel: func() (kernel.Kernel, error) { return mortal{b.k}, nil },
 	}
 	if p.CNI().Run(func(name string) string { return env[name] }, bytes.NewReader(data), &stdout, &stderr) == 0 {

@@ -35,7 +35,6 @@ type Plugin struct {
 	Version       string // of the build
 	Help          string
 	Encapsulation string
-	Device        func(a *metadata.Attachment) string // that carries the network on this host; "" when it has none
 
 	// Kernel opens the namespace that the plugin runs in.
 	Kernel func() (kernel.Kernel, error)
@@ -180,7 +179,7 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 			own = append(own, addr.Gateway)
 		}
 	}
-	ok, err := k.Joined(ctx, c.Device(a), own)
+	ok, err := k.Joined(ctx, a.Device, own)
 	if err != nil {
 		return cni.Errorf(cni.ErrKernel, "%w", err)
 	}
@@ -368,8 +367,8 @@ func (p Plugin) check(ctx context.Context, r *cni.Request) error {
 	if err := k.CheckPort(ctx, r.Netns, port); err != nil {
 		return cni.Errorf(cni.ErrDiffers, "attachment %s: %w", r.ID(), err)
 	}
-	if ok, err := k.Joined(ctx, c.Device(a), nil); err != nil || !ok {
-		return cni.Errorf(cni.ErrDiffers, "network %s: device %s is missing on this host", r.Conf.Name, c.Device(a)).WithDetails("check: systemctl status lariat-network-manager; lariat plan --diff")
+	if ok, err := k.Joined(ctx, a.Device, nil); err != nil || !ok {
+		return cni.Errorf(cni.ErrDiffers, "network %s: device %s is missing on this host", r.Conf.Name, a.Device).WithDetails("check: systemctl status lariat-network-manager; lariat plan --diff")
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ package plan
 import (
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/nat"
 	"github.com/lariat-net/lariat/pkg/vxlan"
@@ -12,5 +13,16 @@ import (
 // Desired is all that Lariat wants of host self's kernel, apart from containers' ports, which their own ADD makes. It is
 // a pure function of the snapshot; "lariat plan" prints it, and the network manager applies it.
 func Desired(snap *metadata.Snapshot, self string) *delta.State {
-	return delta.Merge(vxlan.Plan(snap, self), nat.Plan(snap), attach.HostRules(snap))
+	return delta.Merge(vxlan.Plan(snap, self), ipsec.Plan(snap, self), nat.Plan(snap), attach.HostRules(snap))
+}
+
+// Device is the device that carries a network's addresses on each host, empty of a network that needs none.
+func Device(n metadata.Network) string {
+	switch n.Encapsulation {
+	case metadata.EncapVXLAN:
+		return vxlan.Device(n.VNI)
+	case metadata.EncapIPsec:
+		return ipsec.HomeDevice(n.Name)
+	}
+	return ""
 }

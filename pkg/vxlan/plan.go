@@ -18,6 +18,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/mtu"
+	"github.com/lariat-net/lariat/pkg/underlay"
 )
 
 // Device is the name of a network's vxlan device, as Rancher named it.
@@ -64,7 +65,7 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 		return s
 	}
 	peers := findPeers(snap, me, s)
-	prefixes := ownership(snap)
+	prefixes := underlay.Prefixes(snap)
 	ids := nexthopIDs{taken: make(map[uint32]struct{}, len(peers))}
 	vnis := map[uint32]string{}
 	planned := networks[:0:0]
@@ -91,65 +92,23 @@ type peer struct {
 }
 
 func findPeers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []peer {
-	link := me.Underlay[0].Address.Masked()
-	local := me.UnderlayAddr()
-	peers := make([]peer, 0, len(snap.Hosts))
-	byAddr := make(map[netip.Addr]string, len(snap.Hosts))
-	byMAC := make(map[metadata.MAC]string, len(snap.Hosts))
-	byAddr[local], byMAC[me.MAC] = me.Name, me.Name
-	for _, h := range snap.Hosts {
-		if h.Name == me.Name {
-			continue
-		}
-		var addr netip.Addr
-		for _, u := range h.Underlay {
-			if u.Address.Addr().Is4() == local.Is4() {
-				addr = u.Address.Addr()
-				break
-			}
-		}
-		family := "IPv6"
-		if local.Is4() {
-			family = "IPv4"
-		}
+	found := underlay.Peers(snap, me, s)
+	peers := make([]peer, 0, len(found))
+	taken := make(map[metadata.MAC]string, len(found))
+	taken[me.MAC] = me.Name
+	for _, p := range found {
 		switch {
-		case !addr.IsValid():
-			s.Problemf("host %s has no %s underlay address and cannot be reached from %s; give its lariat-metadata one with --underlay", h.Name, family, me.Name)
+		case p.MAC.IsZero():
+			s.Problemf("host %s has no overlay MAC and is left out; restart its lariat-metadata", p.Name)
 			continue
-		case byAddr[addr] != "":
-			s.Problemf("host %s has the underlay address %s of host %s and is left out; remove the one that is gone: lariat host remove", h.Name, addr, byAddr[addr])
-			continue
-		case h.MAC.IsZero():
-			s.Problemf("host %s has no overlay MAC and is left out; restart its lariat-metadata", h.Name)
-			continue
-		case byMAC[h.MAC] != "":
-			s.Problemf("host %s has the overlay MAC %s of host %s and is left out; restart its lariat-metadata", h.Name, h.MAC, byMAC[h.MAC])
+		case taken[p.MAC] != "":
+			s.Problemf("host %s has the overlay MAC %s of host %s and is left out; restart its lariat-metadata", p.Name, p.MAC, taken[p.MAC])
 			continue
 		}
-		byAddr[addr], byMAC[h.MAC] = h.Name, h.Name
-		peers = append(peers, peer{name: h.Name, addr: addr, mac: h.MAC, ll: LinkLocal(h.MAC), onLink: link.Contains(addr)})
+		taken[p.MAC] = p.Name
+		peers = append(peers, peer{name: p.Name, addr: p.Addr, mac: p.MAC, ll: LinkLocal(p.MAC), onLink: p.OnLink})
 	}
 	return peers
-}
-
-// ownership is network to host to prefixes: the blocks, and the endpoints that none of the host's blocks cover.
-func ownership(snap *metadata.Snapshot) map[string]map[string][]netip.Prefix {
-	out := map[string]map[string][]netip.Prefix{}
-	add := func(network, host string, p netip.Prefix) {
-		hosts := out[network]
-		if hosts == nil {
-			hosts = make(map[string][]netip.Prefix, len(snap.Hosts))
-			out[network] = hosts
-		}
-		hosts[host] = append(hosts[host], p)
-	}
-	for _, b := range snap.Blocks {
-		add(b.Network, b.Host, b.CIDR)
-	}
-	for _, e := range snap.Endpoints {
-		add(e.Network, e.Host, netip.PrefixFrom(e.Address, e.Address.BitLen()))
-	}
-	return out
 }
 
 func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me metadata.Host, peers []peer, prefixes map[string][]netip.Prefix, ids *nexthopIDs) {

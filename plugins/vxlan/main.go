@@ -13,7 +13,6 @@ import (
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/overlay"
-	"github.com/lariat-net/lariat/pkg/vxlan"
 )
 
 //go:embed README.md
@@ -28,7 +27,6 @@ func main() {
 		Version:       version,
 		Help:          help,
 		Encapsulation: metadata.EncapVXLAN,
-		Device:        func(a *metadata.Attachment) string { return vxlan.Device(a.VNI) },
 		Kernel:        func() (kernel.Kernel, error) { return kernel.New() },
 	}.CNI())
 }

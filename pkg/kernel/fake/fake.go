@@ -204,6 +204,7 @@ func (k *Kernel) Apply(ctx context.Context, d *delta.Difference) error {
 	for _, e := range d.Links.Set {
 		made[e.Key] = true
 	}
+	a.grow(d)
 	var early, late delta.Changes[string, string] // those of a device have to wait for it
 	for _, e := range d.Sysctls.Set {
 		if made[delta.SysctlDevice(e.Key)] {
@@ -220,7 +221,6 @@ func (k *Kernel) Apply(ctx context.Context, d *delta.Difference) error {
 	apply(a, &d.FDB, w.FDB, func(x delta.FDB, _ struct{}) string { return x.String() }, func(x delta.FDB, _ struct{}) string { return x.Dev })
 	apply(a, &d.Nexthops, w.Nexthops, delta.NexthopString, func(_ uint32, x delta.Nexthop) string { return x.Dev })
 	a.routes(d)
-	a.nft(d)
 	remove(a, &d.Routes, w.Routes, delta.RouteString)
 	remove(a, &d.Nexthops, w.Nexthops, delta.NexthopString)
 	for _, e := range d.Nexthops.Remove {
@@ -232,11 +232,13 @@ func (k *Kernel) Apply(ctx context.Context, d *delta.Difference) error {
 	for _, e := range d.Links.Remove {
 		a.removeLink(e.Key)
 	}
+	a.shrink(d)
 	return errors.Join(a.errs...)
 }
 
 type application struct {
 	k      *Kernel
+	bare   bool // the rules could not be made
 	errs   []error
 	killed bool
 }
@@ -293,6 +295,10 @@ func (a *application) links(d *delta.Difference) {
 		old, ours := w.Links[e.Key]
 		if kind, theirs := a.k.devices[e.Key]; theirs {
 			a.refuse(what, fmt.Errorf("a device of that name is there, of kind %q: %w", kind, unix.EEXIST))
+			continue
+		}
+		if a.bare && e.Value.Kind == delta.KindXFRM {
+			a.refuse(what, errors.New("without the rules that keep packets from leaving in clear it is not made"))
 			continue
 		}
 		if ours && e.Value.Remake(old) && !a.removeLink(e.Key) {
@@ -391,11 +397,37 @@ func (k *Kernel) local(ip netip.Addr) bool {
 	return false
 }
 
-func (a *application) nft(d *delta.Difference) {
-	if d.Sets.Len()+d.Chains.Len() == 0 || !a.try("nftables transaction") {
+// grow adds what nftables is to have beside what it has. Without it no encrypted device is made.
+func (a *application) grow(d *delta.Difference) {
+	if len(d.Sets.Set)+len(d.Chains.Set) == 0 {
+		return
+	}
+	if !a.try("nftables transaction") {
+		a.bare = true
 		return
 	}
 	w := a.k.world
+	for _, e := range d.Sets.Set {
+		if have, ok := w.Sets[e.Key]; ok && have.SameType(e.Value) {
+			e.Value.Elements = delta.Disjoint(slices.Concat(e.Value.Elements, have.Elements))
+		}
+		w.Sets[e.Key] = e.Value
+	}
+	for _, e := range d.Chains.Set {
+		w.Chains[e.Key] = e.Value
+	}
+}
+
+// shrink takes away from nftables what goes.
+func (a *application) shrink(d *delta.Difference) {
+	w := a.k.world
+	less := len(d.Sets.Remove)+len(d.Chains.Remove) > 0
+	for _, e := range d.Sets.Set {
+		less = less || !w.Sets[e.Key].Equal(e.Value)
+	}
+	if !less || a.bare || !a.try("nftables transaction") {
+		return
+	}
 	for _, e := range d.Sets.Remove {
 		delete(w.Sets, e.Key)
 	}
@@ -404,8 +436,5 @@ func (a *application) nft(d *delta.Difference) {
 	}
 	for _, e := range d.Sets.Set {
 		w.Sets[e.Key] = e.Value
-	}
-	for _, e := range d.Chains.Set {
-		w.Chains[e.Key] = e.Value
 	}
 }

@@ -136,7 +136,7 @@ func (b *book) holds(id metadata.AttachmentID) bool {
 // attachment is the answer for recorded entries.
 func (s *Server) attachment(n metadata.Network, entries []allocate.Entry) *metadata.Attachment {
 	self, _ := s.view.host(s.cfg.HostName)
-	a := &metadata.Attachment{Network: n.Name, Encapsulation: n.Encapsulation, VNI: n.VNI, Subnets: n.Subnets,
+	a := &metadata.Attachment{Network: n.Name, Encapsulation: n.Encapsulation, Device: s.cfg.Device(n), Subnets: n.Subnets,
 		Host: s.cfg.HostName, MTU: s.cfg.MTU(n, self), Overhead: s.cfg.Overhead(n, self), Addresses: []metadata.AttachmentAddress{}}
 	for _, e := range entries { // sorted: IPv4 first
 		x := metadata.AttachmentAddress{Address: e.Address, Sequence: e.Sequence}
@@ -324,9 +324,7 @@ func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkS
 	s.view.mu.RLock()
 	st.Revision = s.view.revision
 	s.view.mu.RUnlock()
-	if n.Encapsulation == metadata.EncapVXLAN {
-		st.Device = fmt.Sprintf("vtep%d", n.VNI)
-	}
+	st.Device = s.cfg.Device(n)
 	for _, p := range n.Subnets {
 		u := b.usage(n, p)
 		perBlock := 1 << min(p.Addr().BitLen()-n.BlockSize(p), 30)

@@ -502,7 +502,7 @@ func TestF130_BothFamiliesOrNone(t *testing.T) {
 		t.Errorf("%+v", a)
 	}
 	define(t, n, "six", overlay("fd43::/64"))
-	if a = attach(t, n, "six", req("six")); len(a.Addresses) != 1 || a.Addresses[0].Gateway != addr("fd43::1") || a.VNI != 1043 {
+	if a = attach(t, n, "six", req("six")); len(a.Addresses) != 1 || a.Addresses[0].Gateway != addr("fd43::1") || a.Device != "vtep1043" {
 		t.Errorf("%+v", a)
 	}
 	// One family requested, the other follows.

@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -54,7 +55,7 @@ func mtu(n metadata.Network, h metadata.Host) int {
 }
 
 func hostConfig(name, underlay string) Config {
-	return Config{HostName: name, MachineID: "machine-" + name, BootID: "boot-1-" + name, MTU: mtu, Log: testLog(), Timeout: 20 * time.Second,
+	return Config{HostName: name, MachineID: "machine-" + name, BootID: "boot-1-" + name, MTU: mtu, Device: device, Log: testLog(), Timeout: 20 * time.Second,
 		Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix(underlay), Device: "eth0", MTU: 1500}}}
 }
 
@@ -101,3 +102,5 @@ func overlay(subnets ...string) *metadata.Network {
 }
 
 func addr(s string) netip.Addr { return netip.MustParseAddr(s) }
+
+func device(n metadata.Network) string { return fmt.Sprint("vtep", n.VNI) }

@@ -39,6 +39,8 @@ type Config struct {
 	MTU func(metadata.Network, metadata.Host) int
 	// Overhead is what the network's encapsulation takes of the underlay's MTU there; from outside likewise.
 	Overhead func(metadata.Network, metadata.Host) int
+	// Device is the device that carries a network on a host; from outside likewise.
+	Device func(metadata.Network) string
 
 	// AllContainers keeps all hosts' containers in memory, for the tree.
 	AllContainers bool
@@ -105,6 +107,9 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	}
 	if cfg.Overhead == nil {
 		cfg.Overhead = func(metadata.Network, metadata.Host) int { return 0 }
+	}
+	if cfg.Device == nil {
+		cfg.Device = func(metadata.Network) string { return "" }
 	}
 	s := &Server{cfg: cfg, store: st, bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
 		books: map[string]*book{}, left: map[string]leftover{}}

@@ -28,7 +28,7 @@ func TestThinPath(t *testing.T) {
 	}
 	t.Logf("%+v", at)
 	if len(at.Addresses) != 2 || at.Addresses[0].Address != addr("10.42.0.2") || at.Addresses[0].Gateway != addr("10.42.0.1") ||
-		at.VNI != 1042 || at.MTU != 1450 || at.Addresses[1].Address != addr("fd42::2") || at.Addresses[1].Gateway != addr("fd42::1") {
+		at.Device != "vtep1042" || at.MTU != 1450 || at.Addresses[1].Address != addr("fd42::2") || at.Addresses[1].Gateway != addr("fd42::1") {
 		t.Errorf("%+v", at)
 	}
 	bt, err := b.Client.Attach(ctx, "lan", metadata.AttachRequest{ContainerID: "c2", IfName: "eth0"})

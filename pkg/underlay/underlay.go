@@ -1,0 +1,75 @@
+// Package underlay sees the cluster's hosts as one of them does: by which address each can be reached, and what lies behind it.
+//
+// Every encapsulation plans from this. Pure: no kernel, no clock.
+package underlay
+
+import (
+	"net/netip"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// Peer is another host that can be reached.
+type Peer struct {
+	metadata.Host
+	Addr   netip.Addr // of the family of the viewer's own underlay address
+	OnLink bool       // on the link of the viewer's underlay
+}
+
+// Peers are the other hosts as me sees them, in the snapshot's order. One that cannot be reached, or claims an address that
+// another has, is left out and told in the state's Problems. me must have an underlay address.
+func Peers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []Peer {
+	local := me.UnderlayAddr()
+	link := me.Underlay[0].Address.Masked()
+	peers := make([]Peer, 0, len(snap.Hosts))
+	taken := make(map[netip.Addr]string, len(snap.Hosts))
+	taken[local] = me.Name
+	for _, h := range snap.Hosts {
+		if h.Name == me.Name {
+			continue
+		}
+		var addr netip.Addr
+		for _, u := range h.Underlay {
+			if u.Address.Addr().Is4() == local.Is4() {
+				addr = u.Address.Addr()
+				break
+			}
+		}
+		family := "IPv6"
+		if local.Is4() {
+			family = "IPv4"
+		}
+		switch {
+		case !addr.IsValid():
+			s.Problemf("host %s has no %s underlay address and cannot be reached from %s; give its lariat-metadata one with --underlay", h.Name, family, me.Name)
+			continue
+		case taken[addr] != "":
+			s.Problemf("host %s has the underlay address %s of host %s and is left out; remove the one that is gone: lariat host remove", h.Name, addr, taken[addr])
+			continue
+		}
+		taken[addr] = h.Name
+		peers = append(peers, Peer{Host: h, Addr: addr, OnLink: link.Contains(addr)})
+	}
+	return peers
+}
+
+// Prefixes is network to host to prefixes: the host's blocks, and the endpoints that none of its blocks cover.
+func Prefixes(snap *metadata.Snapshot) map[string]map[string][]netip.Prefix {
+	out := map[string]map[string][]netip.Prefix{}
+	add := func(network, host string, p netip.Prefix) {
+		hosts := out[network]
+		if hosts == nil {
+			hosts = make(map[string][]netip.Prefix, len(snap.Hosts))
+			out[network] = hosts
+		}
+		hosts[host] = append(hosts[host], p)
+	}
+	for _, b := range snap.Blocks {
+		add(b.Network, b.Host, b.CIDR)
+	}
+	for _, e := range snap.Endpoints {
+		add(e.Network, e.Host, netip.PrefixFrom(e.Address, e.Address.BitLen()))
+	}
+	return out
+}
