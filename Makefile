@@ -31,7 +31,7 @@ HELPERS     := $(patsubst lariat-lariat,lariat,$(addprefix lariat-,$(patsubst he
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z\/-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  T=30s (fuzz)   DESTDIR= PREFIX=$(PREFIX) CNIDIR=$(CNIDIR) (install)   BENCH='-n 50 -rounds 3' (bench)   KEEP=1 (demo)"
+	@echo "  T=30s (fuzz)   DESTDIR= PREFIX=$(PREFIX) CNIDIR=$(CNIDIR) (install)   BENCH='-n 50 -rounds 3' (bench)   KEEP=1 (demo)   CMD='uname -r' (guest)"
 
 .PHONY: all build
 all: build
@@ -58,6 +58,16 @@ peers: ## the reference CNI plugins that tests and bench compare with, into bin/
 .PHONY: test
 test: deps build peers ## vet, unit tests (race detector), integration: what CI runs
 	@hack/test
+
+# CMD is the guest's shell's to expand, not make's.
+override CMD := $(value CMD)
+export CMD
+.PHONY: guest guest-image
+guest: build ## a shell in Debian's kernel under QEMU, or CMD='...' in it: ESP, kernel NFS, NVMe
+	@mkdir -p .cache && $(GO) build -o .cache/guestlab ./hack/guest
+	@.cache/guestlab $(if $(CMD),run "$$CMD",shell)
+guest-image: ## its image, of the newest Debian packages; no root needed, nothing is installed
+	@$(GO) run ./hack/guest prepare -refresh
 
 .PHONY: bench
 bench: build peers ## measure against bridge, ptp and host-local, and a VXLAN made by hand
