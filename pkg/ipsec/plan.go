@@ -134,12 +134,12 @@ func compare(a, b string) int {
 func homeID(network string) uint32 { return hashID(network, "") }
 
 func hashID(network, peer string) uint32 {
-	h := fnv.New32a()
+	h := fnv.New64a()
 	h.Write([]byte(network))
 	h.Write([]byte{0})
 	h.Write([]byte(peer))
-	sum := h.Sum32()
-	return delta.Protocol<<24 | (sum^sum>>24)&0xffffff // FNV is folded, not cut, to fewer bits
+	sum := h.Sum64()
+	return delta.Protocol<<24 | uint32(sum^sum>>24^sum>>48)&0xffffff // FNV is folded, not cut, to fewer bits
 }
 
 func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Network, prefixes map[string][]netip.Prefix) {
