@@ -385,7 +385,7 @@ func writeInput(path string, o Options, c Command) error {
 		return err
 	}
 	defer f.Close()
-	in := &input{tar.NewWriter(f)}
+	in := newInput(f)
 	env := []string{"LARIAT_GUEST=1", "LARIAT_OUT=" + outDir, "REQUIRE=" + orElse(o.Require, "all")}
 	if o.Bin {
 		bin, err := projectBin()
@@ -439,6 +439,8 @@ const outDir = "/lariat/out"
 func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 type input struct{ w *tar.Writer }
+
+func newInput(w io.Writer) *input { return &input{tar.NewWriter(w)} }
 
 func (in *input) dir(name string) error {
 	return in.w.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: name + "/", Mode: 0o755})

@@ -1,0 +1,237 @@
+package guest
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// sh runs a script in a guest.
+func sh(t *testing.T, o Options, script string) (res Result, said, out string, err error) {
+	t.Helper()
+	Need(t)
+	var stdout bytes.Buffer
+	out = t.TempDir()
+	res, err = Run(t.Context(), o, Command{Args: []string{"/bin/sh", "-c", script}, Env: []string{"WORD=it's one"}, Stdout: &stdout, Out: out, Limit: 2 * time.Minute})
+	return res, stdout.String(), out, err
+}
+
+func TestRunBringsOutWhatItPromises(t *testing.T) {
+	t.Parallel()
+	o := Options{Files: map[string]string{"data/list": "packages.list"}, CPUs: 2, Memory: 768, KernelArgs: []string{"lariat.test=1"}, Slots: 2}
+	res, said, out, err := sh(t, o, `
+		echo "$WORD"; echo to stderr >&2
+		head -c 3000000 /dev/zero | tr '\0' x; echo
+		grep -o 'lariat.test=1' /proc/cmdline; nproc; wc -l <data/list
+		mkdir -p "$LARIAT_OUT/deep/er"; head -c 2000000 /dev/urandom >"$LARIAT_OUT/deep/er/file"; sha256sum <"$LARIAT_OUT/deep/er/file"
+		cat /sys/class/virtio-ports/*/name; ls /sys/bus/pci/slots
+		exit 42`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Code != 42 {
+		t.Errorf("exit status %d, want 42", res.Code)
+	}
+	t.Logf("ready after %s, all told %s", res.Ready, res.Took)
+	data, err := os.ReadFile(filepath.Join(out, "deep/er/file"))
+	if err != nil || len(data) != 2000000 {
+		t.Errorf("the file came out with %d bytes, %v", len(data), err)
+	}
+	cmd := exec.Command("sha256sum")
+	cmd.Stdin = bytes.NewReader(data)
+	sum, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := strings.Count(said, "x"); n < 3000000 {
+		t.Errorf("%d bytes of output of 3000000 came out", n)
+	}
+	said = strings.ReplaceAll(said, "xx", "")
+	for _, want := range []string{"it's one\n", "to stderr\n", "lariat.test=1\n2\n" + lines(t, "packages.list") + "\n", string(sum), "qmp\n"} {
+		if !strings.Contains(said, want) {
+			t.Errorf("%q is missing in\n%s", want, said)
+		}
+	}
+}
+
+func lines(t *testing.T, file string) string {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, _ := json.Marshal(bytes.Count(data, []byte("\n")))
+	return string(n)
+}
+
+func TestPanicIsReportedWithTheConsole(t *testing.T) {
+	t.Parallel()
+	_, said, out, err := sh(t, Options{}, `echo before; echo c >/proc/sysrq-trigger; echo after`)
+	var e *Error
+	if !errors.As(err, &e) || !e.Ready || !strings.Contains(e.Console, "Kernel panic") {
+		t.Fatalf("a panic ends as %v", err)
+	}
+	if said != "before\n" {
+		t.Errorf("it said %q", said)
+	}
+	if data, err := os.ReadFile(filepath.Join(out, "console.log")); err != nil || !bytes.Contains(data, []byte("sysrq")) {
+		t.Errorf("the console is not kept: %v", err)
+	}
+}
+
+func TestGuestThatDoesNotBootIsTriedAgainAndShowsItsConsole(t *testing.T) {
+	t.Parallel()
+	start := time.Now()
+	_, _, _, err := sh(t, Options{KernelArgs: []string{"init=/nonexistent"}}, `true`)
+	var e *Error
+	if !errors.As(err, &e) || e.Ready || !strings.Contains(e.Console, "init /nonexistent failed") {
+		t.Fatalf("a guest without PID 1 ends as %v", err)
+	}
+	t.Logf("%d attempts took %s", attempts, time.Since(start))
+}
+
+func TestGuestThatHangsAtBootIsGivenUp(t *testing.T) {
+	t.Parallel()
+	Need(t)
+	image, err := Find()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = run(t.Context(), image, Options{KernelArgs: []string{"init=/bin/cat"}, Boot: 6 * time.Second}, Command{Args: []string{"true"}})
+	var e *Error
+	if !errors.As(err, &e) || e.Ready || !strings.Contains(err.Error(), "not ready after 6s") {
+		t.Fatalf("a guest that hangs ends as %v", err)
+	}
+}
+
+func TestCommandThatHangsIsStoppedAtItsLimit(t *testing.T) {
+	t.Parallel()
+	Need(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	// It ends when it is told to and not before, so the limit is this test's own word rather than a guess of how long a boot takes.
+	started := writer(func(p []byte) { cancel() })
+	_, err := Run(ctx, Options{}, Command{Args: []string{"/bin/sh", "-c", "echo here; exec cat /dev/ttyS0"}, Stdout: started})
+	var e *Error
+	if !errors.As(err, &e) || !e.Ready || !errors.Is(err, context.Canceled) {
+		t.Fatalf("a command that hangs ends as %v", err)
+	}
+}
+
+type writer func(p []byte)
+
+func (w writer) Write(p []byte) (int, error) {
+	w(p)
+	return len(p), nil
+}
+
+// TestMainBringsResultsOut runs a test package whose tests differ in how they end, as a developer would.
+func TestMainBringsResultsOut(t *testing.T) {
+	t.Parallel()
+	Need(t)
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-json", "-count=1", "./testdata/mixed")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "REQUIRE=")
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 1 {
+		t.Errorf("go test ends as %v, want exit status 1", err)
+	}
+	got := map[string]string{}
+	for in := bufio.NewScanner(bytes.NewReader(out)); in.Scan(); {
+		var e struct{ Action, Test, Output string }
+		if err := json.Unmarshal(in.Bytes(), &e); err != nil {
+			t.Fatal(err)
+		}
+		if slices.Contains([]string{"pass", "fail", "skip"}, e.Action) {
+			got[e.Test] = e.Action
+		}
+	}
+	if want := map[string]string{"TestPasses": "pass", "TestFails": "fail", "TestSkips": "skip", "": "fail"}; !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v\n%s", got, want, out)
+	}
+	root, err := moduleRoot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := filepath.Join(root, ".cache/guest/test/guest/testdata/mixed/evidence")
+	if data, err := os.ReadFile(kept); err != nil || string(data) != "from the guest\n" {
+		t.Errorf("what a failing test left: %q, %v", data, err)
+	}
+}
+
+// TestWithoutAnImage: the tests of a package skip with the reason, and fail where REQUIRE says that there must be a guest.
+func TestWithoutAnImage(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct{ require, want string }{
+		{"", "--- SKIP: TestGuest"},
+		{"veth,guest", "--- FAIL: TestGuest"},
+	} {
+		cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-run", "TestPasses", "./testdata/mixed")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "LARIAT_GUEST_CACHE="+t.TempDir(), "REQUIRE="+tc.require)
+		out, err := cmd.CombinedOutput()
+		if (err != nil) != strings.Contains(tc.want, "FAIL") || !strings.Contains(string(out), tc.want) || !strings.Contains(string(out), "make guest-image") {
+			t.Errorf("REQUIRE=%s: %v\n%s", tc.require, err, out)
+		}
+	}
+}
+
+func TestInnerFlags(t *testing.T) {
+	in, profiles := inner([]string{"-test.v=test2json", "-test.testlogfile=/tmp/log", "-test.run=A b", "-test.coverprofile=/tmp/c.out", "-ginkgo.focus=x"})
+	if want := []string{"-test.v=test2json", "-test.run=A b", "-test.coverprofile=/lariat/out/coverprofile", "-ginkgo.focus=x"}; !slices.Equal(in, want) {
+		t.Errorf("flags %q, want %q", in, want)
+	}
+	if want := map[string]string{"coverprofile": "/tmp/c.out"}; !maps.Equal(profiles, want) {
+		t.Errorf("profiles %v, want %v", profiles, want)
+	}
+}
+
+func TestPassedVariables(t *testing.T) {
+	got := passed([]string{"HOME=/x", "LARIAT_BIN=/x", "LARIAT_SEED=7", "LARIAT_GUEST=1", "LARIAT_GUEST_CACHE=/x", "GODEBUG=a=1", "REQUIRE=x", "CI=true"})
+	if want := []string{"LARIAT_SEED=7", "GODEBUG=a=1", "CI=true"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestPackagesListHasBothHalves(t *testing.T) {
+	qemu, guest, without := wanted()
+	if !slices.Equal(qemu, []string{"qemu-system-x86"}) || !slices.Contains(guest, "linux-image-cloud-amd64") || !slices.Contains(without, "perl") {
+		t.Errorf("qemu %v\nguest %v\nwithout %v", qemu, guest, without)
+	}
+	for _, w := range without {
+		if slices.Contains(guest, w) {
+			t.Errorf("%s is wanted and left out", w)
+		}
+	}
+}
+
+// TestArchiveStaysInItsFolder: what comes out of a guest lands where it should, whatever its name.
+func TestArchiveStaysInItsFolder(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.Mkdir(filepath.Join(dir, "in"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	var b bytes.Buffer
+	w := newInput(&b)
+	if err := w.text("../escaped", "x"); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := readFiles(&b, filepath.Join(dir, "in")); err == nil {
+		t.Error("a name above the folder is accepted")
+	}
+	if _, err := os.Stat(filepath.Join(dir, "escaped")); err == nil {
+		t.Error("it was written above the folder")
+	}
+}
