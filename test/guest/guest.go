@@ -45,7 +45,8 @@ type Options struct {
 	QEMUArgs   []string          // added to QEMU's
 	Memory     int               // MiB; 0: 1024
 	CPUs       int               // 0: 1, which is safest: emulated processors sometimes wait for each other for too long
-	Slots      int               // PCIe slots for hot-plug, named rp1 and so on; with any, QMP is at the virtio port "qmp" in the guest
+	Slots      int               // PCIe slots for hot-plug, named rp1 and so on; with any, OpenMonitor works in the guest
+	Disks      []int             // MiB of disks for Monitor.Plug; empty sparse files that go with the guest
 	Bin        bool              // the project's executables are in the guest, and LARIAT_BIN says where
 	Warm       bool              // IPsec's modules are loaded beforehand, or else the first security association takes seconds
 	Files      map[string]string // path in the guest below its working directory: file or folder of this machine
@@ -124,6 +125,15 @@ func run(ctx context.Context, image Image, o Options, c Command) (res Result, er
 	defer os.RemoveAll(dir)
 	if err := writeInput(filepath.Join(dir, "in.tar"), o, c); err != nil {
 		return res, fmt.Errorf("collect files for the guest: %w", err)
+	}
+
+	for i, size := range o.Disks {
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprint("disk", i+1)), nil, 0o600); err != nil {
+			return res, err
+		}
+		if err := os.Truncate(filepath.Join(dir, fmt.Sprint("disk", i+1)), int64(size)<<20); err != nil {
+			return res, err
+		}
 	}
 
 	// The listeners are there before QEMU is, so it needs no second try.
@@ -354,7 +364,7 @@ func startQEMU(ctx context.Context, image Image, dir string, o Options, c Comman
 	ctx, cancel := context.WithCancel(ctx)
 	cmd := own(ctx, root, "qemu-system-x86_64", "usr/bin/qemu-system-x86_64", args...)
 	cmd.Env = append(os.Environ(), "QEMU_MODULE_DIR="+filepath.Join(root, "usr/lib/x86_64-linux-gnu/qemu"))
-	cmd.Stderr = log
+	cmd.Stderr, cmd.Dir = log, dir
 	if c.interactive {
 		cmd.Stdin, cmd.Stdout = os.Stdin, os.Stdout
 	}

@@ -75,7 +75,7 @@ func Find() (Image, error) {
 		return Image{}, err
 	}
 	if len(found) == 0 {
-		return Image{}, fmt.Errorf("no image of the guest in %s: run make guest-image, which downloads some 110 MB of Debian packages once", cache)
+		return Image{}, fmt.Errorf("no image of the guest in %s: run make guest-image, which downloads some 90 MB of Debian packages once", cache)
 	}
 	slices.SortFunc(found, func(a, b string) int { return cmp.Compare(modified(a), modified(b)) })
 	return Image{dir: found[len(found)-1]}, nil
@@ -249,7 +249,7 @@ func output(cmd *exec.Cmd) (string, error) {
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s: %w\n%s", filepath.Base(cmd.Path), err, tail(stderr.String()+stdout.String(), 10))
+		return "", fmt.Errorf("%s: %w\n%s", filepath.Base(cmd.Path), err, tail(stderr.String()+stdout.String(), 4))
 	}
 	return stdout.String(), nil
 }
