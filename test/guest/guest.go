@@ -41,6 +41,8 @@ var startScript string
 
 // Options of a guest.
 type Options struct {
+	Package    string            // Main runs this package's tests instead of the caller's: a folder, relative to the caller's
+	Only       string            // the tests that Main runs if no -run says otherwise, as -run takes it; "": all
 	KernelArgs []string          // added to the kernel's command line, such as "module_blacklist=esp4,esp6"
 	QEMUArgs   []string          // added to QEMU's
 	Memory     int               // MiB; 0: 1024

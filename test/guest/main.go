@@ -5,7 +5,9 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"slices"
@@ -59,15 +61,26 @@ func outside(ctx context.Context, o Options) (int, error) {
 		return 0, err
 	}
 	args, profiles := inner(os.Args[1:])
-	files := map[string]string{}
-	for to, from := range o.Files {
-		files[to] = from
+	if o.Only != "" && flag.Lookup("test.run").Value.String() == "" {
+		args = append([]string{"-test.run=" + o.Only}, args...)
 	}
-	if _, err := os.Stat(filepath.Join(dir, "testdata")); err == nil && files["testdata"] == "" {
-		files["testdata"] = "testdata"
+	pkg := filepath.Join(dir, o.Package)
+	if o.Package != "" {
+		tmp, err := os.MkdirTemp("", "guest-test-")
+		if err != nil {
+			return 0, err
+		}
+		defer os.RemoveAll(tmp)
+		if self, err = compile(ctx, pkg, tmp); err != nil {
+			return 0, err
+		}
 	}
-	name := filepath.Base(dir) + ".test"
-	files[name] = self
+	name := filepath.Base(pkg) + ".test"
+	files := map[string]string{name: self}
+	if data := filepath.Join(pkg, "testdata"); isDir(data) {
+		files["testdata"] = data
+	}
+	maps.Copy(files, o.Files)
 	o.Files = files
 
 	out, err := os.MkdirTemp("", "guest-out-")
@@ -87,6 +100,20 @@ func outside(ctx context.Context, o Options) (int, error) {
 		keep(out, dir)
 	}
 	return res.Code, err
+}
+
+// compile makes a package's test binary, static.
+func compile(ctx context.Context, pkg, to string) (string, error) {
+	binary := filepath.Join(to, "package.test")
+	cmd := exec.CommandContext(ctx, "go", "test", "-c", "-vet=off", "-o", binary, ".")
+	cmd.Dir, cmd.Env = pkg, append(os.Environ(), "CGO_ENABLED=0")
+	_, err := output(cmd)
+	return binary, err
+}
+
+func isDir(path string) bool {
+	fi, err := os.Stat(path)
+	return err == nil && fi.IsDir()
 }
 
 // inner are the flags for the guest. What they name as files is made in Out there, and profiles says where it belongs here.
