@@ -18,6 +18,7 @@ type Concern struct {
 	Run func(ctx context.Context) (changed []string, err error)
 
 	trigger chan struct{}
+	ask     chan chan error
 	mu      sync.Mutex
 	health  Health
 }
@@ -36,7 +37,7 @@ type Health struct {
 
 // NewConcern makes a concern that has not run yet, and so is not healthy yet.
 func NewConcern(name string, every time.Duration, run func(ctx context.Context) ([]string, error)) *Concern {
-	return &Concern{Name: name, Every: every, Run: run, trigger: make(chan struct{}, 1), health: Health{Concern: name, Error: "has not run yet"}}
+	return &Concern{Name: name, Every: every, Run: run, trigger: make(chan struct{}, 1), ask: make(chan chan error), health: Health{Concern: name, Error: "has not run yet"}}
 }
 
 // Trigger asks for a pass soon. Triggers that come while a pass runs are folded into the next one.
@@ -44,6 +45,22 @@ func (c *Concern) Trigger() {
 	select {
 	case c.trigger <- struct{}{}:
 	default:
+	}
+}
+
+// Do runs a pass that begins after the call, and returns what came of it.
+func (c *Concern) Do(ctx context.Context) error {
+	answer := make(chan error, 1)
+	select {
+	case c.ask <- answer:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	select {
+	case err := <-answer:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
 	}
 }
 
@@ -58,6 +75,7 @@ func (c *Concern) Health() Health {
 func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 	const firstRetry, lastRetry = 250 * time.Millisecond, 30 * time.Second
 	retry := firstRetry
+	var asked chan error
 	for {
 		start := time.Now()
 		changed, err := c.Run(ctx)
@@ -65,6 +83,10 @@ func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 			return
 		}
 		c.note(len(changed), time.Since(start), err, log)
+		if asked != nil {
+			asked <- err
+			asked = nil
+		}
 		for _, line := range changed {
 			log.Info("changed", "concern", c.Name, "change", line)
 		}
@@ -81,6 +103,8 @@ func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 			return
 		case <-timer.C:
 		case <-c.trigger:
+			timer.Stop()
+		case asked = <-c.ask:
 			timer.Stop()
 		}
 	}

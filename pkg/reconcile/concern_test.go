@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync/atomic"
@@ -171,6 +172,30 @@ func TestConcernEndsInTheMiddleOfAPass(t *testing.T) {
 		<-done
 		if log.Len() > 0 || c.Health().Failures > 0 {
 			t.Errorf("%s %+v", &log, c.Health())
+		}
+	})
+}
+
+// TestF47_DoAnswersForItsOwnPass: a pass that was under way when it was asked has seen the old files, and is not the one that counts.
+func TestF47_DoAnswersForItsOwnPass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var passes atomic.Int32
+		c := NewConcern("test", time.Hour, func(context.Context) ([]string, error) {
+			n := passes.Add(1)
+			time.Sleep(time.Second) //nolint:forbidigo // a pass takes its time, by the bubble's clock
+			return nil, fmt.Errorf("pass %d", n)
+		})
+		go c.Loop(ctx, discard())
+		synctest.Wait() // the first is under way
+		if err := c.Do(ctx); err == nil || err.Error() != "pass 2" {
+			t.Errorf("answered by %v", err)
+		}
+		short, stop := context.WithTimeout(ctx, 500*time.Millisecond)
+		defer stop()
+		if err := c.Do(short); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("a pass that takes too long: %v", err)
 		}
 	})
 }

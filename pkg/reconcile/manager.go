@@ -128,6 +128,20 @@ func (m *Manager) watched(err error) {
 	m.metadata.Passes++
 }
 
+// Reload runs a pass of every concern, from the files that they read on, and returns what came of it.
+func (m *Manager) Reload(ctx context.Context) error {
+	m.mu.Lock()
+	concerns := slices.Clone(m.concerns)
+	m.mu.Unlock()
+	var errs []error
+	for _, c := range concerns {
+		if err := c.Do(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", c.Name, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // Health lists every concern.
 func (m *Manager) Health() []Health {
 	m.mu.Lock()
