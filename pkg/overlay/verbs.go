@@ -36,6 +36,10 @@ type Plugin struct {
 	Help          string
 	Encapsulation string
 
+	// Ready reports what keeps the encapsulation from working on this host, as a *cni.Error: with code cni.ErrNotAvailable no ADD is
+	// begun, with any other only STATUS tells. nil: nothing can. It asks the network manager at the socket, when that answers.
+	Ready func(ctx context.Context, managerSocket string) error
+
 	// Kernel opens the namespace that the plugin runs in.
 	Kernel func() (kernel.Kernel, error)
 }
@@ -84,6 +88,10 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 	if err != nil {
 		return nil, err
 	}
+	var e *cni.Error
+	if err := c.ready(ctx); errors.As(err, &e) && e.Code == cni.ErrNotAvailable {
+		return nil, err
+	}
 	unlock, err := c.book.Journal.Lock(r.Conf.Name, r.ID())
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
@@ -127,6 +135,15 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 		}
 	}
 	return cni.After(r.Prev, c.result(port, fromIPAM)), nil
+}
+
+func (c *call) ready(ctx context.Context) error {
+	if c.Ready == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	return c.Ready(ctx, cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket))
 }
 
 // addresses asks our own IPAM in-process, or executes another one and announces what it chose.
@@ -413,6 +430,9 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 		}
 	}
 	if err := lease.Status(ctx, c.book, r.Conf.Name, c.ipam.Definition); err != nil {
+		return err
+	}
+	if err := c.ready(ctx); err != nil {
 		return err
 	}
 	s, err := c.book.Client.Status(ctx, r.Conf.Name)

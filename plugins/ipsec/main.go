@@ -3,7 +3,7 @@
 // Command lariat-ipsec is the CNI plugin that joins a container to an encrypted network which spans the hosts.
 //
 // The container gets a routed veth and an address that is unique in the cluster; which hosts there are, and which addresses
-// they own, comes from the metadata service. See README.md.
+// they own, comes from the metadata service. What it sends to other hosts leaves as ESP or not at all. See README.md.
 package main
 
 import (
@@ -27,6 +27,7 @@ func main() {
 		Version:       version,
 		Help:          help,
 		Encapsulation: metadata.EncapIPsec,
+		Ready:         ready,
 		Kernel:        func() (kernel.Kernel, error) { return kernel.New() },
 	}.CNI())
 }
