@@ -1,0 +1,32 @@
+package main
+
+import (
+	"context"
+
+	"github.com/lariat-net/lariat/pkg/cni"
+	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/probe"
+)
+
+// ready asks the network manager, who keeps the tunnels and has tried the kernel. When it does not answer, the kernel is tried here: a
+// container on a host that cannot encrypt would be cut off from the others for good, while a manager comes back.
+func ready(ctx context.Context, managerSocket string) error {
+	var r ipsec.Report
+	if err := (metadata.Client{Socket: managerSocket}).Do(ctx, "GET", "/v1/tunnels?summary=1", nil, &r); err != nil {
+		for _, f := range []probe.Feature{probe.XfrmInterface, probe.ESP} {
+			if err := probe.Check(f); err != nil {
+				return cni.Errorf(cni.ErrNotAvailable, "this host cannot encrypt: %w", err)
+			}
+		}
+		return cni.Errorf(cni.ErrLimited, "the network manager does not answer, so nobody keeps the tunnels to other hosts: %w", err).
+			WithDetails("check: systemctl status lariat-network-manager")
+	}
+	switch {
+	case r.Missing != "":
+		return cni.Errorf(cni.ErrNotAvailable, "this host cannot encrypt: %s", r.Missing).WithDetails("%s", r.Remedy)
+	case r.Problem != "":
+		return cni.Errorf(cni.ErrLimited, "tunnels to other hosts: %s", r.Problem).WithDetails("%s", r.Remedy)
+	}
+	return nil
+}
