@@ -77,7 +77,7 @@ type Result struct {
 // Error is a guest that did not run its command to the end.
 type Error struct {
 	Ready   bool   // it had booted, and its command may have run
-	Console string // the tail of what the kernel said
+	Console string // the end of what the kernel said
 	Err     error
 }
 
@@ -169,7 +169,7 @@ func run(ctx context.Context, image Image, o Options, c Command) (res Result, er
 		if c.Out != "" {
 			_ = os.WriteFile(filepath.Join(c.Out, "console.log"), console, 0o644) // a help, not more
 		}
-		return res, &Error{Ready: ready, Console: tail(string(console), 40), Err: err}
+		return res, &Error{Ready: ready, Console: excerpt(string(console)), Err: err}
 	}
 
 	var wg sync.WaitGroup
@@ -258,6 +258,19 @@ func run(ctx context.Context, image Image, o Options, c Command) (res Result, er
 	}
 	res.Took = time.Since(start)
 	return res, nil
+}
+
+// excerpt is the end of a console: from the first line that tells of the kernel's own failure, if there is one.
+func excerpt(console string) string {
+	last := tail(console, 40)
+	for _, sign := range []string{"BUG: ", "Oops: ", "general protection fault", "Kernel panic"} {
+		if i := strings.Index(console, sign); i >= 0 && i < len(console)-len(last) {
+			start := strings.LastIndex(console[:i], "\n") + 1
+			all := strings.Split(console[start:], "\n")
+			return strings.TrimRight(strings.Join(all[:min(len(all), 120)], "\n"), "\n")
+		}
+	}
+	return last
 }
 
 func orElse[T comparable](v, other T) T {

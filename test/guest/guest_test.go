@@ -185,6 +185,20 @@ func TestWithoutAnImage(t *testing.T) {
 	}
 }
 
+func TestExcerptBeginsWhereTheKernelFailed(t *testing.T) {
+	long := strings.Repeat("line\n", 60)
+	for _, tc := range []struct{ name, console, first string }{
+		{"the last lines of a quiet one", "first\n" + long, "line"},
+		{"a panic and its long trace", long + "Kernel panic - not syncing\n" + long, "Kernel panic - not syncing"},
+		{"an oops before the panic", long + "BUG: bad\n" + long + "Kernel panic\n", "BUG: bad"},
+		{"a short one, all of it", "one\nKernel panic\n", "one"},
+	} {
+		if first, _, _ := strings.Cut(excerpt(tc.console), "\n"); first != tc.first {
+			t.Errorf("%s: begins with %q, want %q", tc.name, first, tc.first)
+		}
+	}
+}
+
 func TestInnerFlags(t *testing.T) {
 	in, profiles := inner([]string{"-test.v=test2json", "-test.testlogfile=/tmp/log", "-test.run=A b", "-test.coverprofile=/tmp/c.out", "-ginkgo.focus=x"})
 	if want := []string{"-test.v=test2json", "-test.run=A b", "-test.coverprofile=/lariat/out/coverprofile", "-ginkgo.focus=x"}; !slices.Equal(in, want) {
