@@ -98,12 +98,7 @@ const attempts = 3
 // Run boots a guest, runs a command in it as root, and waits for both to end. The error is an *Error where the guest is to blame.
 // A command that fails is no error: see Result.Code.
 func Run(ctx context.Context, o Options, c Command) (Result, error) {
-	image, err := Find()
-	if err != nil {
-		return Result{}, err
-	}
-	// Held as long as the guest runs, so that nobody removes the image meanwhile.
-	unlock, err := lock(image.dir+".lock", syscall.LOCK_SH)
+	image, unlock, err := hold()
 	if err != nil {
 		return Result{}, err
 	}
@@ -114,6 +109,24 @@ func Run(ctx context.Context, o Options, c Command) (Result, error) {
 		if !errors.As(err, &e) || e.Ready || ctx.Err() != nil || attempt == attempts {
 			return res, err
 		}
+	}
+}
+
+// hold finds an image and keeps others from removing it as long as a guest runs.
+func hold() (Image, func(), error) {
+	for {
+		image, err := Find()
+		if err != nil {
+			return Image{}, nil, err
+		}
+		unlock, err := lock(image.dir+".lock", syscall.LOCK_SH)
+		if err != nil {
+			return Image{}, nil, err
+		}
+		if isDir(image.dir) {
+			return image, unlock, nil
+		}
+		unlock() // it was removed in between; there is another, or Find says so
 	}
 }
 

@@ -128,6 +128,46 @@ func TestCommandThatHangsIsStoppedAtItsLimit(t *testing.T) {
 	}
 }
 
+// TestTwoGuestsJoined: a cable between two machines, for tests that one kernel cannot do.
+func TestTwoGuestsJoined(t *testing.T) {
+	t.Parallel()
+	Need(t)
+	dir, err := os.MkdirTemp("", "joined-") // short, as paths of sockets must be
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	ends := []string{filepath.Join(dir, "1"), filepath.Join(dir, "2")}
+	scripts := []string{
+		"busybox nc -l -p 7777",
+		"until echo hello from 2 | busybox nc -w 2 192.0.2.1 7777; do :; done",
+	}
+	said := make([]bytes.Buffer, 2)
+	errs := make(chan error)
+	for i, script := range scripts {
+		o := Options{QEMUArgs: []string{
+			"-netdev", "dgram,id=cable,local.type=unix,local.path=" + ends[i] + ",remote.type=unix,remote.path=" + ends[1-i],
+			"-device", "virtio-net-pci,netdev=cable,mac=02:00:00:00:00:0" + string(rune('1'+i)),
+		}}
+		setup := "set -e; modprobe virtio_net; ip addr add 192.0.2." + string(rune('1'+i)) + "/24 dev eth0; ip link set eth0 up; "
+		go func() {
+			res, err := Run(t.Context(), o, Command{Args: []string{"/bin/sh", "-c", setup + script}, Stdout: &said[i], Limit: 90 * time.Second})
+			if err == nil && res.Code != 0 {
+				err = errors.New("it exits with an error")
+			}
+			errs <- err
+		}()
+	}
+	for range scripts {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	if said[0].String() != "hello from 2\n" {
+		t.Errorf("the first guest heard %q, the second said %q", said[0].String(), said[1].String())
+	}
+}
+
 type writer func(p []byte)
 
 func (w writer) Write(p []byte) (int, error) {
