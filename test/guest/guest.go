@@ -69,9 +69,10 @@ type Command struct {
 
 // Result of a guest that ran its command.
 type Result struct {
-	Code  int           // exit status of the command
-	Ready time.Duration // from QEMU's start until the guest was ready
-	Took  time.Duration // all told
+	Code     int           // exit status of the command
+	Ready    time.Duration // from QEMU's start until the guest was ready
+	Took     time.Duration // all told, of the last attempt
+	Attempts int           // at booting
 }
 
 // Error is a guest that did not run its command to the end.
@@ -105,6 +106,7 @@ func Run(ctx context.Context, o Options, c Command) (Result, error) {
 	defer unlock()
 	for attempt := 1; ; attempt++ {
 		res, err := run(ctx, image, o, c)
+		res.Attempts = attempt
 		var e *Error
 		if !errors.As(err, &e) || e.Ready || ctx.Err() != nil || attempt == attempts {
 			return res, err

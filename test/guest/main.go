@@ -90,6 +90,9 @@ func outside(ctx context.Context, o Options) (int, error) {
 	defer os.RemoveAll(out)
 	c := Command{Args: append([]string{"./" + name}, args...), Env: passed(os.Environ()), Stdout: os.Stdout, Out: out, Limit: limit()}
 	res, err := Run(ctx, o, c)
+	if res.Attempts > 1 {
+		fmt.Fprintf(os.Stderr, "guest: it took %d attempts to boot\n", res.Attempts)
+	}
 	for from, to := range profiles {
 		if data, rerr := os.ReadFile(filepath.Join(out, from)); rerr == nil {
 			err = errors.Join(err, os.WriteFile(to, data, 0o644))
