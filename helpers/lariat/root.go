@@ -89,7 +89,7 @@ It asks the metadata service of this host over its unix socket, which is root's.
 	for _, name := range []string{"socket", "manager-socket"} {
 		_ = c.MarkPersistentFlagFilename(name, "sock")
 	}
-	c.AddCommand(a.status(), a.plan(), a.graph(), a.doctor(), a.network(), a.host(), a.ip(), a.certs())
+	c.AddCommand(a.status(), a.plan(), a.graph(), a.doctor(), a.network(), a.host(), a.ip(), a.ipsec(), a.certs())
 	return c
 }
 

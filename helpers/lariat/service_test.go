@@ -328,6 +328,11 @@ func TestExamplesWithRealService(t *testing.T) {
 			}
 		}
 	})
+	manager := newFakeManager(t, fixtureReport(t))
+	secrets := secretFile(t, oldSecret)
+	if err := os.WriteFile("new.secret", []byte(newSecret), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	client := metadata.Client{Socket: s.socket}
 	attach := func(id, addr string) {
 		req := metadata.AttachRequest{ContainerID: id, IfName: "eth0"}
@@ -343,6 +348,12 @@ func TestExamplesWithRealService(t *testing.T) {
 			line, _, _ = strings.Cut(line, "|")
 			line, _, _ = strings.Cut(line, ">")
 			args := strings.Fields(line)[1:]
+			if args[0] == "ipsec" {
+				args = append(args, "--manager-socket", manager.socket)
+			}
+			if slices.Contains(args, "rotate") {
+				args = append(args, "--secret-file", secrets)
+			}
 			if out, errs, status := s.lariat(t, args...); status != 0 && !strings.Contains(errs, "there are: h1") && !strings.Contains(errs, "there is no network") && !strings.Contains(errs, "Say --yes") && !strings.Contains(errs, "is in use by") {
 				t.Errorf("%s: status %d: %s%s", line, status, out, errs)
 			}

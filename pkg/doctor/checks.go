@@ -112,19 +112,31 @@ func size(n int64) string {
 
 const startManager = "start it: systemctl start lariat-network-manager. Until then running containers keep their network, but nothing follows changes"
 
+// ManagerUnreachable says in words why the network manager did not answer, and what helps.
+func ManagerUnreachable(err error, socket string) (what, remedy string) {
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Sprintf("the network manager's socket %s is not open to this user", socket), "run this as root"
+	case errors.Is(err, fs.ErrNotExist):
+		return "the network manager is not running: there is no socket " + socket, startManager
+	case errors.Is(err, context.DeadlineExceeded):
+		return fmt.Sprintf("the network manager on %s does not answer in time", socket), "look at journalctl -u lariat-network-manager"
+	}
+	return fmt.Sprintf("the network manager is not running: %v", err), startManager
+}
+
 func (e *examination) manager() {
 	if !e.needs("manager", e.Manager != nil) {
 		return
 	}
 	where := "host " + e.Self
-	switch err := e.Manager.Err; {
-	case errors.Is(err, fs.ErrPermission):
-		e.skip("the network manager's socket %s is not open to this user; run this as root", e.Manager.Socket)
-	case errors.Is(err, fs.ErrNotExist):
-		e.add(Error, where, startManager, "the network manager is not running: there is no socket %s", e.Manager.Socket)
-	case err != nil:
-		e.add(Error, where, startManager,
-			"the network manager is not running: %v", err)
+	if err := e.Manager.Err; err != nil {
+		what, remedy := ManagerUnreachable(err, e.Manager.Socket)
+		if errors.Is(err, fs.ErrPermission) {
+			e.skip("%s; %s", what, remedy)
+		} else {
+			e.add(Error, where, remedy, "%s", what)
+		}
 	}
 	for _, c := range e.Manager.Concerns {
 		if !c.OK {
