@@ -74,6 +74,7 @@ func Find() (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
+	found = slices.DeleteFunc(found, func(dir string) bool { return modified(dir) == 0 }) // a lock, or nothing whole
 	if len(found) == 0 {
 		return Image{}, fmt.Errorf("no image of the guest in %s: run make guest-image, which downloads some 90 MB of Debian packages once", cache)
 	}
@@ -120,7 +121,7 @@ func Prepare(ctx context.Context, log io.Writer, refresh bool) (Image, error) {
 		return image, nil // another process made it meanwhile
 	}
 	p := preparation{cache: cache, log: log}
-	if err := p.fetch(ctx); err != nil {
+	if err := p.fetch(ctx, refresh); err != nil {
 		return Image{}, err
 	}
 	image, err := p.image(ctx)
@@ -177,21 +178,28 @@ func wanted() (qemu, guest, without []string) {
 	return qemu, guest, without
 }
 
-// fetch downloads the packages: by the machine's package lists if they serve, otherwise by fresh ones in the cache.
-func (p *preparation) fetch(ctx context.Context) error {
+// fetch downloads the packages: by the machine's package lists if they serve, and by fresh ones in the cache otherwise, or first if the
+// newest packages are wanted.
+func (p *preparation) fetch(ctx context.Context, refresh bool) error {
 	var errs []error
-	for _, lists := range []string{"/var/lib/apt/lists", filepath.Join(p.cache, "apt", "lists")} {
+	const machine = "/var/lib/apt/lists"
+	order := []string{machine, filepath.Join(p.cache, "apt", "lists")}
+	if refresh {
+		slices.Reverse(order)
+	}
+	for _, lists := range order {
 		a, err := p.apt(lists)
 		if err != nil {
 			return err
 		}
-		if !strings.HasPrefix(lists, "/var/") {
+		if lists != machine {
 			fmt.Fprintln(p.log, "guest: fetching package lists")
-			if _, err := a.run(ctx, "update"); err != nil {
-				return errors.Join(append(errs, err)...)
-			}
+			_, err = a.run(ctx, "update")
 		}
-		if err = p.download(ctx, a); err == nil {
+		if err == nil {
+			err = p.download(ctx, a)
+		}
+		if err == nil {
 			return nil
 		}
 		errs = append(errs, err)
