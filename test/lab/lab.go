@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
@@ -168,11 +169,18 @@ func (h *Host) StartMetadata(ctx context.Context, more ...string) (err error) {
 }
 
 // StartManager starts the host's network manager and waits until it is ready.
-func (h *Host) StartManager(ctx context.Context) (err error) {
+func (h *Host) StartManager(ctx context.Context, more ...string) (err error) {
 	h.Manager, err = h.Netns.Start(ctx, h.Dir, h.c.opts.Log, append([]string{filepath.Join(h.c.Bin, "lariat-network-manager"), "--metadata-socket", h.Socket(),
-		"--socket", h.ManagerSocket(), "--state-dir", h.StateDir(), "--boot-id-file", h.path("boot-id")}, h.c.opts.Manager...)...)
+		"--socket", h.ManagerSocket(), "--state-dir", h.StateDir(), "--boot-id-file", h.path("boot-id"),
+		"--ipsec-secret", h.SecretFile(), "--ike-dir", h.IKEDir()}, append(h.c.opts.Manager, more...)...)...)
 	return err
 }
+
+// SecretFile is where the host's secret of encrypted networks is, once a test has put one there.
+func (h *Host) SecretFile() string { return h.path("ipsec.secret") }
+
+// IKEDir is where the host's IKE daemon has its configuration and socket.
+func (h *Host) IKEDir() string { return h.path("ike") }
 
 // Down stops everything, the store last.
 func (c *Cluster) Down() error {
@@ -212,7 +220,7 @@ func (h *Host) Conf(network string, plugin map[string]any, chained ...map[string
 	for k, v := range plugin {
 		main[k] = v
 	}
-	if ipam, ok := main["ipam"].(map[string]any); ok && main["type"] != "lariat-vxlan" && ipam["type"] == "lariat-ipam" {
+	if ipam, ok := main["ipam"].(map[string]any); ok && !strings.HasPrefix(fmt.Sprint(main["type"]), "lariat-") && ipam["type"] == "lariat-ipam" {
 		// Under another main plugin these are the IPAM plugin's keys.
 		ipam["socket"], ipam["stateDir"] = h.Socket(), h.StateDir()
 		delete(main, "socket")
@@ -278,6 +286,15 @@ func (c *Container) Del(ctx context.Context, call Call) error {
 	return c.call(call, func(cni *libcni.CNIConfig, list *libcni.NetworkConfigList, rt *libcni.RuntimeConf) error {
 		return cni.DelNetworkList(ctx, list, rt)
 	})
+}
+
+// Status asks a host's plugins whether they could serve an ADD.
+func (h *Host) Status(ctx context.Context, call Call) error {
+	list, err := libcni.ConfListFromBytes(call.Conf)
+	if err != nil {
+		return err
+	}
+	return h.Do(func() error { return h.CNI().GetStatusNetworkList(ctx, list) })
 }
 
 func (c *Container) call(call Call, do func(*libcni.CNIConfig, *libcni.NetworkConfigList, *libcni.RuntimeConf) error) error {
