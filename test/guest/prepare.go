@@ -91,7 +91,7 @@ func modified(dir string) int64 {
 	return fi.ModTime().UnixNano()
 }
 
-// Prepare finds the image or makes it, which takes one or two minutes and needs a Debian with its package sources, but no privileges.
+// Prepare finds the image or makes it, which takes ten seconds and the download, and needs a Debian with its package sources, but no privileges.
 // With refresh it asks for newer packages. Nothing outside of the cache changes. Calls at the same time wait for each other.
 func Prepare(ctx context.Context, log io.Writer, refresh bool) (Image, error) {
 	if image, err := Find(); err == nil && !refresh {
