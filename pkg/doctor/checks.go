@@ -44,6 +44,9 @@ var checks = []struct {
 	{"forward-policy", "no firewall drops forwarded packets of the networks", (*examination).forwardPolicy},
 	{"underlay", "the underlay is as the metadata says, and large enough", (*examination).underlay},
 	{"devices", "tunnel devices are as they should be", (*examination).devices},
+	{"ipsec", "encrypted networks, where there are any, have their daemon and their tunnels", (*examination).ipsec},
+	{"secret", "hosts of encrypted networks share their secret, and nobody else can read it", (*examination).secret},
+	{"fail-closed", "nothing of an encrypted network can travel in clear", (*examination).failClosed},
 	{"reach", "every live host answers over the underlay", (*examination).reach},
 	{"tunnel", "every live host answers through the tunnels", (*examination).tunnel},
 	{"mtu", "full packets reach every live host", (*examination).pathMTU},
@@ -330,13 +333,16 @@ func (e *examination) features() {
 	if !e.needs("features", e.Features != nil) {
 		return
 	}
-	v6 := true
-	if e.Metadata != nil && e.Metadata.Snapshot != nil {
-		_, v6 = e.overlays()
+	var s *metadata.Snapshot
+	if e.Metadata != nil {
+		s = e.Metadata.Snapshot
 	}
 	for _, f := range e.Features {
-		if !f.OK && (v6 || !f.IPv6) {
-			e.add(Error, "kernel of host "+e.Self, f.Remedy, "the kernel cannot do %s (%s), without which %s", f.Name, f.Detail, f.Need)
+		if severity := Error; !f.OK && f.Needed(s) {
+			if f.Fallback {
+				severity = Warning
+			}
+			e.add(severity, "kernel of host "+e.Self, f.Remedy, "the kernel cannot do %s (%s), without which %s", f.Name, f.Detail, f.Need)
 		}
 	}
 }
@@ -451,6 +457,10 @@ func (e *examination) underlay() {
 				e.add(Error, where, fmt.Sprintf("lariat network update %s --mtu %d, or raise the MTU of %s to %d", n.Name, link.MTU-mtu.Overhead(n, me), dev, need),
 					"network %s has an MTU of %d, which with %d octets of encapsulation does not fit the %d of %s: large packets are lost", n.Name, mtu.Container(n, me), mtu.Overhead(n, me), link.MTU, dev)
 			}
+			if fits := inner(link.MTU, me.UnderlayAddr().Is6()); n.Encapsulation == metadata.EncapIPsec && mtu.Container(n, me) > fits {
+				e.add(Error, where, fmt.Sprintf("lariat network update %s --mtu %d, or raise the MTU of %s to %d", n.Name, fits, dev, outer(n, me)),
+					"network %s has an MTU of %d; encrypted, such packets can have %d octets, which do not fit the %d of %s: large packets are lost", n.Name, mtu.Container(n, me), outer(n, me), link.MTU, dev)
+			}
 		}
 	}
 }
@@ -464,9 +474,20 @@ func (e *examination) devices() {
 		return
 	}
 	remedy := "start lariat-network-manager, which mends it; if it runs, lariat plan --diff shows what is left to do"
+	// An encrypted network has a device for each host: many that are missing for one reason are one finding.
+	var missing []string
+	for _, d := range e.Kernel.Devices {
+		if d.Have == "" {
+			missing = append(missing, d.Name)
+		}
+	}
+	if len(missing) > oneFindingFor {
+		e.add(Error, "devices "+strings.Join(missing, ", "), remedy, "%d devices are missing", len(missing))
+	}
 	for _, d := range e.Kernel.Devices {
 		where := "device " + d.Name
 		switch {
+		case d.Have == "" && len(missing) > oneFindingFor:
 		case d.Want == "":
 			e.add(Error, where, "start lariat-network-manager, which removes it; or by hand: ip link del "+d.Name, "device %s is left over: no network wants it (%s)", d.Name, d.Have)
 		case d.Have == "":
@@ -552,6 +573,7 @@ func (e *examination) tunnel() {
 				routeless[k] = append(routeless[k], p)
 			case errors.Is(p.Echo, echo.ErrSilent):
 				// Nothing at all gets through, which is told already.
+			case o.Port == 0 && e.toldOfTunnel(p.Host):
 			default:
 				blocked[k] = append(blocked[k], p)
 			}
@@ -566,6 +588,13 @@ func (e *examination) tunnel() {
 		}, "there is no route of network "+k.network+" to %d hosts")
 	}
 	for _, k := range order(blocked) {
+		if k.port == 0 {
+			e.each(blocked[k], Error, "lariat ipsec status, on both hosts, tells how their tunnel fares; when it is established, open ESP (IP protocol 50) and UDP 4500 between the hosts in every firewall on the way, or let the network managers use UDP always (--ipsec-encap)",
+				func(p Peer) string {
+					return fmt.Sprintf("host %s answers over the underlay, but not through the encrypted network %s", p.Host, k.network)
+				}, "%d hosts answer over the underlay, but not through the encrypted network "+k.network)
+			continue
+		}
 		e.each(blocked[k], Error, fmt.Sprintf("open UDP %d between the hosts in every firewall on the way and on both ends; if it is open, look on the other host: lariat doctor", k.port), func(p Peer) string {
 			return fmt.Sprintf("UDP %d is blocked to or from host %s: it answers over the underlay, but not through network %s", k.port, p.Host, k.network)
 		}, fmt.Sprintf("UDP %d is blocked to or from %%d hosts: they answer over the underlay, but not through network %s", k.port, k.network))
@@ -593,8 +622,16 @@ func (e *examination) pathMTU() {
 		if p.Addr.Is6() {
 			overhead = mtu.VXLANOverIPv6
 		}
-		e.add(Error, fmt.Sprintf("way to host %s (%s)", p.Host, p.Addr),
-			fmt.Sprintf("raise the MTU on the way, or lower the networks': lariat network update NAME --mtu %d", p.MTU-overhead),
+		remedy := fmt.Sprintf("raise the MTU on the way, or lower the networks': lariat network update NAME --mtu %d", p.MTU-overhead)
+		encrypted := func(o Overlay) bool { return o.Port == 0 }
+		if slices.ContainsFunc(p.Overlay, encrypted) {
+			fits := fmt.Sprintf("%d", inner(p.MTU, p.Addr.Is6()))
+			if slices.ContainsFunc(p.Overlay, func(o Overlay) bool { return !encrypted(o) }) {
+				fits += fmt.Sprintf(" (encrypted), --mtu %d (VXLAN)", p.MTU-overhead)
+			}
+			remedy = "raise the MTU on the way, or lower the networks': lariat network update NAME --mtu " + fits
+		}
+		e.add(Error, fmt.Sprintf("way to host %s (%s)", p.Host, p.Addr), remedy,
 			"packets of %d octets, as the tunnels make them, do not come through to host %s and back; the largest that do have %d", p.WantMTU, p.Host, p.MTU)
 	}
 	if measured < asked {

@@ -1,9 +1,11 @@
 package doctor
 
 import (
+	"io/fs"
 	"net/netip"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -17,8 +19,9 @@ type Facts struct {
 	Kernel   *Kernel
 	Features []Feature
 	Peers    []Peer
+	Secret   *SecretFile
 
-	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, usage, forward) why it is absent.
+	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, usage, forward, tunnels, secret) why it is absent.
 	NotLooked map[string]string
 }
 
@@ -42,6 +45,14 @@ type Manager struct {
 	Socket   string
 	Err      error
 	Concerns []Concern
+	Tunnels  *ipsec.Report // of encrypted networks; nil: it did not say
+}
+
+// SecretFile is the file that holds the secret of encrypted networks. What is in it is not read.
+type SecretFile struct {
+	Path  string
+	There bool
+	Mode  fs.FileMode
 }
 
 // Concern is one thing that the manager keeps true.
@@ -55,7 +66,8 @@ type Concern struct {
 type Kernel struct {
 	Sysctls   map[string]string // keys with slashes: net/ipv4/ip_forward
 	Links     map[string]Link   // every interface
-	Devices   []Device          // vxlan devices of ours, and those that should be there
+	Devices   []Device          // tunnel devices of ours, and those that should be there
+	Blocking  []Device          // nftables objects that keep packets of encrypted networks from travelling in clear, as text
 	Forward   []ForwardChain
 	AntiSpoof *bool // the rule that keeps containers from each other's addresses is there; nil: not known
 }
@@ -90,6 +102,10 @@ type Feature struct {
 	Remedy string
 	Need   string // what does not work without it
 	IPv6   bool   // only networks with IPv6 need it
+
+	Encap    string // only networks with this encapsulation need it; empty: all do
+	Outer    int    // only an underlay of this family, 4 or 6, needs it; 0: any does
+	Fallback bool   // something else takes its place: missing it is a warning
 }
 
 // Peer is what probing another host told.
@@ -110,7 +126,7 @@ type Peer struct {
 // Overlay is what came of an echo request to another host's overlay address.
 type Overlay struct {
 	Network string
-	Port    uint16
+	Port    uint16 // UDP; 0: the network is encrypted
 	Gateway netip.Addr
 	Source  netip.Addr // from which the kernel would send there; not ours on that network: there is no route by the overlay
 	Ours    netip.Addr

@@ -30,7 +30,6 @@ import (
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
 	"github.com/lariat-net/lariat/pkg/kernel/iptables"
 	"github.com/lariat-net/lariat/pkg/metadata"
-	"github.com/lariat-net/lariat/pkg/mtu"
 )
 
 // Gatherer collects facts. It changes nothing on this host or elsewhere.
@@ -42,7 +41,10 @@ type Gatherer struct {
 	Want    func(*metadata.Snapshot, string) *delta.State
 	Observe func(context.Context, *delta.State) (*delta.State, error)
 
-	Features func() ([]Feature, error) // what the kernel can do
+	// Features tells what the kernel can do of what the model needs; the snapshot is nil when it is not known.
+	Features func(*metadata.Snapshot) ([]Feature, error)
+
+	SecretFile string // empty: ipsec.DefaultSecretFile
 
 	Probe    bool          // the other hosts
 	EchoPort uint16        // 0: echo.Port
@@ -86,6 +88,7 @@ func (g Gatherer) ManagerFacts(ctx context.Context, f *Facts) {
 	}
 	if _, f.Manager.Err = getUnix(ctx, g.ManagerSocket, "/v1/state", func(b []byte) error { return json.Unmarshal(b, &state) }); f.Manager.Err == nil {
 		f.Manager.Concerns = state.Health
+		g.tunnelFacts(ctx, f)
 	}
 }
 
@@ -96,10 +99,11 @@ func (g Gatherer) Gather(ctx context.Context) *Facts {
 	g.ManagerFacts(ctx, f)
 	if g.Features != nil {
 		var err error
-		if f.Features, err = g.Features(); err != nil {
+		if f.Features, err = g.Features(f.Metadata.Snapshot); err != nil {
 			f.NotLooked["features"] = err.Error()
 		}
 	}
+	g.secretFacts(f)
 	g.kernelFacts(ctx, f)
 	switch {
 	case !g.Probe:
@@ -115,7 +119,11 @@ func (g Gatherer) Gather(ctx context.Context) *Facts {
 
 func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 	k := &Kernel{Sysctls: map[string]string{}, Links: map[string]Link{}}
-	for _, key := range []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/ipv4/conf/all/rp_filter"} {
+	keys := []string{"net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding", "net/ipv4/conf/all/rp_filter"}
+	if s := f.Metadata.Snapshot; s != nil && len(encrypted(s)) > 0 {
+		keys = append(keys, switches()...)
+	}
+	for _, key := range keys {
 		if b, err := os.ReadFile(filepath.Join("/proc/sys", key)); err == nil {
 			k.Sysctls[key] = string(bytes.TrimSpace(b))
 		}
@@ -177,6 +185,7 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 	for _, name := range slices.Compact(names) {
 		k.Devices = append(k.Devices, Device{Name: name, Want: text(want.Links, name), Have: text(have.Links, name)})
 	}
+	k.Blocking = blocking(want, have)
 }
 
 // forwardChains lists the chains that drop by policy what is forwarded: nftables' own, those that iptables makes in nftables, and
@@ -233,7 +242,7 @@ func accepts(r *nftables.Rule, subnets []netip.Prefix) bool {
 			}
 			accept = accept || v.Kind == expr.VerdictAccept
 		case *expr.Cmp:
-			ours = ours || bytes.HasPrefix(v.Data, []byte(delta.PortPrefix)) || bytes.HasPrefix(v.Data, []byte("vtep"))
+			ours = ours || bytes.HasPrefix(v.Data, []byte(delta.PortPrefix)) || bytes.HasPrefix(v.Data, []byte("vtep")) || bytes.HasPrefix(v.Data, []byte(delta.TunnelPrefix))
 			for _, s := range subnets {
 				a := s.Addr().AsSlice()
 				ours = ours || len(v.Data) <= len(a) && len(v.Data)*8 >= s.Bits() && bytes.Equal(v.Data, a[:len(v.Data)])
@@ -278,16 +287,20 @@ func (g Gatherer) peers(ctx context.Context, s *metadata.Snapshot) []Peer {
 		}
 		p := Peer{Host: h.Name, Addr: h.Underlay[i].Address.Addr()}
 		for _, n := range s.Networks {
-			if n.Encapsulation != metadata.EncapVXLAN || n.DirectRouting && me.Underlay[0].Address.Masked().Contains(p.Addr) {
+			port := n.UDPPort()
+			switch {
+			case n.Encapsulation == metadata.EncapIPsec:
+				port = 0
+			case n.Encapsulation != metadata.EncapVXLAN || n.DirectRouting && me.Underlay[0].Address.Masked().Contains(p.Addr):
 				continue
 			}
 			own, other := s.Gateways(n.Name, me.Name), s.Gateways(n.Name, h.Name)
 			if len(other) > 0 {
-				p.WantMTU = max(p.WantMTU, mtu.Container(n, me)+mtu.Overhead(n, me))
+				p.WantMTU = max(p.WantMTU, outer(n, me))
 			}
 			for _, a := range own {
 				if j := slices.IndexFunc(other, func(b netip.Addr) bool { return a.Is4() == b.Is4() }); j >= 0 {
-					p.Overlay = append(p.Overlay, Overlay{Network: n.Name, Port: n.UDPPort(), Gateway: other[j], Ours: a})
+					p.Overlay = append(p.Overlay, Overlay{Network: n.Name, Port: port, Gateway: other[j], Ours: a})
 					break
 				}
 			}

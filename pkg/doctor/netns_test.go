@@ -18,6 +18,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
+	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -40,7 +41,10 @@ func TestMain(m *testing.M) {
 }
 
 func want(s *metadata.Snapshot, self string) *delta.State {
-	return delta.Merge(vxlan.Plan(s, self), attach.HostRules(s))
+	// Of encrypted networks the rules that block: not every kernel that runs this has XFRM interfaces.
+	rules, planned := delta.NewState(), ipsec.Plan(s, self)
+	rules.Chains, rules.Sets = planned.Chains, planned.Sets
+	return delta.Merge(vxlan.Plan(s, self), attach.HostRules(s), rules)
 }
 
 func examine(file string) error {
@@ -65,7 +69,7 @@ func examine(file string) error {
 	}}
 	g.kernelFacts(ctx, f)
 	f.Peers = g.peers(ctx, f.Metadata.Snapshot)
-	return json.NewEncoder(os.Stdout).Encode(Check(f, "forwarding", "rp-filter", "forward-policy", "underlay", "devices", "reach", "tunnel", "mtu", "clock"))
+	return json.NewEncoder(os.Stdout).Encode(Check(f, "forwarding", "rp-filter", "forward-policy", "underlay", "devices", "fail-closed", "reach", "tunnel", "mtu", "clock"))
 }
 
 // pair is two hosts in namespaces, with one network between them as the network manager makes it.
@@ -249,4 +253,33 @@ func TestF137RealClockSkew(t *testing.T) {
 	p := newPair(t)
 	p.respond(t, echo.Server{Now: func() time.Time { return time.Now().Add(-90 * time.Second) }})
 	p.examine(t, "clock error: the clock of host b is 1m30s behind this host's")
+}
+
+func TestF137RealBlockingRules(t *testing.T) {
+	p := newPair(t)
+	p.respond(t, echo.Server{})
+	p.snap.Networks = append(p.snap.Networks, metadata.Network{Name: "payroll", Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16")}, Encapsulation: metadata.EncapIPsec})
+	k, err := kernel.NewAt(p.a.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	const what = "fail-closed error: the rules that keep packets of encrypted networks from travelling in clear are "
+	p.examine(t, what+"missing: chain clear-in, chain clear-out, set ipsec4")
+	if _, err := kernel.Reconcile(t.Context(), k, want(p.snap, "a")); err != nil {
+		t.Fatal(err)
+	}
+	p.examine(t)
+	p.a.Command(t, "nft", "delete element inet lariat ipsec4 { 10.44.0.0/16 }")
+	p.examine(t, what+"not as they should be: set ipsec4")
+	p.a.Command(t, "nft", "flush chain inet lariat clear-out")
+	p.examine(t, what+"not as they should be: chain clear-out, set ipsec4")
+	p.a.Command(t, "nft", "delete chain inet lariat clear-out")
+	p.a.Command(t, "nft", "add element inet lariat ipsec4 { 10.44.0.0/16 }")
+	p.examine(t, what+"missing: chain clear-out")
+	if _, err := kernel.Reconcile(t.Context(), k, want(p.snap, "a")); err != nil {
+		t.Fatal(err)
+	}
+	p.sysctl(t, "net/ipv4/conf/"+p.devA+"/disable_policy", "1")
+	p.examine(t, "fail-closed error: the kernel does not ask IPsec's policies on "+p.devA)
 }

@@ -1,0 +1,360 @@
+package doctor
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/mtu"
+)
+
+// encrypted are the networks whose packets travel in ESP.
+func encrypted(s *metadata.Snapshot) (out []string) {
+	for _, n := range s.Networks {
+		if n.Encapsulation == metadata.EncapIPsec {
+			out = append(out, n.Name)
+		}
+	}
+	return out
+}
+
+// Needed reports whether the model asks for the feature. Nothing is known without a model, and then all is needed but what encrypted
+// networks need, which not many are.
+func (f Feature) Needed(s *metadata.Snapshot) bool {
+	if s == nil {
+		return f.Encap != metadata.EncapIPsec
+	}
+	v6, uses := false, false
+	for _, n := range s.Networks {
+		uses = uses || n.Encapsulation == f.Encap
+		for _, p := range n.Subnets {
+			v6 = v6 || n.Encapsulation != metadata.EncapNone && p.Addr().Is6()
+		}
+	}
+	if f.IPv6 && !v6 {
+		return false
+	}
+	switch f.Encap {
+	case metadata.EncapIPsec:
+		me, ok := s.Host(s.Self)
+		outer := map[bool]int{false: 4, true: 6}[me.UnderlayAddr().Is6()]
+		return uses && (f.Outer == 0 || !ok || f.Outer == outer)
+	case metadata.EncapVXLAN:
+		return uses || len(encrypted(s)) == 0 // before there is a network, it is the one that most people make
+	}
+	return true
+}
+
+// inner is the longest packet of an encrypted network that fits an underlay packet of so many octets, whatever two hosts agree on.
+func inner(underlay int, v6 bool) int { return mtu.ESP(underlay, 16, 16, v6, true) }
+
+// outer is how long the packets of a network become in their tunnels on host h, at most.
+func outer(n metadata.Network, h metadata.Host) int {
+	size := mtu.Container(n, h)
+	if n.Encapsulation != metadata.EncapIPsec {
+		return size + mtu.Overhead(n, h)
+	}
+	out := size
+	for inner(out, h.UnderlayAddr().Is6()) < size {
+		out++
+	}
+	return out
+}
+
+// tunnelFacts asks the network manager how the tunnels fare.
+func (g Gatherer) tunnelFacts(ctx context.Context, f *Facts) {
+	var r ipsec.Report
+	var bad error
+	status, err := getUnix(ctx, g.ManagerSocket, "/v1/tunnels", func(b []byte) error {
+		bad = json.Unmarshal(b, &r) // of another status it is no JSON
+		return nil
+	})
+	switch {
+	case err != nil:
+		f.NotLooked["tunnels"] = fmt.Sprintf("the network manager did not tell of its tunnels: %v", err)
+	case status == http.StatusNotFound:
+		f.NotLooked["tunnels"] = "the network manager is older than this program: update and restart it"
+	case status != http.StatusOK || bad != nil:
+		f.NotLooked["tunnels"] = fmt.Sprintf("the network manager did not tell of its tunnels: status %d", status)
+	default:
+		f.Manager.Tunnels = &r
+	}
+}
+
+func (g Gatherer) secretFacts(f *Facts) {
+	path := cmp.Or(g.SecretFile, ipsec.DefaultSecretFile)
+	switch info, err := os.Stat(path); {
+	case err == nil:
+		f.Secret = &SecretFile{Path: path, There: true, Mode: info.Mode()}
+	case errors.Is(err, fs.ErrNotExist):
+		f.Secret = &SecretFile{Path: path}
+	default:
+		f.NotLooked["secret"] = fmt.Sprintf("secret file: %v", err)
+	}
+}
+
+// switches are the sysctls that let packets pass by IPsec's policies, of every device.
+func switches() (out []string) {
+	for _, pattern := range []string{"ipv4/conf/*/disable_xfrm", "ipv4/conf/*/disable_policy", "ipv6/conf/*/disable_policy"} {
+		found, _ := filepath.Glob("/proc/sys/net/" + pattern) // the pattern is fine
+		for _, file := range found {
+			out = append(out, strings.TrimPrefix(file, "/proc/sys/"))
+		}
+	}
+	return out
+}
+
+// blocking compares the nftables objects that keep clear packets away.
+func blocking(want, have *delta.State) (out []Device) {
+	chain := func(s *delta.State, name string) string {
+		c, ok := s.Chains[name]
+		if !ok {
+			return ""
+		}
+		only := delta.NewState()
+		only.Chains[name] = c
+		return strings.TrimSpace(only.String())
+	}
+	set := func(s *delta.State, name string) string {
+		c, ok := s.Sets[name]
+		if !ok {
+			return ""
+		}
+		only := delta.NewState()
+		only.Sets[name] = c
+		return strings.TrimSpace(only.String())
+	}
+	for _, name := range []string{ipsec.ClearIn, ipsec.ClearOut} {
+		if w := chain(want, name); w != "" {
+			out = append(out, Device{Name: "chain " + name, Want: w, Have: chain(have, name)})
+		}
+	}
+	for _, name := range []string{ipsec.Subnets4, ipsec.Subnets6} {
+		if w := set(want, name); w != "" {
+			out = append(out, Device{Name: "set " + name, Want: w, Have: set(have, name)})
+		}
+	}
+	return out
+}
+
+const tunnelPorts = "open UDP 500 and 4500 and ESP (IP protocol 50) between the hosts in every firewall on the way and on both ends, and look whether lariat-network-manager runs there"
+
+// causes tells by what IKE, or strongSwan, said of it why a tunnel is not set up, and what helps.
+var causes = []struct {
+	words         []string
+	cause, remedy string
+}{
+	{[]string{"authentication_failed", "auth_failed", "authentication"}, "they do not believe each other",
+		"the hosts have different secrets, or certificates of different authorities: compare the KEYS that lariat ipsec status shows on both; lariat ipsec rotate brings the same secret to both"},
+	{[]string{"no_proposal", "no proposal", "invalid_ke"}, "they have no suite in common",
+		"compare the SUITES that lariat ipsec status shows on both: the kernel of one lacks AES-GCM, or the IKE daemon of one lacks a plugin; lariat doctor features, on both, tells of the kernel"},
+	{[]string{"ts_unacceptable", "ts_unaccept"}, "they see the networks differently",
+		"compare lariat network list on both: one of them does not hear of changes; systemctl status lariat-metadata lariat-network-manager there"},
+	{[]string{"answer", "timeout", "timed out", "time out", "respon", "retransmi", "unreachable"}, "it does not answer", tunnelPorts},
+}
+
+// ipsec reports what keeps tunnels from being set up.
+func (e *examination) ipsec() {
+	if !e.needsSnapshot() || len(encrypted(e.Metadata.Snapshot)) == 0 || !e.needs("manager", e.Manager != nil) {
+		return
+	}
+	if e.Manager.Err != nil {
+		e.skip("the network manager, who keeps the tunnels, did not answer")
+		return
+	}
+	if !e.needs("tunnels", e.Manager.Tunnels != nil) {
+		return
+	}
+	r, where := e.Manager.Tunnels, "host "+e.Self
+	remedy := cmp.Or(r.Remedy, "look at journalctl -u lariat-network-manager")
+	switch {
+	case r.Missing != "":
+		e.add(Error, where, remedy, "this host cannot encrypt: %s", r.Missing)
+		return
+	case r.Problem != "":
+		e.add(Error, where, remedy, "this host's tunnels are not kept: %s", r.Problem)
+		return
+	}
+	type trouble struct {
+		severity Severity
+		cause    int // -1: another
+	}
+	found := map[trouble][]Peer{}
+	words := map[string]string{}
+	var unknown []Peer
+	for _, t := range r.Tunnels {
+		if h, ok := e.Metadata.Snapshot.Host(t.Peer); !ok || !h.Live {
+			continue // which is told already
+		}
+		p := Peer{Host: t.Peer, Addr: t.Remote}
+		switch {
+		case t.LastError != "":
+			severity := Error
+			if t.State == ipsec.StateEstablished {
+				severity = Warning
+			}
+			words[t.Peer] = t.LastError
+			lower := strings.ToLower(t.LastError)
+			k := trouble{severity, -1}
+			for i, c := range causes {
+				if slices.ContainsFunc(c.words, func(w string) bool { return strings.Contains(lower, w) }) {
+					k.cause = i
+					break
+				}
+			}
+			found[k] = append(found[k], p)
+		case t.State == ipsec.StateDown:
+			unknown = append(unknown, p)
+		}
+	}
+	for _, severity := range []Severity{Error, Warning} {
+		for i := -1; i < len(causes); i++ {
+			list := found[trouble{severity, i}]
+			if len(list) == 0 {
+				continue
+			}
+			because, remedy := "", "look at journalctl -u lariat-network-manager on both hosts"
+			if i >= 0 {
+				because, remedy = causes[i].cause+": ", causes[i].remedy
+			}
+			one, many := "no tunnel to host %s: ", "no tunnels to %d hosts: "
+			if severity == Warning {
+				one, many = "trouble with the tunnel to host %s, which stands: ", "trouble with the tunnels to %d hosts, which stand: "
+			}
+			e.each(list, severity, remedy, func(p Peer) string {
+				return fmt.Sprintf(one, p.Host) + because + words[p.Host]
+			}, many+strings.ReplaceAll(because+words[list[0].Host], "%", "%%"))
+		}
+	}
+	e.each(unknown, Error, "look at journalctl -u lariat-network-manager", func(p Peer) string {
+		return fmt.Sprintf("the IKE daemon does not know of a tunnel to host %s", p.Host)
+	}, "the IKE daemon does not know of tunnels to %d hosts")
+}
+
+// toldOfTunnel reports whether a finding of this check-up says already why no packet passes the tunnel to a host.
+func (e *examination) toldOfTunnel(host string) bool {
+	return slices.ContainsFunc(e.report.Findings, func(f Finding) bool {
+		return f.Check == "ipsec" && f.Severity == Error && (f.Where == "host "+e.Self || strings.HasPrefix(f.Where, "hosts ") && slices.Contains(strings.Split(f.Where[6:], ", "), host) ||
+			strings.HasPrefix(f.Where, "host "+host+" "))
+	})
+}
+
+// secret compares which secrets the hosts have announced, and looks at the file.
+func (e *examination) secret() {
+	if !e.needsSnapshot() {
+		return
+	}
+	s := e.Metadata.Snapshot
+	used := len(encrypted(s)) > 0
+	if e.Secret == nil && used {
+		e.needs("secret", false)
+	}
+	if f := e.Secret; f != nil && f.There && f.Mode.Perm()&0o077 != 0 {
+		e.add(Error, f.Path, "chmod 600 "+f.Path+"; if somebody did read it, make a new one and lariat ipsec rotate on every host", "others can read the secret of encrypted networks (mode %04o)", f.Mode.Perm())
+	}
+	if !used {
+		return
+	}
+	me, _ := s.Host(e.Self)
+	mine := me.IKEKeys
+	if e.Manager != nil && e.Manager.Tunnels != nil {
+		r := e.Manager.Tunnels
+		if r.Auth == ipsec.AuthPubkey || r.Missing != "" {
+			return // there is no secret, or the other check tells why
+		}
+		if len(r.Keys) > 0 {
+			mine = r.Keys
+		}
+	}
+	if len(mine) == 0 {
+		e.skip("this host has not announced a secret")
+		return
+	}
+	var none, other, late []Peer
+	for _, h := range s.Hosts {
+		p := Peer{Host: h.Name, Addr: h.UnderlayAddr()}
+		common := slices.ContainsFunc(h.IKEKeys, func(k string) bool { return slices.Contains(mine, k) })
+		switch {
+		case h.Name == e.Self || !h.Live:
+		case len(h.IKEKeys) == 0:
+			none = append(none, p)
+		case !common:
+			other = append(other, p)
+		case h.IKEKeys[0] != mine[0]:
+			late = append(late, p)
+		}
+	}
+	e.each(none, Error, "there: lariat ipsec status tells why; bring it the secret that the other hosts have ("+ipsec.DefaultSecretFile+")", func(p Peer) string {
+		return fmt.Sprintf("host %s has loaded no secret: no tunnel to it can be set up", p.Host)
+	}, "%d hosts have loaded no secret: no tunnel to them can be set up")
+	e.each(other, Error, "one of the two has the wrong secret: compare the KEYS that lariat ipsec status shows on both, and lariat ipsec rotate on the one that is wrong", func(p Peer) string {
+		return fmt.Sprintf("host %s shares no secret with this one, which has %s: no tunnel to it can be set up", p.Host, strings.Join(mine, ", "))
+	}, "%d hosts share no secret with this one: no tunnel to them can be set up")
+	e.each(late, Warning, "bring the newest secret to every host: lariat ipsec rotate NEWFILE; when lariat ipsec rotate shows that all have it: lariat ipsec rotate --finish, on every host", func(p Peer) string {
+		return fmt.Sprintf("a rotation of the secret is unfinished: host %s does not use %s first, as this host does", p.Host, mine[0])
+	}, "a rotation of the secret is unfinished: %d hosts do not use "+mine[0]+" first, as this host does")
+}
+
+// failClosed looks for what would let packets of encrypted networks travel in clear.
+func (e *examination) failClosed() {
+	if !e.needsSnapshot() || len(encrypted(e.Metadata.Snapshot)) == 0 || !e.needs("kernel", e.Kernel != nil) {
+		return
+	}
+	k := e.Kernel
+	if why := e.NotLooked["devices"]; why != "" {
+		e.skip("%s", why)
+	}
+	var missing, changed []string
+	for _, b := range k.Blocking {
+		switch {
+		case b.Have == "":
+			missing = append(missing, b.Name)
+		case b.Have != b.Want:
+			changed = append(changed, b.Name)
+		}
+	}
+	const remedy = "start lariat-network-manager, which puts them back; until then stop the containers of encrypted networks on this host. Look for what removes them: another program's nft flush ruleset"
+	table := "nftables table inet " + delta.Table
+	if len(missing) > 0 {
+		e.add(Error, table, remedy, "the rules that keep packets of encrypted networks from travelling in clear are missing: %s", strings.Join(missing, ", "))
+	}
+	if len(changed) > 0 {
+		e.add(Error, table, remedy, "the rules that keep packets of encrypted networks from travelling in clear are not as they should be: %s", strings.Join(changed, ", "))
+	}
+	devices := map[string]bool{"all": true} // not lo, where they are set always
+	for _, d := range k.Devices {
+		devices[d.Name] = true
+	}
+	if me, ok := e.Metadata.Snapshot.Host(e.Self); ok {
+		for _, u := range me.Underlay {
+			for name, l := range k.Links {
+				if name != "lo" && (name == u.Device || slices.ContainsFunc(l.Addrs, func(p netip.Prefix) bool { return p.Addr() == u.Address.Addr() })) {
+					devices[name] = true
+				}
+			}
+		}
+	}
+	var keys []string
+	for key, value := range k.Sysctls {
+		dir, name := filepath.Split(key)
+		if (name == "disable_xfrm" || name == "disable_policy") && value != "0" && value != "" && devices[filepath.Base(dir)] {
+			keys = append(keys, key)
+		}
+	}
+	slices.Sort(keys)
+	for _, key := range keys {
+		e.add(Error, "sysctl "+key, fmt.Sprintf("sysctl -w %s=0, and look in /etc/sysctl.d for what sets it", key), "the kernel does not ask IPsec's policies on %s: %s is set", filepath.Base(filepath.Dir(key)), filepath.Base(key))
+	}
+}
