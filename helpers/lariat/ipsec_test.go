@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/doctor"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -399,5 +400,70 @@ func TestF43SecretFileIsRewrittenWhole(t *testing.T) {
 	wg.Wait()
 	if n := len(idsOf(t, file)); n != 10 {
 		t.Errorf("%d secrets, want 10", n)
+	}
+}
+
+func TestF46StatusCountsTunnels(t *testing.T) {
+	var s metadata.Snapshot
+	b, err := os.ReadFile("testdata/ipsec.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(b, &s); err != nil {
+		t.Fatal(err)
+	}
+	report := fixtureReport(t)
+	facts := func() *doctor.Facts {
+		return &doctor.Facts{Self: "h1", Metadata: &doctor.Metadata{Snapshot: &s}, Manager: &doctor.Manager{Tunnels: &report}, NotLooked: map[string]string{}}
+	}
+	show := func() string {
+		w := &writer{}
+		newStatus(facts(), nil).write(w)
+		return w.String()
+	}
+	golden(t, "ipsec.status", show())
+	if out, err := json.Marshal(newStatus(facts(), nil)); err != nil || !strings.Contains(string(out), `"tunnels":{"networks":["payroll","vault"]`) {
+		t.Errorf("%v: %s", err, out)
+	}
+	report.Problem, report.Remedy = "charon does not run", "install it"
+	if out := show(); !strings.Contains(out, "TUNNELS  not kept on this host") || !strings.Contains(out, "error    this host's tunnels are not kept: charon does not run\n         remedy: install it") {
+		t.Error(out)
+	}
+	// Without an encrypted network there is nothing to tell.
+	report = ipsec.Report{}
+	s.Networks = s.Networks[:1]
+	if out := show(); strings.Contains(out, "TUNNELS") {
+		t.Error(out)
+	}
+}
+
+func TestF135PlanHasTheTunnelsOfThisHost(t *testing.T) {
+	var s metadata.Snapshot
+	b, err := os.ReadFile("testdata/ipsec.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(b, &s); err != nil {
+		t.Fatal(err)
+	}
+	m := newFakeManager(t, fixtureReport(t))
+	a := &app{managerSocket: m.socket}
+	show := func() string { return a.tunnelPlan(t.Context(), &s, "h1") }
+	if out := show(); strings.Contains(out, "#") || strings.Count(out, "conn  ") != 3 || strings.Count(out, "child ") != 6 || !strings.Contains(out, "auth psk keys 5f0c1d2e,a1b2c3d4 ") || !strings.Contains(out, "esp aes256gcm16") {
+		t.Error(out)
+	}
+	m.set(func(r *ipsec.Report) {
+		r.Auth, r.Keys, r.Suites = ipsec.AuthPubkey, nil, []string{"aes256-sha256-x25519-esn"}
+	})
+	if out := show(); !strings.Contains(out, "auth pubkey rekey") || strings.Contains(out, "esp aes256gcm16") {
+		t.Error(out)
+	}
+	a.managerSocket += ".none"
+	if out := show(); !strings.HasPrefix(out, "# tunnels, with the defaults of lariat-network-manager") || !strings.Contains(out, "keys 5f0c1d2e,a1b2c3d4 ") {
+		t.Error(out)
+	}
+	s.Networks = s.Networks[:1]
+	if out := show(); out != "" {
+		t.Error(out)
 	}
 }

@@ -6,12 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/graph"
+	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/plan"
@@ -24,7 +26,8 @@ func (a *app) plan() *cobra.Command {
 		Use:   "plan",
 		Short: "Print what a host's kernel should hold",
 		Long: `Prints what the kernel of this host, or of another, should hold of Lariat's: devices, addresses, neighbours, forwarding
-entries, routes, nftables, each as an operator would type it. It changes nothing. Containers' own ports are not part of it.
+entries, routes, nftables, each as an operator would type it. It changes nothing. Containers' own ports are not part of it. Behind it stand the
+tunnels of encrypted networks as IKE has to keep them, with the ids of secrets, never a secret.
 
 With --diff it compares with this host's kernel and prints what the network manager would change: "+" is added, "~"
 replaced, "-" removed. It then ends with status 1 when something is to change, as diff(1) does.`,
@@ -48,7 +51,13 @@ replaced, "-" removed. It then ends with status 1 when something is to change, a
 			}
 			want := plan.Desired(snap, self)
 			if !diff {
-				_, err := io.WriteString(a.stdout, want.String())
+				text := want.String()
+				if file == "" && self == snap.Self {
+					text += a.tunnelPlan(ctx, snap, self)
+				} else {
+					text += defaultTunnelPlan(snap, self)
+				}
+				_, err := io.WriteString(a.stdout, text)
 				return err
 			}
 			have, err := observe(ctx, want)
@@ -73,6 +82,38 @@ replaced, "-" removed. It then ends with status 1 when something is to change, a
 	f.BoolVar(&diff, "diff", false, "compare with this host's kernel")
 	_ = c.RegisterFlagCompletionFunc("host", a.completeFlag(hostNames))
 	return c
+}
+
+// tunnelPlan is what IKE has to keep on this host, by the options that its network manager has.
+func (a *app) tunnelPlan(ctx context.Context, snap *metadata.Snapshot, self string) string {
+	if !slices.ContainsFunc(snap.Networks, func(n metadata.Network) bool { return n.Encapsulation == metadata.EncapIPsec }) {
+		return ""
+	}
+	r, err := a.tunnels(ctx)
+	if err != nil || r.Auth == "" { // it has not made a pass yet
+		return defaultTunnelPlan(snap, self)
+	}
+	o := ipsec.Options{Auth: r.Auth, Keys: r.Keys}
+	o.NoGCM = len(r.Suites) > 0 && !slices.ContainsFunc(r.Suites, func(s string) bool { return strings.Contains(s, "gcm") })
+	return tunnelText(snap, self, o)
+}
+
+// defaultTunnelPlan is the same where nobody tells the options: the keys are those that the host has announced.
+func defaultTunnelPlan(snap *metadata.Snapshot, self string) string {
+	me, _ := snap.Host(self)
+	text := tunnelText(snap, self, ipsec.Options{Keys: me.IKEKeys})
+	if text != "" {
+		text = "# tunnels, with the defaults of lariat-network-manager; it was not asked, or did not say, which options it has on host " + self + "\n" + text
+	}
+	return text
+}
+
+func tunnelText(snap *metadata.Snapshot, self string, o ipsec.Options) string {
+	var b strings.Builder
+	for _, t := range ipsec.Tunnels(snap, self, o) {
+		b.WriteString(t.String())
+	}
+	return b.String()
 }
 
 // observe reads this host's kernel.

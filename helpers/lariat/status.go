@@ -13,6 +13,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/doctor"
 	"github.com/lariat-net/lariat/pkg/graph"
+	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/mtu"
 )
@@ -26,6 +27,7 @@ type statusReport struct {
 	Problems []doctor.Finding `json:"problems"`
 	Hosts    []hostRow        `json:"hosts"`
 	Networks []networkRow     `json:"networks"`
+	Tunnels  *ipsec.Report    `json:"tunnels,omitempty"` // of this host's encrypted networks
 	took     time.Duration
 	socket   string
 }
@@ -172,7 +174,7 @@ func interfaces(c metadata.Container) []metadata.ContainerInterface {
 }
 
 // cheap are the checks that need no look at the kernel or at other hosts.
-var cheap = []string{"metadata", "store", "manager", "hosts", "duplicates", "networks", "addresses"}
+var cheap = []string{"metadata", "store", "manager", "hosts", "duplicates", "networks", "addresses", "ipsec", "secret"}
 
 func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
 	r := &statusReport{Self: f.Self, Store: "unknown", Manager: "unknown", Problems: doctor.Check(f, cheap...).Findings, Hosts: []hostRow{}, Networks: []networkRow{}}
@@ -186,6 +188,9 @@ func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
 		r.Manager = "running"
 		if m.Err != nil {
 			r.Manager = m.Err.Error()
+		}
+		if m.Tunnels != nil && len(m.Tunnels.Networks) > 0 {
+			r.Tunnels = m.Tunnels
 		}
 	}
 	s := f.Metadata.Snapshot
@@ -290,6 +295,36 @@ func (r *statusReport) head(w *writer) {
 	if r.Manager != "unknown" {
 		w.line("%s  %s on this host", w.paint(bold, "MANAGER"), w.paint(health(r.Manager, "running"), map[bool]string{true: "running", false: "not running"}[r.Manager == "running"]))
 	}
+	if r.Tunnels != nil {
+		r.tunnels(w)
+	}
+}
+
+// tunnels counts this host's tunnels. What is wrong with them stands among the problems.
+func (r *statusReport) tunnels(w *writer) {
+	t := r.Tunnels
+	if t.Missing != "" || t.Problem != "" {
+		w.line("%s  %s", w.paint(bold, "TUNNELS"), w.paint(bad, "not kept on this host"))
+		return
+	}
+	n := map[string]int{}
+	var failed []string
+	for _, x := range sortedTunnels(t) {
+		n[x.State]++
+		if x.LastError != "" {
+			failed = append(failed, x.Peer)
+		}
+	}
+	words := fmt.Sprintf("%d of %d established", n[ipsec.StateEstablished], len(t.Tunnels))
+	for _, state := range []string{ipsec.StateIdle, ipsec.StateConnecting, ipsec.StateDown} {
+		if n[state] > 0 {
+			words += fmt.Sprintf(", %d %s", n[state], state)
+		}
+	}
+	if len(failed) > 0 {
+		words += "; " + w.paint(bad, "with an error: "+strings.Join(failed, " "))
+	}
+	w.line("%s  %s; more: lariat ipsec status", w.paint(bold, "TUNNELS"), words)
 }
 
 func health(s, fine string) style {
