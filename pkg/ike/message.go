@@ -1,0 +1,128 @@
+package ike
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"net/netip"
+	"strconv"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/ipsec"
+)
+
+// connection is what load-conn is given for a tunnel.
+func connection(t ipsec.Tunnel, c Credentials) section {
+	local := section{{"auth", t.Auth}, {"id", t.LocalID}}
+	remote := section{{"auth", t.Auth}, {"id", t.RemoteID}}
+	if t.Auth == ipsec.AuthPubkey {
+		// Named here, and not loaded for everybody, so that the system's own connections neither use nor trust them.
+		local = append(local, field{"certs", ders(c.Certificate[:min(1, len(c.Certificate))])})
+		remote = append(remote, field{"cacerts", ders(c.CAs)})
+	}
+	children := section{}
+	for _, child := range t.Children {
+		children = append(children, field{child.Network, childSection(child)})
+	}
+	return section{{t.Name, section{
+		{"version", "2"},
+		{"local_addrs", []string{t.Local.String()}},
+		{"remote_addrs", []string{t.Remote.String()}},
+		{"proposals", t.Proposals},
+		{"encap", yes(t.Encap)},
+		{"mobike", "no"}, // a host's address is what the metadata says
+		{"unique", "replace"},
+		{"dpd_delay", seconds(t.DPD)},
+		{"rekey_time", seconds(t.Rekey)},
+		{"reauth_time", "0"},
+		{"local", local},
+		{"remote", remote},
+		{"children", children},
+	}}}
+}
+
+func childSection(c ipsec.Child) section {
+	ts := make([]string, len(c.Subnets))
+	for i, p := range c.Subnets {
+		ts[i] = p.String()
+	}
+	id := strconv.FormatUint(uint64(c.IfID), 10)
+	return section{
+		{"mode", "tunnel"},
+		{"local_ts", ts},
+		{"remote_ts", ts},
+		{"esp_proposals", c.Proposals},
+		{"if_id_in", id},
+		{"if_id_out", id},
+		{"rekey_time", seconds(c.Rekey)},
+		{"replay_window", strconv.Itoa(ipsec.ReplayWindow)},
+		// The trap alone sets tunnels up: the next packet tries again. Together with a restart on DPD or close there would be two
+		// of everything; strongSwan #541.
+		{"start_action", "trap"},
+		{"dpd_action", "clear"},
+		{"close_action", "none"},
+	}
+}
+
+// key is a pair's key as it is to be loaded.
+type key struct {
+	id     string // of the daemon's, unique among all of its keys
+	secret string // id of the secret it derives from
+	digest [sha256.Size]byte
+	args   section
+}
+
+// keys are a tunnel's, the one to send first.
+func keys(t ipsec.Tunnel, c Credentials) ([]key, error) {
+	if t.Auth != ipsec.AuthPSK {
+		return nil, nil
+	}
+	out := make([]key, 0, len(t.Keys))
+	for _, id := range t.Keys {
+		data := c.Secrets.Pair(id, t.LocalID, t.RemoteID)
+		if data == nil {
+			return nil, fmt.Errorf("%s: there is no secret %s; was the file of secrets changed meanwhile?", t.Name, id)
+		}
+		k := key{id: t.Name + "-" + id, secret: id}
+		k.args = section{
+			{"id", k.id},
+			{"type", "ike"},
+			{"data", secret(data)},
+			// The peer alone is the owner. To verify a peer the daemon tries each key of which one owner matches, whichever: were
+			// this host an owner too, every peer's key would do for every other peer's name.
+			{"owners", []string{t.RemoteID}},
+		}
+		k.digest = sha256.Sum256(fmt.Appendf(data, "%q", t.RemoteID))
+		out = append(out, k)
+	}
+	return out, nil
+}
+
+func ders(list [][]byte) []der {
+	out := make([]der, len(list))
+	for i, x := range list {
+		out[i] = x
+	}
+	return out
+}
+
+func yes(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}
+
+// seconds rounds up: 0 means never to the daemon.
+func seconds(d time.Duration) string {
+	return strconv.FormatInt(int64((d+time.Second-1)/time.Second), 10)
+}
+
+// moved reports whether a tunnel goes somewhere else, or to somebody else, so that what is established is of no use.
+func moved(a, b ipsec.Tunnel) bool {
+	type end struct {
+		local, remote     netip.Addr
+		localID, remoteID string
+		auth              string
+	}
+	return end{a.Local, a.Remote, a.LocalID, a.RemoteID, a.Auth} != end{b.Local, b.Remote, b.LocalID, b.RemoteID, b.Auth}
+}
