@@ -408,7 +408,7 @@ func (a *app) progress(ctx context.Context, wait time.Duration, r *rotation) err
 // look sorts the hosts by whether they have announced the first secret.
 func (r *rotation) look(s *metadata.Snapshot) {
 	r.Have, r.Lack, r.Away = []string{}, []string{}, nil
-	r.Unused = !slices.ContainsFunc(s.Networks, func(n metadata.Network) bool { return n.Encapsulation == metadata.EncapIPsec })
+	r.Unused = !encrypted(s)
 	if r.Unused {
 		return // hosts announce secrets of encrypted networks alone
 	}

@@ -118,7 +118,7 @@ func TestF135PlanOfAnotherHost(t *testing.T) {
 }
 
 func TestF136GraphIsThePictureOfThePackage(t *testing.T) {
-	for _, name := range []string{"one", "three", "fifty"} {
+	for _, name := range []string{"one", "three", "fifty", "ipsec"} {
 		for _, kind := range []string{"svg", "dot"} {
 			want, err := os.ReadFile(filepath.Join("../../pkg/graph/testdata", name+"."+kind))
 			if err != nil {

@@ -86,7 +86,7 @@ replaced, "-" removed. It then ends with status 1 when something is to change, a
 
 // tunnelPlan is what IKE has to keep on this host, by the options that its network manager has.
 func (a *app) tunnelPlan(ctx context.Context, snap *metadata.Snapshot, self string) string {
-	if !slices.ContainsFunc(snap.Networks, func(n metadata.Network) bool { return n.Encapsulation == metadata.EncapIPsec }) {
+	if !encrypted(snap) {
 		return ""
 	}
 	r, err := a.tunnels(ctx)
@@ -96,6 +96,11 @@ func (a *app) tunnelPlan(ctx context.Context, snap *metadata.Snapshot, self stri
 	o := ipsec.Options{Auth: r.Auth, Keys: r.Keys}
 	o.NoGCM = len(r.Suites) > 0 && !slices.ContainsFunc(r.Suites, func(s string) bool { return strings.Contains(s, "gcm") })
 	return tunnelText(snap, self, o)
+}
+
+// encrypted reports whether a network is.
+func encrypted(s *metadata.Snapshot) bool {
+	return slices.ContainsFunc(s.Networks, func(n metadata.Network) bool { return n.Encapsulation == metadata.EncapIPsec })
 }
 
 // defaultTunnelPlan is the same where nobody tells the options: the keys are those that the host has announced.
@@ -141,7 +146,8 @@ func (a *app) graph() *cobra.Command {
 		Use:   "graph",
 		Short: "Draw the cluster as SVG or DOT",
 		Long: `Draws hosts, what runs on them, and how they reach each other. Hosts stand in the frame of their physical link, each network is
-a rail that its hosts hang on: dashed where packets travel in tunnels, solid where they travel plain.
+a rail that its hosts hang on: dashed where packets travel in tunnels, solid where they travel plain, by a lock where they are encrypted. How this
+host's tunnels fare stands with the other hosts, when the network manager tells.
 
 SVG opens in every browser, no other program is needed. DOT is for graphviz. To look at it while it changes, run it again.`,
 		Example: `  lariat graph > cluster.svg
@@ -158,6 +164,9 @@ SVG opens in every browser, no other program is needed. DOT is for graphviz. To 
 			snap, err := a.snapshot(ctx, file)
 			if err != nil {
 				return err
+			}
+			if file == "" && encrypted(snap) {
+				o.Tunnels, _ = a.tunnels(ctx) // without, the picture lacks their state
 			}
 			_, err = io.WriteString(a.stdout, draw(snap, o))
 			return err

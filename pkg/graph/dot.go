@@ -54,7 +54,11 @@ func DOT(s *metadata.Snapshot, o Options) string {
 		if len(members) > meshLimit {
 			f("  %s [shape=ellipse, color=%s, label=%s];", quote("network "+n.Name), quote(n.colour()), quote(n.Name+"\n"+n.subnets()+"\n"+n.kind()+", each host to each"))
 			for _, h := range members {
-				f("  %s -- %s [color=%s, style=%s];", quote("network "+n.Name), quote("host "+h.Name), quote(n.colour()), style(n.way(true)))
+				more := ""
+				if t := h.part(n).tunnel; t != nil {
+					more = fmt.Sprintf(", label=%s, fontcolor=%s", quote(t.short()), quote(tunnelColour(n, t)))
+				}
+				f("  %s -- %s [color=%s, style=%s%s];", quote("network "+n.Name), quote("host "+h.Name), quote(n.colour()), style(n.way(true)), more)
 			}
 			continue
 		}
@@ -68,7 +72,15 @@ func DOT(s *metadata.Snapshot, o Options) string {
 				if way == "tunnel" {
 					label = n.Name + " " + n.kind()
 				}
-				f("  %s -- %s [color=%s, fontcolor=%s, style=%s, label=%s];", quote("host "+h.Name), quote("host "+peer.Name), quote(n.colour()), quote(n.colour()), style(way), quote(label))
+				colour := n.colour()
+				// What is known of a tunnel stands with the peer of the host that knows it.
+				for from, to := range map[*host]*host{h: peer, peer: h} {
+					if t := to.part(n).tunnel; from.Name == p.self && t != nil {
+						label += "\n" + t.short()
+						colour = tunnelColour(n, t)
+					}
+				}
+				f("  %s -- %s [color=%s, fontcolor=%s, style=%s, label=%s];", quote("host "+h.Name), quote("host "+peer.Name), quote(n.colour()), quote(colour), style(way), quote(label))
 			}
 		}
 	}
@@ -77,6 +89,15 @@ func DOT(s *metadata.Snapshot, o Options) string {
 	}
 	f("}")
 	return b.String()
+}
+
+const alarm = "#b3261e"
+
+func tunnelColour(n *network, t *tunnel) string {
+	if t != nil && t.bad() {
+		return alarm
+	}
+	return n.colour()
 }
 
 func style(way string) string {

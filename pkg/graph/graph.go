@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -21,10 +22,14 @@ import (
 type Options struct {
 	// Containers that are named on each host; the rest is a number. 0 chooses by the number of hosts; below 0 names none.
 	Containers int
+
+	// Tunnels is how the tunnels of encrypted networks fare on the host whose snapshot it is; nil: not known.
+	Tunnels *ipsec.Report
 }
 
 // picture is the snapshot in drawing order.
 type picture struct {
+	self       string // the host that knows of its tunnels
 	revision   int64
 	networks   []network
 	links      []link
@@ -59,10 +64,29 @@ type part struct {
 	blocks     []netip.Prefix
 	borrowed   []netip.Addr
 	containers []metadata.Container
+	tunnel     *tunnel
+}
+
+// tunnel is what the host whose snapshot it is knows of its tunnel for one network to another one.
+type tunnel struct {
+	state, suite, err string
+}
+
+func (t *tunnel) bad() bool { return t.err != "" || t.state == ipsec.StateDown }
+
+// short is the state, and the suite or that there is an error.
+func (t *tunnel) short() string {
+	switch {
+	case t.err != "":
+		return t.state + ", with an error"
+	case t.suite != "":
+		return t.state + ", " + t.suite
+	}
+	return t.state
 }
 
 func build(s *metadata.Snapshot, o Options) *picture {
-	p := &picture{revision: s.Revision, hosts: len(s.Hosts), containers: len(s.Containers), fold: o.Containers}
+	p := &picture{self: s.Self, revision: s.Revision, hosts: len(s.Hosts), containers: len(s.Containers), fold: o.Containers}
 	switch {
 	case p.fold < 0:
 		p.fold = 0
@@ -121,6 +145,15 @@ func build(s *metadata.Snapshot, o Options) *picture {
 			}
 		}
 	}
+	if o.Tunnels != nil {
+		for _, t := range o.Tunnels.Tunnels {
+			for _, c := range t.Children {
+				if pt := parts[[2]string{t.Peer, c.Network}]; pt != nil && t.Peer != s.Self {
+					pt.tunnel = &tunnel{c.State, c.Suite, t.LastError}
+				}
+			}
+		}
+	}
 	links := map[netip.Prefix]*link{}
 	var order []netip.Prefix
 	for _, name := range sortedNames(s.Hosts) {
@@ -176,11 +209,15 @@ func (n *network) way(sameLink bool) string {
 	switch {
 	case n.Encapsulation == metadata.EncapNone:
 		return "flat"
+	case n.encrypted():
+		return "tunnel"
 	case sameLink && n.DirectRouting:
 		return "direct"
 	}
 	return "tunnel"
 }
+
+func (n *network) encrypted() bool { return n.Encapsulation == metadata.EncapIPsec }
 
 func (n *network) kind() string {
 	switch n.Encapsulation {

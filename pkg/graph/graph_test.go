@@ -15,6 +15,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -58,11 +59,20 @@ func cluster(hosts, containers, networks int) *metadata.Snapshot {
 }
 
 func TestF136PictureIsAsRecorded(t *testing.T) {
+	many := encrypt(cluster(12, 3, 2))
 	for name, s := range map[string]*metadata.Snapshot{
+		"ipsec": fixture(t, "ipsec"), "ipsec-known": fixture(t, "ipsec"), "ipsec-many": many,
 		"empty": {}, "one": fixture(t, "one"), "three": fixture(t, "three"), "fifty": fixture(t, "fifty"),
 		"three-by-hundred": cluster(3, 100, 2), "thirty": cluster(30, 20, 3), "thirty-idle": cluster(30, 0, 1),
 	} {
-		for ext, got := range map[string]string{"svg": SVG(s, Options{}), "dot": DOT(s, Options{})} {
+		var o Options
+		switch name {
+		case "ipsec-known":
+			o.Tunnels = report(t)
+		case "ipsec-many":
+			o.Tunnels = allEstablished(many)
+		}
+		for ext, got := range map[string]string{"svg": SVG(s, o), "dot": DOT(s, o)} {
 			file := filepath.Join("testdata", name+"."+ext)
 			if *update {
 				if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
@@ -78,6 +88,63 @@ func TestF136PictureIsAsRecorded(t *testing.T) {
 				t.Errorf("%s differs; look at it, then go test ./pkg/graph -update", file)
 			}
 		}
+	}
+}
+
+// report belongs to the fixture ipsec.
+func report(t testing.TB) *ipsec.Report {
+	t.Helper()
+	b, err := os.ReadFile("../../helpers/lariat/testdata/ipsec.tunnels.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var r ipsec.Report
+	if err := json.Unmarshal(b, &r); err != nil {
+		t.Fatal(err)
+	}
+	return &r
+}
+
+// encrypt makes the first network an encrypted one, seen by the first host.
+func encrypt(s *metadata.Snapshot) *metadata.Snapshot {
+	s.Self, s.Networks[0].Encapsulation, s.Networks[0].VNI = s.Hosts[0].Name, metadata.EncapIPsec, 0
+	return s
+}
+
+func allEstablished(s *metadata.Snapshot) *ipsec.Report {
+	r := &ipsec.Report{}
+	for _, h := range s.Hosts[1:] {
+		r.Tunnels = append(r.Tunnels, ipsec.Status{Peer: h.Name, State: ipsec.StateEstablished,
+			Children: []ipsec.ChildStatus{{Network: s.Networks[0].Name, State: ipsec.StateEstablished, Suite: "AES_GCM_16-256/ESN"}}})
+	}
+	return r
+}
+
+func TestF136PictureShowsHowTunnelsFare(t *testing.T) {
+	s, o := fixture(t, "ipsec"), Options{Tunnels: report(t)}
+	svg, dot := SVG(s, o), DOT(s, o)
+	for _, want := range []string{"payroll: IPsec tunnels", ">established<", ">AES_GCM_16-256/ESN<", ">connecting<", ">with an error<", "tunnel connecting, with an error (AUTHENTICATION_FAILED)", ">idle<"} {
+		if !strings.Contains(svg, want) {
+			t.Errorf("SVG does not show %s", want)
+		}
+	}
+	for pair, label := range map[string]string{
+		`"host h1" -- "host h2"`: `label="payroll IPsec\\nestablished, AES_GCM_16-256/ESN"`,
+		`"host h1" -- "host h3"`: `fontcolor="#b3261e", style=dashed, label="payroll IPsec\\nconnecting, with an error"`,
+		`"host h1" -- "host h4"`: `label="payroll IPsec\\nidle"`,
+		`"host h2" -- "host h3"`: `label="payroll IPsec"`, // h1 knows nothing of it
+	} {
+		if !regexp.MustCompile(regexp.QuoteMeta(pair) + `.*` + label).MatchString(dot) {
+			t.Errorf("DOT: %s is not %s", pair, label)
+		}
+	}
+	// Nobody's word becomes an element.
+	o.Tunnels.Tunnels[0].Children[0].Suite, o.Tunnels.Tunnels[1].LastError = `</text><script>`, `"]; <script>`
+	if svg := SVG(s, o); strings.Contains(svg, "<script") {
+		t.Error("a suite became an element")
+	}
+	if dot := DOT(s, o); strings.Contains(dot, `"];`+" <") {
+		t.Error("an error left its quotes")
 	}
 }
 

@@ -3,6 +3,7 @@ package graph
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -262,6 +263,10 @@ func (d *drawing) row(frame int, row []host, nets []*network, y, rails, cards in
 				opacity = ` opacity="0.45"`
 			}
 			d.f(`<path d="M%d %dV%d" stroke="%s" stroke-width="2.5"%s/>`, x, railY, cardY, n.colour(), opacity)
+			if n.encrypted() {
+				d.lock(x, railY, tunnelColour(n, row[j].part(n).tunnel), opacity)
+				continue
+			}
 			d.f(`<circle cx="%d" cy="%d" r="4.5" fill="%s"%s/>`, x, railY, n.colour(), opacity)
 		}
 	}
@@ -271,6 +276,11 @@ func (d *drawing) row(frame int, row []host, nets []*network, y, rails, cards in
 	for j := range row {
 		d.card(left+j*(cardW+gap), cardY, cards, &row[j])
 	}
+}
+
+// lock is a padlock in the place of the dot where a host hangs on a rail.
+func (d *drawing) lock(x, y int, colour, opacity string) {
+	d.f(`<g%s><path d="M%d %dv-2.5a3.2 3.2 0 0 1 6.4 0v2.5" stroke="%s" stroke-width="1.8" fill="#f5f7f9" transform="translate(-0.2 0)"/><rect x="%d" y="%d" width="12" height="9" rx="1.8" fill="%s"/></g>`, opacity, x-3, y-3, colour, x-6, y-3, colour)
 }
 
 // railLabel says once for a frame what the rails are. A host that is alone on its link has company only elsewhere.
@@ -336,7 +346,7 @@ func (d *drawing) listHeight(list []metadata.Container) int {
 func (d *drawing) cardHeight(h host) int {
 	height := cardHead
 	for i := range h.parts {
-		height += partHead + line*len(blockLines(&h.parts[i])) + d.listHeight(h.parts[i].containers) + 8
+		height += partHead + line*(len(blockLines(&h.parts[i]))+h.parts[i].tunnelLines()) + d.listHeight(h.parts[i].containers) + 8
 	}
 	if len(h.other) > 0 {
 		height += partHead + d.listHeight(h.other) + 8
@@ -345,6 +355,13 @@ func (d *drawing) cardHeight(h host) int {
 		height += line + 8
 	}
 	return height + pad - 4
+}
+
+func (p *part) tunnelLines() int {
+	if p.tunnel != nil {
+		return 1
+	}
+	return 0
 }
 
 // blockLines are what a part says of its addresses: at most two blocks, then a number.
@@ -394,7 +411,7 @@ func (d *drawing) card(x, y, height int, h *host) {
 	cy := y + cardHead
 	for i := range h.parts {
 		p := &h.parts[i]
-		bottom := cy + partHead + line*len(blockLines(p)) + d.listHeight(p.containers)
+		bottom := cy + partHead + line*(len(blockLines(p))+p.tunnelLines()) + d.listHeight(p.containers)
 		d.f(`<rect x="%d" y="%d" width="4" height="%d" rx="2" fill="%s"/>`, x+pad, cy, bottom-cy-2, p.net.colour())
 		ix := x + pad + 12
 		d.text(ix, cy+13, "chip", p.net.colour(), clip(p.net.Name, 110, 7.8))
@@ -406,6 +423,15 @@ func (d *drawing) card(x, y, height int, h *host) {
 		}
 		d.f(`<text x="%d" y="%d" class="addr end">%s</text>`, x+cardW-pad, cy+13, escape(gateway))
 		cy += partHead - 4
+		if t := p.tunnel; t != nil {
+			left, right, found := strings.Cut(t.short(), ", ")
+			if !found {
+				left, right = "tunnel", left
+			}
+			d.text(ix, cy+10, "item dim", "", left)
+			d.f(`<text x="%d" y="%d" class="item end"%s>%s</text>`, x+cardW-pad, cy+10, map[bool]string{true: ` style="fill: ` + alarm + `"`}[t.bad()], escape(clip(right, cardW-2*pad-92, 7.8)))
+			cy += line
+		}
 		for j, b := range blockLines(p) {
 			if j == 0 {
 				d.text(ix, cy+10, "item dim", "", "blocks")
@@ -481,6 +507,10 @@ func (d *drawing) key(y int) int {
 		d.text(x+42, y+14, "note", "", k.text)
 		x += 42 + len(k.text)*7 + 22
 	}
+	if slices.ContainsFunc(d.p.networks, func(n network) bool { return n.encrypted() }) {
+		d.lock(x+6, y+10, "#44525e", "")
+		d.text(x+20, y+14, "note", "", "encrypted: in clear neither comes nor goes")
+	}
 	return y + line + 6
 }
 
@@ -496,6 +526,12 @@ func hostTitle(h *host) string {
 		fmt.Fprintf(&b, "\n%s: gateway %s, blocks %s, %s", p.net.Name, orNone(p.gateways), orNone(p.blocks), plural(len(p.containers), "container"))
 		if len(p.borrowed) > 0 {
 			fmt.Fprintf(&b, ", borrowed %s", joined(p.borrowed, " "))
+		}
+		if t := p.tunnel; t != nil {
+			fmt.Fprintf(&b, ", tunnel %s", t.short())
+			if t.err != "" {
+				fmt.Fprintf(&b, " (%s)", t.err)
+			}
 		}
 	}
 	return b.String()
