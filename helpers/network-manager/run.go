@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -23,6 +24,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
+	"github.com/lariat-net/lariat/pkg/ike"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -64,11 +66,13 @@ func manage(conf config, log *slog.Logger) error {
 		Client: metadata.Client{Socket: conf.metadataSocket}, Journal: lease.NewJournal(conf.stateDir), Kernel: k,
 		BootID: strings.TrimSpace(string(boot)), Log: log, Every: conf.every, Grace: conf.grace, MetadataAddress: conf.metadataAddress,
 	}
+	m.Tunnels = tunnels(conf, k, m, log)
+	defer m.Tunnels.Daemon.Close()
 	remover, err := kernel.NewRemover(ctx)
 	if err != nil {
 		return err
 	}
-	mux := handler(m, remover)
+	mux := handler(m, remover, conf.logLevel)
 	unix, err := listenUnix(conf.socket)
 	if err != nil {
 		return err
@@ -97,6 +101,24 @@ func manage(conf config, log *slog.Logger) error {
 	daemon.SdNotify(false, daemon.SdNotifyStopping)
 	log.Info("stopped; the network stays as it is")
 	return err
+}
+
+// tunnels sets up what keeps encrypted networks' tunnels. Nothing is started before there is such a network.
+func tunnels(conf config, k *kernel.Netns, m *reconcile.Manager, log *slog.Logger) *reconcile.Tunnels {
+	t := &reconcile.Tunnels{
+		View: m.View, Client: m.Client, Kernel: k, Log: log, SecretFile: conf.secretFile, CertDir: conf.certDir,
+		Encap: conf.encap, Rekey: conf.rekey, Every: conf.every,
+	}
+	socket := conf.vici
+	if conf.charon != "none" {
+		t.Charon = &ike.Charon{Dir: conf.ikeDir, Log: log}
+		if conf.charon != "auto" {
+			t.Charon.Path = conf.charon
+		}
+		socket = t.Charon.Socket()
+	}
+	t.Daemon = &ike.Daemon{Socket: socket, Log: log}
+	return t
 }
 
 // listenUnix takes the place of a socket file that a killed process left, but not of one that somebody answers on.
@@ -193,12 +215,13 @@ func (r *responder) known(a netip.Addr) bool {
 }
 
 // handler tells health, metrics and the state that is wanted.
-func handler(m *reconcile.Manager, remover *kernel.Remover) http.Handler {
+func handler(m *reconcile.Manager, remover *kernel.Remover, level *slog.LevelVar) http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collector{m})
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /ping", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "OK") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		var bad []string
 		for _, h := range m.Health() {
@@ -221,6 +244,30 @@ func handler(m *reconcile.Manager, remover *kernel.Remover) http.Handler {
 			_ = json.NewEncoder(w).Encode(metadata.Errorf(metadata.CodeInternal, "%v", err))
 		}
 	})
+	mux.HandleFunc("GET /v1/tunnels", func(w http.ResponseWriter, r *http.Request) {
+		answer(w, m.Tunnels.Report(r.Context(), !r.URL.Query().Has("summary")))
+	})
+	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), reloadTimeout)
+		defer cancel()
+		if err := m.Reload(ctx); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		fmt.Fprintln(w, "OK")
+	})
+	mux.HandleFunc("GET /v1/log-level", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, level.Level()) })
+	mux.HandleFunc("PUT /v1/log-level", func(w http.ResponseWriter, r *http.Request) {
+		text, err := io.ReadAll(io.LimitReader(r.Body, 100))
+		if err == nil {
+			err = level.UnmarshalText(bytes.TrimSpace(text))
+		}
+		if err != nil {
+			http.Error(w, fmt.Sprintf("log level %q: want debug, info, warn or error", text), http.StatusBadRequest)
+			return
+		}
+		fmt.Fprintln(w, level.Level())
+	})
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) {
 		out := struct {
 			Host     string             `json:"host,omitempty"`
@@ -232,12 +279,19 @@ func handler(m *reconcile.Manager, remover *kernel.Remover) http.Handler {
 			out.Host, out.Revision = s.Self, s.Revision
 			out.Desired = strings.Split(strings.TrimRight(m.Desired(s).String(), "\n"), "\n")
 		}
-		w.Header().Set("Content-Type", "application/json")
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		_ = enc.Encode(out) // the caller hung up
+		answer(w, out)
 	})
 	return mux
+}
+
+// reloadTimeout is what POST /v1/reload waits for.
+const reloadTimeout = 30 * time.Second
+
+func answer(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	_ = enc.Encode(v) // the caller hung up
 }
 
 // collector turns the concerns' health into metrics.

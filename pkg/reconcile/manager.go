@@ -37,6 +37,9 @@ type Manager struct {
 	// Addr leaves it out.
 	MetadataAddress netip.Addr
 
+	// Tunnels keeps encrypted networks' tunnels; nil: nobody does.
+	Tunnels *Tunnels
+
 	// OnView, when not nil, is called with each view as it comes into force.
 	OnView func(*metadata.Snapshot)
 
@@ -60,6 +63,12 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	forward := NewConcern("forward", m.Every, m.forward)
 	m.mu.Lock()
 	m.concerns = []*Concern{overlay, underlay, gc, forward}
+	tunnels := &Concern{}
+	if m.Tunnels != nil {
+		tunnels = NewConcern("tunnels", m.Every, m.Tunnels.Run)
+		m.Tunnels.notify(tunnels.Trigger)
+		m.concerns = append(m.concerns, tunnels)
+	}
 	m.metadata = Health{Concern: "metadata", Error: errNoView.Error()}
 	m.mu.Unlock()
 
@@ -95,6 +104,7 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 		}
 		overlay.Trigger()
 		forward.Trigger()
+		tunnels.Trigger()
 		if first {
 			underlay.Trigger()
 			gc.Trigger()
@@ -174,7 +184,6 @@ func (m *Manager) overlay(ctx context.Context) ([]string, error) {
 	if s == nil {
 		return nil, errNoView
 	}
-	joinErr := m.join(ctx, s)
 	want := m.Desired(s)
 	d, err := kernel.Reconcile(ctx, m.Kernel, want)
 	var changed []string
@@ -188,7 +197,8 @@ func (m *Manager) overlay(ctx context.Context) ([]string, error) {
 	for _, p := range want.Problems {
 		err = errors.Join(err, errors.New(p))
 	}
-	return changed, errors.Join(joinErr, err)
+	// Last: it waits for the store, and what comes of it comes as a new view.
+	return changed, errors.Join(err, m.join(ctx, s))
 }
 
 // join claims this host's first block of every overlay network, while there are blocks enough for every host. With it the host

@@ -1,0 +1,341 @@
+package reconcile
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/ike"
+	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/probe"
+)
+
+// Tunnels keeps the IKE daemon equal to the metadata: one connection to each peer, for all encrypted networks. What keeps packets
+// from leaving in clear is not here but in the overlay's plan, and stands without this.
+type Tunnels struct {
+	View   func() *metadata.Snapshot
+	Client metadata.Client
+	Kernel XFRM
+	Log    *slog.Logger
+
+	// Daemon is told what to keep. Charon starts it; nil: somebody else does.
+	Daemon *ike.Daemon
+	Charon *ike.Charon
+
+	SecretFile string // of the hosts' common secret, unless
+	CertDir    string // certificates are used
+	Encap      bool
+	Rekey      time.Duration
+
+	// Every is how often what the daemon and the kernel hold is looked at; a pass in between asks nobody when nothing changed.
+	Every time.Duration
+
+	// Check tries a feature of the kernel; nil: probe.Check.
+	Check func(probe.Feature) error
+
+	mu       sync.Mutex // guards what follows, which the report tells
+	report   ipsec.Report
+	tunnels  []ipsec.Tunnel
+	creds    ike.Credentials
+	loaded   bool // creds have been read once
+	verified time.Time
+	clean    bool // nothing of ours is left to take away while there is no encrypted network
+}
+
+// XFRM is the part of the kernel that Tunnels tidies up.
+type XFRM interface {
+	XFRM(ctx context.Context, ours func(ifID uint32) bool) ([]kernel.SA, []kernel.XFRMPolicy, error)
+	RemoveSA(ctx context.Context, s kernel.SA) error
+	RemovePolicy(ctx context.Context, p kernel.XFRMPolicy) error
+}
+
+// notify has f called when the IKE daemon is gone, or has news.
+func (t *Tunnels) notify(f func()) {
+	t.Daemon.Notify = f
+	if t.Charon != nil {
+		t.Charon.OnExit = f
+	}
+}
+
+// Run is one pass.
+func (t *Tunnels) Run(ctx context.Context) ([]string, error) {
+	s := t.View()
+	if s == nil {
+		return nil, errNoView
+	}
+	r := ipsec.Report{Networks: []string{}, Supervised: t.Charon != nil, Auth: ipsec.AuthPSK}
+	for _, n := range s.Networks {
+		if n.Encapsulation == metadata.EncapIPsec {
+			r.Networks = append(r.Networks, n.Name)
+		}
+	}
+	slices.Sort(r.Networks)
+	if t.CertDir != "" {
+		r.Auth = ipsec.AuthPubkey
+	}
+	if len(r.Networks) == 0 {
+		changed, err := t.none(ctx)
+		t.publish(ipsec.Report{Networks: []string{}, Tunnels: []ipsec.Status{}}, nil)
+		return changed, err
+	}
+	changed, tunnels, err := t.keep(ctx, s, &r)
+	t.publish(r, tunnels)
+	return changed, err
+}
+
+func (t *Tunnels) publish(r ipsec.Report, tunnels []ipsec.Tunnel) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.report, t.tunnels = r, tunnels
+}
+
+// none takes away what there was while a network was encrypted.
+func (t *Tunnels) none(ctx context.Context) (changed []string, err error) {
+	if t.clean {
+		return nil, nil
+	}
+	if t.Charon == nil || t.Charon.Running() {
+		lines, err := t.Daemon.Apply(ctx, nil, ike.Credentials{}, true)
+		changed = append(changed, lines...)
+		if err != nil && t.Charon != nil {
+			return changed, err // the system's own need not run where nobody needs it
+		}
+	}
+	if t.Charon != nil {
+		if err := t.Charon.Stop(ctx); err != nil {
+			return changed, err
+		}
+	}
+	lines, err := t.sweep(ctx, nil)
+	t.clean = err == nil
+	return append(changed, lines...), err
+}
+
+// keep is a pass with something to keep.
+func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Report) (changed []string, tunnels []ipsec.Tunnel, err error) {
+	t.clean = false
+	opts := ipsec.Options{Auth: r.Auth, Encap: t.Encap, Rekey: t.Rekey}
+	if err := t.features(s, &opts); err != nil {
+		r.Missing, r.Remedy = err.Error(), "load the module, or use a kernel that has it; until then nothing is sent, in clear neither"
+		return nil, nil, err
+	}
+	if err := t.credentials(); err != nil {
+		if !t.loaded {
+			r.Missing, r.Remedy = err.Error(), "until then nothing is sent, in clear neither"
+			return nil, nil, err
+		}
+		// What was read before stays in force.
+		r.Problem, r.Remedy = err.Error(), "what was read before stays in use; lariat-network-manager reads the file again by itself"
+	}
+	problem := err
+	opts.Keys = t.creds.Secrets.IDs()
+	if r.Auth == ipsec.AuthPSK {
+		r.Keys = opts.Keys
+	}
+	tunnels = ipsec.Tunnels(s, s.Self, opts)
+	if len(tunnels) > 0 && len(tunnels[0].Children) > 0 {
+		r.Suites = tunnels[0].Children[0].Proposals
+	}
+	fail := func(err error) ([]string, []ipsec.Tunnel, error) {
+		r.Problem, r.Remedy = err.Error(), "check: lariat ipsec status; the log of lariat-network-manager"
+		return changed, tunnels, errors.Join(err, problem)
+	}
+	if t.Charon != nil {
+		if err := t.Charon.Ensure(ctx); err != nil {
+			return fail(err)
+		}
+	}
+	verify := time.Since(t.verified) >= t.Every
+	changed, err = t.Daemon.Apply(ctx, tunnels, t.creds, verify)
+	if err != nil {
+		return fail(err)
+	}
+	r.Daemon = t.Daemon.Version()
+	if err := t.announce(ctx, s, opts.Keys); err != nil {
+		return fail(err)
+	}
+	if verify || len(changed) > 0 {
+		lines, err := t.sweep(ctx, tunnels)
+		changed = append(changed, lines...)
+		if err != nil {
+			return fail(err)
+		}
+		t.verified = time.Now()
+	}
+	return changed, tunnels, problem
+}
+
+// features tries what no encrypted network can do without. Without AES-GCM the fallback suite is offered.
+func (t *Tunnels) features(s *metadata.Snapshot, o *ipsec.Options) error {
+	check := t.Check
+	if check == nil {
+		check = probe.Check
+	}
+	esp := probe.ESP
+	if me, _ := s.Host(s.Self); me.UnderlayAddr().Is6() {
+		esp = probe.ESP6
+	}
+	if err := errors.Join(check(probe.XfrmInterface), check(esp)); err != nil {
+		return err
+	}
+	o.NoGCM = check(probe.AESGCM) != nil
+	return nil
+}
+
+func (t *Tunnels) credentials() error {
+	if t.CertDir != "" {
+		c, err := ike.LoadCertificates(t.CertDir)
+		if err == nil {
+			t.creds, t.loaded = c, true
+		}
+		return err
+	}
+	s, err := ipsec.ReadSecrets(cmp.Or(t.SecretFile, ipsec.DefaultSecretFile))
+	if err == nil {
+		t.creds, t.loaded = ike.Credentials{Secrets: s}, true
+	}
+	return err
+}
+
+// announce tells the other hosts which secrets this one accepts by now. They use none that it does not.
+func (t *Tunnels) announce(ctx context.Context, s *metadata.Snapshot, keys []string) error {
+	me, ok := s.Host(s.Self)
+	if !ok || slices.Equal(me.IKEKeys, keys) {
+		return nil
+	}
+	me.IKEKeys, me.Live = keys, false
+	if err := t.Client.Put(ctx, metadata.KindHost, me.Name, me); err != nil {
+		return fmt.Errorf("tell the other hosts which secrets are loaded: %w", err)
+	}
+	return nil
+}
+
+// sweep removes from the kernel what a daemon that was killed left behind: policies of no tunnel, and SAs that the daemon does not know.
+// An SA of those would be used on and on, and the peer has long forgotten it.
+func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel) (changed []string, err error) {
+	wanted := map[uint32]bool{}
+	for _, x := range tunnels {
+		for _, c := range x.Children {
+			wanted[c.IfID] = true
+		}
+	}
+	sas, policies, err := t.Kernel.XFRM(ctx, ipsec.Owned)
+	if err != nil {
+		if len(tunnels) == 0 {
+			return nil, nil // a kernel without IPsec holds none of ours
+		}
+		return nil, err
+	}
+	known := map[uint32]bool{}
+	if len(tunnels) > 0 && len(sas) > 0 {
+		// Asked after the kernel: an SA that came in between is known, at worst, and not in the list.
+		list, err := t.Daemon.SAs(ctx)
+		if err != nil {
+			return nil, err
+		}
+		for _, sa := range list {
+			for _, c := range sa.Children {
+				known[c.SPIIn], known[c.SPIOut] = true, true
+			}
+		}
+	}
+	var errs []error
+	for _, sa := range sas {
+		if wanted[sa.IfID] && known[sa.SPI] {
+			continue
+		}
+		if err := t.Kernel.RemoveSA(ctx, sa); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		changed = append(changed, "- "+sa.String())
+	}
+	for _, p := range policies {
+		if wanted[p.IfID] {
+			continue
+		}
+		if err := t.Kernel.RemovePolicy(ctx, p); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		changed = append(changed, "- "+p.String())
+	}
+	return changed, errors.Join(errs...)
+}
+
+// Report tells how tunnels fare. With detail the daemon is asked for them.
+func (t *Tunnels) Report(ctx context.Context, detail bool) ipsec.Report {
+	t.mu.Lock()
+	r, tunnels := t.report, t.tunnels
+	t.mu.Unlock()
+	r.Tunnels = []ipsec.Status{}
+	if r.Networks == nil {
+		r.Networks = []string{}
+	}
+	if !detail || len(tunnels) == 0 {
+		return r
+	}
+	sas, err := t.Daemon.SAs(ctx)
+	if err != nil && r.Problem == "" {
+		r.Problem, r.Remedy = err.Error(), "lariat-network-manager is about to start it, or to find it again"
+	}
+	byName := map[string][]ike.SA{}
+	for _, sa := range sas {
+		byName[sa.Name] = append(byName[sa.Name], sa)
+	}
+	failures := t.Daemon.LastErrors()
+	for _, x := range tunnels {
+		r.Tunnels = append(r.Tunnels, status(x, byName[x.Name], failures[x.Name], err == nil, time.Now()))
+	}
+	return r
+}
+
+// status puts together what is planned of a tunnel and what there is of it. While keys change there is more than one SA: the newest counts.
+func status(x ipsec.Tunnel, sas []ike.SA, last ike.Failure, running bool, now time.Time) ipsec.Status {
+	s := ipsec.Status{Peer: x.Peer, Remote: x.Remote, State: ipsec.StateIdle, Keys: x.Keys, LastError: last.Text, ErrorAt: last.At}
+	if !running {
+		s.State = ipsec.StateDown
+	}
+	for _, sa := range sas {
+		if sa.State != ike.Established {
+			if s.State == ipsec.StateIdle && sa.State == "CONNECTING" {
+				s.State = ipsec.StateConnecting
+			}
+			continue
+		}
+		s.State, s.Since, s.Initiator, s.Encap, s.Suite = ipsec.StateEstablished, now.Add(-sa.Age).UTC().Truncate(time.Second), sa.Initiator, sa.NAT, sa.Suite
+	}
+	for _, c := range x.Children {
+		child := ipsec.ChildStatus{Network: c.Network, IfID: c.IfID, Device: ipsec.Device(c.IfID), State: ipsec.StateIdle}
+		if !running {
+			child.State = ipsec.StateDown
+		}
+		newest := uint64(0)
+		for _, sa := range sas {
+			for _, have := range sa.Children {
+				if have.Network != c.Network {
+					continue
+				}
+				child.BytesIn += have.BytesIn
+				child.BytesOut += have.BytesOut
+				child.PacketsIn += have.PacketsIn
+				child.PacketsOut += have.PacketsOut
+				if have.State == ike.Installed && have.ID >= newest {
+					newest = have.ID
+					child.State, child.Suite = ipsec.StateEstablished, have.Suite
+					child.Since = now.Add(-have.Age).UTC().Truncate(time.Second)
+					child.RekeyIn = int64(have.RekeyIn / time.Second)
+				}
+			}
+		}
+		s.Children = append(s.Children, child)
+	}
+	return s
+}
