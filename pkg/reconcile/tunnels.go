@@ -46,8 +46,15 @@ type Tunnels struct {
 	creds    ike.Credentials
 	loaded   bool // creds have been read once
 	verified time.Time
-	clean    bool // nothing of ours is left to take away while there is no encrypted network
+	strange  map[saKey]time.Time // SAs of ours that the daemon did not list, and since when
+	clean    bool                // nothing of ours is left to take away while there is no encrypted network
 }
+
+type saKey struct{ ifID, spi uint32 }
+
+// strangeFor is how long an SA must be unknown to the daemon before it is taken for a leftover: while it is at work on an IKE SA the
+// daemon leaves that out of its list, with the SAs that it has installed already.
+const strangeFor = 15 * time.Second
 
 // XFRM is the part of the kernel that Tunnels tidies up.
 type XFRM interface {
@@ -113,7 +120,7 @@ func (t *Tunnels) none(ctx context.Context) (changed []string, err error) {
 			return changed, err
 		}
 	}
-	lines, err := t.sweep(ctx, nil)
+	lines, err := t.sweep(ctx, nil, true)
 	t.clean = err == nil
 	return append(changed, lines...), err
 }
@@ -148,13 +155,21 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 		return changed, tunnels, errors.Join(err, problem)
 	}
 	if t.Charon != nil {
+		if !t.Charon.Running() {
+			// One that starts knows none of the SAs that there are. They would be used until they expire, and the peers will have dropped
+			// theirs with the first word of the new one.
+			lines, err := t.sweep(ctx, tunnels, true)
+			if changed = append(changed, lines...); err != nil {
+				return fail(err)
+			}
+		}
 		if err := t.Charon.Ensure(ctx); err != nil {
 			return fail(err)
 		}
 	}
 	verify := time.Since(t.verified) >= t.Every
-	changed, err = t.Daemon.Apply(ctx, tunnels, t.creds, verify)
-	if err != nil {
+	lines, err := t.Daemon.Apply(ctx, tunnels, t.creds, verify)
+	if changed = append(changed, lines...); err != nil {
 		return fail(err)
 	}
 	r.Daemon = t.Daemon.Version()
@@ -162,9 +177,8 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 		return fail(err)
 	}
 	if verify || len(changed) > 0 {
-		lines, err := t.sweep(ctx, tunnels)
-		changed = append(changed, lines...)
-		if err != nil {
+		lines, err := t.sweep(ctx, tunnels, false)
+		if changed = append(changed, lines...); err != nil {
 			return fail(err)
 		}
 		t.verified = time.Now()
@@ -218,8 +232,8 @@ func (t *Tunnels) announce(ctx context.Context, s *metadata.Snapshot, keys []str
 }
 
 // sweep removes from the kernel what a daemon that was killed left behind: policies of no tunnel, and SAs that the daemon does not know.
-// An SA of those would be used on and on, and the peer has long forgotten it.
-func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel) (changed []string, err error) {
+// An SA of those would be used on and on, and the peer has long forgotten it. With dead, there is no daemon, and so no SA that it knows.
+func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, dead bool) (changed []string, err error) {
 	wanted := map[uint32]bool{}
 	for _, x := range tunnels {
 		for _, c := range x.Children {
@@ -234,8 +248,7 @@ func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel) (changed []
 		return nil, err
 	}
 	known := map[uint32]bool{}
-	if len(tunnels) > 0 && len(sas) > 0 {
-		// Asked after the kernel: an SA that came in between is known, at worst, and not in the list.
+	if !dead && len(sas) > 0 {
 		list, err := t.Daemon.SAs(ctx)
 		if err != nil {
 			return nil, err
@@ -247,8 +260,19 @@ func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel) (changed []
 		}
 	}
 	var errs []error
+	now, before := time.Now(), t.strange
+	t.strange = map[saKey]time.Time{}
 	for _, sa := range sas {
-		if wanted[sa.IfID] && known[sa.SPI] {
+		key := saKey{sa.IfID, sa.SPI}
+		switch since, seen := before[key]; {
+		case known[sa.SPI] && wanted[sa.IfID]:
+			continue
+		case dead:
+		case !seen:
+			t.strange[key] = now
+			continue
+		case now.Sub(since) < strangeFor:
+			t.strange[key] = since
 			continue
 		}
 		if err := t.Kernel.RemoveSA(ctx, sa); err != nil {
