@@ -219,7 +219,7 @@ func oneLine(s string) string {
 			return ' '
 		}
 		return r
-	}, strings.TrimSpace(s))
+	}, strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")) // joined errors
 }
 
 // rotation is what "lariat ipsec rotate" did, and how far all hosts are.

@@ -10,10 +10,12 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -305,6 +307,68 @@ func TestF43RotationWithRealService(t *testing.T) {
 	if !slices.Equal(idsOf(t, file2), []string{id}) {
 		t.Error("it did not finish")
 	}
+}
+
+// The real network manager gives the same answers as the fake one. Tunnels of its own need a kernel with IPsec and strongSwan: those are
+// tested in guests.
+func TestF46IPsecWithRealManager(t *testing.T) {
+	ns := netnstest.New(t)
+	netnstest.Veth(t, ns, "192.0.2.1/24", ns, "")
+	s := serve(t, ns, metadataBinary(t), "h1", "192.0.2.1/24")
+	s.must(t, "network", "create", "payroll", "--subnet", "10.44.0.0/16", "--encapsulation", "ipsec")
+	s.await(t, has("payroll"))
+	dir := filepath.Dir(s.socket)
+	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: filepath.Join(dir, "notify"), Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer notify.Close()
+	file, socket := secretFile(t, oldSecret), filepath.Join(dir, "nm.sock")
+	cmd := exec.Command(helper(t, "network-manager"), "--metadata-socket", s.socket, "--socket", socket, "--state-dir", filepath.Join(dir, "state"),
+		"--metadata-address", "", "--ipsec-secret", file, "--ike-dir", filepath.Join(dir, "ike"))
+	var log bytes.Buffer
+	cmd.Stderr = &log
+	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+filepath.Join(dir, "notify"))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	ns.Do(t, func() { err = cmd.Start() })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		cmd.Wait()
+		for _, secret := range []string{oldSecret, newSecret} {
+			if strings.Contains(log.String(), secret[:20]) {
+				t.Error("the log tells a secret")
+			}
+		}
+	}()
+	if err := notify.SetReadDeadline(time.Now().Add(time.Minute)); err != nil {
+		t.Fatal(err)
+	}
+	for b := make([]byte, 4096); ; {
+		n, err := notify.Read(b)
+		if err != nil {
+			t.Fatalf("the network manager does not come up: %v\n%s", err, log.String())
+		}
+		if strings.Contains(string(b[:n]), "READY=1") {
+			break
+		}
+	}
+	m := &fakeManager{socket: socket} // which it is not
+	out, status := s.rotate(t, m, newSecret, "-", "--secret-file", file)
+	if !strings.Contains(out, "stands first in "+file+" now") || status != 0 && !strings.Contains(out, "this host's network manager has not loaded it: ") {
+		t.Errorf("status %d: %s", status, out)
+	}
+	out, errs, status := lariat(t, "--socket", s.socket, "--manager-socket", socket, "ipsec", "status", "-o", "json")
+	var r ipsec.Report
+	if err := json.Unmarshal([]byte(out), &r); err != nil || !slices.Equal(r.Networks, []string{"payroll"}) || r.Auth != ipsec.AuthPSK || status != map[bool]int{true: 1}[r.Missing != "" || r.Problem != ""] {
+		t.Errorf("status %d, %v: %s%s", status, err, out, errs)
+	}
+	if r.Missing == "" && !slices.Equal(r.Keys, idsOf(t, file)) {
+		t.Errorf("it has the secrets %v", r.Keys)
+	}
+	t.Logf("missing %q, problem %q", r.Missing, r.Problem)
 }
 
 func TestF43RotationLeavesTheFileAloneWhenSomethingIsWrong(t *testing.T) {

@@ -22,17 +22,20 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// metadataBinary is the real lariat-metadata: of LARIAT_BIN, or built for the test.
-func metadataBinary(t testing.TB) string {
+// metadataBinary is the real lariat-metadata.
+func metadataBinary(t testing.TB) string { return helper(t, "metadata") }
+
+// helper is a real executable: of LARIAT_BIN, or built for the test.
+func helper(t testing.TB, name string) string {
 	t.Helper()
 	if dir := os.Getenv("LARIAT_BIN"); dir != "" {
-		if file := filepath.Join(dir, "lariat-metadata"); exec.Command(file, "--version").Run() == nil {
+		if file := filepath.Join(dir, "lariat-"+name); exec.Command(file, "--help").Run() == nil {
 			return file
 		}
 	}
-	file := filepath.Join(t.TempDir(), "lariat-metadata")
-	if out, err := exec.Command("go", "build", "-o", file, "../metadata").CombinedOutput(); err != nil {
-		t.Fatalf("build lariat-metadata: %v\n%s", err, out)
+	file := filepath.Join(t.TempDir(), "lariat-"+name)
+	if out, err := exec.Command("go", "build", "-o", file, "../"+name).CombinedOutput(); err != nil {
+		t.Fatalf("build lariat-%s: %v\n%s", name, err, out)
 	}
 	return file
 }

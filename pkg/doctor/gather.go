@@ -110,6 +110,9 @@ func (g Gatherer) Gather(ctx context.Context) *Facts {
 		f.NotLooked["peers"] = "other hosts were not probed (--no-probe)"
 	case f.Metadata.Snapshot != nil:
 		f.Peers = g.peers(ctx, f.Metadata.Snapshot)
+		if f.Manager.Tunnels != nil {
+			g.tunnelFacts(ctx, f) // once more: to a host that nobody sent anything to, the probes were the first to need a tunnel
+		}
 		if os.Geteuid() != 0 {
 			f.NotLooked["tunnel"] = "only root may ping through the tunnels"
 		}

@@ -151,18 +151,19 @@ func blocking(want, have *delta.State) (out []Device) {
 
 const tunnelPorts = "open UDP 500 and 4500 and ESP (IP protocol 50) between the hosts in every firewall on the way and on both ends, and look whether lariat-network-manager runs there"
 
-// causes tells by what IKE, or strongSwan, said of it why a tunnel is not set up, and what helps.
-var causes = []struct {
-	words         []string
-	cause, remedy string
+// cures tells by the words of pkg/ike, or strongSwan's behind them, what helps against what keeps a tunnel from being set up.
+var cures = []struct {
+	words  []string
+	remedy string
 }{
-	{[]string{"authentication_failed", "auth_failed", "authentication"}, "they do not believe each other",
+	{[]string{"authentication", "auth_failed", "shared key", "trusted", "private key", "certificate", "signature", "constraint"},
 		"the hosts have different secrets, or certificates of different authorities: compare the KEYS that lariat ipsec status shows on both; lariat ipsec rotate brings the same secret to both"},
-	{[]string{"no_proposal", "no proposal", "invalid_ke"}, "they have no suite in common",
-		"compare the SUITES that lariat ipsec status shows on both: the kernel of one lacks AES-GCM, or the IKE daemon of one lacks a plugin; lariat doctor features, on both, tells of the kernel"},
-	{[]string{"ts_unacceptable", "ts_unaccept"}, "they see the networks differently",
+	{[]string{"ts_unacceptable", "selectors", "child_sa config"},
 		"compare lariat network list on both: one of them does not hear of changes; systemctl status lariat-metadata lariat-network-manager there"},
-	{[]string{"answer", "timeout", "timed out", "time out", "respon", "retransmi", "unreachable"}, "it does not answer", tunnelPorts},
+	{[]string{"no_proposal", "no acceptable", "proposal", "invalid_ke", "ike config", "peer config"},
+		"compare the SUITES that lariat ipsec status shows on both: the kernel of one lacks AES-GCM, or the IKE daemon of one lacks a plugin; lariat doctor features, on both, tells of the kernel. " +
+			"A host that has just joined is known after a moment; when not: systemctl status lariat-metadata lariat-network-manager there"},
+	{[]string{"answer", "timeout", "timed out", "time out", "respon", "retransmi", "unreachable"}, tunnelPorts},
 }
 
 // ipsec reports what keeps tunnels from being set up.
@@ -181,15 +182,15 @@ func (e *examination) ipsec() {
 	remedy := cmp.Or(r.Remedy, "look at journalctl -u lariat-network-manager")
 	switch {
 	case r.Missing != "":
-		e.add(Error, where, remedy, "this host cannot encrypt: %s", r.Missing)
+		e.add(Error, where, remedy, "this host cannot encrypt: %s", strings.ReplaceAll(r.Missing, "\n", "; "))
 		return
 	case r.Problem != "":
-		e.add(Error, where, remedy, "this host's tunnels are not kept: %s", r.Problem)
+		e.add(Error, where, remedy, "this host's tunnels are not kept: %s", strings.ReplaceAll(r.Problem, "\n", "; "))
 		return
 	}
 	type trouble struct {
 		severity Severity
-		cause    int // -1: another
+		cure     int // -1: none is known
 	}
 	found := map[trouble][]Peer{}
 	words := map[string]string{}
@@ -208,9 +209,9 @@ func (e *examination) ipsec() {
 			words[t.Peer] = t.LastError
 			lower := strings.ToLower(t.LastError)
 			k := trouble{severity, -1}
-			for i, c := range causes {
+			for i, c := range cures {
 				if slices.ContainsFunc(c.words, func(w string) bool { return strings.Contains(lower, w) }) {
-					k.cause = i
+					k.cure = i
 					break
 				}
 			}
@@ -220,22 +221,22 @@ func (e *examination) ipsec() {
 		}
 	}
 	for _, severity := range []Severity{Error, Warning} {
-		for i := -1; i < len(causes); i++ {
+		for i := -1; i < len(cures); i++ {
 			list := found[trouble{severity, i}]
 			if len(list) == 0 {
 				continue
 			}
-			because, remedy := "", "look at journalctl -u lariat-network-manager on both hosts"
+			remedy := "look at journalctl -u lariat-network-manager on both hosts"
 			if i >= 0 {
-				because, remedy = causes[i].cause+": ", causes[i].remedy
+				remedy = cures[i].remedy
 			}
 			one, many := "no tunnel to host %s: ", "no tunnels to %d hosts: "
 			if severity == Warning {
 				one, many = "trouble with the tunnel to host %s, which stands: ", "trouble with the tunnels to %d hosts, which stand: "
 			}
 			e.each(list, severity, remedy, func(p Peer) string {
-				return fmt.Sprintf(one, p.Host) + because + words[p.Host]
-			}, many+strings.ReplaceAll(because+words[list[0].Host], "%", "%%"))
+				return fmt.Sprintf(one, p.Host) + words[p.Host]
+			}, many+strings.ReplaceAll(words[list[0].Host], "%", "%%"))
 		}
 	}
 	e.each(unknown, Error, "look at journalctl -u lariat-network-manager", func(p Peer) string {

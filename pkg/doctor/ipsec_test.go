@@ -108,12 +108,18 @@ func TestF137FindingsOfEncryptedNetworks(t *testing.T) {
 				}
 			}
 		}, "ipsec error: this host's tunnels are not kept: charon does not run", "apt-get install charon-systemd"},
-		{"other secret", failed(1, "AUTHENTICATION_FAILED"), "ipsec error: no tunnel to host h3: they do not believe each other: AUTHENTICATION_FAILED", "compare the KEYS that lariat ipsec status shows"},
-		{"no common suite", failed(1, "NO_PROPOSAL_CHOSEN"), "ipsec error: no tunnel to host h3: they have no suite in common: NO_PROPOSAL_CHOSEN", "compare the SUITES"},
-		{"other subnets", failed(2, "TS_UNACCEPTABLE"), "ipsec error: no tunnel to host h4: they see the networks differently", "lariat network list"},
-		{"IKE blocked", failed(2, "peer does not answer"), "ipsec error: no tunnel to host h4: it does not answer: peer does not answer", "open UDP 500 and 4500 and ESP (IP protocol 50)"},
+		// As pkg/ike words them.
+		{"other secret", failed(1, "the peer says AUTHENTICATION_FAILED: its key or certificate does not match; do both hosts have the same secret?"),
+			"ipsec error: no tunnel to host h3: the peer says AUTHENTICATION_FAILED", "compare the KEYS that lariat ipsec status shows"},
+		{"other secret here", failed(1, "authentication failed: the peer's key does not match; do both hosts have the same secret?"), "ipsec error: no tunnel to host h3: authentication failed", "lariat ipsec rotate"},
+		{"certificate expired", failed(1, "subject certificate invalid: not valid"), "ipsec error: no tunnel to host h3: subject certificate", "certificates of different authorities"},
+		{"no common suite", failed(1, "the peer says NO_PROPOSAL_CHOSEN: it has no suite in common, or does not know this host yet"), "ipsec error: no tunnel to host h3: the peer says NO_PROPOSAL_CHOSEN", "compare the SUITES"},
+		{"no common suite here", failed(1, "no acceptable ENCRYPTION_ALGORITHM found"), "ipsec error: no tunnel to host h3: no acceptable", "compare the SUITES"},
+		{"other subnets", failed(2, "the peer says TS_UNACCEPTABLE: the network has other subnets there"), "ipsec error: no tunnel to host h4: the peer says TS_UNACCEPTABLE", "lariat network list"},
+		{"other subnets here", failed(2, "no acceptable traffic selectors found"), "ipsec error: no tunnel to host h4: no acceptable traffic selectors", "lariat network list"},
+		{"IKE blocked", failed(2, "no answer: gave up after 5 retransmits; is UDP 500 and 4500 open between the hosts, and charon running there?"), "ipsec error: no tunnel to host h4: no answer: gave up after 5 retransmits", "open UDP 500 and 4500 and ESP (IP protocol 50)"},
 		{"what nobody foresaw", failed(2, "100% odd"), "ipsec error: no tunnel to host h4: 100% odd", "journalctl"},
-		{"trouble with a tunnel that stands", func(f *Facts) { f.Manager.Tunnels.Tunnels[0].LastError = "NO_PROPOSAL_CHOSEN" }, "ipsec warning: trouble with the tunnel to host h2, which stands: they have no suite", "SUITES"},
+		{"trouble with a tunnel that stands", func(f *Facts) { f.Manager.Tunnels.Tunnels[0].LastError = "NO_PROPOSAL_CHOSEN" }, "ipsec warning: trouble with the tunnel to host h2, which stands: NO_PROPOSAL", "SUITES"},
 		{"daemon without the connection", func(f *Facts) { f.Manager.Tunnels.Tunnels[2].State = ipsec.StateDown }, "ipsec error: the IKE daemon does not know of a tunnel to host h4", "journalctl"},
 		{"secret that others can read", func(f *Facts) { f.Secret.Mode = 0o640 }, "secret error: others can read the secret of encrypted networks (mode 0640)", "chmod 600 /etc/lariat/ipsec.secret"},
 		{"a host without a secret", func(f *Facts) { f.Metadata.Snapshot.Hosts[2].IKEKeys = nil }, "secret error: host h3 has loaded no secret", "lariat ipsec status"},
@@ -256,8 +262,8 @@ func TestF137ManyTunnelsThatFailMakeOneFinding(t *testing.T) {
 	for _, x := range r.Findings {
 		got = append(got, x.What)
 	}
-	if strings.Join(got, "\n") != "40 devices are missing\nno tunnels to 40 hosts: it does not answer: peer does not answer" &&
-		strings.Join(got, "\n") != "no tunnels to 40 hosts: it does not answer: peer does not answer\n40 devices are missing" {
+	if strings.Join(got, "\n") != "40 devices are missing\nno tunnels to 40 hosts: peer does not answer" &&
+		strings.Join(got, "\n") != "no tunnels to 40 hosts: peer does not answer\n40 devices are missing" {
 		t.Errorf("%q", got)
 	}
 }

@@ -123,7 +123,7 @@ func allEstablished(s *metadata.Snapshot) *ipsec.Report {
 func TestF136PictureShowsHowTunnelsFare(t *testing.T) {
 	s, o := fixture(t, "ipsec"), Options{Tunnels: report(t)}
 	svg, dot := SVG(s, o), DOT(s, o)
-	for _, want := range []string{"payroll: IPsec tunnels", ">established<", ">AES_GCM_16-256/ESN<", ">connecting<", ">with an error<", "tunnel connecting, with an error (AUTHENTICATION_FAILED)", ">idle<"} {
+	for _, want := range []string{"payroll: IPsec tunnels", ">established<", ">AES_GCM_16-256/ESN<", ">connecting<", ">with an error<", "tunnel connecting, with an error (the peer says AUTHENTICATION_FAILED: ", ">idle<"} {
 		if !strings.Contains(svg, want) {
 			t.Errorf("SVG does not show %s", want)
 		}
