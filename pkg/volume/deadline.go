@@ -1,0 +1,18 @@
+package volume
+
+import (
+	"context"
+	"time"
+)
+
+// Deadlines of verbs whose caller sets none. kubelet waits for ever, dockerd for two minutes at Create and Mount and for one at the others;
+// an answer must be out before, because what comes later is thrown away.
+var Deadlines = struct{ Long, Short time.Duration }{Long: 110 * time.Second, Short: 50 * time.Second}
+
+// WithDeadline gives a context a deadline unless it has one.
+func WithDeadline(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return context.WithCancel(ctx)
+	}
+	return context.WithTimeout(ctx, d)
+}
