@@ -41,6 +41,7 @@ type Charon struct {
 	started time.Time
 	short   int   // lives in a row that were short
 	died    error // how the last one ended
+	stopped bool  // it was asked to
 }
 
 // Files in the folder.
@@ -192,7 +193,7 @@ func (c *Charon) start(lock *os.File) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	c.started = time.Now()
+	c.started, c.stopped = time.Now(), false
 	if err := errors.Join(lock.Truncate(0), writeAt(lock, strconv.Itoa(cmd.Process.Pid)+"\n")); err != nil {
 		c.say(slog.LevelWarn, "charon's pid is not written down", "error", err)
 	}
@@ -215,6 +216,10 @@ func writeAt(f *os.File, text string) error {
 
 func (c *Charon) ended(begun time.Time, how error) {
 	c.mu.Lock()
+	if c.stopped {
+		c.mu.Unlock()
+		return
+	}
 	if time.Since(begun) < shortLife {
 		c.short++
 	} else {
@@ -286,6 +291,7 @@ func (c *Charon) Stop(ctx context.Context) error {
 	if c.Pid() != pid { // the number may have been another's by the time it was opened
 		return nil
 	}
+	c.stopped = true
 	for _, s := range []struct {
 		signal unix.Signal
 		wait   time.Duration

@@ -152,7 +152,7 @@ func (d *Daemon) Apply(ctx context.Context, want []ipsec.Tunnel, creds Credentia
 		switch {
 		case failed[name]:
 			// What it has is not known: all is loaded again, the next time.
-			d.have[name] = held{tunnel: w.tunnel, keys: d.have[name].keys}
+			d.have[name] = held{tunnel: d.have[name].tunnel, keys: d.have[name].keys}
 		default:
 			d.have[name] = held{tunnel: w.tunnel, conn: w.text, keys: w.keys}
 		}
@@ -214,7 +214,7 @@ func (d *Daemon) connect(ctx context.Context) (fresh bool, err error) {
 		return false, nil
 	}
 	d.drop()
-	s, err := dial(ctx, d.socket())
+	s, err := dial(d.socket())
 	if err != nil {
 		return false, fmt.Errorf("IKE daemon: %w; is charon running?", err)
 	}
@@ -368,7 +368,7 @@ func (d *Daemon) names(ctx context.Context, cmd, in string) ([]string, error) {
 
 // traps are the connections and children, with a slash between, that the daemon waits for packets of.
 func (d *Daemon) traps(ctx context.Context) (map[string]bool, error) {
-	all, err := d.list(ctx, "list-policies", "list-policy", section{{"trap", "yes"}})
+	all, err := d.list(ctx, "list-policies", eventPolicy, section{{"trap", "yes"}})
 	traps := map[string]bool{}
 	for _, m := range all {
 		for _, name := range m.Keys() {

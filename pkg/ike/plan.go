@@ -182,11 +182,18 @@ func refresh(w wish, h held) (out []step) {
 		}
 	}
 	// One end does it, or both would at once.
-	if len(h.keys) > 0 && len(w.keys) > 0 && h.keys[0].id != w.keys[0].id && w.tunnel.LocalID < w.tunnel.RemoteID {
+	if first(h.tunnel.Keys) != "" && first(w.tunnel.Keys) != "" && first(h.tunnel.Keys) != first(w.tunnel.Keys) && w.tunnel.LocalID < w.tunnel.RemoteID {
 		out = append(out, step{cmd: "rekey", args: section{{"ike", name}, {"reauth", "yes"}}, tunnel: name, soft: true,
-			line: "~ tunnel " + name + " authenticates anew with key " + w.keys[0].id})
+			line: "~ tunnel " + name + " authenticates anew with key " + first(w.tunnel.Keys)})
 	}
 	return out
+}
+
+func first(ids []string) string {
+	if len(ids) == 0 {
+		return ""
+	}
+	return ids[0]
 }
 
 // options is the text of what a tunnel is set to beside its ends, children and keys.

@@ -68,7 +68,7 @@ func (d *Daemon) SAs(ctx context.Context) ([]SA, error) {
 
 func (d *Daemon) sas(ctx context.Context) ([]SA, error) {
 	// With noblock those that are busy would be left out, and whoever removes what the daemon does not know would remove theirs.
-	all, err := d.list(ctx, "list-sas", "list-sa", nil)
+	all, err := d.list(ctx, "list-sas", eventSA, nil)
 	if err != nil {
 		return nil, err
 	}

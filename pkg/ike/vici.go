@@ -5,10 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"strings"
-	"sync"
 
 	"github.com/strongswan/govici/vici"
 )
@@ -101,25 +98,33 @@ func missing(err error) bool {
 // session is one connection to the daemon's socket, on which one command at a time is under way.
 type session struct {
 	vici *vici.Session
-	pace *pace
-	lost chan vici.Event // closed when the connection is; nothing is ever sent, for no event is subscribed to
+	// events are those of commands that list; it is closed when the connection is. The library's reader fills it, in the order in which
+	// things come, so all events of a command are in it when the command's answer is there. Not so with the library's own streams (0.8.0):
+	// they take events and the answer from two channels at random, and lose what is left.
+	events chan vici.Event
 }
 
-func dial(ctx context.Context, socket string) (*session, error) {
-	s := &session{lost: make(chan vici.Event)}
-	var err error
-	s.vici, err = vici.NewSession(vici.WithSocketPath(socket), vici.WithDialContext(func(_ context.Context, network, addr string) (net.Conn, error) {
-		c, err := (&net.Dialer{}).DialContext(ctx, network, addr)
-		if err != nil {
-			return nil, err
-		}
-		s.pace = newPace(c)
-		return s.pace, nil
-	}))
+// maxEvents of one command. The library drops silently what finds no room.
+const maxEvents = 1 << 14
+
+// What list-sas and list-policies answer with.
+const (
+	eventSA     = "list-sa"
+	eventPolicy = "list-policy"
+)
+
+func dial(socket string) (*session, error) {
+	v, err := vici.NewSession(vici.WithSocketPath(socket))
 	if err != nil {
 		return nil, err
 	}
-	s.vici.NotifyEvents(s.lost)
+	s := &session{vici: v, events: make(chan vici.Event, maxEvents)}
+	v.NotifyEvents(s.events)
+	// Only now, when no such event can come: while it subscribes, the library cannot take one.
+	if err := v.Subscribe(eventSA, eventPolicy); err != nil {
+		s.close()
+		return nil, err
+	}
 	return s, nil
 }
 
@@ -127,11 +132,15 @@ func (s *session) close() { _ = s.vici.Close() }
 
 // alive is a guess: false is certain, true may be over by now.
 func (s *session) alive() bool {
-	select {
-	case <-s.lost:
-		return false
-	default:
-		return true
+	for {
+		select {
+		case _, ok := <-s.events:
+			if !ok {
+				return false
+			}
+		default:
+			return true
+		}
 	}
 }
 
@@ -141,7 +150,6 @@ func (s *session) call(ctx context.Context, cmd string, args section) (*vici.Mes
 	if err != nil {
 		return nil, err
 	}
-	defer s.pace.reset()
 	answer, err := s.vici.Call(ctx, cmd, m)
 	if err != nil && answer != nil {
 		said, _ := answer.Get("errmsg").(string)
@@ -153,94 +161,28 @@ func (s *session) call(ctx context.Context, cmd string, args section) (*vici.Mes
 	return answer, err
 }
 
-// list runs a command that answers with a stream of events.
+// list runs a command that answers with events.
 func (s *session) list(ctx context.Context, cmd, event string, args section) (all []*vici.Message, err error) {
-	m, err := args.message()
-	if err != nil {
+	if !s.alive() {
+		return nil, errNotConnected
+	}
+	if _, err := s.call(ctx, cmd, args); err != nil {
 		return nil, err
 	}
-	defer s.pace.reset()
-	for answer, err := range s.vici.CallStreaming(ctx, cmd, event, m) {
-		if err != nil {
-			return nil, err
-		}
-		s.pace.taken()
-		all = append(all, answer)
+	if len(s.events) == maxEvents {
+		return nil, fmt.Errorf("more than %d answers", maxEvents)
 	}
-	return all, nil
-}
-
-// pace is a connection whose reader gets a frame only while it has room for it. The library has room for 128 events of a stream
-// and drops, silently, what comes when that is full: list-sas with some hundreds of peers would be a gamble.
-type pace struct {
-	net.Conn
-	head   []byte // of the frame being read, up to its 4 octets of length
-	left   int    // octets of its body yet to be read
-	mu     sync.Mutex
-	wake   *sync.Cond
-	under  int // frames read and not taken
-	closed bool
-}
-
-const room = 64
-
-func newPace(c net.Conn) *pace {
-	p := &pace{Conn: c}
-	p.wake = sync.NewCond(&p.mu)
-	return p
-}
-
-// Read never reads beyond a frame.
-func (p *pace) Read(b []byte) (int, error) {
-	if p.left == 0 && len(p.head) == 0 {
-		p.mu.Lock()
-		for p.under >= room && !p.closed {
-			p.wake.Wait()
-		}
-		p.under++
-		closed := p.closed
-		p.mu.Unlock()
-		if closed {
-			return 0, io.EOF
+	for {
+		select {
+		case e, ok := <-s.events:
+			if !ok {
+				return nil, errNotConnected
+			}
+			if e.Name == event {
+				all = append(all, e.Message)
+			}
+		default:
+			return all, nil
 		}
 	}
-	limit := p.left
-	if limit == 0 {
-		limit = 4 - len(p.head)
-	}
-	n, err := p.Conn.Read(b[:min(len(b), limit)])
-	if p.left > 0 {
-		p.left -= n
-		return n, err
-	}
-	p.head = append(p.head, b[:n]...)
-	if len(p.head) == 4 {
-		p.left = int(p.head[0])<<24 | int(p.head[1])<<16 | int(p.head[2])<<8 | int(p.head[3])
-		p.head = p.head[:0]
-	}
-	return n, err
-}
-
-// Close also ends a Read that waits for room.
-func (p *pace) Close() error {
-	p.mu.Lock()
-	p.closed = true
-	p.mu.Unlock()
-	p.wake.Broadcast()
-	return p.Conn.Close()
-}
-
-func (p *pace) taken() {
-	p.mu.Lock()
-	p.under--
-	p.mu.Unlock()
-	p.wake.Signal()
-}
-
-// reset is when a command is over: nothing of it is under way.
-func (p *pace) reset() {
-	p.mu.Lock()
-	p.under = 0
-	p.mu.Unlock()
-	p.wake.Signal()
 }
