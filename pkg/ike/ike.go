@@ -44,6 +44,12 @@ type Daemon struct {
 	// gone, a tunnel came up or failed. It must not block.
 	Notify func()
 
+	// ReauthOnRotation has tunnels that are established authenticate anew when the key to be sent has changed; else it is used when they are set up
+	// the next time, and what is established lives on: its own keys came from Diffie-Hellman, not from that one. The new SAs are made
+	// before the old are broken, but the peer sends by the new ones as soon as it has them, and what arrives before this end has them too
+	// is lost: some milliseconds' worth.
+	ReauthOnRotation bool
+
 	// Timeout of one command. 0: 20 seconds.
 	Timeout time.Duration
 
@@ -123,6 +129,9 @@ func (d *Daemon) Apply(ctx context.Context, want []ipsec.Tunnel, creds Credentia
 	todo := steps(wishes, d.have, seen)
 	failed := map[string]bool{}
 	for _, s := range todo {
+		if s.cmd == "rekey" && !d.ReauthOnRotation {
+			continue
+		}
 		if failed[s.tunnel] && s.tunnel != "" {
 			continue
 		}
