@@ -1,0 +1,156 @@
+package volume
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Where a host keeps what drivers must remember, and their locks.
+const (
+	DefaultStateDir = "/var/lib/lariat/volumes"
+	DefaultRunDir   = "/run/lariat/volumes"
+)
+
+// Journal is a folder of small records, one file for each key. A record is replaced whole or not at all and is on the disk when Put returns:
+// other than the journal of attachments it tells of data that outlives a power failure.
+//
+// Who changes a record holds its lock (see Locks); readers need none. A journal is a memory, not the truth: drivers can do without a record,
+// by the mount table, the export's own marks or the cloud's tags. So a damaged one is set aside and counts as missing.
+type Journal[T any] struct{ Dir string }
+
+// entry is a file's content. The key is in it because the file's name may be a hash.
+type entry[T any] struct {
+	Key   string `json:"key"`
+	Value T      `json:"value"`
+}
+
+func (j Journal[T]) path(key string) string { return filepath.Join(j.Dir, fileName(key)+".json") }
+
+// fileName is a key itself if it is a proper name, otherwise, as with folders, its hash.
+func fileName(key string) string {
+	if CheckName(key) == nil {
+		return key
+	}
+	sum := sha256.Sum256([]byte(key))
+	return "@" + hex.EncodeToString(sum[:16])
+}
+
+// Put writes a record.
+func (j Journal[T]) Put(key string, value T) error {
+	data, err := json.MarshalIndent(entry[T]{key, value}, "", "  ")
+	if err != nil {
+		return fmt.Errorf("journal %s: %w", key, err)
+	}
+	if err := os.MkdirAll(j.Dir, 0o700); err != nil {
+		return fmt.Errorf("journal %s: %w", key, err)
+	}
+	path := j.path(key)
+	tmp := filepath.Join(j.Dir, ".new-"+filepath.Base(path))
+	f, err := os.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err == nil {
+		_, err = f.Write(append(data, '\n'))
+		if err == nil {
+			err = f.Sync()
+		}
+		err = errors.Join(err, f.Close())
+	}
+	if err == nil {
+		Step("journal-written")
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		os.Remove(tmp)
+		return fmt.Errorf("journal %s: %w", key, err)
+	}
+	return j.sync()
+}
+
+// sync makes renames and removals last.
+func (j Journal[T]) sync() error {
+	dir, err := os.Open(j.Dir)
+	if err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	defer dir.Close()
+	if err := dir.Sync(); err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	return nil
+}
+
+// Get reads a record.
+func (j Journal[T]) Get(key string) (value T, found bool, err error) {
+	e, found, err := j.read(j.path(key))
+	return e.Value, found, err
+}
+
+func (j Journal[T]) read(path string) (e entry[T], found bool, err error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return e, false, nil
+	}
+	if err != nil {
+		return e, false, fmt.Errorf("journal: %w", err)
+	}
+	if err := json.Unmarshal(data, &e); err != nil || fileName(e.Key)+".json" != filepath.Base(path) {
+		// Kept for a person to look at. The name hides it from List.
+		if err := os.Rename(path, filepath.Join(j.Dir, ".damaged-"+filepath.Base(path))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return entry[T]{}, false, fmt.Errorf("journal: set the damaged %s aside: %w", path, err)
+		}
+		return entry[T]{}, false, nil
+	}
+	return e, true, nil
+}
+
+// Remove drops a record; one that is not there is no error.
+func (j Journal[T]) Remove(key string) error {
+	err := os.Remove(j.path(key))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("journal: %w", err)
+	}
+	return j.sync()
+}
+
+// List reads all records, by key.
+func (j Journal[T]) List() (map[string]T, error) {
+	all := map[string]T{}
+	files, err := os.ReadDir(j.Dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return all, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("journal: %w", err)
+	}
+	for _, f := range files {
+		if strings.HasPrefix(f.Name(), ".") || !strings.HasSuffix(f.Name(), ".json") {
+			continue
+		}
+		e, found, err := j.read(filepath.Join(j.Dir, f.Name()))
+		if err != nil {
+			return nil, err
+		}
+		if found {
+			all[e.Key] = e.Value
+		}
+	}
+	return all, nil
+}
+
+// BootID tells one boot of the host from the next.
+func BootID() string {
+	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(data))
+}

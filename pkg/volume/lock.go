@@ -1,0 +1,85 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+// Locks serialise the work on one volume, or one folder, between processes. The kernel drops a lock with its process. Each key has a file of its
+// own, so that a volume whose server hangs holds up no other.
+type Locks struct{ Dir string }
+
+// Lock waits until it has the lock of a key or the context ends; then the error says who holds it and for what. Whoever takes several takes
+// the volume's before the folder's.
+func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), err error) {
+	if err := os.MkdirAll(l.Dir, 0o700); err != nil {
+		return nil, fmt.Errorf("lock %s: %w", key, err)
+	}
+	path := filepath.Join(l.Dir, fileName(key)+".lock")
+	type result struct {
+		f   *os.File
+		err error
+	}
+	// flock cannot be interrupted. If nobody waits any more when it comes, it is given back.
+	got := make(chan result)
+	go func() {
+		f, err := lock(path)
+		select {
+		case got <- result{f, err}:
+		case <-ctx.Done():
+			if f != nil {
+				f.Close()
+			}
+		}
+	}()
+	select {
+	case r := <-got:
+		if r.err != nil {
+			return nil, fmt.Errorf("lock %s: %w", key, r.err)
+		}
+		// For who waits in vain. The lock does not depend on it.
+		_ = r.f.Truncate(0)
+		_, _ = r.f.WriteAt(fmt.Appendf(nil, "process %d (%s)", os.Getpid(), purpose), 0)
+		return func() {
+			os.Remove(path) // while it is held, so that nobody locks a file without a name: see lock
+			r.f.Close()
+		}, nil
+	case <-ctx.Done():
+		holder, _ := os.ReadFile(path)
+		return nil, Errorf(ErrInUse, "%s of %s waited for %s: %w", purpose, key, strings.TrimSpace(string(holder)), context.Cause(ctx))
+	}
+}
+
+// lock opens and locks a file until the one that is locked is the one that has the name.
+func lock(path string) (*os.File, error) {
+	for {
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		for {
+			err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX)
+			if !errors.Is(err, syscall.EINTR) {
+				break
+			}
+		}
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		mine, err := f.Stat()
+		if err != nil {
+			f.Close()
+			return nil, err
+		}
+		if named, err := os.Stat(path); err == nil && os.SameFile(mine, named) {
+			return f, nil
+		}
+		f.Close()
+	}
+}

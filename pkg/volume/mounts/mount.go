@@ -1,0 +1,283 @@
+package mounts
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+)
+
+// Spec is a mount that is wanted.
+type Spec struct {
+	Source  string
+	Dir     string // as Resolve gives it
+	FSType  string
+	Options []string // all checked; words such as ro and nodev among them
+	Address string   // of the server, for a kernel that gets no help by a program
+}
+
+// flags are the options that mount(2) takes as bits.
+var flags = map[string]struct{ set, clear uintptr }{
+	"ro": {unix.MS_RDONLY, 0}, "rw": {0, unix.MS_RDONLY},
+	"nosuid": {unix.MS_NOSUID, 0}, "suid": {0, unix.MS_NOSUID},
+	"nodev": {unix.MS_NODEV, 0}, "dev": {0, unix.MS_NODEV},
+	"noexec": {unix.MS_NOEXEC, 0}, "exec": {0, unix.MS_NOEXEC},
+	"sync": {unix.MS_SYNCHRONOUS, 0}, "async": {0, unix.MS_SYNCHRONOUS},
+	"dirsync": {unix.MS_DIRSYNC, 0},
+	"noatime": {unix.MS_NOATIME, 0}, "relatime": {unix.MS_RELATIME, unix.MS_NOATIME}, "strictatime": {unix.MS_STRICTATIME, unix.MS_NOATIME},
+	"nodiratime": {unix.MS_NODIRATIME, 0}, "diratime": {0, unix.MS_NODIRATIME},
+}
+
+var doMount = Task("mount", func(s Spec) (struct{}, error) { return struct{}{}, MountHere(s, true) })
+
+// Mount mounts, by the file system's own program if there is one (mount.nfs), else by mount(2). It creates the folder. It returns nil only if
+// the table then shows the source at the folder.
+func Mount(ctx context.Context, s Spec) error {
+	if _, err := doMount(ctx, s); err != nil {
+		return err
+	}
+	t, err := Read()
+	if err != nil {
+		return err
+	}
+	if stack := t.At(s.Dir); len(stack) == 0 || stack[len(stack)-1].Source != s.Source {
+		return fmt.Errorf("the mount of %s at %s was reported as done, and the mount table does not show it", s.Source, s.Dir)
+	}
+	return nil
+}
+
+// helper is where programs such as mount.nfs are; not PATH, which is whatever kubelet was started with.
+func helper(fstype string) string {
+	for _, dir := range []string{"/sbin", "/usr/sbin", "/usr/local/sbin", "/usr/bin", "/run/current-system/sw/bin"} {
+		path := filepath.Join(dir, "mount."+fstype)
+		if unix.Access(path, unix.X_OK) == nil {
+			return path
+		}
+	}
+	return ""
+}
+
+// MountHere mounts in this process, which must be a child. With become, the process turns into the file system's program, so
+// that there is one process less that could outlive its parent.
+func MountHere(s Spec, become bool) error {
+	if err := os.MkdirAll(s.Dir, 0o750); err != nil {
+		return fmt.Errorf("create the folder: %w", err)
+	}
+	if fi, err := os.Lstat(s.Dir); err != nil || !fi.IsDir() {
+		return volume.Errorf(volume.ErrConflict, "%s is not a folder", s.Dir)
+	}
+	volume.Step("before-mount")
+	program := helper(s.FSType)
+	if program == "" {
+		return kernelMount(s)
+	}
+	// The source cannot begin with a dash: it is a host and a path, or a device's path. The folder is absolute.
+	argv := []string{program, s.Source, s.Dir, "-o", strings.Join(s.Options, ",")}
+	runtime.LockOSThread()
+	if become {
+		// The wish to die with the parent is a thread's, and only the thread that calls exec lives on.
+		if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(syscall.SIGKILL), 0, 0, 0); err != nil {
+			return fmt.Errorf("prctl: %w", err)
+		}
+		return fmt.Errorf("execute %s: %w", program, syscall.Exec(program, argv, os.Environ()))
+	}
+	var words limited
+	cmd := exec.Command(program, argv[1:]...)
+	cmd.Stdout, cmd.Stderr = &words, &words
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // and it is in this process's group
+	err := cmd.Run()
+	if text := words.String(); err != nil && text != "" {
+		return errors.New(text)
+	}
+	return err
+}
+
+func kernelMount(s Spec) error {
+	bits, data := uintptr(0), []string{}
+	for _, o := range s.Options {
+		if f, ok := flags[o]; ok {
+			bits = bits&^f.clear | f.set
+		} else if !strings.HasPrefix(o, "retry=") { // mount.nfs's own
+			data = append(data, o)
+		}
+	}
+	if s.Address != "" {
+		data = append(data, "addr="+s.Address)
+	}
+	if err := unix.Mount(s.Source, s.Dir, s.FSType, bits, strings.Join(data, ",")); err != nil {
+		why := ""
+		switch {
+		case errors.Is(err, unix.ENODEV):
+			why = fmt.Sprintf(" (this kernel has no %s: modprobe %s)", s.FSType, s.FSType)
+		case errors.Is(err, unix.EINVAL):
+			why = fmt.Sprintf(" (mount.%s is not installed, and the kernel alone does not take these options)", s.FSType)
+		}
+		return fmt.Errorf("mount %s: %w%s", s.Source, err, why)
+	}
+	return nil
+}
+
+type unmountArgs struct {
+	Dir   string
+	Flags int
+}
+
+var doUnmount = Task("unmount", func(a unmountArgs) (struct{}, error) {
+	if err := unix.Unmount(a.Dir, a.Flags|unix.UMOUNT_NOFOLLOW); err != nil {
+		return struct{}{}, fmt.Errorf("umount: %w", err)
+	}
+	return struct{}{}, nil
+})
+
+var doProbe = Task("probe", func(dir string) (struct{}, error) {
+	var st unix.Statfs_t
+	return struct{}{}, unix.Statfs(dir, &st)
+})
+
+// Alive says whether what is mounted at a folder answers within a time.
+func Alive(ctx context.Context, dir string, within time.Duration) bool {
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	_, err := doProbe(ctx, dir)
+	return err == nil || !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, unix.EIO) && !errors.Is(err, unix.ETIMEDOUT)
+}
+
+// Policy is how far Unmount goes.
+type Policy struct {
+	Remote bool // there is a server that may be gone: its waiting calls may be aborted then (MNT_FORCE)
+	Lazy   bool // if even that does not help, detach: processes that still use the volume keep it, out of sight
+}
+
+// forceTries is how often a dead server's volume is asked to go. Each try aborts the calls that wait for the server; the processes that made them
+// leave only afterwards.
+const forceTries = 6
+
+// Unmount takes the uppermost mount away from a folder, and returns how: "umount", "force" or "lazy". A volume whose server answers and which
+// somebody uses is an ErrInUse, with the users. Nothing mounted is how == "". The caller repeats it for mounts beneath.
+func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) {
+	before, err := Read()
+	if err != nil {
+		return "", err
+	}
+	stack := before.At(dir)
+	if len(stack) == 0 {
+		return "", nil
+	}
+	id := stack[len(stack)-1].ID
+	gone := func() (bool, error) {
+		t, err := Read()
+		if err != nil {
+			return false, err
+		}
+		for _, m := range t.At(dir) {
+			if m.ID == id {
+				return false, nil
+			}
+		}
+		return true, nil
+	}
+	try := func(how string, flag int, share int, most time.Duration) (done bool, err error) {
+		ctx, cancel := context.WithTimeout(ctx, part(ctx, share, most))
+		defer cancel()
+		_, cause := doUnmount(ctx, unmountArgs{dir, flag})
+		volume.Step("unmounted")
+		if ok, err := gone(); err != nil || ok {
+			return ok, err
+		}
+		if cause == nil {
+			cause = errors.New("the mount table still shows it")
+		}
+		return false, cause
+	}
+
+	done, cause := try("umount", 0, 3, 15*time.Second)
+	if done {
+		return "umount", nil
+	}
+	late := errors.Is(cause, context.DeadlineExceeded)
+	if !p.Remote || !late && !errors.Is(cause, unix.EBUSY) {
+		return "", inUse(dir, cause)
+	}
+	if !late && Alive(ctx, dir, part(ctx, 4, 5*time.Second)) {
+		return "", inUse(dir, cause)
+	}
+	pause := time.NewTicker(400 * time.Millisecond)
+	defer pause.Stop()
+	for range forceTries {
+		done, err := try("force", unix.MNT_FORCE, 4, 5*time.Second)
+		if done {
+			return "force", nil
+		}
+		cause = err
+		select {
+		case <-pause.C:
+		case <-ctx.Done():
+			return "", fmt.Errorf("unmount %s: the server does not answer: %w", dir, context.Cause(ctx))
+		}
+	}
+	if p.Lazy {
+		if done, cause = try("lazy", unix.MNT_DETACH, 2, 5*time.Second); done {
+			return "lazy", nil
+		}
+	}
+	return "", fmt.Errorf("the server does not answer, and %w", inUse(dir, cause))
+}
+
+// part is a share of the time that is left.
+func part(ctx context.Context, share int, most time.Duration) time.Duration {
+	if end, ok := ctx.Deadline(); ok {
+		return min(time.Until(end)/time.Duration(share), most)
+	}
+	return most
+}
+
+func inUse(dir string, cause error) error {
+	if !errors.Is(cause, unix.EBUSY) {
+		return fmt.Errorf("unmount %s: %w", dir, cause)
+	}
+	who := Users(dir)
+	if len(who) == 0 {
+		return volume.Errorf(volume.ErrInUse, "%s is in use: %w", dir, cause)
+	}
+	return volume.Errorf(volume.ErrInUse, "%s is in use by %s: %w", dir, strings.Join(who, ", "), cause)
+}
+
+// Users are processes that have something below a folder open or as their working folder, as "name (pid)", at most five. Mount
+// namespaces of others are not searched. Links in /proc say it without asking a server.
+func Users(dir string) (who []string) {
+	procs, _ := os.ReadDir("/proc")
+	for _, p := range procs {
+		pid, err := strconv.Atoi(p.Name())
+		if err != nil {
+			continue
+		}
+		base := filepath.Join("/proc", p.Name())
+		links := []string{base + "/cwd", base + "/root"}
+		fds, _ := os.ReadDir(base + "/fd")
+		for _, fd := range fds {
+			links = append(links, base+"/fd/"+fd.Name())
+		}
+		for _, l := range links {
+			if to, err := os.Readlink(l); err == nil && (to == dir || strings.HasPrefix(to, dir+"/")) {
+				name, _ := os.ReadFile(base + "/comm")
+				who = append(who, fmt.Sprintf("%s (%d)", strings.TrimSpace(string(name)), pid))
+				break
+			}
+		}
+		if len(who) == 5 {
+			break
+		}
+	}
+	return who
+}
