@@ -42,6 +42,9 @@ type VXLANVNI uint32
 // NoReverse matches a packet whose source has no route back by the interface on which it arrived.
 type NoReverse struct{}
 
+// RouteIPsec matches a packet that will be transformed by IPsec before it leaves: rt ipsec exists.
+type RouteIPsec struct{}
+
 // Masquerade gives the packet the address of the leaving interface; it ends a rule of a nat chain.
 type Masquerade struct{}
 
@@ -63,6 +66,7 @@ func (InSet) statement()       {}
 func (UDPDport) statement()    {}
 func (VXLANVNI) statement()    {}
 func (NoReverse) statement()   {}
+func (RouteIPsec) statement()  {}
 func (Masquerade) statement()  {}
 func (Verdict) statement()     {}
 func (MarkComment) statement() {}
@@ -104,6 +108,9 @@ func (s VXLANVNI) String() string { return "@th,96,24 0x" + strconv.FormatUint(u
 
 // String is the statement as nft lists it.
 func (NoReverse) String() string { return "fib saddr . iif oif missing" }
+
+// String is the statement as nft lists it.
+func (RouteIPsec) String() string { return "rt ipsec exists" }
 
 // String is the statement as nft lists it.
 func (Masquerade) String() string { return "masquerade" }

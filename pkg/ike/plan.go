@@ -70,7 +70,7 @@ func steps(want map[string]wish, have map[string]held, seen *observed) []step {
 		for _, k := range keysToLoad(w.keys, h.keys) {
 			line := "+ key " + k.id
 			if slices.ContainsFunc(h.keys, func(x key) bool { return x.id == k.id && x.digest == k.digest }) {
-				line = "" // it is only put in front of the others
+				line = "~ key " + k.id + " goes before the others"
 			}
 			add(name, line, false, "load-shared", k.args)
 		}

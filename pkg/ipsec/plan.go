@@ -201,7 +201,8 @@ func block(s *delta.State, networks []metadata.Network) {
 	for _, inside := range []delta.Rule{{delta.IifPrefix(delta.PortPrefix)}, {delta.IifPrefix(delta.TunnelPrefix)}, {delta.Iif{Name: "lo"}}} {
 		in.Rules = append(in.Rules, append(inside, delta.Verdict("accept")))
 	}
-	for _, inside := range []delta.Rule{{delta.OifPrefix(delta.PortPrefix)}, {delta.OifPrefix(delta.TunnelPrefix)}, {delta.Oif{Name: "lo"}}} {
+	// A packet passes here twice: on its way into the tunnel's interface, and on its way to the wire with the transformation ahead of it.
+	for _, inside := range []delta.Rule{{delta.OifPrefix(delta.PortPrefix)}, {delta.OifPrefix(delta.TunnelPrefix)}, {delta.Oif{Name: "lo"}}, {delta.RouteIPsec{}}} {
 		out.Rules = append(out.Rules, append(inside, delta.Verdict("accept")))
 	}
 	for _, f := range []struct {

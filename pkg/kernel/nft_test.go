@@ -32,6 +32,10 @@ func filters() *delta.State {
 		{delta.UDPDport(4789), delta.VXLANVNI(1042), delta.InSet{Field: "saddr", Set: "vteps4", Not: true}, delta.Verdict("drop")},
 		{delta.Iif{Name: "vtep1042", Not: true}, delta.UDPDport(4789), delta.InSet{Field: "saddr", Set: "vteps6", V6: true}, delta.Verdict("accept")},
 	}}
+	s.Chains["clear-out"] = delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300, Rules: []delta.Rule{
+		{delta.OifPrefix("lrx"), delta.Verdict("accept")},
+		{delta.RouteIPsec{}, delta.Verdict("accept")},
+	}}
 	s.Chains["egress"] = delta.Chain{Type: "nat", Hook: "postrouting", Priority: 100, Rules: []delta.Rule{
 		{delta.InSet{Field: "saddr", Set: "nat4-overlay"}, delta.InSet{Field: "daddr", Set: "keep4-overlay", Not: true}, delta.Oif{Name: "vtep1042", Not: true}, delta.Masquerade{}},
 	}}

@@ -18,6 +18,8 @@ const (
 	reg = unix.NFT_REG_1
 
 	verdictDrop, verdictAccept = 0, 1 // include/uapi/linux/netfilter.h
+
+	rtXFRM = 4 // NFT_RT_XFRM (Linux 4.20)
 )
 
 // Field offsets in the IP headers.
@@ -78,6 +80,9 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		case delta.NoReverse:
 			add(&expr.Fib{Register: reg, ResultOIF: true, FlagSADDR: true, FlagIIF: true, FlagPRESENT: true})
 			cmp(false, make([]byte, 4)) // nft compares the whole register
+		case delta.RouteIPsec:
+			add(&expr.Rt{Key: rtXFRM, Register: reg})
+			cmp(false, []byte{1})
 		case delta.Masquerade:
 			add(&expr.Masq{})
 		case delta.Verdict:
@@ -253,6 +258,10 @@ func statement(x []expression) (delta.Statement, int) {
 		if c, ok := second("cmp"); ok && c.equals(4) && binary.NativeEndian.Uint32(c.data(unix.NFTA_CMP_DATA)) == 0 &&
 			first.u32(unix.NFTA_FIB_RESULT) == unix.NFT_FIB_RESULT_OIF && first.u32(unix.NFTA_FIB_FLAGS) == flags {
 			return delta.NoReverse{}, 2
+		}
+	case "rt":
+		if c, ok := second("cmp"); ok && c.equals(1) && first.u32(unix.NFTA_RT_KEY) == rtXFRM && c.data(unix.NFTA_CMP_DATA)[0] == 1 {
+			return delta.RouteIPsec{}, 2
 		}
 	case "masq":
 		if first.u32(unix.NFTA_MASQ_FLAGS) == 0 && first.attrs[unix.NFTA_MASQ_REG_PROTO_MIN] == nil {

@@ -1,0 +1,445 @@
+package encrypted_test
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	. "github.com/onsi/ginkgo/v2"
+	. "github.com/onsi/gomega"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/test/lab"
+)
+
+// established is one IKE SA with one child, both ends agree.
+func established(a, b *lab.Host) {
+	GinkgoHelper()
+	for _, ends := range [][2]*lab.Host{{a, b}, {b, a}} {
+		Eventually(func() string { return tunnel(ends[0], ends[1]).State }).Should(Equal(ipsec.StateEstablished))
+	}
+	for _, ends := range [][2]*lab.Host{{a, b}, {b, a}} {
+		Eventually(func() int { return sasBetween(ends[0], ends[1]) }).Should(Equal(2), "one each way")
+	}
+}
+
+// sasBetween counts a host's SAs with another.
+func sasBetween(h, peer *lab.Host) (n int) {
+	GinkgoHelper()
+	sas, _ := xfrm(h)
+	for _, s := range sas {
+		if s.Spi != 0 && (s.Src.String() == peer.Addr.Addr().String() || s.Dst.String() == peer.Addr.Addr().String()) {
+			n++
+		}
+	}
+	return n
+}
+
+// loss runs f while a packet goes from a to b and back each 5 ms, and returns the numbers of those that were lost.
+func loss(a, b *lab.Container, f func()) (sent int, lost []int) {
+	GinkgoHelper()
+	flow, err := a.Flow(b.Netns, b.Addr(false), 5*time.Millisecond)
+	Expect(err).NotTo(HaveOccurred())
+	Eventually(func() int { _, back := flow.Count(); return back }).Should(BeNumerically(">", 5))
+	f()
+	return flow.Stop()
+}
+
+// until waits for something to become true that takes long.
+func until(limit time.Duration, what string, ok func() bool) {
+	GinkgoHelper()
+	Eventually(ok).WithTimeout(limit).Should(BeTrue(), what)
+}
+
+var _ = Describe("An encrypted network", func() {
+	It("F36: sets up one tunnel for a pair of hosts by the first packet, and what is on the wire is ESP", func() {
+		wires := watched()
+		a, b := connected(host(0)), connected(host(1))
+		Expect(tunnel(host(0), host(1)).State).To(Equal(ipsec.StateIdle), "nothing was sent yet")
+		start := time.Now()
+		pings(a, b)
+		GinkgoWriter.Printf("first answers after %s\n", time.Since(start))
+		established(host(0), host(1))
+		Expect(wires[0].Counts()[esp]).To(BeNumerically(">=", 4))
+		t := tunnel(host(0), host(1))
+		Expect(t.Suite).To(ContainSubstring("AES_GCM"))
+		Expect(t.Children).To(HaveLen(1))
+		Expect(t.Children[0].Network).To(Equal(network))
+		Expect(t.Children[0].Suite).To(ContainSubstring("AES_GCM"))
+		Expect(t.Children[0].BytesOut).To(BeNumerically(">", 0))
+		Expect(t.Since).To(BeTemporally("~", time.Now(), time.Minute))
+		sas, _ := xfrm(host(0))
+		for _, s := range sas {
+			if s.Spi == 0 {
+				continue
+			}
+			Expect(ipsec.Owned(uint32(s.Ifid))).To(BeTrue())
+		}
+		out, err := host(0).Output(ctx, "ip", "xfrm", "state")
+		Expect(err).NotTo(HaveOccurred())
+		Expect(out).To(ContainSubstring(fmt.Sprintf("replay_window %d", ipsec.ReplayWindow)))
+	})
+
+	It("F142: makes one tunnel when both ends send at once, and answers within a second", func() {
+		watched()
+		a, b, c := connected(host(0)), connected(host(1)), connected(host(2))
+		pairs := [][2]*lab.Container{{a, c}, {c, a}, {b, c}, {c, b}}
+		var wg sync.WaitGroup
+		took := make([]time.Duration, len(pairs))
+		for i, p := range pairs {
+			wg.Go(func() {
+				defer GinkgoRecover()
+				start := time.Now()
+				ping(p[0].Netns, p[1].Addr(false), 15*time.Second)
+				took[i] = time.Since(start)
+			})
+		}
+		wg.Wait()
+		GinkgoWriter.Printf("answers after %v\n", took)
+		established(host(0), host(2))
+		established(host(1), host(2))
+	})
+
+	It("F38: keeps just the tunnels' policies, each bound to its if_id", func() {
+		for _, h := range cluster.Hosts {
+			ids := map[int]bool{}
+			for _, p := range cluster.Hosts {
+				if p != h {
+					for _, c := range tunnel(h, p).Children {
+						ids[int(c.IfID)] = true
+					}
+				}
+			}
+			Expect(ids).To(HaveLen(2))
+			_, policies := xfrm(h)
+			count := map[string]int{}
+			for _, p := range policies {
+				if p.Ifid == 0 {
+					continue // sockets of the IKE daemon's own
+				}
+				Expect(ids).To(HaveKey(p.Ifid))
+				count[fmt.Sprint(p.Ifid, p.Dir, p.Src)]++
+			}
+			for k, n := range count {
+				Expect(n).To(Equal(1), k)
+			}
+			Expect(count).To(HaveLen(2*3*len(subnets)), "two peers, three directions, two families")
+		}
+	})
+
+	It("F39: leaves policies and connections of others alone", func() {
+		foreign := &netlink.XfrmPolicy{Src: mustCIDR("203.0.113.0/24"), Dst: mustCIDR("198.51.100.0/24"), Dir: netlink.XFRM_DIR_OUT, Ifid: 77, Action: netlink.XFRM_POLICY_BLOCK}
+		Expect(host(0).Do(func() error { return netlink.XfrmPolicyAdd(foreign) })).To(Succeed())
+		DeferCleanup(func() { Expect(host(0).Do(func() error { return netlink.XfrmPolicyDel(foreign) })).To(Succeed()) })
+		code, body := manager(host(0), "POST", "/v1/reload", "")
+		Expect(code).To(Equal(200), body)
+		_, policies := xfrm(host(0))
+		Expect(policies).To(ContainElement(HaveField("Ifid", 77)))
+	})
+
+	It("F37: drops and does not send in clear while IKE is blocked", func() {
+		watched()
+		a, b := connected(host(0)), connected(host(1))
+		pings(a, b)
+		// Nothing of IKE or ESP reaches the other host any more, and the tunnel that there is goes.
+		out, err := host(1).Output(ctx, "sh", "-c", `nft 'add table inet block; add chain inet block in { type filter hook prerouting priority -500; }; add rule inet block in iifname "eth0" meta l4proto { 50, 17 } udp dport { 500, 4500 } drop; add rule inet block in iifname "eth0" ip protocol esp drop'`)
+		Expect(err).NotTo(HaveOccurred(), out)
+		defer func() {
+			out, err := host(1).Output(ctx, "nft", "delete", "table", "inet", "block")
+			Expect(err).NotTo(HaveOccurred(), out)
+			pings(a, b)
+		}()
+		silent(a.Netns, b.Addr(false))
+		silent(a.Netns, b.Addr(true))
+		silent(b.Netns, a.Addr(false))
+	})
+
+	It("F144: drops a forged packet from the overlay, in clear and in VXLAN, and ESP with a wrong key", func() {
+		b := connected(host(1))
+		arrived, err := b.Listen("eth0", func(p lab.Packet) string {
+			if p.Proto == unix.IPPROTO_UDP && p.DstPort == 9 {
+				return "arrived from " + p.Src.String()
+			}
+			return ""
+		})
+		Expect(err).NotTo(HaveOccurred())
+		defer arrived.Close()
+		// A machine of nobody's on the same link, with a route to the container by its host.
+		evil, err := lab.NewNetns("evil")
+		Expect(err).NotTo(HaveOccurred())
+		defer evil.Remove()
+		Expect(cluster.Switch.Plug(evil, "eth0", 1500, netip.MustParsePrefix("192.0.2.66/24"))).To(Succeed())
+		script := fmt.Sprintf(`set -e
+ip addr add 10.44.200.1/32 dev lo
+ip route add 10.44.0.0/16 via %[1]s src 10.44.200.1
+printf x | busybox nc -u -w 1 -s 10.44.200.1 %[2]s 9 || true
+ip link add vx type vxlan id 1042 dstport 4789 remote %[1]s dev eth0
+ip addr add 10.44.200.2/32 dev vx; ip link set vx up
+ip route add %[2]s/32 dev vx src 10.44.200.2
+ip neigh add %[2]s dev vx lladdr 0e:00:c0:00:02:02 nud permanent
+printf x | busybox nc -u -w 1 -s 10.44.200.2 %[2]s 9 || true
+ip route del %[2]s/32 dev vx
+ip link add x0 type xfrm dev eth0 if_id 9
+ip link set x0 up
+ip route add %[2]s/32 dev x0 src 10.44.200.1
+ip xfrm policy add dir out src 0.0.0.0/0 dst 0.0.0.0/0 if_id 9 tmpl src 192.0.2.66 dst %[1]s proto esp reqid 9 mode tunnel
+ip xfrm state add src 192.0.2.66 dst %[1]s proto esp spi %[3]s reqid 9 mode tunnel if_id 9 aead 'rfc4106(gcm(aes))' 0x0123456789abcdef0123456789abcdef01234567 128
+printf x | busybox nc -u -w 1 -s 10.44.200.1 %[2]s 9 || true
+`, host(1).Addr.Addr(), b.Addr(false), spiOf(host(1)))
+		out, err := evil.Output(ctx, "sh", "-c", script)
+		Expect(err).NotTo(HaveOccurred(), out)
+		Expect(arrived.Counts()).To(BeEmpty())
+		// The same container does hear what comes the right way.
+		a := connected(host(0))
+		out, err = a.Output(ctx, "sh", "-c", fmt.Sprintf("printf x | busybox nc -u -w 1 %s 9 || true", b.Addr(false)))
+		Expect(err).NotTo(HaveOccurred(), out)
+		Eventually(arrived.Counts).Should(HaveKey("arrived from " + a.Addr(false).String()))
+	})
+
+	It("F41: changes keys every ten seconds under load and loses nothing, with one set of SAs in the end", func() {
+		watched()
+		a, b := connected(host(0)), connected(host(1))
+		pings(a, b)
+		established(host(0), host(1))
+		seen := map[string]bool{}
+		sent, lost := loss(a, b, func() {
+			until(90*time.Second, "five sets of keys", func() bool {
+				seen[spiOf(host(1))] = true
+				return len(seen) > 5
+			})
+		})
+		Expect(lost).To(BeEmpty(), "of %d", sent)
+		established(host(0), host(1))
+	})
+
+	It("F42: sets a tunnel up again that somebody took down", func() {
+		watched()
+		a, b := connected(host(0)), connected(host(1))
+		pings(a, b)
+		out, err := host(0).Output(ctx, "swanctl", "--terminate", "--ike", ipsec.ConnPrefix+host(1).Name, "--uri", "unix://"+host(0).IKEDir()+"/charon.vici")
+		Expect(err).NotTo(HaveOccurred(), out)
+		pings(a, b)
+		established(host(0), host(1))
+		By("and one whose connection was unloaded")
+		out, err = host(0).Output(ctx, "sh", "-c", "ip xfrm policy flush; ip xfrm state flush")
+		Expect(err).NotTo(HaveOccurred(), out)
+		pings(a, b)
+		By("and a route and a device that were deleted")
+		dev := tunnel(host(0), host(1)).Children[0].Device
+		out, err = host(0).Output(ctx, "ip", "link", "del", dev)
+		Expect(err).NotTo(HaveOccurred(), out)
+		pings(a, b)
+	})
+
+	It("F44: starts the IKE daemon again when it is killed, is red meanwhile, and sends nothing in clear", func() {
+		watched()
+		a, b := connected(host(0)), connected(host(1))
+		pings(a, b)
+		pid := charon(host(0))
+		Expect(pid).NotTo(BeZero())
+		red := make(chan string, 1)
+		stop := make(chan struct{})
+		go func() {
+			for {
+				if code, body := manager(host(0), "GET", "/readyz", ""); code == 503 && strings.Contains(body, "tunnels") {
+					red <- body
+					return
+				}
+				select {
+				case <-stop:
+					red <- ""
+					return
+				default:
+				}
+			}
+		}()
+		Expect(unix.Kill(pid, unix.SIGKILL)).To(Succeed())
+		Eventually(func() int { return charon(host(0)) }).ShouldNot(Or(BeZero(), Equal(pid)))
+		ready(host(0))
+		close(stop)
+		Expect(<-red).To(ContainSubstring("tunnels"), "readiness named it")
+		pings(a, b)
+		pings(b, a)
+		established(host(0), host(1))
+	})
+
+	It("loses nothing and sends nothing in clear when the manager is killed; the next one takes the daemon over", func() {
+		watched()
+		a, b := connected(host(0)), connected(host(1))
+		pings(a, b)
+		pid := charon(host(0))
+		sent, lost := loss(a, b, func() {
+			host(0).Manager.Kill()
+			Expect(host(0).StartManager(ctx)).To(Succeed())
+			ready(host(0))
+		})
+		Expect(lost).To(BeEmpty(), "of %d", sent)
+		Expect(charon(host(0))).To(Equal(pid))
+	})
+
+	It("F43: changes the secret with both in use for a while, loses nothing, and prints it nowhere", func() {
+		watched()
+		a, b := connected(host(0)), connected(host(1))
+		pings(a, b)
+		before := tunnel(host(0), host(1))
+		sent, lost := loss(a, b, func() {
+			for _, h := range cluster.Hosts {
+				secrets(h, secretB, secretA)
+				code, body := manager(h, "POST", "/v1/reload", "")
+				Expect(code).To(Equal(200), body)
+			}
+			until(30*time.Second, "the new secret in use", func() bool {
+				t := tunnel(host(0), host(1))
+				return len(t.Keys) > 0 && t.Keys[0] != before.Keys[0] && t.Since.After(before.Since) && t.State == ipsec.StateEstablished
+			})
+			for _, h := range cluster.Hosts {
+				secrets(h, secretB)
+				code, body := manager(h, "POST", "/v1/reload", "")
+				Expect(code).To(Equal(200), body)
+			}
+		})
+		Expect(lost).To(BeEmpty(), "of %d", sent)
+		established(host(0), host(1))
+		c := connected(host(2))
+		pings(c, a)
+		for _, h := range cluster.Hosts {
+			for _, log := range []string{h.Manager.Log(), h.Metadata.Log()} {
+				Expect(log).NotTo(Or(ContainSubstring(secretA[:10]), ContainSubstring(secretB[:10])))
+			}
+		}
+	})
+
+	It("recovers at once when a host was rebooted, whose peers still have its old keys", func() {
+		watched()
+		a, b := connected(host(0)), connected(host(1))
+		pings(a, b)
+		host(1).Manager.Kill()
+		Expect(unix.Kill(charon(host(1)), unix.SIGKILL)).To(Succeed())
+		out, err := host(1).Output(ctx, "sh", "-c", "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset; for l in $(ip -o link | grep -o 'lrx[0-9a-f]*' | sort -u); do ip link del $l; done")
+		Expect(err).NotTo(HaveOccurred(), out)
+		host(1).Metadata.Kill()
+		Expect(host(1).Reboot(2)).To(Succeed())
+		Expect(host(1).StartMetadata(ctx)).To(Succeed())
+		Expect(host(1).StartManager(ctx)).To(Succeed())
+		ready(host(1))
+		c := connected(host(1))
+		pings(a, c)
+		established(host(0), host(1))
+	})
+
+	It("takes the tunnel of a peer that was removed away, and sends it nothing in clear", func() {
+		watched()
+		a, b := connected(host(0)), connected(host(1))
+		pings(a, b)
+		addr := b.Addr(false)
+		view, err := host(0).Client().View(ctx)
+		Expect(err).NotTo(HaveOccurred())
+		h, _ := view.Host(host(2).Name)
+		Expect(host(2).Manager.Stop()).To(Succeed())
+		Expect(host(2).Metadata.Stop()).To(Succeed())
+		Expect(host(0).Client().Delete(ctx, metadata.KindHost, h.Name)).To(Succeed())
+		Eventually(func() string { return tunnel(host(0), host(2)).LastError }).Should(ContainSubstring("no tunnel to"))
+		Eventually(func() int { return sasBetween(host(0), host(2)) }).Should(BeZero())
+		_, policies := xfrm(host(0))
+		ids := map[int]bool{}
+		for _, p := range policies {
+			ids[p.Ifid] = p.Ifid != 0
+		}
+		delete(ids, 0)
+		Expect(ids).To(HaveLen(1))
+		silent(a.Netns, netip.MustParseAddr("10.44.255.250"))
+		ping(a.Netns, addr, 10*time.Second)
+		Expect(host(2).StartMetadata(ctx)).To(Succeed())
+		Expect(host(2).StartManager(ctx)).To(Succeed())
+		ready(host(2))
+		ready(host(0))
+	})
+
+	It("F46, F47: tells health and peers, reloads on demand with the cause, and changes its log level", func() {
+		code, body := manager(host(0), "GET", "/ping", "")
+		Expect(code).To(Equal(200), body)
+		r, err := report(host(0))
+		Expect(err).NotTo(HaveOccurred())
+		Expect(r.Daemon).To(ContainSubstring("strongSwan 5."))
+		Expect(r.Tunnels).To(HaveLen(2))
+		Expect(os.Chmod(host(0).SecretFile(), 0o644)).To(Succeed())
+		code, body = manager(host(0), "POST", "/v1/reload", "")
+		Expect(code).To(Equal(500))
+		Expect(body).To(And(ContainSubstring("tunnels"), ContainSubstring("chmod 600")))
+		Expect(os.Chmod(host(0).SecretFile(), 0o600)).To(Succeed())
+		code, body = manager(host(0), "POST", "/v1/reload", "")
+		Expect(code).To(Equal(200), body)
+		code, body = manager(host(0), "PUT", "/v1/log-level", "debug")
+		Expect(code).To(Equal(200), body)
+		code, body = manager(host(0), "PUT", "/v1/log-level", "loud")
+		Expect(code).To(Equal(400), body)
+		manager(host(0), "PUT", "/v1/log-level", "info")
+	})
+
+	It("F35: lives beside a VXLAN network on the same hosts", func() {
+		Expect(host(0).Client().Put(ctx, metadata.KindNetwork, "plain", metadata.Network{Name: "plain", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
+			Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}})).To(Succeed())
+		DeferCleanup(func() { Expect(host(0).Client().Delete(ctx, metadata.KindNetwork, "plain")).To(Succeed()) })
+		var plain []*lab.Container
+		for _, h := range cluster.Hosts[:2] {
+			serial++
+			c, err := h.NewContainer(fmt.Sprint("p", serial))
+			Expect(err).NotTo(HaveOccurred())
+			conf, err := h.Conf("plain", nil)
+			Expect(err).NotTo(HaveOccurred())
+			Expect(c.Add(ctx, lab.Call{Conf: conf})).To(Succeed())
+			DeferCleanup(func() { Expect(c.Del(ctx, lab.Call{Conf: conf})).To(Succeed()); c.Netns.Remove() })
+			plain = append(plain, c)
+		}
+		a, b := connected(host(0)), connected(host(1))
+		pings(a, b)
+		ping(plain[0].Netns, plain[1].Addr(false), 10*time.Second)
+	})
+
+	It("F134: STATUS names a daemon that does not run, and a secret that is missing", func() {
+		status := func() error {
+			list := call(host(0))
+			return cniStatus(host(0), list)
+		}
+		Expect(status()).To(Succeed())
+		host(0).Manager.Kill()
+		err := status()
+		Expect(err).To(MatchError(ContainSubstring("network manager does not answer")))
+		Expect(host(0).StartManager(ctx)).To(Succeed())
+		ready(host(0))
+		Expect(status()).To(Succeed())
+	})
+})
+
+func mustCIDR(s string) *net.IPNet {
+	n, err := netlink.ParseIPNet(s)
+	Expect(err).NotTo(HaveOccurred())
+	return n
+}
+
+// spiOf is an SPI by which a host receives, as ip writes it; the newest comes last in the kernel's list.
+func spiOf(h *lab.Host) string {
+	sas, _ := xfrm(h)
+	spi := "0x1"
+	for _, s := range sas {
+		if s.Spi != 0 && s.Dst.String() == h.Addr.Addr().String() && s.Src.String() == host(0).Addr.Addr().String() {
+			spi = fmt.Sprintf("%#x", uint32(s.Spi))
+		}
+	}
+	return spi
+}
+
+func cniStatus(h *lab.Host, call lab.Call) error {
+	short, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return h.Status(short, call)
+}
