@@ -361,8 +361,8 @@ func (c *Charon) say(level slog.Level, msg string, args ...any) {
 // config is charon's configuration.
 //
 // A request is repeated after 1, 1.5, 2.3, 3.4, 4 and 4 s and given up after 20: a peer that is just booting is found at most 4 s after it
-// listens, and one that is dead is known for dead 20 s after DPD asked, where strongSwan's defaults take 165. While a packet's
-// request for a tunnel is under way the kernel makes no other, so that one lives no longer than a repetition (xfrm_acq_expires).
+// listens, and one that is dead is known for dead 20 s after DPD asked, where strongSwan's defaults take 165. The kernel asks for a tunnel
+// once, and again only when it has forgotten that (xfrm_acq_expires): so long does it take to try again what the peer has refused.
 //
 // No line of the log at level 1 holds a key; from 4 on they would.
 func (c *Charon) config() string {
@@ -393,7 +393,7 @@ charon {
       socket = unix://%s
     }
     kernel-netlink {
-      xfrm_acq_expires = 4
+      xfrm_acq_expires = 2
     }
   }
   filelog {
