@@ -213,7 +213,10 @@ func (d *Daemon) follow(events <-chan vici.Event) {
 			news := d.errs[name].Text != what
 			d.errs[name] = Failure{Text: what, At: e.Timestamp}
 			d.errMu.Unlock()
-			if news && d.Log != nil {
+			if !news {
+				continue // it is tried every few seconds, as long as there are packets
+			}
+			if d.Log != nil {
 				d.Log.Warn("tunnel failed", "tunnel", name, "error", what)
 			}
 		default:
