@@ -1,6 +1,7 @@
 package ike
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -221,7 +222,8 @@ func repair(w wish, seen *observed) (out []step) {
 }
 
 // extra are the IKE SAs to end when both hosts have set one up at the same time. Neither is wrong, so the daemons keep both for
-// ever. One end decides, and what it decides does not matter.
+// ever. One end decides, and keeps the one by which it sends: what it sends by another until the peer has agreed is lost, and what
+// it is sent is not.
 func extra(t ipsec.Tunnel, sas []SA) []SA {
 	if t.LocalID >= t.RemoteID {
 		return nil
@@ -235,7 +237,7 @@ func extra(t ipsec.Tunnel, sas []SA) []SA {
 	if len(full) < 2 || slices.ContainsFunc(full, func(sa SA) bool { return sa.Age.Seconds() < young || !sa.settled() }) {
 		return nil
 	}
-	slices.SortFunc(full, func(a, b SA) int { return int(a.ID) - int(b.ID) })
+	slices.SortFunc(full, func(a, b SA) int { return cmp.Or(cmp.Compare(b.idle(), a.idle()), cmp.Compare(a.ID, b.ID)) })
 	return full[:len(full)-1]
 }
 

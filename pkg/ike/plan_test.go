@@ -242,6 +242,19 @@ func TestF142_OneEndDecides(t *testing.T) {
 	}
 }
 
+// TestF142_TheOneInUseStays: by which packets are sent.
+func TestF142_TheOneInUseStays(t *testing.T) {
+	used, unused := []ChildSA{{IdleOut: time.Second}}, []ChildSA{{IdleOut: time.Minute}}
+	for _, sas := range [][]SA{
+		{{ID: 1, State: Established, Age: time.Minute, Children: used}, {ID: 2, State: Established, Age: time.Minute, Children: unused}},
+		{{ID: 3, State: Established, Age: time.Minute, Children: unused}, {ID: 1, State: Established, Age: time.Minute, Children: used}},
+	} {
+		if got := extra(tunnel("h2", "192.0.2.2"), sas); len(got) != 1 || got[0].ID == 1 {
+			t.Errorf("of %v %v goes", sas, got)
+		}
+	}
+}
+
 // TestJudge: lines as strongSwan 5.9.8 writes them.
 func TestJudge(t *testing.T) {
 	for line, want := range map[string]string{

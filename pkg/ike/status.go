@@ -41,6 +41,15 @@ type SA struct {
 // settled reports whether nothing is going on.
 func (s SA) settled() bool { return len(s.Tasks) == 0 }
 
+// idle is how long no packet was sent by any of its children.
+func (s SA) idle() time.Duration {
+	idle := s.Age
+	for _, c := range s.Children {
+		idle = min(idle, c.IdleOut)
+	}
+	return idle
+}
+
 // ChildSA is a pair of ESP SAs.
 type ChildSA struct {
 	Network               string
@@ -52,6 +61,7 @@ type ChildSA struct {
 	Suite                 string // such as AES_GCM_16-256/ESN
 	BytesIn, BytesOut     uint64
 	PacketsIn, PacketsOut uint64
+	IdleOut               time.Duration // since a packet was sent; as old as it is if none was
 	Age                   time.Duration
 	RekeyIn               time.Duration
 }
@@ -112,12 +122,16 @@ func parseSA(name string, m *vici.Message) SA {
 		if str(c, "esn") != "" {
 			s += "/ESN"
 		}
+		idle := since(c, "use-out")
+		if str(c, "use-out") == "" {
+			idle = since(c, "install-time")
+		}
 		sa.Children = append(sa.Children, ChildSA{
 			Network: str(c, "name"), ID: number(c, "uniqueid", 10), IfID: uint32(number(c, "if-id-in", 16)), State: str(c, "state"),
 			SPIIn: uint32(number(c, "spi-in", 16)), SPIOut: uint32(number(c, "spi-out", 16)), Encap: str(c, "encap") == "yes", Suite: s,
 			BytesIn: number(c, "bytes-in", 10), BytesOut: number(c, "bytes-out", 10),
 			PacketsIn: number(c, "packets-in", 10), PacketsOut: number(c, "packets-out", 10),
-			Age: since(c, "install-time"), RekeyIn: since(c, "rekey-time"),
+			IdleOut: idle, Age: since(c, "install-time"), RekeyIn: since(c, "rekey-time"),
 		})
 	}
 	slices.SortFunc(sa.Children, func(a, b ChildSA) int {
