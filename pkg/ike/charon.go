@@ -170,6 +170,9 @@ func (c *Charon) start(lock *os.File) error {
 			return err
 		}
 	}
+	if err := c.portsFree(); err != nil {
+		return err
+	}
 	conf := filepath.Join(c.dir(), confFile)
 	if err := write(conf, c.config()); err != nil {
 		return err
@@ -206,6 +209,21 @@ func (c *Charon) start(lock *os.File) error {
 		close(gone)
 		c.ended(begun, err)
 	}()
+	return nil
+}
+
+// portsFree tells of another IKE daemon, such as the system's own, which Debian starts when charon-systemd is installed. charon itself
+// runs on without its ports, deaf, and says so in its log alone.
+func (c *Charon) portsFree() error {
+	for _, port := range []uint16{cmp.Or(c.Port, 500), cmp.Or(c.PortNATT, 4500)} {
+		l, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(port)})
+		switch {
+		case err == nil:
+			l.Close()
+		case errors.Is(err, unix.EADDRINUSE):
+			return fmt.Errorf("UDP port %d is taken by another IKE daemon; stop it (systemctl disable --now strongswan), or have it used in place of one of our own", port)
+		}
+	}
 	return nil
 }
 

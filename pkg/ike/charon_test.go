@@ -3,6 +3,7 @@ package ike
 import (
 	"context"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -20,7 +21,7 @@ func TestF44_CharonThatDies(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone := make(chan struct{}, 9)
-	c := &Charon{Path: script, Dir: filepath.Join(dir, "run"), Log: slog.New(slog.NewTextHandler(t.Output(), nil)), OnExit: func() { gone <- struct{}{} }}
+	c := &Charon{Path: script, Dir: filepath.Join(dir, "run"), Port: 50500, PortNATT: 54500, Log: slog.New(slog.NewTextHandler(t.Output(), nil)), OnExit: func() { gone <- struct{}{} }}
 	err := c.Ensure(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "no socket to be had") {
 		t.Fatalf("%v", err)
@@ -55,7 +56,7 @@ func TestF44_OneCharonOnly(t *testing.T) {
 	defer lock.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	other := &Charon{Path: "/nonexistent/charon", Dir: c.Dir}
+	other := &Charon{Path: "/nonexistent/charon", Dir: c.Dir, Port: 50500, PortNATT: 54500}
 	if !other.Running() {
 		t.Error("does not run")
 	}
@@ -66,6 +67,19 @@ func TestF44_OneCharonOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := other.Ensure(t.Context()); err == nil || !strings.Contains(err.Error(), "/nonexistent/charon") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestF44_PortTaken: charon would run without it and hear nothing.
+func TestF44_PortTaken(t *testing.T) {
+	l, err := net.ListenUDP("udp", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	c := &Charon{Path: "/nonexistent/charon", Dir: t.TempDir(), Port: uint16(l.LocalAddr().(*net.UDPAddr).Port)}
+	if err := c.Ensure(t.Context()); err == nil || !strings.Contains(err.Error(), "taken by another IKE daemon") {
 		t.Errorf("%v", err)
 	}
 }
