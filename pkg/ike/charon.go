@@ -219,7 +219,7 @@ func (c *Charon) portsFree() error {
 		l, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(port)})
 		switch {
 		case err == nil:
-			l.Close()
+			_ = l.Close()
 		case errors.Is(err, unix.EADDRINUSE):
 			return fmt.Errorf("UDP port %d is taken by another IKE daemon; stop it (systemctl disable --now strongswan), or have it used in place of one of our own", port)
 		}
