@@ -31,7 +31,7 @@ it, which tell nothing of it.`,
 		Args: cobra.NoArgs,
 		RunE: help,
 	}
-	c.AddCommand(a.ipsecStatus(), a.ipsecSecret(), a.ipsecRotate())
+	c.AddCommand(a.ipsecStatus(), a.ipsecSecret(), a.ipsecRotate(), a.ipsecReauth())
 	return c
 }
 
@@ -54,6 +54,24 @@ When the output is a file, that is made its owner's alone first.`,
 			b := make([]byte, 32)
 			_, _ = rand.Read(b) // never fails
 			_, err := fmt.Fprintln(a.stdout, base64.StdEncoding.EncodeToString(b))
+			return err
+		},
+		ValidArgsFunction: cobra.NoFileCompletions,
+	}
+}
+
+func (a *app) ipsecReauth() *cobra.Command {
+	return &cobra.Command{
+		Use:   "reauth",
+		Short: "Have established tunnels prove themselves with the secret of now",
+		Long: `Tunnels that are established outlive a change of the secret or of certificates, which only prove names when one is set up. This has this
+host's tunnels set up anew beside the old ones. A packet or two may be lost on each.`,
+		Example: `  lariat ipsec reauth`,
+		Args:    cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			ctx, cancel := a.bounded(c)
+			defer cancel()
+			_, err := a.askManager(ctx, http.MethodPost, "/v1/tunnels/reauth")
 			return err
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,

@@ -247,6 +247,13 @@ func handler(m *reconcile.Manager, remover *kernel.Remover, level *slog.LevelVar
 	mux.HandleFunc("GET /v1/tunnels", func(w http.ResponseWriter, r *http.Request) {
 		answer(w, m.Tunnels.Report(r.Context(), !r.URL.Query().Has("summary")))
 	})
+	mux.HandleFunc("POST /v1/tunnels/reauth", func(w http.ResponseWriter, r *http.Request) {
+		if err := m.Tunnels.Reauth(r.Context()); err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		fmt.Fprintln(w, "OK")
+	})
 	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), reloadTimeout)
 		defer cancel()

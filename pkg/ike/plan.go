@@ -83,6 +83,9 @@ func steps(want map[string]wish, have map[string]held, seen *observed) []step {
 			add(name, fmt.Sprintf("%s tunnel %s %s to %s", sign, name, w.tunnel.Local, w.tunnel.Remote), false, "load-conn", w.conn)
 		}
 		out = append(out, refresh(w, h)...)
+		if seen != nil {
+			out = append(out, outdated(w, seen)...)
+		}
 		if seen != nil && h.conn == w.text {
 			out = append(out, repair(w, seen)...)
 		}
@@ -186,6 +189,18 @@ func refresh(w wish, h held) (out []step) {
 	if first(h.tunnel.Keys) != "" && first(w.tunnel.Keys) != "" && first(h.tunnel.Keys) != first(w.tunnel.Keys) && w.tunnel.LocalID < w.tunnel.RemoteID {
 		out = append(out, step{cmd: "rekey", args: section{{"ike", name}, {"reauth", "yes"}}, tunnel: name, soft: true,
 			line: "~ tunnel " + name + " authenticates anew with key " + first(w.tunnel.Keys)})
+	}
+	return out
+}
+
+// outdated ends what was established under settings of an earlier life of this process, as far as it shows: without UDP where that is wanted now.
+func outdated(w wish, seen *observed) (out []step) {
+	for _, sa := range seen.sas[w.tunnel.Name] {
+		if sa.State != Established || sa.NAT || !w.tunnel.Encap {
+			continue
+		}
+		out = append(out, step{cmd: "terminate", args: section{{"ike-id", fmt.Sprint(sa.ID)}, {"timeout", "-1"}}, tunnel: w.tunnel.Name, soft: true,
+			line: fmt.Sprintf("- IKE SA %d of %s, which is not in UDP", sa.ID, w.tunnel.Name)})
 	}
 	return out
 }

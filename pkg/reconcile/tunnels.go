@@ -133,7 +133,8 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 		r.Missing, r.Remedy = err.Error(), "load the module, or use a kernel that has it; until then nothing is sent, in clear neither"
 		return nil, nil, err
 	}
-	if err := t.credentials(); err != nil {
+	problem := t.credentials()
+	if err := problem; err != nil {
 		if !t.loaded {
 			r.Missing, r.Remedy = err.Error(), "until then nothing is sent, in clear neither"
 			return nil, nil, err
@@ -141,7 +142,6 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 		// What was read before stays in force.
 		r.Problem, r.Remedy = err.Error(), "what was read before stays in use; lariat-network-manager reads the file again by itself"
 	}
-	problem := err
 	opts.Keys = t.creds.Secrets.IDs()
 	if r.Auth == ipsec.AuthPSK {
 		r.Keys = opts.Keys
@@ -292,6 +292,22 @@ func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, dead bool) 
 		changed = append(changed, "- "+p.String())
 	}
 	return changed, errors.Join(errs...)
+}
+
+// Reauth has the ends of every established tunnel prove anew who they are, with the secret or certificate of now. The new keys are made beside
+// the old ones.
+func (t *Tunnels) Reauth(ctx context.Context) error {
+	sas, err := t.Daemon.SAs(ctx)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, sa := range sas {
+		if sa.State == ike.Established {
+			errs = append(errs, t.Daemon.Reauth(ctx, sa.Name))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Report tells how tunnels fare. With detail the daemon is asked for them.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"strings"
 
 	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/ipsec"
@@ -24,7 +25,7 @@ func ready(ctx context.Context, managerSocket string) error {
 	}
 	switch {
 	case r.Missing != "":
-		return cni.Errorf(cni.ErrNotAvailable, "this host cannot encrypt: %s", r.Missing).WithDetails("%s", r.Remedy)
+		return cni.Errorf(cni.ErrNotAvailable, "this host cannot encrypt: %s", strings.ReplaceAll(r.Missing, "\n", "; ")).WithDetails("%s", r.Remedy)
 	case r.Problem != "":
 		return cni.Errorf(cni.ErrLimited, "tunnels to other hosts: %s", r.Problem).WithDetails("%s", r.Remedy)
 	}
