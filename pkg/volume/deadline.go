@@ -14,5 +14,15 @@ func WithDeadline(ctx context.Context, d time.Duration) (context.Context, contex
 	if _, ok := ctx.Deadline(); ok {
 		return context.WithCancel(ctx)
 	}
-	return context.WithTimeout(ctx, d)
+	return context.WithTimeoutCause(ctx, d, Timeout(d))
 }
+
+// Timeout is the cause to give to a context with a deadline. It is context.DeadlineExceeded with the time.
+func Timeout(d time.Duration) error { return timeout(d) }
+
+type timeout time.Duration
+
+func (t timeout) Error() string {
+	return "no end after " + time.Duration(t).Round(100*time.Millisecond).String()
+}
+func (t timeout) Is(target error) bool { return target == context.DeadlineExceeded }

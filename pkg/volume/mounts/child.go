@@ -127,14 +127,28 @@ func exit(code int) { syscall.Exit(code) }
 // grace is for a killed process to be gone. One that is not waits in the kernel, where no signal reaches it.
 const grace = 3 * time.Second
 
-// run runs a command that dies with the context, and with this process. It returns what the command said.
+// Run runs a command that dies with the context, and with this process; cmd's output streams are replaced. It returns what the command wrote
+// to standard output, and to standard error, each up to a mebibyte.
+func Run(ctx context.Context, cmd *exec.Cmd) (stdout []byte, stderr string, err error) {
+	var out, words limited
+	cmd.Stdout, cmd.Stderr = &out, &words
+	_, err = run(ctx, cmd, 0, nil)
+	return out.raw(), words.String(), err
+}
+
+// run is Run for children: it reads their answers, and both streams are one.
 func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said string, err error) {
 	if err := ctx.Err(); err != nil {
 		return "", context.Cause(ctx)
 	}
 	var words, ans limited
-	cmd.Stdout, cmd.Stderr = &words, &words
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	if cmd.Stdout == nil {
+		cmd.Stdout, cmd.Stderr = &words, &words
+	}
+	if cmd.Env == nil {
+		cmd.Env = os.Environ()
+	}
+	cmd.Env = append(cmd.Env, "LC_ALL=C")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Unshareflags: unshare}
 	cmd.WaitDelay = time.Second // for processes that outlive the command and hold its pipes
 	r, w, err := os.Pipe()

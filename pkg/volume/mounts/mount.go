@@ -188,7 +188,8 @@ func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) 
 		return true, nil
 	}
 	try := func(how string, flag int, share int, most time.Duration) (done bool, err error) {
-		ctx, cancel := context.WithTimeout(ctx, part(ctx, share, most))
+		within := part(ctx, share, most)
+		ctx, cancel := context.WithTimeoutCause(ctx, within, volume.Timeout(within))
 		defer cancel()
 		_, cause := doUnmount(ctx, unmountArgs{dir, flag})
 		volume.Step("unmounted")
