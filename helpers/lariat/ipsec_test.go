@@ -54,6 +54,7 @@ func newFakeManager(t testing.TB, r ipsec.Report) *fakeManager {
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprint(w, `{"health":[{"concern":"overlay","ok":true}]}`)
 	})
+	mux.HandleFunc("POST /v1/tunnels/reauth", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "OK") })
 	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, _ *http.Request) {
 		m.mu.Lock()
 		defer m.mu.Unlock()
