@@ -53,6 +53,9 @@ func start(t *testing.T) *lab.Host {
 		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay", metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true,
 			BlockSizeV4: 22, BlockSizeV6: 118, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")}}))
 		must(t, c.Hosts[0].Client().Join(ctx, "overlay"))
+		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "private", metadata.Network{Name: "private", Encapsulation: metadata.EncapIPsec,
+			BlockSizeV4: 22, BlockSizeV6: 118, Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16"), netip.MustParsePrefix("fd44::/48")}}))
+		must(t, c.Hosts[0].Client().Join(ctx, "private"))
 	})
 	if cluster == nil {
 		t.Fatal("the cluster did not start")
@@ -102,6 +105,8 @@ type bench struct {
 	c      *lab.Container
 	socket string // of the metadata service
 	ipam   map[string]any
+
+	network, encapsulation string
 }
 
 var serial int
@@ -113,7 +118,14 @@ func newBench(t *testing.T) *bench {
 	c, err := h.NewContainer(fmt.Sprint("f", serial))
 	must(t, err)
 	t.Cleanup(func() { c.Netns.Remove() })
-	return &bench{t: t, host: h, k: fake.New(), c: c, socket: h.Socket(), ipam: map[string]any{"type": "lariat-ipam"}}
+	return &bench{t: t, host: h, k: fake.New(), c: c, socket: h.Socket(), ipam: map[string]any{"type": "lariat-ipam"},
+		network: "overlay", encapsulation: metadata.EncapVXLAN}
+}
+
+// encrypted has the plugin be lariat-ipsec, on a host where nothing is in the way.
+func (b *bench) encrypted() *bench {
+	b.network, b.encapsulation = "private", metadata.EncapIPsec
+	return b
 }
 
 // setUp makes the host as the manager would have.
@@ -127,7 +139,7 @@ func (b *bench) setUp() {
 
 // run calls the plugin in-process. A nil error is exit code 0.
 func (b *bench) run(verb string, more map[string]any) (string, error) {
-	conf := map[string]any{"cniVersion": "1.1.0", "name": "overlay", "type": "lariat-vxlan", "socket": b.socket, "stateDir": b.host.StateDir(), "ipam": b.ipam}
+	conf := map[string]any{"cniVersion": "1.1.0", "name": b.network, "type": "lariat-" + b.encapsulation, "socket": b.socket, "stateDir": b.host.StateDir(), "ipam": b.ipam}
 	for k, v := range more {
 		conf[k] = v
 	}
@@ -136,7 +148,7 @@ func (b *bench) run(verb string, more map[string]any) (string, error) {
 	env := map[string]string{"CNI_COMMAND": verb, "CNI_CONTAINERID": b.c.ID, "CNI_NETNS": b.c.Path, "CNI_IFNAME": "eth0", "CNI_PATH": os.Getenv("CNI_PATH")}
 	var stdout, stderr bytes.Buffer
 	p := overlay.Plugin{
-		Name: "lariat-vxlan", Encapsulation: metadata.EncapVXLAN,
+		Name: "lariat-" + b.encapsulation, Encapsulation: b.encapsulation,
 		Kernel: func() (kernel.Kernel, error) { return mortal{b.k}, nil },
 	}
 	if p.CNI().Run(func(name string) string { return env[name] }, bytes.NewReader(data), &stdout, &stderr) == 0 {
@@ -271,38 +283,49 @@ func TestF132_ADDKilledAtEveryStep(t *testing.T) {
 }
 
 // TestF132_HostSetUpByADD: without a manager the ADD sets the host up. Failing or killed at any step, the container's part is
-// gone; what the host needs may stay, and the next ADD completes it.
+// gone; what the host needs may stay, and the next ADD completes it. No encrypted device is ever there without the rules that block.
 func TestF132_HostSetUpByADD(t *testing.T) {
-	for _, killed := range []bool{false, true} {
-		t.Run(fmt.Sprintf("killed=%t", killed), func(t *testing.T) {
-			whole := newBench(t)
-			whole.setUp()
-			want := whole.world()
-			for n := 1; ; n++ {
-				b := newBench(t)
-				if killed {
-					b.k.KillAt(n)
-				} else {
-					b.k.FailAt(n, errors.New("no such luck"))
+	for _, encrypted := range []bool{false, true} {
+		for _, killed := range []bool{false, true} {
+			t.Run(fmt.Sprintf("encrypted=%t killed=%t", encrypted, killed), func(t *testing.T) {
+				fresh := func() *bench {
+					if encrypted {
+						return newBench(t).encrypted()
+					}
+					return newBench(t)
 				}
-				_, err := b.run("ADD", nil)
-				failed := b.k.Failed()
-				b.k.FailAt(0, nil)
-				if failed && err == nil {
-					t.Errorf("step %d failed, and the ADD said that all is well", n)
+				whole := fresh()
+				whole.setUp()
+				want := whole.world()
+				for n := 1; ; n++ {
+					b := fresh()
+					if killed {
+						b.k.KillAt(n)
+					} else {
+						b.k.FailAt(n, errors.New("no such luck"))
+					}
+					_, err := b.run("ADD", nil)
+					failed := b.k.Failed()
+					b.k.FailAt(0, nil)
+					if failed && err == nil {
+						t.Errorf("step %d failed, and the ADD said that all is well", n)
+					}
+					if w := b.world(); strings.Contains(w, "type xfrm") && !strings.Contains(w, "clear-out ip daddr @ipsec4 drop") {
+						t.Errorf("step %d: tunnels without rules:\n%s", n, w)
+					}
+					if _, err := b.run("ADD", nil); err != nil {
+						t.Errorf("step %d: the ADD behind it: %v", n, err)
+					}
+					if _, err := b.run("DEL", nil); err != nil {
+						t.Errorf("step %d: the DEL: %v", n, err)
+					}
+					b.same(fmt.Sprintf("step %d", n), want)
+					if !failed {
+						break
+					}
 				}
-				if _, err := b.run("ADD", nil); err != nil {
-					t.Errorf("step %d: the ADD behind it: %v", n, err)
-				}
-				if _, err := b.run("DEL", nil); err != nil {
-					t.Errorf("step %d: the DEL: %v", n, err)
-				}
-				b.same(fmt.Sprintf("step %d", n), want)
-				if !failed {
-					break
-				}
-			}
-		})
+			})
+		}
 	}
 }
 
