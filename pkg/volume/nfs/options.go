@@ -1,0 +1,329 @@
+package nfs
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+)
+
+// Options of a volume, as users write them.
+type Options struct {
+	Host       string   `option:"host"`
+	Export     string   `option:"export"`
+	ExportBase string   `option:"exportBase"`
+	MntOptions string   `option:"mntOptions"`
+	OnRemove   OnRemove `option:"onRemove"`
+	OnHang     OnHang   `option:"onHang"`
+	ReadOnly   bool     `option:"readOnly"`
+	FSGroup    int64    `option:"fsGroup"`
+}
+
+// told are what Create's reply says, and what Rancher's daemon gives back at each later call. What was created is known by the mark on the export, not by these.
+var told = []string{"created", "name"}
+
+// OnRemove is what Delete does with a folder that Create made.
+type OnRemove string
+
+// The three.
+const (
+	Retain  OnRemove = "retain"
+	Purge   OnRemove = "purge"
+	Archive OnRemove = "archive"
+)
+
+// UnmarshalText refuses other words.
+func (o *OnRemove) UnmarshalText(text []byte) error { return oneOf(o, text, Retain, Purge, Archive) }
+
+// OnHang is how far Unmount goes when the server does not answer.
+type OnHang string
+
+// The two.
+const (
+	Force OnHang = "force"
+	Lazy  OnHang = "lazy"
+)
+
+// UnmarshalText refuses other words.
+func (o *OnHang) UnmarshalText(text []byte) error { return oneOf(o, text, Force, Lazy) }
+
+func oneOf[T ~string](into *T, text []byte, allowed ...T) error {
+	if !slices.Contains(allowed, T(text)) {
+		return fmt.Errorf("%s is none of %v", excerpt(string(text)), allowed)
+	}
+	*into = T(text)
+	return nil
+}
+
+// Config is what an administrator decides for all volumes.
+type Config struct {
+	Server    string   // for volumes without a host: NFS_SERVER
+	Base      string   // folder on it, for volumes without export and exportBase: MOUNT_DIR
+	MountOpts string   // before each volume's own: MOUNT_OPTS. Here, suid, dev and exec are allowed
+	OnRemove  OnRemove // for volumes that do not say: ON_REMOVE; "": retain
+	StateDir  string   // "": volume.DefaultStateDir
+	RunDir    string   // "": volume.DefaultRunDir
+}
+
+// Environment are the variables that FromEnvironment reads, with what they mean.
+var Environment = [][2]string{
+	{"NFS_SERVER", "server of volumes that name no host"},
+	{"MOUNT_DIR", "folder on the server below which volumes without export and exportBase are"},
+	{"MOUNT_OPTS", "mount options for all volumes, before their own"},
+	{"ON_REMOVE", "retain, purge or archive, for volumes that do not say"},
+	{"LARIAT_STATE_DIR", "where the journal is; default " + volume.DefaultStateDir},
+	{"LARIAT_RUN_DIR", "where locks are; default " + volume.DefaultRunDir},
+}
+
+// FromEnvironment reads the configuration as Rancher's driver did.
+func FromEnvironment(getenv func(string) string) (Config, error) {
+	c := Config{Server: getenv("NFS_SERVER"), Base: getenv("MOUNT_DIR"), MountOpts: getenv("MOUNT_OPTS"), OnRemove: OnRemove(getenv("ON_REMOVE")),
+		StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
+	return c, c.check()
+}
+
+func (c Config) check() error {
+	var errs []error
+	if c.Server != "" {
+		errs = append(errs, checkHost("NFS_SERVER", c.Server))
+	}
+	if c.Base != "" {
+		errs = append(errs, checkExport("MOUNT_DIR", c.Base))
+	}
+	if c.OnRemove != "" {
+		if err := new(OnRemove).UnmarshalText([]byte(c.OnRemove)); err != nil {
+			errs = append(errs, volume.Errorf(volume.ErrInvalid, "ON_REMOVE: %w", err))
+		}
+	}
+	if _, err := parseMountOptions("MOUNT_OPTS", c.MountOpts, true); err != nil {
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// Volume is a request understood: where the data is and how it is mounted.
+type Volume struct {
+	Name     string   `json:"name"`
+	Host     string   `json:"host"`
+	Path     string   `json:"path"`           // on the server
+	Base     string   `json:"base,omitempty"` // of which Path is the folder Name; "": Path is an export that Lariat has nothing to do with
+	Options  []string `json:"options,omitempty"`
+	OnRemove OnRemove `json:"onRemove"`
+	OnHang   OnHang   `json:"onHang"`
+	ReadOnly bool     `json:"readOnly,omitempty"`
+	FSGroup  *int64   `json:"fsGroup,omitempty"`
+}
+
+// Source is what the mount table calls it.
+func (v Volume) Source() string { return source(v.Host, v.Path) }
+
+func source(host, path string) string {
+	if strings.Contains(host, ":") {
+		host = "[" + host + "]"
+	}
+	return host + ":" + path
+}
+
+// Volume understands a request. It reads nothing else, and is where all input is checked.
+func (c Config) Volume(r volume.Request) (Volume, error) {
+	if err := volume.CheckName(r.Name); err != nil {
+		return Volume{}, err
+	}
+	o := Options{Host: c.Server, OnRemove: c.OnRemove, OnHang: Force, FSGroup: -1}
+	if o.OnRemove == "" {
+		o.OnRemove = Retain
+	}
+	if err := volume.Decode(r.Options, &o, told...); err != nil {
+		return Volume{}, err
+	}
+	v := Volume{Name: r.Name, Host: o.Host, OnRemove: o.OnRemove, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly, FSGroup: r.FSGroup}
+	if o.FSGroup >= 0 {
+		v.FSGroup = &o.FSGroup
+	}
+	if o.Host == "" {
+		return v, volume.Errorf(volume.ErrInvalid, "volume %s: no host, and no NFS_SERVER in the environment", v.Name)
+	}
+	if err := checkHost("host", o.Host); err != nil {
+		return v, err
+	}
+	switch {
+	case o.Export != "" && o.ExportBase != "":
+		return v, volume.Errorf(volume.ErrInvalid, "volume %s: export and exportBase exclude each other", v.Name)
+	case o.Export != "":
+		if err := checkExport("export", o.Export); err != nil {
+			return v, err
+		}
+		if r.Options["onRemove"] != "" && o.OnRemove != Retain {
+			return v, volume.Errorf(volume.ErrInvalid, "volume %s: onRemove=%s with export: Lariat did not create the export and never removes it; use exportBase", v.Name, o.OnRemove)
+		}
+		v.Path, v.OnRemove = o.Export, Retain
+	default:
+		if o.ExportBase == "" {
+			// MOUNT_DIR is NFS_SERVER's; on another server it would be a guess.
+			if o.ExportBase = c.Base; o.ExportBase == "" || o.Host != c.Server {
+				return v, volume.Errorf(volume.ErrInvalid, "volume %s: neither export nor exportBase is given", v.Name)
+			}
+		}
+		if err := checkExport("exportBase", o.ExportBase); err != nil {
+			return v, err
+		}
+		v.Base, v.Path = o.ExportBase, path.Join(o.ExportBase, v.Name)
+	}
+	all, err := parseMountOptions("MOUNT_OPTS", c.MountOpts, true)
+	if err != nil {
+		return v, err
+	}
+	own, err := parseMountOptions("mntOptions", o.MntOptions, false)
+	if err != nil {
+		return v, err
+	}
+	v.Options = merge([]string{"nosuid", "nodev", "retry=0"}, all, own)
+	v.ReadOnly = v.ReadOnly || slices.Contains(v.Options, "ro")
+	mode := "rw"
+	if v.ReadOnly {
+		mode = "ro"
+	}
+	v.Options = merge(v.Options, []string{mode})
+	return v, nil
+}
+
+var hostName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*\.?$`)
+
+func checkHost(what, host string) error {
+	if a, err := netip.ParseAddr(host); err == nil && a.Zone() == "" {
+		return nil
+	}
+	if len(host) > 253 || !hostName.MatchString(host) {
+		return volume.Errorf(volume.ErrInvalid, "%s %s is neither an address nor a host name", what, excerpt(host))
+	}
+	return nil
+}
+
+func checkExport(what, p string) error {
+	if !strings.HasPrefix(p, "/") || path.Clean(p) != p || len(p) > 1024 {
+		return volume.Errorf(volume.ErrInvalid, "%s %s is not a plain absolute path", what, excerpt(p))
+	}
+	return volume.CheckOptions(map[string]string{what: p})
+}
+
+// An option's group: of each, the last one counts. check is for its value; nil: it has none.
+type rule struct {
+	group string
+	check func(string) bool
+	admin bool // only in MOUNT_OPTS
+}
+
+func number(least, most int) func(string) bool {
+	return func(s string) bool {
+		n, err := strconv.Atoi(s)
+		return err == nil && n >= least && n <= most && !strings.HasPrefix(s, "+")
+	}
+}
+
+func words(allowed ...string) func(string) bool {
+	return func(s string) bool { return slices.Contains(allowed, s) }
+}
+
+// rules are all mount options that there are. What is not here is refused: bind, remount, context=, helper programs, credentials …
+var rules = map[string]rule{
+	"vers": {"vers", words("3", "4", "4.0", "4.1", "4.2"), false}, "nfsvers": {"vers", words("3", "4", "4.0", "4.1", "4.2"), false},
+	"hard": {"hard", nil, false}, "soft": {"hard", nil, false}, "softerr": {"hard", nil, false},
+	"timeo": {"timeo", number(1, 6000), false}, "retrans": {"retrans", number(0, 100), false}, "retry": {"retry", number(0, 10000), false},
+	"rsize": {"rsize", number(1024, 1<<20), false}, "wsize": {"wsize", number(1024, 1<<20), false},
+	"ac": {"ac", nil, false}, "noac": {"ac", nil, false}, "actimeo": {"actimeo", number(0, 86400), false},
+	"acregmin": {"acregmin", number(0, 86400), false}, "acregmax": {"acregmax", number(0, 86400), false},
+	"acdirmin": {"acdirmin", number(0, 86400), false}, "acdirmax": {"acdirmax", number(0, 86400), false},
+	"lookupcache": {"lookupcache", words("all", "none", "pos", "positive"), false},
+	"cto":         {"cto", nil, false}, "nocto": {"cto", nil, false},
+	"lock": {"lock", nil, false}, "nolock": {"lock", nil, false}, "local_lock": {"local_lock", words("all", "none", "flock", "posix"), false},
+	"acl": {"acl", nil, false}, "noacl": {"acl", nil, false},
+	"rdirplus": {"rdirplus", nil, false}, "nordirplus": {"rdirplus", nil, false},
+	"sharecache": {"sharecache", nil, false}, "nosharecache": {"sharecache", nil, false},
+	"resvport": {"resvport", nil, false}, "noresvport": {"resvport", nil, false},
+	"fsc": {"fsc", nil, false}, "nofsc": {"fsc", nil, false},
+	"nconnect": {"nconnect", number(1, 16), false}, "max_connect": {"max_connect", number(1, 16), false},
+	"proto": {"proto", words("tcp", "tcp6", "udp", "udp6", "rdma", "rdma6"), false}, "tcp": {"proto", nil, false}, "udp": {"proto", nil, false},
+	"mountproto": {"mountproto", words("tcp", "tcp6", "udp", "udp6"), false}, "mountvers": {"mountvers", words("3"), false},
+	"port": {"port", number(1, 65535), false}, "mountport": {"mountport", number(1, 65535), false},
+	"sec": {"sec", words("sys", "krb5", "krb5i", "krb5p"), false},
+	"ro":  {"ro", nil, false}, "rw": {"ro", nil, false}, "sync": {"sync", nil, false}, "async": {"sync", nil, false},
+	"atime": {"atime", nil, false}, "noatime": {"atime", nil, false}, "relatime": {"atime", nil, false}, "strictatime": {"atime", nil, false},
+	"diratime": {"diratime", nil, false}, "nodiratime": {"diratime", nil, false},
+	"nosuid": {"suid", nil, false}, "nodev": {"dev", nil, false}, "noexec": {"exec", nil, false},
+	"suid": {"suid", nil, true}, "dev": {"dev", nil, true}, "exec": {"exec", nil, true},
+}
+
+// parseMountOptions reads a list with commas and refuses what is not among the rules.
+func parseMountOptions(what, text string, admin bool) (list []string, err error) {
+	if text == "" {
+		return nil, nil
+	}
+	for _, o := range strings.Split(text, ",") {
+		if o = strings.TrimSpace(o); o == "" {
+			continue
+		}
+		key, value, has := strings.Cut(o, "=")
+		r, ok := rules[key]
+		switch {
+		case !ok:
+			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s is not among the mount options that are allowed", what, excerpt(o))
+		case r.admin && !admin:
+			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s is allowed only in the administrator's MOUNT_OPTS", what, o)
+		case has != (r.check != nil), has && !r.check(value):
+			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s does not have a value that is allowed", what, excerpt(o))
+		}
+		list = append(list, o)
+	}
+	return list, nil
+}
+
+// merge joins lists of checked options; of those that exclude each other the last one stays.
+func merge(lists ...[]string) (merged []string) {
+	group := func(o string) string {
+		key, _, _ := strings.Cut(o, "=")
+		return rules[key].group
+	}
+	for _, list := range lists {
+		for _, o := range list {
+			merged = append(slices.DeleteFunc(merged, func(m string) bool { return group(m) == group(o) }), o)
+		}
+	}
+	return merged
+}
+
+// value of an option in a list of checked ones.
+func value(options []string, keys ...string) string {
+	for _, o := range options {
+		if k, v, _ := strings.Cut(o, "="); slices.Contains(keys, k) {
+			return v
+		}
+	}
+	return ""
+}
+
+// dialed is the address whose silence shows that the server is away; "" where a connection proves nothing.
+func (v Volume) dialed() string {
+	proto := value(v.Options, "proto")
+	if slices.Contains(v.Options, "udp") || proto != "" && !strings.HasPrefix(proto, "tcp") {
+		return ""
+	}
+	port := value(v.Options, "port")
+	if port == "" {
+		port = "2049"
+	}
+	return net.JoinHostPort(v.Host, port)
+}
+
+func excerpt(s string) string {
+	if len(s) > 60 {
+		return strconv.Quote(s[:60]) + "…"
+	}
+	return strconv.Quote(s)
+}
