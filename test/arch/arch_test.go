@@ -62,6 +62,34 @@ func TestCNIExecutablesAreLight(t *testing.T) {
 	}
 }
 
+// TestVolumeDriversAreLight: kubelet starts one for every call; they link neither etcd, gRPC, Prometheus nor Kubernetes' own libraries. One door does not
+// know the other, and the core knows neither door nor driver.
+func TestVolumeDriversAreLight(t *testing.T) {
+	found := 0
+	for _, p := range list(t) {
+		if p.Name == "main" && strings.HasPrefix(p.ImportPath, "flexvolume/") {
+			found++
+			for _, d := range p.Deps {
+				for _, h := range []string{"go.etcd.io/", "google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "k8s.io/"} {
+					if strings.HasPrefix(d, h) {
+						t.Errorf("%s links %s", p.ImportPath, d)
+					}
+				}
+			}
+		}
+		if strings.HasPrefix(p.ImportPath, "pkg/volume/flex") || strings.HasPrefix(p.ImportPath, "pkg/volume/mounts") {
+			for _, d := range p.Deps {
+				if own, ours := strings.CutPrefix(d, module+"/pkg/"); ours && own != "volume" && own != "volume/mounts" {
+					t.Errorf("%s links %s", p.ImportPath, d)
+				}
+			}
+		}
+	}
+	if found == 0 {
+		t.Fatal("found no volume driver")
+	}
+}
+
 // TestArrows: planners never import the kernel, and the model imports no other package of ours.
 func TestArrows(t *testing.T) {
 	pure := map[string][]string{ // package: all of ours that it may import
@@ -78,6 +106,7 @@ func TestArrows(t *testing.T) {
 		"pkg/plan":              {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/ipsec", "pkg/nat", "pkg/attach"},
 		"pkg/graph":             {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/mtu"},
 		"pkg/kernel":            {"pkg/delta", "pkg/metadata"},
+		"pkg/volume":            {},
 	}
 	for _, p := range list(t) {
 		allowed, ok := pure[p.ImportPath]

@@ -27,7 +27,7 @@ const root = "../.."
 func manuals(t *testing.T) []string {
 	t.Helper()
 	var out []string
-	for _, pattern := range []string{"plugins/*/README.md", "helpers/*/README.md", "ipam/README.md"} {
+	for _, pattern := range []string{"plugins/*/README.md", "helpers/*/README.md", "flexvolume/*/README.md", "ipam/README.md"} {
 		found, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
 			t.Fatal(err)

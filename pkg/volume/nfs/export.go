@@ -315,8 +315,7 @@ func writeMark(root *os.Root, m mark) error {
 	if err != nil {
 		return err
 	}
-	host, _ := os.Hostname()
-	tmp := filepath.Join(hidden, fmt.Sprintf(".%s-%s-%d", m.Name, host, os.Getpid()))
+	tmp := draft(m.Name)
 	f, err := root.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err == nil {
 		_, err = f.Write(data)
@@ -333,7 +332,14 @@ func writeMark(root *os.Root, m mark) error {
 	return nil
 }
 
+// draft is a mark that is being written. Each host has its own, and the volume's lock there.
+func draft(name string) string {
+	host, _ := os.Hostname()
+	return filepath.Join(hidden, "."+name+"@"+host)
+}
+
 func dropMark(root *os.Root, name string) error {
+	_ = root.Remove(draft(name)) // if a process was killed there
 	if err := root.Remove(markFile(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

@@ -1,0 +1,57 @@
+package main
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/flex"
+)
+
+// F155: init is a constant, whatever the environment is; what needs the environment says what is wrong with it.
+func TestF155WrongEnvironment(t *testing.T) {
+	dir := t.TempDir()
+	for variable, bad := range map[string]string{"NFS_SERVER": "-o", "MOUNT_DIR": "x/../y", "MOUNT_OPTS": "bind", "ON_REMOVE": "shred"} {
+		env := map[string]string{variable: bad, "LARIAT_STATE_DIR": dir, "LARIAT_RUN_DIR": dir}
+		d, err := driver(func(k string) string { return env[k] }, slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if caps, err := d.Init(t.Context()); err != nil || caps != (volume.Capabilities{}) {
+			t.Errorf("init: %+v %v", caps, err)
+		}
+		r := volume.Request{Name: "v", Options: map[string]string{"host": "h", "export": "/e"}}
+		err = d.Mount(t.Context(), dir+"/at", "", r)
+		if !errors.Is(err, volume.ErrInvalid) || !strings.Contains(err.Error(), variable) {
+			t.Errorf("mount: %v", err)
+		}
+		if err := d.Unmount(t.Context(), dir+"/at"); err != nil {
+			t.Errorf("unmount: %v", err)
+		}
+	}
+}
+
+// F108: what kubelet asks and this driver has no answer to is Not supported, always.
+func TestF108NotSupported(t *testing.T) {
+	d, err := driver(func(string) string { return "" }, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile("testdata/unsupported.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.Split(strings.TrimSpace(string(data)), "\n") {
+		c, err := flex.Parse(strings.Fields(line))
+		if err != nil {
+			t.Errorf("%s: %v", line, err)
+			continue
+		}
+		if _, err := flex.Do(t.Context(), d, c); !errors.Is(err, volume.ErrNotSupported) {
+			t.Errorf("%s: %v", line, err)
+		}
+	}
+}
