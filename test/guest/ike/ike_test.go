@@ -30,6 +30,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/ike"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
+	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/probe"
 	"github.com/lariat-net/lariat/test/guest"
 )
@@ -387,6 +388,94 @@ func TestF142_BothAtOnce(t *testing.T) {
 	if lostA+lostB > 3 {
 		t.Errorf("%d and %d are missing between those that came", lostA, lostB)
 	}
+}
+
+// TestF40_OneEndWithoutGCM: a host whose kernel lacks AES-GCM and one whose kernel has it agree on what both have, whichever of them begins,
+// and again when either of them renews the keys.
+func TestF40_OneEndWithoutGCM(t *testing.T) {
+	for _, tc := range []struct {
+		name         string
+		begins, ends int // h1 has GCM, h2 has not
+	}{{"it is asked", 1, 2}, {"it asks", 2, 1}} {
+		t.Run(tc.name, func(t *testing.T) {
+			a, b := pair(t)
+			c := credentials(t, 1)
+			hosts := map[int]*host{1: a, 2: b}
+			for n, h := range hosts {
+				want := h.planned(t, ipsec.Options{NoGCM: n == 2, Keys: c.Secrets.IDs()})
+				if gcm := strings.Contains(strings.Join(want.Children[0].Proposals, " "), "gcm"); gcm != (n == 1) {
+					t.Fatalf("%s offers %v", h.name, want.Children[0].Proposals)
+				}
+				h.apply(t, c, false, want)
+			}
+			from, to := hosts[tc.begins], hosts[tc.ends]
+			agreed := func() {
+				t.Helper()
+				for _, h := range hosts {
+					list := h.sas(t)
+					if len(list) != 1 || len(list[0].Children) == 0 || list[0].Initiator != (h == from) {
+						t.Fatalf("%s: %+v", h.name, list)
+					}
+					for _, child := range list[0].Children {
+						if !strings.HasPrefix(child.Suite, "AES_CBC-256/HMAC_SHA2_256_128") {
+							t.Errorf("%s: agreed on %s", h.name, child.Suite)
+						}
+					}
+				}
+			}
+			from.ping(t, to.n)
+			to.ping(t, from.n)
+			t.Log(from.sas(t)[0].Children[0].Suite)
+			if text := from.ns.Command(t, "ip", "xfrm", "state"); !strings.Contains(text, "cbc(aes)") || !strings.Contains(text, "hmac(sha256)") || strings.Contains(text, "gcm") {
+				t.Errorf("the kernel has\n%s", text)
+			}
+			for _, h := range []*host{from, to} {
+				before := h.installed(t)
+				must(t, h.daemon.RekeyChild(t.Context(), ipsec.ConnPrefix+fmt.Sprint("h", 3-h.n), "overlay"))
+				eventually(t, "new ESP keys at both ends", 10*time.Second, func() bool {
+					mine, theirs := h.installed(t), hosts[3-h.n].installed(t)
+					return mine.SPIIn != before.SPIIn && mine.SPIIn == theirs.SPIOut && mine.SPIOut == theirs.SPIIn &&
+						mine.Suite == "AES_CBC-256/HMAC_SHA2_256_128/CURVE_25519/ESN"
+				})
+				agreed()
+			}
+			from.ping(t, to.n)
+			agreed()
+			for _, h := range hosts {
+				if e := h.daemon.LastErrors(); len(e) > 0 {
+					t.Errorf("%s: %v", h.name, e)
+				}
+			}
+		})
+	}
+}
+
+// installed is the youngest child that is in use. One that was replaced stays for some seconds, for what is still under way.
+func (h *host) installed(t *testing.T) (out ike.ChildSA) {
+	t.Helper()
+	for _, sa := range h.sas(t) {
+		for _, c := range sa.Children {
+			if c.State == ike.Installed && c.ID > out.ID {
+				out = c
+			}
+		}
+	}
+	return out
+}
+
+// planned is what pkg/ipsec plans for the host's tunnel to its peer, but for the if_id, which is that of the device that there is.
+func (h *host) planned(t *testing.T, o ipsec.Options) ipsec.Tunnel {
+	t.Helper()
+	snap := &metadata.Snapshot{Networks: []metadata.Network{{Name: "overlay", Encapsulation: metadata.EncapIPsec, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}}}
+	for n := 1; n <= 2; n++ {
+		snap.Hosts = append(snap.Hosts, metadata.Host{Name: fmt.Sprint("h", n), Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix(fmt.Sprintf("192.0.2.%d/24", n)), MTU: 1500}}})
+	}
+	list := ipsec.Tunnels(snap, h.name, o)
+	if len(list) != 1 {
+		t.Fatalf("%d tunnels of %s", len(list), h.name)
+	}
+	list[0].Children[0].IfID = ifID
+	return list[0]
 }
 
 // TestF43_RotationLosesNothing: a new key beside the old one, then in front of it, then alone. What is established stays, and what is set up
