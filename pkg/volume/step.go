@@ -1,6 +1,6 @@
 package volume
 
-// OnStep, if set, is called between the steps of the work with their names. Nothing but tests sets it, in processes of their own,
+// OnStep is called, if it is set, between the steps of the work with their names. Nothing but tests sets it, in processes of their own,
 // to end them there: no input reaches it.
 var OnStep func(name string)
 

@@ -185,7 +185,7 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 		late := time.NewTimer(grace)
 		defer late.Stop()
 		select {
-		case <-ended:
+		case werr = <-ended:
 		case <-late.C:
 			return words.String(), fmt.Errorf("%w; process %d is stuck in the kernel", context.Cause(ctx), cmd.Process.Pid)
 		}
@@ -193,7 +193,7 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 	}
 	// Whatever it started and left behind has no business any more.
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
-	r.SetReadDeadline(time.Now().Add(time.Second))
+	_ = r.SetReadDeadline(time.Now().Add(time.Second))
 	<-read
 	if text := ans.raw(); len(text) > 0 {
 		var a answer

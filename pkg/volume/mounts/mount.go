@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -114,14 +115,17 @@ func kernelMount(s Spec) error {
 	}
 	if s.Address != "" {
 		data = append(data, "addr="+s.Address)
+		if s.FSType == "nfs" && !slices.ContainsFunc(data, func(o string) bool { return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=") }) {
+			s.FSType, data = "nfs4", append(data, "vers=4.2") // mount.nfs would have found out
+		}
 	}
 	if err := unix.Mount(s.Source, s.Dir, s.FSType, bits, strings.Join(data, ",")); err != nil {
 		why := ""
 		switch {
 		case errors.Is(err, unix.ENODEV):
 			why = fmt.Sprintf(" (this kernel has no %s: modprobe %s)", s.FSType, s.FSType)
-		case errors.Is(err, unix.EINVAL):
-			why = fmt.Sprintf(" (mount.%s is not installed, and the kernel alone does not take these options)", s.FSType)
+		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EPROTO), errors.Is(err, unix.EPROTONOSUPPORT):
+			why = fmt.Sprintf(" (mount.%s is not installed, and without it the kernel does not take these options; for NFS it needs version 4)", s.FSType)
 		}
 		return fmt.Errorf("mount %s: %w%s", s.Source, err, why)
 	}

@@ -104,9 +104,9 @@ func Resolve(dir string) (string, error) {
 		return "", fmt.Errorf("open %s: %w", parent, err)
 	}
 	defer unix.Close(fd)
-	real, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
+	named, err := os.Readlink("/proc/self/fd/" + strconv.Itoa(fd))
 	if err != nil {
 		return "", fmt.Errorf("resolve %s: %w", parent, err)
 	}
-	return filepath.Join(real, base), nil
+	return filepath.Join(named, base), nil
 }

@@ -80,7 +80,7 @@ var start = sync.OnceValue(func() error {
 		"echo 10 > /proc/fs/nfsd/nfsv4gracetime; echo 10 > /proc/fs/nfsd/nfsv4leasetime",
 		"echo '" + export + " *(rw,fsid=1,no_root_squash,insecure,no_subtree_check,async)' > /etc/exports",
 		"pidof rpcbind || rpcbind",
-		"exportfs -ra && rpc.mountd",
+		"exportfs -ra && rpc.mountd", //nolint:misspell // it is the program's name
 		"rpc.nfsd 4",
 		"echo Y > /proc/fs/nfsd/v4_end_grace",
 	} {
@@ -458,6 +458,36 @@ func TestF110F109Refused(t *testing.T) {
 	noLeftovers(t)
 }
 
+// F105: without nfs-common on the host, the kernel alone mounts NFS 4.
+func TestF105WithoutMountNFS(t *testing.T) {
+	serve(t)
+	dir := place(t)
+	nothing := filepath.Join(t.TempDir(), "nothing")
+	must(t, os.WriteFile(nothing, nil, 0o644)) // which cannot be executed
+	programs, _ := filepath.Glob("/usr/sbin/mount.nfs*")
+	if len(programs) == 0 {
+		t.Fatal("no mount.nfs to hide")
+	}
+	for _, p := range programs {
+		if p, err := filepath.EvalSymlinks(p); err != nil || unix.Mount(nothing, p, "", unix.MS_BIND, "") != nil {
+			t.Fatal("cannot hide ", p)
+		}
+		defer unix.Unmount(p, unix.MNT_DETACH)
+	}
+	for _, vers := range []string{"", "vers=4.1"} {
+		ok(t, "mount", dir, below("bare", "mntOptions", vers))
+		if m := at(t, dir); len(m) != 1 || m[0].FSType != "nfs4" || !strings.Contains(m[0].Options, "nosuid") || !strings.Contains(m[0].Super, vers) {
+			t.Errorf("mounted: %+v", m)
+		}
+		must(t, os.WriteFile(dir+"/f", nil, 0o644))
+		ok(t, "unmount", dir)
+	}
+	fails(t, nil, "mount.nfs is not installed", "mount", dir, options("name", "x", "host", server, "export", export, "mntOptions", "vers=3,proto=rdma"))
+	fails(t, nil, "no such file", "mount", dir, options("name", "x", "host", server, "export", export+"/missing"))
+	ok(t, "delete", below("bare", "onRemove", "purge"))
+	noLeftovers(t)
+}
+
 // Many calls at once for one folder and one volume: one mount, one folder, and everybody is told that it is there.
 func TestF158ManyAtOnce(t *testing.T) {
 	serve(t)
@@ -519,7 +549,7 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 		steps []string
 	}{
 		{create, nil, [][]string{remove}, []string{"journal-written", "create-journalled", "before-mount", "hidden-made", "folder-made-aside", "mark-written", "folder-marked", "folder-named", "create-recorded"}},
-		{mount, nil, [][]string{unmount, remove}, []string{"mount-journalled", "before-mount", "folder-made-aside", "folder-named", "mounted"}},
+		{mount, nil, [][]string{unmount, remove}, []string{"mount-journalled", "before-mount", "folder-named", "mounted"}},
 		{unmount, [][]string{mount}, [][]string{remove}, []string{"unmounted", "unmount-proven"}},
 		{remove, [][]string{create}, nil, []string{"delete-journalled", "removal-marked", "moved-to-trash", "removing", "trash-cleared", "delete-done"}},
 		{archive, [][]string{create}, nil, []string{"archived"}},
@@ -648,7 +678,9 @@ func TestF159ServerGone(t *testing.T) {
 			t.Errorf("mount took %s", d)
 		}
 		nothingAt(t, fresh)
-		d = took(func() { fails(t, short, "does not answer", "delete", below("never", "onRemove", "purge")) })
+	})
+	wg.Go(func() {
+		d := took(func() { fails(t, short, "does not answer", "delete", below("never", "onRemove", "purge")) })
 		if d > 15*time.Second {
 			t.Errorf("delete took %s", d)
 		}
@@ -665,30 +697,35 @@ func TestF159ServerGone(t *testing.T) {
 	wg.Wait()
 	// A mount that is there is found without asking the server.
 	ok(t, "mount", free, below("gone"))
-	if d := took(func() {
-		if r := play(t, short, "unmount", free); r.Status != flex.Success {
-			t.Errorf("unmount: %+v", r)
+	wg.Go(func() {
+		if d := took(func() {
+			if r := play(t, short, "unmount", free); r.Status != flex.Success {
+				t.Errorf("unmount: %+v", r)
+			}
+		}); d > 15*time.Second {
+			t.Errorf("unmount took %s", d)
 		}
-	}); d > 15*time.Second {
-		t.Errorf("unmount took %s", d)
-	}
-	nothingAt(t, free)
+		nothingAt(t, free)
+	})
 	// One with a process inside: its waiting calls are aborted; the shell's working folder keeps it busy until it is gone.
-	d := took(func() {
-		if r := play(t, []string{flex.TimeoutVariable + "=12s"}, "unmount", busy); r.Status != flex.Success && !strings.Contains(r.Message, "in use by") && !strings.Contains(r.Message, "does not answer") {
-			t.Errorf("unmount of a busy one: %+v", r)
+	wg.Go(func() {
+		d := took(func() {
+			if r := play(t, []string{flex.TimeoutVariable + "=8s"}, "unmount", busy); r.Status != flex.Success && !strings.Contains(r.Message, "in use by") && !strings.Contains(r.Message, "does not answer") {
+				t.Errorf("unmount of a busy one: %+v", r)
+			}
+		})
+		if d > 25*time.Second {
+			t.Errorf("unmount of a busy one took %s", d)
 		}
 	})
-	if d > 25*time.Second {
-		t.Errorf("unmount of a busy one took %s", d)
-	}
 	holder, err := os.OpenFile(lazy, unix.O_PATH, 0)
 	must(t, err)
-	if r := play(t, []string{flex.TimeoutVariable + "=12s"}, "unmount", lazy); r.Status != flex.Success {
+	if r := play(t, []string{flex.TimeoutVariable + "=8s"}, "unmount", lazy); r.Status != flex.Success {
 		t.Errorf("unmount with onHang=lazy: %+v", r)
 	}
 	nothingAt(t, lazy)
 	must(t, holder.Close())
+	wg.Wait()
 	orphans(t)
 
 	heal()

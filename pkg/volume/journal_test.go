@@ -1,0 +1,135 @@
+package volume
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+type toy struct{ Text string }
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestJournal(t *testing.T) {
+	j := Journal[toy]{Dir: filepath.Join(t.TempDir(), "deep", "journal")}
+	if all, err := j.List(); err != nil || len(all) != 0 {
+		t.Errorf("an empty one: %v %v", all, err)
+	}
+	keys := []string{"v", strings.Repeat("n", MaxName), "/var/lib/kubelet/pods/x", "/" + strings.Repeat("long/", 500)}
+	for _, k := range keys {
+		must(t, j.Put(k, toy{"first"}))
+		must(t, j.Put(k, toy{k}))
+	}
+	for _, k := range keys {
+		if v, found, err := j.Get(k); err != nil || !found || v.Text != k {
+			t.Errorf("%.20s: %v %v %v", k, v, found, err)
+		}
+	}
+	if all, err := j.List(); err != nil || len(all) != len(keys) || all[keys[2]].Text != keys[2] {
+		t.Errorf("list: %v %v", all, err)
+	}
+	for _, k := range keys {
+		must(t, j.Remove(k))
+		must(t, j.Remove(k))
+	}
+	if _, found, err := j.Get("v"); found || err != nil {
+		t.Errorf("removed: %v %v", found, err)
+	}
+}
+
+// F158: a torn record, or one under another's name, is set aside and stops nobody.
+func TestF158DamagedRecord(t *testing.T) {
+	j := Journal[toy]{Dir: t.TempDir()}
+	for name, text := range map[string]string{"empty": "", "torn": `{"key":"torn","val`, "stranger": `{"key":"other","value":{"Text":"x"}}`, "type": `{"key":"type","value":[]}`} {
+		must(t, os.WriteFile(filepath.Join(j.Dir, name+".json"), []byte(text), 0o600))
+		if _, found, err := j.Get(name); found || err != nil {
+			t.Errorf("%s: %v %v", name, found, err)
+		}
+		if data, err := os.ReadFile(filepath.Join(j.Dir, ".damaged-"+name+".json")); err != nil || string(data) != text {
+			t.Errorf("%s is not kept: %q %v", name, data, err)
+		}
+		must(t, j.Put(name, toy{"new"}))
+	}
+	if all, err := j.List(); err != nil || len(all) != 4 {
+		t.Errorf("%v %v", all, err)
+	}
+}
+
+func TestJournalOnAFullDisk(t *testing.T) {
+	j := Journal[toy]{Dir: t.TempDir()}
+	must(t, j.Put("v", toy{"old"}))
+	must(t, os.Mkdir(filepath.Join(j.Dir, ".new-v.json"), 0o700)) // nothing can be written there
+	if err := j.Put("v", toy{"new"}); err == nil {
+		t.Error("no error")
+	}
+	if v, found, err := j.Get("v"); err != nil || !found || v.Text != "old" {
+		t.Errorf("the old record: %v %v %v", v, found, err)
+	}
+}
+
+func TestLocks(t *testing.T) {
+	l := Locks{Dir: filepath.Join(t.TempDir(), "locks")}
+	var inside, most atomic.Int32
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			for range 20 {
+				unlock, err := l.Lock(t.Context(), "v", "test")
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if n := inside.Add(1); n > 1 {
+					most.Store(n)
+				}
+				inside.Add(-1)
+				unlock()
+			}
+		})
+	}
+	wg.Wait()
+	if most.Load() > 1 {
+		t.Errorf("%d had the lock at once", most.Load())
+	}
+	if left, _ := filepath.Glob(l.Dir + "/*"); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+
+	unlock, err := l.Lock(t.Context(), "v", "mount")
+	must(t, err)
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, Timeout(50*time.Millisecond))
+	defer cancel()
+	_, err = l.Lock(ctx, "v", "unmount")
+	if !errors.Is(err, ErrInUse) || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "unmount of v waited for process") || !strings.Contains(err.Error(), "(mount)") {
+		t.Errorf("%v", err)
+	}
+	other, err := l.Lock(t.Context(), "w", "mount") // nobody waits for another volume
+	must(t, err)
+	other()
+	unlock()
+	again, err := l.Lock(t.Context(), "v", "unmount")
+	must(t, err)
+	again()
+}
+
+func TestErrors(t *testing.T) {
+	for _, e := range []error{ErrNotSupported, ErrInvalid, ErrConflict, ErrNotFound} {
+		if wrapped := Errorf(e, "what: %w", os.ErrNotExist); !IsFinal(wrapped) || !errors.Is(wrapped, e) || !errors.Is(wrapped, os.ErrNotExist) || wrapped.Error() != "what: file does not exist" {
+			t.Errorf("%v: %v", e, wrapped)
+		}
+	}
+	if IsFinal(Errorf(ErrInUse, "x")) || IsFinal(Timeout(time.Second)) || IsFinal(nil) {
+		t.Error("what passes by itself is final")
+	}
+}
