@@ -158,7 +158,8 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 	defer r.Close()
 	cmd.ExtraFiles = []*os.File{w}
 
-	started, ended, read := make(chan error, 1), make(chan error, 1), make(chan struct{})
+	started, ended, read := make(chan error, 1), make(chan struct{}), make(chan struct{})
+	var werr error // of the command, once it has ended
 	go func() {
 		// The death signal comes when the thread ends that started the process, not when this process does.
 		runtime.LockOSThread()
@@ -167,7 +168,8 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 		w.Close()
 		started <- err
 		if err == nil {
-			ended <- cmd.Wait()
+			werr = cmd.Wait()
+			close(ended)
 		}
 	}()
 	if err := <-started; err != nil {
@@ -177,19 +179,18 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 		defer close(read)
 		_, _ = io.Copy(&ans, r)
 	}()
-	var werr error
 	select {
-	case werr = <-ended:
+	case <-ended:
 	case <-ctx.Done():
 		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 		late := time.NewTimer(grace)
 		defer late.Stop()
 		select {
-		case werr = <-ended:
+		case <-ended: // killed, or just in time: nobody can tell
+			return words.String(), context.Cause(ctx)
 		case <-late.C:
 			return words.String(), fmt.Errorf("%w; process %d is stuck in the kernel", context.Cause(ctx), cmd.Process.Pid)
 		}
-		return words.String(), context.Cause(ctx)
 	}
 	// Whatever it started and left behind has no business any more.
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)

@@ -87,18 +87,18 @@ func (t Table) Of(source string) (all []Entry) {
 }
 
 // Resolve gives a folder the name that the mount table uses: without symbolic links in its parents. It does not look at the folder itself, where
-// a dead server's volume may be mounted, and which need not exist. Where the parent does not exist, neither can a mount; the name stays
-// as it is then.
+// a dead server's volume may be mounted, and which need not exist, nor need its parents.
 func Resolve(dir string) (string, error) {
 	if err := volume.CheckDir(dir); err != nil {
 		return "", err
 	}
 	dir = filepath.Clean(dir)
-	parent, base := filepath.Split(dir)
+	parent, base := filepath.Dir(dir), filepath.Base(dir)
 	// O_PATH does not ask the server, not even one that the parent is mounted from.
 	fd, err := unix.Open(parent, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if errors.Is(err, unix.ENOENT) {
-		return dir, nil
+	for errors.Is(err, unix.ENOENT) && parent != "/" {
+		parent, base = filepath.Dir(parent), filepath.Join(filepath.Base(parent), base)
+		fd, err = unix.Open(parent, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	}
 	if err != nil {
 		return "", fmt.Errorf("open %s: %w", parent, err)
