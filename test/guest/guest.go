@@ -53,6 +53,7 @@ type Options struct {
 	Warm       bool              // IPsec's modules are loaded beforehand, or else the first security association takes seconds
 	Files      map[string]string // path in the guest below its working directory: file or folder of this machine
 	Require    string            // REQUIRE inside; "": all, so that nothing a guest has is skipped there
+	Counted    bool              // a nanosecond of the guest's clock is an instruction executed, and time without work is skipped: for measuring
 	Boot       time.Duration     // how long a guest may take until it is ready; 0: a minute
 }
 
@@ -356,7 +357,7 @@ func startQEMU(ctx context.Context, image Image, dir string, o Options, c Comman
 	}
 	kernel := []string{"console=ttyS0", "no_timer_check", "clocksource=hpet", "cryptomgr.notests", "root=/dev/nvme0n1", "rootfstype=ext4", "rw", "init=/init", "panic=-1", "quiet"}
 	args := []string{
-		"-machine", "q35", "-accel", "tcg,thread=multi",
+		"-machine", "q35",
 		"-cpu", "max,-cx16", // cmpxchg16b is emulated wrongly at times
 		"-m", strconv.Itoa(orElse(o.Memory, 1024)), "-smp", strconv.Itoa(orElse(o.CPUs, 1)),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
@@ -379,6 +380,11 @@ func startQEMU(ctx context.Context, image Image, dir string, o Options, c Comman
 		path := filepath.Join(dir, "qmp")
 		args = append(args, "-chardev", "socket,id=qmp,server=on,wait=off,path="+path, "-mon", "chardev=qmp,mode=control",
 			"-chardev", "socket,id=qmpport,path="+path, "-device", "virtserialport,nr=4,chardev=qmpport,name=qmp")
+	}
+	if o.Counted {
+		args = append(args, "-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off")
+	} else {
+		args = append(args, "-accel", "tcg,thread=multi")
 	}
 	args = append(args, o.QEMUArgs...)
 
