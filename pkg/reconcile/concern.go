@@ -48,6 +48,14 @@ func (c *Concern) Trigger() {
 	}
 }
 
+// Broken says that what was kept true has been seen to break, and asks for a pass: until that is through the concern is not healthy.
+func (c *Concern) Broken(err error) {
+	c.mu.Lock()
+	c.health.OK, c.health.Error = false, err.Error()
+	c.mu.Unlock()
+	c.Trigger()
+}
+
 // Do runs a pass that begins after the call, and returns what came of it.
 func (c *Concern) Do(ctx context.Context) error {
 	answer := make(chan error, 1)

@@ -200,3 +200,29 @@ func TestF47_DoAnswersForItsOwnPass(t *testing.T) {
 		time.Sleep(time.Minute) //nolint:forbidigo // until that pass is over
 	})
 }
+
+// TestF44_BrokenIsRedUntilThePass: what was seen to break is told at once, and what mended it too.
+func TestF44_BrokenIsRedUntilThePass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		c := NewConcern("test", time.Hour, func(context.Context) ([]string, error) {
+			time.Sleep(time.Second) //nolint:forbidigo // a pass takes its time, by the bubble's clock
+			return nil, nil
+		})
+		go c.Loop(ctx, discard())
+		time.Sleep(time.Minute) //nolint:forbidigo // the bubble's clock
+		if !c.Health().OK {
+			t.Fatal("not healthy to begin with")
+		}
+		c.Broken(errors.New("gone"))
+		synctest.Wait()
+		if h := c.Health(); h.OK || h.Error != "gone" {
+			t.Errorf("while it is mended: %+v", h)
+		}
+		time.Sleep(2 * time.Second) //nolint:forbidigo // the bubble's clock
+		if h := c.Health(); !h.OK || h.Error != "" || h.Failures != 0 {
+			t.Errorf("mended: %+v", h)
+		}
+	})
+}

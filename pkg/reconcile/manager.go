@@ -66,7 +66,7 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	tunnels := &Concern{}
 	if m.Tunnels != nil {
 		tunnels = NewConcern("tunnels", m.Every, m.Tunnels.Run)
-		m.Tunnels.notify(tunnels.Trigger)
+		m.Tunnels.notify(tunnels)
 		m.concerns = append(m.concerns, tunnels)
 	}
 	m.metadata = Health{Concern: "metadata", Error: errNoView.Error()}

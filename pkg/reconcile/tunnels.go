@@ -63,11 +63,11 @@ type XFRM interface {
 	RemovePolicy(ctx context.Context, p kernel.XFRMPolicy) error
 }
 
-// notify has f called when the IKE daemon is gone, or has news.
-func (t *Tunnels) notify(f func()) {
-	t.Daemon.Notify = f
+// notify has the concern know when the IKE daemon is gone, or has news.
+func (t *Tunnels) notify(c *Concern) {
+	t.Daemon.Notify = c.Trigger
 	if t.Charon != nil {
-		t.Charon.OnExit = f
+		t.Charon.OnExit = func() { c.Broken(errors.New("the IKE daemon ended and is started again")) }
 	}
 }
 

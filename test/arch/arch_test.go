@@ -104,7 +104,7 @@ func TestArrows(t *testing.T) {
 		"pkg/nat":               {"pkg/metadata", "pkg/delta"},
 		"pkg/attach":            {"pkg/metadata", "pkg/delta"},
 		"pkg/plan":              {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/ipsec", "pkg/nat", "pkg/attach"},
-		"pkg/graph":             {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/mtu"},
+		"pkg/graph":             {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/ipsec", "pkg/mtu"},
 		"pkg/kernel":            {"pkg/delta", "pkg/metadata"},
 		"pkg/volume":            {},
 	}
