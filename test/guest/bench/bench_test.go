@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 	if flag.Lookup("test.bench").Value.String() == "" {
 		os.Exit(m.Run()) // no tests: no guest has to be booted for that
 	}
-	guest.Main(m, guest.Options{Warm: true, Memory: 2048, Counted: true})
+	guest.Main(m, guest.Options{Warm: true, Memory: 2048, Counted: true, Boot: 3 * time.Minute})
 }
 
 // target is what is promised of ours against the tunnel by hand.
