@@ -53,7 +53,7 @@ type Options struct {
 	Warm       bool              // IPsec's modules are loaded beforehand, or else the first security association takes seconds
 	Files      map[string]string // path in the guest below its working directory: file or folder of this machine
 	Require    string            // REQUIRE inside; "": all, so that nothing a guest has is skipped there
-	Counted    bool              // a nanosecond of the guest's clock is an instruction executed, and time without work is skipped: for measuring
+	Counted    bool              // a nanosecond of the guest's clock is an instruction executed, or a real one without work: for measuring
 	Boot       time.Duration     // how long a guest may take until it is ready; 0: a minute
 }
 
@@ -382,7 +382,7 @@ func startQEMU(ctx context.Context, image Image, dir string, o Options, c Comman
 			"-chardev", "socket,id=qmpport,path="+path, "-device", "virtserialport,nr=4,chardev=qmpport,name=qmp")
 	}
 	if o.Counted {
-		args = append(args, "-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off")
+		args = append(args, "-accel", "tcg,thread=single", "-icount", "shift=0")
 	} else {
 		args = append(args, "-accel", "tcg,thread=multi")
 	}
