@@ -77,7 +77,7 @@ func TestVolumeDriversAreLight(t *testing.T) {
 				}
 			}
 		}
-		if strings.HasPrefix(p.ImportPath, "pkg/volume/flex") || strings.HasPrefix(p.ImportPath, "pkg/volume/mounts") {
+		if strings.HasPrefix(p.ImportPath, "pkg/volume/flex") || strings.HasPrefix(p.ImportPath, "pkg/volume/dockerapi") || strings.HasPrefix(p.ImportPath, "pkg/volume/mounts") {
 			for _, d := range p.Deps {
 				if own, ours := strings.CutPrefix(d, module+"/pkg/"); ours && own != "volume" && own != "volume/mounts" {
 					t.Errorf("%s links %s", p.ImportPath, d)

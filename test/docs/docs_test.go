@@ -184,7 +184,7 @@ var flagName = regexp.MustCompile("--([a-z][a-z-]+)")
 
 // TestFlagTables: every flag that --help lists is in the manual's table, and the other way round.
 func TestFlagTables(t *testing.T) {
-	for manual, name := range map[string]string{"helpers/metadata/README.md": "lariat-metadata", "helpers/network-manager/README.md": "lariat-network-manager"} {
+	for manual, name := range map[string]string{"helpers/metadata/README.md": "lariat-metadata", "helpers/network-manager/README.md": "lariat-network-manager", "helpers/storage/README.md": "lariat-storage"} {
 		out, err := exec.Command(bin(t, name), "--help").CombinedOutput()
 		if err != nil {
 			t.Fatalf("%s --help: %v\n%s", name, err, out)

@@ -1,0 +1,111 @@
+package main
+
+import (
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/pflag"
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/flex"
+	"github.com/lariat-net/lariat/pkg/volume/nfs"
+)
+
+//go:embed README.md
+var manual string
+
+type config struct {
+	driver   string
+	name     string
+	dialect  string
+	socket   string
+	stateDir string
+	mountDir string
+	scope    string
+	listen   string
+	logLevel *slog.LevelVar
+}
+
+var errHelp = errors.New("help")
+
+func parse(args []string, stdout io.Writer) (config, error) {
+	c := config{logLevel: new(slog.LevelVar)}
+	var level string
+	f := pflag.NewFlagSet("lariat-storage", pflag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	f.StringVar(&c.driver, "driver", "", "nfs, which is built in, or the path of an executable that speaks FlexVolume")
+	f.StringVar(&c.name, "name", "", "what Docker's users call the driver; empty: lariat- and the driver's name")
+	f.StringVar(&c.dialect, "dialect", "rancher", "how an executable is called: rancher (create, mount DIR DEVICE JSON) or kubernetes (mount DIR JSON)")
+	f.StringVar(&c.socket, "socket", "", "unix socket for Docker; empty: /run/docker/plugins/NAME.sock")
+	f.StringVar(&c.stateDir, "state-dir", "/var/lib/lariat/storage", "the journal of volumes and their users, in a folder for each name")
+	f.StringVar(&c.mountDir, "mount-dir", "/run/lariat/storage", "where volumes are mounted: MOUNT-DIR/NAME/VOLUME")
+	f.StringVar(&c.scope, "scope", "", "what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs, else local")
+	f.StringVar(&c.listen, "listen-metrics", "", "TCP address for /metrics, /healthz and /readyz, such as 127.0.0.1:9477; empty: the unix socket alone")
+	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	showVersion := f.Bool("version", false, "print the version")
+	help := f.BoolP("help", "h", false, "print the manual")
+	if err := f.Parse(args); err != nil {
+		return c, fmt.Errorf("%w; see lariat-storage --help", err)
+	}
+	switch {
+	case *help:
+		fmt.Fprintf(stdout, "%s\nFlags:\n%s", manual, f.FlagUsages())
+		return c, errHelp
+	case *showVersion:
+		fmt.Fprintln(stdout, "lariat-storage", version)
+		return c, errHelp
+	case f.NArg() > 0:
+		return c, fmt.Errorf("unexpected argument %q; see lariat-storage --help", f.Arg(0))
+	case c.driver == "":
+		return c, errors.New("--driver is missing: nfs, or the path of an executable")
+	case c.dialect != "rancher" && c.dialect != "kubernetes":
+		return c, fmt.Errorf("--dialect %q is neither rancher nor kubernetes", c.dialect)
+	}
+	if err := c.logLevel.UnmarshalText([]byte(level)); err != nil {
+		return c, fmt.Errorf("--log-level: %w", err)
+	}
+	if c.name == "" {
+		c.name = "lariat-" + filepath.Base(c.driver)
+	}
+	if err := volume.CheckName(c.name); err != nil {
+		return c, fmt.Errorf("--name: %w", err)
+	}
+	if c.socket == "" {
+		c.socket = filepath.Join("/run/docker/plugins", c.name+".sock")
+	}
+	if c.scope == "" {
+		c.scope = "local"
+		if c.driver == "nfs" {
+			c.scope = "global"
+		}
+	}
+	return c, nil
+}
+
+// open makes the driver. It asks neither a server nor the executable.
+func (c config) open(log *slog.Logger) (volume.Driver, error) {
+	if c.driver == "nfs" {
+		conf, err := nfs.FromEnvironment(os.Getenv)
+		if err != nil {
+			return nil, fmt.Errorf("environment of the driver nfs: %w", err)
+		}
+		return nfs.New(conf, log.With("driver", "nfs"))
+	}
+	if !filepath.IsAbs(c.driver) {
+		return nil, fmt.Errorf("--driver %q is neither nfs nor an absolute path", c.driver)
+	}
+	if err := unix.Access(c.driver, unix.X_OK); err != nil {
+		return nil, fmt.Errorf("--driver %s: not an executable: %w", c.driver, err)
+	}
+	shape := flex.Rancher
+	if c.dialect == "kubernetes" {
+		shape = flex.Kubernetes
+	}
+	return flex.Client{Path: c.driver, Shape: shape}, nil
+}

@@ -1,0 +1,256 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/dockerapi"
+)
+
+func run(args []string, stdout, stderr io.Writer) int {
+	conf, err := parse(args, stdout)
+	if errors.Is(err, errHelp) {
+		return 0
+	}
+	if err == nil {
+		err = serve(conf, slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: conf.logLevel})))
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, "lariat-storage:", err)
+		return 1
+	}
+	return 0
+}
+
+// patience is how long calls that run may take to end when the process is asked to. Docker repeats those that did not.
+const patience = 20 * time.Second
+
+func serve(conf config, log *slog.Logger) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	driver, err := conf.open(log)
+	if err != nil {
+		return err
+	}
+	m := newMeter()
+	docker, err := dockerapi.New(dockerapi.Config{
+		Driver: driver, Name: conf.name, Scope: conf.scope, Log: log, Observe: m.observe, DetachDevice: conf.dialect == "rancher",
+		StateDir: filepath.Join(conf.stateDir, conf.name), MountDir: filepath.Join(conf.mountDir, conf.name),
+	})
+	if err != nil {
+		return err
+	}
+	defer docker.Close()
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(m.calls, m.took, collector{docker})
+	common := admin(docker, driver, registry)
+	mux := http.NewServeMux()
+	mux.Handle("/", docker)
+	mux.Handle("GET /", common)
+
+	unix, err := listenUnix(conf.socket)
+	if err != nil {
+		return err
+	}
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 30 * time.Second, MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
+	metrics := &http.Server{Handler: common, ReadHeaderTimeout: 5 * time.Second}
+	failed := make(chan error, 2)
+	go func() { failed <- server.Serve(unix) }()
+	if conf.listen != "" {
+		tcp, err := net.Listen("tcp", conf.listen)
+		if err != nil {
+			unix.Close()
+			return fmt.Errorf("--listen-metrics: %w", err)
+		}
+		// Nothing but health and metrics: who may call Docker's protocol is root.
+		go func() { failed <- metrics.Serve(tcp) }()
+	}
+	go docker.Sweep(ctx)
+	go watchdog(ctx)
+	daemon.SdNotify(false, daemon.SdNotifyReady)
+	log.Info("started", "socket", conf.socket, "driver", conf.driver, "scope", conf.scope)
+	select {
+	case err = <-failed:
+	case <-ctx.Done():
+		err = nil
+	}
+	daemon.SdNotify(false, daemon.SdNotifyStopping)
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+	defer cancel()
+	if serr := server.Shutdown(end); serr != nil {
+		log.Warn("calls were cut short; they can be repeated", "error", serr)
+	}
+	_ = metrics.Close() // nothing of it has to end well
+	log.Info("stopped; volumes stay mounted")
+	return err
+}
+
+// listenUnix takes the place of a socket file that a killed process left. That no other process serves is known by the lock on the state.
+func listenUnix(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, fmt.Errorf("--socket: %w", err)
+	}
+	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("socket %s: another process answers on it; stop it first, or give this one --socket or --name", path)
+	}
+	// Made under another name, so that Docker never meets a socket that refuses it or that everybody may open.
+	tmp := path + ".new"
+	os.Remove(tmp)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("--socket: %w", err)
+	}
+	l.SetUnlinkOnClose(false)
+	if err = os.Chmod(tmp, 0o600); err == nil {
+		err = os.Rename(tmp, path)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("--socket: %w", err), l.Close())
+	}
+	return &listener{l, path}, nil
+}
+
+// listener removes its socket when it closes.
+type listener struct {
+	net.Listener
+	path string
+}
+
+// Close implements net.Listener.
+func (l *listener) Close() error {
+	os.Remove(l.path)
+	return l.Listener.Close()
+}
+
+// watchdog tells systemd that the process lives, when the unit asks for it.
+func watchdog(ctx context.Context) {
+	every, err := daemon.SdWatchdogEnabled(false)
+	if err != nil || every == 0 {
+		return
+	}
+	t := time.NewTicker(every / 2)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			daemon.SdNotify(false, daemon.SdNotifyWatchdog)
+		}
+	}
+}
+
+// admin is for people and monitors.
+func admin(docker *dockerapi.Server, driver volume.Driver, registry *prometheus.Registry) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
+		defer cancel()
+		_, err := driver.Init(ctx)
+		if err == nil {
+			_, err = docker.Volumes()
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+	})
+	mux.HandleFunc("GET /v1/volumes", func(w http.ResponseWriter, _ *http.Request) {
+		all, err := docker.Volumes()
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusInternalServerError)
+			return
+		}
+		w.Header().Set("Content-Type", "application/json")
+		enc := json.NewEncoder(w)
+		enc.SetIndent("", "  ")
+		_ = enc.Encode(all) // the caller hung up
+	})
+	return mux
+}
+
+// meter counts calls.
+type meter struct {
+	calls *prometheus.CounterVec
+	took  *prometheus.HistogramVec
+}
+
+func newMeter() meter {
+	return meter{
+		prometheus.NewCounterVec(prometheus.CounterOpts{Name: "lariat_storage_calls_total", Help: "Calls of Docker by their result: ok, final or error, which may pass by itself."}, []string{"call", "result"}),
+		prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "lariat_storage_call_duration_seconds", Help: "How long calls took.", Buckets: []float64{.001, .005, .02, .1, .5, 2, 10, 60}}, []string{"call"}),
+	}
+}
+
+func (m meter) observe(call string, took time.Duration, err error) {
+	result := "ok"
+	switch {
+	case volume.IsFinal(err):
+		result = "final"
+	case err != nil:
+		result = "error"
+	}
+	m.calls.WithLabelValues(call, result).Inc()
+	m.took.WithLabelValues(call).Observe(took.Seconds())
+}
+
+// collector tells of the volumes.
+type collector struct{ docker *dockerapi.Server }
+
+var (
+	descVolumes = prometheus.NewDesc("lariat_storage_volumes", "Volumes in the journal, by state.", []string{"state"}, nil)
+	descMounted = prometheus.NewDesc("lariat_storage_mounted", "Volumes that are mounted.", nil, nil)
+	descUsers   = prometheus.NewDesc("lariat_storage_users", "Users of all volumes, by Docker's mount ids.", nil, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (c collector) Describe(ch chan<- *prometheus.Desc) {
+	ch <- descVolumes
+	ch <- descMounted
+	ch <- descUsers
+}
+
+// Collect implements prometheus.Collector.
+func (c collector) Collect(ch chan<- prometheus.Metric) {
+	all, err := c.docker.Volumes()
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(descVolumes, err)
+		return
+	}
+	states := map[dockerapi.State]int{dockerapi.Creating: 0, dockerapi.Ready: 0, dockerapi.Removing: 0, dockerapi.Recovered: 0}
+	mounted, users := 0, 0
+	for _, v := range all {
+		states[v.State]++
+		if v.Mounted {
+			mounted++
+		}
+		for _, n := range v.Users {
+			users += n
+		}
+	}
+	for state, n := range states {
+		ch <- prometheus.MustNewConstMetric(descVolumes, prometheus.GaugeValue, float64(n), string(state))
+	}
+	ch <- prometheus.MustNewConstMetric(descMounted, prometheus.GaugeValue, float64(mounted))
+	ch <- prometheus.MustNewConstMetric(descUsers, prometheus.GaugeValue, float64(users))
+}

@@ -1,0 +1,323 @@
+package dockerapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/mounts"
+)
+
+// Config of a Server.
+type Config struct {
+	Driver   volume.Driver
+	Name     string // of the driver, as users call it
+	StateDir string // the journal and the locks, of this driver alone
+	MountDir string // volumes are mounted here, each in the folder of its name
+	Scope    string // local or global: whether a volume's name means the same on all hosts
+
+	// DetachDevice says that the driver's Detach wants the device, as Rancher's dialect does, and not the name.
+	DetachDevice bool
+
+	Grace   time.Duration // how long a volume that nobody has may stay mounted; 0: a minute
+	Log     *slog.Logger
+	Observe func(call string, took time.Duration, err error) // of each call; nil: nobody
+
+	// Tests have their own.
+	table func() (mounts.Table, error)
+	now   func() time.Time
+}
+
+// Server answers Docker. It is an http.Handler.
+type Server struct {
+	config  Config
+	boot    string
+	journal volume.Journal[record]
+	locks   volume.Locks
+	unlock  func()
+
+	mu      sync.RWMutex
+	records map[string]record // what the journal holds
+	touched map[string]time.Time
+}
+
+// one is the key of the lock that a process holds while it serves. No volume has this name.
+const one = "@server"
+
+// New reads the journal and the mount table, and nothing else: no server, no driver.
+func New(c Config) (*Server, error) {
+	if c.Scope != "local" && c.Scope != "global" {
+		return nil, fmt.Errorf("scope %q is neither local nor global", c.Scope)
+	}
+	if c.Observe == nil {
+		c.Observe = func(string, time.Duration, error) {}
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Grace <= 0 {
+		c.Grace = time.Minute
+	}
+	if c.table == nil {
+		c.table = mounts.Read
+	}
+	if c.now == nil {
+		c.now = time.Now
+	}
+	s := &Server{
+		config: c, boot: volume.BootID(), touched: map[string]time.Time{},
+		journal: volume.Journal[record]{Dir: filepath.Join(c.StateDir, "volumes")},
+		locks:   volume.Locks{Dir: filepath.Join(c.StateDir, "locks")},
+	}
+	if err := s.start(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Server) start() error {
+	const wait = 2 * time.Second // a predecessor that was just killed is still on its way out
+	ctx, cancel := context.WithTimeoutCause(context.Background(), wait, volume.Timeout(wait))
+	defer cancel()
+	unlock, err := s.locks.Lock(ctx, one, "serve")
+	if err != nil {
+		return fmt.Errorf("%s belongs to another process; stop it, or give this one another --state-dir: %w", s.config.StateDir, err)
+	}
+	if err := s.load(); err != nil {
+		unlock()
+		return err
+	}
+	s.unlock = unlock
+	return nil
+}
+
+// load makes memory, journal and mount table agree. Nothing is written: the next change of a record does.
+func (s *Server) load() (err error) {
+	if err := os.MkdirAll(s.config.MountDir, 0o711); err != nil {
+		return fmt.Errorf("folder for mounts: %w", err)
+	}
+	if s.config.MountDir, err = mounts.Resolve(s.config.MountDir); err != nil {
+		return fmt.Errorf("folder for mounts: %w", err)
+	}
+	if s.records, err = s.journal.List(); err != nil {
+		return err
+	}
+	table, err := s.config.table()
+	if err != nil {
+		return err
+	}
+	for name, rec := range s.records {
+		rec = rec.in(s.boot)
+		if rec.users() > 0 && len(table.At(s.dir(name))) == 0 {
+			s.config.Log.Warn("not mounted any more: its users do not count", "volume", name, "users", rec.users())
+			rec.Users = nil
+		}
+		s.records[name] = rec
+	}
+	for _, m := range table {
+		name, here := strings.CutPrefix(m.Point, s.config.MountDir+"/")
+		if _, known := s.records[name]; here && !known && volume.CheckName(name) == nil {
+			s.config.Log.Warn("mounted, and not in the journal: it is kept until nobody has it", "volume", name, "source", m.Source)
+			s.records[name] = record{State: Recovered, Created: time.Now().UTC(), BootID: s.boot}
+		}
+	}
+	return nil
+}
+
+// Close lets another process serve. Mounts stay.
+func (s *Server) Close() { s.unlock() }
+
+func (s *Server) dir(name string) string { return filepath.Join(s.config.MountDir, name) }
+
+func (s *Server) get(name string) (record, bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	rec, known := s.records[name]
+	return rec, known
+}
+
+func (s *Server) put(name string, rec record) error {
+	if err := s.journal.Put(name, rec); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.records[name] = rec
+	return nil
+}
+
+func (s *Server) drop(name string) error {
+	if err := s.journal.Remove(name); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.records, name)
+	delete(s.touched, name)
+	return nil
+}
+
+// touch notes that somebody wants something of a volume, so that Sweep lets it be for a while.
+func (s *Server) touch(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, known := s.records[name]; known {
+		s.touched[name] = time.Now()
+	}
+}
+
+// answered notes that the caller has the answer to the last call: when the same comes again, it is another.
+func (s *Server) answered(name string) {
+	rec, known := s.get(name)
+	if !known || rec.Open == nil {
+		return
+	}
+	rec.Open = nil
+	if err := s.put(name, rec); err != nil {
+		s.config.Log.Error("the journal cannot be written", "volume", name, "error", err)
+	}
+}
+
+// Volume is one that the server knows, for people and metrics.
+type Volume struct {
+	Name    string         `json:"name"`
+	State   State          `json:"state"`
+	Mounted bool           `json:"mounted"`
+	Users   map[string]int `json:"users,omitempty"`
+}
+
+// Volumes lists them all.
+func (s *Server) Volumes() ([]Volume, error) {
+	table, err := s.config.table()
+	if err != nil {
+		return nil, err
+	}
+	mounted := s.mounted(table)
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	all := make([]Volume, 0, len(s.records))
+	for name, rec := range s.records {
+		all = append(all, Volume{Name: name, State: rec.State, Mounted: mounted[name], Users: rec.Users})
+	}
+	return all, nil
+}
+
+// mounted are the names of the volumes that are.
+func (s *Server) mounted(table mounts.Table) map[string]bool {
+	names := map[string]bool{}
+	for _, m := range table {
+		if name, here := strings.CutPrefix(m.Point, s.config.MountDir+"/"); here {
+			names[name] = true
+		}
+	}
+	return names
+}
+
+// Sweep unmounts, until its context ends, what is mounted though nobody has it: what a killed Mount left, and what could not be unmounted when the last
+// user went. It leaves alone what was asked for a short while ago, because Docker repeats calls for half a minute.
+func (s *Server) Sweep(ctx context.Context) {
+	t := time.NewTicker(s.config.Grace / 2)
+	defer t.Stop()
+	began := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-t.C:
+			s.sweep(ctx, began, now)
+		}
+	}
+}
+
+func (s *Server) sweep(ctx context.Context, began, now time.Time) {
+	table, err := s.config.table()
+	if err != nil {
+		s.config.Log.Error("mounts without users are not looked for", "error", err)
+		return
+	}
+	for name := range s.mounted(table) {
+		s.mu.RLock()
+		rec, known := s.records[name]
+		last, asked := s.touched[name]
+		s.mu.RUnlock()
+		if !asked {
+			last = began
+		}
+		if !known || rec.users() > 0 || now.Sub(last) < s.config.Grace || len(s.holders(table, name)) > 0 {
+			continue
+		}
+		// Each by itself: one whose server is gone is not to hold up the others.
+		go func() {
+			ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
+			defer cancel()
+			if err := s.sweepOne(ctx, name); err != nil && !errors.Is(err, volume.ErrInUse) {
+				s.config.Log.Error("nobody has it, and it cannot be unmounted", "volume", name, "error", err)
+			}
+		}()
+	}
+}
+
+func (s *Server) sweepOne(ctx context.Context, name string) error {
+	unlock, err := s.locks.Lock(ctx, name, "sweep")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	rec, known := s.get(name)
+	if !known || rec.users() > 0 {
+		return nil
+	}
+	s.touch(name)
+	s.config.Log.Info("nobody has it: it is unmounted", "volume", name)
+	return s.takeAway(ctx, name, rec)
+}
+
+// holders are the processes in whose mount namespaces a volume is in use: a container's, above all. The folder of the volume itself is in every copy of
+// the host's namespace, so it does not count.
+func (s *Server) holders(table mounts.Table, name string) (who []string) {
+	stack := table.At(s.dir(name))
+	if len(stack) == 0 {
+		return nil
+	}
+	top := stack[len(stack)-1]
+	below := strings.TrimSuffix(top.Root, "/") + "/"
+	seen := map[string]bool{}
+	procs, _ := os.ReadDir("/proc")
+	for _, p := range procs {
+		if p.Name()[0] < '0' || p.Name()[0] > '9' {
+			continue
+		}
+		ns, err := os.Readlink("/proc/" + p.Name() + "/ns/mnt")
+		if err != nil || seen[ns] {
+			continue
+		}
+		seen[ns] = true
+		data, err := os.ReadFile("/proc/" + p.Name() + "/mountinfo")
+		if err != nil {
+			delete(seen, ns) // it ended; another may be there
+			continue
+		}
+		theirs, err := mounts.Parse(data)
+		if err != nil {
+			continue
+		}
+		for _, m := range theirs {
+			if m.Device == top.Device && m.Source == top.Source && (m.Root == top.Root || strings.HasPrefix(m.Root, below)) && !strings.HasPrefix(m.Point, s.config.MountDir+"/") {
+				comm, _ := os.ReadFile("/proc/" + p.Name() + "/comm")
+				who = append(who, fmt.Sprintf("%s (%s) at %s", strings.TrimSpace(string(comm)), p.Name(), m.Point))
+				break
+			}
+		}
+		if len(who) == 5 {
+			break
+		}
+	}
+	return who
+}
