@@ -54,7 +54,7 @@ func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRe
 	old, known, _ := b.Journal.Get(network, id)
 	known = known && old.State != Released
 	err = b.Journal.Put(Record{AttachmentID: id, Attachment: *a, State: state, Type: b.Type, Netns: ns.Path, NetnsInode: ns.Inode,
-		BootID: a.BootID, Name: req.Name, UUID: req.UUID, Labels: req.Labels, Created: time.Now().UTC()})
+		BootID: a.BootID, Name: req.Name, UUID: req.UUID, Labels: req.Labels, Created: time.Now().UTC(), Leaving: known && old.Leaving})
 	if err != nil {
 		if !known { // an earlier ADD's container may run with these addresses
 			err = errors.Join(err, b.Client.Release(ctx, network, id, 0))

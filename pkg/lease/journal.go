@@ -46,6 +46,10 @@ type Record struct {
 	UUID       string              `json:"uuid,omitempty"`
 	Labels     map[string]string   `json:"labels,omitempty"`
 	Created    time.Time           `json:"created"`
+
+	// Leaving: a DEL has begun to take the interface away, and may have asked the network manager to. Even if that DEL died, what it asked
+	// for may come yet, so the interface that stands must not be relied on.
+	Leaving bool `json:"leaving,omitempty"`
 }
 
 // Sequence is the highest one among the record's addresses: a release that names it cannot hit a later holder.
@@ -146,6 +150,16 @@ func (j Journal) Put(r Record) error {
 		return fmt.Errorf("journal attachment %s of network %s: %w", r.AttachmentID, r.Attachment.Network, err)
 	}
 	return nil
+}
+
+// SetLeaving notes whether a DEL has begun; without a record there is nothing to note.
+func (j Journal) SetLeaving(network string, id metadata.AttachmentID, leaving bool) error {
+	r, ok, err := j.Get(network, id)
+	if err != nil || !ok || r.Leaving == leaving {
+		return err
+	}
+	r.Leaving = leaving
+	return j.Put(r)
 }
 
 // Get reads a record; ok is false when there is none. A torn one counts as none: it is of an earlier boot.

@@ -504,6 +504,35 @@ func TestF127_DELWhileMetadataDies(t *testing.T) {
 	}
 }
 
+// TestADDAfterADELThatDied: the DEL may have asked the manager to remove the interface before it died, and the manager may get to it after the
+// next ADD. So that ADD makes the interface anew, though it is there and whole.
+func TestADDAfterADELThatDied(t *testing.T) {
+	b := newBench(t)
+	b.setUp()
+	before := b.world()
+	first, err := b.run("ADD", nil)
+	must(t, err)
+	b.k.KillAt(1)
+	if _, err := b.run("DEL", nil); err == nil {
+		t.Fatal("the DEL lived")
+	}
+	b.k.FailAt(0, nil)
+	again, err := b.run("ADD", nil)
+	if err != nil || again != first {
+		t.Errorf("the ADD behind it: %s %v", again, err)
+	}
+	if len(b.k.Steps()) == 0 {
+		t.Error("it relied on the interface that there was")
+	}
+	b.k.FailAt(0, nil)
+	if _, err := b.run("ADD", nil); err != nil || len(b.k.Steps()) > 0 {
+		t.Errorf("F3: one ADD more changes something: %v %v", b.k.Steps(), err)
+	}
+	_, err = b.run("DEL", nil)
+	must(t, err)
+	b.same("at the end", before)
+}
+
 // script is an IPAM plugin of others: it notes each call, and does as it is told for an ADD.
 func script(t *testing.T, b *bench, add string) (calls func() string) {
 	t.Helper()

@@ -101,7 +101,8 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
-	again = again && earlier.State != lease.Released // which only waits for the service to be told
+	// A released one only waits for the service to be told, and of one that is leaving the interface may go at any moment.
+	again = again && earlier.State != lease.Released && !earlier.Leaving
 	var undo []func() error
 	defer func() {
 		if err != nil && !again { // what an earlier ADD of the same interface made is not ours to undo
@@ -133,6 +134,9 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 		if err := k.AddPort(ctx, r.Netns, port); err != nil {
 			return nil, cni.Errorf(cni.ErrKernel, "connect %s: %w", r.ID(), err)
 		}
+	}
+	if earlier.Leaving {
+		_ = c.book.Journal.SetLeaving(r.Conf.Name, r.ID(), false) // if it stays, the next ADD makes the interface anew, and no harm is done
 	}
 	return cni.After(r.Prev, c.result(port, fromIPAM)), nil
 }
@@ -307,7 +311,8 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	defer c.book.Journal.LockIfPossible(r.Conf.Name, r.ID())()
 	// The interface first: an address that is free must not be in use anywhere. With the kernel not letting go of it the
 	// address stays taken, and the runtime comes again.
-	if err := c.disconnect(ctx, attach.HostName(r.ID())); err != nil {
+	noted := c.book.Journal.SetLeaving(r.Conf.Name, r.ID(), true) == nil
+	if err := c.disconnect(ctx, attach.HostName(r.ID()), noted); err != nil {
 		return cni.Errorf(cni.ErrKernel, "disconnect %s: %w", r.ID(), err)
 	}
 	var errs []error
@@ -322,9 +327,10 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 
 // disconnect removes the port. It asks the manager to, who waits for the kernel's house-keeping in our place and for many at once.
 // Whatever came of that, the port is then removed here: that of one which is gone costs nothing, and a manager may be down, or
-// serve another network namespace.
-func (c *call) disconnect(ctx context.Context, hostName string) error {
-	if index := kernel.PortIndex(hostName); index != 0 {
+// serve another network namespace. Where the journal could not note that a DEL has begun (a full disk) nobody is asked: what was asked
+// for outlives the one who asked.
+func (c *call) disconnect(ctx context.Context, hostName string, noted bool) error {
+	if index := kernel.PortIndex(hostName); index != 0 && noted {
 		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 		_ = metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}.Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
