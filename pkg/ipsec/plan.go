@@ -53,15 +53,27 @@ func Alias(network, peer string) string {
 // IKE's. A host or entry that cannot be planned is left out and told in Problems; the rest stands.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	s := delta.NewState()
-	l, ok := layOut(snap, self, s)
-	if !ok {
+	var all []metadata.Network
+	for _, n := range snap.Networks {
+		if n.Encapsulation == metadata.EncapIPsec {
+			all = append(all, n)
+			for _, subnet := range n.Subnets {
+				// Beneath all blocks: what no host owns is refused here and does not follow the default route.
+				s.Routes[subnet] = delta.Route{Type: "unreachable"}
+			}
+		}
+	}
+	if len(all) == 0 {
 		return s
 	}
-	prefixes := underlay.Prefixes(snap)
-	for _, n := range l.networks {
-		l.network(s, snap, n, prefixes[n.Name])
+	// Of every network, those too that cannot be planned, and on a host that nothing can be planned for: there may be containers.
+	block(s, all)
+	if l, ok := layOut(snap, self, s); ok {
+		prefixes := underlay.Prefixes(snap)
+		for _, n := range l.networks {
+			l.network(s, snap, n, prefixes[n.Name])
+		}
 	}
-	block(s, l.networks)
 	return s
 }
 
@@ -154,8 +166,6 @@ func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Net
 		if subnet.Addr().Is6() {
 			s.Sysctls["net/ipv6/conf/all/forwarding"] = "1"
 		}
-		// Beneath all blocks: what no host owns is refused here and does not follow the default route.
-		s.Routes[subnet] = delta.Route{Type: "unreachable"}
 	}
 	var src4, src6 netip.Addr
 	for _, g := range snap.Gateways(n.Name, l.me.Name) {

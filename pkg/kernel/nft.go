@@ -36,8 +36,10 @@ type nftables struct {
 	read   bool
 	gen    uint32
 	exists bool // the table
-	sets   map[string]delta.Set
-	chains map[string]delta.Chain
+	// dormant: somebody switched the table off, with all that is in it.
+	dormant bool
+	sets    map[string]delta.Set
+	chains  map[string]delta.Chain
 }
 
 func (f *nftables) close() error { return f.s.close() }
@@ -122,6 +124,23 @@ func (f *nftables) load() error {
 	if err != nil {
 		return err
 	}
+	f.dormant = false
+	err = f.list(unix.NFT_MSG_GETTABLE, 0, "", func(body []byte) {
+		var name string
+		var flags uint32
+		for a := newAttrs(body); a.next(); {
+			switch a.typ {
+			case unix.NFTA_TABLE_NAME:
+				name = cstring(a.value)
+			case unix.NFTA_TABLE_FLAGS:
+				flags = a.u32be()
+			}
+		}
+		f.dormant = f.dormant || name == delta.Table && flags&tableDormant != 0
+	})
+	if err != nil {
+		return err
+	}
 	for name, s := range f.sets {
 		if s.Other != "" {
 			continue
@@ -137,8 +156,19 @@ func (f *nftables) load() error {
 	if err := f.list(unix.NFT_MSG_GETCHAIN, 0, "", func(body []byte) { parseChain(body, f.chains) }); err != nil {
 		return err
 	}
-	return f.list(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, "", func(body []byte) { parseRule(body, f.chains) })
+	if err := f.list(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, "", func(body []byte) { parseRule(body, f.chains) }); err != nil {
+		return err
+	}
+	if f.dormant { // no chain of it does anything, so none is as it is wanted
+		for name, c := range f.chains {
+			c.Rules = append(c.Rules, delta.Rule{delta.Unknown("table dormant")})
+			f.chains[name] = c
+		}
+	}
+	return nil
 }
+
+const tableDormant = 1 // NFT_TABLE_F_DORMANT: its chains are not hooked
 
 // list dumps objects of the table; tableAttr 0 dumps those of all tables of the family.
 func (f *nftables) list(typ, tableAttr uint16, set string, each func(body []byte)) error {
@@ -408,7 +438,7 @@ func (f *nftables) change(d *delta.Difference, grow bool) error {
 	// itself is the next one, but is asked for, because somebody may have been there since.
 	if gen, err := f.generation(); err == nil && gen == next(f.gen) {
 		f.gen, f.sets, f.chains = gen, sets, chains
-		f.exists = len(sets)+len(chains) > 0
+		f.exists, f.dormant = len(sets)+len(chains) > 0, false
 	} else {
 		f.read = false
 	}
@@ -435,6 +465,8 @@ func (f *nftables) plan(sets map[string]delta.Set, chains map[string]delta.Chain
 	}
 	if !f.exists {
 		add("add table", func(m *message) error { table(m, unix.NFT_MSG_NEWTABLE, unix.NLM_F_CREATE); return nil })
+	} else if f.dormant {
+		add("wake table", func(m *message) error { table(m, unix.NFT_MSG_NEWTABLE, 0); return nil })
 	}
 	remade := map[string]bool{}
 	for name, s := range f.sets {

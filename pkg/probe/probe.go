@@ -90,7 +90,7 @@ var (
 	results = map[Feature]error{}
 )
 
-// Check tries a feature, once in the life of the process, and says why it is missing. It takes some milliseconds.
+// Check tries a feature until it is there, once then in the life of the process, and says why it is missing. A try takes some milliseconds.
 func Check(f Feature) error {
 	try, ok := tries[f]
 	if !ok {
@@ -103,7 +103,9 @@ func Check(f Feature) error {
 		if err = try(); err != nil {
 			err = fmt.Errorf("%s: %w", f, err)
 		}
-		results[f] = err
+		if err == nil { // what is missing may be loaded by and by
+			results[f] = nil
+		}
 	}
 	return err
 }

@@ -103,6 +103,9 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 			}
 		}
 	}
+	if old != nil && old.Encapsulation == metadata.EncapIPsec && n.Encapsulation != old.Encapsulation {
+		return n, false, metadata.Errorf(metadata.CodeConflict, "network %s is encrypted, and what its containers say would leave in clear; delete it, and create it anew with encapsulation %s", n.Name, n.Encapsulation)
+	}
 	if old != nil {
 		for _, b := range s.view.blocksOf(n.Name, func(metadata.Block) bool { return true }) {
 			if !slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool {
