@@ -168,3 +168,35 @@ func TestF43_KeyThatBothHave(t *testing.T) {
 		}
 	}
 }
+
+// TestF37_FailsClosed: a host that the metadata does not list (any more), or that has no underlay address, and a network that hashes to the
+// same interface as another, keep what blocks: there may be containers.
+func TestF37_FailsClosed(t *testing.T) {
+	blocked := func(what string, s *delta.State, subnets ...string) {
+		t.Helper()
+		for _, subnet := range subnets {
+			p := netip.MustParsePrefix(subnet)
+			if s.Routes[p].Type != "unreachable" {
+				t.Errorf("%s: no unreachable route for %s", what, subnet)
+			}
+			text := s.String()
+			if !strings.Contains(text, "clear-out") || !strings.Contains(text, "clear-in") || !strings.Contains(text, subnet) {
+				t.Errorf("%s: rules for %s are missing:\n%s", what, subnet, text)
+			}
+		}
+	}
+	gone := cluster(3)
+	gone.Hosts = gone.Hosts[1:]
+	blocked("removed", ipsec.Plan(gone, "h0"), "10.0.0.0/8")
+	bare := cluster(3)
+	bare.Hosts[0].Underlay = nil
+	blocked("without an underlay", ipsec.Plan(bare, "h0"), "10.0.0.0/8")
+	twins := cluster(2)
+	twins.Networks = []metadata.Network{{Name: "net4225", Encapsulation: metadata.EncapIPsec, Subnets: []netip.Prefix{netip.MustParsePrefix("10.50.0.0/16")}},
+		{Name: "net3917", Encapsulation: metadata.EncapIPsec, Subnets: []netip.Prefix{netip.MustParsePrefix("10.60.0.0/16")}}}
+	s := ipsec.Plan(twins, "h0")
+	if len(s.Problems) != 1 {
+		t.Errorf("the two do not hash to the same interface any more: %v", s.Problems)
+	}
+	blocked("same interface", s, "10.50.0.0/16", "10.60.0.0/16")
+}
