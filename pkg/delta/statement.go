@@ -1,6 +1,7 @@
 package delta
 
 import (
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -9,8 +10,11 @@ import (
 // IifPrefix matches packets that arrived on an interface whose name begins so: iifname "lrt*".
 type IifPrefix string
 
-// OifPrefix matches packets that leave by an interface whose name begins so: oifname "lrt*".
-type OifPrefix string
+// NotIifPrefix matches those that arrived on any other: iifname != "lrt*".
+type NotIifPrefix string
+
+// NotOifPrefix matches packets that leave by an interface whose name does not begin so: oifname != "lrt*".
+type NotOifPrefix string
 
 // Iif matches the name of the arriving interface: iifname "vtep1042".
 type Iif struct {
@@ -32,6 +36,12 @@ type InSet struct {
 	Not   bool
 }
 
+// InPrefix matches an address of the packet against one prefix: ip saddr 10.42.0.0/16. It costs less than a set of one.
+type InPrefix struct {
+	Field  string // saddr or daddr
+	Prefix netip.Prefix
+}
+
 // UDPDport matches the destination port of a UDP packet: udp dport 4789.
 type UDPDport uint16
 
@@ -42,8 +52,8 @@ type VXLANVNI uint32
 // NoReverse matches a packet whose source has no route back by the interface on which it arrived.
 type NoReverse struct{}
 
-// RouteIPsec matches a packet that will be transformed by IPsec before it leaves: rt ipsec exists.
-type RouteIPsec struct{}
+// NotRouteIPsec matches a packet that will not be transformed by IPsec before it leaves: rt ipsec missing.
+type NotRouteIPsec struct{}
 
 // Masquerade gives the packet the address of the leaving interface; it ends a rule of a nat chain.
 type Masquerade struct{}
@@ -58,19 +68,21 @@ type MarkComment string
 // replaced.
 type Unknown string
 
-func (IifPrefix) statement()   {}
-func (OifPrefix) statement()   {}
-func (Iif) statement()         {}
-func (Oif) statement()         {}
-func (InSet) statement()       {}
-func (UDPDport) statement()    {}
-func (VXLANVNI) statement()    {}
-func (NoReverse) statement()   {}
-func (RouteIPsec) statement()  {}
-func (Masquerade) statement()  {}
-func (Verdict) statement()     {}
-func (MarkComment) statement() {}
-func (Unknown) statement()     {}
+func (IifPrefix) statement()     {}
+func (NotIifPrefix) statement()  {}
+func (NotOifPrefix) statement()  {}
+func (InPrefix) statement()      {}
+func (Iif) statement()           {}
+func (Oif) statement()           {}
+func (InSet) statement()         {}
+func (UDPDport) statement()      {}
+func (VXLANVNI) statement()      {}
+func (NoReverse) statement()     {}
+func (NotRouteIPsec) statement() {}
+func (Masquerade) statement()    {}
+func (Verdict) statement()       {}
+func (MarkComment) statement()   {}
+func (Unknown) statement()       {}
 
 func not(is bool) string {
 	if is {
@@ -83,7 +95,22 @@ func not(is bool) string {
 func (s IifPrefix) String() string { return `iifname "` + string(s) + `*"` }
 
 // String is the statement as nft lists it.
-func (s OifPrefix) String() string { return `oifname "` + string(s) + `*"` }
+func (s NotIifPrefix) String() string { return `iifname != "` + string(s) + `*"` }
+
+// String is the statement as nft lists it.
+func (s NotOifPrefix) String() string { return `oifname != "` + string(s) + `*"` }
+
+// String is the statement as nft lists it.
+func (s InPrefix) String() string {
+	family := "ip "
+	if s.Prefix.Addr().Is6() {
+		family = "ip6 "
+	}
+	if s.Prefix.IsSingleIP() {
+		return family + s.Field + " " + s.Prefix.Addr().String()
+	}
+	return family + s.Field + " " + s.Prefix.String()
+}
 
 // String is the statement as nft lists it.
 func (s Iif) String() string { return "iifname " + not(s.Not) + `"` + s.Name + `"` }
@@ -110,7 +137,7 @@ func (s VXLANVNI) String() string { return "@th,96,24 0x" + strconv.FormatUint(u
 func (NoReverse) String() string { return "fib saddr . iif oif missing" }
 
 // String is the statement as nft lists it.
-func (RouteIPsec) String() string { return "rt ipsec exists" }
+func (NotRouteIPsec) String() string { return "rt ipsec missing" }
 
 // String is the statement as nft lists it.
 func (Masquerade) String() string { return "masquerade" }

@@ -127,23 +127,9 @@ func blocking(want, have *delta.State) (out []Device) {
 		only.Chains[name] = c
 		return strings.TrimSpace(only.String())
 	}
-	set := func(s *delta.State, name string) string {
-		c, ok := s.Sets[name]
-		if !ok {
-			return ""
-		}
-		only := delta.NewState()
-		only.Sets[name] = c
-		return strings.TrimSpace(only.String())
-	}
 	for _, name := range []string{ipsec.ClearIn, ipsec.ClearOut} {
 		if w := chain(want, name); w != "" {
 			out = append(out, Device{Name: "chain " + name, Want: w, Have: chain(have, name)})
-		}
-	}
-	for _, name := range []string{ipsec.Subnets4, ipsec.Subnets6} {
-		if w := set(want, name); w != "" {
-			out = append(out, Device{Name: "set " + name, Want: w, Have: set(have, name)})
 		}
 	}
 	return out

@@ -129,7 +129,7 @@ func TestF137FindingsOfEncryptedNetworks(t *testing.T) {
 			for i := range f.Kernel.Blocking {
 				f.Kernel.Blocking[i].Have = ""
 			}
-		}, "fail-closed error: the rules that keep packets of encrypted networks from travelling in clear are missing: chain clear-in, chain clear-out, set ipsec4, set ipsec6", "start lariat-network-manager"},
+		}, "fail-closed error: the rules that keep packets of encrypted networks from travelling in clear are missing: chain clear-in, chain clear-out", "start lariat-network-manager"},
 		{"a blocking rule changed", func(f *Facts) { f.Kernel.Blocking[1].Have = "chain …" }, "fail-closed error: the rules that keep packets of encrypted networks from travelling in clear are not as they should be: chain clear-out", "nft flush ruleset"},
 		{"policies off on the underlay", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/conf/eth0/disable_policy"] = "1" }, "fail-closed error: the kernel does not ask IPsec's policies on eth0: disable_policy is set", "sysctl -w net/ipv4/conf/eth0/disable_policy=0"},
 		{"policies off on a tunnel", func(f *Facts) {

@@ -21,10 +21,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/underlay"
 )
 
-// The nftables objects that keep clear packets of the overlay off the wire and out of the containers.
+// The nftables chains that keep clear packets of the overlay off the wire and out of the containers.
 const (
-	Subnets4   = "ipsec4" // all subnets of encrypted networks
-	Subnets6   = "ipsec6"
 	ClearIn    = "clear-in"
 	ClearOut   = "clear-out"
 	vxlanNames = "vtep" // VXLAN devices: what arrives by one is never for an encrypted network
@@ -196,39 +194,23 @@ func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Net
 // block keeps the overlay's addresses inside: a packet to one leaves this host by a container's port or by a tunnel, and a packet
 // from one arrives that way, or it is dropped. The rules know no peers, so they stand, unchanged, whatever happens to those.
 func block(s *delta.State, networks []metadata.Network) {
-	var v4, v6 []netip.Prefix
+	var subnets []netip.Prefix
 	for _, n := range networks {
-		for _, p := range n.Subnets {
-			if p.Addr().Is6() {
-				v6 = append(v6, p)
-			} else {
-				v4 = append(v4, p)
-			}
-		}
+		subnets = append(subnets, n.Subnets...)
 	}
+	slices.SortFunc(subnets, netip.Prefix.Compare)
 	in := delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300}
 	out := delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300}
-	for _, inside := range []delta.Rule{{delta.IifPrefix(delta.PortPrefix)}, {delta.IifPrefix(delta.TunnelPrefix)}, {delta.Iif{Name: "lo"}}} {
-		in.Rules = append(in.Rules, append(inside, delta.Verdict("accept")))
-	}
-	// A packet passes here twice: on its way into the tunnel's interface, and on its way to the wire with the transformation ahead of it.
-	for _, inside := range []delta.Rule{{delta.OifPrefix(delta.PortPrefix)}, {delta.OifPrefix(delta.TunnelPrefix)}, {delta.Oif{Name: "lo"}}, {delta.RouteIPsec{}}} {
-		out.Rules = append(out.Rules, append(inside, delta.Verdict("accept")))
-	}
-	for _, f := range []struct {
-		set     string
-		v6      bool
-		subnets []netip.Prefix
-	}{{Subnets4, false, v4}, {Subnets6, true, v6}} {
-		if len(f.subnets) == 0 {
-			continue
-		}
-		slices.SortFunc(f.subnets, netip.Prefix.Compare)
-		s.Sets[f.set] = delta.Set{V6: f.v6, Interval: true, Elements: f.subnets}
+	// Every packet of the host passes here, and each of a tunnel's four times. One comparison lets those of others go, and there is
+	// neither a set nor a second rule for those that are meant (make bench/guest).
+	for _, p := range subnets {
 		in.Rules = append(in.Rules,
-			delta.Rule{delta.InSet{Field: "saddr", Set: f.set, V6: f.v6}, delta.Verdict("drop")},
-			delta.Rule{delta.IifPrefix(vxlanNames), delta.InSet{Field: "daddr", Set: f.set, V6: f.v6}, delta.Verdict("drop")})
-		out.Rules = append(out.Rules, delta.Rule{delta.InSet{Field: "daddr", Set: f.set, V6: f.v6}, delta.Verdict("drop")})
+			delta.Rule{delta.InPrefix{Field: "saddr", Prefix: p}, delta.NotIifPrefix(delta.PortPrefix), delta.NotIifPrefix(delta.TunnelPrefix), delta.Iif{Name: "lo", Not: true}, delta.Verdict("drop")},
+			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.IifPrefix(vxlanNames), delta.Verdict("drop")})
+		// A packet passes here twice: on its way into the tunnel's interface, and on its way to the wire with the transformation ahead of it.
+		out.Rules = append(out.Rules,
+			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.NotOifPrefix(delta.PortPrefix), delta.NotOifPrefix(delta.TunnelPrefix), delta.Oif{Name: "lo", Not: true},
+				delta.NotRouteIPsec{}, delta.Verdict("drop")})
 	}
 	s.Chains[ClearIn], s.Chains[ClearOut] = in, out
 }

@@ -139,9 +139,6 @@ func TestF37_F144_RulesKnowNoPeers(t *testing.T) {
 			t.Errorf("%s: %v and %v", chain, few.Chains[chain], many.Chains[chain])
 		}
 	}
-	if !few.Sets[ipsec.Subnets4].Equal(many.Sets[ipsec.Subnets4]) || len(few.Sets) != 1 {
-		t.Errorf("sets %v and %v", few.Sets, many.Sets)
-	}
 	if d := delta.Between(many, few); d.Chains.Len()+d.Sets.Len() != 0 {
 		t.Errorf("49 peers more change the rules:\n%s", d)
 	}

@@ -388,6 +388,8 @@ func shrinks(d *delta.Difference) bool {
 	return len(d.Sets.Remove)+len(d.Chains.Remove) > 0 || slices.ContainsFunc(d.Sets.Set, func(e delta.Entry[string, delta.Set]) bool {
 		_, gone := delta.ElementChanges(e.Value.Elements, e.Old.Elements)
 		return len(gone) > 0
+	}) || slices.ContainsFunc(d.Chains.Set, func(e delta.Entry[string, delta.Chain]) bool {
+		return len(delta.Grown(e.Value, e.Old).Rules) > len(e.Value.Rules)
 	})
 }
 
@@ -413,7 +415,11 @@ func (f *nftables) target(d *delta.Difference, grow bool) (sets map[string]delta
 		sets[e.Key] = set
 	}
 	for _, e := range d.Chains.Set {
-		chains[e.Key] = e.Value
+		chain := e.Value
+		if have, ok := f.chains[e.Key]; grow && ok {
+			chain = delta.Grown(chain, have)
+		}
+		chains[e.Key] = chain
 	}
 	return sets, chains
 }

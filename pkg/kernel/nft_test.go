@@ -33,8 +33,11 @@ func filters() *delta.State {
 		{delta.Iif{Name: "vtep1042", Not: true}, delta.UDPDport(4789), delta.InSet{Field: "saddr", Set: "vteps6", V6: true}, delta.Verdict("accept")},
 	}}
 	s.Chains["clear-out"] = delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300, Rules: []delta.Rule{
-		{delta.OifPrefix("lrx"), delta.Verdict("accept")},
-		{delta.RouteIPsec{}, delta.Verdict("accept")},
+		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.44.0.0/16")}, delta.NotOifPrefix("lrx"), delta.NotRouteIPsec{}, delta.Verdict("drop")},
+		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("10.45.16.0/20")}, delta.NotIifPrefix("lrt"), delta.Verdict("drop")},
+		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("fd44::/48")}, delta.Verdict("drop")},
+		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("fd44::/50")}, delta.Verdict("drop")},
+		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("192.0.2.1/32")}, delta.Verdict("drop")},
 	}}
 	s.Chains["egress"] = delta.Chain{Type: "nat", Hook: "postrouting", Priority: 100, Rules: []delta.Rule{
 		{delta.InSet{Field: "saddr", Set: "nat4-overlay"}, delta.InSet{Field: "daddr", Set: "keep4-overlay", Not: true}, delta.Oif{Name: "vtep1042", Not: true}, delta.Masquerade{}},

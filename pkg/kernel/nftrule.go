@@ -4,6 +4,9 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	mathbits "math/bits"
+	"net"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -44,9 +47,41 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		case delta.IifPrefix:
 			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
 			cmp(false, []byte(s)) // compared up to here only
-		case delta.OifPrefix:
+		case delta.NotIifPrefix:
+			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
+			cmp(true, []byte(s))
+		case delta.NotOifPrefix:
 			add(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg})
-			cmp(false, []byte(s))
+			cmp(true, []byte(s))
+		case delta.InPrefix:
+			v6 := s.Prefix.Addr().Is6()
+			want := byte(unix.NFPROTO_IPV4)
+			if v6 {
+				want = unix.NFPROTO_IPV6
+			}
+			offset, ok := addrField[v6][s.Field]
+			if !ok || s.Prefix.Bits() < 1 {
+				return nil, "", fmt.Errorf("%s: unknown field %q, or a prefix of everything", s, s.Field)
+			}
+			if proto != want {
+				proto = want
+				add(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg})
+				cmp(false, []byte{want})
+			}
+			addr := s.Prefix.Masked().Addr().AsSlice()
+			whole := s.Prefix.Bits() / 8
+			if s.Prefix.Bits()%8 == 0 { // of whole octets no more are loaded than count
+				add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(whole)})
+				cmp(false, addr[:whole])
+				continue
+			}
+			mask := make([]byte, len(addr))
+			for i := range s.Prefix.Bits() {
+				mask[i/8] |= 0x80 >> (i % 8)
+			}
+			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(len(addr))},
+				&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: uint32(len(addr)), Mask: mask, Xor: make([]byte, len(addr))})
+			cmp(false, addr)
 		case delta.Iif:
 			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
 			cmp(s.Not, ifname(s.Name))
@@ -80,9 +115,9 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		case delta.NoReverse:
 			add(&expr.Fib{Register: reg, ResultOIF: true, FlagSADDR: true, FlagIIF: true, FlagPRESENT: true})
 			cmp(false, make([]byte, 4)) // nft compares the whole register
-		case delta.RouteIPsec:
+		case delta.NotRouteIPsec:
 			add(&expr.Rt{Key: rtXFRM, Register: reg})
-			cmp(false, []byte{1})
+			cmp(false, []byte{0})
 		case delta.Masquerade:
 			add(&expr.Masq{})
 		case delta.Verdict:
@@ -228,8 +263,10 @@ func statement(x []expression) (delta.Statement, int) {
 			return delta.IifPrefix(data), 2
 		case key == unix.NFT_META_IIFNAME && len(data) == unix.IFNAMSIZ:
 			return delta.Iif{Name: cstring(data), Not: not}, 2
-		case key == unix.NFT_META_OIFNAME && len(data) < unix.IFNAMSIZ && !not:
-			return delta.OifPrefix(data), 2
+		case key == unix.NFT_META_IIFNAME && len(data) < unix.IFNAMSIZ:
+			return delta.NotIifPrefix(data), 2
+		case key == unix.NFT_META_OIFNAME && len(data) < unix.IFNAMSIZ && not:
+			return delta.NotOifPrefix(data), 2
 		case key == unix.NFT_META_OIFNAME && len(data) == unix.IFNAMSIZ:
 			return delta.Oif{Name: cstring(data), Not: not}, 2
 		case key == unix.NFT_META_NFPROTO && !not && len(data) == 1 && len(x) > 2 && matchesFamily(x[2:], data[0]):
@@ -249,6 +286,9 @@ func statement(x []expression) (delta.Statement, int) {
 				}
 			}
 		}
+		if p, n, ok := inPrefix(x); ok {
+			return p, n
+		}
 		if c, ok := second("cmp"); ok && c.equals(3) && first.payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 12, 3) {
 			d := c.data(unix.NFTA_CMP_DATA)
 			return delta.VXLANVNI(uint32(d[0])<<16 | uint32(d[1])<<8 | uint32(d[2])), 2
@@ -260,8 +300,8 @@ func statement(x []expression) (delta.Statement, int) {
 			return delta.NoReverse{}, 2
 		}
 	case "rt":
-		if c, ok := second("cmp"); ok && c.equals(1) && first.u32(unix.NFTA_RT_KEY) == rtXFRM && c.data(unix.NFTA_CMP_DATA)[0] == 1 {
-			return delta.RouteIPsec{}, 2
+		if c, ok := second("cmp"); ok && c.equals(1) && first.u32(unix.NFTA_RT_KEY) == rtXFRM && c.data(unix.NFTA_CMP_DATA)[0] == 0 {
+			return delta.NotRouteIPsec{}, 2
 		}
 	case "masq":
 		if first.u32(unix.NFTA_MASQ_FLAGS) == 0 && first.attrs[unix.NFTA_MASQ_REG_PROTO_MIN] == nil {
@@ -299,8 +339,45 @@ func length(v6 bool) uint32 {
 // matchesFamily says whether a match on the network protocol is the one that the next statement, on an address, brings along.
 func matchesFamily(x []expression, proto byte) bool {
 	s, _ := statement(x)
+	if p, ok := s.(delta.InPrefix); ok {
+		return (proto == unix.NFPROTO_IPV6) == p.Prefix.Addr().Is6() && (proto == unix.NFPROTO_IPV4 || p.Prefix.Addr().Is6())
+	}
 	in, ok := s.(delta.InSet)
 	return ok && (proto == unix.NFPROTO_IPV6) == in.V6 && (proto == unix.NFPROTO_IPV4 || in.V6)
+}
+
+// inPrefix reads a match of an address against a prefix: some octets that are equal, or all of them behind a mask.
+func inPrefix(x []expression) (p delta.InPrefix, n int, ok bool) {
+	for v6, fields := range addrField {
+		for field, offset := range fields {
+			full := length(v6)
+			if len(x) < 2 {
+				continue
+			}
+			if x[1].compares() && x[1].u32(unix.NFTA_CMP_OP) == unix.NFT_CMP_EQ {
+				data := x[1].data(unix.NFTA_CMP_DATA)
+				if k := len(data); k >= 1 && k <= int(full) && x[0].payload(unix.NFT_PAYLOAD_NETWORK_HEADER, offset, uint32(k)) {
+					addr, _ := netip.AddrFromSlice(append(bytes.Clone(data), make([]byte, int(full)-k)...))
+					return delta.InPrefix{Field: field, Prefix: netip.PrefixFrom(addr, 8*k)}, 2, true
+				}
+			}
+			if len(x) < 3 || x[1].name != "bitwise" || !x[2].equals(int(full)) || !x[0].payload(unix.NFT_PAYLOAD_NETWORK_HEADER, offset, full) ||
+				x[1].u32(unix.NFTA_BITWISE_SREG) != reg || x[1].u32(unix.NFTA_BITWISE_DREG) != reg {
+				continue
+			}
+			bits, mask := 0, x[1].data(unix.NFTA_BITWISE_MASK)
+			for _, b := range mask {
+				bits += mathbits.OnesCount8(b)
+			}
+			if !bytes.Equal(mask, net.CIDRMask(bits, 8*int(full))) || len(bytes.Trim(x[1].data(unix.NFTA_BITWISE_XOR), "\x00")) > 0 {
+				continue
+			}
+			addr, _ := netip.AddrFromSlice(x[2].data(unix.NFTA_CMP_DATA))
+			p = delta.InPrefix{Field: field, Prefix: netip.PrefixFrom(addr, bits)}
+			return p, 3, p.Prefix.Masked() == p.Prefix
+		}
+	}
+	return p, 0, false
 }
 
 func (e expression) compares() bool {

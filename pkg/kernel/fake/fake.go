@@ -414,6 +414,9 @@ func (a *application) grow(d *delta.Difference) {
 		w.Sets[e.Key] = e.Value
 	}
 	for _, e := range d.Chains.Set {
+		if have, ok := w.Chains[e.Key]; ok {
+			e.Value = delta.Grown(e.Value, have)
+		}
 		w.Chains[e.Key] = e.Value
 	}
 }
@@ -424,6 +427,9 @@ func (a *application) shrink(d *delta.Difference) {
 	less := len(d.Sets.Remove)+len(d.Chains.Remove) > 0
 	for _, e := range d.Sets.Set {
 		less = less || !w.Sets[e.Key].Equal(e.Value)
+	}
+	for _, e := range d.Chains.Set {
+		less = less || !w.Chains[e.Key].Equal(e.Value)
 	}
 	if !less || a.bare || !a.try("nftables transaction") {
 		return
@@ -436,5 +442,8 @@ func (a *application) shrink(d *delta.Difference) {
 	}
 	for _, e := range d.Sets.Set {
 		w.Sets[e.Key] = e.Value
+	}
+	for _, e := range d.Chains.Set {
+		w.Chains[e.Key] = e.Value
 	}
 }

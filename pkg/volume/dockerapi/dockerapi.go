@@ -129,6 +129,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, v verb) error {
 		s.touch(q.Name)
 	}
 	a, err := v.do(s, ctx, q)
+	s.config.Log.Debug(v.name, "volume", q.Name, "id", q.ID, "error", err)
 	if err != nil {
 		s.refuse(w, http.StatusInternalServerError, v, q, err)
 		if v.locks {
