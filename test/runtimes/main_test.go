@@ -68,7 +68,7 @@ func TestMain(m *testing.M) {
 func controlGroups() map[string]bool {
 	found := map[string]bool{}
 	for _, pattern := range []string{"/sys/fs/cgroup/%s", "/sys/fs/cgroup/*/%s"} { // version 2, version 1
-		for _, name := range []string{"k8s.io", "libpod_parent"} {
+		for _, name := range []string{"k8s.io", "libpod_parent", "lariat-docker"} {
 			paths, _ := filepath.Glob(fmt.Sprintf(pattern, name))
 			for _, p := range paths {
 				found[p] = true
