@@ -124,3 +124,26 @@ func TestVolumeHelp(t *testing.T) {
 		}
 	}
 }
+
+// TestComposeExample: the driver understands the options of the volumes in the compose file.
+func TestComposeExample(t *testing.T) {
+	var file struct {
+		Volumes map[string]struct {
+			Driver  string
+			Options map[string]string `json:"driver_opts"`
+		}
+	}
+	if err := yaml.Unmarshal([]byte(read(t, filepath.Join(root, "examples/docker/compose.yaml"))), &file); err != nil || len(file.Volumes) == 0 {
+		t.Fatalf("%v %v", file, err)
+	}
+	for name, v := range file.Volumes {
+		driver, ours := strings.CutPrefix(v.Driver, "lariat-")
+		d, known := volumeDrivers[driver]
+		if !ours || !known {
+			t.Fatalf("no driver %s", v.Driver)
+		}
+		if err := d.understand(volume.Request{Name: name, Options: v.Options}); err != nil {
+			t.Error(err)
+		}
+	}
+}
