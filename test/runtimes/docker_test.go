@@ -26,6 +26,18 @@ unmount) out=$(umount "$2" 2>&1) && say Success; say Failure "$out" ;;
 esac
 `
 
+// dockersContainerd is the configuration of containerd for dockerd.
+const dockersContainerd = `version = 2
+root = "%[1]s/cd/root"
+state = "%[1]s/cd/state"
+oom_score = 0
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+  address = "%[1]s/c.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "%[1]s/cd/opt"
+`
+
 // docker is a dockerd with folders of its own, in the test's namespaces.
 type docker struct {
 	*host
@@ -36,7 +48,7 @@ func (d *docker) up(t *testing.T) {
 	t.Helper()
 	os.Remove(filepath.Join(d.dir, "docker.pid")) // dockerd believes what a killed one left
 	d.daemon = d.start("dockerd", "dockerd", "-H", "unix://"+d.dir+"/d.sock", "--data-root", d.dir+"/data", "--exec-root", d.dir+"/exec", "--pidfile", d.dir+"/docker.pid",
-		"--bridge=none", "--iptables=false", "--ip6tables=false", "--live-restore", "--cgroup-parent=/lariat-docker", "--default-ulimit=nofile=1024:1024")
+		"--containerd", d.dir+"/c.sock", "--bridge=none", "--iptables=false", "--ip6tables=false", "--live-restore", "--cgroup-parent=/lariat-docker", "--default-ulimit=nofile=1024:1024")
 	eventually(t, "dockerd", func() error {
 		select {
 		case <-d.daemon.done:
@@ -132,6 +144,17 @@ func TestDockerVolumes(t *testing.T) {
 		}
 		return strings.Contains(string(data), " /run/lariat/storage/lariat-shell/vol ")
 	}
+
+	// containerd stands by itself, as Debian's unit has it, so that containers outlive a dockerd that is killed.
+	config := filepath.Join(dir, "containerd.toml")
+	if err := os.WriteFile(config, fmt.Appendf(nil, dockersContainerd, dir), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	d.start("containerd", "containerd", "-c", config)
+	eventually(t, "containerd", func() error {
+		_, err := os.Stat(dir + "/c.sock")
+		return err
+	})
 
 	// F102: dockerd starts without the plugin, and finds it later; with it, it starts as fast.
 	d.up(t)
