@@ -196,6 +196,10 @@ func (c *Charon) start(lock *os.File) error {
 	if err := cmd.Start(); err != nil {
 		return err
 	}
+	// Its memory holds keys. It has none yet.
+	if err := unix.Prlimit(cmd.Process.Pid, unix.RLIMIT_CORE, &unix.Rlimit{}, nil); err != nil {
+		c.say(slog.LevelWarn, "charon may dump core, with its keys", "error", err)
+	}
 	c.started, c.stopped = time.Now(), false
 	if err := errors.Join(lock.Truncate(0), writeAt(lock, strconv.Itoa(cmd.Process.Pid)+"\n")); err != nil {
 		c.say(slog.LevelWarn, "charon's pid is not written down", "error", err)

@@ -40,7 +40,7 @@ type secret struct {
 // ReadSecrets reads a file of secrets: one a line, the one to use first; empty lines and those that begin with # are skipped. The file
 // must be a regular one that nobody but its owner, root or the caller, may read. Errors name the file and the line, never a secret.
 func ReadSecrets(path string) (Secrets, error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe of that name must not be waited for
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			err = fmt.Errorf("%w; make one with: lariat ipsec secret > %s, and give the same to every host", err, path)

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/ipsec"
@@ -98,6 +99,13 @@ func TestReadSecrets(t *testing.T) {
 	}
 	if _, err := ipsec.ReadSecrets(filepath.Join(dir, "none")); err == nil || !strings.Contains(err.Error(), "lariat ipsec secret >") {
 		t.Errorf("no file: %v", err)
+	}
+	pipe := filepath.Join(dir, "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ipsec.ReadSecrets(pipe); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+		t.Errorf("a pipe: %v", err)
 	}
 	if _, err := ipsec.ReadSecrets(dir); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("a folder: %v", err)
