@@ -14,6 +14,7 @@ import (
 	"hash/fnv"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -93,7 +94,7 @@ func layOut(snap *metadata.Snapshot, self string, s *delta.State) (*layout, bool
 			found = append(found, n)
 		}
 	}
-	slices.SortFunc(found, func(a, b metadata.Network) int { return compare(a.Name, b.Name) })
+	slices.SortFunc(found, func(a, b metadata.Network) int { return strings.Compare(a.Name, b.Name) })
 	for _, n := range found {
 		id := homeID(n.Name)
 		if other, used := taken[id]; used {
@@ -116,7 +117,7 @@ func layOut(snap *metadata.Snapshot, self string, s *delta.State) (*layout, bool
 		return nil, false
 	}
 	l.peers = underlay.Peers(snap, l.me, s)
-	slices.SortFunc(l.peers, func(a, b underlay.Peer) int { return compare(a.Name, b.Name) })
+	slices.SortFunc(l.peers, func(a, b underlay.Peer) int { return strings.Compare(a.Name, b.Name) })
 	for _, n := range l.networks {
 		for _, p := range l.peers {
 			// Two that fall together are told apart by the order of their names. The number means something on this host alone.
@@ -129,16 +130,6 @@ func layOut(snap *metadata.Snapshot, self string, s *delta.State) (*layout, bool
 		}
 	}
 	return l, true
-}
-
-func compare(a, b string) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
 }
 
 func homeID(network string) uint32 { return hashID(network, "") }

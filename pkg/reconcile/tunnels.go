@@ -37,9 +37,6 @@ type Tunnels struct {
 	// Every is how often what the daemon and the kernel hold is looked at; a pass in between asks nobody when nothing changed.
 	Every time.Duration
 
-	// Check tries a feature of the kernel; nil: probe.Check.
-	Check func(probe.Feature) error
-
 	mu       sync.Mutex // guards what follows, which the report tells
 	report   ipsec.Report
 	tunnels  []ipsec.Tunnel
@@ -52,8 +49,8 @@ type Tunnels struct {
 
 type saKey struct{ ifID, spi uint32 }
 
-// strangeFor is how long an SA must be unknown to the daemon before it is taken for a leftover: while it is at work on an IKE SA the
-// daemon leaves that out of its list, with the SAs that it has installed already.
+// strangeFor is how long an SA must be unknown to the daemon before it is taken for a leftover: while keys change, the kernel has SAs that are
+// not in the daemon's list yet, or not any more.
 const strangeFor = 15 * time.Second
 
 // XFRM is the part of the kernel that Tunnels tidies up.
@@ -188,18 +185,14 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 
 // features tries what no encrypted network can do without. Without AES-GCM the fallback suite is offered.
 func (t *Tunnels) features(s *metadata.Snapshot, o *ipsec.Options) error {
-	check := t.Check
-	if check == nil {
-		check = probe.Check
-	}
 	esp := probe.ESP
 	if me, _ := s.Host(s.Self); me.UnderlayAddr().Is6() {
 		esp = probe.ESP6
 	}
-	if err := errors.Join(check(probe.XfrmInterface), check(esp)); err != nil {
+	if err := errors.Join(probe.Check(probe.XfrmInterface), probe.Check(esp)); err != nil {
 		return err
 	}
-	o.NoGCM = check(probe.AESGCM) != nil
+	o.NoGCM = probe.Check(probe.AESGCM) != nil
 	return nil
 }
 
