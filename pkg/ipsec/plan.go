@@ -146,7 +146,7 @@ func hashID(network, peer string) uint32 {
 func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Network, prefixes map[string][]netip.Prefix) {
 	link := func(id uint32, peer string) string {
 		dev := Device(id)
-		s.Links[dev] = delta.Link{Kind: delta.KindXFRM, IfID: id, MTU: mtu.Container(n, l.me), Alias: Alias(n.Name, peer)}
+		s.Links[dev] = delta.Link{Kind: delta.KindXFRM, IfID: id, Group: delta.InsideGroup, MTU: mtu.Container(n, l.me), Alias: Alias(n.Name, peer)}
 		return dev
 	}
 	home := link(homeID(n.Name), "")
@@ -190,18 +190,17 @@ func block(s *delta.State, networks []metadata.Network) {
 		subnets = append(subnets, n.Subnets...)
 	}
 	slices.SortFunc(subnets, netip.Prefix.Compare)
-	in := delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300}
-	out := delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300}
-	// Every packet of the host passes here, and each of a tunnel's four times. One comparison lets those of others go, and there is
-	// neither a set nor a second rule for those that are meant (make bench/guest).
+	// Every packet of the host passes here, and each of a tunnel's four times. One comparison lets the containers' go, one for each subnet those
+	// of others (make bench/guest).
+	in := delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{{delta.IifGroup(delta.InsideGroup), delta.Verdict("accept")}}}
+	out := delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300, Rules: []delta.Rule{{delta.OifGroup(delta.InsideGroup), delta.Verdict("accept")}}}
 	for _, p := range subnets {
 		in.Rules = append(in.Rules,
-			delta.Rule{delta.InPrefix{Field: "saddr", Prefix: p}, delta.NotIifPrefix(delta.PortPrefix), delta.NotIifPrefix(delta.TunnelPrefix), delta.Iif{Name: "lo", Not: true}, delta.Verdict("drop")},
+			delta.Rule{delta.InPrefix{Field: "saddr", Prefix: p}, delta.Iif{Name: "lo", Not: true}, delta.Verdict("drop")},
 			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.IifPrefix(vxlanNames), delta.Verdict("drop")})
 		// A packet passes here twice: on its way into the tunnel's interface, and on its way to the wire with the transformation ahead of it.
 		out.Rules = append(out.Rules,
-			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.NotOifPrefix(delta.PortPrefix), delta.NotOifPrefix(delta.TunnelPrefix), delta.Oif{Name: "lo", Not: true},
-				delta.NotRouteIPsec{}, delta.Verdict("drop")})
+			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.NotRouteIPsec{}, delta.Oif{Name: "lo", Not: true}, delta.Verdict("drop")})
 	}
 	s.Chains[ClearIn], s.Chains[ClearOut] = in, out
 }
