@@ -13,6 +13,8 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/lariat-net/lariat/test/busybox"
 )
 
 const (
@@ -74,7 +76,7 @@ func newContainerd(t *testing.T, h *host) *containerd {
 		t.Fatal(err)
 	}
 	tar := filepath.Join(h.dir, "image.tar")
-	if err := writeImage(tar, imageName, imageTag, static(t), []string{"/bin/sleep", "1000000"}); err != nil {
+	if err := busybox.WriteImage(tar, imageName, imageTag, static(t), []string{"/bin/sleep", "1000000"}); err != nil {
 		t.Fatal(err)
 	}
 	c.up(t)

@@ -8,6 +8,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/lariat-net/lariat/test/busybox"
 )
 
 // shellDriver is a FlexVolume driver in twenty lines: a volume is a folder, which is bind-mounted.
@@ -162,7 +164,7 @@ func TestDockerVolumes(t *testing.T) {
 	d.storage(t, "--driver", broken, "--state-dir", dir+"/state")
 	d.storage(t, "--driver", "nfs", "--state-dir", dir+"/state")
 	tar := filepath.Join(dir, "image.tar")
-	if err := writeImage(tar, imageName, imageTag, static(t), []string{"/bin/sleep", "1000000"}); err != nil {
+	if err := busybox.WriteImage(tar, imageName, imageTag, static(t), []string{"/bin/sleep", "1000000"}); err != nil {
 		t.Fatal(err)
 	}
 	d.must(t, "load", "-q", "-i", tar)

@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/lariat-net/lariat/test/busybox"
 )
 
 // podman is Podman 4 with its CNI back end, with a storage of its own on one host.
@@ -44,7 +46,7 @@ func newPodman(t *testing.T, h *host) *podman {
 	if err := os.WriteFile(policy, []byte(`{"default":[{"type":"insecureAcceptAnything"}]}`), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if err := writeImage(tar, imageName, imageTag, static(t), []string{"/bin/sleep", "1000000"}); err != nil {
+	if err := busybox.WriteImage(tar, imageName, imageTag, static(t), []string{"/bin/sleep", "1000000"}); err != nil {
 		t.Fatal(err)
 	}
 	driver := "vfs"

@@ -12,6 +12,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/lariat-net/lariat/test/guest/nfsd"
 )
 
 // storage is lariat-storage with the driver nfs, as a process that Docker would call.
@@ -65,7 +67,7 @@ func (s *storage) call(t *testing.T, verb, name, id string, opts map[string]stri
 
 // F102, F103, F104, F158: Docker's calls on the kernel's NFS server, with kill -9 of lariat-storage between. The twin with a dockerd is in test/runtimes.
 func TestF104Docker(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	bin := filepath.Join(os.Getenv("LARIAT_BIN"), "lariat-storage")
 	if !exists(bin) {
 		t.Skip("bin/lariat-storage is not built: make build")

@@ -25,6 +25,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 	"github.com/lariat-net/lariat/test/guest"
+	"github.com/lariat-net/lariat/test/guest/nfsd"
 )
 
 // killVariable names the step at which a driver, or its child, is killed. Only this test's binary knows it.
@@ -63,40 +64,12 @@ func TestMain(m *testing.M) {
 }
 
 const (
-	server  = "192.168.9.1"
-	other   = "192.168.9.2"
-	export  = "/srv/export"
+	server  = nfsd.Server
+	other   = nfsd.Other
+	export  = nfsd.Export
 	logFile = "/tmp/nfs.log"
 	state   = "/var/lib/lariat/volumes"
 )
-
-// start is the kernel's server, once for all tests.
-var start = sync.OnceValue(func() error {
-	for _, line := range []string{
-		"modprobe -a nfsd nfs nfsv3 nfsv4",
-		"ip addr add " + server + "/32 dev lo && ip addr add " + other + "/32 dev lo",
-		"mkdir -p " + export + " && mount -t tmpfs tmpfs " + export,
-		"mount -t nfsd nfsd /proc/fs/nfsd",
-		"echo 10 > /proc/fs/nfsd/nfsv4gracetime; echo 10 > /proc/fs/nfsd/nfsv4leasetime",
-		"echo '" + export + " *(rw,fsid=1,no_root_squash,insecure,no_subtree_check,async)' > /etc/exports",
-		"pidof rpcbind || rpcbind",
-		"exportfs -ra && rpc.mountd", //nolint:misspell // it is the program's name
-		"rpc.nfsd 4",
-		"echo Y > /proc/fs/nfsd/v4_end_grace",
-	} {
-		if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
-			return fmt.Errorf("%s: %w: %s", line, err, out)
-		}
-	}
-	return nil
-})
-
-func serve(t *testing.T) {
-	t.Helper()
-	if err := start(); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // options of a volume as JSON.
 func options(pairs ...string) string {
@@ -208,7 +181,7 @@ func exists(path string) bool {
 
 // F105, F108: create, mount, use, unmount, delete, with every version of the protocol, in both verb shapes.
 func TestF105Versions(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	for _, vers := range []string{"3", "4.0", "4.1", "4.2"} {
 		t.Run(vers, func(t *testing.T) {
 			dir := place(t)
@@ -284,7 +257,7 @@ func drivers() (found []string) {
 
 // F105: what Lariat did not create is never purged.
 func TestF105OnlyOurs(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	keep := func(name string) { // a folder of somebody else's, with data
 		must(t, os.MkdirAll(export+"/"+name+"/deep", 0o755))
 		must(t, os.WriteFile(export+"/"+name+"/deep/data", []byte("precious"), 0o644))
@@ -378,7 +351,7 @@ func TestF105OnlyOurs(t *testing.T) {
 
 // F105, F158: the mount table and the export know enough when the journal is lost, or damaged.
 func TestF158LostJournal(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	dir := place(t)
 	j := below("lost", "onRemove", "purge")
 	for what, lose := range map[string]func(){
@@ -412,7 +385,7 @@ func TestF158LostJournal(t *testing.T) {
 
 // F110: a failed mount is told in mount.nfs's own words, with the server's reason. F109, F105: what is hostile is refused, and nothing done.
 func TestF110F109Refused(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	dir := place(t)
 	before, err := mounts.Read()
 	must(t, err)
@@ -460,7 +433,7 @@ func TestF110F109Refused(t *testing.T) {
 
 // F105: without nfs-common on the host, the kernel alone mounts NFS 4.
 func TestF105WithoutMountNFS(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	dir := place(t)
 	nothing := filepath.Join(t.TempDir(), "nothing")
 	must(t, os.WriteFile(nothing, nil, 0o644)) // which cannot be executed
@@ -490,7 +463,7 @@ func TestF105WithoutMountNFS(t *testing.T) {
 
 // Many calls at once for one folder and one volume: one mount, one folder, and everybody is told that it is there.
 func TestF158ManyAtOnce(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	dir := place(t)
 	crowd := func(args ...string) {
 		t.Helper()
@@ -518,7 +491,7 @@ func TestF158ManyAtOnce(t *testing.T) {
 
 // A second volume mounted over the first by hand: unmount takes both away.
 func TestStackedMounts(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	dir := place(t)
 	ok(t, "mount", dir, below("lower"))
 	// Of another version: with one and the same the kernel says EBUSY, and mount.nfs takes that for success.
@@ -535,7 +508,7 @@ func TestStackedMounts(t *testing.T) {
 
 // F158: kill -9 at every step, of driver and child. The same call again must find its way: no double mount, no orphan, no lost record.
 func TestF158KilledAtEveryStep(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	dir := place(t)
 	mount := []string{"mount", dir, below("k", "onRemove", "purge")}
 	create := []string{"create", below("k", "onRemove", "purge")}
@@ -644,7 +617,7 @@ func took(f func()) time.Duration {
 
 // F159: the server is gone. Every call ends by its deadline and says why; volumes of other servers are not held up; when it comes back, all is well.
 func TestF159ServerGone(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	dir := place(t)
 	busy, free, lazy, fresh, elsewhere := dir+"-busy", dir+"-free", dir+"-lazy", dir+"-fresh", dir+"-elsewhere"
 	t.Cleanup(func() {
@@ -748,7 +721,7 @@ func TestF159ServerGone(t *testing.T) {
 
 // F159: a server that takes connections and says nothing, one that is stopped, and one that is started again under a mounted volume.
 func TestF159ServerSilentStoppedRestarted(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	dir := place(t)
 	sh(t, "ip addr add 192.168.9.4/32 dev lo")
 	l, err := net.Listen("tcp", "192.168.9.4:20490")
@@ -788,7 +761,7 @@ func TestF159ServerSilentStoppedRestarted(t *testing.T) {
 
 // A volume in use, of a server that is well: unmount says by whom, and leaves it.
 func TestInUse(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	dir := place(t)
 	ok(t, "mount", dir, below("used"))
 	f, err := os.Create(dir + "/f")
@@ -805,7 +778,7 @@ func TestInUse(t *testing.T) {
 
 // F155: the executable itself, by hand, below a folder that a symbolic link leads to.
 func TestF155Executable(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	bin := filepath.Join(os.Getenv("LARIAT_BIN"), "nfs")
 	if !exists(bin) {
 		t.Skip("bin/nfs is not built: make build")
@@ -833,7 +806,7 @@ func TestF155Executable(t *testing.T) {
 
 // F107, F108: the executable by way of flex.Client, as lariat-storage will have it, in both verb shapes.
 func TestF107ClientOfTheExecutable(t *testing.T) {
-	serve(t)
+	nfsd.Serve(t)
 	bin := filepath.Join(os.Getenv("LARIAT_BIN"), "nfs")
 	if !exists(bin) {
 		t.Skip("bin/nfs is not built: make build")

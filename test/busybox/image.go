@@ -1,4 +1,5 @@
-package runtimes
+// Package busybox makes images of containers from a static busybox: what tests run in real runtimes, without any registry.
+package busybox
 
 import (
 	"archive/tar"
@@ -11,11 +12,11 @@ import (
 	"runtime"
 )
 
-// writeImage writes an archive with one image, made of a static busybox, that containerd and Podman can load without any
-// registry: an OCI layout, and beside it the manifest of "docker save" for those that look for that.
+// WriteImage writes an archive with one image that containerd, Docker and Podman can load: an OCI layout, and beside
+// it the manifest of "docker save" for those that look for that.
 //
 // With no arguments to run it is the image of a sandbox: it waits for a signal.
-func writeImage(path, name, tag, busybox string, command []string) error {
+func WriteImage(path, name, tag, busybox string, command []string) error {
 	program, err := os.ReadFile(busybox)
 	if err != nil {
 		return fmt.Errorf("image %s: %w", name, err)
@@ -29,7 +30,7 @@ func writeImage(path, name, tag, busybox string, command []string) error {
 		"architecture": runtime.GOARCH, "os": "linux", "created": "2026-01-01T00:00:00Z",
 		"config":  m{"Env": []string{"PATH=/bin"}, "Cmd": command, "WorkingDir": "/"},
 		"rootfs":  m{"type": "layers", "diff_ids": []string{digest(layer)}},
-		"history": []m{{"created": "2026-01-01T00:00:00Z", "created_by": "lariat test/runtimes"}},
+		"history": []m{{"created": "2026-01-01T00:00:00Z", "created_by": "lariat test/busybox"}},
 	})
 	if err != nil {
 		return err
