@@ -277,6 +277,7 @@ func (e *Etcd) txn(ctx context.Context, changes []Change) (ok, unsure bool, revi
 			continue
 		}
 		if errors.Is(err, rpctypes.ErrNoSpace) && e.mend(ctx) {
+			unsure = true // the write that uses the quota up is applied, and then called refused
 			continue
 		}
 		e.writes.Add(1)
