@@ -11,10 +11,16 @@ import (
 type IifPrefix string
 
 // IifGroup matches packets that arrived on an interface of a link group: iifgroup 76.
-type IifGroup uint32
+type IifGroup struct {
+	Group uint32
+	Not   bool
+}
 
 // OifGroup matches those that leave by one: oifgroup 76.
-type OifGroup uint32
+type OifGroup struct {
+	Group uint32
+	Not   bool
+}
 
 // Iif matches the name of the arriving interface: iifname "vtep1042".
 type Iif struct {
@@ -95,10 +101,14 @@ func not(is bool) string {
 func (s IifPrefix) String() string { return `iifname "` + string(s) + `*"` }
 
 // String is the statement as nft lists it.
-func (s IifGroup) String() string { return "iifgroup " + strconv.FormatUint(uint64(s), 10) }
+func (s IifGroup) String() string {
+	return "iifgroup " + not(s.Not) + strconv.FormatUint(uint64(s.Group), 10)
+}
 
 // String is the statement as nft lists it.
-func (s OifGroup) String() string { return "oifgroup " + strconv.FormatUint(uint64(s), 10) }
+func (s OifGroup) String() string {
+	return "oifgroup " + not(s.Not) + strconv.FormatUint(uint64(s.Group), 10)
+}
 
 // String is the statement as nft lists it.
 func (s InPrefix) String() string {

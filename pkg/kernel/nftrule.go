@@ -49,10 +49,10 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 			cmp(false, []byte(s)) // compared up to here only
 		case delta.IifGroup:
 			add(&expr.Meta{Key: expr.MetaKeyIIFGROUP, Register: reg})
-			cmp(false, binary.NativeEndian.AppendUint32(nil, uint32(s)))
+			cmp(s.Not, binary.NativeEndian.AppendUint32(nil, s.Group))
 		case delta.OifGroup:
 			add(&expr.Meta{Key: expr.MetaKeyOIFGROUP, Register: reg})
-			cmp(false, binary.NativeEndian.AppendUint32(nil, uint32(s)))
+			cmp(s.Not, binary.NativeEndian.AppendUint32(nil, s.Group))
 		case delta.InPrefix:
 			v6 := s.Prefix.Addr().Is6()
 			want := byte(unix.NFPROTO_IPV4)
@@ -263,10 +263,10 @@ func statement(x []expression) (delta.Statement, int) {
 			return delta.IifPrefix(data), 2
 		case key == unix.NFT_META_IIFNAME && len(data) == unix.IFNAMSIZ:
 			return delta.Iif{Name: cstring(data), Not: not}, 2
-		case key == unix.NFT_META_IIFGROUP && len(data) == 4 && !not:
-			return delta.IifGroup(binary.NativeEndian.Uint32(data)), 2
-		case key == unix.NFT_META_OIFGROUP && len(data) == 4 && !not:
-			return delta.OifGroup(binary.NativeEndian.Uint32(data)), 2
+		case key == unix.NFT_META_IIFGROUP && len(data) == 4:
+			return delta.IifGroup{Group: binary.NativeEndian.Uint32(data), Not: not}, 2
+		case key == unix.NFT_META_OIFGROUP && len(data) == 4:
+			return delta.OifGroup{Group: binary.NativeEndian.Uint32(data), Not: not}, 2
 		case key == unix.NFT_META_OIFNAME && len(data) == unix.IFNAMSIZ:
 			return delta.Oif{Name: cstring(data), Not: not}, 2
 		case key == unix.NFT_META_NFPROTO && !not && len(data) == 1 && len(x) > 2 && matchesFamily(x[2:], data[0]):
