@@ -24,9 +24,9 @@ type storage struct {
 
 const pluginSocket = "/run/docker/plugins/lariat-nfs.sock"
 
-func startStorage(t testing.TB, bin string) *storage {
+func startStorage(t testing.TB, bin string, more ...string) *storage {
 	t.Helper()
-	s := &storage{cmd: exec.Command(bin, "--driver", "nfs"), client: http.Client{Transport: &http.Transport{
+	s := &storage{cmd: exec.Command(bin, append([]string{"--driver", "nfs"}, more...)...), client: http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", pluginSocket)
