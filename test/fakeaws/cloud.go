@@ -58,9 +58,10 @@ type Cloud struct {
 	lose      map[string]int
 	instances []*instance
 	subnets   []subnet
+	groups    []group
 	volumes   []*volume
 	snapshots []snapshot
-	efs       efs
+	efs       efsState
 }
 
 // New starts a cloud on a port of the loopback interface. It ends with t.
@@ -81,6 +82,7 @@ func New(t testing.TB, o Options) *Cloud {
 	for i, zone := range c.zoneNames() {
 		c.subnets = append(c.subnets, subnet{fmt.Sprintf("subnet-0000000000000000%x", 10+i), defaultVPC, zone})
 	}
+	c.groups = []group{{defaultGroup, defaultVPC}}
 	c.efs.address = func(string) netip.Addr { return netip.MustParseAddr("127.0.0.1") }
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /{$}", c.serveEC2)
@@ -168,6 +170,7 @@ func (e *apiError) status() int {
 type answer struct {
 	status      int
 	contentType string
+	errorType   string // EFS says the code in a header
 	body        []byte
 }
 
@@ -186,7 +189,11 @@ func (c *Cloud) serve(w http.ResponseWriter, r *http.Request, call call) {
 		panic(http.ErrAbortHandler) // net/http cuts the connection, quietly
 	}
 	w.Header().Set("X-Amzn-Requestid", newToken())
-	w.Header().Set("Content-Type", a.contentType)
+	for name, value := range map[string]string{"Content-Type": a.contentType, "X-Amzn-Errortype": a.errorType} {
+		if value != "" {
+			w.Header().Set(name, value)
+		}
+	}
 	w.WriteHeader(a.status)
 	w.Write(a.body) //nolint:errcheck // the client went away
 }

@@ -69,7 +69,7 @@ func inXML(status int, name string, v any) answer {
 	if err := xml.NewEncoder(&b).EncodeElement(v, xml.StartElement{Name: xml.Name{Local: name}}); err != nil {
 		panic(err) // a type of this package that has no form in XML
 	}
-	return answer{status, "text/xml;charset=UTF-8", []byte(b.String())}
+	return answer{status: status, contentType: "text/xml;charset=UTF-8", body: []byte(b.String())}
 }
 
 func refuseEC2(e *apiError) answer {

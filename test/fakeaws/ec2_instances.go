@@ -49,7 +49,7 @@ func (in *instance) others() int {
 	return in.NICs
 }
 
-// AddInstance starts an instance and its metadata service.
+// AddInstance starts an instance and its metadata service. Its subnet and groups are added, too, if there are none of these names.
 func (c *Cloud) AddInstance(i Instance) *Instance {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -67,6 +67,11 @@ func (c *Cloud) AddInstance(i Instance) *Instance {
 	}
 	if i.SecurityGroups == nil {
 		i.SecurityGroups = []string{defaultGroup}
+	}
+	for _, id := range i.SecurityGroups {
+		if !slices.ContainsFunc(c.groups, func(g group) bool { return g.ID == id }) {
+			c.groups = append(c.groups, group{id, i.VPCID})
+		}
 	}
 	if !i.PrivateIP.IsValid() {
 		i.PrivateIP = netip.AddrFrom4([4]byte{10, 0, byte(n >> 8), byte(n)})

@@ -19,6 +19,22 @@ type snapshot struct {
 
 type subnet struct{ ID, VPC, Zone string }
 
+type group struct{ ID, VPC string }
+
+// AddSubnet adds one beside those that each zone has.
+func (c *Cloud) AddSubnet(id, vpcID, zone string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.subnets = append(c.subnets, subnet{id, vpcID, zone})
+}
+
+// AddSecurityGroup adds one beside the default one of the zones' network.
+func (c *Cloud) AddSecurityGroup(id, vpcID string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.groups = append(c.groups, group{id, vpcID})
+}
+
 // AddSnapshot adds a complete snapshot, of so many GiB.
 func (c *Cloud) AddSnapshot(id string, gib int, tags map[string]string, encrypted bool) {
 	c.mu.Lock()
@@ -100,21 +116,6 @@ func (c *Cloud) describeSubnets(p *params) (any, *apiError) {
 	return out, nil
 }
 
-type group struct{ ID, VPC string }
-
-// groups are the default one of the first network and those that instances have.
-func (c *Cloud) groups() []group {
-	all := []group{{defaultGroup, defaultVPC}}
-	for _, in := range c.instances {
-		for _, id := range in.SecurityGroups {
-			if !slices.ContainsFunc(all, func(g group) bool { return g.ID == id }) {
-				all = append(all, group{id, in.VPCID})
-			}
-		}
-	}
-	return all
-}
-
 func groupName(id string) string {
 	if id == defaultGroup {
 		return "default"
@@ -127,7 +128,7 @@ func (c *Cloud) describeSecurityGroups(p *params) (any, *apiError) {
 	if e != nil {
 		return nil, e
 	}
-	page, next, e := choose(s, "InvalidGroup.NotFound", c.groups(), func(g group) fields {
+	page, next, e := choose(s, "InvalidGroup.NotFound", c.groups, func(g group) fields {
 		return fields{"group-id": {g.ID}, "group-name": {groupName(g.ID)}, "vpc-id": {g.VPC}}
 	}, "group-id")
 	if e != nil {
