@@ -1,39 +1,32 @@
-// Package fakeaws_test shows that volumes of the emulated cloud are NVMe drives, in a guest.
-package fakeaws_test
+package hotplug_test
 
 import (
 	"errors"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/lariat-net/lariat/test/fakeaws"
-	"github.com/lariat-net/lariat/test/guest"
 )
 
-func TestMain(m *testing.M) { guest.Main(m, guest.Options{}) }
-
-const (
-	first  = "vol-0123456789abcdef0"
-	second = "vol-0fedcba9876543210"
-	mib    = 1 << 20
-)
-
-// TestVolumesAreDrives attaches two volumes, and does to the first what EC2 can do to it.
-func TestVolumesAreDrives(t *testing.T) {
+// TestEmulatedVolumesAreDrives attaches two volumes of the emulated cloud, and does to the first what EC2 can do to it.
+func TestEmulatedVolumesAreDrives(t *testing.T) {
+	const (
+		first, firstSerial   = "vol-0a123456789abcdef", "vol0a123456789abcdef"
+		second, secondSerial = "vol-0fedcba987654321a", "vol0fedcba987654321a"
+		mib                  = 1 << 20
+	)
 	n := fakeaws.NewNvmet(t, t.TempDir())
 	must(t, n.Attach(first, "i-1", "/dev/xvdba", 64*mib))
-	dev := device(t, first)
+	dev := device(t, firstSerial)
 	must(t, n.Attach(second, "i-1", "/dev/xvdbb", 32*mib))
-	if other := device(t, second); other == dev {
+	if other := device(t, secondSerial); other == dev {
 		t.Errorf("both are %s", dev)
 	}
 	for attribute, want := range map[string]string{
-		"size": "131072", "queue/logical_block_size": "512", "device/model": "Amazon Elastic Block Store", "device/serial": "vol0123456789abcdef0",
+		"size": "131072", "queue/logical_block_size": "512", "device/model": "Amazon Elastic Block Store", "device/serial": firstSerial,
 	} {
 		if got := sysfs(dev, attribute); got != want {
 			t.Errorf("%s: %q, want %q", attribute, got, want)
@@ -63,13 +56,13 @@ func TestVolumesAreDrives(t *testing.T) {
 	run(t, "umount", dir)
 	must(t, n.Detach(first))
 	gone(t, dev)
-	device(t, second)
+	device(t, secondSerial)
 
 	// Whoever comes back may have another name, but has its data and its size.
 	must(t, n.Detach(second))
 	must(t, n.Attach(second, "i-1", "/dev/xvdbb", 32*mib))
 	must(t, n.Attach(first, "i-1", "/dev/xvdba", 96*mib))
-	dev = device(t, first)
+	dev = device(t, firstSerial)
 	if size := sysfs(dev, "size"); size != "196608" {
 		t.Errorf("size %s after it came back", size)
 	}
@@ -100,22 +93,6 @@ func TestVolumesAreDrives(t *testing.T) {
 	}
 }
 
-// device waits for the block device of a volume: the visible one with its serial number.
-func device(t *testing.T, volume string) (dev string) {
-	t.Helper()
-	eventually(t, func() error {
-		all, err := filepath.Glob("/dev/nvme*n*")
-		must(t, err)
-		for _, dev = range all {
-			if sysfs(dev, "device/serial") == strings.Replace(volume, "-", "", 1) {
-				return nil
-			}
-		}
-		return fmt.Errorf("%s is none of %v", volume, all)
-	})
-	return dev
-}
-
 func gone(t *testing.T, dev string) {
 	t.Helper()
 	eventually(t, func() error {
@@ -133,37 +110,4 @@ func sysfs(dev, attribute string) string {
 		return err.Error()
 	}
 	return strings.TrimSpace(string(data))
-}
-
-func run(t *testing.T, name string, args ...string) {
-	t.Helper()
-	if out, err := exec.Command(name, args...).CombinedOutput(); err != nil {
-		t.Fatalf("%s %v: %v\n%s", name, args, err, out)
-	}
-}
-
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
-// eventually asks until there is no error.
-func eventually(t *testing.T, f func() error) {
-	t.Helper()
-	deadline := time.After(15 * time.Second)
-	tick := time.NewTicker(10 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := f()
-		if err == nil {
-			return
-		}
-		select {
-		case <-tick.C:
-		case <-deadline:
-			t.Fatal("still: ", err)
-		}
-	}
 }
