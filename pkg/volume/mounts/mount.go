@@ -58,7 +58,7 @@ func Mount(ctx context.Context, s Spec) error {
 	return nil
 }
 
-// helper is where programs such as mount.nfs are; not PATH, which is whatever kubelet was started with.
+// helper is the program that mounts a file system, such as mount.nfs, or "".
 func helper(fstype string) string { return Program("mount." + fstype) }
 
 // Program is where a program of the system is, or "". PATH is not asked, which is whatever kubelet was started with.
