@@ -15,6 +15,15 @@ type Rule struct {
 	Admin bool              // only where an administrator says it
 }
 
+// Flag is a rule for an option without a value, Valued for one with a value, AdminFlag for one that only an administrator may say.
+func Flag(group string) Rule { return Rule{Group: group} }
+
+// Valued is described with Flag.
+func Valued(group string, check func(string) bool) Rule { return Rule{Group: group, Value: check} }
+
+// AdminFlag is described with Flag.
+func AdminFlag(group string) Rule { return Rule{Group: group, Admin: true} }
+
 // Rules are all mount options that a driver takes, by name. What is not here is refused: bind, remount, context=, helper programs, credentials …
 type Rules map[string]Rule
 
