@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -232,6 +233,14 @@ func newToken() string {
 // zones of the region. Which id a name stands for differs by account, so neither can be computed from the other.
 func (c *Cloud) zones() map[string]string {
 	return map[string]string{c.o.Region + "a": "eut1-az2", c.o.Region + "b": "eut1-az3", c.o.Region + "c": "eut1-az1"}
+}
+
+// partition of the region, and the domain of its names: China's regions have their own.
+func (c *Cloud) partition() (name, domain string) {
+	if strings.HasPrefix(c.o.Region, "cn-") {
+		return "aws-cn", "amazonaws.com.cn"
+	}
+	return "aws", "amazonaws.com"
 }
 
 func (c *Cloud) zoneNames() []string { return slices.Sorted(maps.Keys(c.zones())) }

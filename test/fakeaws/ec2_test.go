@@ -271,6 +271,49 @@ func TestAttachmentThatSticks(t *testing.T) {
 	want(t, "free", b.states(id, 2), "in-use/detaching available")
 }
 
+// recorder is machinery that says what it was asked for, and refuses what it is told to.
+type recorder struct {
+	asked  []string
+	refuse string
+}
+
+func (r *recorder) note(what, volume string, more ...any) error {
+	r.asked = append(r.asked, strings.TrimSpace(what+" "+words(more...)))
+	if what == r.refuse {
+		return errors.New("no more room for " + volume)
+	}
+	return nil
+}
+
+func (r *recorder) Attach(volume, instance, device string, bytes int64) error {
+	return r.note("attach", volume, instance, device, bytes)
+}
+func (r *recorder) Detach(volume string) error              { return r.note("detach", volume) }
+func (r *recorder) Resize(volume string, bytes int64) error { return r.note("resize", volume, bytes) }
+func (r *recorder) Delete(volume string) error              { return r.note("delete", volume) }
+
+func TestDevices(t *testing.T) {
+	r := &recorder{refuse: "attach"}
+	b := newBench(t, Options{Lag: 1, Devices: r})
+	id := b.create(1)
+	b.AddInstance(Instance{ID: "i-1"})
+	want(t, "attach without room", code(b.attach(id, "i-1", "/dev/xvdba")), "InternalError")
+	want(t, "it is", b.states(id, 2), "available available")
+	r.refuse, r.asked = "", nil
+	try[*ec2.ModifyVolumeOutput](t)(b.ModifyVolume(t.Context(), &ec2.ModifyVolumeInput{VolumeId: &id, Size: aws.Int32(2)}))
+	want(t, "attach", code(b.attach(id, "i-1", "/dev/xvdba")), "<nil>")
+	b.states(id, 3)
+	want(t, "detach", code(b.detach(id, "i-1", false)), "<nil>")
+	b.states(id, 2)
+	b.NeverAppears(id)
+	want(t, "attach", code(b.attach(id, "i-1", "/dev/xvdba")), "<nil>")
+	want(t, "without a device", b.states(id, 3), "available in-use/attaching in-use/attached")
+	want(t, "detach", code(b.detach(id, "i-1", false)), "<nil>")
+	b.states(id, 2)
+	try[*ec2.DeleteVolumeOutput](t)(b.DeleteVolume(t.Context(), &ec2.DeleteVolumeInput{VolumeId: &id}))
+	want(t, "devices", strings.Join(r.asked, ", "), "attach i-1 /dev/xvdba 1073741824, resize 2147483648, detach, delete")
+}
+
 func TestModifyVolume(t *testing.T) {
 	now := time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC)
 	b := newBench(t, Options{Lag: 1, Now: func() time.Time { return now }})
@@ -458,10 +501,15 @@ func TestSignature(t *testing.T) {
 }
 
 func TestMetadata(t *testing.T) {
-	c := New(t, Options{})
-	in := c.AddInstance(Instance{Zone: "eu-test-1b", SecurityGroups: []string{"sg-1", "sg-2"}})
+	t.Run("of a region", func(t *testing.T) { testMetadata(t, "eu-test-1", "aws", "amazonaws.com") })
+	t.Run("of one in China", func(t *testing.T) { testMetadata(t, "cn-north-1", "aws-cn", "amazonaws.com.cn") })
+}
+
+func testMetadata(t *testing.T, region, partition, domain string) {
+	c := New(t, Options{Region: region})
+	in := c.AddInstance(Instance{Zone: region + "b", SecurityGroups: []string{"sg-1", "sg-2"}})
 	cfg := session(t, c.RoleEnv(in.ID), 0)
-	want(t, "region", cfg.Region, "eu-test-1")
+	want(t, "region", cfg.Region, region)
 	// The role's keys sign.
 	try[*ec2.DescribeVolumesOutput](t)(ec2.NewFromConfig(cfg).DescribeVolumes(t.Context(), &ec2.DescribeVolumesInput{}))
 	client := imds.NewFromConfig(cfg)
@@ -475,14 +523,14 @@ func TestMetadata(t *testing.T) {
 	}
 	mac := get("mac")
 	for path, value := range map[string]string{
-		"instance-id": in.ID, "instance-type": in.Type, "placement/availability-zone": in.Zone, "placement/availability-zone-id": "eut1-az3", "placement/region": "eu-test-1",
+		"instance-id": in.ID, "instance-type": in.Type, "placement/availability-zone": in.Zone, "placement/availability-zone-id": "eut1-az3", "placement/region": region,
 		"network/interfaces/macs/" + mac + "/subnet-id": in.SubnetID, "network/interfaces/macs/" + mac + "/vpc-id": in.VPCID,
-		"network/interfaces/macs/" + mac + "/security-group-ids": "sg-1\nsg-2", "services/domain": "amazonaws.com", "services/partition": "aws",
+		"network/interfaces/macs/" + mac + "/security-group-ids": "sg-1\nsg-2", "services/domain": domain, "services/partition": partition,
 	} {
 		want(t, path, get(path), value)
 	}
 	doc := try[*imds.GetInstanceIdentityDocumentOutput](t)(client.GetInstanceIdentityDocument(t.Context(), nil))
-	want(t, "document", doc.InstanceID+doc.Region, in.ID+"eu-test-1")
+	want(t, "document", doc.InstanceID+doc.Region, in.ID+region)
 	_, err := client.GetMetadata(t.Context(), &imds.GetMetadataInput{Path: "no-such"})
 	if err == nil || !strings.Contains(err.Error(), "404") {
 		t.Error("no-such:", err)

@@ -143,8 +143,8 @@ func (c *Cloud) Volumes() (all []Volume) {
 	return all
 }
 
-// AddVolume adds one that somebody else made. It shows at once, as available or attached where v.Attachment says; what is zero is as of
-// an 1 GiB gp3 in the first zone.
+// AddVolume adds one that somebody else made. It shows at once, as available, or attached where v.Attachment says, but without a device;
+// what is zero is as of a gp3 of 1 GiB in the first zone.
 func (c *Cloud) AddVolume(v Volume) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -107,7 +107,8 @@ func (c *Cloud) createFileSystem(r *efsRequest) (any, *apiError) {
 }
 
 func (c *Cloud) arn(kind, id string) string {
-	return "arn:aws:elasticfilesystem:" + c.o.Region + ":" + Account + ":" + kind + "/" + id
+	partition, _ := c.partition()
+	return "arn:" + partition + ":elasticfilesystem:" + c.o.Region + ":" + Account + ":" + kind + "/" + id
 }
 
 func (c *Cloud) describeFileSystems(r *efsRequest) (any, *apiError) {

@@ -18,6 +18,7 @@ func (c *Cloud) metadata(in Instance, mac string) http.Handler {
 		"accountId": Account, "architecture": "x86_64", "availabilityZone": in.Zone, "instanceId": in.ID, "instanceType": in.Type,
 		"privateIp": in.PrivateIP, "region": c.o.Region, "version": "2017-09-30",
 	})
+	partition, domain := c.partition()
 	nic := "meta-data/network/interfaces/macs/" + mac + "/"
 	credentials := "meta-data/iam/security-credentials/"
 	values := map[string]string{
@@ -33,8 +34,8 @@ func (c *Cloud) metadata(in Instance, mac string) http.Handler {
 		nic + "subnet-id":                          in.SubnetID,
 		nic + "vpc-id":                             in.VPCID,
 		nic + "security-group-ids":                 strings.Join(in.SecurityGroups, "\n"),
-		"meta-data/services/domain":                "amazonaws.com",
-		"meta-data/services/partition":             "aws",
+		"meta-data/services/domain":                domain,
+		"meta-data/services/partition":             partition,
 		credentials:                                RoleName,
 		"dynamic/instance-identity/document":       string(document),
 	}
