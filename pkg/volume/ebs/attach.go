@@ -265,7 +265,7 @@ func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	if err != nil {
 		return fmt.Errorf("detach volume %s: %w", name, err)
 	}
-	if rec.Deleting || rec.Formatting {
+	if rec.Deleting {
 		return nil // that is not done yet
 	}
 	return d.volumes.Remove(name)

@@ -31,6 +31,7 @@ type Driver struct {
 	log     *slog.Logger
 	volumes volume.Journal[record]
 	mounts  volume.Journal[mountRecord]
+	formats volume.Journal[time.Time] // of volumes by id whose mkfs was begun here on a proven blank device, and not ended
 	locks   volume.Locks
 	devices devices
 
@@ -40,13 +41,12 @@ type Driver struct {
 
 var _ volume.Driver = (*Driver)(nil)
 
-// record of a volume that this host created, attached or is formatting.
+// record of a volume that this host created or attached.
 type record struct {
-	ID         string    `json:"id,omitempty"`
-	Region     string    `json:"region"`
-	Deleting   bool      `json:"deleting,omitempty"`
-	Formatting bool      `json:"formatting,omitempty"` // begun here on a device that was proven blank, and not ended
-	Time       time.Time `json:"time"`
+	ID       string    `json:"id"`
+	Region   string    `json:"region"`
+	Deleting bool      `json:"deleting,omitempty"`
+	Time     time.Time `json:"time"`
 }
 
 // mountRecord says what was mounted at a folder. It is written before the mount and removed after it is gone, and after the volume is
@@ -77,6 +77,7 @@ func New(c Config, log *slog.Logger) (*Driver, error) {
 		config: c, log: log, devices: devices{"/sys", "/dev"}, regions: map[string]*region{},
 		volumes: volume.Journal[record]{Dir: filepath.Join(dir, "volumes")},
 		mounts:  volume.Journal[mountRecord]{Dir: filepath.Join(dir, "mounts")},
+		formats: volume.Journal[time.Time]{Dir: filepath.Join(dir, "formats")},
 		locks:   volume.Locks{Dir: filepath.Join(c.RunDir, "ebs")},
 	}, nil
 }
