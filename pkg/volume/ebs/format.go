@@ -70,9 +70,6 @@ func (d *Driver) prepare(ctx context.Context, r *region, v Volume, f *found, dev
 			return "", err
 		}
 	}
-	if v.FSType != "" && v.FSType != fs {
-		return "", volume.Errorf(volume.ErrConflict, "volume %s (%s) has the file system %s, not %s as asked for", v.Name, f.id(), fs, v.FSType)
-	}
 	if v.ReadOnly {
 		return fs, nil
 	}
