@@ -171,7 +171,7 @@ func (a *attachment) ask(ctx context.Context) error {
 		a.asked = true
 		a.d.log.Info("attaching", "volume", a.v.Name, "id", a.f.id(), "instance", a.to, "device", device)
 		return nil
-	case cloud.Is(err, "InvalidParameterValue", "InvalidDevice.InUse") && strings.Contains(err.Error(), "in use"):
+	case cloud.Is(err, "InvalidDevice.InUse"), cloud.Is(err, "InvalidParameterValue") && strings.Contains(err.Error(), "in use"):
 		a.bad = append(a.bad, device)
 		return nil
 	case cloud.Is(err, "VolumeInUse", "IncorrectState"):
