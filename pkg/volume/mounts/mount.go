@@ -58,10 +58,13 @@ func Mount(ctx context.Context, s Spec) error {
 	return nil
 }
 
-// helper is where programs such as mount.nfs are; not PATH, which is whatever kubelet was started with.
-func helper(fstype string) string {
+// helper is the program that mounts a file system, such as mount.nfs, or "".
+func helper(fstype string) string { return Program("mount." + fstype) }
+
+// Program is where a program of the system is, or "". PATH is not asked, which is whatever kubelet was started with.
+func Program(name string) string {
 	for _, dir := range []string{"/sbin", "/usr/sbin", "/usr/local/sbin", "/usr/bin", "/run/current-system/sw/bin"} {
-		path := filepath.Join(dir, "mount."+fstype)
+		path := filepath.Join(dir, name)
 		if unix.Access(path, unix.X_OK) == nil {
 			return path
 		}
