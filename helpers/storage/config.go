@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/efs"
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
@@ -39,13 +40,13 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	var level string
 	f := pflag.NewFlagSet("lariat-storage", pflag.ContinueOnError)
 	f.SetOutput(io.Discard)
-	f.StringVar(&c.driver, "driver", "", "nfs, which is built in, or the path of an executable that speaks FlexVolume")
+	f.StringVar(&c.driver, "driver", "", "nfs or efs, which are built in, or the path of an executable that speaks FlexVolume")
 	f.StringVar(&c.name, "name", "", "what Docker's users call the driver; empty: lariat- and the driver's name")
 	f.StringVar(&c.dialect, "dialect", "rancher", "how an executable is called: rancher (create, mount DIR DEVICE JSON) or kubernetes (mount DIR JSON)")
 	f.StringVar(&c.socket, "socket", "", "unix socket for Docker; empty: /run/docker/plugins/NAME.sock")
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/lariat/storage", "the journal of volumes and their users, in a folder for each name")
 	f.StringVar(&c.mountDir, "mount-dir", "/run/lariat/storage", "where volumes are mounted: MOUNT-DIR/NAME/VOLUME")
-	f.StringVar(&c.scope, "scope", "", "what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs, else local")
+	f.StringVar(&c.scope, "scope", "", "what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs and efs, else local")
 	f.StringVar(&c.listen, "listen-metrics", "", "TCP address for /metrics, /healthz and /readyz, such as 127.0.0.1:9477; empty: the unix socket alone")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	showVersion := f.Bool("version", false, "print the version")
@@ -63,7 +64,7 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	case f.NArg() > 0:
 		return c, fmt.Errorf("unexpected argument %q; see lariat-storage --help", f.Arg(0))
 	case c.driver == "":
-		return c, errors.New("--driver is missing: nfs, or the path of an executable")
+		return c, errors.New("--driver is missing: nfs, efs, or the path of an executable")
 	case c.dialect != "rancher" && c.dialect != "kubernetes":
 		return c, fmt.Errorf("--dialect %q is neither rancher nor kubernetes", c.dialect)
 	}
@@ -81,7 +82,7 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	}
 	if c.scope == "" {
 		c.scope = "local"
-		if c.driver == "nfs" {
+		if c.driver == "nfs" || c.driver == "efs" {
 			c.scope = "global"
 		}
 	}
@@ -97,8 +98,11 @@ func (c config) open(log *slog.Logger) (volume.Driver, error) {
 		}
 		return nfs.New(conf, log.With("driver", "nfs"))
 	}
+	if c.driver == "efs" {
+		return efs.New(efs.FromEnvironment(os.Getenv), log.With("driver", "efs")), nil
+	}
 	if !filepath.IsAbs(c.driver) {
-		return nil, fmt.Errorf("--driver %q is neither nfs nor an absolute path", c.driver)
+		return nil, fmt.Errorf("--driver %q is neither nfs nor efs nor an absolute path", c.driver)
 	}
 	if err := unix.Access(c.driver, unix.X_OK); err != nil {
 		return nil, fmt.Errorf("--driver %s: not an executable: %w", c.driver, err)
