@@ -94,20 +94,20 @@ func FromEnvironment(getenv func(string) string) Config {
 
 // Volume is a request understood.
 type Volume struct {
-	Name        string       `json:"name"`
-	Region      string       `json:"region,omitempty"`      // "": what AWS's configuration or the instance says
-	FileSystem  string       `json:"fileSystem,omitempty"`  // "": its own
-	AccessPoint string       `json:"accessPoint,omitempty"` // one that exists
-	Folder      *Folder      `json:"folder,omitempty"`      // an access point of its own
-	Address     string       `json:"address,omitempty"`     // of the mount target, if AWS is not to be asked for it
-	Subnets     []string     `json:"subnets,omitempty"`     // sorted; empty: the instance's, if the file system is its own
-	Groups      []string     `json:"groups,omitempty"`      // likewise
-	Make        Make         `json:"make,omitzero"`
-	TLS         bool         `json:"tls,omitempty"`
-	IAM         bool         `json:"iam,omitempty"`
-	OnRemove    OnRemove     `json:"onRemove"`
-	Tags        []Tag        `json:"tags,omitempty"` // sorted
-	Mount       nfs.Volume   `json:"mount"`          // without host and ID
+	Name        string     `json:"name"`
+	Region      string     `json:"region,omitempty"`      // "": what AWS's configuration or the instance says
+	FileSystem  string     `json:"fileSystem,omitempty"`  // "": its own
+	AccessPoint string     `json:"accessPoint,omitempty"` // one that exists
+	Folder      *Folder    `json:"folder,omitempty"`      // an access point of its own
+	Address     string     `json:"address,omitempty"`     // of the mount target, if AWS is not to be asked for it
+	Subnets     []string   `json:"subnets,omitempty"`     // sorted; empty: the instance's, if the file system is its own
+	Groups      []string   `json:"groups,omitempty"`      // likewise
+	Make        Make       `json:"make,omitzero"`
+	TLS         bool       `json:"tls,omitempty"`
+	IAM         bool       `json:"iam,omitempty"`
+	OnRemove    OnRemove   `json:"onRemove"`
+	Tags        []Tag      `json:"tags,omitempty"` // sorted
+	Mount       nfs.Volume `json:"mount"`          // without host and ID
 }
 
 // Folder is what an access point of a volume's own leads to.
@@ -140,7 +140,7 @@ var (
 	groupID       = regexp.MustCompile(`^sg-[0-9a-z]{1,32}$`)
 	regionName    = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$`)
 	permissions   = regexp.MustCompile(`^[0-7]{3,4}$`)
-	keyID         = regexp.MustCompile(`^[A-Za-z0-9:/_-]{1,2048}$`)
+	keyID         = regexp.MustCompile(`^[A-Za-z0-9:/_-]+$`)
 )
 
 // Understand reads a request. It reads nothing else, and is where all input is checked.

@@ -108,7 +108,7 @@ type Volume struct {
 	Path     string   `json:"path"`           // on the server
 	Base     string   `json:"base,omitempty"` // of which Path is the folder Name; "": Path is an export that Lariat has nothing to do with
 	Options  []string `json:"options,omitempty"`
-	OnRemove OnRemove `json:"onRemove"`
+	OnRemove OnRemove `json:"onRemove,omitempty"`
 	OnHang   OnHang   `json:"onHang"`
 	ReadOnly bool     `json:"readOnly,omitempty"`
 	FSGroup  *int64   `json:"fsGroup,omitempty"` // of the uppermost folder, if that is to be set
