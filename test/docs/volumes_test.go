@@ -12,6 +12,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/efs"
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
@@ -22,6 +23,7 @@ var volumeDrivers = map[string]struct {
 	options    any
 }{
 	"nfs": {func(r volume.Request) error { _, err := nfs.Config{}.Volume(r); return err }, nfs.Options{}},
+	"efs": {func(r volume.Request) error { _, err := efs.Understand(r); return err }, efs.Options{}},
 }
 
 // TestVolumeExamples: the driver understands each JSON of its manual, and what pods and PersistentVolumes among the examples say.
@@ -115,12 +117,16 @@ func TestVolumeOptionTables(t *testing.T) {
 
 // TestVolumeHelp: F155, every verb and option of --help is in the manual.
 func TestVolumeHelp(t *testing.T) {
-	p := flex.Program{Name: "nfs", Options: volume.OptionNames(nfs.Options{}), Environment: nfs.Environment}
-	manual := read(t, filepath.Join(root, "flexvolume/nfs/README.md"))
-	for _, line := range strings.Split(p.Help(), "\n") {
-		word, _, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(line, "  "), "nfs "), " ")
-		if strings.HasPrefix(line, "  ") && !strings.HasPrefix(line, "   ") && !strings.Contains(line, ", ") && !strings.Contains(manual, "`"+word) {
-			t.Errorf("the manual does not tell of %q", word)
+	for _, p := range []flex.Program{
+		{Name: "nfs", Options: volume.OptionNames(nfs.Options{}), Environment: nfs.Environment},
+		{Name: "efs", Options: volume.OptionNames(efs.Options{}), Environment: efs.Environment},
+	} {
+		manual := read(t, filepath.Join(root, "flexvolume", p.Name, "README.md"))
+		for _, line := range strings.Split(p.Help(), "\n") {
+			word, _, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(line, "  "), p.Name+" "), " ")
+			if strings.HasPrefix(line, "  ") && !strings.HasPrefix(line, "   ") && !strings.Contains(line, ", ") && !strings.Contains(manual, "`"+word) {
+				t.Errorf("the manual of %s does not tell of %q", p.Name, word)
+			}
 		}
 	}
 }
