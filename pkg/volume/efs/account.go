@@ -67,14 +67,11 @@ func refused(ctx context.Context, err error) error {
 }
 
 // How often AWS is asked whether something is done. A file system takes seconds, a mount target a minute or two.
-const (
-	firstLook = 300 * time.Millisecond
-	lastLook  = 10 * time.Second
-)
+var looks = struct{ first, last time.Duration }{300 * time.Millisecond, 10 * time.Second}
 
 // until looks, less and less often, until it is done. What is waited for is for the error, and what look says of it meanwhile.
 func until(ctx context.Context, what string, look func() (done bool, state string, err error)) error {
-	pause := firstLook
+	pause := looks.first
 	timer := time.NewTimer(pause)
 	defer timer.Stop()
 	for {
@@ -87,7 +84,7 @@ func until(ctx context.Context, what string, look func() (done bool, state strin
 		case <-ctx.Done():
 			return fmt.Errorf("%s is still %s: %w; the same call again goes on from here", what, state, context.Cause(ctx))
 		}
-		pause = min(pause*3/2, lastLook)
+		pause = min(pause*3/2, looks.last)
 		timer.Reset(pause)
 	}
 }

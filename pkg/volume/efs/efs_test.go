@@ -18,6 +18,11 @@ import (
 	"github.com/lariat-net/lariat/test/fakeaws"
 )
 
+func TestMain(m *testing.M) {
+	looks.first = 10 * time.Millisecond
+	os.Exit(m.Run())
+}
+
 // cloudOf is an emulated AWS with an instance, in whose environment this process is then.
 func cloudOf(t *testing.T) (*fakeaws.Cloud, *fakeaws.Instance) {
 	t.Helper()
@@ -227,7 +232,7 @@ func TestF158Throttled(t *testing.T) {
 
 // F159: AWS is slow: the call ends by its deadline and says on what, and the next one goes on.
 func TestF159Slow(t *testing.T) {
-	c := fakeaws.New(t, fakeaws.Options{Lag: 6})
+	c := fakeaws.New(t, fakeaws.Options{Lag: 12})
 	i := c.AddInstance(fakeaws.Instance{})
 	for _, pair := range c.Env(i.ID) {
 		name, value, _ := strings.Cut(pair, "=")
@@ -236,7 +241,7 @@ func TestF159Slow(t *testing.T) {
 	d := driver(t)
 	calls := 0
 	for {
-		ctx, cancel := context.WithTimeoutCause(t.Context(), time.Second, volume.Timeout(time.Second))
+		ctx, cancel := context.WithTimeoutCause(t.Context(), 300*time.Millisecond, volume.Timeout(300*time.Millisecond))
 		_, err := d.Create(ctx, volume.Request{Name: "v"})
 		cancel()
 		if calls++; err == nil || calls == 20 {

@@ -41,13 +41,13 @@ func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) err
 			subnets, zone = []string{self.Subnet}, self.Zone
 		}
 	}
-	asked, conflict, looks := map[string]bool{}, map[string]error{}, 0
+	asked, conflict, seen := map[string]bool{}, map[string]error{}, 0
 	err := until(ctx, "a mount target of "+fs, func() (bool, string, error) {
 		have, err := a.mountTargets(ctx, fs)
 		if err != nil {
 			return false, "", err
 		}
-		looks++
+		seen++
 		done, state := true, ""
 		for _, subnet := range subnets {
 			at := slices.IndexFunc(have, func(t types.MountTargetDescription) bool {
@@ -70,7 +70,7 @@ func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) err
 					return false, "", refused(ctx, err)
 				}
 				asked[subnet], done, state = true, false, "creating"
-			case at < 0 && conflict[subnet] != nil && looks > patience:
+			case at < 0 && conflict[subnet] != nil && seen > patience:
 				return false, "", conflict[subnet]
 			case at < 0:
 				done, state = false, "not shown"

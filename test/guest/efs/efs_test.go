@@ -375,7 +375,7 @@ func TestF159ServerGone(t *testing.T) {
 	for words, bad := range map[string]string{
 		"only letters, digits":     options("name", "../x"),
 		"fsid \"-o\" is none":      options("name", "x", "fsid", "-o"),
-		"is not among the mount":   options("name", "x", "mntOptions", "suid,foo"),
+		"is not among the mount":   options("name", "x", "mntOptions", "foo,suid"),
 		"is allowed only":          options("name", "x", "mntOptions", "suid"),
 		"not a plain absolute":     options("name", "x", "export", "/a/../b"),
 		"4097 octets":              options("name", "x", "tags", strings.Repeat("x", 4097)),
