@@ -79,8 +79,9 @@ bench/guest: ## in a guest: an encrypted network against the same tunnel made wi
 	@CGO_ENABLED=0 LARIAT_GUEST_KEEP=1 $(GO) test -run '^$$' -bench . -timeout 60m ./test/guest/bench $(BENCH)
 
 .PHONY: bench/volumes
-bench/volumes: build ## in a guest: the nfs driver against mount(8), and lariat-storage against mkdir and mount(2)
-	@CGO_ENABLED=0 $(GO) test -run '^$$' -bench . -timeout 60m ./test/guest/volumes $(BENCH)
+bench/volumes: ## Docker's calls against the bare driver; in a guest: the nfs driver against mount(8)
+	@$(GO) test -run '^$$' -bench Lives ./pkg/volume/dockerapi $(BENCH)
+	@CGO_ENABLED=0 $(GO) test -run '^$$' -bench . -benchtime 10x -timeout 60m ./test/guest/volumes $(BENCH)
 
 .PHONY: demo
 demo: build ## three hosts in namespaces, no privileges needed; KEEP=1 leaves them up

@@ -24,9 +24,9 @@ type storage struct {
 
 const pluginSocket = "/run/docker/plugins/lariat-nfs.sock"
 
-func startStorage(t testing.TB, bin string, more ...string) *storage {
+func startStorage(t *testing.T, bin string) *storage {
 	t.Helper()
-	s := &storage{cmd: exec.Command(bin, append([]string{"--driver", "nfs"}, more...)...), client: http.Client{Transport: &http.Transport{
+	s := &storage{cmd: exec.Command(bin, "--driver", "nfs"), client: http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", pluginSocket)
@@ -54,7 +54,7 @@ func (s *storage) kill() {
 }
 
 // call is one of Docker's, and returns the mount point and the error's text.
-func (s *storage) call(t testing.TB, verb, name, id string, opts map[string]string) (string, string) {
+func (s *storage) call(t *testing.T, verb, name, id string, opts map[string]string) (string, string) {
 	t.Helper()
 	body, _ := json.Marshal(map[string]any{"Name": name, "ID": id, "Opts": opts})
 	r, err := s.client.Post("http://x/VolumeDriver."+verb, "application/json", strings.NewReader(string(body)))

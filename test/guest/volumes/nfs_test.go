@@ -167,7 +167,7 @@ func place(t *testing.T) string {
 	return dir
 }
 
-func must(t testing.TB, err error) {
+func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
