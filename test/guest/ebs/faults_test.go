@@ -327,14 +327,22 @@ func TestF106NodeAttach(t *testing.T) {
 	if l.volume().State != "available" {
 		t.Errorf("after the last unmount: %+v", l.volume())
 	}
-	// One that cannot be mounted does not stay here.
+	// What cannot be mounted does not stay here.
+	l.AddVolume(fakeaws.Volume{ID: "vol-0000000000000000a", Tags: map[string]string{"lariat:volume": "never"}})
+	l.NeverAppears("vol-0000000000000000a")
+	l.failsWith([]string{flex.TimeoutVariable + "=3s"}, "no device appears here", "mount", pod, options("name", "never"))
+	for _, v := range l.Volumes() {
+		if v.Attachment.State == "attached" {
+			t.Errorf("after a mount that failed: %+v", v)
+		}
+	}
+	l.ok("detach", "never", self)
+	l.ok("delete", options("name", "never", "onRemove", "purge"))
 	l.fails("has the file system ext4, not xfs", "mount", pod, options("name", "n", "fsType", "xfs"))
 	if l.volume().Attachment.State == "attached" {
 		t.Errorf("after a mount that failed: %+v", l.volume())
 	}
-	for *l.ok("isattached", j, self).Attached || l.volume().State != "available" { // a change of the emulator's goes on by being looked at
-		continue
-	}
+	l.ok("detach", "n", self)
 	l.ok("delete", j)
 	l.noRecords()
 }
