@@ -8,6 +8,7 @@ import (
 	"testing"
 )
 
+// The server's addresses, and its export.
 const (
 	Server = "192.168.9.1" // its address
 	Other  = "192.168.9.2" // another one, which clients take for another server
