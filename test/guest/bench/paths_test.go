@@ -201,24 +201,17 @@ secrets {
 
 // rulesByHand are those of package ipsec, for the reader: what keeping clear packets off the wire costs whoever does it.
 const rulesByHand = `
+ip link set dev port0 group 76
+ip link set dev ipsec0 group 76
 nft -f - <<.
 table inet guard {
-	set overlay { type ipv4_addr; flags interval; elements = { 10.42.0.0/16 }; }
 	chain in {
 		type filter hook prerouting priority -300;
-		iifname "port*" accept
-		iifname "ipsec*" accept
-		iifname "lo" accept
-		ip saddr @overlay drop
-		iifname "vtep*" ip daddr @overlay drop
+		ip saddr 10.42.0.0/16 iifgroup != 76 iifname != "lo" drop
 	}
 	chain out {
 		type filter hook postrouting priority -300;
-		oifname "port*" accept
-		oifname "ipsec*" accept
-		oifname "lo" accept
-		rt ipsec exists accept
-		ip daddr @overlay drop
+		ip daddr 10.42.0.0/16 oifgroup != 76 rt ipsec missing oifname != "lo" drop
 	}
 }
 .
