@@ -1,6 +1,7 @@
 package kubelet_test
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -18,7 +19,7 @@ func each(t *testing.T, test func(t *testing.T, n *node, d driver)) {
 	for _, d := range drivers {
 		t.Run(d.name, func(t *testing.T) {
 			test(t, n, d)
-			eventually(t, d.idle)
+			eventually(t, func() error { return errors.Join(unmounted(root+"/plugins"), d.idle()) })
 		})
 	}
 }
@@ -56,7 +57,7 @@ func TestF156UpAndDown(t *testing.T) {
 			}
 		}
 		writer.down(t)
-		must(t, d.idle())
+		eventually(t, d.idle)
 
 		reader := pod{name: "reader-" + d.name, driver: d.name, options: volume, readOnly: true, script: "cat /data/file; echo x >/data/other || echo not written"}
 		reader.up(t)
@@ -70,30 +71,37 @@ func TestF156UpAndDown(t *testing.T) {
 	})
 }
 
-// F156: kubelet is killed while a pod runs. It is started again, or only after the pod was taken away: then it finds the volume by
-// its folder, and calls the driver without options.
+// F156: kubelet is killed while a pod runs, and started again. It goes on with the pod, and lets a second one have the volume. It is killed again and
+// comes back when the pods have been taken away: then it finds their volumes by the folders, and calls the driver without options.
 func TestF156KubeletKilled(t *testing.T) {
 	each(t, func(t *testing.T, n *node, d driver) {
-		for _, away := range []string{"stays", "leaves"} {
-			p := pod{name: away + "-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234, script: "echo x >/data/file && echo written"}
-			p.up(t)
-			p.says(t, "written")
-			before := mounted(t, p)
-			n.kill()
-			if away == "leaves" {
-				must(t, os.Remove(p.file()))
-			}
-			if m := mounted(t, p); m != before {
-				t.Errorf("without kubelet: %+v", m)
-			}
-			must(t, n.start())
-			if away == "leaves" {
-				p.gone(t)
-			} else {
-				p.down(t)
-			}
-			must(t, d.idle())
+		first := pod{name: "first-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234, script: "echo from the first >/data/file && echo written"}
+		first.up(t)
+		first.says(t, "written")
+		before := mounted(t, first)
+		n.kill()
+		must(t, n.start())
+		second := pod{name: "second-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234, script: "cat /data/file"}
+		second.up(t)
+		second.says(t, "from the first")
+		if m := mounted(t, first); m != before {
+			t.Errorf("after the restart: %+v, not %+v", m, before)
 		}
+		first.down(t)
+		mounted(t, second)
+
+		third := first
+		third.name = "third-" + d.name
+		third.up(t)
+		third.says(t, "written")
+		n.kill()
+		must(t, os.Remove(second.file()))
+		must(t, os.Remove(third.file()))
+		mounted(t, second)
+		mounted(t, third)
+		must(t, n.start())
+		second.gone(t)
+		third.gone(t)
 	})
 }
 

@@ -116,6 +116,10 @@ var theNode = sync.OnceValues(func() (*node, error) {
 			return nil, err
 		}
 	}
+	// The drivers' logs, too, come out of the guest.
+	if err := os.Symlink(guest.Out(), "/var/log/lariat"); err != nil {
+		return nil, err
+	}
 	for path, text := range map[string]string{"/etc/containerd/config.toml": containerdConfig, "/etc/kubernetes/kubelet.yaml": kubeletConfig} {
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			return nil, err
@@ -327,20 +331,28 @@ func (p pod) down(t *testing.T) {
 func (p pod) gone(t *testing.T) {
 	t.Helper()
 	eventually(t, func() error {
-		table, err := mounts.Read()
-		if err != nil {
+		if err := unmounted(p.dir()); err != nil {
 			return err
-		}
-		for _, m := range table {
-			if strings.HasPrefix(m.Point, p.dir()+"/") || strings.HasPrefix(m.Point, root+"/plugins/") {
-				return fmt.Errorf("still mounted: %+v", m)
-			}
 		}
 		if _, err := os.Lstat(p.dir()); !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("%s is still there", p.dir())
 		}
 		return nil
 	})
+}
+
+// unmounted returns an error if something is mounted below a folder.
+func unmounted(dir string) error {
+	table, err := mounts.Read()
+	if err != nil {
+		return err
+	}
+	for _, m := range table {
+		if strings.HasPrefix(m.Point, dir+"/") {
+			return fmt.Errorf("still mounted: %+v", m)
+		}
+	}
+	return nil
 }
 
 func must(t *testing.T, err error) {
