@@ -11,16 +11,30 @@ import (
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
+	"github.com/lariat-net/lariat/test/guest"
 )
 
-// each runs a test with each driver.
-func each(t *testing.T, test func(t *testing.T, n *node, d driver)) {
-	n := onNode(t)
+// F156: kubelet has volumes mounted by each driver, and unmounted.
+func TestF156Kubelet(t *testing.T) {
+	if !guest.Inside() {
+		t.Skip("needs a kubelet, which make acceptance builds")
+	}
+	drivers := []driver{nfs(t)}
+	n := newNode(t, drivers)
 	for _, d := range drivers {
-		t.Run(d.name, func(t *testing.T) {
-			test(t, n, d)
-			eventually(t, func() error { return errors.Join(unmounted(root+"/plugins"), d.idle()) })
-		})
+		for _, tc := range []struct {
+			name string
+			test func(*testing.T, *node, driver)
+		}{
+			{"up and down", upAndDown},
+			{"kubelet is killed", kubeletKilled},
+			{"wrong option", wrongOption},
+		} {
+			t.Run(d.name+"/"+tc.name, func(t *testing.T) {
+				tc.test(t, n, d)
+				eventually(t, func() error { return errors.Join(unmounted(root+"/plugins"), d.idle()) })
+			})
+		}
 	}
 }
 
@@ -36,95 +50,89 @@ func mounted(t *testing.T, p pod) mounts.Entry {
 	return stack[0]
 }
 
-// F156: a pod writes as an ordinary user into its volume, by fsGroup; when it is gone, so is the mount. Another one then finds what it wrote, and cannot change it.
-func TestF156UpAndDown(t *testing.T) {
-	each(t, func(t *testing.T, _ *node, d driver) {
-		volume := d.volume("up")
-		writer := pod{name: "writer-" + d.name, driver: d.name, options: volume, fsGroup: 1234, script: "echo from the pod >/data/file && echo written"}
-		writer.up(t)
-		writer.says(t, "written")
-		if m := mounted(t, writer); m.Source != d.source("up") || m.ReadOnly() {
-			t.Errorf("mounted: %+v", m)
+// A pod writes as an ordinary user into its volume, by fsGroup; when it is gone, so is the mount. Another one then finds what it wrote, and cannot change it.
+func upAndDown(t *testing.T, _ *node, d driver) {
+	volume := d.volume("up")
+	writer := pod{name: "writer-" + d.name, driver: d.name, options: volume, fsGroup: 1234, script: "echo from the pod >/data/file && echo written"}
+	writer.up(t)
+	writer.says(t, "written")
+	if m := mounted(t, writer); m.Source != d.source("up") || m.ReadOnly() {
+		t.Errorf("mounted: %+v", m)
+	}
+	if d.folder != nil {
+		file := filepath.Join(d.folder("up"), "file")
+		data, err := os.ReadFile(file)
+		must(t, err)
+		fi, err := os.Stat(file)
+		must(t, err)
+		if st := fi.Sys().(*syscall.Stat_t); string(data) != "from the pod\n" || st.Uid != 1000 || st.Gid != 1234 {
+			t.Errorf("on the server: %q of %d:%d", data, st.Uid, st.Gid)
 		}
-		if d.folder != nil {
-			file := filepath.Join(d.folder("up"), "file")
-			data, err := os.ReadFile(file)
-			must(t, err)
-			fi, err := os.Stat(file)
-			must(t, err)
-			if st := fi.Sys().(*syscall.Stat_t); string(data) != "from the pod\n" || st.Uid != 1000 || st.Gid != 1234 {
-				t.Errorf("on the server: %q of %d:%d", data, st.Uid, st.Gid)
-			}
-		}
-		writer.down(t)
-		eventually(t, d.idle)
+	}
+	writer.down(t)
+	eventually(t, d.idle)
 
-		reader := pod{name: "reader-" + d.name, driver: d.name, options: volume, readOnly: true, script: "cat /data/file; echo x >/data/other || echo not written"}
-		reader.up(t)
-		reader.says(t, "not written")
-		reader.says(t, "from the pod")
-		reader.says(t, "Read-only file system")
-		if m := mounted(t, reader); !m.ReadOnly() {
-			t.Errorf("mounted: %+v", m)
-		}
-		reader.down(t)
-	})
+	reader := pod{name: "reader-" + d.name, driver: d.name, options: volume, readOnly: true, script: "cat /data/file; echo x >/data/other || echo not written"}
+	reader.up(t)
+	reader.says(t, "not written")
+	reader.says(t, "from the pod")
+	reader.says(t, "Read-only file system")
+	if m := mounted(t, reader); !m.ReadOnly() {
+		t.Errorf("mounted: %+v", m)
+	}
+	reader.down(t)
 }
 
-// F156: kubelet is killed while a pod runs, and started again. It goes on with the pod, and lets a second one have the volume. It is killed again and
+// kubelet is killed while a pod runs, and started again. It goes on with the pod, and lets a second one have the volume. It is killed again and
 // comes back when the pods have been taken away: then it finds their volumes by the folders, and calls the driver without options.
-func TestF156KubeletKilled(t *testing.T) {
-	each(t, func(t *testing.T, n *node, d driver) {
-		first := pod{name: "first-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234, script: "echo from the first >/data/file && echo written"}
-		first.up(t)
-		first.says(t, "written")
-		before := mounted(t, first)
-		n.kill()
-		must(t, n.start())
-		second := pod{name: "second-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234, script: "cat /data/file"}
-		second.up(t)
-		second.says(t, "from the first")
-		if m := mounted(t, first); m != before {
-			t.Errorf("after the restart: %+v, not %+v", m, before)
-		}
-		first.down(t)
-		mounted(t, second)
+func kubeletKilled(t *testing.T, n *node, d driver) {
+	first := pod{name: "first-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234, script: "echo from the first >/data/file && echo written"}
+	first.up(t)
+	first.says(t, "written")
+	before := mounted(t, first)
+	n.kill()
+	n.start(t)
+	second := pod{name: "second-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234, script: "cat /data/file"}
+	second.up(t)
+	second.says(t, "from the first")
+	if m := mounted(t, first); m != before {
+		t.Errorf("after the restart: %+v, not %+v", m, before)
+	}
+	first.down(t)
+	mounted(t, second)
 
-		third := first
-		third.name = "third-" + d.name
-		third.up(t)
-		third.says(t, "written")
-		n.kill()
-		must(t, os.Remove(second.file()))
-		must(t, os.Remove(third.file()))
-		mounted(t, second)
-		mounted(t, third)
-		must(t, n.start())
-		second.gone(t)
-		third.gone(t)
-	})
+	third := first
+	third.name = "third-" + d.name
+	third.up(t)
+	third.says(t, "written")
+	n.kill()
+	must(t, os.Remove(second.file()))
+	must(t, os.Remove(third.file()))
+	mounted(t, second)
+	mounted(t, third)
+	n.start(t)
+	second.gone(t)
+	third.gone(t)
 }
 
-// F156: what the driver says of a wrong option is what kubelet tells of the pod. Nothing is mounted, and the pod can go.
-func TestF156WrongOption(t *testing.T) {
-	each(t, func(t *testing.T, _ *node, d driver) {
-		options := maps.Clone(d.volume("wrong"))
-		options[d.wrong] = "x"
-		p := pod{name: "wrong-" + d.name, driver: d.name, options: options, script: "echo started"}
-		p.up(t)
-		eventually(t, func() error {
-			log, err := os.ReadFile(logOf("kubelet"))
-			if err != nil {
-				return err
+// What the driver says of a wrong option is what kubelet tells of the pod. Nothing is mounted, and the pod can go.
+func wrongOption(t *testing.T, _ *node, d driver) {
+	options := maps.Clone(d.volume("wrong"))
+	options[d.wrong] = "x"
+	p := pod{name: "wrong-" + d.name, driver: d.name, options: options, script: "echo started"}
+	p.up(t)
+	eventually(t, func() error {
+		log, err := os.ReadFile(logOf("kubelet"))
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(string(log)) {
+			if strings.Contains(line, p.name) && strings.Contains(line, d.words) {
+				t.Log(line)
+				return nil
 			}
-			for line := range strings.Lines(string(log)) {
-				if strings.Contains(line, p.name) && strings.Contains(line, d.words) {
-					t.Log(line)
-					return nil
-				}
-			}
-			return fmt.Errorf("kubelet does not say %s", d.words)
-		})
-		p.down(t)
+		}
+		return fmt.Errorf("kubelet does not say %s", d.words)
 	})
+	p.down(t)
 }

@@ -15,7 +15,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -108,126 +107,90 @@ type daemon struct {
 	done chan struct{} // closed when it ended
 }
 
-// theNode is started once, with all drivers: the emulated machine takes its time.
-var theNode = sync.OnceValues(func() (*node, error) {
-	n := &node{env: append(os.Environ(), "PATH="+workDir()+"/programs:"+os.Getenv("PATH"))}
+// newNode starts containerd and kubelet with the drivers. It is one for all tests: the emulated machine takes its time.
+func newNode(t *testing.T, drivers []driver) *node {
+	t.Helper()
+	n := &node{env: append(os.Environ(), "PATH="+workDir(t)+"/programs:"+os.Getenv("PATH"))}
 	for _, dir := range []string{manifests, "/etc/containerd"} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, err
-		}
+		must(t, os.MkdirAll(dir, 0o755))
 	}
+	must(t, os.WriteFile("/etc/containerd/config.toml", []byte(containerdConfig), 0o644))
+	must(t, os.WriteFile("/etc/kubernetes/kubelet.yaml", []byte(kubeletConfig), 0o644))
 	// The drivers' logs, too, come out of the guest.
-	if err := os.Symlink(guest.Out(), "/var/log/lariat"); err != nil {
-		return nil, err
-	}
-	for path, text := range map[string]string{"/etc/containerd/config.toml": containerdConfig, "/etc/kubernetes/kubelet.yaml": kubeletConfig} {
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			return nil, err
-		}
-	}
+	must(t, os.Symlink(guest.Out(), "/var/log/lariat"))
 	for _, d := range drivers {
-		if err := install(d.name); err != nil {
-			return nil, err
-		}
+		install(t, d.name)
+		n.env = append(n.env, d.env...)
 	}
-	containerd, err := n.run("containerd")
-	if err != nil {
-		return nil, err
-	}
+
+	containerd := n.run(t, "containerd")
 	ctr := func(args ...string) error {
-		cmd := exec.Command(workDir()+"/programs/ctr", append([]string{"-n", "k8s.io"}, args...)...)
+		cmd := exec.Command(workDir(t)+"/programs/ctr", append([]string{"-n", "k8s.io"}, args...)...)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("ctr: %w: %s", err, out)
 		}
 		return nil
 	}
-	if err := containerd.ready(func() error { return ctr("version") }); err != nil {
-		return nil, err
-	}
-	tar := "/tmp/image.tar"
-	if err := busybox.WriteImage(tar, imageName, "1", "/bin/busybox", []string{"/bin/sleep", "1000000"}); err != nil {
-		return nil, err
-	}
-	if err := ctr("image", "import", tar); err != nil {
-		return nil, err
-	}
-	return n, n.start()
-})
-
-// onNode is the node with kubelet running.
-func onNode(t *testing.T) *node {
-	t.Helper()
-	if !guest.Inside() {
-		t.Skip("needs a kubelet, which make acceptance builds")
-	}
-	nfsd.Serve(t)
-	n, err := theNode()
-	must(t, err)
+	containerd.ready(t, func() error { return ctr("version") })
+	tar := filepath.Join(t.TempDir(), "image.tar")
+	must(t, busybox.WriteImage(tar, imageName, "1", "/bin/busybox", []string{"/bin/sleep", "1000000"}))
+	must(t, ctr("image", "import", tar))
+	n.start(t)
 	return n
 }
 
 // workDir is where guest.Options.Files are.
-func workDir() string {
+func workDir(t *testing.T) string {
+	t.Helper()
 	dir, err := os.Getwd()
-	if err != nil {
-		panic(err)
-	}
+	must(t, err)
 	return dir
 }
 
 // install puts a driver where kubelet finds it, as make install does: under a name with a dot, which kubelet ignores, and then whole.
-func install(driver string) error {
+func install(t *testing.T, driver string) {
+	t.Helper()
 	program, err := os.ReadFile(filepath.Join(os.Getenv("LARIAT_BIN"), driver))
-	if err != nil {
-		return fmt.Errorf("%w: run make build", err)
-	}
+	must(t, err)
 	dir := filepath.Join(plugins, "lariat~"+driver)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	if err := os.WriteFile(dir+"/.new", program, 0o755); err != nil {
-		return err
-	}
-	return os.Rename(dir+"/.new", filepath.Join(dir, driver))
+	must(t, os.MkdirAll(dir, 0o755))
+	must(t, os.WriteFile(dir+"/.new", program, 0o755))
+	must(t, os.Rename(dir+"/.new", filepath.Join(dir, driver)))
 }
 
 // run starts one of the programs. Its log comes out of the guest when a test fails.
-func (n *node) run(name string, args ...string) (*daemon, error) {
+func (n *node) run(t *testing.T, name string, args ...string) *daemon {
+	t.Helper()
 	log, err := os.OpenFile(logOf(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-	if err != nil {
-		return nil, err
-	}
+	must(t, err)
 	defer log.Close()
-	d := &daemon{cmd: exec.Command(workDir()+"/programs/"+name, args...), done: make(chan struct{})}
+	d := &daemon{cmd: exec.Command(workDir(t)+"/programs/"+name, args...), done: make(chan struct{})}
 	d.cmd.Env, d.cmd.Stdout, d.cmd.Stderr = n.env, log, log
-	if err := d.cmd.Start(); err != nil {
-		return nil, err
-	}
+	must(t, d.cmd.Start())
 	go func() { d.cmd.Wait(); close(d.done) }()
-	return d, nil
+	return d
 }
 
-// ready waits until a daemon answers. It does not wait for one that ended.
-func (d *daemon) ready(try func() error) error {
-	return until(func() error {
+// ready waits until a daemon answers, or has ended.
+func (d *daemon) ready(t *testing.T, try func() error) {
+	t.Helper()
+	eventually(t, func() error {
 		select {
 		case <-d.done:
-			return final{fmt.Errorf("%s ended: %s", d.cmd.Path, d.cmd.ProcessState)}
+			t.Fatalf("%s ended: %s", d.cmd.Path, d.cmd.ProcessState)
 		default:
-			return try()
 		}
+		return try()
 	})
 }
 
 func logOf(name string) string { return filepath.Join(guest.Out(), name+".log") }
 
 // start starts kubelet and waits until it says that it is well.
-func (n *node) start() (err error) {
-	n.kubelet, err = n.run("kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--root-dir="+root, "--hostname-override=node", "--node-ip="+nfsd.Server, "-v=2")
-	if err != nil {
-		return err
-	}
-	return n.kubelet.ready(func() error {
+func (n *node) start(t *testing.T) {
+	t.Helper()
+	n.kubelet = n.run(t, "kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--root-dir="+root, "--hostname-override=node", "--node-ip="+nfsd.Server, "-v=2")
+	n.kubelet.ready(t, func() error {
 		r, err := http.Get("http://127.0.0.1:10248/healthz")
 		if err != nil {
 			return err
@@ -362,28 +325,20 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// final is an error after which there is no use in trying again.
-type final struct{ error }
-
-// until tries until it succeeds.
-func until(try func() error) error {
+// eventually tries until it succeeds.
+func eventually(t *testing.T, try func() error) {
+	t.Helper()
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
-	end := time.After(patience)
-	for {
+	for end := time.After(patience); ; {
 		err := try()
-		if err == nil || errors.As(err, new(final)) {
-			return err
+		if err == nil {
+			return
 		}
 		select {
 		case <-end:
-			return fmt.Errorf("after %s: %w", patience, err)
+			t.Fatalf("after %s: %v", patience, err)
 		case <-tick.C:
 		}
 	}
-}
-
-func eventually(t *testing.T, try func() error) {
-	t.Helper()
-	must(t, until(try))
 }
