@@ -115,7 +115,7 @@ func kubeletKilled(t *testing.T, n *node, d driver) {
 	third.gone(t)
 }
 
-// What the driver says of a wrong option is what kubelet tells of the pod. Nothing is mounted, and the pod can go.
+// What the driver says of a wrong option is in the event that kubelet makes of it. Nothing is mounted, and the pod can go.
 func wrongOption(t *testing.T, _ *node, d driver) {
 	options := maps.Clone(d.volume("wrong"))
 	options[d.wrong] = "x"
@@ -127,12 +127,12 @@ func wrongOption(t *testing.T, _ *node, d driver) {
 			return err
 		}
 		for line := range strings.Lines(string(log)) {
-			if strings.Contains(line, p.name) && strings.Contains(line, d.words) {
+			if strings.Contains(line, p.name) && strings.Contains(line, `reason="FailedMount"`) && strings.Contains(line, d.words) {
 				t.Log(line)
 				return nil
 			}
 		}
-		return fmt.Errorf("kubelet does not say %s", d.words)
+		return fmt.Errorf("no event FailedMount of %s has the words %q", p.name, d.words)
 	})
 	p.down(t)
 }

@@ -186,10 +186,10 @@ func (d *daemon) ready(t *testing.T, try func() error) {
 
 func logOf(name string) string { return filepath.Join(guest.Out(), name+".log") }
 
-// start starts kubelet and waits until it says that it is well.
+// start starts kubelet and waits until it says that it is well. From level 3 it logs events, which nobody else is told of here.
 func (n *node) start(t *testing.T) {
 	t.Helper()
-	n.kubelet = n.run(t, "kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--root-dir="+root, "--hostname-override=node", "--node-ip="+nfsd.Server, "-v=2")
+	n.kubelet = n.run(t, "kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--root-dir="+root, "--hostname-override=node", "--node-ip="+nfsd.Server, "-v=3")
 	n.kubelet.ready(t, func() error {
 		r, err := http.Get("http://127.0.0.1:10248/healthz")
 		if err != nil {
