@@ -40,17 +40,17 @@ func CheckName(name string) error {
 func CheckDir(dir string) error {
 	switch {
 	case !strings.HasPrefix(dir, "/"):
-		return Errorf(ErrInvalid, "folder %s is not an absolute path", excerpt(dir))
+		return Errorf(ErrInvalid, "folder %s is not an absolute path", Excerpt(dir))
 	case dir == "/":
 		return Errorf(ErrInvalid, "folder / cannot be a volume's")
 	case len(dir) > MaxPath:
-		return Errorf(ErrInvalid, "folder %s has %d octets, at most %d are allowed", excerpt(dir), len(dir), MaxPath)
+		return Errorf(ErrInvalid, "folder %s has %d octets, at most %d are allowed", Excerpt(dir), len(dir), MaxPath)
 	case !plain(dir):
-		return Errorf(ErrInvalid, "folder %s has control characters", excerpt(dir))
+		return Errorf(ErrInvalid, "folder %s has control characters", Excerpt(dir))
 	}
 	for _, part := range strings.Split(strings.TrimSuffix(dir, "/")[1:], "/") {
 		if part == "" || part == "." || part == ".." || len(part) > 255 {
-			return Errorf(ErrInvalid, "folder %s has the part %s", excerpt(dir), excerpt(part))
+			return Errorf(ErrInvalid, "folder %s has the part %s", Excerpt(dir), Excerpt(part))
 		}
 	}
 	return nil
@@ -62,7 +62,7 @@ func CheckOptions(options map[string]string) error {
 		v := options[k]
 		switch {
 		case k == "" || len(k) > 256 || !plain(k):
-			return Errorf(ErrInvalid, "option %s: not a name", excerpt(k))
+			return Errorf(ErrInvalid, "option %s: not a name", Excerpt(k))
 		case len(v) > MaxValue:
 			return Errorf(ErrInvalid, "option %s: %d octets, at most %d are allowed", k, len(v), MaxValue)
 		case !plain(v):
@@ -77,8 +77,8 @@ func plain(s string) bool {
 	return utf8.ValidString(s) && !strings.ContainsFunc(s, unicode.IsControl)
 }
 
-// excerpt is how an odd text is shown: quoted, and not all of it.
-func excerpt(s string) string {
+// Excerpt is how an odd text is shown: quoted, and not all of it.
+func Excerpt(s string) string {
 	if len(s) > 60 {
 		return strconv.Quote(s[:60]) + "…"
 	}
@@ -147,12 +147,12 @@ func set(f reflect.Value, text string) error {
 		case "false", "0", "no":
 			f.SetBool(false)
 		default:
-			return fmt.Errorf("%s is neither true nor false", excerpt(text))
+			return fmt.Errorf("%s is neither true nor false", Excerpt(text))
 		}
 	case reflect.Int, reflect.Int32, reflect.Int64:
 		n, err := strconv.ParseInt(text, 10, f.Type().Bits())
 		if err != nil {
-			return fmt.Errorf("%s is not a number that fits", excerpt(text))
+			return fmt.Errorf("%s is not a number that fits", Excerpt(text))
 		}
 		f.SetInt(n)
 	default:

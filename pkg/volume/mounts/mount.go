@@ -35,7 +35,7 @@ var flags = map[string]struct{ set, clear uintptr }{
 	"nodev": {unix.MS_NODEV, 0}, "dev": {0, unix.MS_NODEV},
 	"noexec": {unix.MS_NOEXEC, 0}, "exec": {0, unix.MS_NOEXEC},
 	"sync": {unix.MS_SYNCHRONOUS, 0}, "async": {0, unix.MS_SYNCHRONOUS},
-	"dirsync": {unix.MS_DIRSYNC, 0},
+	"dirsync": {unix.MS_DIRSYNC, 0}, "lazytime": {unix.MS_LAZYTIME, 0}, "nolazytime": {0, unix.MS_LAZYTIME},
 	"noatime": {unix.MS_NOATIME, 0}, "relatime": {unix.MS_RELATIME, unix.MS_NOATIME}, "strictatime": {unix.MS_STRICTATIME, unix.MS_NOATIME},
 	"nodiratime": {unix.MS_NODIRATIME, 0}, "diratime": {0, unix.MS_NODIRATIME},
 }
@@ -58,10 +58,13 @@ func Mount(ctx context.Context, s Spec) error {
 	return nil
 }
 
-// helper is where programs such as mount.nfs are; not PATH, which is whatever kubelet was started with.
-func helper(fstype string) string {
+// helper is the program that mounts a file system, such as mount.nfs, or "".
+func helper(fstype string) string { return Program("mount." + fstype) }
+
+// Program is where a program of the system is, or "". PATH is not asked, which is whatever kubelet was started with.
+func Program(name string) string {
 	for _, dir := range []string{"/sbin", "/usr/sbin", "/usr/local/sbin", "/usr/bin", "/run/current-system/sw/bin"} {
-		path := filepath.Join(dir, "mount."+fstype)
+		path := filepath.Join(dir, name)
 		if unix.Access(path, unix.X_OK) == nil {
 			return path
 		}
@@ -124,6 +127,8 @@ func kernelMount(s Spec) error {
 		switch {
 		case errors.Is(err, unix.ENODEV):
 			why = fmt.Sprintf(" (this kernel has no %s: modprobe %s)", s.FSType, s.FSType)
+		case !strings.HasPrefix(s.FSType, "nfs"):
+			why = " (the kernel's log, dmesg, may say more)"
 		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EPROTO), errors.Is(err, unix.EPROTONOSUPPORT):
 			why = fmt.Sprintf(" (mount.%s is not installed, and without it the kernel does not take these options; for NFS it needs version 4)", s.FSType)
 		}

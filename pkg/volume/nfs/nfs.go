@@ -155,7 +155,7 @@ func (d *Driver) export(ctx context.Context, v Volume) (exportArgs, error) {
 		return exportArgs{}, err
 	}
 	// Nothing cached, nothing shared with other mounts of the export: decisions are made by what is on the server now.
-	options := merge(v.Options, []string{"rw", "noac", "lookupcache=none", "nosharecache", "nosuid", "nodev", "noexec"})
+	options := rules.Merge(v.Options, []string{"rw", "noac", "lookupcache=none", "nosharecache", "nosuid", "nodev", "noexec"})
 	return exportArgs{Mount: spec(v.Host, v.Base, "", options, addr), RunDir: filepath.Dir(d.locks.Dir), Name: v.Name, OnRemove: v.OnRemove}, nil
 }
 

@@ -8,10 +8,10 @@ import (
 	"path"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
 // Options of a volume, as users write them.
@@ -56,7 +56,7 @@ func (o *OnHang) UnmarshalText(text []byte) error { return oneOf(o, text, Force,
 
 func oneOf[T ~string](into *T, text []byte, allowed ...T) error {
 	if !slices.Contains(allowed, T(text)) {
-		return fmt.Errorf("%s is none of %v", excerpt(string(text)), allowed)
+		return fmt.Errorf("%s is none of %v", volume.Excerpt(string(text)), allowed)
 	}
 	*into = T(text)
 	return nil
@@ -102,7 +102,7 @@ func (c Config) check() error {
 			errs = append(errs, volume.Errorf(volume.ErrInvalid, "ON_REMOVE: %w", err))
 		}
 	}
-	if _, err := parseMountOptions("MOUNT_OPTS", c.MountOpts, true); err != nil {
+	if _, err := rules.Parse("MOUNT_OPTS", c.MountOpts, true); err != nil {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
@@ -176,21 +176,21 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 		}
 		v.Base, v.Path = o.ExportBase, path.Join(o.ExportBase, v.Name)
 	}
-	all, err := parseMountOptions("MOUNT_OPTS", c.MountOpts, true)
+	all, err := rules.Parse("MOUNT_OPTS", c.MountOpts, true)
 	if err != nil {
 		return v, err
 	}
-	own, err := parseMountOptions("mntOptions", o.MntOptions, false)
+	own, err := rules.Parse("mntOptions", o.MntOptions, false)
 	if err != nil {
 		return v, err
 	}
-	v.Options = merge([]string{"nosuid", "nodev", "retry=0"}, all, own)
+	v.Options = rules.Merge([]string{"nosuid", "nodev", "retry=0"}, all, own)
 	v.ReadOnly = v.ReadOnly || slices.Contains(v.Options, "ro")
 	mode := "rw"
 	if v.ReadOnly {
 		mode = "ro"
 	}
-	v.Options = merge(v.Options, []string{mode})
+	v.Options = rules.Merge(v.Options, []string{mode})
 	return v, nil
 }
 
@@ -201,101 +201,45 @@ func checkHost(what, host string) error {
 		return nil
 	}
 	if len(host) > 253 || !hostName.MatchString(host) {
-		return volume.Errorf(volume.ErrInvalid, "%s %s is neither an address nor a host name", what, excerpt(host))
+		return volume.Errorf(volume.ErrInvalid, "%s %s is neither an address nor a host name", what, volume.Excerpt(host))
 	}
 	return nil
 }
 
 func checkExport(what, p string) error {
 	if !strings.HasPrefix(p, "/") || path.Clean(p) != p || len(p) > 1024 {
-		return volume.Errorf(volume.ErrInvalid, "%s %s is not a plain absolute path", what, excerpt(p))
+		return volume.Errorf(volume.ErrInvalid, "%s %s is not a plain absolute path", what, volume.Excerpt(p))
 	}
 	return volume.CheckOptions(map[string]string{what: p})
 }
 
-// An option's group: of each, the last one counts. check is for its value; nil: it has none.
-type rule struct {
-	group string
-	check func(string) bool
-	admin bool // only in MOUNT_OPTS
-}
-
-func number(least, most int) func(string) bool {
-	return func(s string) bool {
-		n, err := strconv.Atoi(s)
-		return err == nil && n >= least && n <= most && !strings.HasPrefix(s, "+")
-	}
-}
-
-func words(allowed ...string) func(string) bool {
-	return func(s string) bool { return slices.Contains(allowed, s) }
-}
-
 // rules are all mount options that there are. What is not here is refused: bind, remount, context=, helper programs, credentials …
-var rules = map[string]rule{
-	"vers": {"vers", words("3", "4", "4.0", "4.1", "4.2"), false}, "nfsvers": {"vers", words("3", "4", "4.0", "4.1", "4.2"), false},
-	"hard": {"hard", nil, false}, "soft": {"hard", nil, false}, "softerr": {"hard", nil, false},
-	"timeo": {"timeo", number(1, 6000), false}, "retrans": {"retrans", number(0, 100), false}, "retry": {"retry", number(0, 10000), false},
-	"rsize": {"rsize", number(1024, 1<<20), false}, "wsize": {"wsize", number(1024, 1<<20), false},
-	"ac": {"ac", nil, false}, "noac": {"ac", nil, false}, "actimeo": {"actimeo", number(0, 86400), false},
-	"acregmin": {"acregmin", number(0, 86400), false}, "acregmax": {"acregmax", number(0, 86400), false},
-	"acdirmin": {"acdirmin", number(0, 86400), false}, "acdirmax": {"acdirmax", number(0, 86400), false},
-	"lookupcache": {"lookupcache", words("all", "none", "pos", "positive"), false},
-	"cto":         {"cto", nil, false}, "nocto": {"cto", nil, false},
-	"lock": {"lock", nil, false}, "nolock": {"lock", nil, false}, "local_lock": {"local_lock", words("all", "none", "flock", "posix"), false},
-	"acl": {"acl", nil, false}, "noacl": {"acl", nil, false},
-	"rdirplus": {"rdirplus", nil, false}, "nordirplus": {"rdirplus", nil, false},
-	"sharecache": {"sharecache", nil, false}, "nosharecache": {"sharecache", nil, false},
-	"resvport": {"resvport", nil, false}, "noresvport": {"resvport", nil, false},
-	"fsc": {"fsc", nil, false}, "nofsc": {"fsc", nil, false},
-	"nconnect": {"nconnect", number(1, 16), false}, "max_connect": {"max_connect", number(1, 16), false},
-	"proto": {"proto", words("tcp", "tcp6", "udp", "udp6", "rdma", "rdma6"), false}, "tcp": {"proto", nil, false}, "udp": {"proto", nil, false},
-	"mountproto": {"mountproto", words("tcp", "tcp6", "udp", "udp6"), false}, "mountvers": {"mountvers", words("3"), false},
-	"port": {"port", number(1, 65535), false}, "mountport": {"mountport", number(1, 65535), false},
-	"sec": {"sec", words("sys", "krb5", "krb5i", "krb5p"), false},
-	"ro":  {"ro", nil, false}, "rw": {"ro", nil, false}, "sync": {"sync", nil, false}, "async": {"sync", nil, false},
-	"atime": {"atime", nil, false}, "noatime": {"atime", nil, false}, "relatime": {"atime", nil, false}, "strictatime": {"atime", nil, false},
-	"diratime": {"diratime", nil, false}, "nodiratime": {"diratime", nil, false},
-	"nosuid": {"suid", nil, false}, "nodev": {"dev", nil, false}, "noexec": {"exec", nil, false},
-	"suid": {"suid", nil, true}, "dev": {"dev", nil, true}, "exec": {"exec", nil, true},
-}
-
-// parseMountOptions reads a list with commas and refuses what is not among the rules.
-func parseMountOptions(what, text string, admin bool) (list []string, err error) {
-	if text == "" {
-		return nil, nil
-	}
-	for _, o := range strings.Split(text, ",") {
-		if o = strings.TrimSpace(o); o == "" {
-			continue
-		}
-		key, value, has := strings.Cut(o, "=")
-		r, ok := rules[key]
-		switch {
-		case !ok:
-			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s is not among the mount options that are allowed", what, excerpt(o))
-		case r.admin && !admin:
-			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s is allowed only in the administrator's MOUNT_OPTS", what, o)
-		case has != (r.check != nil), has && !r.check(value):
-			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s does not have a value that is allowed", what, excerpt(o))
-		}
-		list = append(list, o)
-	}
-	return list, nil
-}
-
-// merge joins lists of checked options; of those that exclude each other the last one stays.
-func merge(lists ...[]string) (merged []string) {
-	group := func(o string) string {
-		key, _, _ := strings.Cut(o, "=")
-		return rules[key].group
-	}
-	for _, list := range lists {
-		for _, o := range list {
-			merged = append(slices.DeleteFunc(merged, func(m string) bool { return group(m) == group(o) }), o)
-		}
-	}
-	return merged
+var rules = mounts.Rules{
+	"vers": mounts.Valued("vers", mounts.Words("3", "4", "4.0", "4.1", "4.2")), "nfsvers": mounts.Valued("vers", mounts.Words("3", "4", "4.0", "4.1", "4.2")),
+	"hard": mounts.Flag("hard"), "soft": mounts.Flag("hard"), "softerr": mounts.Flag("hard"),
+	"timeo": mounts.Valued("timeo", mounts.Number(1, 6000)), "retrans": mounts.Valued("retrans", mounts.Number(0, 100)), "retry": mounts.Valued("retry", mounts.Number(0, 10000)),
+	"rsize": mounts.Valued("rsize", mounts.Number(1024, 1<<20)), "wsize": mounts.Valued("wsize", mounts.Number(1024, 1<<20)),
+	"ac": mounts.Flag("ac"), "noac": mounts.Flag("ac"), "actimeo": mounts.Valued("actimeo", mounts.Number(0, 86400)),
+	"acregmin": mounts.Valued("acregmin", mounts.Number(0, 86400)), "acregmax": mounts.Valued("acregmax", mounts.Number(0, 86400)),
+	"acdirmin": mounts.Valued("acdirmin", mounts.Number(0, 86400)), "acdirmax": mounts.Valued("acdirmax", mounts.Number(0, 86400)),
+	"lookupcache": mounts.Valued("lookupcache", mounts.Words("all", "none", "pos", "positive")),
+	"cto":         mounts.Flag("cto"), "nocto": mounts.Flag("cto"),
+	"lock": mounts.Flag("lock"), "nolock": mounts.Flag("lock"), "local_lock": mounts.Valued("local_lock", mounts.Words("all", "none", "flock", "posix")),
+	"acl": mounts.Flag("acl"), "noacl": mounts.Flag("acl"),
+	"rdirplus": mounts.Flag("rdirplus"), "nordirplus": mounts.Flag("rdirplus"),
+	"sharecache": mounts.Flag("sharecache"), "nosharecache": mounts.Flag("sharecache"),
+	"resvport": mounts.Flag("resvport"), "noresvport": mounts.Flag("resvport"),
+	"fsc": mounts.Flag("fsc"), "nofsc": mounts.Flag("fsc"),
+	"nconnect": mounts.Valued("nconnect", mounts.Number(1, 16)), "max_connect": mounts.Valued("max_connect", mounts.Number(1, 16)),
+	"proto": mounts.Valued("proto", mounts.Words("tcp", "tcp6", "udp", "udp6", "rdma", "rdma6")), "tcp": mounts.Flag("proto"), "udp": mounts.Flag("proto"),
+	"mountproto": mounts.Valued("mountproto", mounts.Words("tcp", "tcp6", "udp", "udp6")), "mountvers": mounts.Valued("mountvers", mounts.Words("3")),
+	"port": mounts.Valued("port", mounts.Number(1, 65535)), "mountport": mounts.Valued("mountport", mounts.Number(1, 65535)),
+	"sec": mounts.Valued("sec", mounts.Words("sys", "krb5", "krb5i", "krb5p")),
+	"ro":  mounts.Flag("ro"), "rw": mounts.Flag("ro"), "sync": mounts.Flag("sync"), "async": mounts.Flag("sync"),
+	"atime": mounts.Flag("atime"), "noatime": mounts.Flag("atime"), "relatime": mounts.Flag("atime"), "strictatime": mounts.Flag("atime"),
+	"diratime": mounts.Flag("diratime"), "nodiratime": mounts.Flag("diratime"),
+	"nosuid": mounts.Flag("suid"), "nodev": mounts.Flag("dev"), "noexec": mounts.Flag("exec"),
+	"suid": mounts.AdminFlag("suid"), "dev": mounts.AdminFlag("dev"), "exec": mounts.AdminFlag("exec"),
 }
 
 // value of an option in a list of checked ones.
@@ -319,11 +263,4 @@ func (v Volume) dialed() string {
 		port = "2049"
 	}
 	return net.JoinHostPort(v.Host, port)
-}
-
-func excerpt(s string) string {
-	if len(s) > 60 {
-		return strconv.Quote(s[:60]) + "…"
-	}
-	return strconv.Quote(s)
 }

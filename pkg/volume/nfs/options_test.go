@@ -103,7 +103,7 @@ func FuzzVolume(f *testing.F) {
 		}
 		for _, o := range v.Options {
 			key, _, _ := strings.Cut(o, "=")
-			if r, ok := rules[key]; !ok || r.admin || strings.ContainsAny(o, ", \n") {
+			if r, ok := rules[key]; !ok || r.Admin || strings.ContainsAny(o, ", \n") {
 				t.Errorf("option %q", o)
 			}
 		}

@@ -6,7 +6,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"testing"
 	"time"
 
@@ -48,17 +47,16 @@ func TestVolumeKeepsItsDataFromPlugToPlug(t *testing.T) {
 	run(t, "umount", dir)
 }
 
-// device waits for the block device of the drive with a serial number.
+// device waits for the block device of the drive with a serial number. With multipath it has another number than the controller, and a
+// hidden path that has no node.
 func device(t *testing.T, serial string) (dev string) {
 	t.Helper()
 	eventually(t, func() error {
-		all, err := filepath.Glob("/sys/class/nvme/*/serial")
+		all, err := filepath.Glob("/dev/nvme*n*")
 		must(t, err)
-		for _, f := range all {
-			if text, err := os.ReadFile(f); err == nil && strings.TrimSpace(string(text)) == serial {
-				dev = "/dev/" + filepath.Base(filepath.Dir(f)) + "n1"
-				_, err := os.Stat(dev)
-				return err
+		for _, dev = range all {
+			if sysfs(dev, "device/serial") == serial {
+				return nil
 			}
 		}
 		return fmt.Errorf("no drive has the serial number %s, of %d", serial, len(all))

@@ -1,0 +1,369 @@
+package ebs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"slices"
+	"strings"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/ec2"
+	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/cloud"
+)
+
+// Attach implements volume.Driver. A volume that does not exist is created if the options say what it is to be, because kubelet has no verb for that. The
+// device is what AWS calls it, which on most instances is not what their kernels do.
+func (d *Driver) Attach(ctx context.Context, req volume.Request, node string) (string, error) {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
+	defer cancel()
+	v, err := d.config.Volume(req)
+	if err != nil {
+		return "", err
+	}
+	unlock, err := d.locks.Lock(ctx, v.Name, "attach")
+	if err != nil {
+		return "", err
+	}
+	defer unlock()
+	within, cancelWork := before(ctx)
+	defer cancelWork()
+	r, err := d.open(within, v.Region)
+	if err != nil {
+		return "", err
+	}
+	_, device, err := d.attach(within, r, v, node)
+	return device, err
+}
+
+// attach is Attach with the lock held.
+func (d *Driver) attach(ctx context.Context, r *region, v Volume, node string) (*found, string, error) {
+	to, err := r.instance(ctx, node)
+	if err != nil {
+		return nil, "", err
+	}
+	f, err := d.ensure(ctx, r, v)
+	if err != nil {
+		return nil, "", err
+	}
+	if !d.ours(f, v.Name) && f.tags[tagAttachedAs] != v.Name {
+		// Detach gets nothing but the name, and maybe on another host.
+		if err := r.tag(ctx, f.id(), tagAttachedAs, v.Name); err != nil {
+			return nil, "", err
+		}
+	}
+	volume.Step("before-attach")
+	a := attachment{d: d, r: r, v: v, f: f, to: to}
+	if err := poll(ctx, func() (bool, string, error) { return a.step(ctx) }); err != nil {
+		return nil, "", fmt.Errorf("attach volume %s (%s) to instance %s: %w", v.Name, f.id(), to, err)
+	}
+	volume.Step("attached")
+	return a.f, a.device, nil
+}
+
+// attachment is one on its way.
+type attachment struct {
+	d      *Driver
+	r      *region
+	v      Volume
+	f      *found
+	to     string   // instance
+	device string   // once AWS has given one
+	bad    []string // names that AWS calls used though it does not show by what
+	asked  bool     // AttachVolume was called, so that it may not show yet
+}
+
+// step looks at the volume, does what comes next and says whether it was the last.
+func (a *attachment) step(ctx context.Context) (done bool, seen string, err error) {
+	f, err := a.r.describe(ctx, a.f.id())
+	if err != nil {
+		return false, "", err
+	}
+	if f == nil {
+		return false, "", volume.Errorf(volume.ErrNotFound, "it does not exist any more")
+	}
+	a.f = f
+	if len(f.Attachments) == 0 {
+		if f.State != types.VolumeStateAvailable {
+			return false, fmt.Sprintf("it is %s", f.State), nil
+		}
+		if a.asked {
+			return false, "AWS has accepted it, and does not show it", nil
+		}
+		return false, "AWS does not show it", a.ask(ctx)
+	}
+	at := f.Attachments[0]
+	switch id := aws.ToString(at.InstanceId); {
+	case id != a.to:
+		return a.elsewhere(ctx, id, at)
+	case at.State == types.VolumeAttachmentStateAttached:
+		a.device = aws.ToString(at.Device)
+		return true, "", nil
+	case at.State == types.VolumeAttachmentStateAttaching:
+		since := ""
+		if at.AttachTime != nil {
+			since = " since " + at.AttachTime.UTC().Format("15:04:05 UTC")
+		}
+		return false, fmt.Sprintf("it has been attaching as %s%s; if that goes on, detach it by hand, or stop and start the instance", aws.ToString(at.Device), since), nil
+	}
+	a.asked = false
+	return false, fmt.Sprintf("it is still %s from there", at.State), nil
+}
+
+// elsewhere is for a volume that another instance has. It is taken away only from one that cannot write to it any more, and only if that was asked for.
+func (a *attachment) elsewhere(ctx context.Context, id string, at types.VolumeAttachment) (done bool, seen string, err error) {
+	other, err := a.r.one(ctx, id)
+	if err != nil {
+		return false, "", err
+	}
+	name := fmt.Sprintf("instance %s (%s)", id, state(other))
+	gone := state(other) == types.InstanceStateNameStopped || state(other) == types.InstanceStateNameTerminated
+	switch {
+	case at.State == types.VolumeAttachmentStateDetaching && !(gone && a.v.Force):
+		return false, "it is being detached from " + name, nil
+	case !a.v.Force:
+		hint := "; detach it there first"
+		if gone {
+			hint += ", or set forceDetach"
+		}
+		return false, "", volume.Errorf(volume.ErrInUse, "it is %s to %s%s", at.State, name, hint)
+	case !gone:
+		return false, "", volume.Errorf(volume.ErrInUse, "it is %s to %s: forceDetach takes it only from instances that are stopped or terminated, because others may write to it", at.State, name)
+	}
+	a.d.log.Warn("detaching by force", "volume", a.v.Name, "id", a.f.id(), "from", id, "state", state(other))
+	// Force only where the ordinary way has been gone and does not end.
+	force := at.State == types.VolumeAttachmentStateDetaching || at.State == types.VolumeAttachmentStateBusy
+	return false, "it is being detached from " + name, a.r.release(ctx, a.f.id(), id, force)
+}
+
+// ask calls AttachVolume, after a look at what AWS would refuse.
+func (a *attachment) ask(ctx context.Context) error {
+	i, err := a.r.one(ctx, a.to)
+	if err != nil {
+		return err
+	}
+	there, here := aws.ToString(a.f.AvailabilityZone), zone(i)
+	switch {
+	case state(i) != types.InstanceStateNameRunning && state(i) != types.InstanceStateNameStopped:
+		return fmt.Errorf("the instance is %s", state(i))
+	case there != here:
+		return volume.Errorf(volume.ErrConflict, "the volume is in zone %s and the instance in %s, and volumes never leave their zone: use a node in %s, or make a snapshot of it and a volume of that (snapshotID) in %s", there, here, there, here)
+	}
+	if err := a.d.room(ctx, a.r, i); err != nil {
+		return err
+	}
+	used := slices.Clone(a.bad)
+	for _, m := range i.BlockDeviceMappings {
+		used = append(used, aws.ToString(m.DeviceName))
+	}
+	device := freeName(a.f.id(), used)
+	if device == "" {
+		return volume.Errorf(volume.ErrInUse, "the instance uses all device names")
+	}
+	_, err = a.r.ec2.AttachVolume(ctx, &ec2.AttachVolumeInput{VolumeId: aws.String(a.f.id()), InstanceId: aws.String(a.to), Device: aws.String(device)})
+	volume.Step("attach-asked")
+	switch {
+	case err == nil:
+		a.asked = true
+		a.d.log.Info("attaching", "volume", a.v.Name, "id", a.f.id(), "instance", a.to, "device", device)
+		return nil
+	case cloud.Is(err, "InvalidParameterValue", "InvalidDevice.InUse") && strings.Contains(err.Error(), "in use"):
+		a.bad = append(a.bad, device)
+		return nil
+	case cloud.Is(err, "VolumeInUse", "IncorrectState"):
+		// By the earlier call, whose answer was lost, or by somebody else. The next look shows it.
+		return nil
+	case cloud.Is(err, "AttachmentLimitExceeded"):
+		return volume.Errorf(volume.ErrInUse, "%w; detach a volume, or use another node or instance type", cloud.Explain(ctx, err))
+	}
+	return cloud.Invalid(cloud.Explain(ctx, err))
+}
+
+// freeName is a device name that is not used: /dev/xvdba to /dev/xvddz, which every kind of instance takes. Each volume begins to search at another, so
+// that attachments at the same time do not want the same one, and one that was freed just now, which EC2 holds for a while, is not taken by the next.
+func freeName(id string, used []string) string {
+	const names = 3 * 26
+	h := fnv.New32a()
+	h.Write([]byte(id))
+	for i := range names {
+		n := (int(h.Sum32()%names) + i) % names
+		name := "xvd" + string(rune('b'+n/26)) + string(rune('a'+n%26))
+		if !slices.ContainsFunc(used, func(u string) bool { return strings.TrimPrefix(u, "/dev/") == name }) {
+			return "/dev/" + name
+		}
+	}
+	return ""
+}
+
+// IsAttached implements volume.Driver.
+func (d *Driver) IsAttached(ctx context.Context, req volume.Request, node string) (bool, error) {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
+	defer cancel()
+	v, err := d.config.Volume(req)
+	if err != nil {
+		return false, err
+	}
+	r, err := d.open(ctx, v.Region)
+	if err != nil {
+		return false, err
+	}
+	to, err := r.instance(ctx, node)
+	if err != nil {
+		return false, err
+	}
+	f, err := d.find(ctx, r, v)
+	if err != nil || f == nil {
+		return false, err
+	}
+	return f.attachedTo(to), nil
+}
+
+func (f *found) attachedTo(instance string) bool {
+	return slices.ContainsFunc(f.Attachments, func(a types.VolumeAttachment) bool {
+		return aws.ToString(a.InstanceId) == instance && a.State == types.VolumeAttachmentStateAttached
+	})
+}
+
+// Detach implements volume.Driver. The volume is a name, or a device of this host.
+func (d *Driver) Detach(ctx context.Context, name, node string) error {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
+	defer cancel()
+	id := ""
+	if device, ok := strings.CutPrefix(name, "/dev/"); ok {
+		if err := volume.CheckName(device); err != nil {
+			return volume.Errorf(volume.ErrInvalid, "device %s is none", volume.Excerpt(name))
+		}
+		if id = d.devices.volume(device); id != "" {
+			name = id
+		}
+	} else if err := volume.CheckName(name); err != nil {
+		return err
+	}
+	unlock, err := d.locks.Lock(ctx, name, "detach")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	rec, _, err := d.volumes.Get(name)
+	if err != nil {
+		return err
+	}
+	within, cancelWork := before(ctx)
+	defer cancelWork()
+	r, err := d.open(within, rec.Region)
+	if err != nil {
+		return err
+	}
+	f, err := d.named(within, r, name, id, rec)
+	if err == nil && f != nil {
+		err = d.detach(within, r, f, node)
+	}
+	if err != nil {
+		return fmt.Errorf("detach volume %s: %w", name, err)
+	}
+	if rec.Deleting {
+		return nil // that is not done yet
+	}
+	return d.volumes.Remove(name)
+}
+
+// named is the volume that Detach was told: by its id, by this host's record, by the device that AWS gave it here, or by its tags.
+func (d *Driver) named(ctx context.Context, r *region, name, id string, rec record) (*found, error) {
+	if id == "" {
+		id = rec.ID
+	}
+	if strings.HasPrefix(name, "/dev/") {
+		self, err := r.instance(ctx, "")
+		if err != nil {
+			return nil, err
+		}
+		i, err := r.one(ctx, self)
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range i.BlockDeviceMappings {
+			if aws.ToString(m.DeviceName) == name && m.Ebs != nil {
+				id = aws.ToString(m.Ebs.VolumeId)
+			}
+		}
+		if id == "" {
+			return nil, nil
+		}
+	}
+	if id != "" {
+		if f, err := r.describe(ctx, id); err != nil || f != nil {
+			return f, err
+		}
+	}
+	if f, err := d.tagged(ctx, r, tagVolume, name); err != nil || f != nil {
+		return f, err
+	}
+	return d.tagged(ctx, r, tagAttachedAs, name)
+}
+
+// detach takes a volume away from a node, and from no other.
+func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) error {
+	if len(f.Attachments) == 0 && f.State == types.VolumeStateAvailable {
+		return nil
+	}
+	from, err := r.instance(ctx, node)
+	if err != nil {
+		if len(f.Attachments) > 0 && errors.Is(err, errNoInstance) {
+			err = fmt.Errorf("it is attached to instance %s, and %w", aws.ToString(f.Attachments[0].InstanceId), err)
+		}
+		return err
+	}
+	if used := d.used(f.id()); used != "" && d.here(ctx, r, from) {
+		return volume.Errorf(volume.ErrInUse, "it is mounted at %s", used)
+	}
+	volume.Step("before-detach")
+	asked := false
+	err = poll(ctx, func() (done bool, seen string, err error) {
+		now, err := r.describe(ctx, f.id())
+		if err != nil || now == nil {
+			return err == nil, "", err
+		}
+		i := slices.IndexFunc(now.Attachments, func(a types.VolumeAttachment) bool { return aws.ToString(a.InstanceId) == from })
+		if i < 0 {
+			// In the answer to a look just after AttachVolume it may not show yet; then the volume is in use by nobody.
+			return now.State == types.VolumeStateAvailable || len(now.Attachments) > 0, fmt.Sprintf("%s is %s", f.id(), now.State), nil
+		}
+		at := now.Attachments[i]
+		switch at.State {
+		case types.VolumeAttachmentStateBusy:
+			return false, fmt.Sprintf("instance %s does not let it go (busy): something there has it open or mounted", from), nil
+		case types.VolumeAttachmentStateDetaching, types.VolumeAttachmentStateDetached:
+		default:
+			if !asked {
+				asked = true
+				d.log.Info("detaching", "id", f.id(), "instance", from)
+				if err := r.release(ctx, f.id(), from, false); err != nil {
+					return false, "", err
+				}
+				volume.Step("detach-asked")
+			}
+		}
+		return false, fmt.Sprintf("instance %s has it still, %s", from, at.State), nil
+	})
+	volume.Step("detached")
+	return err
+}
+
+// here says whether an instance is this one.
+func (d *Driver) here(ctx context.Context, r *region, instance string) bool {
+	self, err := r.Instance(ctx)
+	return err == nil && self.ID == instance
+}
+
+// release calls DetachVolume. What is detached already is no error.
+func (r *region) release(ctx context.Context, id, instance string, force bool) error {
+	_, err := r.ec2.DetachVolume(ctx, &ec2.DetachVolumeInput{VolumeId: aws.String(id), InstanceId: aws.String(instance), Force: aws.Bool(force)})
+	if cloud.Is(err, "IncorrectState", "InvalidAttachment.NotFound", "InvalidVolume.NotFound") {
+		return nil
+	}
+	return cloud.Explain(ctx, err)
+}

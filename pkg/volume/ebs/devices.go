@@ -1,0 +1,180 @@
+package ebs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+)
+
+// devices are the block devices of this host, as the kernel shows them below two roots, which tests replace. Links in /dev/disk/by-id are not asked:
+// they need udev, and have led to other volumes.
+type devices struct{ sys, dev string }
+
+// device is a block device that was looked at.
+type device struct {
+	path   string // /dev/nvme1n1
+	number string // major:minor, as in /sys/dev/block and in the mount table
+	size   int64
+}
+
+// model is what EBS's NVMe devices call themselves.
+const model = "Amazon Elastic Block Store"
+
+// nvmeName is a namespace; hidden paths of native multipath, nvme0c0n1, and partitions are none.
+var nvmeName = regexp.MustCompile(`^nvme[0-9]+n[0-9]+$`)
+
+// serial is how a device calls a volume.
+func serial(id string) string { return strings.Replace(id, "-", "", 1) }
+
+// volume is the id of the volume that an NVMe device is, or "".
+func (d devices) volume(name string) string {
+	if !nvmeName.MatchString(name) {
+		return ""
+	}
+	return d.id(filepath.Join(d.sys, "block", name))
+}
+
+// numbered is the id of the volume that has a device number, and whether the kernel has a device of that number at all.
+func (d devices) numbered(number string) (id string, alive bool) {
+	dir := filepath.Join(d.sys, "dev/block", number)
+	if _, err := os.Stat(dir); err != nil {
+		return "", false
+	}
+	return d.id(dir), true
+}
+
+// id reads what the device of a folder in /sys says of itself.
+func (d devices) id(dir string) string {
+	if text(dir, "hidden") == "1" || text(dir, "device/model") != model {
+		return ""
+	}
+	if id := strings.Replace(text(dir, "device/serial"), "vol", "vol-", 1); volumeID.MatchString(id) {
+		return id
+	}
+	return ""
+}
+
+func text(dir, file string) string {
+	data, _ := os.ReadFile(filepath.Join(dir, file))
+	return strings.TrimSpace(string(data))
+}
+
+// find is the device of a volume, or a zero one. as is the name that AWS gave it, by which alone instances without NVMe know it.
+func (d devices) find(id, as string) (device, error) {
+	entries, err := os.ReadDir(filepath.Join(d.sys, "block"))
+	if err != nil {
+		return device{}, fmt.Errorf("look for the device of %s: %w", id, err)
+	}
+	var found []string
+	for _, e := range entries {
+		if d.volume(e.Name()) == id {
+			found = append(found, e.Name())
+		}
+	}
+	if len(found) == 0 {
+		if name := xenName(as); name != "" {
+			if _, err := os.Stat(filepath.Join(d.sys, "block", name)); err == nil {
+				found = append(found, name)
+			}
+		}
+	}
+	switch len(found) {
+	case 0:
+		return device{}, nil
+	case 1:
+		dev, fd, err := d.open(found[0], id, unix.O_RDONLY)
+		if err == nil {
+			unix.Close(fd)
+		}
+		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
+			return device{}, nil // it comes, or goes
+		}
+		return dev, err
+	}
+	return device{}, fmt.Errorf("the devices %s all say that they are %s", strings.Join(found, ", "), id)
+}
+
+// xenName is what Xen's kernels make of a name that AWS has given: /dev/sdf and /dev/xvdf are xvdf.
+func xenName(as string) string {
+	name, ok := strings.CutPrefix(as, "/dev/")
+	if rest, sd := strings.CutPrefix(name, "sd"); sd {
+		name = "xvd" + rest
+	}
+	if !ok || !strings.HasPrefix(name, "xvd") || volume.CheckName(name) != nil {
+		return ""
+	}
+	return name
+}
+
+// open opens a device and then makes sure that the one that is open is the volume, whatever had its name before. As long as it is open the kernel gives
+// its number to no other.
+func (d devices) open(name, id string, flags int) (device, int, error) {
+	dev := device{path: filepath.Join(d.dev, name)}
+	fd, err := unix.Open(dev.path, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return dev, -1, fmt.Errorf("open %s: %w", dev.path, err)
+	}
+	fail := func(format string, args ...any) (device, int, error) {
+		unix.Close(fd)
+		return dev, -1, fmt.Errorf("device "+dev.path+": "+format, args...)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fail("%w", err)
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return fail("not a block device")
+	}
+	dev.number = fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+	dir := filepath.Join(d.sys, "dev/block", dev.number)
+	if have := text(filepath.Join(d.sys, "block", name), "dev"); have != dev.number {
+		return fail("its number is %s, and the kernel says %s: the node is stale", dev.number, have)
+	}
+	if nvmeName.MatchString(name) && d.id(dir) != id {
+		return fail("it is %q, not %s", d.id(dir), id)
+	}
+	sectors, err := strconv.ParseInt(text(dir, "size"), 10, 64)
+	if err != nil {
+		return fail("its size is not known: %w", err)
+	}
+	dev.size = sectors * 512
+	return dev, fd, nil
+}
+
+// wait waits until the device of a volume is there.
+func (d devices) wait(ctx context.Context, id, as string) (device, error) {
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		dev, err := d.find(id, as)
+		if err != nil || dev.path != "" {
+			return dev, err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return device{}, fmt.Errorf("AWS says that volume %s is attached to this instance, and no device appears whose serial number is %s: detach it and attach it again, or stop and start the instance: %w", id, serial(id), context.Cause(ctx))
+		}
+	}
+}
+
+// rescan has the kernel ask an NVMe device how large it is now. It does that itself when the device says so, which not all do.
+func (d devices) rescan(dev device) {
+	dir := filepath.Join(d.sys, "block", filepath.Base(dev.path), "device")
+	for _, pattern := range []string{dir + "/rescan_controller", dir + "/nvme*/rescan_controller"} {
+		files, _ := filepath.Glob(pattern)
+		for _, f := range files {
+			_ = os.WriteFile(f, []byte("1"), 0)
+		}
+	}
+}

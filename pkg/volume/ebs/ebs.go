@@ -1,0 +1,150 @@
+// Package ebs is the volume driver for EBS volumes of Amazon EC2: it creates, attaches, formats, mounts, enlarges, detaches and deletes them.
+//
+//	volumeID              a volume that exists; it is never deleted
+//	name, with size …     the volume that has the name as a tag; Create makes it, Delete removes what Create made
+//
+// What Lariat created is known by tags on the volume, which all hosts see. The host's journal knows what was mounted where, so that Unmount and
+// Detach need no options; without it the mount table and the tags do.
+//
+// A device is known by the volume's id, which NVMe devices of EBS have as their serial number, and never by its name, which changes.
+// It is formatted only if it is proven blank: see format.go.
+package ebs
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/service/ec2"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/cloud"
+)
+
+// Driver implements volume.Driver. GetVolumeName is not supported: kubelet's own names serve.
+type Driver struct {
+	volume.Unsupported
+	config  Config
+	log     *slog.Logger
+	volumes volume.Journal[record]
+	mounts  volume.Journal[mountRecord]
+	formats volume.Journal[time.Time] // of volumes by id whose mkfs was begun here on a proven blank device, and not ended
+	locks   volume.Locks
+	devices devices
+
+	mu      sync.Mutex
+	regions map[string]*region
+}
+
+var _ volume.Driver = (*Driver)(nil)
+
+// record of a volume that this host created or attached.
+type record struct {
+	ID       string    `json:"id"`
+	Region   string    `json:"region"`
+	Deleting bool      `json:"deleting,omitempty"`
+	Time     time.Time `json:"time"`
+}
+
+// mountRecord says what was mounted at a folder. It is written before the mount and removed after it is gone, and after the volume is
+// detached, if that is for unmount to do.
+type mountRecord struct {
+	Name     string    `json:"name"`
+	ID       string    `json:"id"`
+	Region   string    `json:"region"`
+	FromNode bool      `json:"fromNode,omitempty"` // unmount detaches
+	BootID   string    `json:"bootID"`
+	Pod      string    `json:"pod,omitempty"`
+	Time     time.Time `json:"time"`
+}
+
+// New makes the driver. Nothing happens before the first call.
+func New(c Config, log *slog.Logger) (*Driver, error) {
+	if err := c.check(); err != nil {
+		return nil, err
+	}
+	if c.StateDir == "" {
+		c.StateDir = volume.DefaultStateDir
+	}
+	if c.RunDir == "" {
+		c.RunDir = volume.DefaultRunDir
+	}
+	dir := filepath.Join(c.StateDir, "ebs")
+	return &Driver{
+		config: c, log: log, devices: devices{"/sys", "/dev"}, regions: map[string]*region{},
+		volumes: volume.Journal[record]{Dir: filepath.Join(dir, "volumes")},
+		mounts:  volume.Journal[mountRecord]{Dir: filepath.Join(dir, "mounts")},
+		formats: volume.Journal[time.Time]{Dir: filepath.Join(dir, "formats")},
+		locks:   volume.Locks{Dir: filepath.Join(c.RunDir, "ebs")},
+	}, nil
+}
+
+// Init implements volume.Driver.
+func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
+	return volume.Capabilities{Attach: !d.config.FromNode, FSGroup: true, SELinuxRelabel: true, SupportsMetrics: true, RequiresFSResize: true}, nil
+}
+
+// region is EC2 in one of them.
+type region struct {
+	*cloud.Session
+	ec2 *ec2.Client
+}
+
+func (d *Driver) open(ctx context.Context, name string) (*region, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if r := d.regions[name]; r != nil {
+		return r, nil
+	}
+	s, err := cloud.Open(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	r := &region{s, ec2.NewFromConfig(s.Config)}
+	d.regions[name] = r
+	return r, nil
+}
+
+// Pauses between looks at something that AWS is about to change. The first is what most changes take.
+const (
+	firstPause = 250 * time.Millisecond
+	mostPause  = 5 * time.Second
+)
+
+// poll looks until there is an end, an error, or no time left; then the error says what look last saw.
+func poll(ctx context.Context, look func() (done bool, seen string, err error)) error {
+	for pause := firstPause; ; pause = min(pause*8/5, mostPause) {
+		done, seen, err := look()
+		if done || err != nil {
+			return err
+		}
+		// Those who began at the same time do not all come back at the same time.
+		t := time.NewTimer(pause + rand.N(pause/2))
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return &late{seen, context.Cause(ctx)}
+		}
+	}
+}
+
+// late is what was seen when the time was over.
+type late struct {
+	seen  string
+	cause error
+}
+
+func (l *late) Error() string { return l.seen + ": " + l.cause.Error() }
+func (l *late) Unwrap() error { return l.cause }
+
+// before ends a while before the caller's own deadline, so that there is time left to say why.
+func before(ctx context.Context) (context.Context, context.CancelFunc) {
+	end, _ := ctx.Deadline()
+	left := time.Until(end)
+	left -= min(left/5, 3*time.Second)
+	return context.WithTimeoutCause(ctx, left, volume.Timeout(left))
+}

@@ -1,0 +1,264 @@
+package ebs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/mounts"
+)
+
+// run executes a program of the system on a device and returns its exit status. Both of its streams are words.
+func run(ctx context.Context, program string, args ...string) (out, words string, status int, err error) {
+	path := mounts.Program(program)
+	if path == "" {
+		return "", "", 0, fmt.Errorf("%s is not installed", program)
+	}
+	stdout, words, err := mounts.Run(ctx, exec.Command(path, args...))
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.Exited() {
+		return string(stdout), words, exit.ExitCode(), nil
+	}
+	if err != nil {
+		err = fmt.Errorf("%s: %w", program, err)
+	}
+	return string(stdout), words, 0, err
+}
+
+// identify says which file system a device has; "" is one on which nothing is recognised, which proves nothing. Whatever else there is, is an error.
+func identify(ctx context.Context, dev device) (string, error) {
+	out, words, status, err := run(ctx, "blkid", "-p", "-o", "export", dev.path)
+	if err != nil {
+		return "", err
+	}
+	has := map[string]string{}
+	for _, line := range strings.Split(out, "\n") {
+		if key, value, ok := strings.Cut(line, "="); ok {
+			has[key] = value
+		}
+	}
+	switch {
+	case status == 2 && len(has) == 0:
+		return "", nil
+	case status != 0:
+		return "", fmt.Errorf("what is on %s is not clear: blkid ended with %d %s", dev.path, status, words)
+	case has["USAGE"] == "filesystem" && slices.Contains(append(FSTypes, "ext2"), has["TYPE"]):
+		return has["TYPE"], nil
+	case has["TYPE"] != "":
+		return "", volume.Errorf(volume.ErrConflict, "on %s is %s, which is not mounted: file systems are %v", dev.path, has["TYPE"], FSTypes)
+	}
+	return "", volume.Errorf(volume.ErrConflict, "on %s is a partition table (%s): file systems of volumes are on the whole device", dev.path, has["PTTYPE"])
+}
+
+// prepare sees to it that a device has a file system, and that it is sound, and returns its type. The device is mounted nowhere.
+func (d *Driver) prepare(ctx context.Context, r *region, v Volume, f *found, dev device) (string, error) {
+	fs, err := identify(ctx, dev)
+	if err != nil {
+		return "", fmt.Errorf("volume %s (%s): %w", v.Name, f.id(), err)
+	}
+	if fs == "" {
+		if fs, err = d.format(ctx, r, v, f, dev); err != nil {
+			return "", err
+		}
+	}
+	if v.FSType != "" && v.FSType != fs {
+		return "", volume.Errorf(volume.ErrConflict, "volume %s (%s) has the file system %s, not %s as asked for", v.Name, f.id(), fs, v.FSType)
+	}
+	if v.ReadOnly {
+		return fs, nil
+	}
+	if state := f.tags[tagFileSystem]; state == none || state == making {
+		if err := d.formatted(ctx, r, f); err != nil {
+			return "", err
+		}
+	}
+	if strings.HasPrefix(fs, "ext") {
+		// Of xfs, the mount itself replays the log.
+		_, words, status, err := run(ctx, "e2fsck", "-p", dev.path)
+		if err != nil || status > 1 {
+			return "", fmt.Errorf("volume %s (%s): the file system on %s has errors that e2fsck does not repair by itself (exit status %d): %w",
+				v.Name, f.id(), dev.path, status, errors.Join(err, errors.New(words)))
+		}
+	}
+	return fs, nil
+}
+
+// format makes a file system on a volume that Lariat created, not from a snapshot, whose tag says that it was never formatted, and whose device has the
+// volume's size and reads as zeros wherever a file system would leave something.
+//
+// Before mkfs begins the journal and the tag say so. One that was killed is begun again only by both: the tag alone may be an old answer of AWS, on a volume
+// that has data by now.
+func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev device) (string, error) {
+	fs := v.FSType
+	if fs == "" {
+		fs = "ext4"
+	}
+	refuse := func(format string, args ...any) (string, error) {
+		return "", volume.Errorf(volume.ErrConflict, "volume %s (%s) has no file system that is known, and is not formatted: "+format, append([]any{v.Name, f.id()}, args...)...)
+	}
+	_, begun, err := d.formats.Get(f.id())
+	if err != nil {
+		return "", err
+	}
+	resume := begun && f.tags[tagFileSystem] == making
+	switch {
+	case v.ReadOnly:
+		return refuse("it is wanted read-only")
+	case aws.ToString(f.SnapshotId) != "":
+		return refuse("it comes from snapshot %s, so it has data, maybe encrypted", aws.ToString(f.SnapshotId))
+	case f.tags[tagVolume] == "":
+		return refuse("Lariat did not create it. Format it by hand if it has no data: mkfs.%s %s", fs, dev.path)
+	case f.tags[tagFileSystem] == making && !resume:
+		return refuse("another host began to format it and did not end; it has no data: delete it and create it anew, or format it by hand: mkfs.%s %s", fs, dev.path)
+	case f.tags[tagFileSystem] != none && !resume:
+		return refuse("it had a file system once (tag %s=%s): fsck.%s %s may find it by a backup of its superblock", tagFileSystem, f.tags[tagFileSystem], fs, dev.path)
+	case dev.size != f.bytes():
+		return refuse("%s has %d octets, and the volume %d", dev.path, dev.size, f.bytes())
+	}
+	if !resume {
+		at, err := proveBlank(ctx, proof{dev.path, dev.number, dev.size})
+		if err != nil {
+			return refuse("it cannot be proven blank: %w", err)
+		}
+		if at >= 0 {
+			return refuse("it is not blank: there is data at octet %d of %s", at, dev.path)
+		}
+	}
+	if err := d.formats.Put(f.id(), time.Now().UTC()); err != nil {
+		return "", err
+	}
+	volume.Step("format-journalled")
+	if err := r.tag(ctx, f.id(), tagFileSystem, making); err != nil {
+		return "", fmt.Errorf("before mkfs, its tag must say so: %w", err)
+	}
+	f.tags[tagFileSystem] = making
+	volume.Step("format-marked")
+	args := []string{"-q", dev.path}
+	if fs != "xfs" {
+		args = append([]string{"-m", "0"}, args...)
+	}
+	// Without -F and -f: where these programs see something, they refuse.
+	_, words, status, err := run(ctx, "mkfs."+fs, args...)
+	if err != nil || status != 0 {
+		return "", fmt.Errorf("volume %s (%s): mkfs.%s ended with %d: %w", v.Name, f.id(), fs, status, errors.Join(err, errors.New(words)))
+	}
+	volume.Step("formatted")
+	d.log.Info("formatted", "volume", v.Name, "id", f.id(), "device", dev.path, "fsType", fs)
+	return fs, nil
+}
+
+// formatted is when a device has a file system whose making is over.
+func (d *Driver) formatted(ctx context.Context, r *region, f *found) error {
+	if err := r.tag(ctx, f.id(), tagFileSystem, made); err != nil {
+		return fmt.Errorf("after mkfs, its tag must say so: %w", err)
+	}
+	f.tags[tagFileSystem] = made
+	volume.Step("format-tagged")
+	return d.formats.Remove(f.id())
+}
+
+// extent of a device, in octets.
+type extent struct{ from, to int64 }
+
+const (
+	edge    = 4 << 20 // what is read at both ends
+	samples = 512
+	sample  = 32 << 10
+)
+
+// places are what must be zero on a blank device: both ends, wherever ext file systems of any block size have copies of their superblock, and a sample over all
+// of it, in which are the starts of xfs's groups.
+func places(size int64) (list []extent) {
+	add := func(from, length int64) {
+		if from, to := max(from, 0), min(from+length, size); from < to {
+			list = append(list, extent{from, to})
+		}
+	}
+	add(0, edge)
+	add(size-edge, edge)
+	for _, block := range []int64{1024, 2048, 4096, 65536} {
+		group := 8 * block * block
+		for _, base := range []int64{1, 3, 5, 7} {
+			for n := base; n*group < size && n <= 1<<24; n *= max(base, 2) {
+				add(n*group-block, 4*block) // of 1024, the superblock is one block further
+			}
+		}
+	}
+	for i := range int64(samples) {
+		add(size/samples*i-sample/2, sample)
+	}
+	slices.SortFunc(list, func(a, b extent) int { return int(min(1, max(-1, a.from-b.from))) })
+	merged := list[:0]
+	for _, e := range list {
+		if n := len(merged); n > 0 && e.from <= merged[n-1].to {
+			merged[n-1].to = max(merged[n-1].to, e.to)
+		} else {
+			merged = append(merged, e)
+		}
+	}
+	return merged
+}
+
+type proof struct {
+	Path   string
+	Number string
+	Size   int64
+}
+
+// proveBlank reads the places, with the device opened exclusively, and returns the first octet that is not zero, or -1.
+var proveBlank = mounts.Task("blank", func(p proof) (int64, error) {
+	fd, err := unix.Open(p.Path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return 0, fmt.Errorf("%s is in use", p.Path)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("open %s: %w", p.Path, err)
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK || fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)) != p.Number {
+		return 0, fmt.Errorf("%s is not the device any more that it was", p.Path)
+	}
+	// What is cached may be another's.
+	_ = unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)
+	return firstData(p.Size, func(b []byte, at int64) (int, error) { return syscall.Pread(fd, b, at) })
+})
+
+// firstData is the first octet among the places that is not zero, or -1.
+func firstData(size int64, read func(b []byte, at int64) (int, error)) (int64, error) {
+	buf := make([]byte, 256<<10)
+	for _, e := range places(size) {
+		for at := e.from; at < e.to; {
+			n, err := read(buf[:min(int64(len(buf)), e.to-at)], at)
+			if errors.Is(err, syscall.EINTR) {
+				continue
+			}
+			if err != nil || n <= 0 {
+				return 0, fmt.Errorf("it cannot be read at octet %d: %w", at, errors.Join(err, errIf(n <= 0, "it ends there")))
+			}
+			for i, b := range buf[:n] {
+				if b != 0 {
+					return at + int64(i), nil
+				}
+			}
+			at += int64(n)
+		}
+	}
+	return -1, nil
+}
+
+func errIf(is bool, text string) error {
+	if is {
+		return errors.New(text)
+	}
+	return nil
+}

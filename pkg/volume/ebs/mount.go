@@ -1,0 +1,367 @@
+package ebs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/mounts"
+)
+
+// WaitForAttach implements volume.Driver. What AWS called the device matters only on instances without NVMe.
+func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Request) (string, error) {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
+	defer cancel()
+	v, err := d.config.Volume(req)
+	if err != nil {
+		return "", err
+	}
+	within, cancelWork := before(ctx)
+	defer cancelWork()
+	// kubelet asks again after it was restarted. What is mounted is there, even if AWS cannot be asked.
+	if dev, err := d.mounted(v); err != nil || dev.path != "" {
+		return dev.path, err
+	}
+	r, err := d.open(within, v.Region)
+	if err != nil {
+		return "", err
+	}
+	f, err := d.must(within, r, v)
+	if err != nil {
+		return "", err
+	}
+	dev, err := d.arrived(within, v, f, as)
+	return dev.path, err
+}
+
+// mounted is the device of a volume of which this host has a mount on record.
+func (d *Driver) mounted(v Volume) (device, error) {
+	all, err := d.mounts.List()
+	if err != nil {
+		return device{}, err
+	}
+	for dir, rec := range all {
+		if rec.Name == v.Name && rec.ID != "" && (v.ID == "" || v.ID == rec.ID) {
+			if table, err := mounts.Read(); err != nil || len(table.At(dir)) > 0 {
+				dev, ferr := d.devices.find(rec.ID, "")
+				return dev, errors.Join(err, ferr)
+			}
+		}
+	}
+	return device{}, nil
+}
+
+// arrived waits for the device of a volume that is attached, as AWS says, to this instance.
+func (d *Driver) arrived(ctx context.Context, v Volume, f *found, as string) (device, error) {
+	if len(f.Attachments) == 0 {
+		return device{}, fmt.Errorf("volume %s (%s) is attached to no instance: attach it first", v.Name, f.id())
+	}
+	at := f.Attachments[0]
+	if name := aws.ToString(at.Device); name != "" {
+		as = name
+	}
+	dev, err := d.devices.wait(ctx, f.id(), as)
+	if err != nil {
+		return device{}, fmt.Errorf("volume %s (%s) is %s to instance %s as %s: %w", v.Name, f.id(), at.State, aws.ToString(at.InstanceId), as, err)
+	}
+	return dev, nil
+}
+
+// MountDevice implements volume.Driver.
+func (d *Driver) MountDevice(ctx context.Context, dir, as string, req volume.Request) error {
+	return d.Mount(ctx, dir, as, req)
+}
+
+// UnmountDevice implements volume.Driver.
+func (d *Driver) UnmountDevice(ctx context.Context, dir string) error { return d.Unmount(ctx, dir) }
+
+// Mount implements volume.Driver. At a second folder the device is mounted once more, which is the same file system: so one verb serves
+// kubelet, which mounts for the node and then for each pod, as well as those who mount once. With Config.FromNode it attaches first.
+func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) error {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
+	defer cancel()
+	v, err := d.config.Volume(req)
+	if err != nil {
+		return err
+	}
+	dir, err = mounts.Resolve(dir)
+	if err != nil {
+		return err
+	}
+	unlockVolume, err := d.locks.Lock(ctx, v.Name, "mount")
+	if err != nil {
+		return err
+	}
+	defer unlockVolume()
+	unlock, err := d.locks.Lock(ctx, dir, "mount")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	within, cancelWork := before(ctx)
+	defer cancelWork()
+	r, err := d.open(within, v.Region)
+	if err != nil {
+		return err
+	}
+	rec := mountRecord{Name: v.Name, ID: v.ID, Region: r.Config.Region, FromNode: d.config.FromNode, BootID: volume.BootID(),
+		Pod: strings.Trim(req.Pod.Namespace+"/"+req.Pod.Name, "/"), Time: time.Now().UTC()}
+	old, known, err := d.mounts.Get(dir)
+	if err != nil {
+		return err
+	}
+	if err := d.mount(within, r, v, dir, as, rec); err != nil {
+		// A mount whose end nobody saw stays on record.
+		if t, terr := mounts.Read(); terr == nil && len(t.At(dir)) == 0 && (!known || old.Name == v.Name) {
+			err = errors.Join(err, d.giveUp(ctx, r, dir))
+		}
+		return err
+	}
+	d.prune()
+	return nil
+}
+
+// giveUp drops the record of a mount that failed. kubelet does not call unmount then, so what Mount attached is detached here; nobody waits for that.
+func (d *Driver) giveUp(ctx context.Context, r *region, dir string) error {
+	rec, known, err := d.mounts.Get(dir)
+	if err != nil || !known {
+		return err
+	}
+	if rec.FromNode && rec.ID != "" && d.used(rec.ID) == "" {
+		self, err := r.instance(ctx, "")
+		if err == nil {
+			err = r.release(ctx, rec.ID, self, false)
+		}
+		if err != nil {
+			return fmt.Errorf("and it is still attached: %w", err) // it stays on record
+		}
+	}
+	return d.mounts.Remove(dir)
+}
+
+// mount is Mount with locks held.
+func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string, rec mountRecord) (err error) {
+	table, err := mounts.Read()
+	if err != nil {
+		return err
+	}
+	stack := table.At(dir)
+	if len(stack) > 0 {
+		if err := d.healthy(dir, stack[len(stack)-1]); err != nil {
+			return err
+		}
+	} else if err := d.mounts.Put(dir, rec); err != nil {
+		return err
+	}
+	volume.Step("mount-journalled")
+	var f *found
+	if rec.FromNode {
+		f, as, err = d.attach(ctx, r, v, "")
+	} else {
+		f, err = d.must(ctx, r, v)
+	}
+	if err != nil {
+		return err
+	}
+	rec.ID = f.id()
+	dev, err := d.arrived(ctx, v, f, as)
+	if err != nil {
+		return err
+	}
+	// As long as it is open, its name and number are no other device's.
+	dev, fd, err := d.devices.open(filepath.Base(dev.path), f.id(), unix.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if len(stack) > 0 {
+		top := stack[len(stack)-1]
+		if len(stack) == 1 && top.Device == dev.number && top.ReadOnly() == v.ReadOnly {
+			return d.mounts.Put(dir, rec)
+		}
+		return volume.Errorf(volume.ErrConflict, "%s is mounted at %s already (%s, %s); volume %s (%s, %s) would hide it. Volumes of one name in two pods of a node share a folder of kubelet's: use PersistentVolumes, or names of their own",
+			top.Source, dir, top.FSType, top.Options, v.Name, f.id(), dev.path)
+	}
+	if err := d.torn(table, f.id()); err != nil {
+		return err
+	}
+	if err := d.mounts.Put(dir, rec); err != nil {
+		return err
+	}
+	volume.Step("mount-prepared")
+	spec := mounts.Spec{Source: dev.path, Dir: dir, Options: v.Options}
+	i := slices.IndexFunc(table, func(m mounts.Entry) bool { return m.Device == dev.number })
+	if i >= 0 {
+		// Mounted once more, it is the same file system with the same state; what is mounted is not examined.
+		spec.FSType = table[i].FSType
+	} else if spec.FSType, err = d.prepare(ctx, r, v, f, dev); err != nil {
+		return err
+	}
+	if spec.FSType == "xfs" && aws.ToString(f.SnapshotId) != "" {
+		spec.Options = rules.Merge(spec.Options, []string{"nouuid"}) // the volume that the snapshot is of may be here, too
+	}
+	err = mounts.Mount(ctx, spec)
+	volume.Step("mounted")
+	if err != nil {
+		return fmt.Errorf("mount volume %s (%s) at %s: %w", v.Name, f.id(), dir, err)
+	}
+	d.log.Info("mounted", "volume", v.Name, "id", f.id(), "device", dev.path, "dir", dir, "pod", rec.Pod)
+	return nil
+}
+
+// healthy says whether the device below a mount is still there. The file system of one that was torn away answers as if nothing had happened,
+// takes what is written, and loses it.
+func (d *Driver) healthy(dir string, m mounts.Entry) error {
+	if strings.HasPrefix(m.Device, "0:") {
+		return nil // no device's, and another's
+	}
+	if _, alive := d.devices.numbered(m.Device); !alive {
+		return fmt.Errorf("the device of what is mounted at %s (%s, %s) is gone: it was detached while it was mounted, and what was not written yet is lost. End what uses it, and unmount it", dir, m.Source, m.Device)
+	}
+	return nil
+}
+
+// torn looks for mounts of a volume on this host whose device is gone.
+func (d *Driver) torn(table mounts.Table, id string) error {
+	all, err := d.mounts.List()
+	if err != nil {
+		return err
+	}
+	for dir, rec := range all {
+		if rec.ID != id {
+			continue
+		}
+		for _, m := range table.At(dir) {
+			if err := d.healthy(dir, m); err != nil {
+				return fmt.Errorf("volume %s: %w", rec.Name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// used is a folder where a volume is mounted, or "".
+func (d *Driver) used(id string) string {
+	table, err := mounts.Read()
+	if err != nil {
+		return "a place that is not known: " + err.Error()
+	}
+	for _, m := range table {
+		if of, alive := d.devices.numbered(m.Device); alive && of == id {
+			return m.Point
+		}
+	}
+	all, _ := d.mounts.List()
+	for dir, rec := range all {
+		if rec.ID == id && len(table.At(dir)) > 0 {
+			return dir
+		}
+	}
+	return ""
+}
+
+// prune drops records of mounts that went with an earlier boot. Those of volumes that unmount has to detach stay until it does.
+func (d *Driver) prune() {
+	all, err := d.mounts.List()
+	if err != nil {
+		d.log.Warn("journal not pruned", "error", err)
+		return
+	}
+	boot := volume.BootID()
+	for dir, rec := range all {
+		if rec.BootID != boot && !rec.FromNode {
+			if err := d.mounts.Remove(dir); err != nil {
+				d.log.Warn("journal not pruned", "dir", dir, "error", err)
+			}
+		}
+	}
+}
+
+// deepest is how many mounts at one folder are taken away. More are nobody's accident.
+const deepest = 8
+
+// Unmount implements volume.Driver. What a Mount with Config.FromNode attached is detached when it is mounted nowhere any more.
+func (d *Driver) Unmount(ctx context.Context, dir string) error {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
+	defer cancel()
+	dir, err := mounts.Resolve(dir)
+	if err != nil {
+		return err
+	}
+	rec, known, err := d.mounts.Get(dir)
+	if err != nil {
+		return err
+	}
+	if known { // the volume's lock comes before the folder's
+		unlockVolume, err := d.locks.Lock(ctx, rec.Name, "unmount")
+		if err != nil {
+			return err
+		}
+		defer unlockVolume()
+	}
+	unlock, err := d.locks.Lock(ctx, dir, "unmount")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	now, _, err := d.mounts.Get(dir)
+	if err != nil {
+		return err
+	}
+	if now.Name != rec.Name && now.Name != "" {
+		return volume.Errorf(volume.ErrInUse, "unmount %s: another call has just mounted volume %s there", dir, now.Name)
+	}
+	within, cancelWork := before(ctx)
+	defer cancelWork()
+	for range deepest {
+		table, err := mounts.Read()
+		if err != nil {
+			return err
+		}
+		stack := table.At(dir)
+		if len(stack) == 0 {
+			volume.Step("unmount-proven")
+			return d.release(within, dir, now)
+		}
+		top := stack[len(stack)-1]
+		id, alive := d.devices.numbered(top.Device)
+		if !slices.Contains(append(FSTypes, "ext2"), top.FSType) || alive && id == "" && now.Name == "" {
+			return volume.Errorf(volume.ErrConflict, "at %s is %s (%s), which is not an EBS volume: it is left alone", dir, top.Source, top.FSType)
+		}
+		how, err := mounts.Unmount(within, dir, mounts.Policy{})
+		if err != nil {
+			return fmt.Errorf("unmount %s: %w", top.Source, err)
+		}
+		d.log.Info("unmounted", "source", top.Source, "dir", dir, "how", how)
+	}
+	return fmt.Errorf("unmount %s: more than %d mounts are there", dir, deepest)
+}
+
+// release drops the record of a mount that is gone, after what goes with it.
+func (d *Driver) release(ctx context.Context, dir string, rec mountRecord) error {
+	if rec.FromNode && (rec.ID == "" || d.used(rec.ID) == "") {
+		r, err := d.open(ctx, rec.Region)
+		if err != nil {
+			return err
+		}
+		f, err := d.named(ctx, r, rec.Name, rec.ID, record{})
+		if err == nil && f != nil {
+			err = d.detach(ctx, r, f, "")
+		}
+		if err == nil {
+			err = d.volumes.Remove(rec.Name)
+		}
+		if err != nil {
+			return fmt.Errorf("detach volume %s: %w", rec.Name, err)
+		}
+	}
+	return d.mounts.Remove(dir)
+}

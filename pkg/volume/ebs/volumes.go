@@ -1,0 +1,424 @@
+package ebs
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/ec2"
+	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/cloud"
+)
+
+// Tags of ours. The first is the mark of a volume that Create made: it is in the call that creates it.
+const (
+	tagPrefix     = "lariat:"
+	tagVolume     = tagPrefix + "volume"      // the name
+	tagCluster    = tagPrefix + "cluster"     // Config.Cluster, if it is not ""
+	tagAttachedAs = tagPrefix + "attached-as" // the name under which a volume that Lariat did not create was attached last, for Detach
+	tagFileSystem = tagPrefix + "file-system" // none, making or made
+)
+
+// Values of tagFileSystem.
+const (
+	none   = "none"   // never formatted
+	making = "making" // mkfs was begun
+	made   = "made"
+)
+
+// found is a volume as AWS shows it.
+type found struct {
+	types.Volume
+	tags map[string]string
+}
+
+func (f *found) id() string { return aws.ToString(f.VolumeId) }
+
+// bytes is its size.
+func (f *found) bytes() int64 { return int64(aws.ToInt32(f.Size)) << 30 }
+
+// ours says that Create made it, under this name.
+func (d *Driver) ours(f *found, name string) bool {
+	return f.tags[tagVolume] == name && f.tags[tagCluster] == d.config.Cluster
+}
+
+// describe is one volume, or nil.
+func (r *region) describe(ctx context.Context, id string) (*found, error) {
+	out, err := r.ec2.DescribeVolumes(ctx, &ec2.DescribeVolumesInput{VolumeIds: []string{id}})
+	if cloud.Is(err, "InvalidVolume.NotFound") {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, cloud.Explain(ctx, err)
+	}
+	if len(out.Volumes) != 1 {
+		return nil, fmt.Errorf("ec2:DescribeVolumes: %d volumes have the id %s", len(out.Volumes), id)
+	}
+	return newFound(out.Volumes[0]), nil
+}
+
+func newFound(v types.Volume) *found {
+	f := &found{v, map[string]string{}}
+	for _, t := range v.Tags {
+		f.tags[aws.ToString(t.Key)] = aws.ToString(t.Value)
+	}
+	return f
+}
+
+// tagged is the volume of a name in a tag, or nil. Those that are being deleted are no more.
+func (d *Driver) tagged(ctx context.Context, r *region, tag, name string) (*found, error) {
+	var all []*found
+	pages := ec2.NewDescribeVolumesPaginator(r.ec2, &ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("tag:" + tag), Values: []string{name}}}})
+	for pages.HasMorePages() {
+		page, err := pages.NextPage(ctx)
+		if err != nil {
+			return nil, cloud.Explain(ctx, err)
+		}
+		for _, v := range page.Volumes {
+			// The filter takes * and ? for what they are not in names; compare.
+			if f := newFound(v); f.tags[tag] == name && f.tags[tagCluster] == d.config.Cluster && v.State != types.VolumeStateDeleting && v.State != types.VolumeStateDeleted {
+				all = append(all, f)
+			}
+		}
+	}
+	switch len(all) {
+	case 0:
+		return nil, nil
+	case 1:
+		return all[0], nil
+	}
+	return nil, volume.Errorf(volume.ErrConflict, "%d volumes have the tag %s=%s (%s, %s …): take it away from those that are not meant", len(all), tag, name, all[0].id(), all[1].id())
+}
+
+// find is the volume that a request means, or nil if there is none of its name.
+func (d *Driver) find(ctx context.Context, r *region, v Volume) (*found, error) {
+	if v.ID == "" {
+		return d.tagged(ctx, r, tagVolume, v.Name)
+	}
+	f, err := r.describe(ctx, v.ID)
+	if err == nil && f == nil {
+		err = volume.Errorf(volume.ErrNotFound, "volume %s: there is no %s in region %s", v.Name, v.ID, r.Config.Region)
+	}
+	return f, err
+}
+
+// must is find, where the volume must exist.
+func (d *Driver) must(ctx context.Context, r *region, v Volume) (*found, error) {
+	f, err := d.find(ctx, r, v)
+	if err == nil && f == nil {
+		err = volume.Errorf(volume.ErrNotFound, "volume %s: no volume in region %s has the tag %s=%s: create makes one, or the option volumeID names one", v.Name, r.Config.Region, tagVolume, v.Name)
+	}
+	return f, err
+}
+
+// Create implements volume.Driver. With volumeID there is nothing to make.
+func (d *Driver) Create(ctx context.Context, req volume.Request) (volume.Reply, error) {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
+	defer cancel()
+	v, err := d.config.Volume(req)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	unlock, err := d.locks.Lock(ctx, v.Name, "create")
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	defer unlock()
+	within, cancelWork := before(ctx)
+	defer cancelWork()
+	r, err := d.open(within, v.Region)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	f, err := d.ensure(within, r, v)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	reply := volume.Reply{Options: map[string]string{"name": v.Name, "created": "false", "volumeID": f.id()}}
+	if d.ours(f, v.Name) {
+		// Without volumeID: with it, the next call would be one for a volume that Lariat did not create.
+		reply.Options = map[string]string{"name": v.Name, "created": "true"}
+	} else {
+		reply.Message = fmt.Sprintf("volume %s was there already; Lariat did not create it, and will not remove it", f.id())
+	}
+	return reply, nil
+}
+
+// ensure finds the volume, or makes it. The lock is held.
+func (d *Driver) ensure(ctx context.Context, r *region, v Volume) (*found, error) {
+	f, err := d.find(ctx, r, v)
+	if err != nil {
+		return nil, err
+	}
+	if f == nil {
+		if f, err = d.make(ctx, r, v); err != nil {
+			return nil, fmt.Errorf("create volume %s: %w", v.Name, err)
+		}
+	}
+	if err := v.New.differs(f); err != nil {
+		return nil, volume.Errorf(volume.ErrConflict, "volume %s exists as %s: %w; use its own values, or another name", v.Name, f.id(), err)
+	}
+	if f, err = r.ready(ctx, f); err != nil {
+		return nil, err
+	}
+	return f, d.remember(v, r, f)
+}
+
+// remember puts on record which volume the name is. What the record says beside stays if it is of the same one.
+func (d *Driver) remember(v Volume, r *region, f *found) error {
+	old, _, err := d.volumes.Get(v.Name)
+	if err != nil || old.ID == f.id() && !old.Deleting {
+		return err
+	}
+	err = d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Time: time.Now().UTC()})
+	volume.Step("volume-recorded")
+	return err
+}
+
+// differs says what of a specification a volume is not. It may have grown since, and been modified by those who pay for it.
+func (s Specification) differs(f *found) error {
+	var what []string
+	is := func(option string, want, have any, differ bool) {
+		if differ {
+			what = append(what, fmt.Sprintf("%s is %v, not %v", option, have, want))
+		}
+	}
+	is("size", s.Size, aws.ToInt32(f.Size), s.Size > aws.ToInt32(f.Size))
+	is("snapshotID", s.SnapshotID, aws.ToString(f.SnapshotId), s.SnapshotID != "" && s.SnapshotID != aws.ToString(f.SnapshotId))
+	is("encrypted", s.Encrypted, aws.ToBool(f.Encrypted), s.Encrypted && !aws.ToBool(f.Encrypted))
+	is("availabilityZone", s.Zone, aws.ToString(f.AvailabilityZone), s.Zone != "" && s.Zone != aws.ToString(f.AvailabilityZone))
+	if len(what) == 0 {
+		return nil
+	}
+	return errors.New(strings.Join(what, ", "))
+}
+
+// tokens is how many of a name's are tried: one more for each earlier volume of the name that AWS still remembers.
+const tokens = 50
+
+// token makes CreateVolume repeatable, from whichever host: AWS answers the same one with the same volume.
+func (d *Driver) token(name string, n int) string {
+	sum := sha256.Sum256([]byte("lariat\x00" + d.config.Cluster + "\x00" + name + "\x00" + strconv.Itoa(n)))
+	return hex.EncodeToString(sum[:])
+}
+
+// make creates the volume. A process that was killed, or did not get the answer, comes here again and gets the same volume by its token.
+func (d *Driver) make(ctx context.Context, r *region, v Volume) (*found, error) {
+	in, err := d.creation(ctx, r, v)
+	if err != nil {
+		return nil, err
+	}
+	volume.Step("before-create")
+	for n := range tokens {
+		in.ClientToken = aws.String(d.token(v.Name, n))
+		out, err := r.ec2.CreateVolume(ctx, in)
+		volume.Step("created")
+		switch {
+		case cloud.Is(err, "IdempotentParameterMismatch"), cloud.Is(err, "VolumeLimitExceeded"):
+			// Somebody made it, maybe at this moment and with other values; or it was, and is deleted.
+			if f, ferr := d.tagged(ctx, r, tagVolume, v.Name); f != nil || ferr != nil {
+				return f, ferr
+			}
+			if cloud.Is(err, "VolumeLimitExceeded") {
+				return nil, cloud.Explain(ctx, err)
+			}
+			continue
+		case err != nil:
+			return nil, cloud.Invalid(cloud.Explain(ctx, err))
+		case out.State == types.VolumeStateDeleting, out.State == types.VolumeStateDeleted:
+			continue
+		}
+		f, err := r.appeared(ctx, aws.ToString(out.VolumeId))
+		if err != nil || f != nil {
+			if f != nil {
+				d.log.Info("created", "volume", v.Name, "id", f.id(), "size", aws.ToInt32(f.Size), "type", f.VolumeType, "zone", aws.ToString(f.AvailabilityZone))
+			}
+			return f, err
+		}
+	}
+	return nil, fmt.Errorf("AWS remembers %d volumes of this name, now deleted, and does not show them: take another name", tokens)
+}
+
+// appearance is how long AWS may not know a volume that it has just made.
+const appearance = 15 * time.Second
+
+// appeared waits until AWS shows a volume that it said it made; nil if it was deleted since.
+func (r *region) appeared(ctx context.Context, id string) (f *found, err error) {
+	within, cancel := context.WithTimeout(ctx, appearance)
+	defer cancel()
+	err = poll(within, func() (bool, string, error) {
+		f, err = r.describe(within, id)
+		return f != nil, "", err
+	})
+	if within.Err() != nil && ctx.Err() == nil {
+		return nil, nil
+	}
+	if f != nil && (f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted) {
+		return nil, err
+	}
+	return f, err
+}
+
+// creation is what to ask AWS for. The zone is the instance's own unless the volume says another.
+func (d *Driver) creation(ctx context.Context, r *region, v Volume) (*ec2.CreateVolumeInput, error) {
+	s := v.New
+	if s.Size == 0 && s.SnapshotID == "" {
+		return nil, volume.Errorf(volume.ErrInvalid, "it does not exist, and neither size (in GiB) nor snapshotID says what it is to be")
+	}
+	if s.Zone == "" {
+		self, err := r.Instance(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("no availabilityZone is given, and %w", err)
+		}
+		if self.Region != r.Config.Region {
+			return nil, volume.Errorf(volume.ErrInvalid, "no availabilityZone is given, and this instance is in region %s, not %s", self.Region, r.Config.Region)
+		}
+		s.Zone = self.Zone
+	}
+	tags := map[string]string{"Name": v.Name}
+	maps.Copy(tags, s.Tags)
+	tags[tagVolume] = v.Name
+	if d.config.Cluster != "" {
+		tags[tagCluster] = d.config.Cluster
+	}
+	if s.SnapshotID == "" {
+		tags[tagFileSystem] = none
+	}
+	in := &ec2.CreateVolumeInput{
+		AvailabilityZone: aws.String(s.Zone), VolumeType: types.VolumeType(s.Type),
+		TagSpecifications: []types.TagSpecification{{ResourceType: types.ResourceTypeVolume, Tags: tagList(tags)}},
+	}
+	if s.Size > 0 {
+		in.Size = aws.Int32(s.Size)
+	}
+	if s.IOPS > 0 {
+		in.Iops = aws.Int32(s.IOPS)
+	}
+	if s.Throughput > 0 {
+		in.Throughput = aws.Int32(s.Throughput)
+	}
+	if s.Encrypted {
+		in.Encrypted = aws.Bool(true)
+	}
+	if s.KMSKeyID != "" {
+		in.KmsKeyId = aws.String(s.KMSKeyID)
+	}
+	if s.SnapshotID != "" {
+		in.SnapshotId = aws.String(s.SnapshotID)
+	}
+	return in, nil
+}
+
+func tagList(tags map[string]string) (list []types.Tag) {
+	for _, key := range slices.Sorted(maps.Keys(tags)) {
+		list = append(list, types.Tag{Key: aws.String(key), Value: aws.String(tags[key])})
+	}
+	return list
+}
+
+// tag changes one tag.
+func (r *region) tag(ctx context.Context, id, key, value string) error {
+	_, err := r.ec2.CreateTags(ctx, &ec2.CreateTagsInput{Resources: []string{id}, Tags: tagList(map[string]string{key: value})})
+	return cloud.Explain(ctx, err)
+}
+
+// ready waits until a volume is there.
+func (r *region) ready(ctx context.Context, f *found) (*found, error) {
+	id := f.id()
+	err := poll(ctx, func() (done bool, seen string, err error) {
+		switch f.State {
+		case types.VolumeStateAvailable, types.VolumeStateInUse:
+			return true, "", nil
+		case types.VolumeStateCreating:
+		default:
+			return false, "", fmt.Errorf("%s is in state %s, and cannot be used", id, f.State)
+		}
+		next, err := r.describe(ctx, id)
+		switch {
+		case err != nil:
+			return false, "", err
+		case next == nil:
+			return false, "", fmt.Errorf("%s has vanished while it was being created: may AWS use the KMS key of the volume, or of the snapshot?", id)
+		}
+		f = next
+		return false, id + " is still being created", nil
+	})
+	return f, err
+}
+
+// Delete implements volume.Driver.
+func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, error) {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
+	defer cancel()
+	v, err := d.config.Volume(req)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	unlock, err := d.locks.Lock(ctx, v.Name, "delete")
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	defer unlock()
+	within, cancelWork := before(ctx)
+	defer cancelWork()
+	old, _, err := d.volumes.Get(v.Name)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	if v.Region == "" {
+		v.Region = old.Region
+	}
+	r, err := d.open(within, v.Region)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	f, err := d.find(within, r, v)
+	if err != nil && !errors.Is(err, volume.ErrNotFound) {
+		return volume.Reply{}, err
+	}
+	var reply volume.Reply
+	switch {
+	case f == nil:
+	case len(f.Attachments) > 0:
+		return reply, volume.Errorf(volume.ErrInUse, "volume %s (%s) is attached to instance %s", v.Name, f.id(), aws.ToString(f.Attachments[0].InstanceId))
+	case !d.ours(f, v.Name):
+		reply.Message = fmt.Sprintf("volume %s is kept: Lariat did not create it", f.id())
+	case v.OnRemove == Retain && !(old.Deleting && old.ID == f.id()):
+		reply.Message = fmt.Sprintf("volume %s is kept, as onRemove=retain says", f.id())
+	default:
+		if err := d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Deleting: true, Time: time.Now().UTC()}); err != nil {
+			return reply, err
+		}
+		volume.Step("delete-journalled")
+		if err := r.remove(within, f.id()); err != nil {
+			return reply, fmt.Errorf("delete volume %s: %w", v.Name, err)
+		}
+		reply.Message = fmt.Sprintf("deleted %s, %d GiB", f.id(), aws.ToInt32(f.Size))
+		d.log.Info("deleted", "volume", v.Name, "id", f.id())
+	}
+	volume.Step("delete-done")
+	return reply, d.volumes.Remove(v.Name)
+}
+
+// remove deletes a volume, and returns when AWS does not show it any more as one that could be used: a volume of the same name made now would be found.
+func (r *region) remove(ctx context.Context, id string) error {
+	_, err := r.ec2.DeleteVolume(ctx, &ec2.DeleteVolumeInput{VolumeId: aws.String(id)})
+	volume.Step("deleted")
+	if err != nil && !cloud.Is(err, "InvalidVolume.NotFound") {
+		return cloud.Explain(ctx, err)
+	}
+	return poll(ctx, func() (bool, string, error) {
+		f, err := r.describe(ctx, id)
+		return err == nil && (f == nil || f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted), id + " is still there", err
+	})
+}
