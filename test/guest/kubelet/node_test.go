@@ -65,6 +65,7 @@ const (
 	plugins   = "/usr/libexec/kubernetes/kubelet-plugins/volume/exec"
 	manifests = "/etc/kubernetes/manifests"
 	socket    = "/run/containerd/containerd.sock"
+	nodeName  = "node"
 	imageName = "localhost/lariat-test"
 	image     = imageName + ":1"
 )
@@ -136,6 +137,7 @@ func newNode(t *testing.T, drivers []driver) *node {
 	must(t, busybox.WriteImage(tar, imageName, "1", "/bin/busybox", []string{"/bin/sleep", "1000000"}))
 	must(t, ctr("image", "import", tar))
 	n.start(t)
+	t.Cleanup(func() { n.kill() }) // before what the drivers talk to
 	return n
 }
 
@@ -156,6 +158,10 @@ func install(t *testing.T, driver string) {
 	must(t, os.MkdirAll(dir, 0o755))
 	must(t, os.WriteFile(dir+"/.new", program, 0o755))
 	must(t, os.Rename(dir+"/.new", filepath.Join(dir, driver)))
+	// kubelet would only log that it cannot use it.
+	if out, err := exec.Command(filepath.Join(dir, driver), "init").CombinedOutput(); err != nil {
+		t.Fatalf("%s init: %v: %s", driver, err, out)
+	}
 }
 
 // run starts one of the programs. Its log comes out of the guest when a test fails.
@@ -189,7 +195,7 @@ func logOf(name string) string { return filepath.Join(guest.Out(), name+".log") 
 // start starts kubelet and waits until it says that it is well. From level 3 it logs events, which nobody else is told of here.
 func (n *node) start(t *testing.T) {
 	t.Helper()
-	n.kubelet = n.run(t, "kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--root-dir="+root, "--hostname-override=node", "--node-ip="+nfsd.Server, "-v=3")
+	n.kubelet = n.run(t, "kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--root-dir="+root, "--hostname-override="+nodeName, "--node-ip="+nfsd.Server, "-v=3")
 	n.kubelet.ready(t, func() error {
 		r, err := http.Get("http://127.0.0.1:10248/healthz")
 		if err != nil {
