@@ -122,7 +122,7 @@ var (
 	volumeID   = regexp.MustCompile(`^vol-([0-9a-f]{8}|[0-9a-f]{17})$`)
 	snapshotID = regexp.MustCompile(`^snap-([0-9a-f]{8}|[0-9a-f]{17})$`)
 	zoneName   = regexp.MustCompile(`^[a-z]{2}[a-z0-9-]{1,60}$`)
-	keyName    = regexp.MustCompile(`^[A-Za-z0-9:/_-]{1,2048}$`)
+	keyName    = regexp.MustCompile(`^[A-Za-z0-9:/_-]{1,1000}$`)
 )
 
 // FSTypes are the file systems that are made and mounted.
