@@ -171,7 +171,7 @@ func (a *attachment) ask(ctx context.Context) error {
 		a.asked = true
 		a.d.log.Info("attaching", "volume", a.v.Name, "id", a.f.id(), "instance", a.to, "device", device)
 		return nil
-	case cloud.Is(err, "InvalidParameterValue", "InvalidDevice.InUse") && strings.Contains(err.Error(), "in use"):
+	case cloud.Is(err, "InvalidDevice.InUse"), cloud.Is(err, "InvalidParameterValue") && strings.Contains(err.Error(), "in use"):
 		a.bad = append(a.bad, device)
 		return nil
 	case cloud.Is(err, "VolumeInUse", "IncorrectState"):
@@ -265,6 +265,7 @@ func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	if err != nil {
 		return fmt.Errorf("detach volume %s: %w", name, err)
 	}
+	volume.Step("detached")
 	if rec.Deleting {
 		return nil // that is not done yet
 	}
@@ -322,7 +323,7 @@ func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) e
 	}
 	volume.Step("before-detach")
 	asked := false
-	err = poll(ctx, func() (done bool, seen string, err error) {
+	return poll(ctx, func() (done bool, seen string, err error) {
 		now, err := r.describe(ctx, f.id())
 		if err != nil || now == nil {
 			return err == nil, "", err
@@ -349,8 +350,6 @@ func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) e
 		}
 		return false, fmt.Sprintf("instance %s has it still, %s", from, at.State), nil
 	})
-	volume.Step("detached")
-	return err
 }
 
 // here says whether an instance is this one.

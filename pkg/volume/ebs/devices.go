@@ -163,7 +163,7 @@ func (d devices) wait(ctx context.Context, id, as string) (device, error) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return device{}, fmt.Errorf("AWS says that volume %s is attached to this instance, and no device appears whose serial number is %s: detach it and attach it again, or stop and start the instance: %w", id, serial(id), context.Cause(ctx))
+			return device{}, fmt.Errorf("no device appears here whose serial number is %s; if this is that instance, detach the volume and attach it again, or stop and start the instance: %w", serial(id), context.Cause(ctx))
 		}
 	}
 }

@@ -108,15 +108,12 @@ func (d *Driver) open(ctx context.Context, name string) (*region, error) {
 	return r, nil
 }
 
-// Pauses between looks at something that AWS is about to change. The first is what most changes take.
-const (
-	firstPause = 250 * time.Millisecond
-	mostPause  = 5 * time.Second
-)
+// pauses between looks at something that AWS is about to change. The first is what most changes take. Tests of this package have no time for them.
+var pauses = struct{ first, most time.Duration }{250 * time.Millisecond, 5 * time.Second}
 
 // poll looks until there is an end, an error, or no time left; then the error says what look last saw.
 func poll(ctx context.Context, look func() (done bool, seen string, err error)) error {
-	for pause := firstPause; ; pause = min(pause*8/5, mostPause) {
+	for pause := pauses.first; ; pause = min(pause*8/5, pauses.most) {
 		done, seen, err := look()
 		if done || err != nil {
 			return err

@@ -70,16 +70,11 @@ func (d *Driver) prepare(ctx context.Context, r *region, v Volume, f *found, dev
 			return "", err
 		}
 	}
-	if v.FSType != "" && v.FSType != fs {
-		return "", volume.Errorf(volume.ErrConflict, "volume %s (%s) has the file system %s, not %s as asked for", v.Name, f.id(), fs, v.FSType)
-	}
 	if v.ReadOnly {
 		return fs, nil
 	}
-	if state := f.tags[tagFileSystem]; state == none || state == making {
-		if err := d.formatted(ctx, r, f); err != nil {
-			return "", err
-		}
+	if err := d.formatted(ctx, r, f); err != nil {
+		return "", err
 	}
 	if strings.HasPrefix(fs, "ext") {
 		// Of xfs, the mount itself replays the log.
@@ -156,12 +151,14 @@ func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev 
 	return fs, nil
 }
 
-// formatted is when a device has a file system whose making is over.
+// formatted is when a device has a file system: if Lariat began to make it, that is over.
 func (d *Driver) formatted(ctx context.Context, r *region, f *found) error {
-	if err := r.tag(ctx, f.id(), tagFileSystem, made); err != nil {
-		return fmt.Errorf("after mkfs, its tag must say so: %w", err)
+	if state := f.tags[tagFileSystem]; state == none || state == making {
+		if err := r.tag(ctx, f.id(), tagFileSystem, made); err != nil {
+			return fmt.Errorf("after mkfs, its tag must say so: %w", err)
+		}
+		f.tags[tagFileSystem] = made
 	}
-	f.tags[tagFileSystem] = made
 	volume.Step("format-tagged")
 	return d.formats.Remove(f.id())
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/volume"
@@ -38,7 +39,7 @@ func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Reques
 	if err != nil {
 		return "", err
 	}
-	dev, err := d.arrived(within, v, f, as)
+	dev, err := d.arrived(within, r, v, f, as)
 	return dev.path, err
 }
 
@@ -59,18 +60,31 @@ func (d *Driver) mounted(v Volume) (device, error) {
 	return device{}, nil
 }
 
-// arrived waits for the device of a volume that is attached, as AWS says, to this instance.
-func (d *Driver) arrived(ctx context.Context, v Volume, f *found, as string) (device, error) {
+// arrived waits for the device of a volume that is attached, as AWS says, to this instance. One that is still attaching, or already detaching, is not touched.
+func (d *Driver) arrived(ctx context.Context, r *region, v Volume, f *found, as string) (device, error) {
 	if len(f.Attachments) == 0 {
 		return device{}, fmt.Errorf("volume %s (%s) is attached to no instance: attach it first", v.Name, f.id())
 	}
 	at := f.Attachments[0]
+	err := poll(ctx, func() (bool, string, error) {
+		if at.State == types.VolumeAttachmentStateAttached {
+			return true, "", nil
+		}
+		now, err := r.describe(ctx, f.id())
+		if err == nil && now != nil && len(now.Attachments) > 0 {
+			at = now.Attachments[0]
+		}
+		return false, fmt.Sprintf("volume %s (%s) is still %s", v.Name, f.id(), at.State), err
+	})
+	if err != nil {
+		return device{}, err
+	}
 	if name := aws.ToString(at.Device); name != "" {
 		as = name
 	}
 	dev, err := d.devices.wait(ctx, f.id(), as)
 	if err != nil {
-		return device{}, fmt.Errorf("volume %s (%s) is %s to instance %s as %s: %w", v.Name, f.id(), at.State, aws.ToString(at.InstanceId), as, err)
+		return device{}, fmt.Errorf("volume %s (%s) is attached to instance %s as %s: %w", v.Name, f.id(), aws.ToString(at.InstanceId), as, err)
 	}
 	return dev, nil
 }
@@ -172,7 +186,7 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 		return err
 	}
 	rec.ID = f.id()
-	dev, err := d.arrived(ctx, v, f, as)
+	dev, err := d.arrived(ctx, r, v, f, as)
 	if err != nil {
 		return err
 	}
@@ -204,6 +218,9 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 		spec.FSType = table[i].FSType
 	} else if spec.FSType, err = d.prepare(ctx, r, v, f, dev); err != nil {
 		return err
+	}
+	if v.FSType != "" && v.FSType != spec.FSType {
+		return volume.Errorf(volume.ErrConflict, "volume %s (%s) has the file system %s, not %s as asked for", v.Name, f.id(), spec.FSType, v.FSType)
 	}
 	if spec.FSType == "xfs" && aws.ToString(f.SnapshotId) != "" {
 		spec.Options = rules.Merge(spec.Options, []string{"nouuid"}) // the volume that the snapshot is of may be here, too
@@ -356,6 +373,7 @@ func (d *Driver) release(ctx context.Context, dir string, rec mountRecord) error
 		if err == nil && f != nil {
 			err = d.detach(ctx, r, f, "")
 		}
+		volume.Step("detached")
 		if err == nil {
 			err = d.volumes.Remove(rec.Name)
 		}

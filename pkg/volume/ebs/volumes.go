@@ -414,11 +414,15 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 func (r *region) remove(ctx context.Context, id string) error {
 	_, err := r.ec2.DeleteVolume(ctx, &ec2.DeleteVolumeInput{VolumeId: aws.String(id)})
 	volume.Step("deleted")
-	if err != nil && !cloud.Is(err, "InvalidVolume.NotFound") {
+	seen := id + " is still there"
+	switch {
+	case cloud.Is(err, "IncorrectState"): // if that is because it is being deleted, it soon shows
+		seen = cloud.Explain(ctx, err).Error()
+	case err != nil && !cloud.Is(err, "InvalidVolume.NotFound"):
 		return cloud.Explain(ctx, err)
 	}
 	return poll(ctx, func() (bool, string, error) {
 		f, err := r.describe(ctx, id)
-		return err == nil && (f == nil || f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted), id + " is still there", err
+		return err == nil && (f == nil || f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted), seen, err
 	})
 }

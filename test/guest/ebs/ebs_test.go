@@ -74,6 +74,7 @@ type lab struct {
 	*fakeaws.Cloud
 	drives *fakeaws.Nvmet
 	env    []string
+	driver *ebs.Driver // in this process; see do
 }
 
 // newLab has a cloud whose answers lag behind as many times.
@@ -165,6 +166,30 @@ func (l *lab) failsWith(env []string, words string, args ...string) {
 	r, killed := l.call(env, args...)
 	if killed || r.Status != flex.Failure || !strings.Contains(r.Message, words) {
 		l.Errorf("%v:\ngot  %s: %s\nwant words %s", args, r.Status, r.Message, words)
+	}
+}
+
+// inProcess is for tests of many calls: do has no process for each.
+func (l *lab) inProcess() {
+	l.Helper()
+	for _, e := range l.env {
+		name, value, _ := strings.Cut(e, "=")
+		l.Setenv(name, value)
+	}
+	var err error
+	l.driver, err = ebs.New(ebs.Config{}, slog.New(slog.DiscardHandler))
+	must(l.T, err)
+}
+
+// do is a call that must fail with words, or succeed if there are none.
+func (l *lab) do(t *testing.T, words string, args ...string) {
+	t.Helper()
+	c, err := flex.Parse(args)
+	if err == nil {
+		_, err = flex.Do(t.Context(), l.driver, c)
+	}
+	if words == "" && err != nil || words != "" && (err == nil || !strings.Contains(err.Error(), words)) {
+		t.Errorf("%v:\ngot  %v\nwant words %s", args, err, words)
 	}
 }
 
