@@ -13,6 +13,8 @@ import (
 type driver struct {
 	name string
 	env  []string // of the driver's processes
+	// attaches says that volumes are attached to the node before they are mounted.
+	attaches bool
 	// volume are the options of a volume of that name.
 	volume func(name string) map[string]string
 	// source is how what the mount table says of it begins. folder is where the server has it; nil: its data shows only where it is mounted.
@@ -42,7 +44,7 @@ func ebs(t *testing.T) driver {
 	ec2 := fakeaws.New(t, fakeaws.Options{Devices: fakeaws.NewNvmet(t, t.TempDir())})
 	instance := ec2.AddInstance(fakeaws.Instance{Nitro: true, PrivateDNSName: nodeName})
 	return driver{
-		name: "ebs", env: ec2.Env(instance.ID),
+		name: "ebs", env: ec2.Env(instance.ID), attaches: true,
 		volume: func(name string) map[string]string { return map[string]string{"name": name, "size": "1"} },
 		source: func(string) string { return "/dev/nvme" },
 		wrong:  "volumeTyp", words: "did you mean",
