@@ -6,13 +6,17 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/ebs"
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
@@ -34,12 +38,37 @@ type config struct {
 
 var errHelp = errors.New("help")
 
+// builtIn are the drivers that need no executable: what Swarm is told of their volumes, and what makes one of the environment.
+var builtIn = map[string]struct {
+	scope string
+	open  func(getenv func(string) string, log *slog.Logger) (volume.Driver, error)
+}{
+	"nfs": {"global", func(getenv func(string) string, log *slog.Logger) (volume.Driver, error) {
+		conf, err := nfs.FromEnvironment(getenv)
+		if err != nil {
+			return nil, err
+		}
+		return nfs.New(conf, log)
+	}},
+	// All hosts of a zone see the same, but one at a time can have it.
+	"ebs": {"local", func(getenv func(string) string, log *slog.Logger) (volume.Driver, error) {
+		conf, err := ebs.FromEnvironment(getenv)
+		if err != nil {
+			return nil, err
+		}
+		return ebs.New(conf, log)
+	}},
+}
+
+// builtInNames are theirs, for a sentence.
+func builtInNames() string { return strings.Join(slices.Sorted(maps.Keys(builtIn)), ", ") }
+
 func parse(args []string, stdout io.Writer) (config, error) {
 	c := config{logLevel: new(slog.LevelVar)}
 	var level string
 	f := pflag.NewFlagSet("lariat-storage", pflag.ContinueOnError)
 	f.SetOutput(io.Discard)
-	f.StringVar(&c.driver, "driver", "", "nfs, which is built in, or the path of an executable that speaks FlexVolume")
+	f.StringVar(&c.driver, "driver", "", "one that is built in ("+builtInNames()+"), or the path of an executable that speaks FlexVolume")
 	f.StringVar(&c.name, "name", "", "what Docker's users call the driver; empty: lariat- and the driver's name")
 	f.StringVar(&c.dialect, "dialect", "rancher", "how an executable is called: rancher (create, mount DIR DEVICE JSON) or kubernetes (mount DIR JSON)")
 	f.StringVar(&c.socket, "socket", "", "unix socket for Docker; empty: /run/docker/plugins/NAME.sock")
@@ -63,7 +92,7 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	case f.NArg() > 0:
 		return c, fmt.Errorf("unexpected argument %q; see lariat-storage --help", f.Arg(0))
 	case c.driver == "":
-		return c, errors.New("--driver is missing: nfs, or the path of an executable")
+		return c, fmt.Errorf("--driver is missing: one of %s, or the path of an executable", builtInNames())
 	case c.dialect != "rancher" && c.dialect != "kubernetes":
 		return c, fmt.Errorf("--dialect %q is neither rancher nor kubernetes", c.dialect)
 	}
@@ -81,8 +110,8 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	}
 	if c.scope == "" {
 		c.scope = "local"
-		if c.driver == "nfs" {
-			c.scope = "global"
+		if b, ok := builtIn[c.driver]; ok {
+			c.scope = b.scope
 		}
 	}
 	return c, nil
@@ -90,15 +119,15 @@ func parse(args []string, stdout io.Writer) (config, error) {
 
 // open makes the driver. It asks neither a server nor the executable.
 func (c config) open(log *slog.Logger) (volume.Driver, error) {
-	if c.driver == "nfs" {
-		conf, err := nfs.FromEnvironment(os.Getenv)
+	if b, ok := builtIn[c.driver]; ok {
+		d, err := b.open(os.Getenv, log.With("driver", c.driver))
 		if err != nil {
-			return nil, fmt.Errorf("environment of the driver nfs: %w", err)
+			return nil, fmt.Errorf("environment of the driver %s: %w", c.driver, err)
 		}
-		return nfs.New(conf, log.With("driver", "nfs"))
+		return d, nil
 	}
 	if !filepath.IsAbs(c.driver) {
-		return nil, fmt.Errorf("--driver %q is neither nfs nor an absolute path", c.driver)
+		return nil, fmt.Errorf("--driver %q is neither one of %s nor an absolute path", c.driver, builtInNames())
 	}
 	if err := unix.Access(c.driver, unix.X_OK); err != nil {
 		return nil, fmt.Errorf("--driver %s: not an executable: %w", c.driver, err)

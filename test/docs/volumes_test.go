@@ -12,16 +12,19 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/ebs"
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
 
 // volumeDrivers are the FlexVolume drivers: what understands their options, and the struct of these.
 var volumeDrivers = map[string]struct {
-	understand func(volume.Request) error
-	options    any
+	understand  func(volume.Request) error
+	options     any
+	environment [][2]string
 }{
-	"nfs": {func(r volume.Request) error { _, err := nfs.Config{}.Volume(r); return err }, nfs.Options{}},
+	"ebs": {func(r volume.Request) error { _, err := ebs.Config{}.Volume(r); return err }, ebs.Options{}, ebs.Environment},
+	"nfs": {func(r volume.Request) error { _, err := nfs.Config{}.Volume(r); return err }, nfs.Options{}, nfs.Environment},
 }
 
 // TestVolumeExamples: the driver understands each JSON of its manual, and what pods and PersistentVolumes among the examples say.
@@ -115,12 +118,14 @@ func TestVolumeOptionTables(t *testing.T) {
 
 // TestVolumeHelp: F155, every verb and option of --help is in the manual.
 func TestVolumeHelp(t *testing.T) {
-	p := flex.Program{Name: "nfs", Options: volume.OptionNames(nfs.Options{}), Environment: nfs.Environment}
-	manual := read(t, filepath.Join(root, "flexvolume/nfs/README.md"))
-	for _, line := range strings.Split(p.Help(), "\n") {
-		word, _, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(line, "  "), "nfs "), " ")
-		if strings.HasPrefix(line, "  ") && !strings.HasPrefix(line, "   ") && !strings.Contains(line, ", ") && !strings.Contains(manual, "`"+word) {
-			t.Errorf("the manual does not tell of %q", word)
+	for name, d := range volumeDrivers {
+		p := flex.Program{Name: name, Options: volume.OptionNames(d.options), Environment: d.environment}
+		manual := read(t, filepath.Join(root, "flexvolume", name, "README.md"))
+		for _, line := range strings.Split(p.Help(), "\n") {
+			word, _, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(line, "  "), name+" "), " ")
+			if strings.HasPrefix(line, "  ") && !strings.HasPrefix(line, "   ") && !strings.Contains(line, ", ") && !strings.Contains(manual, "`"+word) {
+				t.Errorf("the manual of %s does not tell of %q", name, word)
+			}
 		}
 	}
 }

@@ -102,7 +102,7 @@ func listen(t testing.TB, h http.Handler) (url string) {
 	}
 	s := &http.Server{Handler: h, ReadHeaderTimeout: time.Minute}
 	go s.Serve(l) //nolint:errcheck // it ends by Close
-	t.Cleanup(func() { s.Close() })
+	t.Cleanup(func() { _ = s.Close() })
 	return "http://" + l.Addr().String()
 }
 
@@ -146,7 +146,7 @@ func fail(code, format string, args ...any) *apiError {
 // status of HTTP that goes with an error code.
 func (e *apiError) status() int {
 	switch e.Code {
-	case "RequestLimitExceeded", "ServiceUnavailable", "Unavailable", "InsufficientInstanceCapacity":
+	case "RequestLimitExceeded", "ServiceUnavailable", "Unavailable":
 		return http.StatusServiceUnavailable
 	case "InternalError", "InternalFailure", "InternalServerError":
 		return http.StatusInternalServerError
@@ -226,7 +226,7 @@ func newID(prefix string) string { return prefix + "-0" + newToken()[:16] }
 // newToken is not to be guessed or repeated.
 func newToken() string {
 	b := make([]byte, 16)
-	rand.Read(b) //nolint:errcheck // it never fails
+	rand.Read(b)
 	return hex.EncodeToString(b)
 }
 

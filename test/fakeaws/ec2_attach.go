@@ -42,7 +42,7 @@ func (c *Cloud) attachVolume(p *params) (any, *apiError) {
 			return nil, fail("InternalError", "attach the device of %s: %v", v.ID, err)
 		}
 	}
-	return v.attached.inXML(v.truth()), nil
+	return v.attached.inXML(v.ID, v.attached.truth()), nil
 }
 
 // devices are the names that an instance uses, its root volume's among them.
@@ -73,22 +73,24 @@ func (c *Cloud) detachVolume(p *params) (any, *apiError) {
 	}
 	if v.stuck == "busy" && !force {
 		a.progress = c.begin("busy")
-		return a.inXML(v.truth()), nil
-	}
-	if e := c.release(v); e != nil {
+	} else if e := c.release(v); e != nil {
 		return nil, e
 	}
-	return a.inXML(v.truth()), nil
+	return a.inXML(v.ID, a.truth()), nil
 }
 
 // release takes the device away; the attachment goes after it.
 func (c *Cloud) release(v *volume) *apiError {
-	v.stuck = ""
-	v.attached.progress = c.begin("detaching", "detached")
 	if c.o.Devices != nil && !v.attached.noDevice {
 		if err := c.o.Devices.Detach(v.ID); err != nil {
 			return fail("InternalError", "detach the device of %s: %v", v.ID, err)
 		}
+		v.attached.noDevice = true
+	}
+	v.stuck = ""
+	v.attached.progress = c.begin("detaching", "detached")
+	if v.attached.truth() == "detached" {
+		v.attached = nil
 	}
 	return nil
 }
@@ -102,6 +104,6 @@ type attachmentXML struct {
 	Delete     bool      `xml:"deleteOnTermination"`
 }
 
-func (a *attachment) inXML(look Volume) attachmentXML {
-	return attachmentXML{look.ID, a.instance, a.device, look.Attachment.State, a.since.UTC(), false}
+func (a *attachment) inXML(volumeID, state string) attachmentXML {
+	return attachmentXML{volumeID, a.instance, a.device, state, a.since.UTC(), false}
 }

@@ -271,6 +271,19 @@ func TestAttachmentThatSticks(t *testing.T) {
 	want(t, "free", b.states(id, 2), "in-use/detaching available")
 }
 
+func TestWithoutLagEachStepIsDoneAtOnce(t *testing.T) {
+	b := newBench(t, Options{Lag: -1})
+	id := *try[*ec2.CreateVolumeOutput](t)(b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, Size: aws.Int32(1)})).VolumeId
+	for range 2 {
+		want(t, "attach", code(b.attach(id, b.a.ID, "/dev/xvdba")), "<nil>")
+		want(t, "truth", b.Volumes()[0].Attachment.State, "attached")
+		want(t, "detach", code(b.detach(id, b.a.ID, false)), "<nil>")
+		want(t, "truth", b.Volumes()[0].State, "available")
+	}
+	try[*ec2.DeleteVolumeOutput](t)(b.DeleteVolume(t.Context(), &ec2.DeleteVolumeInput{VolumeId: &id}))
+	want(t, "volumes", len(b.Volumes()), 0)
+}
+
 // recorder is machinery that says what it was asked for, and refuses what it is told to.
 type recorder struct {
 	asked  []string
@@ -304,6 +317,7 @@ func TestDevices(t *testing.T) {
 	want(t, "attach", code(b.attach(id, "i-1", "/dev/xvdba")), "<nil>")
 	b.states(id, 3)
 	want(t, "detach", code(b.detach(id, "i-1", false)), "<nil>")
+	want(t, "force what goes already", code(b.detach(id, "i-1", true)), "<nil>")
 	b.states(id, 2)
 	b.NeverAppears(id)
 	want(t, "attach", code(b.attach(id, "i-1", "/dev/xvdba")), "<nil>")

@@ -47,7 +47,7 @@ type volume struct {
 type attachment struct {
 	instance, device string
 	since            time.Time
-	noDevice         bool
+	noDevice         bool // none, or not any more
 	progress
 }
 
@@ -476,7 +476,7 @@ func (c *Cloud) volumeXML(v *volume, look Volume) volumeXML {
 		Tags: tagsXML(look.Tags), Type: look.Type, IOPS: look.IOPS, Throughput: look.Throughput, Encrypted: look.Encrypted, KMSKeyID: look.KMSKeyID,
 	}
 	if look.Attachment.Instance != "" {
-		out.Attachments.Items = []attachmentXML{v.attached.inXML(look)}
+		out.Attachments.Items = []attachmentXML{v.attached.inXML(look.ID, look.Attachment.State)}
 	}
 	return out
 }

@@ -187,6 +187,12 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 		return err
 	}
 	rec.ID = f.id()
+	if len(stack) == 0 {
+		if err := d.mounts.Put(dir, rec); err != nil {
+			return err
+		}
+	}
+	volume.Step("mount-prepared")
 	dev, err := d.arrived(ctx, r, v, f, as)
 	if err != nil {
 		return err
@@ -208,10 +214,6 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	if err := d.torn(table, f.id()); err != nil {
 		return err
 	}
-	if err := d.mounts.Put(dir, rec); err != nil {
-		return err
-	}
-	volume.Step("mount-prepared")
 	spec := mounts.Spec{Source: dev.path, Dir: dir, Options: v.Options}
 	i := slices.IndexFunc(table, func(m mounts.Entry) bool { return m.Device == dev.number })
 	if i >= 0 {
