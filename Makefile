@@ -82,6 +82,11 @@ bench: build peers ## measure against bridge, ptp and host-local, and a VXLAN ma
 bench/guest: ## in a guest: an encrypted network against the same tunnel made with swanctl, VXLAN and no tunnel
 	@CGO_ENABLED=0 LARIAT_GUEST_KEEP=1 $(GO) test -run '^$$' -bench . -timeout 60m ./test/guest/bench $(BENCH)
 
+.PHONY: bench/volumes
+bench/volumes: ## Docker's calls against the bare driver; in a guest: the nfs driver against mount(8)
+	@$(GO) test -run '^$$' -bench Lives ./pkg/volume/dockerapi $(BENCH)
+	@CGO_ENABLED=0 $(GO) test -run '^$$' -bench . -benchtime 10x -timeout 60m ./test/guest/volumes $(BENCH)
+
 .PHONY: demo
 demo: build ## three hosts in namespaces, no privileges needed; KEEP=1 leaves them up
 	@$(GO) run ./test/demo

@@ -17,6 +17,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/ebs"
+	"github.com/lariat-net/lariat/pkg/volume/efs"
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
@@ -50,6 +51,9 @@ var builtIn = map[string]struct {
 		}
 		return nfs.New(conf, log)
 	}},
+	"efs": {"global", func(getenv func(string) string, log *slog.Logger) (volume.Driver, error) {
+		return efs.New(efs.FromEnvironment(getenv), log), nil
+	}},
 	// All hosts of a zone see the same, but one at a time can have it.
 	"ebs": {"local", func(getenv func(string) string, log *slog.Logger) (volume.Driver, error) {
 		conf, err := ebs.FromEnvironment(getenv)
@@ -74,7 +78,7 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	f.StringVar(&c.socket, "socket", "", "unix socket for Docker; empty: /run/docker/plugins/NAME.sock")
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/lariat/storage", "the journal of volumes and their users, in a folder for each name")
 	f.StringVar(&c.mountDir, "mount-dir", "/run/lariat/storage", "where volumes are mounted: MOUNT-DIR/NAME/VOLUME")
-	f.StringVar(&c.scope, "scope", "", "what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs, else local")
+	f.StringVar(&c.scope, "scope", "", "what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs and efs, else local")
 	f.StringVar(&c.listen, "listen-metrics", "", "TCP address for /metrics, /healthz and /readyz, such as 127.0.0.1:9477; empty: the unix socket alone")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	showVersion := f.Bool("version", false, "print the version")

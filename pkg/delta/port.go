@@ -40,9 +40,6 @@ type PortRoute struct {
 // PortPrefix begins the name of the host's end of every port.
 const PortPrefix = "lrt"
 
-// PortGroup is the link group (IFLA_GROUP) of the host's ends; 0 is everyone's default.
-const PortGroup = 76
-
 // PortAlias is what the ifalias of a port's host end says. State can be rebuilt from it without any file.
 type PortAlias struct{ Network, ContainerID, IfName, Name string }
 

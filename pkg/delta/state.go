@@ -42,6 +42,10 @@ func (m MAC) appendTo(b []byte) []byte {
 // TunnelPrefix begins the name of every XFRM interface of Lariat's, as PortPrefix that of every container's host end.
 const TunnelPrefix = "lrx"
 
+// InsideGroup is the link group (IFLA_GROUP) of the devices between which the packets of containers are in clear: the host's ends of ports,
+// and XFRM interfaces. nftables rules ask for it, which costs less than to compare names. 0 is everyone's default.
+const InsideGroup = 76
+
 // Kinds of links.
 const (
 	KindVXLAN = "vxlan"
@@ -55,7 +59,8 @@ type Link struct {
 	Port  uint16     // the UDP port,
 	Local netip.Addr // the source of the outer packets, and
 	MAC   MAC
-	IfID  uint32 // of xfrm: which policies its packets fall under
+	IfID  uint32 // of xfrm: which policies its packets fall under,
+	Group uint32 // and its link group
 	MTU   int
 	Alias string // begins with AliasPrefix
 

@@ -10,11 +10,17 @@ import (
 // IifPrefix matches packets that arrived on an interface whose name begins so: iifname "lrt*".
 type IifPrefix string
 
-// NotIifPrefix matches those that arrived on any other: iifname != "lrt*".
-type NotIifPrefix string
+// IifGroup matches packets that arrived on an interface of a link group: iifgroup 76.
+type IifGroup struct {
+	Group uint32
+	Not   bool
+}
 
-// NotOifPrefix matches packets that leave by an interface whose name does not begin so: oifname != "lrt*".
-type NotOifPrefix string
+// OifGroup matches those that leave by one: oifgroup 76.
+type OifGroup struct {
+	Group uint32
+	Not   bool
+}
 
 // Iif matches the name of the arriving interface: iifname "vtep1042".
 type Iif struct {
@@ -69,8 +75,8 @@ type MarkComment string
 type Unknown string
 
 func (IifPrefix) statement()     {}
-func (NotIifPrefix) statement()  {}
-func (NotOifPrefix) statement()  {}
+func (IifGroup) statement()      {}
+func (OifGroup) statement()      {}
 func (InPrefix) statement()      {}
 func (Iif) statement()           {}
 func (Oif) statement()           {}
@@ -95,10 +101,14 @@ func not(is bool) string {
 func (s IifPrefix) String() string { return `iifname "` + string(s) + `*"` }
 
 // String is the statement as nft lists it.
-func (s NotIifPrefix) String() string { return `iifname != "` + string(s) + `*"` }
+func (s IifGroup) String() string {
+	return "iifgroup " + not(s.Not) + strconv.FormatUint(uint64(s.Group), 10)
+}
 
 // String is the statement as nft lists it.
-func (s NotOifPrefix) String() string { return `oifname != "` + string(s) + `*"` }
+func (s OifGroup) String() string {
+	return "oifgroup " + not(s.Not) + strconv.FormatUint(uint64(s.Group), 10)
+}
 
 // String is the statement as nft lists it.
 func (s InPrefix) String() string {

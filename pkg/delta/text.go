@@ -20,6 +20,7 @@ func appendLink(b []byte, name string, l Link) []byte {
 	b = append(append(b, " type "...), l.Kind...)
 	if l.Kind == KindXFRM {
 		b = strconv.AppendUint(append(b, " if_id 0x"...), uint64(l.IfID), 16)
+		b = strconv.AppendUint(append(b, " group "...), uint64(l.Group), 10)
 		if l.Other != "" {
 			b = append(append(b, ' '), l.Other...)
 		}

@@ -225,6 +225,9 @@ func (a *application) adjust(name string, l, old delta.Link) error {
 		if l.MTU != 0 && l.MTU != old.MTU {
 			m.u32(unix.IFLA_MTU, uint32(l.MTU))
 		}
+		if l.Group != old.Group {
+			m.u32(unix.IFLA_GROUP, l.Group)
+		}
 		m.bytes(unix.IFLA_IFALIAS, []byte(l.Alias))
 	})
 }

@@ -33,8 +33,8 @@ func filters() *delta.State {
 		{delta.Iif{Name: "vtep1042", Not: true}, delta.UDPDport(4789), delta.InSet{Field: "saddr", Set: "vteps6", V6: true}, delta.Verdict("accept")},
 	}}
 	s.Chains["clear-out"] = delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300, Rules: []delta.Rule{
-		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.44.0.0/16")}, delta.NotOifPrefix("lrx"), delta.NotRouteIPsec{}, delta.Verdict("drop")},
-		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("10.45.16.0/20")}, delta.NotIifPrefix("lrt"), delta.Verdict("drop")},
+		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.44.0.0/16")}, delta.OifGroup{Group: 76, Not: true}, delta.NotRouteIPsec{}, delta.Verdict("drop")},
+		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("10.45.16.0/20")}, delta.IifGroup{Group: 76}, delta.Verdict("accept")},
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("fd44::/48")}, delta.Verdict("drop")},
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("fd44::/50")}, delta.Verdict("drop")},
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("192.0.2.1/32")}, delta.Verdict("drop")},

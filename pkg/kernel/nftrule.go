@@ -47,12 +47,12 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		case delta.IifPrefix:
 			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
 			cmp(false, []byte(s)) // compared up to here only
-		case delta.NotIifPrefix:
-			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
-			cmp(true, []byte(s))
-		case delta.NotOifPrefix:
-			add(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg})
-			cmp(true, []byte(s))
+		case delta.IifGroup:
+			add(&expr.Meta{Key: expr.MetaKeyIIFGROUP, Register: reg})
+			cmp(s.Not, binary.NativeEndian.AppendUint32(nil, s.Group))
+		case delta.OifGroup:
+			add(&expr.Meta{Key: expr.MetaKeyOIFGROUP, Register: reg})
+			cmp(s.Not, binary.NativeEndian.AppendUint32(nil, s.Group))
 		case delta.InPrefix:
 			v6 := s.Prefix.Addr().Is6()
 			want := byte(unix.NFPROTO_IPV4)
@@ -263,10 +263,10 @@ func statement(x []expression) (delta.Statement, int) {
 			return delta.IifPrefix(data), 2
 		case key == unix.NFT_META_IIFNAME && len(data) == unix.IFNAMSIZ:
 			return delta.Iif{Name: cstring(data), Not: not}, 2
-		case key == unix.NFT_META_IIFNAME && len(data) < unix.IFNAMSIZ:
-			return delta.NotIifPrefix(data), 2
-		case key == unix.NFT_META_OIFNAME && len(data) < unix.IFNAMSIZ && not:
-			return delta.NotOifPrefix(data), 2
+		case key == unix.NFT_META_IIFGROUP && len(data) == 4:
+			return delta.IifGroup{Group: binary.NativeEndian.Uint32(data), Not: not}, 2
+		case key == unix.NFT_META_OIFGROUP && len(data) == 4:
+			return delta.OifGroup{Group: binary.NativeEndian.Uint32(data), Not: not}, 2
 		case key == unix.NFT_META_OIFNAME && len(data) == unix.IFNAMSIZ:
 			return delta.Oif{Name: cstring(data), Not: not}, 2
 		case key == unix.NFT_META_NFPROTO && !not && len(data) == 1 && len(x) > 2 && matchesFamily(x[2:], data[0]):

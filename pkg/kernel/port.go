@@ -99,7 +99,7 @@ func createVeth(m *message, netnsFD int, p delta.Port) {
 	m.string(unix.IFLA_IFNAME, p.HostName)
 	m.bytes(unix.IFLA_ADDRESS, p.HostMAC[:])
 	m.u32(unix.IFLA_MTU, uint32(p.MTU))
-	m.u32(unix.IFLA_GROUP, delta.PortGroup)
+	m.u32(unix.IFLA_GROUP, delta.InsideGroup)
 	info := m.nest(unix.IFLA_LINKINFO)
 	m.string(unix.IFLA_INFO_KIND, "veth")
 	data := m.nest(unix.IFLA_INFO_DATA)
@@ -457,6 +457,9 @@ func (n *Netns) CheckPort(ctx context.Context, path string, p delta.Port) error 
 	} else {
 		if link.Attrs().Flags&net.FlagUp == 0 {
 			differ("the host's end %s is down", p.HostName)
+		}
+		if got := link.Attrs().Group; got != delta.InsideGroup {
+			differ("the host's end %s is in link group %d, not %d: an encrypted network's packets are dropped there", p.HostName, got, delta.InsideGroup)
 		}
 		for _, a := range p.Addrs {
 			routes, err := host.RouteGet(a.AsSlice())

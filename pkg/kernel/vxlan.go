@@ -18,6 +18,7 @@ func parseLink(body []byte) foundLink {
 	f.index = binary.NativeEndian.Uint32(body[4:])
 	f.link.Down = binary.NativeEndian.Uint32(body[8:])&unix.IFF_UP == 0
 	var data []byte
+	var group uint32
 	for a := newAttrs(body[unix.SizeofIfInfomsg:]); a.next(); {
 		switch a.typ {
 		case unix.IFLA_IFNAME:
@@ -28,6 +29,8 @@ func parseLink(body []byte) foundLink {
 			copy(f.link.MAC[:], a.value)
 		case unix.IFLA_IFALIAS:
 			f.link.Alias = cstring(a.value)
+		case unix.IFLA_GROUP:
+			group = a.u32()
 		case unix.IFLA_LINKINFO:
 			for i := newAttrs(a.value); i.next(); {
 				switch i.typ {
@@ -45,6 +48,7 @@ func parseLink(body []byte) foundLink {
 		parseVXLAN(&f.link, data)
 	case delta.KindXFRM:
 		f.link.MAC = delta.MAC{} // the kernel invents one, and never uses it
+		f.link.Group = group
 		parseXFRM(&f.link, data)
 	}
 	return f
@@ -125,6 +129,9 @@ func createLink(m *message, name string, l delta.Link) {
 	}
 	if l.MTU != 0 {
 		m.u32(unix.IFLA_MTU, uint32(l.MTU))
+	}
+	if l.Group != 0 {
+		m.u32(unix.IFLA_GROUP, l.Group)
 	}
 	info := m.nest(unix.IFLA_LINKINFO)
 	m.bytes(unix.IFLA_INFO_KIND, []byte(l.Kind))

@@ -85,6 +85,15 @@ func Excerpt(s string) string {
 	return strconv.Quote(s)
 }
 
+// OneOf is for UnmarshalText of options that take few words.
+func OneOf[T ~string](into *T, text []byte, allowed ...T) error {
+	if !slices.Contains(allowed, T(text)) {
+		return fmt.Errorf("%s is none of %v", Excerpt(string(text)), allowed)
+	}
+	*into = T(text)
+	return nil
+}
+
 // Decode fills a struct from a volume's options. A field tagged `option:"size"` takes the option of that name; one that is absent leaves
 // the field as it is, which is how defaults are given. Fields are strings, bools, integers, or encoding.TextUnmarshalers; bool is true,
 // false, 1, 0, yes or no. Embedded structs count as their fields. An option without a field is an error that names the nearest, unless

@@ -13,6 +13,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/ebs"
+	"github.com/lariat-net/lariat/pkg/volume/efs"
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
@@ -24,6 +25,7 @@ var volumeDrivers = map[string]struct {
 	environment [][2]string
 }{
 	"ebs": {func(r volume.Request) error { _, err := ebs.Config{}.Volume(r); return err }, ebs.Options{}, ebs.Environment},
+	"efs": {func(r volume.Request) error { _, err := efs.Understand(r); return err }, efs.Options{}, efs.Environment},
 	"nfs": {func(r volume.Request) error { _, err := nfs.Config{}.Volume(r); return err }, nfs.Options{}, nfs.Environment},
 }
 

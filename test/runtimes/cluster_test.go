@@ -31,11 +31,12 @@ type host struct {
 	netns    string
 	underlay string // address
 	dir      string
-	bin      string // CNI executables
-	conf     string // CNI configurations
-	state    string // Lariat's journal
-	socket   string // of lariat-metadata
-	calls    string // log of the CNI calls, one line each
+	env      []string // of daemons, beside PATH and HOME
+	bin      string   // CNI executables
+	conf     string   // CNI configurations
+	state    string   // Lariat's journal
+	socket   string   // of lariat-metadata
+	calls    string   // log of the CNI calls, one line each
 }
 
 // daemon is a process that the test started and ends.
@@ -189,7 +190,7 @@ func (h *host) start(label, name string, args ...string) *daemon {
 	}
 	d.cmd.Stdout, d.cmd.Stderr = out, out
 	// Proxies and clouds of the machine are none of the daemons' business.
-	d.cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "HOME=" + h.dir}
+	d.cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "HOME=" + h.dir}, h.env...)
 	if err := d.cmd.Start(); err != nil {
 		h.t.Fatalf("start %s: %v", label, err)
 	}

@@ -2,6 +2,7 @@ package runtimes
 
 import (
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/test/busybox"
+	"github.com/lariat-net/lariat/test/fakeaws"
 )
 
 // shellDriver is a FlexVolume driver in twenty lines: a volume is a folder, which is bind-mounted.
@@ -109,6 +111,49 @@ func (d *docker) storage(t *testing.T, args ...string) *daemon {
 		return err
 	})
 	return p
+}
+
+// secretsStay is F160 for Docker: a driver has AWS's keys in its environment, and they are neither in the arguments of any process, nor in logs, nor in the
+// journal, nor in what Docker knows of a volume, be it made or refused.
+func secretsStay(t *testing.T, d *docker) {
+	t.Helper()
+	cloud := fakeaws.New(t, fakeaws.Options{})
+	d.env = cloud.Env(cloud.AddInstance(fakeaws.Instance{}).ID)
+	d.storage(t, "--driver", "ebs", "--state-dir", d.dir+"/state", "--log-level", "debug")
+	cloud.Fail("CreateVolume", "UnauthorizedOperation", 1)
+	d.refused(t, []string{"ec2:CreateVolume", "UnauthorizedOperation"}, "volume", "create", "--driver", "lariat-ebs", "--opt", "size=1", "secretive")
+	d.must(t, "volume", "create", "--driver", "lariat-ebs", "--opt", "size=1", "--opt", "onRemove=purge", "secretive")
+	seen := map[string]string{"docker volume inspect": d.must(t, "volume", "inspect", "secretive")}
+	cmdlines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, f := range cmdlines {
+		data, _ := os.ReadFile(f) // gone meanwhile
+		seen[f] = string(data)
+	}
+	err := filepath.WalkDir(d.dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.Type().IsRegular() || !strings.HasPrefix(path, d.dir+"/state/") && filepath.Ext(path) != ".log" {
+			return nil // containers' files come and go
+		}
+		data, err := os.ReadFile(path)
+		seen[path] = string(data)
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	if len(cmdlines) == 0 || !strings.Contains(seen[d.dir+"/state/lariat-ebs/volumes/secretive.json"], "size") || !strings.Contains(seen[d.dir+"/lariat-storage.log"], "secretive") {
+		t.Error("the search does not see the processes, the journal or the log")
+	}
+	d.must(t, "volume", "rm", "secretive")
+	if all := cloud.Volumes(); len(all) != 0 {
+		t.Errorf("left in EC2: %+v", all)
+	}
+	for where, text := range seen {
+		for _, secret := range []string{fakeaws.AccessKeyID, fakeaws.SecretAccessKey} {
+			if strings.Contains(text, secret) {
+				t.Errorf("F160: a secret is in %s", where)
+			}
+		}
+	}
 }
 
 // TestDockerVolumes: a real dockerd, two containers on one volume, and restarts of lariat-storage and of dockerd between.
@@ -250,6 +295,8 @@ func TestDockerVolumes(t *testing.T) {
 	if left, _ := os.ReadDir(base); len(left) != 0 || mounted() {
 		t.Errorf("left: %v, mounted: %v", left, mounted())
 	}
+	secretsStay(t, d)
+
 	d.daemon.stop(syscall.SIGTERM)
 	storage.stop(syscall.SIGTERM)
 	if _, err := os.Stat("/run/docker/plugins/lariat-shell.sock"); err == nil {

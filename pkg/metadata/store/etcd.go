@@ -37,6 +37,7 @@ type Etcd struct {
 	full    atomic.Pointer[string] // the quota is used up by data in use
 	repair  chan struct{}
 	mendMu  sync.Mutex
+	futile  int64 // revision at which defragmentation made too little room; guarded by mendMu
 
 	// Observe, when set before use, hears how long each call took.
 	Observe func(op string, took time.Duration, err error)
@@ -276,6 +277,7 @@ func (e *Etcd) txn(ctx context.Context, changes []Change) (ok, unsure bool, revi
 			continue
 		}
 		if errors.Is(err, rpctypes.ErrNoSpace) && e.mend(ctx) {
+			unsure = true // the write that uses the quota up is applied, and then called refused
 			continue
 		}
 		e.writes.Add(1)

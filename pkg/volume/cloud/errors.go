@@ -42,6 +42,9 @@ func Explain(ctx context.Context, err error) error {
 		return err
 	}
 	action := strings.ToLower(op.ServiceID) + ":" + op.OperationName
+	if op.ServiceID == "EFS" {
+		action = "elasticfilesystem:" + op.OperationName
+	}
 	var api smithy.APIError
 	switch {
 	case errors.As(err, &api):

@@ -74,7 +74,7 @@ func Parse(args []string) (Call, error) {
 	c := Call{Verb: args[0]}
 	v, ok := verbs[c.Verb]
 	if !ok {
-		return c, fmt.Errorf("%w %s", errUnknownVerb, excerpt(c.Verb))
+		return c, fmt.Errorf("%w %s", errUnknownVerb, volume.Excerpt(c.Verb))
 	}
 	rest := args[1:]
 	if len(rest) < v.least || len(rest) > v.most {
@@ -158,10 +158,10 @@ func isJSON(s string) bool { return strings.HasPrefix(strings.TrimSpace(s), "{")
 
 func (c *Call) sizes(size, old string) (err error) {
 	if c.Size, err = strconv.ParseInt(size, 10, 64); err != nil || c.Size <= 0 {
-		return volume.Errorf(volume.ErrInvalid, "new size %s is not a number of bytes", excerpt(size))
+		return volume.Errorf(volume.ErrInvalid, "new size %s is not a number of bytes", volume.Excerpt(size))
 	}
 	if c.Old, err = strconv.ParseInt(old, 10, 64); err != nil || c.Old < 0 {
-		return volume.Errorf(volume.ErrInvalid, "old size %s is not a number of bytes", excerpt(old))
+		return volume.Errorf(volume.ErrInvalid, "old size %s is not a number of bytes", volume.Excerpt(old))
 	}
 	return nil
 }
@@ -185,7 +185,7 @@ func DecodeRequest(text string) (volume.Request, error) {
 			r.FSType = v
 		case k == keyReadWrite:
 			if v != "ro" && v != "rw" && v != "" {
-				return r, volume.Errorf(volume.ErrInvalid, "%s is %s, and not ro or rw", k, excerpt(v))
+				return r, volume.Errorf(volume.ErrInvalid, "%s is %s, and not ro or rw", k, volume.Excerpt(v))
 			}
 			r.ReadOnly = v == "ro"
 		case k == keyPodName:
@@ -202,13 +202,13 @@ func DecodeRequest(text string) (volume.Request, error) {
 			}
 			g, err := strconv.ParseInt(v, 10, 64)
 			if err != nil || g < 0 || g > 1<<32-2 {
-				return r, volume.Errorf(volume.ErrInvalid, "%s is %s, and not a group's number", k, excerpt(v))
+				return r, volume.Errorf(volume.ErrInvalid, "%s is %s, and not a group's number", k, volume.Excerpt(v))
 			}
 			r.FSGroup = &g
 		case strings.HasPrefix(k, prefixSecret):
 			value, err := base64.StdEncoding.DecodeString(v)
 			if err != nil {
-				return r, volume.Errorf(volume.ErrInvalid, "%s is not base64", excerpt(k))
+				return r, volume.Errorf(volume.ErrInvalid, "%s is not base64", volume.Excerpt(k))
 			}
 			if r.Secrets == nil {
 				r.Secrets = map[string]string{}
@@ -266,19 +266,19 @@ func decodeFlat(text string) (map[string]string, error) {
 		key := k.(string) // or else dec.Token had refused it
 		v, err := dec.Token()
 		if err != nil {
-			return nil, bad("%s: %s", excerpt(key), eof(err))
+			return nil, bad("%s: %s", volume.Excerpt(key), eof(err))
 		}
 		value, ok := v.(string)
 		if !ok {
-			return nil, bad("%s is %s", excerpt(key), kind(v))
+			return nil, bad("%s is %s", volume.Excerpt(key), kind(v))
 		}
 		if _, twice := flat[key]; twice {
-			return nil, bad("%s comes twice", excerpt(key))
+			return nil, bad("%s comes twice", volume.Excerpt(key))
 		}
 		flat[key] = value
 	}
 	if rest := strings.TrimSpace(text[dec.InputOffset():]); rest != "" {
-		return nil, bad("followed by %s", excerpt(rest))
+		return nil, bad("followed by %s", volume.Excerpt(rest))
 	}
 	return flat, nil
 }
@@ -305,12 +305,4 @@ func kind(t json.Token) string {
 		return "null"
 	}
 	return "a text"
-}
-
-// excerpt is how an odd text is shown: quoted, and not all of it.
-func excerpt(s string) string {
-	if len(s) > 60 {
-		return strconv.Quote(s[:60]) + "…"
-	}
-	return strconv.Quote(s)
 }

@@ -98,16 +98,16 @@ func ParseReply(out []byte) (r Reply, err error) {
 	}
 	dec := json.NewDecoder(bytes.NewReader(out))
 	if err := dec.Decode(&r); err != nil {
-		return Reply{}, fmt.Errorf("the answer is not JSON as it should be: %w: %s", err, excerpt(string(out)))
+		return Reply{}, fmt.Errorf("the answer is not JSON as it should be: %w: %s", err, volume.Excerpt(string(out)))
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return Reply{}, fmt.Errorf("the answer is more than one JSON document: %s", excerpt(string(out)))
+		return Reply{}, fmt.Errorf("the answer is more than one JSON document: %s", volume.Excerpt(string(out)))
 	}
 	switch r.Status {
 	case Success, Failure, NotSupported:
 		return r, nil
 	}
-	return Reply{}, fmt.Errorf("the answer's status is %s, and not Success, Failure or Not supported", excerpt(r.Status))
+	return Reply{}, fmt.Errorf("the answer's status is %s, and not Success, Failure or Not supported", volume.Excerpt(r.Status))
 }
 
 // EncodeRequest is DecodeRequest's opposite.

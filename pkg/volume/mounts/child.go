@@ -168,7 +168,10 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 		w.Close()
 		started <- err
 		if err == nil {
-			werr = cmd.Wait()
+			// With ErrWaitDelay it ended well, and what it left behind, or a busy machine, keeps its pipes open.
+			if werr = cmd.Wait(); errors.Is(werr, exec.ErrWaitDelay) {
+				werr = nil
+			}
 			close(ended)
 		}
 	}()

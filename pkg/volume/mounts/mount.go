@@ -1,6 +1,7 @@
 package mounts
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,6 +23,7 @@ import (
 // Spec is a mount that is wanted.
 type Spec struct {
 	Source  string
+	Shown   string // what the table calls the source, if a program mounts another one in its place; "": Source
 	Dir     string // as Resolve gives it
 	FSType  string
 	Options []string // all checked; words such as ro and nodev among them
@@ -52,7 +54,7 @@ func Mount(ctx context.Context, s Spec) error {
 	if err != nil {
 		return err
 	}
-	if stack := t.At(s.Dir); len(stack) == 0 || stack[len(stack)-1].Source != s.Source {
+	if stack := t.At(s.Dir); len(stack) == 0 || stack[len(stack)-1].Source != cmp.Or(s.Shown, s.Source) {
 		return fmt.Errorf("the mount of %s at %s was reported as done, and the mount table does not show it", s.Source, s.Dir)
 	}
 	return nil

@@ -2,7 +2,6 @@ package nfs
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"path"
@@ -40,7 +39,9 @@ const (
 )
 
 // UnmarshalText refuses other words.
-func (o *OnRemove) UnmarshalText(text []byte) error { return oneOf(o, text, Retain, Purge, Archive) }
+func (o *OnRemove) UnmarshalText(text []byte) error {
+	return volume.OneOf(o, text, Retain, Purge, Archive)
+}
 
 // OnHang is how far Unmount goes when the server does not answer.
 type OnHang string
@@ -52,15 +53,7 @@ const (
 )
 
 // UnmarshalText refuses other words.
-func (o *OnHang) UnmarshalText(text []byte) error { return oneOf(o, text, Force, Lazy) }
-
-func oneOf[T ~string](into *T, text []byte, allowed ...T) error {
-	if !slices.Contains(allowed, T(text)) {
-		return fmt.Errorf("%s is none of %v", volume.Excerpt(string(text)), allowed)
-	}
-	*into = T(text)
-	return nil
-}
+func (o *OnHang) UnmarshalText(text []byte) error { return volume.OneOf(o, text, Force, Lazy) }
 
 // Config is what an administrator decides for all volumes.
 type Config struct {
@@ -95,7 +88,7 @@ func (c Config) check() error {
 		errs = append(errs, checkHost("NFS_SERVER", c.Server))
 	}
 	if c.Base != "" {
-		errs = append(errs, checkExport("MOUNT_DIR", c.Base))
+		errs = append(errs, CheckPath("MOUNT_DIR", c.Base))
 	}
 	if c.OnRemove != "" {
 		if err := new(OnRemove).UnmarshalText([]byte(c.OnRemove)); err != nil {
@@ -115,14 +108,55 @@ type Volume struct {
 	Path     string   `json:"path"`           // on the server
 	Base     string   `json:"base,omitempty"` // of which Path is the folder Name; "": Path is an export that Lariat has nothing to do with
 	Options  []string `json:"options,omitempty"`
-	OnRemove OnRemove `json:"onRemove"`
+	OnRemove OnRemove `json:"onRemove,omitempty"`
 	OnHang   OnHang   `json:"onHang"`
 	ReadOnly bool     `json:"readOnly,omitempty"`
-	FSGroup  *int64   `json:"fsGroup,omitempty"`
+	FSGroup  *int64   `json:"fsGroup,omitempty"` // of the uppermost folder, if that is to be set
+
+	// Of drivers whose volumes are more than a host and a path; see Mounter.
+	ID      string   `json:"id,omitempty"` // which volume it is, though it may be mounted from one host today and from another tomorrow
+	Through *Through `json:"through,omitempty"`
+}
+
+// Through is the program that mounts a volume if not mount.nfs does, with a proxy of its own on this host: Source and Options are what it is
+// called with, and the mount table shows the proxy.
+type Through struct {
+	FSType  string   `json:"fsType"`
+	Source  string   `json:"source"`
+	Options []string `json:"options"`
 }
 
 // Source is what the mount table calls it.
-func (v Volume) Source() string { return source(v.Host, v.Path) }
+func (v Volume) Source() string {
+	if v.Through != nil {
+		return source("127.0.0.1", v.Path)
+	}
+	return source(v.Host, v.Path)
+}
+
+// String is for messages.
+func (v Volume) String() string {
+	if v.ID != "" {
+		return v.ID + ":" + v.Path
+	}
+	return v.Source()
+}
+
+// spec is how it is mounted at a folder.
+func (v Volume) spec(dir, addr string) mounts.Spec {
+	if v.Through != nil {
+		return mounts.Spec{Source: v.Through.Source, Shown: v.Source(), Dir: dir, FSType: v.Through.FSType, Options: v.Through.Options}
+	}
+	return spec(v.Host, v.Path, dir, v.Options, addr)
+}
+
+func spec(host, path, dir string, options []string, addr string) mounts.Spec {
+	fstype := "nfs"
+	if strings.HasPrefix(value(options, "vers", "nfsvers"), "4") {
+		fstype = "nfs4"
+	}
+	return mounts.Spec{Source: source(host, path), Dir: dir, FSType: fstype, Options: options, Address: addr}
+}
 
 func source(host, path string) string {
 	if strings.Contains(host, ":") {
@@ -157,7 +191,7 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	case o.Export != "" && o.ExportBase != "":
 		return v, volume.Errorf(volume.ErrInvalid, "volume %s: export and exportBase exclude each other", v.Name)
 	case o.Export != "":
-		if err := checkExport("export", o.Export); err != nil {
+		if err := CheckPath("export", o.Export); err != nil {
 			return v, err
 		}
 		if r.Options["onRemove"] != "" && o.OnRemove != Retain {
@@ -171,27 +205,35 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 				return v, volume.Errorf(volume.ErrInvalid, "volume %s: neither export nor exportBase is given", v.Name)
 			}
 		}
-		if err := checkExport("exportBase", o.ExportBase); err != nil {
+		if err := CheckPath("exportBase", o.ExportBase); err != nil {
 			return v, err
 		}
 		v.Base, v.Path = o.ExportBase, path.Join(o.ExportBase, v.Name)
+	}
+	if v.Base == "" {
+		v.FSGroup = nil // somebody else's folder
 	}
 	all, err := rules.Parse("MOUNT_OPTS", c.MountOpts, true)
 	if err != nil {
 		return v, err
 	}
-	own, err := rules.Parse("mntOptions", o.MntOptions, false)
+	return v, v.SetOptions(all, o.MntOptions)
+}
+
+// SetOptions gives a volume its mount options: the defaults, then the user's own, which are checked here.
+func (v *Volume) SetOptions(defaults []string, mntOptions string) error {
+	own, err := rules.Parse("mntOptions", mntOptions, false)
 	if err != nil {
-		return v, err
+		return err
 	}
-	v.Options = rules.Merge([]string{"nosuid", "nodev", "retry=0"}, all, own)
+	v.Options = rules.Merge([]string{"nosuid", "nodev", "retry=0"}, defaults, own)
 	v.ReadOnly = v.ReadOnly || slices.Contains(v.Options, "ro")
 	mode := "rw"
 	if v.ReadOnly {
 		mode = "ro"
 	}
 	v.Options = rules.Merge(v.Options, []string{mode})
-	return v, nil
+	return nil
 }
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*\.?$`)
@@ -206,7 +248,8 @@ func checkHost(what, host string) error {
 	return nil
 }
 
-func checkExport(what, p string) error {
+// CheckPath refuses what is not plainly a path on a server.
+func CheckPath(what, p string) error {
 	if !strings.HasPrefix(p, "/") || path.Clean(p) != p || len(p) > 1024 {
 		return volume.Errorf(volume.ErrInvalid, "%s %s is not a plain absolute path", what, volume.Excerpt(p))
 	}

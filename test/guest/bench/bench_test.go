@@ -22,7 +22,7 @@ import (
 
 var (
 	rounds  = flag.Int("rounds", 5, "how often each datapath has its turn")
-	seconds = flag.Float64("seconds", 0.3, "how long each measurement takes, of the guest's time")
+	seconds = flag.Float64("seconds", 1.5, "how long each measurement takes, of the guest's time")
 )
 
 func TestMain(m *testing.M) {
@@ -99,7 +99,7 @@ func BenchmarkTunnel(b *testing.B) {
 				if m.ESP > 0 != p.encrypted || p.encrypted && m.ESP < 1 {
 					b.Fatalf("%s: of each octet %.2f went through ESP", p.name, m.ESP)
 				}
-				m.Exchanges = append(m.Exchanges, p.exchanges(b, *seconds/3))
+				m.Exchanges = append(m.Exchanges, p.exchanges(b, *seconds/5))
 			}
 		}
 	}

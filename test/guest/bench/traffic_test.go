@@ -71,6 +71,13 @@ func (p *path) stream(b *testing.B, seconds float64) (mbit, nanosPerOctet, octet
 	from, to := p.connect(b)
 	defer unix.Close(from)
 	var received atomic.Int64
+	// The two ends take turns, half a megabyte each: only what has just been read belongs to a moment.
+	type reading struct {
+		at     time.Time
+		octets int64
+	}
+	var wanted atomic.Bool
+	readings := make(chan reading, 1)
 	ended := make(chan error, 1)
 	go func() {
 		defer unix.Close(to)
@@ -80,21 +87,34 @@ func (p *path) stream(b *testing.B, seconds float64) (mbit, nanosPerOctet, octet
 				ended <- err
 				return
 			}
-			received.Add(int64(n))
+			octets := received.Add(int64(n))
+			if wanted.CompareAndSwap(true, false) {
+				readings <- reading{time.Now(), octets}
+			}
 		}
 	}()
 	buf := make([]byte, 128<<10)
-	send := func(seconds float64) {
+	send := func(seconds float64) (reading, time.Duration) {
 		for start := time.Now(); time.Since(start).Seconds() < seconds; {
 			if _, err := unix.Write(from, buf); err != nil {
 				b.Fatalf("%s: %v", p.name, err)
 			}
 		}
+		wanted.Store(true)
+		for {
+			select {
+			case r := <-readings:
+				return r, busyTime(b)
+			default:
+			}
+			if _, err := unix.Write(from, buf); err != nil {
+				b.Fatalf("%s: %v", p.name, err)
+			}
+		}
 	}
-	send(min(0.3, seconds/3))
-	start, busy, before := time.Now(), busyTime(b), received.Load()
-	send(seconds)
-	took, used, arrived := time.Since(start), busyTime(b)-busy, received.Load()-before
+	before, earlier := send(min(0.3, seconds/3))
+	after, busy := send(seconds)
+	took, used, arrived := after.at.Sub(before.at), busy-earlier, after.octets-before.octets
 	must(b, unix.Shutdown(from, unix.SHUT_WR))
 	if err := <-ended; err != nil {
 		b.Fatalf("%s: %v", p.name, err)

@@ -53,7 +53,7 @@ func TestEncrypted(t *testing.T) {
 }
 
 var _ = BeforeSuite(func() {
-	SetDefaultEventuallyTimeout(20 * time.Second)
+	SetDefaultEventuallyTimeout(2 * time.Minute) // an emulated machine, on one that may be busy
 	SetDefaultEventuallyPollingInterval(20 * time.Millisecond)
 	var err error
 	cluster, err = lab.New(lab.Options{Hosts: 3, Manager: []string{"--interval", "2s", "--grace", "0s", "--ipsec-rekey", "10s"}, Log: GinkgoWriter})

@@ -8,6 +8,7 @@ import (
 	"testing"
 )
 
+// The server's addresses, and its export.
 const (
 	Server = "192.168.9.1" // its address
 	Other  = "192.168.9.2" // another one, which clients take for another server
@@ -29,6 +30,7 @@ var start = sync.OnceValue(func() error {
 		"mkdir -p " + Export + " && mount -t tmpfs tmpfs " + Export,
 		"mount -t nfsd nfsd /proc/fs/nfsd",
 		"echo 10 > /proc/fs/nfsd/nfsv4gracetime; echo 10 > /proc/fs/nfsd/nfsv4leasetime",
+		"echo 1048576 > /proc/fs/nfsd/max_block_size", // a machine of little memory chooses less
 		"echo '" + Export + " *(rw,fsid=1,no_root_squash,insecure,no_subtree_check,async)' > /etc/exports",
 		"pidof rpcbind || rpcbind",
 		"exportfs -ra && rpc.mountd", //nolint:misspell // it is the program's name

@@ -1,0 +1,45 @@
+package main
+
+import (
+	"errors"
+	"log/slog"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/flex"
+)
+
+// F155, F108: init is a constant, whatever the environment is, and what kubelet asks and this driver has no answer to is Not supported, always.
+func TestF155Constant(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("LARIAT_STATE_DIR", dir)
+	t.Setenv("LARIAT_RUN_DIR", dir)
+	t.Setenv("AWS_REGION", "no such region")
+	t.Setenv("AWS_CONFIG_FILE", "/etc/shadow")
+	d, err := program().Driver(slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if caps, err := d.Init(t.Context()); err != nil || caps != (volume.Capabilities{}) {
+		t.Errorf("init: %+v %v", caps, err)
+	}
+	if err := d.Unmount(t.Context(), dir+"/at"); err != nil {
+		t.Errorf("unmount: %v", err)
+	}
+	data, err := os.ReadFile("testdata/unsupported.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.Split(strings.TrimSpace(string(data)), "\n") {
+		c, err := flex.Parse(strings.Fields(line))
+		if err != nil {
+			t.Errorf("%s: %v", line, err)
+			continue
+		}
+		if _, err := flex.Do(t.Context(), d, c); !errors.Is(err, volume.ErrNotSupported) {
+			t.Errorf("%s: %v", line, err)
+		}
+	}
+}

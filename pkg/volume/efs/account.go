@@ -1,0 +1,263 @@
+package efs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	api "github.com/aws/aws-sdk-go-v2/service/efs"
+	"github.com/aws/aws-sdk-go-v2/service/efs/types"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/cloud"
+)
+
+// account is EFS in one region.
+type account struct {
+	*cloud.Session
+	efs *api.Client
+	log *slog.Logger
+}
+
+func open(ctx context.Context, region string, log *slog.Logger) (*account, error) {
+	s, err := cloud.Open(ctx, region)
+	if err != nil {
+		return nil, err
+	}
+	return &account{s, api.NewFromConfig(s.Config), log}, nil
+}
+
+// ownerTag is on all that Create makes, in the very call that makes it. Its value is the volume's name.
+const ownerTag = "lariat:volume"
+
+func (v Volume) awsTags() []types.Tag {
+	all := []types.Tag{{Key: aws.String("Name"), Value: &v.Name}, {Key: aws.String(ownerTag), Value: &v.Name}}
+	for _, t := range v.Tags {
+		all = append(all, types.Tag{Key: &t.Key, Value: &t.Value})
+	}
+	return all
+}
+
+// ours says that a volume of this name was what a thing with these tags was made for.
+func (v Volume) ours(tags []types.Tag) bool {
+	return slices.ContainsFunc(tags, func(t types.Tag) bool { return aws.ToString(t.Key) == ownerTag && aws.ToString(t.Value) == v.Name })
+}
+
+// refused gives an error of the SDK its words and its kind.
+func refused(ctx context.Context, err error) error {
+	if err == nil {
+		return nil
+	}
+	shown := cloud.Explain(ctx, err)
+	switch {
+	case cloud.Is(err, "FileSystemNotFound", "AccessPointNotFound"):
+		return volume.Errorf(volume.ErrNotFound, "%w", shown)
+	case cloud.Is(err, "SubnetNotFound", "SecurityGroupNotFound", "AvailabilityZonesMismatch", "UnsupportedAvailabilityZone"):
+		return volume.Errorf(volume.ErrInvalid, "%w", shown)
+	case cloud.Is(err, "MountTargetConflict"):
+		return volume.Errorf(volume.ErrConflict, "%w", shown)
+	}
+	return cloud.Invalid(shown)
+}
+
+// How often AWS is asked whether something is done. A file system takes seconds, a mount target a minute or two.
+var looks = struct{ first, last time.Duration }{300 * time.Millisecond, 10 * time.Second}
+
+// until looks, less and less often, until it is done. What is waited for is for the error, and what look says of it meanwhile.
+func until(ctx context.Context, what string, look func() (done bool, state string, err error)) error {
+	pause := looks.first
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	for {
+		done, state, err := look()
+		if done || err != nil {
+			return err
+		}
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			return fmt.Errorf("%s is still %s: %w; the same call again goes on from here", what, state, context.Cause(ctx))
+		}
+		pause = min(pause*3/2, looks.last)
+		timer.Reset(pause)
+	}
+}
+
+// pages gathers all pages of a list.
+func pages[P, T any](ctx context.Context, more func() bool, next func(context.Context, ...func(*api.Options)) (P, error), items func(P) []T) (all []T, err error) {
+	for more() {
+		page, err := next(ctx)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, items(page)...)
+	}
+	return all, nil
+}
+
+// fileSystem finds a volume's file system: the one that it names, or the one that Create made. nil: there is none, or it is just going.
+func (a *account) fileSystem(ctx context.Context, v Volume) (*types.FileSystemDescription, error) {
+	in := &api.DescribeFileSystemsInput{FileSystemId: &v.FileSystem}
+	if v.FileSystem == "" {
+		in = &api.DescribeFileSystemsInput{CreationToken: aws.String(v.token())}
+	}
+	out, err := a.efs.DescribeFileSystems(ctx, in)
+	if cloud.Is(err, "FileSystemNotFound") || err == nil && len(out.FileSystems) == 0 {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, refused(ctx, err)
+	}
+	fs := &out.FileSystems[0]
+	if fs.LifeCycleState == types.LifeCycleStateDeleted {
+		return nil, nil
+	}
+	if v.FileSystem == "" && !v.ours(fs.Tags) {
+		return nil, volume.Errorf(volume.ErrConflict, "file system %s has the creation token of volume %s, and not its tag %s: somebody else made it, or took the tag away", *fs.FileSystemId, v.Name, ownerTag)
+	}
+	return fs, nil
+}
+
+// makeFileSystem makes a volume's own file system, or finds it, and waits until it can be used.
+func (a *account) makeFileSystem(ctx context.Context, v Volume) (fs *types.FileSystemDescription, err error) {
+	asked := false
+	err = until(ctx, "the file system of volume "+v.Name, func() (bool, string, error) {
+		if fs, err = a.fileSystem(ctx, v); err != nil {
+			return false, "", err
+		}
+		switch {
+		case fs == nil && v.FileSystem != "":
+			return false, "", volume.Errorf(volume.ErrNotFound, "file system %s does not exist in %s", v.FileSystem, a.Config.Region)
+		case fs == nil && asked: // what was made is not shown at once
+			return false, "not shown", nil
+		case fs == nil:
+			asked, err = a.askFileSystem(ctx, v)
+			return false, "being asked for", err
+		case fs.LifeCycleState == types.LifeCycleStateError:
+			return false, "", fmt.Errorf("file system %s is in the state error: AWS could not make it; delete it", *fs.FileSystemId)
+		}
+		return fs.LifeCycleState == types.LifeCycleStateAvailable || fs.LifeCycleState == types.LifeCycleStateUpdating, string(fs.LifeCycleState), nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if diff := v.Make.differs(fs); diff != "" {
+		return nil, volume.Errorf(volume.ErrConflict, "volume %s exists as file system %s %s", v.Name, *fs.FileSystemId, diff)
+	}
+	return fs, nil
+}
+
+func (a *account) askFileSystem(ctx context.Context, v Volume) (asked bool, err error) {
+	in := &api.CreateFileSystemInput{CreationToken: aws.String(v.token()), Tags: v.awsTags(), Encrypted: aws.Bool(v.Make.Encrypted != "false"),
+		PerformanceMode: types.PerformanceMode(v.Make.PerformanceMode), ThroughputMode: types.ThroughputMode(v.Make.ThroughputMode)}
+	if v.Make.KMSKey != "" {
+		in.KmsKeyId = &v.Make.KMSKey
+	}
+	if v.Make.Throughput > 0 {
+		in.ProvisionedThroughputInMibps = aws.Float64(float64(v.Make.Throughput))
+	}
+	out, err := a.efs.CreateFileSystem(ctx, in)
+	// Another host, or this one before its answer was lost. If that one is just going, the next look asks again.
+	if cloud.Is(err, "FileSystemAlreadyExists") {
+		return false, nil
+	}
+	if err != nil {
+		return false, refused(ctx, err)
+	}
+	volume.Step("file-system-asked")
+	a.log.Info("created", "volume", v.Name, "fileSystem", *out.FileSystemId)
+	return true, nil
+}
+
+// differs says in what a file system is other than asked for. What was not said is not compared.
+func (m Make) differs(fs *types.FileSystemDescription) string {
+	have := func(option, is, wanted string) string { return fmt.Sprintf("with %s=%s, not %s", option, is, wanted) }
+	key := aws.ToString(fs.KmsKeyId)
+	switch {
+	case m.PerformanceMode != "" && m.PerformanceMode != string(fs.PerformanceMode):
+		return have("performanceMode", string(fs.PerformanceMode), m.PerformanceMode)
+	case m.ThroughputMode != "" && m.ThroughputMode != string(fs.ThroughputMode):
+		return have("throughputMode", string(fs.ThroughputMode), m.ThroughputMode)
+	case m.Throughput > 0 && float64(m.Throughput) != aws.ToFloat64(fs.ProvisionedThroughputInMibps):
+		return have("provisionedThroughput", fmt.Sprint(aws.ToFloat64(fs.ProvisionedThroughputInMibps)), fmt.Sprint(m.Throughput))
+	case m.Encrypted != "" && (m.Encrypted == "true") != aws.ToBool(fs.Encrypted):
+		return have("encrypted", fmt.Sprint(aws.ToBool(fs.Encrypted)), string(m.Encrypted))
+	case m.KMSKey != "" && !strings.Contains(m.KMSKey, "alias/") && key != m.KMSKey && !strings.HasSuffix(key, "/"+m.KMSKey):
+		return have("kmsKeyId", key, m.KMSKey)
+	}
+	return ""
+}
+
+// removeFileSystem removes a file system of ours with its mount targets, and waits until all is gone.
+func (a *account) removeFileSystem(ctx context.Context, v Volume, id string) error {
+	points, err := a.accessPoints(ctx, id)
+	if err != nil {
+		return err
+	}
+	for _, p := range points {
+		if p.LifeCycleState != types.LifeCycleStateDeleting && p.LifeCycleState != types.LifeCycleStateDeleted {
+			return volume.Errorf(volume.ErrInUse, "file system %s of volume %s has the access point %s (%s), by which others use it: remove that first", id, v.Name, *p.AccessPointId, aws.ToString(p.Name))
+		}
+	}
+	asked := map[string]bool{}
+	err = until(ctx, "a mount target of "+id, func() (bool, string, error) {
+		targets, err := a.mountTargets(ctx, id)
+		for _, t := range targets {
+			if asked[*t.MountTargetId] || t.LifeCycleState == types.LifeCycleStateDeleting {
+				continue
+			}
+			_, err := a.efs.DeleteMountTarget(ctx, &api.DeleteMountTargetInput{MountTargetId: t.MountTargetId})
+			if err != nil && !cloud.Is(err, "MountTargetNotFound") {
+				return false, "", refused(ctx, err)
+			}
+			asked[*t.MountTargetId] = true
+			volume.Step("mount-target-removed")
+		}
+		if errors.Is(err, volume.ErrNotFound) { // the file system went
+			return true, "", nil
+		}
+		return len(targets) == 0, "deleting", err
+	})
+	if err != nil {
+		return err
+	}
+	volume.Step("mount-targets-gone")
+	v.FileSystem = id
+	removed := false
+	return until(ctx, "file system "+id, func() (bool, string, error) {
+		if !removed {
+			_, err := a.efs.DeleteFileSystem(ctx, &api.DeleteFileSystemInput{FileSystemId: &id})
+			switch {
+			case err == nil, cloud.Is(err, "FileSystemNotFound"):
+				removed = true
+				volume.Step("file-system-removed")
+			case cloud.Is(err, "FileSystemInUse"): // a mount target that is no longer shown, or one that somebody made just now
+				return false, "in use", nil
+			default:
+				return false, "", refused(ctx, err)
+			}
+		}
+		fs, err := a.fileSystem(ctx, v)
+		return fs == nil && err == nil, "deleting", err
+	})
+}
+
+// dnsName of a file system. Its suffix is that of the region's partition, which the SDK knows.
+func (a *account) dnsName(ctx context.Context, id string) (string, error) {
+	e, err := api.NewDefaultEndpointResolverV2().ResolveEndpoint(ctx, api.EndpointParameters{Region: &a.Config.Region})
+	if err != nil {
+		return "", fmt.Errorf("EFS in region %s: %w", a.Config.Region, err)
+	}
+	return fileSystemName(id, e.URI), nil
+}
+
+func fileSystemName(id string, endpoint url.URL) string {
+	_, domain, _ := strings.Cut(endpoint.Host, ".")
+	return id + ".efs." + domain
+}

@@ -1,0 +1,413 @@
+// Package efs is the volume driver for AWS's Elastic File System: file systems of a volume's own, folders of a shared one behind access
+// points, and what exists already.
+//
+//	no fsid                a file system of its own, with mount targets; Create makes them, Delete removes them
+//	fsid                   that file system, or the folder export on it; never changed
+//	fsid + basePath        an access point of its own, which leads to the folder basePath/NAME; Create makes it, Delete removes it, but never the data
+//	fsid + accessPoint     that access point; never changed
+//	mountTargetIp          what is mounted from that address, without asking AWS
+//
+// What Lariat created is known by a tag that the call which made it has written, and found by a creation token that follows from the volume's
+// name, so that every host, and a host that forgot all, finds the same. Mounts are those of pkg/volume/nfs; with TLS they are made by
+// the program of amazon-efs-utils, because a proxy must outlive this process.
+package efs
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	api "github.com/aws/aws-sdk-go-v2/service/efs"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/mounts"
+	"github.com/lariat-net/lariat/pkg/volume/nfs"
+)
+
+// Driver implements volume.Driver. Attach, MountDevice and Expand are not supported, nor GetVolumeName: kubelet's own names serve.
+type Driver struct {
+	volume.Unsupported
+	log     *slog.Logger
+	volumes volume.Journal[record]
+	mounter *nfs.Mounter
+}
+
+var _ volume.Driver = (*Driver)(nil)
+
+// record of a volume that Create was asked for on this host.
+type record struct {
+	Volume      Volume    `json:"volume"`
+	State       string    `json:"state"`                 // creating, ready or deleting
+	FileSystem  string    `json:"fileSystem,omitempty"`  // as it was found or made
+	AccessPoint string    `json:"accessPoint,omitempty"` // likewise
+	Created     bool      `json:"created"`
+	Time        time.Time `json:"time"`
+}
+
+// New makes the driver. Nothing happens before the first call.
+func New(c Config, log *slog.Logger) *Driver {
+	c.StateDir, c.RunDir = cmp.Or(c.StateDir, volume.DefaultStateDir), cmp.Or(c.RunDir, volume.DefaultRunDir)
+	return &Driver{
+		log:     log,
+		volumes: volume.Journal[record]{Dir: filepath.Join(c.StateDir, "efs", "volumes")},
+		mounter: nfs.NewMounter("efs", c.StateDir, c.RunDir, log),
+	}
+}
+
+// Init implements volume.Driver: nobody attaches anything, and nobody walks through a shared file system to change groups.
+func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
+	return volume.Capabilities{}, nil
+}
+
+// Create implements volume.Driver. A creation that ran out of time goes on in AWS, and the next call waits for its end.
+func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, error) {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
+	defer cancel()
+	v, err := Understand(r)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	unlock, err := d.mounter.Locks.Lock(ctx, v.Name, "create")
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	defer unlock()
+	old, known, err := d.volumes.Get(v.Name)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	if known && !old.is(v) {
+		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name, old.Volume, v)
+	}
+	rec := record{Volume: v, State: "creating", FileSystem: v.FileSystem, AccessPoint: v.AccessPoint, Created: old.Created, Time: time.Now().UTC()}
+	if err := d.volumes.Put(v.Name, rec); err != nil {
+		return volume.Reply{}, err
+	}
+	volume.Step("create-journalled")
+	if err := d.provision(ctx, v, &rec); err != nil {
+		if !known && volume.IsFinal(err) { // nobody goes on with it
+			err = errors.Join(err, d.volumes.Remove(v.Name))
+		}
+		return volume.Reply{}, err
+	}
+	rec.State = "ready"
+	if err := d.volumes.Put(v.Name, rec); err != nil {
+		return volume.Reply{}, err
+	}
+	volume.Step("create-recorded")
+	reply := volume.Reply{Options: map[string]string{"name": v.Name, "created": fmt.Sprint(rec.Created), "onRemove": string(v.OnRemove)}}
+	if rec.FileSystem != "" {
+		reply.Options["fsid"] = rec.FileSystem
+	}
+	if v.Folder != nil {
+		reply.Options["accessPointId"] = rec.AccessPoint
+	}
+	if !rec.Created {
+		reply.Message = fmt.Sprintf("volume %s was there already; Lariat did not create it, and will not remove it", v)
+	}
+	return reply, nil
+}
+
+// provision makes what is missing of a volume and notes what there is.
+func (d *Driver) provision(ctx context.Context, v Volume, rec *record) error {
+	if v.Address != "" && v.Folder == nil {
+		return nil // AWS is not to be asked
+	}
+	a, err := open(ctx, v.Region, d.log)
+	if err != nil {
+		return err
+	}
+	fs, err := a.makeFileSystem(ctx, v)
+	if err != nil {
+		return err
+	}
+	rec.FileSystem = *fs.FileSystemId
+	own := v.ours(fs.Tags) && v.Folder == nil && v.AccessPoint == ""
+	if own || len(v.Subnets) > 0 {
+		if err := a.makeMountTargets(ctx, v, rec.FileSystem); err != nil {
+			return err
+		}
+	}
+	switch {
+	case v.Folder != nil:
+		p, err := a.makeAccessPoint(ctx, v)
+		if err != nil {
+			return err
+		}
+		rec.AccessPoint, rec.Created = *p.AccessPointId, true
+	case v.AccessPoint != "":
+		out, err := a.efs.DescribeAccessPoints(ctx, &api.DescribeAccessPointsInput{AccessPointId: &v.AccessPoint})
+		if err != nil {
+			return refused(ctx, err)
+		}
+		if len(out.AccessPoints) == 0 || aws.ToString(out.AccessPoints[0].FileSystemId) != v.FileSystem {
+			return volume.Errorf(volume.ErrInvalid, "access point %s is not one of file system %s", v.AccessPoint, v.FileSystem)
+		}
+	default:
+		rec.Created = own
+	}
+	return nil
+}
+
+// String is for messages.
+func (v Volume) String() string {
+	where := cmp.Or(v.FileSystem, v.Address, "a file system of its own")
+	switch {
+	case v.AccessPoint != "":
+		where += " by access point " + v.AccessPoint
+	case v.Folder != nil:
+		where += ":" + v.Folder.Path + " by an access point of its own"
+	case v.Mount.Path != "/":
+		where += ":" + v.Mount.Path
+	}
+	return where
+}
+
+// is says whether a request means the volume of the record. A file system of its own may be called by its id, too, once it has one.
+func (r record) is(v Volume) bool {
+	o := r.Volume
+	fs := v.FileSystem == o.FileSystem || v.FileSystem == r.FileSystem || v.FileSystem == "" && r.Created
+	region := v.Region == o.Region || v.Region == "" || o.Region == ""
+	return fs && region && v.AccessPoint == o.AccessPoint && v.Address == o.Address && v.Mount.Path == o.Mount.Path && reflect.DeepEqual(v.Folder, o.Folder)
+}
+
+// Delete implements volume.Driver. Without options the journal says where the volume is.
+func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, error) {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
+	defer cancel()
+	v, err := Understand(r)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	unlock, err := d.mounter.Locks.Lock(ctx, v.Name, "delete")
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	defer unlock()
+	rec, known, err := d.volumes.Get(r.Name)
+	if err != nil {
+		return volume.Reply{}, err
+	}
+	if known && v.FileSystem == "" && v.Address == "" {
+		how := rec.Volume.OnRemove
+		if r.Options["onRemove"] != "" {
+			how = v.OnRemove
+		}
+		region := v.Region
+		v = rec.Volume
+		v.OnRemove, v.Region = how, cmp.Or(region, v.Region)
+	}
+	if err := d.unused(func(m nfs.Volume) bool { return m.Name == v.Name }); err != nil {
+		return volume.Reply{}, err
+	}
+	var reply volume.Reply
+	switch {
+	case v.AccessPoint != "", v.Address != "" && v.Folder == nil:
+		reply.Message = fmt.Sprintf("%s is kept: Lariat did not create it", v)
+	case v.OnRemove == Retain && rec.State != "deleting":
+		reply.Message = fmt.Sprintf("%s is kept, as onRemove=retain says", v)
+	default:
+		if reply.Message, err = d.purge(ctx, v, rec, known); err != nil {
+			return reply, err
+		}
+	}
+	volume.Step("delete-done")
+	return reply, d.volumes.Remove(v.Name)
+}
+
+// purge removes what Create made of a volume, and says what it removed or kept.
+func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (string, error) {
+	a, err := open(ctx, v.Region, d.log)
+	if err != nil {
+		return "", err
+	}
+	begin := func() error {
+		if known {
+			rec.State = "deleting"
+			if err := d.volumes.Put(v.Name, rec); err != nil {
+				return err
+			}
+		}
+		volume.Step("delete-journalled")
+		return nil
+	}
+	if v.Folder != nil {
+		p, err := a.accessPoint(ctx, v)
+		if errors.Is(err, volume.ErrNotFound) || err == nil && p == nil {
+			return "", nil
+		}
+		if err != nil {
+			return "", err
+		}
+		id := *p.AccessPointId
+		if err := d.unused(func(m nfs.Volume) bool { return m.ID == v.FileSystem+"/"+id }); err != nil {
+			return "", err
+		}
+		if err := begin(); err != nil {
+			return "", err
+		}
+		if err := a.removeAccessPoint(ctx, v, id); err != nil {
+			return "", err
+		}
+		d.log.Info("removed", "volume", v.Name, "accessPoint", id)
+		return fmt.Sprintf("access point %s is removed; the folder %s and all data in it stay on %s", id, v.Folder.Path, v.FileSystem), nil
+	}
+	fs, err := a.fileSystem(ctx, v)
+	if err != nil || fs == nil {
+		return "", err
+	}
+	id := *fs.FileSystemId
+	if !v.ours(fs.Tags) {
+		return fmt.Sprintf("file system %s is kept: Lariat did not create it for volume %s", id, v.Name), nil
+	}
+	if err := d.unmounted(ctx, a, id); err != nil {
+		return "", err
+	}
+	if err := begin(); err != nil {
+		return "", err
+	}
+	if err := a.removeFileSystem(ctx, v, id); err != nil {
+		return "", err
+	}
+	d.log.Info("removed", "volume", v.Name, "fileSystem", id)
+	return fmt.Sprintf("file system %s is removed, with its mount targets and all data", id), nil
+}
+
+// unused refuses what is mounted on this host.
+func (d *Driver) unused(is func(nfs.Volume) bool) error {
+	mounted, err := d.mounter.Mounted()
+	if err != nil {
+		return err
+	}
+	for dir, m := range mounted {
+		if is(m) {
+			return volume.Errorf(volume.ErrInUse, "volume %s is mounted at %s", m.Name, dir)
+		}
+	}
+	return nil
+}
+
+// unmounted refuses a file system of which anything is mounted on this host, whoever mounted it.
+func (d *Driver) unmounted(ctx context.Context, a *account, fs string) error {
+	if err := d.unused(func(m nfs.Volume) bool { id, _, _ := strings.Cut(m.ID, "/"); return id == fs }); err != nil {
+		return err
+	}
+	name, err := a.dnsName(ctx, fs)
+	if err != nil {
+		return err
+	}
+	hosts := map[string]bool{name: true}
+	targets, err := a.mountTargets(ctx, fs)
+	if err != nil {
+		return err
+	}
+	for _, t := range targets {
+		hosts[address(t)] = true
+	}
+	table, err := mounts.Read()
+	if err != nil {
+		return err
+	}
+	for _, m := range table {
+		if host, _, ok := strings.Cut(m.Source, ":/"); ok && strings.HasPrefix(m.FSType, "nfs") && hosts[strings.Trim(host, "[]")] {
+			return volume.Errorf(volume.ErrInUse, "file system %s is mounted at %s", fs, m.Point)
+		}
+	}
+	return nil
+}
+
+// Mount implements volume.Driver. It makes nothing in AWS.
+func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) error {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
+	defer cancel()
+	v, err := Understand(r)
+	if err != nil {
+		return err
+	}
+	if v.TLS && mounts.Program("mount.efs") == "" {
+		return fmt.Errorf("volume %s: TLS, which access points and iam need, is done by mount.efs, and that is not installed: install the package amazon-efs-utils", v.Name)
+	}
+	m, err := d.source(ctx, v)
+	if err != nil {
+		return err
+	}
+	err = d.mounter.Mount(ctx, dir, m, r.Pod, nil)
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		err = fmt.Errorf("%w; do the mount target's security groups let this instance in, TCP port 2049?", err)
+	}
+	return err
+}
+
+// source is a volume as NFS is to mount it.
+func (d *Driver) source(ctx context.Context, v Volume) (nfs.Volume, error) {
+	m, fs, point := v.Mount, v.FileSystem, v.AccessPoint
+	m.Host = v.Address
+	if m.Host == "" || v.Folder != nil {
+		a, err := open(ctx, v.Region, d.log)
+		if err != nil {
+			return m, err
+		}
+		if v.Folder != nil {
+			p, err := a.accessPoint(ctx, v)
+			if err == nil && p == nil {
+				err = volume.Errorf(volume.ErrNotFound, "volume %s has no access point on %s: create makes it", v.Name, fs)
+			}
+			if err != nil {
+				return m, err
+			}
+			point = *p.AccessPointId
+		}
+		if fs == "" {
+			found, err := a.fileSystem(ctx, v)
+			if err == nil && found == nil {
+				err = volume.Errorf(volume.ErrNotFound, "volume %s has no file system in %s: create makes it", v.Name, a.Config.Region)
+			}
+			if err != nil {
+				return m, err
+			}
+			fs = *found.FileSystemId
+		}
+		if m.Host == "" {
+			if m.Host, err = a.server(ctx, fs); err != nil {
+				return m, err
+			}
+		}
+	}
+	m.ID = fs
+	if point != "" {
+		m.ID += "/" + point
+	}
+	if v.TLS {
+		m.Through = v.through(m, fs, point)
+	}
+	return m, nil
+}
+
+// through is how the program of amazon-efs-utils is called.
+func (v Volume) through(m nfs.Volume, fs, point string) *nfs.Through {
+	options := append([]string{"tls"}, m.Options...)
+	if v.IAM {
+		options = append(options, "iam")
+	}
+	if point != "" {
+		options = append(options, "accesspoint="+point)
+	}
+	if v.Region != "" {
+		options = append(options, "region="+v.Region)
+	}
+	if _, err := netip.ParseAddr(m.Host); err == nil {
+		options = append(options, "mounttargetip="+m.Host)
+	}
+	return &nfs.Through{FSType: "efs", Source: fs + ":" + m.Path, Options: options}
+}
+
+// Unmount implements volume.Driver. The proxy of a mount with TLS is ended by amazon-efs-utils' own watchdog.
+func (d *Driver) Unmount(ctx context.Context, dir string) error { return d.mounter.Unmount(ctx, dir) }

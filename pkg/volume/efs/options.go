@@ -1,0 +1,301 @@
+package efs
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"net/netip"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/cloud"
+	"github.com/lariat-net/lariat/pkg/volume/nfs"
+)
+
+// Options of a volume, as users write them.
+type Options struct {
+	Region string `option:"region"`
+	FSID   string `option:"fsid"`
+	Export string `option:"export"`
+
+	AccessPoint    string `option:"accessPoint"`
+	BasePath       string `option:"basePath"`
+	UID            int64  `option:"uid"`
+	GID            int64  `option:"gid"`
+	DirectoryPerms string `option:"directoryPerms"`
+
+	Subnets        string `option:"subnets"`
+	SecurityGroups string `option:"securityGroups"`
+
+	PerformanceMode       string `option:"performanceMode"`
+	ThroughputMode        string `option:"throughputMode"`
+	ProvisionedThroughput int64  `option:"provisionedThroughput"`
+	Encrypted             Switch `option:"encrypted"`
+	KMSKeyID              string `option:"kmsKeyId"`
+	Tags                  string `option:"tags"`
+
+	TLS           Switch     `option:"tls"`
+	IAM           bool       `option:"iam"`
+	MountTargetIP string     `option:"mountTargetIp"`
+	MntOptions    string     `option:"mntOptions"`
+	OnRemove      OnRemove   `option:"onRemove"`
+	OnHang        nfs.OnHang `option:"onHang"`
+	ReadOnly      bool       `option:"readOnly"`
+	FSGroup       int64      `option:"fsGroup"`
+}
+
+// told are what Create's reply says beside fsid, and what Rancher's daemon gives back at each later call. What was created is known by tags, not by these.
+var told = []string{"created", "name", "accessPointId", "mountTargetId", "mountTargetSGID"}
+
+// Switch is a bool that may not have been said.
+type Switch string
+
+// UnmarshalText takes what a bool does.
+func (s *Switch) UnmarshalText(text []byte) error {
+	switch strings.ToLower(string(text)) {
+	case "1", "yes":
+		text = []byte("true")
+	case "0", "no":
+		text = []byte("false")
+	}
+	return volume.OneOf(s, []byte(strings.ToLower(string(text))), "true", "false")
+}
+
+// OnRemove is what Delete does with what Create made.
+type OnRemove string
+
+// The two.
+const (
+	Retain OnRemove = "retain"
+	Purge  OnRemove = "purge"
+)
+
+// UnmarshalText refuses other words.
+func (o *OnRemove) UnmarshalText(text []byte) error { return volume.OneOf(o, text, Retain, Purge) }
+
+// Config is where the driver keeps what it must remember. All else is a volume's, or AWS's own configuration.
+type Config struct {
+	StateDir string // "": volume.DefaultStateDir
+	RunDir   string // "": volume.DefaultRunDir
+}
+
+// Environment are the variables that FromEnvironment and the SDK read, with what they mean.
+var Environment = append(slices.Clone(cloud.Environment),
+	[2]string{"LARIAT_STATE_DIR", "where the journal is; default " + volume.DefaultStateDir},
+	[2]string{"LARIAT_RUN_DIR", "where locks are; default " + volume.DefaultRunDir},
+)
+
+// FromEnvironment reads the configuration.
+func FromEnvironment(getenv func(string) string) Config {
+	return Config{StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
+}
+
+// Volume is a request understood.
+type Volume struct {
+	Name        string     `json:"name"`
+	Region      string     `json:"region,omitempty"`      // "": what AWS's configuration or the instance says
+	FileSystem  string     `json:"fileSystem,omitempty"`  // "": its own
+	AccessPoint string     `json:"accessPoint,omitempty"` // one that exists
+	Folder      *Folder    `json:"folder,omitempty"`      // an access point of its own
+	Address     string     `json:"address,omitempty"`     // of the mount target, if AWS is not to be asked for it
+	Subnets     []string   `json:"subnets,omitempty"`     // sorted; empty: the instance's, if the file system is its own
+	Groups      []string   `json:"groups,omitempty"`      // likewise
+	Make        Make       `json:"make,omitzero"`
+	TLS         bool       `json:"tls,omitempty"`
+	IAM         bool       `json:"iam,omitempty"`
+	OnRemove    OnRemove   `json:"onRemove"`
+	Tags        []Tag      `json:"tags,omitempty"` // sorted
+	Mount       nfs.Volume `json:"mount"`          // without host and ID
+}
+
+// Folder is what an access point of a volume's own leads to.
+type Folder struct {
+	Path  string `json:"path"`
+	UID   *int64 `json:"uid,omitempty"` // who all clients are, with GID; nil: who they are themselves
+	GID   *int64 `json:"gid,omitempty"`
+	Perms string `json:"perms"` // octal
+}
+
+// Make is how a file system is to be made. Zero values are AWS's choice, except that Encrypted is true then.
+type Make struct {
+	PerformanceMode string `json:"performanceMode,omitempty"`
+	ThroughputMode  string `json:"throughputMode,omitempty"`
+	Throughput      int64  `json:"throughput,omitempty"` // MiB/s
+	Encrypted       Switch `json:"encrypted,omitempty"`
+	KMSKey          string `json:"kmsKey,omitempty"`
+}
+
+// Tag of AWS.
+type Tag struct{ Key, Value string }
+
+// recommended are the mount options that AWS asks for.
+var recommended = []string{"nfsvers=4.1", "rsize=1048576", "wsize=1048576", "hard", "timeo=600", "retrans=2", "noresvport"}
+
+var (
+	fileSystemID  = regexp.MustCompile(`^fs-([0-9a-f]{8}|[0-9a-f]{17})$`)
+	accessPointID = regexp.MustCompile(`^fsap-([0-9a-f]{8}|[0-9a-f]{17})$`)
+	subnetID      = regexp.MustCompile(`^subnet-[0-9a-z]{1,32}$`)
+	groupID       = regexp.MustCompile(`^sg-[0-9a-z]{1,32}$`)
+	regionName    = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$`)
+	permissions   = regexp.MustCompile(`^[0-7]{3,4}$`)
+	keyID         = regexp.MustCompile(`^[A-Za-z0-9:/_-]+$`)
+)
+
+// Understand reads a request. It reads nothing else, and is where all input is checked.
+func Understand(r volume.Request) (Volume, error) {
+	if err := volume.CheckName(r.Name); err != nil {
+		return Volume{}, err
+	}
+	o := Options{Export: "/", UID: -1, GID: -1, OnRemove: Retain, OnHang: nfs.Force, FSGroup: -1}
+	if err := volume.Decode(r.Options, &o, told...); err != nil {
+		return Volume{}, err
+	}
+	v := Volume{Name: r.Name, Region: o.Region, FileSystem: o.FSID, AccessPoint: o.AccessPoint, Address: o.MountTargetIP, IAM: o.IAM, OnRemove: o.OnRemove,
+		Make:  Make{o.PerformanceMode, o.ThroughputMode, o.ProvisionedThroughput, o.Encrypted, o.KMSKeyID},
+		Mount: nfs.Volume{Name: r.Name, Path: o.Export, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly, FSGroup: r.FSGroup}}
+	bad := func(format string, args ...any) (Volume, error) {
+		return v, volume.Errorf(volume.ErrInvalid, "volume "+v.Name+": "+format, args...)
+	}
+	for _, c := range []struct {
+		option, value string
+		form          *regexp.Regexp
+	}{
+		{"region", o.Region, regionName}, {"fsid", o.FSID, fileSystemID}, {"accessPoint", o.AccessPoint, accessPointID},
+		{"directoryPerms", o.DirectoryPerms, permissions}, {"kmsKeyId", o.KMSKeyID, keyID},
+	} {
+		if c.value != "" && !c.form.MatchString(c.value) {
+			return bad("%s %s is none", c.option, volume.Excerpt(c.value))
+		}
+	}
+	if err := nfs.CheckPath("export", o.Export); err != nil {
+		return v, err
+	}
+	var err error
+	if v.Subnets, err = ids("subnets", o.Subnets, subnetID); err != nil {
+		return v, err
+	}
+	if v.Groups, err = ids("securityGroups", o.SecurityGroups, groupID); err != nil {
+		return v, err
+	}
+	if v.Tags, err = tags(o.Tags); err != nil {
+		return v, err
+	}
+	if o.MountTargetIP != "" {
+		a, err := netip.ParseAddr(o.MountTargetIP)
+		if err != nil || a.Zone() != "" {
+			return bad("mountTargetIp %s is no address", volume.Excerpt(o.MountTargetIP))
+		}
+		v.Address = a.Unmap().String()
+	}
+	points := o.AccessPoint != "" || o.BasePath != ""
+	v.TLS = o.TLS == "true" || o.TLS == "" && (points || o.IAM)
+	switch {
+	case o.AccessPoint != "" && o.BasePath != "":
+		return bad("accessPoint and basePath exclude each other: basePath is for an access point that Lariat makes")
+	case points && o.FSID == "":
+		return bad("an access point is one of a file system: fsid is missing")
+	case points && !v.TLS:
+		return bad("AWS lets nobody through an access point without TLS: tls=false cannot be")
+	case o.IAM && !v.TLS:
+		return bad("iam needs tls: who one is, is in the certificate of TLS")
+	case v.TLS && o.MountTargetIP != "" && o.FSID == "":
+		return bad("tls needs fsid")
+	case o.BasePath == "" && (o.UID >= 0 || o.GID >= 0 || o.DirectoryPerms != ""):
+		return bad("uid, gid and directoryPerms are those of a folder that is made, below basePath")
+	case (o.UID >= 0) != (o.GID >= 0):
+		return bad("uid and gid belong together")
+	case o.UID > 1<<32-1 || o.GID > 1<<32-1 || o.FSGroup > 1<<32-1:
+		return bad("a user or group beyond 32 bits")
+	case o.ProvisionedThroughput < 0, (o.ThroughputMode == "provisioned") != (o.ProvisionedThroughput > 0):
+		return bad("throughputMode=provisioned and provisionedThroughput, in MiB/s, belong together")
+	case o.KMSKeyID != "" && o.Encrypted == "false":
+		return bad("kmsKeyId and encrypted=false contradict each other")
+	}
+	if o.PerformanceMode != "" {
+		if err := volume.OneOf(&v.Make.PerformanceMode, []byte(o.PerformanceMode), "generalPurpose", "maxIO"); err != nil {
+			return bad("performanceMode: %w", err)
+		}
+	}
+	if o.ThroughputMode != "" {
+		if err := volume.OneOf(&v.Make.ThroughputMode, []byte(o.ThroughputMode), "bursting", "elastic", "provisioned"); err != nil {
+			return bad("throughputMode: %w", err)
+		}
+	}
+	if o.BasePath != "" {
+		if err := nfs.CheckPath("basePath", o.BasePath); err != nil {
+			return v, err
+		}
+		f := Folder{Path: path.Join(o.BasePath, v.Name), Perms: "0755"}
+		// AWS's own limits.
+		if len(f.Path) > 100 || strings.Count(f.Path, "/") > 4 {
+			return bad("AWS takes access points of at most 100 octets and four folders, and %s is longer", f.Path)
+		}
+		if o.DirectoryPerms != "" {
+			f.Perms = o.DirectoryPerms
+		}
+		if o.UID >= 0 {
+			f.UID, f.GID = &o.UID, &o.GID
+		}
+		v.Folder = &f
+	}
+	if o.FSGroup >= 0 {
+		v.Mount.FSGroup = &o.FSGroup
+	}
+	if o.FSID != "" || o.MountTargetIP != "" {
+		v.Mount.FSGroup = nil // somebody else's folder
+	}
+	if err := v.Mount.SetOptions(recommended, o.MntOptions); err != nil {
+		return v, err
+	}
+	for _, m := range v.Mount.Options {
+		key, value, _ := strings.Cut(m, "=")
+		switch {
+		case (key == "vers" || key == "nfsvers") && value != "4.1" && value != "4.0" && value != "4":
+			return bad("mntOptions: EFS speaks NFS 4.0 and 4.1, not %s", value)
+		case key == "udp", key == "proto" && !strings.HasPrefix(value, "tcp"), key == "sec" && value != "sys":
+			return bad("mntOptions: EFS does not speak %s", m)
+		}
+	}
+	return v, nil
+}
+
+func ids(option, text string, form *regexp.Regexp) (all []string, err error) {
+	for _, id := range strings.FieldsFunc(text, func(r rune) bool { return r == ',' || r == ' ' }) {
+		if !form.MatchString(id) {
+			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s is no id", option, volume.Excerpt(id))
+		}
+		all = append(all, id)
+	}
+	slices.Sort(all)
+	return slices.Compact(all), nil
+}
+
+// tags reads key=value, with commas. What is ours and AWS's own cannot be set.
+func tags(text string) (all []Tag, err error) {
+	for _, t := range strings.Split(text, ",") {
+		if t = strings.TrimSpace(t); t == "" {
+			continue
+		}
+		key, value, has := strings.Cut(t, "=")
+		if !has || key == "" || len(key) > 128 || len(value) > 256 || strings.HasPrefix(key, "aws:") || strings.HasPrefix(key, "lariat:") || key == "Name" {
+			return nil, volume.Errorf(volume.ErrInvalid, "tags: %s is no key=value, or its key is not a user's", volume.Excerpt(t))
+		}
+		if slices.ContainsFunc(all, func(o Tag) bool { return o.Key == key }) {
+			return nil, volume.Errorf(volume.ErrInvalid, "tags: %s is there twice", volume.Excerpt(key))
+		}
+		all = append(all, Tag{key, value})
+	}
+	slices.SortFunc(all, func(a, b Tag) int { return strings.Compare(a.Key, b.Key) })
+	return all, nil
+}
+
+// token is what AWS knows a volume's own file system or access point by: the same call again is the same thing. AWS takes 64 octets.
+func (v Volume) token() string {
+	if v.FileSystem != "" && v.Folder == nil {
+		return ""
+	}
+	sum := sha256.Sum256([]byte(v.FileSystem + "/" + v.Name))
+	return "lariat-" + hex.EncodeToString(sum[:16])
+}

@@ -1,0 +1,275 @@
+package nfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/mounts"
+)
+
+// Mounter brings volumes to folders of this host by NFS, and takes them away again. Each driver whose volumes are mounted by NFS has one.
+type Mounter struct {
+	Locks volume.Locks // of volumes, by name, and of folders
+
+	mounts volume.Journal[mountRecord]
+	log    *slog.Logger
+}
+
+// mountRecord says what was mounted at a folder. It is written before the mount and removed after it is gone.
+type mountRecord struct {
+	Volume Volume    `json:"volume"`
+	BootID string    `json:"bootID"`
+	Pod    string    `json:"pod,omitempty"`
+	Time   time.Time `json:"time"`
+}
+
+// NewMounter makes the mounter of a driver, with a journal and locks of its own.
+func NewMounter(driver, stateDir, runDir string, log *slog.Logger) *Mounter {
+	return &Mounter{
+		Locks:  volume.Locks{Dir: filepath.Join(runDir, driver)},
+		mounts: volume.Journal[mountRecord]{Dir: filepath.Join(stateDir, driver, "mounts")},
+		log:    log,
+	}
+}
+
+// Mount makes a volume appear at a folder, as volume.Driver's does. If it fails and missing is not nil, that is asked to make what may be missing
+// on the server; if it made something, the mount is tried again.
+func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Pod, missing func(context.Context) (made bool, err error)) error {
+	dir, err := mounts.Resolve(dir)
+	if err != nil {
+		return err
+	}
+	unlockVolume, err := m.Locks.Lock(ctx, v.Name, "mount")
+	if err != nil {
+		return err
+	}
+	defer unlockVolume()
+	unlock, err := m.Locks.Lock(ctx, dir, "mount")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+
+	rec := mountRecord{Volume: v, BootID: volume.BootID(), Pod: strings.Trim(pod.Namespace+"/"+pod.Name, "/"), Time: time.Now().UTC()}
+	shown, err := m.shown(dir, v)
+	if err != nil {
+		return err
+	}
+	if shown != nil {
+		rec.Volume.Host, rec.Volume.Through = shown.Host, shown.Through
+		return m.mounts.Put(dir, rec)
+	}
+	addr, err := v.reach(ctx)
+	if err != nil {
+		return err
+	}
+	if err := m.mounts.Put(dir, rec); err != nil {
+		return err
+	}
+	volume.Step("mount-journalled")
+	s := v.spec(dir, addr)
+	within, cancelMount := before(ctx)
+	defer cancelMount()
+	err = mounts.Mount(within, s)
+	if err != nil && missing != nil && ctx.Err() == nil && within.Err() == nil {
+		// mount.nfs has one exit status for everything, so look.
+		if made, merr := missing(ctx); merr == nil && made {
+			err = mounts.Mount(within, s)
+		} else if errors.Is(merr, volume.ErrInUse) || errors.Is(merr, volume.ErrConflict) {
+			err = merr
+		}
+	}
+	volume.Step("mounted")
+	if errors.Is(err, context.DeadlineExceeded) {
+		// Maybe it was just in time. The table knows.
+		if t, terr := mounts.Read(); terr == nil && len(t.At(dir)) == 1 && t.At(dir)[0].Source == v.Source() {
+			err = nil
+		}
+	}
+	if err != nil {
+		err = explain(ctx, fmt.Sprintf("mount %s at %s", s.Source, dir), err)
+		// A mount whose end nobody saw stays on record.
+		if t, terr := mounts.Read(); terr == nil && len(t.At(dir)) == 0 {
+			err = errors.Join(err, m.mounts.Remove(dir))
+		}
+		return err
+	}
+	if v.FSGroup != nil && !v.ReadOnly {
+		// A server that maps root to nobody refuses that, and kubelet would ignore it: so do we, aloud.
+		if _, err := setGroup(within, groupArgs{dir, *v.FSGroup}); err != nil {
+			m.log.Warn("fsGroup not set", "volume", v.Name, "group", *v.FSGroup, "error", err)
+		}
+	}
+	m.log.Info("mounted", "volume", v.Name, "source", s.Source, "dir", dir, "pod", rec.Pod)
+	m.prune()
+	return nil
+}
+
+// shown is the volume, as it was mounted, if the mount table shows it and nothing else at a folder; nil if there is nothing. All else is an ErrConflict.
+func (m *Mounter) shown(dir string, v Volume) (*Volume, error) {
+	table, err := mounts.Read()
+	if err != nil {
+		return nil, err
+	}
+	stack := table.At(dir)
+	if len(stack) == 0 {
+		return nil, nil
+	}
+	rec, _, err := m.mounts.Get(dir)
+	if err != nil {
+		return nil, err
+	}
+	// The path, not the device: all mounts of one server may have the same device number.
+	top := stack[len(stack)-1]
+	if len(stack) == 1 && isNFS(top) && top.ReadOnly() == v.ReadOnly {
+		if v.Through == nil && top.Source == v.Source() {
+			return &v, nil
+		}
+		if was := rec.Volume; v.ID != "" && was.ID == v.ID && was.Path == v.Path && top.Source == was.Source() {
+			return &was, nil
+		}
+	}
+	return nil, volume.Errorf(volume.ErrConflict, "%s is mounted at %s already (%s, %s); %s would hide it", top.Source, dir, top.FSType, top.Options, v)
+}
+
+// prune drops records of mounts that went with an earlier boot.
+func (m *Mounter) prune() {
+	all, err := m.mounts.List()
+	if err != nil {
+		m.log.Warn("journal not pruned", "error", err)
+		return
+	}
+	boot := volume.BootID()
+	for dir, rec := range all {
+		if rec.BootID != boot {
+			if err := m.mounts.Remove(dir); err != nil {
+				m.log.Warn("journal not pruned", "dir", dir, "error", err)
+			}
+		}
+	}
+}
+
+func isNFS(m mounts.Entry) bool { return m.FSType == "nfs" || m.FSType == "nfs4" }
+
+// deepest is how many mounts at one folder are taken away. More are nobody's accident.
+const deepest = 8
+
+// Unmount takes away what is mounted by NFS at a folder, as volume.Driver's does.
+func (m *Mounter) Unmount(ctx context.Context, dir string) error {
+	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
+	defer cancel()
+	dir, err := mounts.Resolve(dir)
+	if err != nil {
+		return err
+	}
+	unlock, err := m.Locks.Lock(ctx, dir, "unmount")
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	rec, _, err := m.mounts.Get(dir)
+	if err != nil {
+		return err
+	}
+	within, cancelUnmount := before(ctx)
+	defer cancelUnmount()
+	for range deepest {
+		table, err := mounts.Read()
+		if err != nil {
+			return err
+		}
+		stack := table.At(dir)
+		if len(stack) == 0 {
+			volume.Step("unmount-proven")
+			return m.mounts.Remove(dir)
+		}
+		top := stack[len(stack)-1]
+		if !isNFS(top) {
+			return volume.Errorf(volume.ErrConflict, "at %s is %s (%s), which is not an NFS volume: it is left alone", dir, top.Source, top.FSType)
+		}
+		how, err := mounts.Unmount(within, dir, mounts.Policy{Remote: true, Lazy: rec.Volume.OnHang == Lazy})
+		if err != nil {
+			return fmt.Errorf("unmount %s: %w", top.Source, err)
+		}
+		m.log.Info("unmounted", "source", top.Source, "dir", dir, "how", how)
+	}
+	return fmt.Errorf("unmount %s: more than %d mounts are there", dir, deepest)
+}
+
+// Mounted lists what this host has mounted, by folder, of what the journal knows and the mount table shows.
+func (m *Mounter) Mounted() (map[string]Volume, error) {
+	all, err := m.mounts.List()
+	if err != nil {
+		return nil, err
+	}
+	table, err := mounts.Read()
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]Volume{}
+	for dir, rec := range all {
+		for _, e := range table.At(dir) {
+			if e.Source == rec.Volume.Source() {
+				found[dir] = rec.Volume
+			}
+		}
+	}
+	return found, nil
+}
+
+// before ends a while before the caller's own deadline, so that there is time left to say why.
+func before(ctx context.Context) (context.Context, context.CancelFunc) {
+	end, _ := ctx.Deadline()
+	left := time.Until(end)
+	left -= min(left/5, 3*time.Second)
+	return context.WithTimeoutCause(ctx, left, volume.Timeout(left))
+}
+
+// reach finds out in a few seconds what mount.nfs would try for minutes and then not say: whether there is a server at all. It returns the
+// server's address. A server that does not answer is a context.DeadlineExceeded.
+func (v Volume) reach(ctx context.Context) (string, error) {
+	end, _ := ctx.Deadline()
+	ctx, cancel := context.WithTimeout(ctx, min(time.Until(end)/3, 5*time.Second))
+	defer cancel()
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", v.Host)
+	if err != nil {
+		return "", fmt.Errorf("NFS server %s: its name has no address: %w", v.Host, err)
+	}
+	to := v.dialed()
+	if to == "" {
+		return addrs[0].Unmap().String(), nil
+	}
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", to)
+	switch {
+	case err == nil:
+		defer conn.Close()
+		host, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
+		return host, nil
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "", fmt.Errorf("NFS server %s refuses connections: is nfsd running there?", to)
+	case errors.Is(err, context.DeadlineExceeded), isTimeout(err):
+		return "", volume.Errorf(context.DeadlineExceeded, "NFS server %s does not answer: is the host up, and no firewall between?", to)
+	}
+	return "", fmt.Errorf("NFS server %s: %w", to, err)
+}
+
+func isTimeout(err error) bool {
+	var n net.Error
+	return errors.As(err, &n) && n.Timeout()
+}
+
+// explain says what a child that was cut off waited for.
+func explain(ctx context.Context, what string, err error) error {
+	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
+		return fmt.Errorf("%s: the NFS server accepts connections and does not answer: %w", what, err)
+	}
+	return fmt.Errorf("%s: %w", what, err)
+}
