@@ -2,6 +2,9 @@ package kubelet_test
 
 import (
 	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 
@@ -12,7 +15,6 @@ import (
 // driver is one of ours, and what stands behind it here.
 type driver struct {
 	name string
-	env  []string // of the driver's processes
 	// attaches says that volumes are attached to the node before they are mounted.
 	attaches bool
 	// volume are the options of a volume of that name.
@@ -39,12 +41,33 @@ func nfs(t *testing.T) driver {
 	}
 }
 
-// ebs is on an instance that has the node's name. EC2 is an emulator, and its volumes are NVMe drives of the guest.
-func ebs(t *testing.T) driver {
-	ec2 := fakeaws.New(t, fakeaws.Options{Devices: fakeaws.NewNvmet(t, t.TempDir())})
-	instance := ec2.AddInstance(fakeaws.Instance{Nitro: true, PrivateDNSName: nodeName})
+// aws is an emulator with one instance, which has the node's name, and the environment of processes there.
+func aws(t *testing.T) (*fakeaws.Cloud, []string) {
+	c := fakeaws.New(t, fakeaws.Options{Devices: fakeaws.NewNvmet(t, t.TempDir())})
+	c.MountTargetAddress(func(string) netip.Addr { return netip.MustParseAddr(nfsd.Server) })
+	return c, c.Env(c.AddInstance(fakeaws.Instance{Nitro: true, PrivateDNSName: nodeName}).ID)
+}
+
+// efs has a file system for each volume. All are the guest's export.
+func efs(t *testing.T, env []string) driver {
+	nfsd.Serve(t)
 	return driver{
-		name: "ebs", env: ec2.Env(instance.ID), attaches: true,
+		name: "efs",
+		volume: func(name string) map[string]string {
+			call(t, env, "efs", "create", `{"name":"`+name+`"}`) // kubelet has no verb for it
+			return map[string]string{"name": name, "export": nfsd.Export}
+		},
+		source: func(string) string { return nfsd.Server + ":" + nfsd.Export },
+		folder: func(string) string { return nfsd.Export },
+		wrong:  "exports", words: "did you mean",
+		idle: func() error { return empty("/var/lib/lariat/volumes/efs/mounts/*", "/run/lariat/volumes/efs/*") },
+	}
+}
+
+// ebs has NVMe drives of the guest.
+func ebs(ec2 *fakeaws.Cloud) driver {
+	return driver{
+		name: "ebs", attaches: true,
 		volume: func(name string) map[string]string { return map[string]string{"name": name, "size": "1"} },
 		source: func(string) string { return "/dev/nvme" },
 		wrong:  "volumeTyp", words: "did you mean",
@@ -56,6 +79,16 @@ func ebs(t *testing.T) driver {
 			}
 			return empty("/var/lib/lariat/volumes/ebs/mounts/*", "/run/lariat/volumes/ebs/*")
 		},
+	}
+}
+
+// call calls a driver as a person does, or a controller.
+func call(t *testing.T, env []string, driver string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(filepath.Join(os.Getenv("LARIAT_BIN"), driver), args...)
+	cmd.Env = append(os.Environ(), env...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%s %v: %v: %s", driver, args, err, out)
 	}
 }
 

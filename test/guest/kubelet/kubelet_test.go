@@ -19,8 +19,9 @@ func TestF156Kubelet(t *testing.T) {
 	if !guest.Inside() {
 		t.Skip("needs a kubelet, which make acceptance builds")
 	}
-	drivers := []driver{nfs(t), ebs(t)}
-	n := newNode(t, drivers)
+	cloud, env := aws(t)
+	drivers := []driver{nfs(t), efs(t, env), ebs(cloud)}
+	n := newNode(t, env, drivers)
 	for _, d := range drivers {
 		for _, tc := range []struct {
 			name string
@@ -112,6 +113,10 @@ func kubeletKilled(t *testing.T, n *node, d driver) {
 	}
 	n.start(t)
 	running.gone(t)
+	if d.attaches {
+		// After a restart only a node's status in an API server tells kubelet what is attached. In a cluster it is the controller that detaches.
+		call(t, n.env, d.name, "detach", volumeName, nodeName)
+	}
 }
 
 // What the driver says of a wrong option is in the event that kubelet makes of it. Nothing is mounted, and the pod can go.

@@ -108,10 +108,10 @@ type daemon struct {
 	done chan struct{} // closed when it ended
 }
 
-// newNode starts containerd and kubelet with the drivers. It is one for all tests: the emulated machine takes its time.
-func newNode(t *testing.T, drivers []driver) *node {
+// newNode starts containerd and kubelet with the drivers, whose environment is kubelet's. It is one for all tests: the emulated machine takes its time.
+func newNode(t *testing.T, env []string, drivers []driver) *node {
 	t.Helper()
-	n := &node{env: append(os.Environ(), "PATH="+workDir(t)+"/programs:"+os.Getenv("PATH"))}
+	n := &node{env: append(append(os.Environ(), "PATH="+workDir(t)+"/programs:"+os.Getenv("PATH")), env...)}
 	for _, dir := range []string{manifests, "/etc/containerd"} {
 		must(t, os.MkdirAll(dir, 0o755))
 	}
@@ -121,7 +121,6 @@ func newNode(t *testing.T, drivers []driver) *node {
 	must(t, os.Symlink(guest.Out(), "/var/log/lariat"))
 	for _, d := range drivers {
 		install(t, d.name)
-		n.env = append(n.env, d.env...)
 	}
 
 	containerd := n.run(t, "containerd")
@@ -158,10 +157,7 @@ func install(t *testing.T, driver string) {
 	must(t, os.MkdirAll(dir, 0o755))
 	must(t, os.WriteFile(dir+"/.new", program, 0o755))
 	must(t, os.Rename(dir+"/.new", filepath.Join(dir, driver)))
-	// kubelet would only log that it cannot use it.
-	if out, err := exec.Command(filepath.Join(dir, driver), "init").CombinedOutput(); err != nil {
-		t.Fatalf("%s init: %v: %s", driver, err, out)
-	}
+	call(t, nil, driver, "init") // kubelet would only log that it cannot use it
 }
 
 // run starts one of the programs. Its log comes out of the guest when a test fails.
