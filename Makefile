@@ -59,6 +59,10 @@ peers: ## the reference CNI plugins that tests and bench compare with, into bin/
 test: deps build peers ## vet, unit tests (race detector), integration: what CI runs
 	@hack/test
 
+.PHONY: acceptance
+acceptance: deps build ## a real kubelet and the volume drivers; the first call builds it from its published modules: ten minutes
+	@hack/acceptance
+
 # CMD is the guest's shell's to expand, not make's.
 override CMD := $(value CMD)
 export CMD

@@ -84,6 +84,7 @@ type Capabilities struct {
 type Request struct {
 	// Name of the volume as the orchestrator knows it. Doors pass it as it came, and drivers check it: see CheckName.
 	Name     string
+	DetachAs string            // what Detach will call it; "": Name. kubelet keeps to its own name when the user gives another
 	Options  map[string]string // the driver's own, as the user wrote them; see Decode
 	ReadOnly bool
 	FSType   string            // "": the driver's choice

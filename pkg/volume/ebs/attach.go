@@ -50,9 +50,9 @@ func (d *Driver) attach(ctx context.Context, r *region, v Volume, node string) (
 	if err != nil {
 		return nil, "", err
 	}
-	if !d.ours(f, v.Name) && f.tags[tagAttachedAs] != v.Name {
-		// Detach gets nothing but the name, and maybe on another host.
-		if err := r.tag(ctx, f.id(), tagAttachedAs, v.Name); err != nil {
+	if d.called(f) != v.DetachAs {
+		// Detach gets nothing but this, and maybe on another host.
+		if err := r.tag(ctx, f.id(), tagAttachedAs, v.DetachAs); err != nil {
 			return nil, "", err
 		}
 	}
@@ -258,7 +258,7 @@ func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	if err != nil {
 		return err
 	}
-	f, err := d.named(within, r, name, id, rec)
+	f, err := d.named(within, r, name, id, node, rec)
 	if err == nil && f != nil {
 		err = d.detach(within, r, f, node)
 	}
@@ -269,14 +269,44 @@ func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	if rec.Deleting {
 		return nil // that is not done yet
 	}
+	if f != nil && d.ours(f, f.tags[tagVolume]) && f.tags[tagVolume] != name {
+		if err := d.volumes.Remove(f.tags[tagVolume]); err != nil {
+			return err
+		}
+	}
 	return d.volumes.Remove(name)
 }
 
-// named is the volume that Detach was told: by its id, by this host's record, by the device that AWS gave it here, or by its tags.
-func (d *Driver) named(ctx context.Context, r *region, name, id string, rec record) (*found, error) {
-	if id == "" {
-		id = rec.ID
+// called is what Detach will call a volume: as Attach was told last, or by the name under which Create made it.
+func (d *Driver) called(f *found) string {
+	if as := f.tags[tagAttachedAs]; as != "" {
+		return as
 	}
+	if f.tags[tagCluster] == d.config.Cluster {
+		return f.tags[tagVolume]
+	}
+	return ""
+}
+
+// has is the volume that an instance has under a name of Detach's, or nil. Other instances may have others under the same: two pods can call theirs "data".
+func (d *Driver) has(ctx context.Context, r *region, instance, name string) (*found, error) {
+	pages := ec2.NewDescribeVolumesPaginator(r.ec2, &ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("attachment.instance-id"), Values: []string{instance}}}})
+	for pages.HasMorePages() {
+		page, err := pages.NextPage(ctx)
+		if err != nil {
+			return nil, cloud.Explain(ctx, err)
+		}
+		for _, v := range page.Volumes {
+			if f := newFound(v); d.called(f) == name {
+				return f, nil
+			}
+		}
+	}
+	return nil, nil
+}
+
+// named is the volume that Detach was told: by its id, by the device that AWS gave it here, by what the node has under the name, by this host's record, or by its tags.
+func (d *Driver) named(ctx context.Context, r *region, name, id, node string, rec record) (*found, error) {
 	if strings.HasPrefix(name, "/dev/") {
 		self, err := r.instance(ctx, "")
 		if err != nil {
@@ -295,15 +325,24 @@ func (d *Driver) named(ctx context.Context, r *region, name, id string, rec reco
 			return nil, nil
 		}
 	}
+	if id == "" {
+		instance, err := r.instance(ctx, node)
+		if err != nil && !errors.Is(err, errNoInstance) {
+			return nil, err
+		}
+		if err == nil {
+			if f, err := d.has(ctx, r, instance, name); err != nil || f != nil {
+				return f, err
+			}
+		}
+		id = rec.ID
+	}
 	if id != "" {
 		if f, err := r.describe(ctx, id); err != nil || f != nil {
 			return f, err
 		}
 	}
-	if f, err := d.tagged(ctx, r, tagVolume, name); err != nil || f != nil {
-		return f, err
-	}
-	return d.tagged(ctx, r, tagAttachedAs, name)
+	return d.tagged(ctx, r, tagVolume, name)
 }
 
 // detach takes a volume away from a node, and from no other.

@@ -8,6 +8,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -236,6 +237,37 @@ func TestF106Attach(t *testing.T) {
 			t.Errorf("%+v", v)
 		}
 	}
+
+	// Two pods call theirs "data", which is all that kubelet says in the end; the volumes have names of their own, and a third one has theirs.
+	before := len(l.Volumes())
+	for name, node := range map[string]string{"one": self, "two": other, "data": ""} {
+		r := request(name, "size", "1")
+		if r.DetachAs = "data"; node != "" {
+			_, err = l.d.Attach(l.ctx, r, node)
+		} else {
+			_, err = l.d.Create(l.ctx, r)
+		}
+		l.ok(err)
+	}
+	attached := func() (names []string) {
+		for _, v := range l.Volumes()[before:] {
+			if v.State != "available" {
+				names = append(names, v.Tags["lariat:volume"])
+			}
+		}
+		return names
+	}
+	for range 2 {
+		l.ok(l.d.Detach(l.ctx, "data", self))
+	}
+	if names := attached(); !slices.Equal(names, []string{"two"}) {
+		t.Errorf("attached: %v", names)
+	}
+	l.ok(l.d.Detach(l.ctx, "data", other))
+	if names := attached(); len(names) > 0 {
+		t.Errorf("attached: %v", names)
+	}
+
 	_, err = l.d.Attach(l.ctx, request("gone", "volumeID", "vol-0000000000000000b"), "")
 	l.says(err, volume.ErrNotFound, "there is no vol-0000000000000000b in region eu-test-1")
 }

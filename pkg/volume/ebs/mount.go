@@ -178,6 +178,7 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	volume.Step("mount-journalled")
 	var f *found
 	if rec.FromNode {
+		v.DetachAs = v.Name // unmount detaches, by the record
 		f, as, err = d.attach(ctx, r, v, "")
 	} else {
 		f, err = d.must(ctx, r, v)
@@ -371,7 +372,7 @@ func (d *Driver) release(ctx context.Context, dir string, rec mountRecord) error
 		if err != nil {
 			return err
 		}
-		f, err := d.named(ctx, r, rec.Name, rec.ID, record{})
+		f, err := d.named(ctx, r, rec.Name, rec.ID, "", record{})
 		if err == nil && f != nil {
 			err = d.detach(ctx, r, f, "")
 		}

@@ -1,6 +1,7 @@
 package ebs
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"regexp"
@@ -95,6 +96,7 @@ func (c Config) check() error {
 // Volume is a request understood.
 type Volume struct {
 	Name     string
+	DetachAs string // volume.Request's, never ""
 	ID       string // of a volume that is not found by its name
 	Region   string // "": the configured one
 	New      Specification
@@ -140,7 +142,7 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}
-	v := Volume{Name: r.Name, ID: o.VolumeID, Region: o.Region, FSType: o.FSType, OnRemove: o.OnRemove, Force: o.ForceDetach, ReadOnly: r.ReadOnly || o.ReadOnly,
+	v := Volume{Name: r.Name, DetachAs: cmp.Or(r.DetachAs, r.Name), ID: o.VolumeID, Region: o.Region, FSType: o.FSType, OnRemove: o.OnRemove, Force: o.ForceDetach, ReadOnly: r.ReadOnly || o.ReadOnly,
 		New: Specification{o.Size, o.VolumeType, o.IOPS, o.Throughput, o.Encrypted || o.KMSKeyID != "", o.KMSKeyID, o.SnapshotID, nil, o.AvailabilityZone}}
 	bad := func(format string, args ...any) (Volume, error) {
 		return v, volume.Errorf(volume.ErrInvalid, "volume "+v.Name+": "+format, args...)

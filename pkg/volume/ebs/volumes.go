@@ -25,7 +25,7 @@ const (
 	tagPrefix     = "lariat:"
 	tagVolume     = tagPrefix + "volume"      // the name
 	tagCluster    = tagPrefix + "cluster"     // Config.Cluster, if it is not ""
-	tagAttachedAs = tagPrefix + "attached-as" // the name under which a volume that Lariat did not create was attached last, for Detach
+	tagAttachedAs = tagPrefix + "attached-as" // what Detach will call it, if that is not the name: it is another's, or kubelet calls it otherwise
 	tagFileSystem = tagPrefix + "file-system" // none, making or made
 )
 

@@ -222,8 +222,11 @@ func DecodeRequest(text string) (volume.Request, error) {
 		}
 	}
 	// What a person wrote, or Rancher's daemon, goes before kubelet's: so several PersistentVolumes can mean one volume.
+	kubelets := flat[keyName]
 	if r.Name = flat["name"]; r.Name == "" {
-		r.Name = flat[keyName]
+		r.Name = kubelets
+	} else if r.Name != kubelets {
+		r.DetachAs = kubelets
 	}
 	return r, volume.CheckOptions(r.Options)
 }

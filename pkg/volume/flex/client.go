@@ -2,6 +2,7 @@ package flex
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
@@ -116,9 +117,12 @@ func EncodeRequest(r volume.Request, shape Shape) string {
 		flat = map[string]string{}
 	}
 	if shape == Rancher {
-		flat["name"], flat["rancher"] = r.Name, "true"
+		flat["rancher"] = "true"
 	}
-	flat[keyName], flat[keyFSType] = r.Name, r.FSType
+	if shape == Rancher || r.DetachAs != "" {
+		flat["name"] = r.Name
+	}
+	flat[keyName], flat[keyFSType] = cmp.Or(r.DetachAs, r.Name), r.FSType
 	flat[keyReadWrite] = "rw"
 	if r.ReadOnly {
 		flat[keyReadWrite] = "ro"

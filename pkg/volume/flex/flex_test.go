@@ -197,6 +197,13 @@ func TestF108KubeletsOptions(t *testing.T) {
 			t.Errorf("there and back: %v %+v", err, again)
 		}
 	}
+	// With a name of the user's, too.
+	for _, shape := range []Shape{Rancher, Kubernetes} {
+		r, err := DecodeRequest(`{"name":"web-data","kubernetes.io/pvOrVolumeName":"data"}`)
+		if again, aerr := DecodeRequest(EncodeRequest(r, shape)); err != nil || aerr != nil || r.Name != "web-data" || r.DetachAs != "data" || !reflect.DeepEqual(again, r) {
+			t.Errorf("%v %v %+v %+v", err, aerr, r, again)
+		}
+	}
 }
 
 func TestIsAttachedTakesItsArgumentsInBothOrders(t *testing.T) {
