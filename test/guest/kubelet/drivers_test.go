@@ -82,14 +82,17 @@ func ebs(ec2 *fakeaws.Cloud) driver {
 	}
 }
 
-// call calls a driver as a person does, or a controller.
+// call calls a driver as a controller does: again, until it succeeds.
 func call(t *testing.T, env []string, driver string, args ...string) {
 	t.Helper()
-	cmd := exec.Command(filepath.Join(os.Getenv("LARIAT_BIN"), driver), args...)
-	cmd.Env = append(os.Environ(), env...)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("%s %v: %v: %s", driver, args, err, out)
-	}
+	eventually(t, func() error {
+		cmd := exec.Command(filepath.Join(os.Getenv("LARIAT_BIN"), driver), args...)
+		cmd.Env = append(os.Environ(), env...)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("%s %v: %w: %s", driver, args, err, out)
+		}
+		return nil
+	})
 }
 
 // empty is an error if there are files.

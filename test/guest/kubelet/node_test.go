@@ -71,7 +71,7 @@ const (
 )
 
 // patience bounds every wait. The machine is emulated and nothing waits longer than it must.
-const patience = 3 * time.Minute
+const patience = 5 * time.Minute
 
 const containerdConfig = `version = 2
 [plugins."io.containerd.grpc.v1.cri"]
