@@ -56,7 +56,7 @@ func start(t *testing.T, cmd *exec.Cmd) *process {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	go func() { cmd.Wait(); close(p.done) }() //nolint:errcheck // killed, as a rule
+	go func() { cmd.Wait(); close(p.done) }()
 	t.Cleanup(func() {
 		p.kill()
 		if t.Failed() {
@@ -67,7 +67,7 @@ func start(t *testing.T, cmd *exec.Cmd) *process {
 }
 
 func (p *process) kill() {
-	p.cmd.Process.Kill() //nolint:errcheck // may be gone
+	p.cmd.Process.Kill()
 	<-p.done
 }
 
