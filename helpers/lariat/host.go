@@ -170,8 +170,9 @@ func (a *app) hostRemove() *cobra.Command {
 		Use:     "remove NAME",
 		Aliases: []string{"rm"},
 		Short:   "Remove a host that is gone for good",
-		Long: `Removes a host from the metadata: the other hosts drop their ways to it, and its blocks and addresses become free.
-A live host is refused unless --force is given; it comes back when its lariat-metadata starts anew.`,
+		Long: `Removes a host from the metadata: the other hosts drop their ways to it, its blocks and addresses become free, and
+its volumes are no longer listed, which takes nothing of them away. A live host is refused unless --force is given; it comes back when
+its lariat-metadata starts anew.`,
 		Example: `  lariat host remove h3`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {

@@ -70,7 +70,7 @@ func (a *app) root() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "lariat",
 		Short: "Look at a Lariat cluster, and change it",
-		Long: `lariat shows and changes what the hosts of a cluster agree on: networks, hosts, addresses.
+		Long: `lariat shows and changes what the hosts of a cluster agree on: networks, hosts, addresses; and which volumes they have.
 It asks the metadata service of this host over its unix socket, which is root's.`,
 		Example: `  lariat status
   lariat network create overlay --subnet 10.42.0.0/16
@@ -89,7 +89,7 @@ It asks the metadata service of this host over its unix socket, which is root's.
 	for _, name := range []string{"socket", "manager-socket"} {
 		_ = c.MarkPersistentFlagFilename(name, "sock")
 	}
-	c.AddCommand(a.status(), a.plan(), a.graph(), a.doctor(), a.network(), a.host(), a.ip(), a.ipsec(), a.certs())
+	c.AddCommand(a.status(), a.plan(), a.graph(), a.doctor(), a.network(), a.host(), a.ip(), a.volume(), a.ipsec(), a.certs())
 	return c
 }
 

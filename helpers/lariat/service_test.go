@@ -211,6 +211,23 @@ func TestWithRealService(t *testing.T) {
 			t.Errorf("ip show %s: %s", addr, out)
 		}
 	}
+	volume := metadata.Volume{Driver: "lariat-nfs", Name: "data", Scope: "global", State: "ready", Users: 2}
+	for _, s := range []*service{h1, h2} {
+		if err := (metadata.Client{Socket: s.socket}).PutVolume(t.Context(), volume); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if out := h1.must(t, "volume", "list", "--host", "h2", "--output", "table"); !strings.Contains(out, "data    lariat-nfs  global  h2    ready      2  -") || strings.Contains(out, "h1") {
+		t.Error(out)
+	}
+	var volumes []metadata.Volume
+	if err := json.Unmarshal([]byte(h1.must(t, "volume", "list", "-o", "json")), &volumes); err != nil || len(volumes) != 2 || volumes[1].Host != "h2" {
+		t.Errorf("%v %+v", err, volumes)
+	}
+	if out := h1.must(t, "volume", "list", "--driver", "lariat-ebs"); strings.Contains(out, "data") {
+		t.Error(out)
+	}
+	h1.refused(t, "there is no host h9", "volume", "list", "--host", "h9")
 	gateways := metadata.Snapshot{}
 	if err := json.Unmarshal([]byte(h1.must(t, "status", "--snapshot")), &gateways); err != nil {
 		t.Fatal(err)

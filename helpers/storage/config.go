@@ -15,6 +15,7 @@ import (
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
+	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/ebs"
 	"github.com/lariat-net/lariat/pkg/volume/efs"
@@ -34,6 +35,7 @@ type config struct {
 	mountDir string
 	scope    string
 	listen   string
+	metadata string
 	logLevel *slog.LevelVar
 }
 
@@ -80,6 +82,7 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	f.StringVar(&c.mountDir, "mount-dir", "/run/lariat/storage", "where volumes are mounted: MOUNT-DIR/NAME/VOLUME")
 	f.StringVar(&c.scope, "scope", "", "what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs and efs, else local")
 	f.StringVar(&c.listen, "listen-metrics", "", "TCP address for /metrics, /healthz and /readyz, such as 127.0.0.1:9477; empty: the unix socket alone")
+	f.StringVar(&c.metadata, "metadata-socket", metadata.DefaultSocket, "lariat-metadata's unix socket, to list volumes there whenever it answers; empty: never")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	showVersion := f.Bool("version", false, "print the version")
 	help := f.BoolP("help", "h", false, "print the manual")

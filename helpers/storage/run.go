@@ -19,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/dockerapi"
 )
@@ -49,14 +50,16 @@ func serve(conf config, log *slog.Logger) error {
 		return err
 	}
 	m := newMeter()
+	publish := &publisher{client: metadata.Client{Socket: conf.metadata}, driver: conf.name, scope: conf.scope, log: log, wake: make(chan struct{}, 1)}
 	docker, err := dockerapi.New(dockerapi.Config{
-		Driver: driver, Name: conf.name, Scope: conf.scope, Log: log, Observe: m.observe, DetachDevice: conf.dialect == "rancher",
+		Driver: driver, Name: conf.name, Scope: conf.scope, Log: log, Observe: m.observe, Changed: publish.changed, DetachDevice: conf.dialect == "rancher",
 		StateDir: filepath.Join(conf.stateDir, conf.name), MountDir: filepath.Join(conf.mountDir, conf.name),
 	})
 	if err != nil {
 		return err
 	}
 	defer docker.Close()
+	publish.volumes = docker.Volumes
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(m.calls, m.took, collector{docker})
 	common := admin(docker, driver, registry)
@@ -82,6 +85,9 @@ func serve(conf config, log *slog.Logger) error {
 		go func() { failed <- metrics.Serve(tcp) }()
 	}
 	go docker.Sweep(ctx)
+	if conf.metadata != "" {
+		go publish.run(ctx)
+	}
 	go watchdog(ctx)
 	daemon.SdNotify(false, daemon.SdNotifyReady)
 	log.Info("started", "socket", conf.socket, "driver", conf.driver, "scope", conf.scope)

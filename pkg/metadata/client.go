@@ -83,6 +83,22 @@ func (c Client) Status(ctx context.Context, network string) (*NetworkStatus, err
 	return &s, c.Do(ctx, "GET", "/v1/networks/"+url.PathEscape(network)+"/status", nil, &s)
 }
 
+// PutVolume writes a volume of this host; an empty Host means it.
+func (c Client) PutVolume(ctx context.Context, v Volume) error {
+	return c.Put(ctx, "volumes", v.Driver+"/"+v.Name, v)
+}
+
+// RemoveVolume removes a volume of this host; it is no error when there is none. Other hosts' of that name stay.
+func (c Client) RemoveVolume(ctx context.Context, driver, name string) error {
+	return c.Delete(ctx, "volumes", driver+"/"+name)
+}
+
+// Volumes lists the volumes of all hosts; those of this one with self set.
+func (c Client) Volumes(ctx context.Context, self bool) ([]Volume, error) {
+	var out []Volume
+	return out, c.Do(ctx, "GET", fmt.Sprintf("/v1/volumes?self=%t", self), nil, &out)
+}
+
 // View returns the network view: hosts, networks, blocks, endpoints.
 func (c Client) View(ctx context.Context) (*Snapshot, error) {
 	var s Snapshot

@@ -184,6 +184,33 @@ type ContainerInterface struct {
 	Addresses []netip.Addr `json:"addresses"`
 }
 
+// Volume is one that a driver of a host has for its containers. What it was made with is not told: a driver's options may be secrets.
+type Volume struct {
+	Driver  string    `json:"driver"` // as the runtime's users call it: lariat-nfs
+	Name    string    `json:"name"`
+	Scope   string    `json:"scope"` // local or global: whether driver and name mean the same data on all hosts
+	Host    string    `json:"host"`
+	State   string    `json:"state"`
+	Users   int       `json:"users"` // how many mounts of that host's containers have it
+	Created time.Time `json:"created,omitzero"`
+}
+
+// Validate reports the first mistake in a volume, but for its host, whom the service knows.
+func (v Volume) Validate() error {
+	if err := errors.Join(ValidVolumeName(v.Driver), ValidVolumeName(v.Name)); err != nil {
+		return err
+	}
+	switch {
+	case v.Scope != "local" && v.Scope != "global":
+		return fmt.Errorf("volume %s: scope %q is neither local nor global", v.Name, v.Scope)
+	case ValidName(v.State) != nil:
+		return fmt.Errorf("volume %s: state %q is not a word", v.Name, v.State)
+	case v.Users < 0:
+		return fmt.Errorf("volume %s: %d users", v.Name, v.Users)
+	}
+	return nil
+}
+
 // Allocation is one address in use, as its block's table records it.
 type Allocation struct {
 	Address     netip.Addr `json:"address"`
@@ -320,13 +347,21 @@ func LastAddr(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// MaxNameLength of networks and hosts, in octets.
-const MaxNameLength = 63
+// Lengths of names, in octets: of networks and hosts, and of volumes and their drivers, which may be as long as the drivers allow.
+const (
+	MaxNameLength       = 63
+	MaxVolumeNameLength = 128
+)
 
 // ValidName checks a name that becomes part of keys, paths and interface aliases.
-func ValidName(s string) error {
-	if s == "" || len(s) > MaxNameLength {
-		return fmt.Errorf("name %q: want 1 to %d characters", s, MaxNameLength)
+func ValidName(s string) error { return validName(s, MaxNameLength) }
+
+// ValidVolumeName is ValidName for a volume or its driver.
+func ValidVolumeName(s string) error { return validName(s, MaxVolumeNameLength) }
+
+func validName(s string, most int) error {
+	if s == "" || len(s) > most {
+		return fmt.Errorf("name %q: want 1 to %d characters", s, most)
 	}
 	for i, c := range s {
 		ok := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || i > 0 && (c == '-' || c == '_' || c == '.')

@@ -790,6 +790,12 @@ func TestHostRemoval(t *testing.T) {
 	if len(view.Endpoints) == 0 {
 		t.Fatalf("%+v: nothing borrowed", view)
 	}
+	data := metadata.Volume{Driver: "lariat-nfs", Name: "data", Scope: "global", State: "ready"}
+	for _, n := range []*node{a, b} {
+		if err := n.Client.PutVolume(ctx, data); err != nil {
+			t.Fatal(err)
+		}
+	}
 	wantCode(t, a.Client.Delete(ctx, "hosts", "b"), metadata.CodeConflict, "live")
 	b.stop()
 	eventually(t, a, func(s *metadata.Snapshot) bool { h, _ := s.Host("b"); return !h.Live })
@@ -799,6 +805,9 @@ func TestHostRemoval(t *testing.T) {
 	eventually(t, a, func(s *metadata.Snapshot) bool { return len(s.Hosts) == 1 && len(s.Blocks) == 1 })
 	if err := a.Client.Delete(ctx, "hosts", "b"); err != nil {
 		t.Errorf("removing what is gone: %v", err)
+	}
+	if left, err := a.Client.Volumes(ctx, false); err != nil || len(left) != 1 || left[0].Host != "a" {
+		t.Errorf("%v %+v, want the volume of a alone", err, left)
 	}
 	all, err := a.Client.Allocations(ctx, "lan", true)
 	if err != nil || len(all) != 15 {

@@ -323,6 +323,15 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 	for _, c := range list {
 		changes = append(changes, store.Change{Key: c.Key, Revision: store.Any})
 	}
+	volumes, _, err := s.store.List(ctx, volumePrefix)
+	if err != nil {
+		return err
+	}
+	for _, v := range volumes {
+		if strings.HasSuffix(v.Key, "/"+name) {
+			changes = append(changes, store.Change{Key: v.Key, Revision: store.Any})
+		}
+	}
 	// Tables before blocks and endpoints, which are how the next try finds them.
 	for network, n := range networks {
 		tables := map[netip.Prefix]bool{}

@@ -204,6 +204,21 @@ func (s *Server) Handler() http.Handler {
 		return nil, err
 	})
 
+	read("/v1/volumes", func(r *http.Request) (any, error) { return s.Volumes(r.Context(), r.URL.Query().Get("self") == "true") })
+	write("PUT /v1/volumes/{driver}/{name}", func(r *http.Request) (any, error) {
+		var v metadata.Volume
+		if err := decode(r.Body, &v); err != nil {
+			return nil, err
+		}
+		if err := errors.Join(sameName(&v.Driver, r.PathValue("driver")), sameName(&v.Name, r.PathValue("name"))); err != nil {
+			return nil, metadata.Errorf(metadata.CodeInvalid, "%s", err)
+		}
+		return nil, s.PutVolume(r.Context(), v)
+	})
+	write("DELETE /v1/volumes/{driver}/{name}", func(r *http.Request) (any, error) {
+		return nil, s.DeleteVolume(r.Context(), r.PathValue("driver"), r.PathValue("name"))
+	})
+
 	read("/v1/snapshot", func(r *http.Request) (any, error) {
 		snap := s.view.snapshot()
 		if r.URL.Query().Get("view") == "network" {
@@ -218,7 +233,7 @@ func (s *Server) Handler() http.Handler {
 
 	s.public(mux)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		answer(w, nil, metadata.Errorf(metadata.CodeNotFound, "there is no %s %s; kinds are networks, hosts, blocks, endpoints and containers", r.Method, r.URL.Path))
+		answer(w, nil, metadata.Errorf(metadata.CodeNotFound, "there is no %s %s; kinds are networks, hosts, blocks, endpoints, containers and volumes", r.Method, r.URL.Path))
 	})
 	return mux
 }

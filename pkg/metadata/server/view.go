@@ -15,8 +15,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// Keys in the store. What every host watches lies below one prefix, so that one watch delivers it in order; address tables
-// and other hosts' containers, of which there may be a million, do not.
+// Keys in the store. What every host watches lies below one prefix, so that one watch delivers it in order; address tables,
+// volumes and other hosts' containers, of which there may be a million, do not.
 const (
 	viewPrefix      = "view/"
 	hostPrefix      = "view/hosts/"
@@ -26,6 +26,7 @@ const (
 	endpointPrefix  = "view/endpoints/"
 	tablePrefix     = "addresses/"
 	containerPrefix = "containers/"
+	volumePrefix    = "volumes/"
 	vniPrefix       = "vnis/"
 	macPrefix       = "macs/"
 )

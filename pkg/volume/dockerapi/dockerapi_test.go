@@ -198,6 +198,36 @@ func TestF103Volumes(t *testing.T) {
 	}
 }
 
+// F103: who is told of changes, and looks, knows the state after each call. No lock is held then, or looking would hang.
+func TestF103Changed(t *testing.T) {
+	s := serve(t, newWorld(), t.TempDir())
+	var seen string
+	s.config.Changed = func() {
+		all, err := s.Volumes()
+		seen = fmt.Sprint(err)
+		for _, v := range all {
+			n := 0
+			for _, times := range v.Users {
+				n += times
+			}
+			seen = fmt.Sprintf("%s %s %d %t", v.Name, v.State, n, v.Created.IsZero())
+		}
+	}
+	for _, c := range []struct{ call, body, want string }{
+		{"Create", `{"Name":"v"}`, "v ready 0 false"},
+		{"Mount", `{"Name":"v","ID":"a"}`, "v ready 1 false"},
+		{"Mount", `{"Name":"v","ID":"b"}`, "v ready 2 false"},
+		{"Unmount", `{"Name":"v","ID":"a"}`, "v ready 1 false"},
+		{"Unmount", `{"Name":"v","ID":"b"}`, "v ready 0 false"},
+		{"Remove", `{"Name":"v"}`, "<nil>"},
+	} {
+		seen = "nothing"
+		if ok(t, s, c.call, c.body); seen != c.want {
+			t.Errorf("after %s %s it knows %q, want %q", c.call, c.body, seen, c.want)
+		}
+	}
+}
+
 // F104: a volume is unmounted when the last user goes; an id counts as often as it came, and a restart keeps the counts.
 func TestF104Counts(t *testing.T) {
 	w, dir := newWorld(), t.TempDir()

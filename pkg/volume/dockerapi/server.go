@@ -29,6 +29,7 @@ type Config struct {
 	Grace   time.Duration // how long a volume that nobody has may stay mounted; 0: a minute
 	Log     *slog.Logger
 	Observe func(call string, took time.Duration, err error) // of each call; nil: nobody
+	Changed func()                                           // a record was written or dropped: the answer of Volumes may be another. It must not wait; nil: nobody
 
 	// Tests have their own.
 	table func() (mounts.Table, error)
@@ -58,6 +59,9 @@ func New(c Config) (*Server, error) {
 	}
 	if c.Observe == nil {
 		c.Observe = func(string, time.Duration, error) {}
+	}
+	if c.Changed == nil {
+		c.Changed = func() {}
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -148,8 +152,9 @@ func (s *Server) put(name string, rec record) error {
 		return err
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.records[name] = rec
+	s.mu.Unlock()
+	s.config.Changed()
 	return nil
 }
 
@@ -158,9 +163,10 @@ func (s *Server) drop(name string) error {
 		return err
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	delete(s.records, name)
 	delete(s.touched, name)
+	s.mu.Unlock()
+	s.config.Changed()
 	return nil
 }
 
@@ -190,7 +196,8 @@ type Volume struct {
 	Name    string         `json:"name"`
 	State   State          `json:"state"`
 	Mounted bool           `json:"mounted"`
-	Users   map[string]int `json:"users,omitempty"`
+	Users   map[string]int `json:"users,omitempty"` // how often each mount id has it
+	Created time.Time      `json:"created"`
 }
 
 // Volumes lists them all.
@@ -204,7 +211,7 @@ func (s *Server) Volumes() ([]Volume, error) {
 	defer s.mu.RUnlock()
 	all := make([]Volume, 0, len(s.records))
 	for name, rec := range s.records {
-		all = append(all, Volume{Name: name, State: rec.State, Mounted: mounted[name], Users: rec.Users})
+		all = append(all, Volume{Name: name, State: rec.State, Mounted: mounted[name], Users: rec.Users, Created: rec.Created})
 	}
 	return all, nil
 }

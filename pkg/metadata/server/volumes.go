@@ -1,0 +1,69 @@
+package server
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
+)
+
+// volumeKey is an object for each host that has the volume: two hosts' local volumes of one name are two, and none writes what another one knows.
+func volumeKey(driver, name, host string) string {
+	return volumePrefix + driver + "/" + name + "/" + host
+}
+
+// PutVolume writes a volume of this host. Nobody else writes it, so the last word counts.
+func (s *Server) PutVolume(ctx context.Context, v metadata.Volume) error {
+	if err := v.Validate(); err != nil {
+		return metadata.Errorf(metadata.CodeInvalid, "%s", err)
+	}
+	if v.Host != "" && v.Host != s.cfg.HostName {
+		return metadata.Errorf(metadata.CodeInvalid, "volume %s of host %s: each host writes its own, and this is %s", v.Name, v.Host, s.cfg.HostName)
+	}
+	v.Host = s.cfg.HostName
+	data, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	_, err = store.One(ctx, s.store, store.Change{Key: volumeKey(v.Driver, v.Name, v.Host), Value: data, Revision: store.Any})
+	return err
+}
+
+// DeleteVolume removes this host's object of a volume.
+func (s *Server) DeleteVolume(ctx context.Context, driver, name string) error {
+	if err := errors.Join(metadata.ValidVolumeName(driver), metadata.ValidVolumeName(name)); err != nil {
+		return metadata.Errorf(metadata.CodeInvalid, "%s", err)
+	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	_, err := store.One(ctx, s.store, store.Change{Key: volumeKey(driver, name, s.cfg.HostName), Revision: store.Any})
+	return err
+}
+
+// Volumes lists those of all hosts, or of this one, by driver, name and host.
+func (s *Server) Volumes(ctx context.Context, self bool) ([]metadata.Volume, error) {
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	list, _, err := s.store.List(ctx, volumePrefix)
+	if err != nil {
+		return nil, err
+	}
+	out := []metadata.Volume{}
+	for _, e := range list {
+		if self && !strings.HasSuffix(e.Key, "/"+s.cfg.HostName) {
+			continue
+		}
+		var v metadata.Volume
+		if err := json.Unmarshal(e.Value, &v); err != nil {
+			return nil, fmt.Errorf("%s: %w", e.Key, err)
+		}
+		out = append(out, v)
+	}
+	return out, nil
+}
