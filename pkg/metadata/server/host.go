@@ -315,22 +315,17 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 			return fmt.Errorf("%s: %w", e.Key, err)
 		}
 	}
-	list, _, err := s.store.List(ctx, containerPrefix+name+"/")
+	containers, _, err := s.store.List(ctx, containerPrefix+name+"/")
+	if err != nil {
+		return err
+	}
+	volumes, _, err := s.store.List(ctx, volumePrefix+name+"/")
 	if err != nil {
 		return err
 	}
 	var changes []store.Change
-	for _, c := range list {
-		changes = append(changes, store.Change{Key: c.Key, Revision: store.Any})
-	}
-	volumes, _, err := s.store.List(ctx, volumePrefix)
-	if err != nil {
-		return err
-	}
-	for _, v := range volumes {
-		if strings.HasSuffix(v.Key, "/"+name) {
-			changes = append(changes, store.Change{Key: v.Key, Revision: store.Any})
-		}
+	for _, e := range slices.Concat(containers, volumes) {
+		changes = append(changes, store.Change{Key: e.Key, Revision: store.Any})
 	}
 	// Tables before blocks and endpoints, which are how the next try finds them.
 	for network, n := range networks {
@@ -367,7 +362,7 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 	if err != nil {
 		return err
 	}
-	s.log.Info("host removed", "host", name, "blocks", len(slices.Concat(slices.Collect(maps.Values(blocks))...)), "containers", len(list))
+	s.log.Info("host removed", "host", name, "blocks", len(slices.Concat(slices.Collect(maps.Values(blocks))...)), "containers", len(containers), "volumes", len(volumes))
 	return s.seen(ctx, revision)
 }
 

@@ -5,15 +5,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
 // volumeKey is an object for each host that has the volume: two hosts' local volumes of one name are two, and none writes what another one knows.
-func volumeKey(driver, name, host string) string {
-	return volumePrefix + driver + "/" + name + "/" + host
+func volumeKey(host, driver, name string) string {
+	return volumePrefix + host + "/" + driver + "/" + name
 }
 
 // PutVolume writes a volume of this host. Nobody else writes it, so the last word counts.
@@ -31,7 +30,7 @@ func (s *Server) PutVolume(ctx context.Context, v metadata.Volume) error {
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	_, err = store.One(ctx, s.store, store.Change{Key: volumeKey(v.Driver, v.Name, v.Host), Value: data, Revision: store.Any})
+	_, err = store.One(ctx, s.store, store.Change{Key: volumeKey(v.Host, v.Driver, v.Name), Value: data, Revision: store.Any})
 	return err
 }
 
@@ -42,23 +41,24 @@ func (s *Server) DeleteVolume(ctx context.Context, driver, name string) error {
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	_, err := store.One(ctx, s.store, store.Change{Key: volumeKey(driver, name, s.cfg.HostName), Revision: store.Any})
+	_, err := store.One(ctx, s.store, store.Change{Key: volumeKey(s.cfg.HostName, driver, name), Revision: store.Any})
 	return err
 }
 
-// Volumes lists those of all hosts, or of this one, by driver, name and host.
+// Volumes lists those of all hosts, or of this one, by host, driver and name.
 func (s *Server) Volumes(ctx context.Context, self bool) ([]metadata.Volume, error) {
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	list, _, err := s.store.List(ctx, volumePrefix)
+	prefix := volumePrefix
+	if self {
+		prefix += s.cfg.HostName + "/"
+	}
+	list, _, err := s.store.List(ctx, prefix)
 	if err != nil {
 		return nil, err
 	}
 	out := []metadata.Volume{}
 	for _, e := range list {
-		if self && !strings.HasSuffix(e.Key, "/"+s.cfg.HostName) {
-			continue
-		}
 		var v metadata.Volume
 		if err := json.Unmarshal(e.Value, &v); err != nil {
 			return nil, fmt.Errorf("%s: %w", e.Key, err)

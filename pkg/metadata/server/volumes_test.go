@@ -40,7 +40,7 @@ func TestF103VolumesOfHosts(t *testing.T) {
 	put(a, onA)
 	long := metadata.Volume{Driver: "x", Name: strings.Repeat("n", metadata.MaxVolumeNameLength), Scope: "local", Host: "a", State: "creating"}
 	put(a, long)
-	want(false, onA, onB, long)
+	want(false, onA, long, onB)
 	want(true, onA, long)
 
 	for range 2 {
@@ -48,7 +48,7 @@ func TestF103VolumesOfHosts(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	want(false, onB, long)
+	want(false, long, onB)
 }
 
 func TestVolumesAreChecked(t *testing.T) {
