@@ -661,7 +661,7 @@ func (e *examination) clock() {
 	}
 	remedy := "look at timedatectl on both hosts; run chrony or systemd-timesyncd"
 	if len(off) > 1 && len(off) == answered {
-		e.add(severity(off[0].Skew), "host "+e.Self, remedy, "this host's clock is off by %s against every other host", off[0].Skew.Abs().Round(100*time.Millisecond))
+		e.add(severity(off[0].Skew), "host "+e.Self, remedy, "this host's clock is off by %s against every other host", rough(off[0].Skew))
 		return
 	}
 	for _, p := range off {
@@ -669,8 +669,16 @@ func (e *examination) clock() {
 		if p.Skew < 0 {
 			direction = "behind"
 		}
-		e.add(severity(p.Skew), "host "+p.Host, remedy, "the clock of host %s is %s %s this host's", p.Host, p.Skew.Abs().Round(100*time.Millisecond), direction)
+		e.add(severity(p.Skew), "host "+p.Host, remedy, "the clock of host %s is %s %s this host's", p.Host, rough(p.Skew), direction)
 	}
+}
+
+// rough is how far a clock is off, as exactly as a busy machine can tell.
+func rough(skew time.Duration) time.Duration {
+	if skew.Abs() < 10*time.Second {
+		return skew.Abs().Round(100 * time.Millisecond)
+	}
+	return skew.Abs().Round(time.Second)
 }
 
 func severity(skew time.Duration) Severity {
