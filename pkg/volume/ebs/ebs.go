@@ -137,11 +137,3 @@ type late struct {
 
 func (l *late) Error() string { return l.seen + ": " + l.cause.Error() }
 func (l *late) Unwrap() error { return l.cause }
-
-// before ends a while before the caller's own deadline, so that there is time left to say why.
-func before(ctx context.Context) (context.Context, context.CancelFunc) {
-	end, _ := ctx.Deadline()
-	left := time.Until(end)
-	left -= min(left/5, 3*time.Second)
-	return context.WithTimeoutCause(ctx, left, volume.Timeout(left))
-}

@@ -30,7 +30,7 @@ func (d *Driver) Expand(ctx context.Context, req volume.Request, to volume.Expan
 		return 0, err
 	}
 	defer unlock()
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {

@@ -25,7 +25,7 @@ func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Reques
 	if err != nil {
 		return "", err
 	}
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	// kubelet asks again after it was restarted. What is mounted is there, even if AWS cannot be asked.
 	if dev, err := d.mounted(v); err != nil || dev.path != "" {
@@ -120,7 +120,7 @@ func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) 
 		return err
 	}
 	defer unlock()
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
@@ -338,7 +338,7 @@ func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	if now.Name != rec.Name && now.Name != "" {
 		return volume.Errorf(volume.ErrInUse, "unmount %s: another call has just mounted volume %s there", dir, now.Name)
 	}
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	for range deepest {
 		table, err := mounts.Read()

@@ -134,7 +134,7 @@ func (d *Driver) Create(ctx context.Context, req volume.Request) (volume.Reply, 
 		return volume.Reply{}, err
 	}
 	defer unlock()
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
@@ -369,7 +369,7 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 		return volume.Reply{}, err
 	}
 	defer unlock()
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	old, _, err := d.volumes.Get(v.Name)
 	if err != nil {

@@ -76,7 +76,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	}
 	volume.Step("mount-journalled")
 	s := v.spec(dir, addr)
-	within, cancelMount := before(ctx)
+	within, cancelMount := volume.Before(ctx)
 	defer cancelMount()
 	err = mounts.Mount(within, s)
 	if err != nil && missing != nil && ctx.Err() == nil && within.Err() == nil {
@@ -179,7 +179,7 @@ func (m *Mounter) Unmount(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	within, cancelUnmount := before(ctx)
+	within, cancelUnmount := volume.Before(ctx)
 	defer cancelUnmount()
 	for range deepest {
 		table, err := mounts.Read()
@@ -223,14 +223,6 @@ func (m *Mounter) Mounted() (map[string]Volume, error) {
 		}
 	}
 	return found, nil
-}
-
-// before ends a while before the caller's own deadline, so that there is time left to say why.
-func before(ctx context.Context) (context.Context, context.CancelFunc) {
-	end, _ := ctx.Deadline()
-	left := time.Until(end)
-	left -= min(left/5, 3*time.Second)
-	return context.WithTimeoutCause(ctx, left, volume.Timeout(left))
 }
 
 // reach finds out in a few seconds what mount.nfs would try for minutes and then not say: whether there is a server at all. It returns the

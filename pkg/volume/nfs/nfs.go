@@ -117,7 +117,7 @@ func (d *Driver) provision(ctx context.Context, v Volume) (created, error) {
 	if err != nil {
 		return created{}, err
 	}
-	within, cancel := before(ctx)
+	within, cancel := volume.Before(ctx)
 	defer cancel()
 	c, err := createOn(within, a)
 	if err != nil {
@@ -193,7 +193,7 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 		if err != nil {
 			return reply, err
 		}
-		within, cancel := before(ctx)
+		within, cancel := volume.Before(ctx)
 		defer cancel()
 		gone, err := removeOn(within, a)
 		if err != nil {
