@@ -232,6 +232,9 @@ func (f *found) attachedTo(instance string) bool {
 func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
+	if err := d.config.check(); err != nil {
+		return fmt.Errorf("the driver's environment: %w", err)
+	}
 	id := ""
 	if device, ok := strings.CutPrefix(name, "/dev/"); ok {
 		if err := volume.CheckName(device); err != nil {

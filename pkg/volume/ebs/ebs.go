@@ -11,6 +11,7 @@
 package ebs
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"math/rand/v2"
@@ -61,17 +62,10 @@ type mountRecord struct {
 	Time     time.Time `json:"time"`
 }
 
-// New makes the driver. Nothing happens before the first call.
-func New(c Config, log *slog.Logger) (*Driver, error) {
-	if err := c.check(); err != nil {
-		return nil, err
-	}
-	if c.StateDir == "" {
-		c.StateDir = volume.DefaultStateDir
-	}
-	if c.RunDir == "" {
-		c.RunDir = volume.DefaultRunDir
-	}
+// New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers Init, because kubelet does not ask a second
+// time, and unmounts. All else says what is wrong.
+func New(c Config, log *slog.Logger) *Driver {
+	c.StateDir, c.RunDir = cmp.Or(c.StateDir, volume.DefaultStateDir), cmp.Or(c.RunDir, volume.DefaultRunDir)
 	dir := filepath.Join(c.StateDir, "ebs")
 	return &Driver{
 		config: c, log: log, devices: devices{"/sys", "/dev"}, regions: map[string]*region{},
@@ -79,12 +73,12 @@ func New(c Config, log *slog.Logger) (*Driver, error) {
 		mounts:  volume.Journal[mountRecord]{Dir: filepath.Join(dir, "mounts")},
 		formats: volume.Journal[time.Time]{Dir: filepath.Join(dir, "formats")},
 		locks:   volume.Locks{Dir: filepath.Join(c.RunDir, "ebs")},
-	}, nil
+	}
 }
 
 // Init implements volume.Driver.
 func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
-	return volume.Capabilities{Attach: !d.config.FromNode, FSGroup: true, SELinuxRelabel: true, SupportsMetrics: true, RequiresFSResize: true}, nil
+	return volume.Capabilities{Attach: !d.config.fromNode(), FSGroup: true, SELinuxRelabel: true, SupportsMetrics: true, RequiresFSResize: true}, nil
 }
 
 // region is EC2 in one of them.

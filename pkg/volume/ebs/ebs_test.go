@@ -49,10 +49,7 @@ func newLab(t *testing.T, lag int, c Config) *lab {
 		t.Setenv(name, value)
 	}
 	c.StateDir, c.RunDir = t.TempDir(), t.TempDir()
-	var err error
-	if l.d, err = New(c, slog.New(slog.DiscardHandler)); err != nil {
-		t.Fatal(err)
-	}
+	l.d = New(c, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 60*time.Second, volume.Timeout(60*time.Second))
 	t.Cleanup(cancel)
 	l.ctx = ctx

@@ -98,7 +98,7 @@ func (d *Driver) MountDevice(ctx context.Context, dir, as string, req volume.Req
 func (d *Driver) UnmountDevice(ctx context.Context, dir string) error { return d.Unmount(ctx, dir) }
 
 // Mount implements volume.Driver. At a second folder the device is mounted once more, which is the same file system: so one verb serves
-// kubelet, which mounts for the node and then for each pod, as well as those who mount once. With Config.FromNode it attaches first.
+// kubelet, which mounts for the node and then for each pod, as well as those who mount once. With Config.Attach=node it attaches first.
 func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -126,7 +126,7 @@ func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) 
 	if err != nil {
 		return err
 	}
-	rec := mountRecord{Name: v.Name, ID: v.ID, Region: r.Config.Region, FromNode: d.config.FromNode, BootID: volume.BootID(),
+	rec := mountRecord{Name: v.Name, ID: v.ID, Region: r.Config.Region, FromNode: d.config.fromNode(), BootID: volume.BootID(),
 		Pod: strings.Trim(req.Pod.Namespace+"/"+req.Pod.Name, "/"), Time: time.Now().UTC()}
 	old, known, err := d.mounts.Get(dir)
 	if err != nil {
@@ -307,7 +307,7 @@ func (d *Driver) prune() {
 // deepest is how many mounts at one folder are taken away. More are nobody's accident.
 const deepest = 8
 
-// Unmount implements volume.Driver. What a Mount with Config.FromNode attached is detached when it is mounted nowhere any more.
+// Unmount implements volume.Driver. What a Mount with Config.Attach=node attached is detached when it is mounted nowhere any more.
 func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
 	defer cancel()

@@ -55,7 +55,7 @@ func (o *OnRemove) UnmarshalText(text []byte) error {
 
 // Config is what an administrator decides for all volumes.
 type Config struct {
-	FromNode bool   // volumes are attached by the node that mounts them, because no controller can: LARIAT_EBS_ATTACH=node
+	Attach   string // who attaches volumes: controller, which "" means too, or node, the one that mounts them, where no controller can: LARIAT_EBS_ATTACH
 	Cluster  string // whose volumes these are; names of volumes of other clusters mean others: LARIAT_EBS_CLUSTER
 	StateDir string // "": volume.DefaultStateDir
 	RunDir   string // "": volume.DefaultRunDir
@@ -69,20 +69,16 @@ var Environment = append([][2]string{
 	{"LARIAT_RUN_DIR", "where locks are; default " + volume.DefaultRunDir},
 }, cloud.Environment...)
 
-// FromEnvironment reads the configuration.
+// FromEnvironment reads the configuration. What is wrong with it is for those to hear who need not go on; see New.
 func FromEnvironment(getenv func(string) string) (Config, error) {
-	c := Config{Cluster: getenv("LARIAT_EBS_CLUSTER"), StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
-	switch who := getenv("LARIAT_EBS_ATTACH"); who {
-	case "", "controller":
-	case "node":
-		c.FromNode = true
-	default:
-		return c, volume.Errorf(volume.ErrInvalid, "LARIAT_EBS_ATTACH: %s is neither controller nor node", volume.Excerpt(who))
-	}
+	c := Config{Attach: getenv("LARIAT_EBS_ATTACH"), Cluster: getenv("LARIAT_EBS_CLUSTER"), StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
 	return c, c.check()
 }
 
 func (c Config) check() error {
+	if c.Attach != "" && c.Attach != "controller" && c.Attach != "node" {
+		return volume.Errorf(volume.ErrInvalid, "LARIAT_EBS_ATTACH: %s is neither controller nor node", volume.Excerpt(c.Attach))
+	}
 	if c.Cluster == "" {
 		return nil
 	}
@@ -91,6 +87,8 @@ func (c Config) check() error {
 	}
 	return nil
 }
+
+func (c Config) fromNode() bool { return c.Attach == "node" }
 
 // Volume is a request understood.
 type Volume struct {
@@ -133,6 +131,9 @@ var volumeTypes = []string{"gp3", "gp2", "io2", "io1", "st1", "sc1", "standard"}
 
 // Volume understands a request. It reads nothing else, and is where all input is checked.
 func (c Config) Volume(r volume.Request) (Volume, error) {
+	if err := c.check(); err != nil {
+		return Volume{}, fmt.Errorf("the driver's environment: %w", err)
+	}
 	if err := volume.CheckName(r.Name); err != nil {
 		return Volume{}, err
 	}

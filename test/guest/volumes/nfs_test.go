@@ -30,10 +30,7 @@ import (
 
 var driver = flextest.Driver{Name: "nfs", Programs: []string{"mount.nfs"}, New: func(log *slog.Logger) (volume.Driver, error) {
 	c, err := nfs.FromEnvironment(os.Getenv)
-	if err != nil {
-		return nil, err
-	}
-	return nfs.New(c, log)
+	return nfs.New(c, log), err
 }}
 
 func TestMain(m *testing.M) { driver.Main(m, guest.Options{Bin: true}) }
