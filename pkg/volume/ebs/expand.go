@@ -153,10 +153,10 @@ func (d *Driver) enlargeFS(ctx context.Context, v Volume, f *found, dir string, 
 	if strings.HasPrefix(top.FSType, "ext") {
 		program, on = "resize2fs", filepath.Clean(dev.path)
 	}
-	_, words, status, err := run(ctx, program, on)
+	_, err = run(ctx, program, on)
 	volume.Step("file-system-expanded")
-	if err != nil || status != 0 {
-		return fmt.Errorf("volume %s (%s): %s %s: exit status %d: %s %w", v.Name, f.id(), program, on, status, words, err)
+	if err != nil {
+		return fmt.Errorf("volume %s (%s): enlarge the file system of %s: %w", v.Name, f.id(), on, err)
 	}
 	d.log.Info("expanded", "volume", v.Name, "id", f.id(), "octets", size)
 	return nil
