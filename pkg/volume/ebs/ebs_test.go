@@ -457,6 +457,22 @@ func TestF157Places(t *testing.T) {
 	}
 }
 
+// A program that is not content is told by its status, and by its words if it has any.
+func TestProgramsEnd(t *testing.T) {
+	if _, err := run(t.Context(), "false"); err == nil || err.Error() != "false ended with status 1" || !endedWith(err, 1) {
+		t.Errorf("false: %v", err)
+	}
+	if _, err := run(t.Context(), "sh", "-c", "echo why >&2; exit 3"); err == nil || err.Error() != "sh ended with status 3: why" || endedWith(err, 1) {
+		t.Errorf("sh: %v", err)
+	}
+	if _, err := run(t.Context(), "no-such-program"); err == nil || err.Error() != "no-such-program is not installed" || endedWith(err, 0) {
+		t.Errorf("none: %v", err)
+	}
+	if out, err := run(t.Context(), "echo", "well"); err != nil || out != "well\n" {
+		t.Errorf("echo: %q %v", out, err)
+	}
+}
+
 func FuzzVolume(f *testing.F) {
 	f.Add("data", "vol-0123456789abcdef0", "a=b,c=d", "noatime,commit=5", "xfs")
 	f.Add("../x", "vol-1", "=", "ro,rw", "ext4 -F")
