@@ -121,6 +121,18 @@ func (j Journal[T]) Remove(key string) error {
 	return j.sync()
 }
 
+// Prune drops the records that are old. One that cannot be dropped holds up no other.
+func (j Journal[T]) Prune(old func(T) bool) error {
+	all, err := j.List()
+	errs := []error{err}
+	for key, value := range all {
+		if old(value) {
+			errs = append(errs, j.Remove(key))
+		}
+	}
+	return errors.Join(errs...)
+}
+
 // List reads all records, by key.
 func (j Journal[T]) List() (map[string]T, error) {
 	all := map[string]T{}

@@ -110,12 +110,7 @@ func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) 
 	if err != nil {
 		return err
 	}
-	unlockVolume, err := d.locks.Lock(ctx, v.Name, "mount")
-	if err != nil {
-		return err
-	}
-	defer unlockVolume()
-	unlock, err := d.locks.Lock(ctx, dir, "mount")
+	unlock, err := d.locks.LockAll(ctx, "mount", v.Name, dir)
 	if err != nil {
 		return err
 	}
@@ -139,7 +134,11 @@ func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) 
 		}
 		return err
 	}
-	d.prune()
+	// Those of volumes that unmount has to detach stay until it does.
+	boot := volume.BootID()
+	if err := d.mounts.Prune(func(r mountRecord) bool { return r.BootID != boot && !r.FromNode }); err != nil {
+		d.log.Warn("journal not pruned", "error", err)
+	}
 	return nil
 }
 
@@ -287,26 +286,6 @@ func (d *Driver) used(id string) string {
 	return ""
 }
 
-// prune drops records of mounts that went with an earlier boot. Those of volumes that unmount has to detach stay until it does.
-func (d *Driver) prune() {
-	all, err := d.mounts.List()
-	if err != nil {
-		d.log.Warn("journal not pruned", "error", err)
-		return
-	}
-	boot := volume.BootID()
-	for dir, rec := range all {
-		if rec.BootID != boot && !rec.FromNode {
-			if err := d.mounts.Remove(dir); err != nil {
-				d.log.Warn("journal not pruned", "dir", dir, "error", err)
-			}
-		}
-	}
-}
-
-// deepest is how many mounts at one folder are taken away. More are nobody's accident.
-const deepest = 8
-
 // Unmount implements volume.Driver. What a Mount with Config.Attach=node attached is detached when it is mounted nowhere any more.
 func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
@@ -319,14 +298,11 @@ func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	if known { // the volume's lock comes before the folder's
-		unlockVolume, err := d.locks.Lock(ctx, rec.Name, "unmount")
-		if err != nil {
-			return err
-		}
-		defer unlockVolume()
+	keys := []string{dir}
+	if known {
+		keys = []string{rec.Name, dir}
 	}
-	unlock, err := d.locks.Lock(ctx, dir, "unmount")
+	unlock, err := d.locks.LockAll(ctx, "unmount", keys...)
 	if err != nil {
 		return err
 	}
@@ -340,28 +316,14 @@ func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	}
 	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
-	for range deepest {
-		table, err := mounts.Read()
-		if err != nil {
-			return err
-		}
-		stack := table.At(dir)
-		if len(stack) == 0 {
-			volume.Step("unmount-proven")
-			return d.release(within, dir, now)
-		}
-		top := stack[len(stack)-1]
-		id, alive := d.devices.numbered(top.Device)
-		if !slices.Contains(append(FSTypes, "ext2"), top.FSType) || alive && id == "" && now.Name == "" {
-			return volume.Errorf(volume.ErrConflict, "at %s is %s (%s), which is not an EBS volume: it is left alone", dir, top.Source, top.FSType)
-		}
-		how, err := mounts.Unmount(within, dir, mounts.Policy{})
-		if err != nil {
-			return fmt.Errorf("unmount %s: %w", top.Source, err)
-		}
-		d.log.Info("unmounted", "source", top.Source, "dir", dir, "how", how)
+	err = mounts.UnmountAll(within, dir, mounts.Policy{}, d.log, "an EBS volume", func(m mounts.Entry) bool {
+		id, alive := d.devices.numbered(m.Device)
+		return slices.Contains(append(FSTypes, "ext2"), m.FSType) && (!alive || id != "" || now.Name != "")
+	})
+	if err != nil {
+		return err
 	}
-	return fmt.Errorf("unmount %s: more than %d mounts are there", dir, deepest)
+	return d.release(within, dir, now)
 }
 
 // release drops the record of a mount that is gone, after what goes with it.
