@@ -14,44 +14,26 @@ import (
 
 // Options of a volume, as users write them.
 type Options struct {
-	VolumeID         string   `option:"volumeID"`
-	Size             int32    `option:"size"` // GiB
-	VolumeType       string   `option:"volumeType"`
-	IOPS             int32    `option:"iops"`
-	Throughput       int32    `option:"throughput"` // MiB/s
-	Encrypted        bool     `option:"encrypted"`
-	KMSKeyID         string   `option:"kmsKeyId"`
-	SnapshotID       string   `option:"snapshotID"`
-	Tags             string   `option:"tags"`
-	AvailabilityZone string   `option:"availabilityZone"`
-	Region           string   `option:"region"`
-	FSType           string   `option:"fsType"`
-	MntOptions       string   `option:"mntOptions"`
-	OnRemove         OnRemove `option:"onRemove"`
-	ForceDetach      bool     `option:"forceDetach"`
-	ReadOnly         bool     `option:"readOnly"`
+	VolumeID         string         `option:"volumeID"`
+	Size             int32          `option:"size"` // GiB
+	VolumeType       string         `option:"volumeType"`
+	IOPS             int32          `option:"iops"`
+	Throughput       int32          `option:"throughput"` // MiB/s
+	Encrypted        bool           `option:"encrypted"`
+	KMSKeyID         string         `option:"kmsKeyId"`
+	SnapshotID       string         `option:"snapshotID"`
+	Tags             string         `option:"tags"`
+	AvailabilityZone string         `option:"availabilityZone"`
+	Region           string         `option:"region"`
+	FSType           string         `option:"fsType"`
+	MntOptions       string         `option:"mntOptions"`
+	OnRemove         cloud.OnRemove `option:"onRemove"`
+	ForceDetach      bool           `option:"forceDetach"`
+	ReadOnly         bool           `option:"readOnly"`
 }
 
 // told are what Create's reply says, beside options of their own, and what Rancher's daemon gives back at each later call.
 var told = []string{"created", "name"}
-
-// OnRemove is what Delete does with a volume that Create made.
-type OnRemove string
-
-// The two.
-const (
-	Retain OnRemove = "retain"
-	Purge  OnRemove = "purge"
-)
-
-// UnmarshalText refuses other words.
-func (o *OnRemove) UnmarshalText(text []byte) error {
-	if allowed := []OnRemove{Retain, Purge}; !slices.Contains(allowed, OnRemove(text)) {
-		return fmt.Errorf("%s is none of %v", volume.Excerpt(string(text)), allowed)
-	}
-	*o = OnRemove(text)
-	return nil
-}
 
 // Config is what an administrator decides for all volumes.
 type Config struct {
@@ -98,7 +80,7 @@ type Volume struct {
 	New      Specification
 	FSType   string // "": what there is, or else ext4
 	Options  []string
-	OnRemove OnRemove
+	OnRemove cloud.OnRemove
 	Force    bool
 	ReadOnly bool
 }
@@ -137,7 +119,7 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	if err := volume.CheckName(r.Name); err != nil {
 		return Volume{}, err
 	}
-	o := Options{VolumeType: "gp3", OnRemove: Retain, FSType: r.FSType}
+	o := Options{VolumeType: "gp3", OnRemove: cloud.Retain, FSType: r.FSType}
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}
@@ -172,7 +154,7 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 		return bad("throughput %d: only gp3 is given a throughput, in MiB/s", o.Throughput)
 	case v.ID != "" && o.SnapshotID != "":
 		return bad("volumeID and snapshotID exclude each other")
-	case v.ID != "" && v.OnRemove == Purge:
+	case v.ID != "" && v.OnRemove == cloud.Purge:
 		return bad("onRemove=purge with volumeID: Lariat did not create the volume and never removes it")
 	}
 	var err error

@@ -393,7 +393,7 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 		return reply, volume.Errorf(volume.ErrInUse, "volume %s (%s) is attached to instance %s", v.Name, f.id(), aws.ToString(f.Attachments[0].InstanceId))
 	case !d.ours(f, v.Name):
 		reply.Message = fmt.Sprintf("volume %s is kept: Lariat did not create it", f.id())
-	case v.OnRemove == Retain && !(old.Deleting && old.ID == f.id()):
+	case v.OnRemove == cloud.Retain && !(old.Deleting && old.ID == f.id()):
 		reply.Message = fmt.Sprintf("volume %s is kept, as onRemove=retain says", f.id())
 	default:
 		if err := d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Deleting: true, Time: time.Now().UTC()}); err != nil {
