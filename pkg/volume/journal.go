@@ -18,6 +18,12 @@ const (
 	DefaultRunDir   = "/run/lariat/volumes"
 )
 
+// Environment are the variables that all drivers read, with what they mean.
+var Environment = [][2]string{
+	{"LARIAT_STATE_DIR", "where the journal is; default " + DefaultStateDir},
+	{"LARIAT_RUN_DIR", "where locks are; default " + DefaultRunDir},
+}
+
 // Journal is a folder of small records, one file for each key. A record is replaced whole or not at all and is on the disk when Put returns:
 // other than the journal of attachments it tells of data that outlives a power failure.
 //

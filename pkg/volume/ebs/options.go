@@ -44,12 +44,10 @@ type Config struct {
 }
 
 // Environment are the variables that FromEnvironment reads, and those of the SDK, with what they mean.
-var Environment = append([][2]string{
+var Environment = slices.Concat([][2]string{
 	{"LARIAT_EBS_ATTACH", "controller or node: who attaches; node where a controller cannot be given the driver"},
 	{"LARIAT_EBS_CLUSTER", "name of the cluster, if several share the account: volumes are known by it and their own name"},
-	{"LARIAT_STATE_DIR", "where the journal is; default " + volume.DefaultStateDir},
-	{"LARIAT_RUN_DIR", "where locks are; default " + volume.DefaultRunDir},
-}, cloud.Environment...)
+}, volume.Environment, cloud.Environment)
 
 // FromEnvironment reads the configuration. What is wrong with it is for those to hear who need not go on; see New.
 func FromEnvironment(getenv func(string) string) (Config, error) {

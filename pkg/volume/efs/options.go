@@ -70,10 +70,7 @@ type Config struct {
 }
 
 // Environment are the variables that FromEnvironment and the SDK read, with what they mean.
-var Environment = append(slices.Clone(cloud.Environment),
-	[2]string{"LARIAT_STATE_DIR", "where the journal is; default " + volume.DefaultStateDir},
-	[2]string{"LARIAT_RUN_DIR", "where locks are; default " + volume.DefaultRunDir},
-)
+var Environment = slices.Concat(cloud.Environment, volume.Environment)
 
 // FromEnvironment reads the configuration.
 func FromEnvironment(getenv func(string) string) Config {

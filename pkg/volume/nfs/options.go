@@ -67,14 +67,12 @@ type Config struct {
 }
 
 // Environment are the variables that FromEnvironment reads, with what they mean.
-var Environment = [][2]string{
+var Environment = append([][2]string{
 	{"NFS_SERVER", "server of volumes that name no host"},
 	{"MOUNT_DIR", "folder on the server below which volumes without export and exportBase are"},
 	{"MOUNT_OPTS", "mount options for all volumes, before their own"},
 	{"ON_REMOVE", "retain, purge or archive, for volumes that do not say"},
-	{"LARIAT_STATE_DIR", "where the journal is; default " + volume.DefaultStateDir},
-	{"LARIAT_RUN_DIR", "where locks are; default " + volume.DefaultRunDir},
-}
+}, volume.Environment...)
 
 // FromEnvironment reads the configuration as Rancher's driver did. What is wrong with it is for those to hear who need not go on; see New.
 func FromEnvironment(getenv func(string) string) (Config, error) {
