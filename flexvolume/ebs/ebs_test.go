@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"log/slog"
+	"os"
 	"strings"
 	"testing"
 
@@ -13,9 +14,12 @@ import (
 // F155: init is a constant of the installation, whatever else the environment is; what needs the environment says what is wrong with it.
 func TestF155WrongEnvironment(t *testing.T) {
 	dir := t.TempDir()
+	t.Setenv("LARIAT_STATE_DIR", dir)
+	t.Setenv("LARIAT_RUN_DIR", dir)
 	for variable, bad := range map[string]string{"LARIAT_EBS_ATTACH": "me", "LARIAT_EBS_CLUSTER": "../x"} {
-		env := map[string]string{variable: bad, "LARIAT_STATE_DIR": dir, "LARIAT_RUN_DIR": dir}
-		d, err := driver(func(k string) string { return env[k] }, slog.New(slog.DiscardHandler))
+		t.Setenv(variable, bad)
+		d, err := program().Driver(slog.New(slog.DiscardHandler))
+		os.Unsetenv(variable)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -47,7 +51,8 @@ func TestF155WrongEnvironment(t *testing.T) {
 // F106: who attaches is the installation's to say, and init tells kubelet.
 func TestF106InitTellsWhoAttaches(t *testing.T) {
 	for who, want := range map[string]bool{"": true, "controller": true, "node": false} {
-		d, err := driver(func(k string) string { return map[string]string{"LARIAT_EBS_ATTACH": who}[k] }, slog.New(slog.DiscardHandler))
+		t.Setenv("LARIAT_EBS_ATTACH", who)
+		d, err := program().Driver(slog.New(slog.DiscardHandler))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,14 +1,11 @@
 package main
 
 import (
-	"errors"
 	"log/slog"
-	"os"
-	"strings"
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/volume"
-	"github.com/lariat-net/lariat/pkg/volume/flex"
+	"github.com/lariat-net/lariat/test/flextest"
 )
 
 // F155, F108: init is a constant, whatever the environment is, and what kubelet asks and this driver has no answer to is Not supported, always.
@@ -28,18 +25,5 @@ func TestF155Constant(t *testing.T) {
 	if err := d.Unmount(t.Context(), dir+"/at"); err != nil {
 		t.Errorf("unmount: %v", err)
 	}
-	data, err := os.ReadFile("testdata/unsupported.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, line := range strings.Split(strings.TrimSpace(string(data)), "\n") {
-		c, err := flex.Parse(strings.Fields(line))
-		if err != nil {
-			t.Errorf("%s: %v", line, err)
-			continue
-		}
-		if _, err := flex.Do(t.Context(), d, c); !errors.Is(err, volume.ErrNotSupported) {
-			t.Errorf("%s: %v", line, err)
-		}
-	}
+	flextest.NotSupported(t, d)
 }

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"context"
-	"fmt"
 	"log/slog"
 	"os"
 
@@ -20,36 +18,8 @@ func program() flex.Program {
 		Options:     volume.OptionNames(nfs.Options{}),
 		Environment: nfs.Environment,
 		Driver: func(log *slog.Logger) (volume.Driver, error) {
-			return driver(os.Getenv, log)
+			c, _ := nfs.FromEnvironment(os.Getenv) // what is wrong is for the driver to say: see New
+			return nfs.New(c, log), nil
 		},
 	}
 }
-
-// driver with an environment that is wrong still answers init, because kubelet does not ask a second time, and still unmounts. All else
-// says what is wrong.
-func driver(getenv func(string) string, log *slog.Logger) (volume.Driver, error) {
-	c, err := nfs.FromEnvironment(getenv)
-	if err == nil {
-		return nfs.New(c, log)
-	}
-	d, nerr := nfs.New(nfs.Config{StateDir: c.StateDir, RunDir: c.RunDir}, log)
-	return misconfigured{d, fmt.Errorf("the driver's environment: %w", err)}, nerr
-}
-
-type misconfigured struct {
-	*nfs.Driver
-	err error
-}
-
-// Create implements volume.Driver.
-func (m misconfigured) Create(context.Context, volume.Request) (volume.Reply, error) {
-	return volume.Reply{}, m.err
-}
-
-// Delete implements volume.Driver.
-func (m misconfigured) Delete(context.Context, volume.Request) (volume.Reply, error) {
-	return volume.Reply{}, m.err
-}
-
-// Mount implements volume.Driver.
-func (m misconfigured) Mount(context.Context, string, string, volume.Request) error { return m.err }

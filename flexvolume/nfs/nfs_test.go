@@ -8,15 +8,18 @@ import (
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/volume"
-	"github.com/lariat-net/lariat/pkg/volume/flex"
+	"github.com/lariat-net/lariat/test/flextest"
 )
 
 // F155: init is a constant, whatever the environment is; what needs the environment says what is wrong with it.
 func TestF155WrongEnvironment(t *testing.T) {
 	dir := t.TempDir()
+	t.Setenv("LARIAT_STATE_DIR", dir)
+	t.Setenv("LARIAT_RUN_DIR", dir)
 	for variable, bad := range map[string]string{"NFS_SERVER": "-o", "MOUNT_DIR": "x/../y", "MOUNT_OPTS": "bind", "ON_REMOVE": "shred"} {
-		env := map[string]string{variable: bad, "LARIAT_STATE_DIR": dir, "LARIAT_RUN_DIR": dir}
-		d, err := driver(func(k string) string { return env[k] }, slog.New(slog.DiscardHandler))
+		t.Setenv(variable, bad)
+		d, err := program().Driver(slog.New(slog.DiscardHandler))
+		os.Unsetenv(variable)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -36,22 +39,9 @@ func TestF155WrongEnvironment(t *testing.T) {
 
 // F108: what kubelet asks and this driver has no answer to is Not supported, always.
 func TestF108NotSupported(t *testing.T) {
-	d, err := driver(func(string) string { return "" }, slog.New(slog.DiscardHandler))
+	d, err := program().Driver(slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
-	data, err := os.ReadFile("testdata/unsupported.txt")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, line := range strings.Split(strings.TrimSpace(string(data)), "\n") {
-		c, err := flex.Parse(strings.Fields(line))
-		if err != nil {
-			t.Errorf("%s: %v", line, err)
-			continue
-		}
-		if _, err := flex.Do(t.Context(), d, c); !errors.Is(err, volume.ErrNotSupported) {
-			t.Errorf("%s: %v", line, err)
-		}
-	}
+	flextest.NotSupported(t, d)
 }

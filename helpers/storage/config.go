@@ -51,7 +51,7 @@ var builtIn = map[string]struct {
 		if err != nil {
 			return nil, err
 		}
-		return nfs.New(conf, log)
+		return nfs.New(conf, log), nil
 	}},
 	"efs": {"global", func(getenv func(string) string, log *slog.Logger) (volume.Driver, error) {
 		return efs.New(efs.FromEnvironment(getenv), log), nil
@@ -62,7 +62,7 @@ var builtIn = map[string]struct {
 		if err != nil {
 			return nil, err
 		}
-		return ebs.New(conf, log)
+		return ebs.New(conf, log), nil
 	}},
 }
 

@@ -18,6 +18,12 @@ const (
 	DefaultRunDir   = "/run/lariat/volumes"
 )
 
+// Environment are the variables that all drivers read, with what they mean.
+var Environment = [][2]string{
+	{"LARIAT_STATE_DIR", "where the journal is; default " + DefaultStateDir},
+	{"LARIAT_RUN_DIR", "where locks are; default " + DefaultRunDir},
+}
+
 // Journal is a folder of small records, one file for each key. A record is replaced whole or not at all and is on the disk when Put returns:
 // other than the journal of attachments it tells of data that outlives a power failure.
 //
@@ -119,6 +125,18 @@ func (j Journal[T]) Remove(key string) error {
 		return fmt.Errorf("journal: %w", err)
 	}
 	return j.sync()
+}
+
+// Prune drops the records that are old. One that cannot be dropped holds up no other.
+func (j Journal[T]) Prune(old func(T) bool) error {
+	all, err := j.List()
+	errs := []error{err}
+	for key, value := range all {
+		if old(value) {
+			errs = append(errs, j.Remove(key))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // List reads all records, by key.

@@ -39,6 +39,10 @@ func TestJournal(t *testing.T) {
 	if all, err := j.List(); err != nil || len(all) != len(keys) || all[keys[2]].Text != keys[2] {
 		t.Errorf("list: %v %v", all, err)
 	}
+	must(t, j.Prune(func(v toy) bool { return v.Text == "v" }))
+	if all, err := j.List(); err != nil || len(all) != len(keys)-1 || all["v"].Text != "" {
+		t.Errorf("pruned: %v %v", all, err)
+	}
 	for _, k := range keys {
 		must(t, j.Remove(k))
 		must(t, j.Remove(k))
@@ -117,7 +121,14 @@ func TestLocks(t *testing.T) {
 	other, err := l.Lock(t.Context(), "w", "mount") // nobody waits for another volume
 	must(t, err)
 	other()
+	// Of several, those that were had are given back when one cannot be had.
+	if _, err := l.LockAll(ctx, "mount", "w", "v"); !errors.Is(err, ErrInUse) {
+		t.Errorf("%v", err)
+	}
 	unlock()
+	all, err := l.LockAll(t.Context(), "mount", "w", "v")
+	must(t, err)
+	all()
 	again, err := l.Lock(t.Context(), "v", "unmount")
 	must(t, err)
 	again()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 )
@@ -14,8 +15,26 @@ import (
 // own, so that a volume whose server hangs holds up no other.
 type Locks struct{ Dir string }
 
-// Lock waits until it has the lock of a key or the context ends; then the error says who holds it and for what. Whoever takes several takes
-// the volume's before the folder's.
+// LockAll takes the locks of several keys, in their order: the volume's before the folder's.
+func (l Locks) LockAll(ctx context.Context, purpose string, keys ...string) (unlock func(), err error) {
+	var held []func()
+	unlock = func() {
+		for _, f := range slices.Backward(held) {
+			f()
+		}
+	}
+	for _, key := range keys {
+		f, err := l.Lock(ctx, key, purpose)
+		if err != nil {
+			unlock()
+			return nil, err
+		}
+		held = append(held, f)
+	}
+	return unlock, nil
+}
+
+// Lock waits until it has the lock of a key or the context ends; then the error says who holds it and for what.
 func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), err error) {
 	if err := os.MkdirAll(l.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("lock %s: %w", key, err)

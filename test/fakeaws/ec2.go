@@ -245,3 +245,37 @@ func choose[T any](s selection, notFound string, all []T, describe func(T) field
 	}
 	return chosen, "", nil
 }
+
+// listing is how things of one kind are asked for and shown.
+type listing[T, X any] struct {
+	parameter string // with ids
+	field     string // the id, as filters call it
+	notFound  string
+	set       string // the element around all
+	fields    func(T) fields
+	inXML     func(T) X
+}
+
+// describe answers a Describe call.
+func describe[T, X any](p *params, l listing[T, X], all []T) (any, *apiError) {
+	s, e := p.selection(l.parameter)
+	if e != nil {
+		return nil, e
+	}
+	page, next, e := choose(s, l.notFound, all, l.fields, l.field)
+	if e != nil {
+		return nil, e
+	}
+	var out struct {
+		Set struct {
+			XMLName xml.Name
+			Items   []X `xml:"item"`
+		}
+		NextToken string `xml:"nextToken,omitempty"`
+	}
+	out.Set.XMLName.Local, out.NextToken = l.set, next
+	for _, thing := range page {
+		out.Set.Items = append(out.Set.Items, l.inXML(thing))
+	}
+	return out, nil
+}

@@ -134,36 +134,21 @@ func (c *Cloud) RoleEnv(instanceID string) []string {
 		"AWS_ENDPOINT_URL="+c.url, "AWS_EC2_METADATA_SERVICE_ENDPOINT="+in.imds, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=")
 }
 
+type reservationXML struct {
+	ID        string            `xml:"reservationId"`
+	Owner     string            `xml:"ownerId"`
+	Instances list[instanceXML] `xml:"instancesSet"`
+}
+
 func (c *Cloud) describeInstances(p *params) (any, *apiError) {
-	s, e := p.selection("InstanceId")
-	if e != nil {
-		return nil, e
-	}
-	page, next, e := choose(s, "InvalidInstanceID.NotFound", c.instances, func(in *instance) fields {
+	return describe(p, listing[*instance, reservationXML]{"InstanceId", "instance-id", "InvalidInstanceID.NotFound", "reservationSet", func(in *instance) fields {
 		return fields{
 			"instance-id": {in.ID}, "instance-state-name": {in.State}, "instance-type": {in.Type}, "availability-zone": {in.Zone}, "subnet-id": {in.SubnetID},
 			"vpc-id": {in.VPCID}, "private-dns-name": {in.PrivateDNSName}, "private-ip-address": {in.PrivateIP.String()},
 		}
-	}, "instance-id")
-	if e != nil {
-		return nil, e
-	}
-	type reservation struct {
-		ID        string            `xml:"reservationId"`
-		Owner     string            `xml:"ownerId"`
-		Instances list[instanceXML] `xml:"instancesSet"`
-	}
-	var out struct {
-		Reservations list[reservation] `xml:"reservationSet"`
-		NextToken    string            `xml:"nextToken,omitempty"`
-	}
-	for _, in := range page {
-		out.Reservations.Items = append(out.Reservations.Items, reservation{
-			"r-" + strings.TrimPrefix(in.ID, "i-"), Account, list[instanceXML]{[]instanceXML{c.instanceXML(in)}},
-		})
-	}
-	out.NextToken = next
-	return out, nil
+	}, func(in *instance) reservationXML {
+		return reservationXML{"r-" + strings.TrimPrefix(in.ID, "i-"), Account, list[instanceXML]{[]instanceXML{c.instanceXML(in)}}}
+	}}, c.instances)
 }
 
 type instanceXML struct {
@@ -234,36 +219,25 @@ func (c *Cloud) instanceXML(in *instance) instanceXML {
 	return out
 }
 
+type typeXML struct {
+	Type       string `xml:"instanceType"`
+	Hypervisor string `xml:"hypervisor"`
+	NVMe       string `xml:"ebsInfo>nvmeSupport"`
+	Max        int    `xml:"ebsInfo>maximumEbsAttachments"`
+	Limit      string `xml:"ebsInfo>attachmentLimitType"`
+	MaxNICs    int    `xml:"networkInfo>maximumNetworkInterfaces"`
+}
+
 func (c *Cloud) describeInstanceTypes(p *params) (any, *apiError) {
-	s, e := p.selection("InstanceType")
-	if e != nil {
-		return nil, e
-	}
 	var kinds []*instance
 	for _, in := range c.instances {
 		if !slices.ContainsFunc(kinds, func(k *instance) bool { return k.Type == in.Type }) {
 			kinds = append(kinds, in)
 		}
 	}
-	page, next, e := choose(s, "InvalidInstanceType", kinds, func(in *instance) fields {
+	return describe(p, listing[*instance, typeXML]{"InstanceType", "instance-type", "InvalidInstanceType", "instanceTypeSet", func(in *instance) fields {
 		return fields{"instance-type": {in.Type}}
-	}, "instance-type")
-	if e != nil {
-		return nil, e
-	}
-	type typeXML struct {
-		Type       string `xml:"instanceType"`
-		Hypervisor string `xml:"hypervisor"`
-		NVMe       string `xml:"ebsInfo>nvmeSupport"`
-		Max        int    `xml:"ebsInfo>maximumEbsAttachments"`
-		Limit      string `xml:"ebsInfo>attachmentLimitType"`
-		MaxNICs    int    `xml:"networkInfo>maximumNetworkInterfaces"`
-	}
-	var out struct {
-		Types     list[typeXML] `xml:"instanceTypeSet"`
-		NextToken string        `xml:"nextToken,omitempty"`
-	}
-	for _, in := range page {
+	}, func(in *instance) typeXML {
 		x := typeXML{in.Type, "xen", "unsupported", in.MaxVolumes, "shared", 3}
 		if in.Nitro {
 			x.Hypervisor, x.NVMe = "nitro", "required"
@@ -271,8 +245,6 @@ func (c *Cloud) describeInstanceTypes(p *params) (any, *apiError) {
 		if in.Dedicated {
 			x.Limit = "dedicated"
 		}
-		out.Types.Items = append(out.Types.Items, x)
-	}
-	out.NextToken = next
-	return out, nil
+		return x
+	}}, kinds)
 }

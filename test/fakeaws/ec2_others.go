@@ -2,7 +2,6 @@ package fakeaws
 
 import (
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 )
@@ -50,70 +49,44 @@ func (c *Cloud) snapshot(id string) (snapshot, *apiError) {
 	return c.snapshots[i], nil
 }
 
+type snapshotXML struct {
+	ID        string       `xml:"snapshotId"`
+	Size      int          `xml:"volumeSize"`
+	State     string       `xml:"status"`
+	Owner     string       `xml:"ownerId"`
+	At        time.Time    `xml:"startTime"`
+	Progress  string       `xml:"progress"`
+	Encrypted bool         `xml:"encrypted"`
+	Tags      list[tagXML] `xml:"tagSet"`
+}
+
 func (c *Cloud) describeSnapshots(p *params) (any, *apiError) {
-	s, e := p.selection("SnapshotId")
-	if e != nil {
-		return nil, e
-	}
 	owners := p.texts("Owner")
-	page, next, e := choose(s, "InvalidSnapshot.NotFound", c.snapshots, func(s snapshot) fields {
+	return describe(p, listing[snapshot, snapshotXML]{"SnapshotId", "snapshot-id", "InvalidSnapshot.NotFound", "snapshotSet", func(s snapshot) fields {
 		if len(owners) > 0 && !slices.Contains(owners, "self") && !slices.Contains(owners, Account) {
 			return nil
 		}
 		return fields{"snapshot-id": {s.id}, "status": {"completed"}, "owner-id": {Account}, "encrypted": {fmt.Sprint(s.encrypted)}, "volume-size": {fmt.Sprint(s.gib)}}.withTags(s.tags)
-	}, "snapshot-id")
-	if e != nil {
-		return nil, e
-	}
-	type snapshotXML struct {
-		ID        string       `xml:"snapshotId"`
-		Size      int          `xml:"volumeSize"`
-		State     string       `xml:"status"`
-		Owner     string       `xml:"ownerId"`
-		At        time.Time    `xml:"startTime"`
-		Progress  string       `xml:"progress"`
-		Encrypted bool         `xml:"encrypted"`
-		Tags      list[tagXML] `xml:"tagSet"`
-	}
-	var out struct {
-		Snapshots list[snapshotXML] `xml:"snapshotSet"`
-		NextToken string            `xml:"nextToken,omitempty"`
-	}
-	for _, s := range page {
-		out.Snapshots.Items = append(out.Snapshots.Items, snapshotXML{s.id, s.gib, "completed", Account, s.at.UTC(), "100%", s.encrypted, tagsXML(s.tags)})
-	}
-	out.NextToken = next
-	return out, nil
+	}, func(s snapshot) snapshotXML {
+		return snapshotXML{s.id, s.gib, "completed", Account, s.at.UTC(), "100%", s.encrypted, tagsXML(s.tags)}
+	}}, c.snapshots)
+}
+
+type subnetXML struct {
+	ID     string `xml:"subnetId"`
+	VPC    string `xml:"vpcId"`
+	Zone   string `xml:"availabilityZone"`
+	ZoneID string `xml:"availabilityZoneId"`
+	State  string `xml:"state"`
+	Owner  string `xml:"ownerId"`
 }
 
 func (c *Cloud) describeSubnets(p *params) (any, *apiError) {
-	s, e := p.selection("SubnetId")
-	if e != nil {
-		return nil, e
-	}
-	page, next, e := choose(s, "InvalidSubnetID.NotFound", c.subnets, func(s subnet) fields {
+	return describe(p, listing[subnet, subnetXML]{"SubnetId", "subnet-id", "InvalidSubnetID.NotFound", "subnetSet", func(s subnet) fields {
 		return fields{"subnet-id": {s.ID}, "vpc-id": {s.VPC}, "availability-zone": {s.Zone}, "availability-zone-id": {c.zones()[s.Zone]}, "state": {"available"}}
-	}, "subnet-id")
-	if e != nil {
-		return nil, e
-	}
-	type subnetXML struct {
-		ID     string `xml:"subnetId"`
-		VPC    string `xml:"vpcId"`
-		Zone   string `xml:"availabilityZone"`
-		ZoneID string `xml:"availabilityZoneId"`
-		State  string `xml:"state"`
-		Owner  string `xml:"ownerId"`
-	}
-	var out struct {
-		Subnets   list[subnetXML] `xml:"subnetSet"`
-		NextToken string          `xml:"nextToken,omitempty"`
-	}
-	for _, s := range page {
-		out.Subnets.Items = append(out.Subnets.Items, subnetXML{s.ID, s.VPC, s.Zone, c.zones()[s.Zone], "available", Account})
-	}
-	out.NextToken = next
-	return out, nil
+	}, func(s subnet) subnetXML {
+		return subnetXML{s.ID, s.VPC, s.Zone, c.zones()[s.Zone], "available", Account}
+	}}, c.subnets)
 }
 
 func groupName(id string) string {
@@ -123,58 +96,34 @@ func groupName(id string) string {
 	return "name-of-" + id
 }
 
+type securityGroupXML struct {
+	ID          string `xml:"groupId"`
+	Name        string `xml:"groupName"`
+	Description string `xml:"groupDescription"`
+	VPC         string `xml:"vpcId"`
+	Owner       string `xml:"ownerId"`
+}
+
 func (c *Cloud) describeSecurityGroups(p *params) (any, *apiError) {
-	s, e := p.selection("GroupId")
-	if e != nil {
-		return nil, e
-	}
-	page, next, e := choose(s, "InvalidGroup.NotFound", c.groups, func(g group) fields {
+	return describe(p, listing[group, securityGroupXML]{"GroupId", "group-id", "InvalidGroup.NotFound", "securityGroupInfo", func(g group) fields {
 		return fields{"group-id": {g.ID}, "group-name": {groupName(g.ID)}, "vpc-id": {g.VPC}}
-	}, "group-id")
-	if e != nil {
-		return nil, e
-	}
-	type securityGroupXML struct {
-		ID          string `xml:"groupId"`
-		Name        string `xml:"groupName"`
-		Description string `xml:"groupDescription"`
-		VPC         string `xml:"vpcId"`
-		Owner       string `xml:"ownerId"`
-	}
-	var out struct {
-		Groups    list[securityGroupXML] `xml:"securityGroupInfo"`
-		NextToken string                 `xml:"nextToken,omitempty"`
-	}
-	for _, g := range page {
-		out.Groups.Items = append(out.Groups.Items, securityGroupXML{g.ID, groupName(g.ID), "a group", g.VPC, Account})
-	}
-	out.NextToken = next
-	return out, nil
+	}, func(g group) securityGroupXML {
+		return securityGroupXML{g.ID, groupName(g.ID), "a group", g.VPC, Account}
+	}}, c.groups)
+}
+
+type zoneXML struct {
+	Name   string `xml:"zoneName"`
+	ID     string `xml:"zoneId"`
+	Region string `xml:"regionName"`
+	State  string `xml:"zoneState"`
+	Type   string `xml:"zoneType"`
 }
 
 func (c *Cloud) describeAvailabilityZones(p *params) (any, *apiError) {
-	s, e := p.selection("ZoneName")
-	if e != nil {
-		return nil, e
-	}
-	page, _, e := choose(s, "InvalidParameterValue", slices.Sorted(maps.Keys(c.zones())), func(zone string) fields {
+	return describe(p, listing[string, zoneXML]{"ZoneName", "zone-name", "InvalidParameterValue", "availabilityZoneInfo", func(zone string) fields {
 		return fields{"zone-name": {zone}, "zone-id": {c.zones()[zone]}, "region-name": {c.o.Region}, "state": {"available"}}
-	}, "zone-name")
-	if e != nil {
-		return nil, e
-	}
-	type zoneXML struct {
-		Name   string `xml:"zoneName"`
-		ID     string `xml:"zoneId"`
-		Region string `xml:"regionName"`
-		State  string `xml:"zoneState"`
-		Type   string `xml:"zoneType"`
-	}
-	var out struct {
-		Zones list[zoneXML] `xml:"availabilityZoneInfo"`
-	}
-	for _, zone := range page {
-		out.Zones.Items = append(out.Zones.Items, zoneXML{zone, c.zones()[zone], c.o.Region, "available", "availability-zone"})
-	}
-	return out, nil
+	}, func(zone string) zoneXML {
+		return zoneXML{zone, c.zones()[zone], c.o.Region, "available", "availability-zone"}
+	}}, c.zoneNames())
 }

@@ -212,3 +212,10 @@ func find[T any](all []T, id, notFound string, is func(T) (id string, life *prog
 	}
 	return all[i], nil
 }
+
+// remove begins a thing's removal, unless it has begun.
+func (c *Cloud) remove(life *progress) {
+	if life.truth() != "deleting" {
+		*life = c.begin("deleting", "deleted")
+	}
+}

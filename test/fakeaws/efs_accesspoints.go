@@ -150,11 +150,8 @@ func (c *Cloud) describeAccessPoints(r *efsRequest) (any, *apiError) {
 
 func (c *Cloud) deleteAccessPoint(r *efsRequest) (any, *apiError) {
 	p, e := c.accessPoint(r.id)
-	if e != nil {
-		return nil, e
+	if e == nil {
+		c.remove(&p.life)
 	}
-	if p.life.truth() != "deleting" {
-		p.life = c.begin("deleting", "deleted")
-	}
-	return nil, nil
+	return nil, e
 }

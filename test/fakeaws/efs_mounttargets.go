@@ -156,13 +156,10 @@ func (c *Cloud) describeMountTargets(r *efsRequest) (any, *apiError) {
 
 func (c *Cloud) deleteMountTarget(r *efsRequest) (any, *apiError) {
 	m, e := c.mountTarget(r.id)
-	if e != nil {
-		return nil, e
+	if e == nil {
+		c.remove(&m.life)
 	}
-	if m.life.truth() != "deleting" {
-		m.life = c.begin("deleting", "deleted")
-	}
-	return nil, nil
+	return nil, e
 }
 
 type groupsJSON struct{ SecurityGroups []string }

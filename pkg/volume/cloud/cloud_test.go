@@ -125,3 +125,31 @@ func TestExplain(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestPoll: whatever ends the time, the error says what was last seen.
+func TestPoll(t *testing.T) {
+	p := Pauses{First: time.Millisecond, Most: time.Millisecond}
+	asked := errors.New("a request was cut short")
+	for _, when := range []int{2, 3} { // in the pause, in the middle of the look
+		ctx, cancel := context.WithCancelCause(t.Context())
+		n := 0
+		err := p.Poll(ctx, func() (bool, string, error) {
+			n++
+			if n == 2 {
+				cancel(volume.Timeout(time.Second))
+			}
+			if n == when && when == 2 {
+				return false, "late", asked
+			}
+			return false, "creating", nil
+		})
+		if err == nil || err.Error() != "creating: no end after 1s" || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%d: %v", when, err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := p.Poll(ctx, func() (bool, string, error) { return false, "", asked }); !errors.Is(err, asked) {
+		t.Error(err)
+	}
+}

@@ -30,7 +30,7 @@ func (d *Driver) Attach(ctx context.Context, req volume.Request, node string) (s
 		return "", err
 	}
 	defer unlock()
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
@@ -58,7 +58,7 @@ func (d *Driver) attach(ctx context.Context, r *region, v Volume, node string) (
 	}
 	volume.Step("before-attach")
 	a := attachment{d: d, r: r, v: v, f: f, to: to}
-	if err := poll(ctx, func() (bool, string, error) { return a.step(ctx) }); err != nil {
+	if err := pauses.Poll(ctx, func() (bool, string, error) { return a.step(ctx) }); err != nil {
 		return nil, "", fmt.Errorf("attach volume %s (%s) to instance %s: %w", v.Name, f.id(), to, err)
 	}
 	volume.Step("attached")
@@ -232,6 +232,9 @@ func (f *found) attachedTo(instance string) bool {
 func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
+	if err := d.config.check(); err != nil {
+		return fmt.Errorf("the driver's environment: %w", err)
+	}
 	id := ""
 	if device, ok := strings.CutPrefix(name, "/dev/"); ok {
 		if err := volume.CheckName(device); err != nil {
@@ -252,7 +255,7 @@ func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	if err != nil {
 		return err
 	}
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	r, err := d.open(within, rec.Region)
 	if err != nil {
@@ -362,7 +365,7 @@ func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) e
 	}
 	volume.Step("before-detach")
 	asked := false
-	return poll(ctx, func() (done bool, seen string, err error) {
+	return pauses.Poll(ctx, func() (done bool, seen string, err error) {
 		now, err := r.describe(ctx, f.id())
 		if err != nil || now == nil {
 			return err == nil, "", err

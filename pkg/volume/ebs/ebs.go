@@ -11,9 +11,9 @@
 package ebs
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
-	"math/rand/v2"
 	"path/filepath"
 	"sync"
 	"time"
@@ -61,17 +61,10 @@ type mountRecord struct {
 	Time     time.Time `json:"time"`
 }
 
-// New makes the driver. Nothing happens before the first call.
-func New(c Config, log *slog.Logger) (*Driver, error) {
-	if err := c.check(); err != nil {
-		return nil, err
-	}
-	if c.StateDir == "" {
-		c.StateDir = volume.DefaultStateDir
-	}
-	if c.RunDir == "" {
-		c.RunDir = volume.DefaultRunDir
-	}
+// New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers Init, because kubelet does not ask a second
+// time, and unmounts. All else says what is wrong.
+func New(c Config, log *slog.Logger) *Driver {
+	c.StateDir, c.RunDir = cmp.Or(c.StateDir, volume.DefaultStateDir), cmp.Or(c.RunDir, volume.DefaultRunDir)
 	dir := filepath.Join(c.StateDir, "ebs")
 	return &Driver{
 		config: c, log: log, devices: devices{"/sys", "/dev"}, regions: map[string]*region{},
@@ -79,12 +72,12 @@ func New(c Config, log *slog.Logger) (*Driver, error) {
 		mounts:  volume.Journal[mountRecord]{Dir: filepath.Join(dir, "mounts")},
 		formats: volume.Journal[time.Time]{Dir: filepath.Join(dir, "formats")},
 		locks:   volume.Locks{Dir: filepath.Join(c.RunDir, "ebs")},
-	}, nil
+	}
 }
 
 // Init implements volume.Driver.
 func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
-	return volume.Capabilities{Attach: !d.config.FromNode, FSGroup: true, SELinuxRelabel: true, SupportsMetrics: true, RequiresFSResize: true}, nil
+	return volume.Capabilities{Attach: !d.config.fromNode(), FSGroup: true, SELinuxRelabel: true, SupportsMetrics: true, RequiresFSResize: true}, nil
 }
 
 // region is EC2 in one of them.
@@ -108,40 +101,5 @@ func (d *Driver) open(ctx context.Context, name string) (*region, error) {
 	return r, nil
 }
 
-// pauses between looks at something that AWS is about to change. The first is what most changes take. Tests of this package have no time for them.
-var pauses = struct{ first, most time.Duration }{250 * time.Millisecond, 5 * time.Second}
-
-// poll looks until there is an end, an error, or no time left; then the error says what look last saw.
-func poll(ctx context.Context, look func() (done bool, seen string, err error)) error {
-	for pause := pauses.first; ; pause = min(pause*8/5, pauses.most) {
-		done, seen, err := look()
-		if done || err != nil {
-			return err
-		}
-		// Those who began at the same time do not all come back at the same time.
-		t := time.NewTimer(pause + rand.N(pause/2))
-		select {
-		case <-t.C:
-		case <-ctx.Done():
-			t.Stop()
-			return &late{seen, context.Cause(ctx)}
-		}
-	}
-}
-
-// late is what was seen when the time was over.
-type late struct {
-	seen  string
-	cause error
-}
-
-func (l *late) Error() string { return l.seen + ": " + l.cause.Error() }
-func (l *late) Unwrap() error { return l.cause }
-
-// before ends a while before the caller's own deadline, so that there is time left to say why.
-func before(ctx context.Context) (context.Context, context.CancelFunc) {
-	end, _ := ctx.Deadline()
-	left := time.Until(end)
-	left -= min(left/5, 3*time.Second)
-	return context.WithTimeoutCause(ctx, left, volume.Timeout(left))
-}
+// pauses between looks at AWS. Tests of this package have no time for them.
+var pauses = cloud.Pauses{First: 250 * time.Millisecond, Most: 5 * time.Second}

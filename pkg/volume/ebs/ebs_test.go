@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/cloud"
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 	"github.com/lariat-net/lariat/test/fakeaws"
 )
@@ -21,7 +22,7 @@ import (
 // TestMain lets this binary be the driver's children.
 func TestMain(m *testing.M) {
 	mounts.RunChild()
-	pauses.first, pauses.most = 4*time.Millisecond, 100*time.Millisecond
+	pauses = cloud.Pauses{First: 4 * time.Millisecond, Most: 100 * time.Millisecond}
 	os.Exit(m.Run())
 }
 
@@ -50,10 +51,7 @@ func newLab(t *testing.T, lag int, c Config) *lab {
 		t.Setenv(name, value)
 	}
 	c.StateDir, c.RunDir = t.TempDir(), t.TempDir()
-	var err error
-	if l.d, err = New(c, slog.New(slog.DiscardHandler)); err != nil {
-		t.Fatal(err)
-	}
+	l.d = New(c, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 60*time.Second, volume.Timeout(60*time.Second))
 	t.Cleanup(cancel)
 	l.ctx = ctx
@@ -489,6 +487,22 @@ func TestF157Places(t *testing.T) {
 	}
 	if at, err := firstData(1<<30, func(b []byte, _ int64) (int, error) { clear(b); return min(len(b), 512), nil }); at != -1 || err != nil {
 		t.Errorf("a blank one: %d %v", at, err)
+	}
+}
+
+// A program that is not content is told by its status, and by its words if it has any.
+func TestProgramsEnd(t *testing.T) {
+	if _, err := run(t.Context(), "false"); err == nil || err.Error() != "false ended with status 1" || !endedWith(err, 1) {
+		t.Errorf("false: %v", err)
+	}
+	if _, err := run(t.Context(), "sh", "-c", "echo why >&2; exit 3"); err == nil || err.Error() != "sh ended with status 3: why" || endedWith(err, 1) {
+		t.Errorf("sh: %v", err)
+	}
+	if _, err := run(t.Context(), "no-such-program"); err == nil || err.Error() != "no-such-program is not installed" || endedWith(err, 0) {
+		t.Errorf("none: %v", err)
+	}
+	if out, err := run(t.Context(), "echo", "well"); err != nil || out != "well\n" {
+		t.Errorf("echo: %q %v", out, err)
 	}
 }
 

@@ -30,7 +30,7 @@ func (d *Driver) Expand(ctx context.Context, req volume.Request, to volume.Expan
 		return 0, err
 	}
 	defer unlock()
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
@@ -87,7 +87,7 @@ func (d *Driver) enlarge(ctx context.Context, r *region, f *found, want int32) e
 			return cloud.Invalid(cloud.Explain(ctx, err))
 		}
 	}
-	return poll(ctx, func() (bool, string, error) {
+	return pauses.Poll(ctx, func() (bool, string, error) {
 		m, err := r.modification(ctx, f.id())
 		switch {
 		case err != nil:
@@ -135,7 +135,7 @@ func (d *Driver) enlargeFS(ctx context.Context, v Volume, f *found, dir string, 
 		return err
 	}
 	var dev device
-	err = poll(ctx, func() (bool, string, error) {
+	err = pauses.Poll(ctx, func() (bool, string, error) {
 		dev, err = d.devices.wait(ctx, f.id(), top.Source)
 		if err != nil || dev.size >= size {
 			return true, "", err
@@ -153,10 +153,10 @@ func (d *Driver) enlargeFS(ctx context.Context, v Volume, f *found, dir string, 
 	if strings.HasPrefix(top.FSType, "ext") {
 		program, on = "resize2fs", filepath.Clean(dev.path)
 	}
-	_, words, status, err := run(ctx, program, on)
+	_, err = run(ctx, program, on)
 	volume.Step("file-system-expanded")
-	if err != nil || status != 0 {
-		return fmt.Errorf("volume %s (%s): %s %s: exit status %d: %s %w", v.Name, f.id(), program, on, status, words, err)
+	if err != nil {
+		return fmt.Errorf("volume %s (%s): enlarge the file system of %s: %w", v.Name, f.id(), on, err)
 	}
 	d.log.Info("expanded", "volume", v.Name, "id", f.id(), "octets", size)
 	return nil

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os/exec"
 	"slices"
 	"strings"
@@ -17,29 +18,47 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// run executes a program of the system on a device and returns its exit status. Both of its streams are words.
-func run(ctx context.Context, program string, args ...string) (out, words string, status int, err error) {
+// run executes a program of the system on a device and returns its standard output. One that ends with another status than 0 is an *ended.
+func run(ctx context.Context, program string, args ...string) (out string, err error) {
 	path := mounts.Program(program)
 	if path == "" {
-		return "", "", 0, fmt.Errorf("%s is not installed", program)
+		return "", fmt.Errorf("%s is not installed", program)
 	}
 	stdout, words, err := mounts.Run(ctx, exec.Command(path, args...))
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.Exited() {
-		return string(stdout), words, exit.ExitCode(), nil
+		return string(stdout), &ended{program, exit.ExitCode(), words}
 	}
 	if err != nil {
 		err = fmt.Errorf("%s: %w", program, err)
 	}
-	return string(stdout), words, 0, err
+	return string(stdout), err
+}
+
+// ended is how a program ended that was not content.
+type ended struct {
+	program string
+	status  int
+	words   string // on standard error
+}
+
+func (e *ended) Error() string {
+	text := fmt.Sprintf("%s ended with status %d", e.program, e.status)
+	if e.words != "" {
+		text += ": " + e.words
+	}
+	return text
+}
+
+// endedWith says that an error is a program's end with a status.
+func endedWith(err error, status int) bool {
+	var e *ended
+	return errors.As(err, &e) && e.status == status
 }
 
 // identify says which file system a device has; "" is one on which nothing is recognised, which proves nothing. Whatever else there is, is an error.
 func identify(ctx context.Context, dev device) (string, error) {
-	out, words, status, err := run(ctx, "blkid", "-p", "-o", "export", dev.path)
-	if err != nil {
-		return "", err
-	}
+	out, err := run(ctx, "blkid", "-p", "-o", "export", dev.path)
 	has := map[string]string{}
 	for _, line := range strings.Split(out, "\n") {
 		if key, value, ok := strings.Cut(line, "="); ok {
@@ -47,10 +66,10 @@ func identify(ctx context.Context, dev device) (string, error) {
 		}
 	}
 	switch {
-	case status == 2 && len(has) == 0:
+	case endedWith(err, 2) && len(has) == 0:
 		return "", nil
-	case status != 0:
-		return "", fmt.Errorf("what is on %s is not clear: blkid ended with %d %s", dev.path, status, words)
+	case err != nil:
+		return "", fmt.Errorf("what is on %s is not clear: %w", dev.path, err)
 	case has["USAGE"] == "filesystem" && slices.Contains(append(FSTypes, "ext2"), has["TYPE"]):
 		return has["TYPE"], nil
 	case has["TYPE"] != "":
@@ -78,10 +97,8 @@ func (d *Driver) prepare(ctx context.Context, r *region, v Volume, f *found, dev
 	}
 	if strings.HasPrefix(fs, "ext") {
 		// Of xfs, the mount itself replays the log.
-		_, words, status, err := run(ctx, "e2fsck", "-p", dev.path)
-		if err != nil || status > 1 {
-			return "", fmt.Errorf("volume %s (%s): the file system on %s has errors that e2fsck does not repair by itself (exit status %d): %w",
-				v.Name, f.id(), dev.path, status, errors.Join(err, errors.New(words)))
+		if _, err := run(ctx, "e2fsck", "-p", dev.path); err != nil && !endedWith(err, 1) {
+			return "", fmt.Errorf("volume %s (%s): the file system on %s may have errors that e2fsck does not repair by itself: %w", v.Name, f.id(), dev.path, err)
 		}
 	}
 	return fs, nil
@@ -142,9 +159,8 @@ func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev 
 		args = append([]string{"-m", "0"}, args...)
 	}
 	// Without -F and -f: where these programs see something, they refuse.
-	_, words, status, err := run(ctx, "mkfs."+fs, args...)
-	if err != nil || status != 0 {
-		return "", fmt.Errorf("volume %s (%s): mkfs.%s ended with %d: %w", v.Name, f.id(), fs, status, errors.Join(err, errors.New(words)))
+	if _, err := run(ctx, "mkfs."+fs, args...); err != nil {
+		return "", fmt.Errorf("volume %s (%s): %w", v.Name, f.id(), err)
 	}
 	volume.Step("formatted")
 	d.log.Info("formatted", "volume", v.Name, "id", f.id(), "device", dev.path, "fsType", fs)
@@ -239,8 +255,11 @@ func firstData(size int64, read func(b []byte, at int64) (int, error)) (int64, e
 			if errors.Is(err, syscall.EINTR) {
 				continue
 			}
-			if err != nil || n <= 0 {
-				return 0, fmt.Errorf("it cannot be read at octet %d: %w", at, errors.Join(err, errIf(n <= 0, "it ends there")))
+			if err == nil && n <= 0 {
+				err = io.ErrUnexpectedEOF
+			}
+			if err != nil {
+				return 0, fmt.Errorf("it cannot be read at octet %d: %w", at, err)
 			}
 			for i, b := range buf[:n] {
 				if b != 0 {
@@ -251,11 +270,4 @@ func firstData(size int64, read func(b []byte, at int64) (int, error)) (int64, e
 		}
 	}
 	return -1, nil
-}
-
-func errIf(is bool, text string) error {
-	if is {
-		return errors.New(text)
-	}
-	return nil
 }

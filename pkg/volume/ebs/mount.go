@@ -25,7 +25,7 @@ func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Reques
 	if err != nil {
 		return "", err
 	}
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	// kubelet asks again after it was restarted. What is mounted is there, even if AWS cannot be asked.
 	if dev, err := d.mounted(v); err != nil || dev.path != "" {
@@ -66,7 +66,7 @@ func (d *Driver) arrived(ctx context.Context, r *region, v Volume, f *found, as 
 		return device{}, fmt.Errorf("volume %s (%s) is attached to no instance: attach it first", v.Name, f.id())
 	}
 	at := f.Attachments[0]
-	err := poll(ctx, func() (bool, string, error) {
+	err := pauses.Poll(ctx, func() (bool, string, error) {
 		if at.State == types.VolumeAttachmentStateAttached {
 			return true, "", nil
 		}
@@ -98,7 +98,7 @@ func (d *Driver) MountDevice(ctx context.Context, dir, as string, req volume.Req
 func (d *Driver) UnmountDevice(ctx context.Context, dir string) error { return d.Unmount(ctx, dir) }
 
 // Mount implements volume.Driver. At a second folder the device is mounted once more, which is the same file system: so one verb serves
-// kubelet, which mounts for the node and then for each pod, as well as those who mount once. With Config.FromNode it attaches first.
+// kubelet, which mounts for the node and then for each pod, as well as those who mount once. With Config.Attach=node it attaches first.
 func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -110,23 +110,18 @@ func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) 
 	if err != nil {
 		return err
 	}
-	unlockVolume, err := d.locks.Lock(ctx, v.Name, "mount")
-	if err != nil {
-		return err
-	}
-	defer unlockVolume()
-	unlock, err := d.locks.Lock(ctx, dir, "mount")
+	unlock, err := d.locks.LockAll(ctx, "mount", v.Name, dir)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
 		return err
 	}
-	rec := mountRecord{Name: v.Name, ID: v.ID, Region: r.Config.Region, FromNode: d.config.FromNode, BootID: volume.BootID(),
+	rec := mountRecord{Name: v.Name, ID: v.ID, Region: r.Config.Region, FromNode: d.config.fromNode(), BootID: volume.BootID(),
 		Pod: strings.Trim(req.Pod.Namespace+"/"+req.Pod.Name, "/"), Time: time.Now().UTC()}
 	old, known, err := d.mounts.Get(dir)
 	if err != nil {
@@ -139,7 +134,11 @@ func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) 
 		}
 		return err
 	}
-	d.prune()
+	// Those of volumes that unmount has to detach stay until it does.
+	boot := volume.BootID()
+	if err := d.mounts.Prune(func(r mountRecord) bool { return r.BootID != boot && !r.FromNode }); err != nil {
+		d.log.Warn("journal not pruned", "error", err)
+	}
 	return nil
 }
 
@@ -288,27 +287,7 @@ func (d *Driver) used(id string) string {
 	return ""
 }
 
-// prune drops records of mounts that went with an earlier boot. Those of volumes that unmount has to detach stay until it does.
-func (d *Driver) prune() {
-	all, err := d.mounts.List()
-	if err != nil {
-		d.log.Warn("journal not pruned", "error", err)
-		return
-	}
-	boot := volume.BootID()
-	for dir, rec := range all {
-		if rec.BootID != boot && !rec.FromNode {
-			if err := d.mounts.Remove(dir); err != nil {
-				d.log.Warn("journal not pruned", "dir", dir, "error", err)
-			}
-		}
-	}
-}
-
-// deepest is how many mounts at one folder are taken away. More are nobody's accident.
-const deepest = 8
-
-// Unmount implements volume.Driver. What a Mount with Config.FromNode attached is detached when it is mounted nowhere any more.
+// Unmount implements volume.Driver. What a Mount with Config.Attach=node attached is detached when it is mounted nowhere any more.
 func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
 	defer cancel()
@@ -320,14 +299,11 @@ func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	if known { // the volume's lock comes before the folder's
-		unlockVolume, err := d.locks.Lock(ctx, rec.Name, "unmount")
-		if err != nil {
-			return err
-		}
-		defer unlockVolume()
+	keys := []string{dir}
+	if known {
+		keys = []string{rec.Name, dir}
 	}
-	unlock, err := d.locks.Lock(ctx, dir, "unmount")
+	unlock, err := d.locks.LockAll(ctx, "unmount", keys...)
 	if err != nil {
 		return err
 	}
@@ -339,30 +315,16 @@ func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	if now.Name != rec.Name && now.Name != "" {
 		return volume.Errorf(volume.ErrInUse, "unmount %s: another call has just mounted volume %s there", dir, now.Name)
 	}
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
-	for range deepest {
-		table, err := mounts.Read()
-		if err != nil {
-			return err
-		}
-		stack := table.At(dir)
-		if len(stack) == 0 {
-			volume.Step("unmount-proven")
-			return d.release(within, dir, now)
-		}
-		top := stack[len(stack)-1]
-		id, alive := d.devices.numbered(top.Device)
-		if !slices.Contains(append(FSTypes, "ext2"), top.FSType) || alive && id == "" && now.Name == "" {
-			return volume.Errorf(volume.ErrConflict, "at %s is %s (%s), which is not an EBS volume: it is left alone", dir, top.Source, top.FSType)
-		}
-		how, err := mounts.Unmount(within, dir, mounts.Policy{})
-		if err != nil {
-			return fmt.Errorf("unmount %s: %w", top.Source, err)
-		}
-		d.log.Info("unmounted", "source", top.Source, "dir", dir, "how", how)
+	err = mounts.UnmountAll(within, dir, mounts.Policy{}, d.log, "an EBS volume", func(m mounts.Entry) bool {
+		id, alive := d.devices.numbered(m.Device)
+		return slices.Contains(append(FSTypes, "ext2"), m.FSType) && (!alive || id != "" || now.Name != "")
+	})
+	if err != nil {
+		return err
 	}
-	return fmt.Errorf("unmount %s: more than %d mounts are there", dir, deepest)
+	return d.release(within, dir, now)
 }
 
 // release drops the record of a mount that is gone, after what goes with it.

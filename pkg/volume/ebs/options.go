@@ -15,75 +15,51 @@ import (
 
 // Options of a volume, as users write them.
 type Options struct {
-	VolumeID         string   `option:"volumeID"`
-	Size             int32    `option:"size"` // GiB
-	VolumeType       string   `option:"volumeType"`
-	IOPS             int32    `option:"iops"`
-	Throughput       int32    `option:"throughput"` // MiB/s
-	Encrypted        bool     `option:"encrypted"`
-	KMSKeyID         string   `option:"kmsKeyId"`
-	SnapshotID       string   `option:"snapshotID"`
-	Tags             string   `option:"tags"`
-	AvailabilityZone string   `option:"availabilityZone"`
-	Region           string   `option:"region"`
-	FSType           string   `option:"fsType"`
-	MntOptions       string   `option:"mntOptions"`
-	OnRemove         OnRemove `option:"onRemove"`
-	ForceDetach      bool     `option:"forceDetach"`
-	ReadOnly         bool     `option:"readOnly"`
+	VolumeID         string         `option:"volumeID"`
+	Size             int32          `option:"size"` // GiB
+	VolumeType       string         `option:"volumeType"`
+	IOPS             int32          `option:"iops"`
+	Throughput       int32          `option:"throughput"` // MiB/s
+	Encrypted        bool           `option:"encrypted"`
+	KMSKeyID         string         `option:"kmsKeyId"`
+	SnapshotID       string         `option:"snapshotID"`
+	Tags             string         `option:"tags"`
+	AvailabilityZone string         `option:"availabilityZone"`
+	Region           string         `option:"region"`
+	FSType           string         `option:"fsType"`
+	MntOptions       string         `option:"mntOptions"`
+	OnRemove         cloud.OnRemove `option:"onRemove"`
+	ForceDetach      bool           `option:"forceDetach"`
+	ReadOnly         bool           `option:"readOnly"`
 }
 
 // told are what Create's reply says, beside options of their own, and what Rancher's daemon gives back at each later call.
 var told = []string{"created", "name"}
 
-// OnRemove is what Delete does with a volume that Create made.
-type OnRemove string
-
-// The two.
-const (
-	Retain OnRemove = "retain"
-	Purge  OnRemove = "purge"
-)
-
-// UnmarshalText refuses other words.
-func (o *OnRemove) UnmarshalText(text []byte) error {
-	if allowed := []OnRemove{Retain, Purge}; !slices.Contains(allowed, OnRemove(text)) {
-		return fmt.Errorf("%s is none of %v", volume.Excerpt(string(text)), allowed)
-	}
-	*o = OnRemove(text)
-	return nil
-}
-
 // Config is what an administrator decides for all volumes.
 type Config struct {
-	FromNode bool   // volumes are attached by the node that mounts them, because no controller can: LARIAT_EBS_ATTACH=node
+	Attach   string // who attaches volumes: controller, which "" means too, or node, the one that mounts them, where no controller can: LARIAT_EBS_ATTACH
 	Cluster  string // whose volumes these are; names of volumes of other clusters mean others: LARIAT_EBS_CLUSTER
 	StateDir string // "": volume.DefaultStateDir
 	RunDir   string // "": volume.DefaultRunDir
 }
 
 // Environment are the variables that FromEnvironment reads, and those of the SDK, with what they mean.
-var Environment = append([][2]string{
+var Environment = slices.Concat([][2]string{
 	{"LARIAT_EBS_ATTACH", "controller or node: who attaches; node where a controller cannot be given the driver"},
 	{"LARIAT_EBS_CLUSTER", "name of the cluster, if several share the account: volumes are known by it and their own name"},
-	{"LARIAT_STATE_DIR", "where the journal is; default " + volume.DefaultStateDir},
-	{"LARIAT_RUN_DIR", "where locks are; default " + volume.DefaultRunDir},
-}, cloud.Environment...)
+}, volume.Environment, cloud.Environment)
 
-// FromEnvironment reads the configuration.
+// FromEnvironment reads the configuration. What is wrong with it is for those to hear who need not go on; see New.
 func FromEnvironment(getenv func(string) string) (Config, error) {
-	c := Config{Cluster: getenv("LARIAT_EBS_CLUSTER"), StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
-	switch who := getenv("LARIAT_EBS_ATTACH"); who {
-	case "", "controller":
-	case "node":
-		c.FromNode = true
-	default:
-		return c, volume.Errorf(volume.ErrInvalid, "LARIAT_EBS_ATTACH: %s is neither controller nor node", volume.Excerpt(who))
-	}
+	c := Config{Attach: getenv("LARIAT_EBS_ATTACH"), Cluster: getenv("LARIAT_EBS_CLUSTER"), StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
 	return c, c.check()
 }
 
 func (c Config) check() error {
+	if c.Attach != "" && c.Attach != "controller" && c.Attach != "node" {
+		return volume.Errorf(volume.ErrInvalid, "LARIAT_EBS_ATTACH: %s is neither controller nor node", volume.Excerpt(c.Attach))
+	}
 	if c.Cluster == "" {
 		return nil
 	}
@@ -92,6 +68,8 @@ func (c Config) check() error {
 	}
 	return nil
 }
+
+func (c Config) fromNode() bool { return c.Attach == "node" }
 
 // Volume is a request understood.
 type Volume struct {
@@ -102,7 +80,7 @@ type Volume struct {
 	New      Specification
 	FSType   string // "": what there is, or else ext4
 	Options  []string
-	OnRemove OnRemove
+	OnRemove cloud.OnRemove
 	Force    bool
 	ReadOnly bool
 }
@@ -135,10 +113,13 @@ var volumeTypes = []string{"gp3", "gp2", "io2", "io1", "st1", "sc1", "standard"}
 
 // Volume understands a request. It reads nothing else, and is where all input is checked.
 func (c Config) Volume(r volume.Request) (Volume, error) {
+	if err := c.check(); err != nil {
+		return Volume{}, fmt.Errorf("the driver's environment: %w", err)
+	}
 	if err := volume.CheckName(r.Name); err != nil {
 		return Volume{}, err
 	}
-	o := Options{VolumeType: "gp3", OnRemove: Retain, FSType: r.FSType}
+	o := Options{VolumeType: "gp3", OnRemove: cloud.Retain, FSType: r.FSType}
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}
@@ -173,7 +154,7 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 		return bad("throughput %d: only gp3 is given a throughput, in MiB/s", o.Throughput)
 	case v.ID != "" && o.SnapshotID != "":
 		return bad("volumeID and snapshotID exclude each other")
-	case v.ID != "" && v.OnRemove == Purge:
+	case v.ID != "" && v.OnRemove == cloud.Purge:
 		return bad("onRemove=purge with volumeID: Lariat did not create the volume and never removes it")
 	}
 	var err error

@@ -134,7 +134,7 @@ func (d *Driver) Create(ctx context.Context, req volume.Request) (volume.Reply, 
 		return volume.Reply{}, err
 	}
 	defer unlock()
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
@@ -256,7 +256,7 @@ const appearance = 15 * time.Second
 func (r *region) appeared(ctx context.Context, id string) (f *found, err error) {
 	within, cancel := context.WithTimeout(ctx, appearance)
 	defer cancel()
-	err = poll(within, func() (bool, string, error) {
+	err = pauses.Poll(within, func() (bool, string, error) {
 		f, err = r.describe(within, id)
 		return f != nil, "", err
 	})
@@ -335,7 +335,7 @@ func (r *region) tag(ctx context.Context, id, key, value string) error {
 // ready waits until a volume is there.
 func (r *region) ready(ctx context.Context, f *found) (*found, error) {
 	id := f.id()
-	err := poll(ctx, func() (done bool, seen string, err error) {
+	err := pauses.Poll(ctx, func() (done bool, seen string, err error) {
 		switch f.State {
 		case types.VolumeStateAvailable, types.VolumeStateInUse:
 			return true, "", nil
@@ -369,7 +369,7 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 		return volume.Reply{}, err
 	}
 	defer unlock()
-	within, cancelWork := before(ctx)
+	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	old, _, err := d.volumes.Get(v.Name)
 	if err != nil {
@@ -393,7 +393,7 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 		return reply, volume.Errorf(volume.ErrInUse, "volume %s (%s) is attached to instance %s", v.Name, f.id(), aws.ToString(f.Attachments[0].InstanceId))
 	case !d.ours(f, v.Name):
 		reply.Message = fmt.Sprintf("volume %s is kept: Lariat did not create it", f.id())
-	case v.OnRemove == Retain && !(old.Deleting && old.ID == f.id()):
+	case v.OnRemove == cloud.Retain && !(old.Deleting && old.ID == f.id()):
 		reply.Message = fmt.Sprintf("volume %s is kept, as onRemove=retain says", f.id())
 	default:
 		if err := d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Deleting: true, Time: time.Now().UTC()}); err != nil {
@@ -421,7 +421,7 @@ func (r *region) remove(ctx context.Context, id string) error {
 	case err != nil && !cloud.Is(err, "InvalidVolume.NotFound"):
 		return cloud.Explain(ctx, err)
 	}
-	return poll(ctx, func() (bool, string, error) {
+	return pauses.Poll(ctx, func() (bool, string, error) {
 		f, err := r.describe(ctx, id)
 		return err == nil && (f == nil || f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted), seen, err
 	})

@@ -66,27 +66,17 @@ func refused(ctx context.Context, err error) error {
 	return cloud.Invalid(shown)
 }
 
-// How often AWS is asked whether something is done. A file system takes seconds, a mount target a minute or two.
-var looks = struct{ first, last time.Duration }{300 * time.Millisecond, 10 * time.Second}
+// pauses between looks at AWS. A file system takes seconds, a mount target a minute or two.
+var pauses = cloud.Pauses{First: 300 * time.Millisecond, Most: 10 * time.Second}
 
-// until looks, less and less often, until it is done. What is waited for is for the error, and what look says of it meanwhile.
+// until looks until it is done. What is waited for is for the error, and what look says of it meanwhile.
 func until(ctx context.Context, what string, look func() (done bool, state string, err error)) error {
-	pause := looks.first
-	timer := time.NewTimer(pause)
-	defer timer.Stop()
-	for {
-		done, state, err := look()
-		if done || err != nil {
-			return err
-		}
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			return fmt.Errorf("%s is still %s: %w; the same call again goes on from here", what, state, context.Cause(ctx))
-		}
-		pause = min(pause*3/2, looks.last)
-		timer.Reset(pause)
+	err := pauses.Poll(ctx, look)
+	var late *cloud.Late
+	if errors.As(err, &late) {
+		return fmt.Errorf("%s is still %s: %w; the same call again goes on from here", what, late.Seen, late.Cause)
 	}
+	return err
 }
 
 // pages gathers all pages of a list.

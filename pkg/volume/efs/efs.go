@@ -28,6 +28,7 @@ import (
 	api "github.com/aws/aws-sdk-go-v2/service/efs"
 
 	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/cloud"
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
@@ -212,7 +213,7 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 	switch {
 	case v.AccessPoint != "", v.Address != "" && v.Folder == nil:
 		reply.Message = fmt.Sprintf("%s is kept: Lariat did not create it", v)
-	case v.OnRemove == Retain && rec.State != "deleting":
+	case v.OnRemove == cloud.Retain && rec.State != "deleting":
 		reply.Message = fmt.Sprintf("%s is kept, as onRemove=retain says", v)
 	default:
 		if reply.Message, err = d.purge(ctx, v, rec, known); err != nil {

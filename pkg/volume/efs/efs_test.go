@@ -19,7 +19,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	looks.first = 10 * time.Millisecond
+	pauses.First = 10 * time.Millisecond
 	os.Exit(m.Run())
 }
 

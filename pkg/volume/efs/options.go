@@ -36,14 +36,14 @@ type Options struct {
 	KMSKeyID              string `option:"kmsKeyId"`
 	Tags                  string `option:"tags"`
 
-	TLS           Switch     `option:"tls"`
-	IAM           bool       `option:"iam"`
-	MountTargetIP string     `option:"mountTargetIp"`
-	MntOptions    string     `option:"mntOptions"`
-	OnRemove      OnRemove   `option:"onRemove"`
-	OnHang        nfs.OnHang `option:"onHang"`
-	ReadOnly      bool       `option:"readOnly"`
-	FSGroup       int64      `option:"fsGroup"`
+	TLS           Switch         `option:"tls"`
+	IAM           bool           `option:"iam"`
+	MountTargetIP string         `option:"mountTargetIp"`
+	MntOptions    string         `option:"mntOptions"`
+	OnRemove      cloud.OnRemove `option:"onRemove"`
+	OnHang        nfs.OnHang     `option:"onHang"`
+	ReadOnly      bool           `option:"readOnly"`
+	FSGroup       int64          `option:"fsGroup"`
 }
 
 // told are what Create's reply says beside fsid, and what Rancher's daemon gives back at each later call. What was created is known by tags, not by these.
@@ -63,18 +63,6 @@ func (s *Switch) UnmarshalText(text []byte) error {
 	return volume.OneOf(s, []byte(strings.ToLower(string(text))), "true", "false")
 }
 
-// OnRemove is what Delete does with what Create made.
-type OnRemove string
-
-// The two.
-const (
-	Retain OnRemove = "retain"
-	Purge  OnRemove = "purge"
-)
-
-// UnmarshalText refuses other words.
-func (o *OnRemove) UnmarshalText(text []byte) error { return volume.OneOf(o, text, Retain, Purge) }
-
 // Config is where the driver keeps what it must remember. All else is a volume's, or AWS's own configuration.
 type Config struct {
 	StateDir string // "": volume.DefaultStateDir
@@ -82,10 +70,7 @@ type Config struct {
 }
 
 // Environment are the variables that FromEnvironment and the SDK read, with what they mean.
-var Environment = append(slices.Clone(cloud.Environment),
-	[2]string{"LARIAT_STATE_DIR", "where the journal is; default " + volume.DefaultStateDir},
-	[2]string{"LARIAT_RUN_DIR", "where locks are; default " + volume.DefaultRunDir},
-)
+var Environment = slices.Concat(cloud.Environment, volume.Environment)
 
 // FromEnvironment reads the configuration.
 func FromEnvironment(getenv func(string) string) Config {
@@ -94,20 +79,20 @@ func FromEnvironment(getenv func(string) string) Config {
 
 // Volume is a request understood.
 type Volume struct {
-	Name        string     `json:"name"`
-	Region      string     `json:"region,omitempty"`      // "": what AWS's configuration or the instance says
-	FileSystem  string     `json:"fileSystem,omitempty"`  // "": its own
-	AccessPoint string     `json:"accessPoint,omitempty"` // one that exists
-	Folder      *Folder    `json:"folder,omitempty"`      // an access point of its own
-	Address     string     `json:"address,omitempty"`     // of the mount target, if AWS is not to be asked for it
-	Subnets     []string   `json:"subnets,omitempty"`     // sorted; empty: the instance's, if the file system is its own
-	Groups      []string   `json:"groups,omitempty"`      // likewise
-	Make        Make       `json:"make,omitzero"`
-	TLS         bool       `json:"tls,omitempty"`
-	IAM         bool       `json:"iam,omitempty"`
-	OnRemove    OnRemove   `json:"onRemove"`
-	Tags        []Tag      `json:"tags,omitempty"` // sorted
-	Mount       nfs.Volume `json:"mount"`          // without host and ID
+	Name        string         `json:"name"`
+	Region      string         `json:"region,omitempty"`      // "": what AWS's configuration or the instance says
+	FileSystem  string         `json:"fileSystem,omitempty"`  // "": its own
+	AccessPoint string         `json:"accessPoint,omitempty"` // one that exists
+	Folder      *Folder        `json:"folder,omitempty"`      // an access point of its own
+	Address     string         `json:"address,omitempty"`     // of the mount target, if AWS is not to be asked for it
+	Subnets     []string       `json:"subnets,omitempty"`     // sorted; empty: the instance's, if the file system is its own
+	Groups      []string       `json:"groups,omitempty"`      // likewise
+	Make        Make           `json:"make,omitzero"`
+	TLS         bool           `json:"tls,omitempty"`
+	IAM         bool           `json:"iam,omitempty"`
+	OnRemove    cloud.OnRemove `json:"onRemove"`
+	Tags        []Tag          `json:"tags,omitempty"` // sorted
+	Mount       nfs.Volume     `json:"mount"`          // without host and ID
 }
 
 // Folder is what an access point of a volume's own leads to.
@@ -148,7 +133,7 @@ func Understand(r volume.Request) (Volume, error) {
 	if err := volume.CheckName(r.Name); err != nil {
 		return Volume{}, err
 	}
-	o := Options{Export: "/", UID: -1, GID: -1, OnRemove: Retain, OnHang: nfs.Force, FSGroup: -1}
+	o := Options{Export: "/", UID: -1, GID: -1, OnRemove: cloud.Retain, OnHang: nfs.Force, FSGroup: -1}
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}

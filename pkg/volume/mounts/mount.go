@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -174,8 +175,37 @@ type Policy struct {
 // leave only afterwards.
 const forceTries = 6
 
+// deepest is how many mounts at one folder are taken away. More are nobody's accident.
+const deepest = 8
+
+// UnmountAll takes one mount after the other away from a folder, until the mount table shows none there any more. One that is not ours, which kind
+// names, is an ErrConflict.
+func UnmountAll(ctx context.Context, dir string, p Policy, log *slog.Logger, kind string, ours func(Entry) bool) error {
+	for range deepest {
+		table, err := Read()
+		if err != nil {
+			return err
+		}
+		stack := table.At(dir)
+		if len(stack) == 0 {
+			volume.Step("unmount-proven")
+			return nil
+		}
+		top := stack[len(stack)-1]
+		if !ours(top) {
+			return volume.Errorf(volume.ErrConflict, "at %s is %s (%s), which is not %s: it is left alone", dir, top.Source, top.FSType, kind)
+		}
+		how, err := Unmount(ctx, dir, p)
+		if err != nil {
+			return fmt.Errorf("unmount %s: %w", top.Source, err)
+		}
+		log.Info("unmounted", "source", top.Source, "dir", dir, "how", how)
+	}
+	return fmt.Errorf("unmount %s: more than %d mounts are there", dir, deepest)
+}
+
 // Unmount takes the uppermost mount away from a folder, and returns how: "umount", "force" or "lazy". A volume whose server answers and which
-// somebody uses is an ErrInUse, with the users. Nothing mounted is how == "". The caller repeats it for mounts beneath.
+// somebody uses is an ErrInUse, with the users. Nothing mounted is how == "".
 func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) {
 	before, err := Read()
 	if err != nil {

@@ -47,12 +47,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	if err != nil {
 		return err
 	}
-	unlockVolume, err := m.Locks.Lock(ctx, v.Name, "mount")
-	if err != nil {
-		return err
-	}
-	defer unlockVolume()
-	unlock, err := m.Locks.Lock(ctx, dir, "mount")
+	unlock, err := m.Locks.LockAll(ctx, "mount", v.Name, dir)
 	if err != nil {
 		return err
 	}
@@ -76,7 +71,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	}
 	volume.Step("mount-journalled")
 	s := v.spec(dir, addr)
-	within, cancelMount := before(ctx)
+	within, cancelMount := volume.Before(ctx)
 	defer cancelMount()
 	err = mounts.Mount(within, s)
 	if err != nil && missing != nil && ctx.Err() == nil && within.Err() == nil {
@@ -109,7 +104,10 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 		}
 	}
 	m.log.Info("mounted", "volume", v.Name, "source", s.Source, "dir", dir, "pod", rec.Pod)
-	m.prune()
+	boot := volume.BootID()
+	if err := m.mounts.Prune(func(r mountRecord) bool { return r.BootID != boot }); err != nil {
+		m.log.Warn("journal not pruned", "error", err)
+	}
 	return nil
 }
 
@@ -140,27 +138,7 @@ func (m *Mounter) shown(dir string, v Volume) (*Volume, error) {
 	return nil, volume.Errorf(volume.ErrConflict, "%s is mounted at %s already (%s, %s); %s would hide it", top.Source, dir, top.FSType, top.Options, v)
 }
 
-// prune drops records of mounts that went with an earlier boot.
-func (m *Mounter) prune() {
-	all, err := m.mounts.List()
-	if err != nil {
-		m.log.Warn("journal not pruned", "error", err)
-		return
-	}
-	boot := volume.BootID()
-	for dir, rec := range all {
-		if rec.BootID != boot {
-			if err := m.mounts.Remove(dir); err != nil {
-				m.log.Warn("journal not pruned", "dir", dir, "error", err)
-			}
-		}
-	}
-}
-
 func isNFS(m mounts.Entry) bool { return m.FSType == "nfs" || m.FSType == "nfs4" }
-
-// deepest is how many mounts at one folder are taken away. More are nobody's accident.
-const deepest = 8
 
 // Unmount takes away what is mounted by NFS at a folder, as volume.Driver's does.
 func (m *Mounter) Unmount(ctx context.Context, dir string) error {
@@ -179,29 +157,13 @@ func (m *Mounter) Unmount(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	within, cancelUnmount := before(ctx)
+	within, cancelUnmount := volume.Before(ctx)
 	defer cancelUnmount()
-	for range deepest {
-		table, err := mounts.Read()
-		if err != nil {
-			return err
-		}
-		stack := table.At(dir)
-		if len(stack) == 0 {
-			volume.Step("unmount-proven")
-			return m.mounts.Remove(dir)
-		}
-		top := stack[len(stack)-1]
-		if !isNFS(top) {
-			return volume.Errorf(volume.ErrConflict, "at %s is %s (%s), which is not an NFS volume: it is left alone", dir, top.Source, top.FSType)
-		}
-		how, err := mounts.Unmount(within, dir, mounts.Policy{Remote: true, Lazy: rec.Volume.OnHang == Lazy})
-		if err != nil {
-			return fmt.Errorf("unmount %s: %w", top.Source, err)
-		}
-		m.log.Info("unmounted", "source", top.Source, "dir", dir, "how", how)
+	policy := mounts.Policy{Remote: true, Lazy: rec.Volume.OnHang == Lazy}
+	if err := mounts.UnmountAll(within, dir, policy, m.log, "an NFS volume", isNFS); err != nil {
+		return err
 	}
-	return fmt.Errorf("unmount %s: more than %d mounts are there", dir, deepest)
+	return m.mounts.Remove(dir)
 }
 
 // Mounted lists what this host has mounted, by folder, of what the journal knows and the mount table shows.
@@ -223,14 +185,6 @@ func (m *Mounter) Mounted() (map[string]Volume, error) {
 		}
 	}
 	return found, nil
-}
-
-// before ends a while before the caller's own deadline, so that there is time left to say why.
-func before(ctx context.Context) (context.Context, context.CancelFunc) {
-	end, _ := ctx.Deadline()
-	left := time.Until(end)
-	left -= min(left/5, 3*time.Second)
-	return context.WithTimeoutCause(ctx, left, volume.Timeout(left))
 }
 
 // reach finds out in a few seconds what mount.nfs would try for minutes and then not say: whether there is a server at all. It returns the

@@ -43,17 +43,15 @@ type record struct {
 	Time    time.Time `json:"time"`
 }
 
-// New makes the driver. Nothing happens before the first call.
-func New(c Config, log *slog.Logger) (*Driver, error) {
-	if err := c.check(); err != nil {
-		return nil, err
-	}
+// New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers Init, because kubelet does not ask a second
+// time, and unmounts. All else says what is wrong.
+func New(c Config, log *slog.Logger) *Driver {
 	c.StateDir, c.RunDir = cmp.Or(c.StateDir, volume.DefaultStateDir), cmp.Or(c.RunDir, volume.DefaultRunDir)
 	return &Driver{
 		config: c, log: log,
 		volumes: volume.Journal[record]{Dir: filepath.Join(c.StateDir, "nfs", "volumes")},
 		mounter: NewMounter("nfs", c.StateDir, c.RunDir, log),
-	}, nil
+	}
 }
 
 // Init implements volume.Driver: nobody attaches anything, and nobody walks through a shared file system to change groups.
@@ -117,7 +115,7 @@ func (d *Driver) provision(ctx context.Context, v Volume) (created, error) {
 	if err != nil {
 		return created{}, err
 	}
-	within, cancel := before(ctx)
+	within, cancel := volume.Before(ctx)
 	defer cancel()
 	c, err := createOn(within, a)
 	if err != nil {
@@ -193,7 +191,7 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 		if err != nil {
 			return reply, err
 		}
-		within, cancel := before(ctx)
+		within, cancel := volume.Before(ctx)
 		defer cancel()
 		gone, err := removeOn(within, a)
 		if err != nil {

@@ -2,6 +2,7 @@ package nfs
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"path"
@@ -66,16 +67,14 @@ type Config struct {
 }
 
 // Environment are the variables that FromEnvironment reads, with what they mean.
-var Environment = [][2]string{
+var Environment = append([][2]string{
 	{"NFS_SERVER", "server of volumes that name no host"},
 	{"MOUNT_DIR", "folder on the server below which volumes without export and exportBase are"},
 	{"MOUNT_OPTS", "mount options for all volumes, before their own"},
 	{"ON_REMOVE", "retain, purge or archive, for volumes that do not say"},
-	{"LARIAT_STATE_DIR", "where the journal is; default " + volume.DefaultStateDir},
-	{"LARIAT_RUN_DIR", "where locks are; default " + volume.DefaultRunDir},
-}
+}, volume.Environment...)
 
-// FromEnvironment reads the configuration as Rancher's driver did.
+// FromEnvironment reads the configuration as Rancher's driver did. What is wrong with it is for those to hear who need not go on; see New.
 func FromEnvironment(getenv func(string) string) (Config, error) {
 	c := Config{Server: getenv("NFS_SERVER"), Base: getenv("MOUNT_DIR"), MountOpts: getenv("MOUNT_OPTS"), OnRemove: OnRemove(getenv("ON_REMOVE")),
 		StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
@@ -167,6 +166,9 @@ func source(host, path string) string {
 
 // Volume understands a request. It reads nothing else, and is where all input is checked.
 func (c Config) Volume(r volume.Request) (Volume, error) {
+	if err := c.check(); err != nil {
+		return Volume{}, fmt.Errorf("the driver's environment: %w", err)
+	}
 	if err := volume.CheckName(r.Name); err != nil {
 		return Volume{}, err
 	}

@@ -15,8 +15,8 @@ import (
 // F102, F104, F106: Docker's calls, as lariat-storage with the driver ebs takes them; it is started anew between.
 func TestF104Docker(t *testing.T) {
 	l := newLab(t, -1)
-	l.inProcess()
-	c := dockerapi.Config{Driver: l.driver, Name: "lariat-ebs", StateDir: t.TempDir(), MountDir: t.TempDir(), Scope: "local"}
+	l.enter(t)
+	c := dockerapi.Config{Driver: l.inProcess, Name: "lariat-ebs", StateDir: t.TempDir(), MountDir: t.TempDir(), Scope: "local"}
 	dir := c.MountDir + "/db"
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	do := func(verb, id, words string) {
@@ -36,17 +36,17 @@ func TestF104Docker(t *testing.T) {
 	do("Create", "", "")
 	do("Mount", "one", "")
 	do("Mount", "two", "")
-	if m := l.at(dir); len(m) != 1 || m[0].FSType != "ext4" || l.volume().Attachment.Instance != self {
-		t.Fatalf("mounted: %+v, %+v", m, l.volume())
+	if m := at(t, dir); len(m) != 1 || m[0].FSType != "ext4" || l.volume(t).Attachment.Instance != self {
+		t.Fatalf("mounted: %+v, %+v", m, l.volume(t))
 	}
 	must(t, os.WriteFile(dir+"/f", []byte("data"), 0o644))
 	do("Unmount", "one", "")
-	if len(l.at(dir)) != 1 {
+	if len(at(t, dir)) != 1 {
 		t.Error("unmounted under the second")
 	}
 	do("Unmount", "two", "")
-	l.nothingAt(dir)
-	if v := l.volume(); v.State != "available" {
+	nothingAt(t, dir)
+	if v := l.volume(t); v.State != "available" {
 		t.Errorf("nobody has it: %+v", v)
 	}
 	do("Mount", "three", "")
@@ -58,5 +58,5 @@ func TestF104Docker(t *testing.T) {
 	if len(l.Volumes()) != 0 {
 		t.Errorf("removed: %+v", l.Volumes())
 	}
-	l.noRecords()
+	l.NoRecords(t)
 }

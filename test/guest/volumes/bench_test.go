@@ -14,12 +14,12 @@ func BenchmarkDriver(b *testing.B) {
 	nfsd.Serve(b)
 	dir := b.TempDir()
 	json := options("name", "bench", "host", server, "export", export, "mntOptions", "vers=4.2")
-	driver := func(args ...string) {
-		if out, err := command(nil, args...).CombinedOutput(); err != nil {
+	byDriver := func(args ...string) {
+		if out, err := driver.Command(nil, args...).CombinedOutput(); err != nil {
 			b.Fatalf("%v: %v: %s", args, err, out)
 		}
 	}
-	program := func(args ...string) {
+	byProgram := func(args ...string) {
 		if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 			b.Fatalf("%v: %v: %s", args, err, out)
 		}
@@ -32,10 +32,10 @@ func BenchmarkDriver(b *testing.B) {
 	}
 	n := 0
 	for b.Loop() {
-		timed(0, driver, "mount", dir, json)
-		timed(1, driver, "unmount", dir)
-		timed(2, program, "mount", "-t", "nfs", "-o", "vers=4.2,nosuid,nodev,rw", server+":"+export, dir)
-		timed(3, program, "umount", dir)
+		timed(0, byDriver, "mount", dir, json)
+		timed(1, byDriver, "unmount", dir)
+		timed(2, byProgram, "mount", "-t", "nfs", "-o", "vers=4.2,nosuid,nodev,rw", server+":"+export, dir)
+		timed(3, byProgram, "umount", dir)
 		n++
 	}
 	for i, name := range []string{"mount-ms", "unmount-ms", "mount(8)-ms", "umount(8)-ms"} {

@@ -3,7 +3,6 @@ package volumes_test
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -24,154 +23,33 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
+	"github.com/lariat-net/lariat/test/flextest"
 	"github.com/lariat-net/lariat/test/guest"
 	"github.com/lariat-net/lariat/test/guest/nfsd"
 )
 
-// killVariable names the step at which a driver, or its child, is killed. Only this test's binary knows it.
-const killVariable = "LARIAT_TEST_KILL"
+var driver = flextest.Driver{Name: "nfs", Programs: []string{"mount.nfs"}, New: func(log *slog.Logger) (volume.Driver, error) {
+	c, err := nfs.FromEnvironment(os.Getenv)
+	return nfs.New(c, log), err
+}}
 
-// TestMain lets this binary be the driver and the driver's children, too.
-func TestMain(m *testing.M) {
-	child := os.Args[0] == "lariat-volume-child"
-	if step := os.Getenv(killVariable); step != "" && (child || os.Args[0] == "nfs") {
-		volume.OnStep = func(name string) {
-			if name != step {
-				return
-			}
-			if child {
-				// The driver dies, and with it this process.
-				syscall.Kill(os.Getppid(), syscall.SIGKILL)
-				select {}
-			}
-			syscall.Kill(os.Getpid(), syscall.SIGKILL)
-			select {}
-		}
-	}
-	if child {
-		mounts.RunChild()
-	}
-	if os.Args[0] == "nfs" {
-		flex.Main(flex.Program{Name: "nfs", LogFile: logFile, Driver: func(log *slog.Logger) (volume.Driver, error) {
-			c, err := nfs.FromEnvironment(os.Getenv)
-			if err != nil {
-				return nil, err
-			}
-			return nfs.New(c, log)
-		}})
-	}
-	guest.Main(m, guest.Options{Bin: true})
-}
+func TestMain(m *testing.M) { driver.Main(m, guest.Options{Bin: true}) }
 
-const (
-	server  = nfsd.Server
-	other   = nfsd.Other
-	export  = nfsd.Export
-	logFile = "/tmp/nfs.log"
-	state   = "/var/lib/lariat/volumes"
+// Short names for what all tests say.
+var (
+	call, play, ok, fails, place     = driver.Call, driver.Play, driver.OK, driver.Fails, driver.Place
+	options, at, nothingAt, must, sh = flextest.Options, flextest.At, flextest.NothingAt, flextest.Must, flextest.Sh
 )
 
-// options of a volume as JSON.
-func options(pairs ...string) string {
-	m := map[string]string{}
-	for i := 0; i < len(pairs); i += 2 {
-		m[pairs[i]] = pairs[i+1]
-	}
-	data, _ := json.Marshal(m)
-	return string(data)
-}
+const (
+	server = nfsd.Server
+	other  = nfsd.Other
+	export = nfsd.Export
+)
 
 // below are the options of a folder on the export. NFSv4.0 takes half of the time of 4.2 to mount.
 func below(name string, pairs ...string) string {
 	return options(append([]string{"name", name, "host", server, "exportBase", export, "mntOptions", "vers=4.0"}, pairs...)...)
-}
-
-// play calls the driver as kubelet does, with both streams in one, and expects one line of JSON.
-func play(t *testing.T, env []string, args ...string) flex.Reply {
-	t.Helper()
-	r, killed := call(t, env, args...)
-	if killed {
-		t.Fatalf("%v was killed", args)
-	}
-	return r
-}
-
-func command(env []string, args ...string) *exec.Cmd {
-	cmd := exec.Command("/proc/self/exe", args...)
-	cmd.Args[0] = "nfs"
-	cmd.Env = append(append(os.Environ(), flex.TimeoutVariable+"=60s"), env...)
-	return cmd
-}
-
-func call(t *testing.T, env []string, args ...string) (r flex.Reply, killed bool) {
-	t.Helper()
-	cmd := command(env, args...)
-	out, err := cmd.CombinedOutput()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signaled() {
-		return r, true
-	}
-	if r, err = flex.ParseReply(out); err != nil || bytes.Count(out, []byte("\n")) != 1 {
-		t.Fatalf("%v: %v\n%s", args, err, out)
-	}
-	if code := cmd.ProcessState.ExitCode(); (code == 0) != (r.Status == flex.Success) {
-		t.Fatalf("%v: %s with exit status %d", args, r.Status, code)
-	}
-	return r, false
-}
-
-// ok is play, and it must succeed.
-func ok(t *testing.T, args ...string) flex.Reply {
-	t.Helper()
-	r := play(t, nil, args...)
-	if r.Status != flex.Success {
-		t.Fatalf("%v: %s: %s", args, r.Status, r.Message)
-	}
-	return r
-}
-
-// fails is play, and it must fail with words.
-func fails(t *testing.T, env []string, words string, args ...string) {
-	t.Helper()
-	r := play(t, env, args...)
-	if r.Status != flex.Failure || !strings.Contains(r.Message, words) {
-		t.Errorf("%v:\ngot  %s: %s\nwant words %s", args, r.Status, r.Message, words)
-	}
-}
-
-// at are the mounts at a folder.
-func at(t *testing.T, dir string) []mounts.Entry {
-	t.Helper()
-	table, err := mounts.Read()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return table.At(dir)
-}
-
-func nothingAt(t *testing.T, dir string) {
-	t.Helper()
-	if m := at(t, dir); len(m) > 0 {
-		t.Errorf("mounted at %s: %+v", dir, m)
-	}
-}
-
-// place is a folder for a mount; what a test leaves there is detached.
-func place(t *testing.T) string {
-	t.Helper()
-	dir := filepath.Join("/tmp/pods", strings.ReplaceAll(t.Name(), "/", "_"), "volumes", "lariat~nfs", "data")
-	t.Cleanup(func() {
-		for unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
-		}
-	})
-	return dir
-}
-
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
 }
 
 func exists(path string) bool {
@@ -184,7 +62,7 @@ func TestF105Versions(t *testing.T) {
 	nfsd.Serve(t)
 	for _, vers := range []string{"3", "4.0", "4.1", "4.2"} {
 		t.Run(vers, func(t *testing.T) {
-			dir := place(t)
+			dir := place(t, "data")
 			name := "v" + strings.ReplaceAll(vers, ".", "-")
 			mnt := "vers=" + vers
 			if vers == "3" {
@@ -232,27 +110,11 @@ func TestF105Versions(t *testing.T) {
 // noLeftovers: neither processes, nor records, nor folders in the making.
 func noLeftovers(t *testing.T) {
 	t.Helper()
-	for _, pattern := range []string{state + "/nfs/*/*", export + "/.lariat/*", "/run/lariat/volumes/nfs/*"} {
-		if left, _ := filepath.Glob(pattern); len(left) > 0 {
-			t.Errorf("left over: %v", left)
-		}
+	if left, _ := filepath.Glob(export + "/.lariat/*"); len(left) > 0 {
+		t.Errorf("left over: %v", left)
 	}
-	if who := drivers(); len(who) > 0 {
-		t.Errorf("processes: %v", who)
-	}
-}
-
-// drivers are the processes of drivers.
-func drivers() (found []string) {
-	all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, f := range all {
-		data, _ := os.ReadFile(f)
-		argv := strings.Split(string(data), "\x00")
-		if argv[0] == "lariat-volume-child" || strings.HasPrefix(filepath.Base(argv[0]), "mount.nfs") || argv[0] == "nfs" {
-			found = append(found, strings.Join(argv, " "))
-		}
-	}
-	return found
+	driver.NoRecords(t)
+	driver.NoProcesses(t)
 }
 
 // F105: what Lariat did not create is never purged.
@@ -306,7 +168,7 @@ func TestF105OnlyOurs(t *testing.T) {
 		keep("whole")
 		j := options("name", "whole", "host", server, "export", export+"/whole")
 		ok(t, "create", j)
-		dir := place(t)
+		dir := place(t, "data")
 		ok(t, "mount", dir, j)
 		ok(t, "unmount", dir)
 		env := []string{"ON_REMOVE=purge"}
@@ -331,7 +193,7 @@ func TestF105OnlyOurs(t *testing.T) {
 	})
 	t.Run("by the environment, as Rancher had it", func(t *testing.T) {
 		env := []string{"NFS_SERVER=" + server, "MOUNT_DIR=" + export, "MOUNT_OPTS=nfsvers=4,noatime", "ON_REMOVE=purge"}
-		dir := place(t)
+		dir := place(t, "data")
 		for _, args := range [][]string{{"create", `{"name":"envy","rancher":"true"}`}, {"mount", dir, "", `{"name":"envy","rancher":"true","created":"true"}`}} {
 			if r := play(t, env, args...); r.Status != flex.Success {
 				t.Fatalf("%v: %+v", args, r)
@@ -352,12 +214,12 @@ func TestF105OnlyOurs(t *testing.T) {
 // F105, F158: the mount table and the export know enough when the journal is lost, or damaged.
 func TestF158LostJournal(t *testing.T) {
 	nfsd.Serve(t)
-	dir := place(t)
+	dir := place(t, "data")
 	j := below("lost", "onRemove", "purge")
 	for what, lose := range map[string]func(){
-		"lost": func() { must(t, os.RemoveAll(state)) },
+		"lost": func() { must(t, os.RemoveAll(driver.StateDir())) },
 		"torn": func() {
-			files, _ := filepath.Glob(state + "/nfs/*/*.json")
+			files, _ := filepath.Glob(driver.StateDir() + "/*/*.json")
 			if len(files) != 2 {
 				t.Fatalf("records: %v", files)
 			}
@@ -373,8 +235,7 @@ func TestF158LostJournal(t *testing.T) {
 		if len(at(t, dir)) != 1 {
 			t.Errorf("%s: %+v", what, at(t, dir))
 		}
-		lose2 := os.RemoveAll(state)
-		must(t, lose2)
+		must(t, os.RemoveAll(driver.StateDir()))
 		ok(t, "unmount", dir)
 		if r := ok(t, "delete", j); !strings.HasPrefix(r.Message, "purged") {
 			t.Errorf("%s: delete: %+v", what, r)
@@ -386,7 +247,7 @@ func TestF158LostJournal(t *testing.T) {
 // F110: a failed mount is told in mount.nfs's own words, with the server's reason. F109, F105: what is hostile is refused, and nothing done.
 func TestF110F109Refused(t *testing.T) {
 	nfsd.Serve(t)
-	dir := place(t)
+	dir := place(t, "data")
 	before, err := mounts.Read()
 	must(t, err)
 	fails(t, nil, "mount.nfs: mounting "+server+":"+export+"/missing/x failed, reason given by server: No such file or directory", "mount", dir, options("name", "x", "host", server, "export", export+"/missing/x"))
@@ -434,7 +295,7 @@ func TestF110F109Refused(t *testing.T) {
 // F105: without nfs-common on the host, the kernel alone mounts NFS 4.
 func TestF105WithoutMountNFS(t *testing.T) {
 	nfsd.Serve(t)
-	dir := place(t)
+	dir := place(t, "data")
 	nothing := filepath.Join(t.TempDir(), "nothing")
 	must(t, os.WriteFile(nothing, nil, 0o644)) // which cannot be executed
 	programs, _ := filepath.Glob("/usr/sbin/mount.nfs*")
@@ -464,13 +325,13 @@ func TestF105WithoutMountNFS(t *testing.T) {
 // Many calls at once for one folder and one volume: one mount, one folder, and everybody is told that it is there.
 func TestF158ManyAtOnce(t *testing.T) {
 	nfsd.Serve(t)
-	dir := place(t)
+	dir := place(t, "data")
 	crowd := func(args ...string) {
 		t.Helper()
 		var wg sync.WaitGroup
 		for range 3 {
 			wg.Go(func() {
-				if out, err := command(nil, args...).CombinedOutput(); err != nil {
+				if out, err := driver.Command(nil, args...).CombinedOutput(); err != nil {
 					t.Errorf("%v: %v %s", args, err, out)
 				}
 			})
@@ -492,7 +353,7 @@ func TestF158ManyAtOnce(t *testing.T) {
 // A second volume mounted over the first by hand: unmount takes both away.
 func TestStackedMounts(t *testing.T) {
 	nfsd.Serve(t)
-	dir := place(t)
+	dir := place(t, "data")
 	ok(t, "mount", dir, below("lower"))
 	// Of another version: with one and the same the kernel says EBUSY, and mount.nfs takes that for success.
 	must(t, exec.Command("mount", "-t", "nfs", "-o", "vers=4.2", server+":"+export, dir).Run())
@@ -509,7 +370,7 @@ func TestStackedMounts(t *testing.T) {
 // F158: kill -9 at every step, of driver and child. The same call again must find its way: no double mount, no orphan, no lost record.
 func TestF158KilledAtEveryStep(t *testing.T) {
 	nfsd.Serve(t)
-	dir := place(t)
+	dir := place(t, "data")
 	mount := []string{"mount", dir, below("k", "onRemove", "purge")}
 	create := []string{"create", below("k", "onRemove", "purge")}
 	remove := []string{"delete", below("k", "onRemove", "purge")}
@@ -542,10 +403,10 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 						must(t, os.WriteFile(fmt.Sprint(export, "/k/", i), []byte("x"), 0o644))
 					}
 				}
-				if r, killed := call(t, []string{killVariable + "=" + step}, tc.verb...); !killed {
+				if r, killed := call(t, flextest.KillAt(step), tc.verb...); !killed {
 					t.Fatalf("the step was not passed: %+v", r)
 				}
-				orphans(t)
+				driver.Killed(t)
 				if n := len(at(t, dir)); n > 1 {
 					t.Errorf("mounted %d times", n)
 				}
@@ -581,33 +442,6 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 	}
 }
 
-// orphans waits until the processes of a killed driver are gone; the kernel ends them.
-func orphans(t *testing.T) {
-	t.Helper()
-	eventually(t, 10*time.Second, func() bool { return len(drivers()) == 0 }, func() string { return fmt.Sprint("orphans: ", drivers()) })
-}
-
-func eventually(t *testing.T, within time.Duration, done func() bool, say func() string) {
-	t.Helper()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for end := time.After(within); !done(); {
-		select {
-		case <-end:
-			t.Fatal(say())
-		case <-tick.C:
-		}
-	}
-}
-
-// sh runs a line.
-func sh(t *testing.T, line string) {
-	t.Helper()
-	if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v %s", line, err, out)
-	}
-}
-
 // took says how long a call takes.
 func took(f func()) time.Duration {
 	start := time.Now()
@@ -618,12 +452,11 @@ func took(f func()) time.Duration {
 // F159: the server is gone. Every call ends by its deadline and says why; volumes of other servers are not held up; when it comes back, all is well.
 func TestF159ServerGone(t *testing.T) {
 	nfsd.Serve(t)
-	dir := place(t)
+	dir := place(t, "data")
 	busy, free, lazy, fresh, elsewhere := dir+"-busy", dir+"-free", dir+"-lazy", dir+"-fresh", dir+"-elsewhere"
 	t.Cleanup(func() {
 		for _, d := range []string{busy, free, lazy, fresh, elsewhere} {
-			for unix.Unmount(d, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
-			}
+			flextest.Detach(d)
 		}
 	})
 	short := []string{flex.TimeoutVariable + "=6s"}
@@ -704,7 +537,7 @@ func TestF159ServerGone(t *testing.T) {
 	nothingAt(t, lazy)
 	must(t, holder.Close())
 	wg.Wait()
-	orphans(t)
+	driver.Killed(t)
 
 	heal()
 	reader.Process.Kill()
@@ -722,7 +555,7 @@ func TestF159ServerGone(t *testing.T) {
 // F159: a server that takes connections and says nothing, one that is stopped, and one that is started again under a mounted volume.
 func TestF159ServerSilentStoppedRestarted(t *testing.T) {
 	nfsd.Serve(t)
-	dir := place(t)
+	dir := place(t, "data")
 	sh(t, "ip addr add 192.168.9.4/32 dev lo")
 	l, err := net.Listen("tcp", "192.168.9.4:20490")
 	must(t, err)
@@ -734,7 +567,7 @@ func TestF159ServerSilentStoppedRestarted(t *testing.T) {
 		t.Errorf("it took %s", d)
 	}
 	nothingAt(t, dir)
-	orphans(t)
+	driver.Killed(t)
 
 	ok(t, "mount", dir, below("again"))
 	must(t, os.WriteFile(dir+"/f", []byte("data"), 0o644))
@@ -762,7 +595,7 @@ func TestF159ServerSilentStoppedRestarted(t *testing.T) {
 // A volume in use, of a server that is well: unmount says by whom, and leaves it.
 func TestInUse(t *testing.T) {
 	nfsd.Serve(t)
-	dir := place(t)
+	dir := place(t, "data")
 	ok(t, "mount", dir, below("used"))
 	f, err := os.Create(dir + "/f")
 	must(t, err)
@@ -783,7 +616,7 @@ func TestF155Executable(t *testing.T) {
 	if !exists(bin) {
 		t.Skip("bin/nfs is not built: make build")
 	}
-	real := place(t)
+	real := place(t, "data")
 	must(t, os.MkdirAll(filepath.Dir(real), 0o755))
 	link := filepath.Join(t.TempDir(), "link")
 	must(t, os.Symlink(filepath.Dir(real), link))
@@ -812,7 +645,7 @@ func TestF107ClientOfTheExecutable(t *testing.T) {
 		t.Skip("bin/nfs is not built: make build")
 	}
 	r := volume.Request{Name: "client", Options: map[string]string{"host": server, "exportBase": export, "onRemove": "purge", "mntOptions": "vers=4.0"}}
-	dir := place(t)
+	dir := place(t, "data")
 	for _, shape := range []flex.Shape{flex.Rancher, flex.Kubernetes} {
 		var d volume.Driver = flex.Client{Path: bin, Shape: shape}
 		if caps, err := d.Init(t.Context()); err != nil || caps != (volume.Capabilities{}) {
