@@ -164,7 +164,7 @@ func (d Driver) processes() (found []string) {
 	return found
 }
 
-// NoRecords: the journal is empty, but for files of these names.
+// NoRecords wants the journal empty, but for files of these names.
 func (d Driver) NoRecords(t *testing.T, but ...string) {
 	t.Helper()
 	left, _ := filepath.Glob(d.StateDir() + "/*/*")
@@ -173,7 +173,7 @@ func (d Driver) NoRecords(t *testing.T, but ...string) {
 	}
 }
 
-// NoProcesses: neither processes nor locks are left.
+// NoProcesses wants neither processes nor locks left.
 func (d Driver) NoProcesses(t *testing.T) {
 	t.Helper()
 	if left, _ := filepath.Glob(filepath.Join(volume.DefaultRunDir, d.Name, "*")); len(left) > 0 {

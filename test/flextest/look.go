@@ -27,7 +27,7 @@ func At(t *testing.T, dir string) []mounts.Entry {
 	return table.At(dir)
 }
 
-// NothingAt: nothing is mounted at a folder.
+// NothingAt wants nothing mounted at a folder.
 func NothingAt(t *testing.T, dir string) {
 	t.Helper()
 	if m := At(t, dir); len(m) > 0 {
