@@ -328,6 +328,24 @@ func TestF106Elsewhere(t *testing.T) {
 	l.says(l.d.Detach(ctx, "v", self), context.DeadlineExceeded, "does not let it go (busy)")
 }
 
+// F106: AWS says that it has made a volume, and does not answer the question for it for a long time: that is no reason to make another one.
+func TestF106ThrottledBehindCreate(t *testing.T) {
+	l := newLab(t, 1, Config{})
+	usual := appearance
+	appearance = 50 * time.Millisecond
+	volume.OnStep = func(name string) {
+		if name == "created" {
+			l.Fail("DescribeVolumes", "RequestLimitExceeded", 3)
+		}
+	}
+	t.Cleanup(func() { appearance, volume.OnStep = usual, nil })
+	_, err := l.d.Create(l.ctx, request("v", "size", "1"))
+	l.ok(err)
+	if n := l.Calls("CreateVolume"); n != 1 || len(l.Volumes()) != 1 {
+		t.Errorf("%d calls, %+v", n, l.Volumes())
+	}
+}
+
 // F106: expand waits for AWS, is repeatable, and says when it may be tried again.
 func TestF106Expand(t *testing.T) {
 	l := newLab(t, 1, Config{})

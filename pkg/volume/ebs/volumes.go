@@ -249,20 +249,18 @@ func (d *Driver) make(ctx context.Context, r *region, v Volume) (*found, error) 
 	return nil, fmt.Errorf("AWS remembers %d volumes of this name, now deleted, and does not show them: take another name", tokens)
 }
 
-// appearance is how long AWS may not know a volume that it has just made.
-const appearance = 15 * time.Second
+// appearance is how long AWS may not know a volume that it has just made. A test has no time for it.
+var appearance = 15 * time.Second
 
-// appeared waits until AWS shows a volume that it said it made; nil if it was deleted since.
+// appeared waits until AWS shows a volume that it said it made; nil if it was deleted since: if AWS, asked after all this time, does not know it. A request that
+// was cut short, or throttled, says nothing of the kind, for the next token would make a second volume.
 func (r *region) appeared(ctx context.Context, id string) (f *found, err error) {
-	within, cancel := context.WithTimeout(ctx, appearance)
-	defer cancel()
-	err = pauses.Poll(within, func() (bool, string, error) {
-		f, err = r.describe(within, id)
-		return f != nil, "", err
+	start := time.Now()
+	err = pauses.Poll(ctx, func() (done bool, seen string, err error) {
+		late := time.Since(start) > appearance
+		f, err = r.describe(ctx, id)
+		return err == nil && (f != nil || late), "AWS has made " + id + ", and does not show it", err
 	})
-	if within.Err() != nil && ctx.Err() == nil {
-		return nil, nil
-	}
 	if f != nil && (f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted) {
 		return nil, err
 	}
