@@ -10,11 +10,9 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"syscall"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
@@ -22,6 +20,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 	"github.com/lariat-net/lariat/pkg/mtu"
 	"github.com/lariat-net/lariat/pkg/plan"
+	"github.com/lariat-net/lariat/pkg/service"
 )
 
 // run is the program; what it returns is the exit code.
@@ -90,7 +89,7 @@ func serve(args []string, stdout, stderr io.Writer) error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	// Whoever holds the socket is the service of this host; ask before the store is opened, which would wait for its lock.
-	listener, err := listenUnix(c.Socket)
+	listener, err := service.Listen(c.Socket)
 	if err != nil {
 		return err
 	}
@@ -159,15 +158,14 @@ func serve(args []string, stdout, stderr io.Writer) error {
 		serveOn(l, s.TreeHandler())
 	}
 	log.Info("serving", "socket", c.Socket, "host", c.HostName)
-	daemon.SdNotify(false, daemon.SdNotifyReady) //nolint:errcheck // not under systemd
-	go watchdog(ctx, s)
+	service.Ready(ctx, s.Alive)
 
 	select {
 	case <-ctx.Done():
 		err = nil
 	case err = <-failed:
 	}
-	daemon.SdNotify(false, daemon.SdNotifyStopping) //nolint:errcheck // not under systemd
+	service.Stopping()
 	log.Info("stopping")
 	// Requests under way get their answer; watches and waits end with the server.
 	end, cancelEnd := context.WithTimeout(context.Background(), 10*time.Second)
@@ -193,74 +191,4 @@ func (c *config) open(ctx context.Context, log *slog.Logger, fatal func(error)) 
 	return store.Open(ctx, store.Embedded{Dir: c.DataDir, Prefix: c.Prefix, Name: c.Name, ListenClient: c.ListenClient,
 		ListenPeer: c.ListenPeer, AdvertisePeer: c.AdvertisePeer, InitialCluster: c.InitialCluster, Existing: c.Join,
 		CA: c.CA, Cert: c.Cert, Key: c.Key, Quota: c.QuotaMiB << 20, Log: log, Fatal: fatal})
-}
-
-// listenUnix listens with mode 0600. A socket that a killed process left is replaced, one that answers is not: a lock file
-// decides, so that two processes that start at once cannot both think the socket stale.
-func listenUnix(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("socket %s: %w", path, err)
-	}
-	lock, err := os.OpenFile(path+".lock", os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("socket %s: %w", path, err)
-	}
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		pid := make([]byte, 32)
-		n, _ := lock.Read(pid)
-		lock.Close()
-		return nil, fmt.Errorf("socket %s: lariat-metadata with process id %s serves it already; stop that one, or give this one another --socket", path, pid[:n])
-	}
-	if err := errors.Join(lock.Truncate(0), writeAt(lock, fmt.Sprint(os.Getpid()))); err != nil {
-		return nil, fmt.Errorf("socket %s: lock: %w", path, err)
-	}
-	if conn, err := net.Dial("unix", path); err == nil {
-		conn.Close()
-		return nil, fmt.Errorf("socket %s: another program serves it; stop it, or give another --socket", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("socket %s: %w", path, err)
-	}
-	old := syscall.Umask(0o177)
-	l, err := net.Listen("unix", path)
-	syscall.Umask(old)
-	if err != nil {
-		return nil, fmt.Errorf("socket %s: %w", path, err)
-	}
-	return &lockedListener{l, lock}, nil
-}
-
-func writeAt(f *os.File, s string) error {
-	_, err := f.WriteAt([]byte(s), 0)
-	return err
-}
-
-// lockedListener holds the lock for as long as it listens.
-type lockedListener struct {
-	net.Listener
-	lock *os.File
-}
-
-func (l *lockedListener) Close() error {
-	return errors.Join(l.Listener.Close(), l.lock.Close())
-}
-
-// watchdog tells systemd that the service is well, at half the interval that it asked for.
-func watchdog(ctx context.Context, s *server.Server) {
-	interval, err := daemon.SdWatchdogEnabled(false)
-	if err != nil || interval == 0 {
-		return
-	}
-	t := time.NewTicker(interval / 2)
-	defer t.Stop()
-	for {
-		if s.Alive() {
-			daemon.SdNotify(false, daemon.SdNotifyWatchdog) //nolint:errcheck // not under systemd
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-		}
-	}
 }

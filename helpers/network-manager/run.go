@@ -13,13 +13,11 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
@@ -29,6 +27,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/reconcile"
+	"github.com/lariat-net/lariat/pkg/service"
 )
 
 func run(args []string, stdout, stderr io.Writer) int {
@@ -73,7 +72,7 @@ func manage(conf config, log *slog.Logger) error {
 		return err
 	}
 	mux := handler(m, remover, conf.logLevel)
-	unix, err := listenUnix(conf.socket)
+	unix, err := service.Listen(conf.socket)
 	if err != nil {
 		return err
 	}
@@ -94,11 +93,10 @@ func manage(conf config, log *slog.Logger) error {
 	if conf.probe {
 		m.OnView = (&responder{ctx: ctx, view: m.View, log: log}).follow
 	}
-	daemon.SdNotify(false, daemon.SdNotifyReady)
-	go watchdog(ctx)
+	service.Ready(ctx, nil)
 	log.Info("started", "socket", conf.socket, "metadata", conf.metadataSocket, "state", conf.stateDir)
 	err = m.Run(ctx, events)
-	daemon.SdNotify(false, daemon.SdNotifyStopping)
+	service.Stopping()
 	log.Info("stopped; the network stays as it is")
 	return err
 }
@@ -119,41 +117,6 @@ func tunnels(conf config, k *kernel.Netns, m *reconcile.Manager, log *slog.Logge
 	}
 	t.Daemon = &ike.Daemon{Socket: socket, Log: log}
 	return t
-}
-
-// listenUnix takes the place of a socket file that a killed process left, but not of one that somebody answers on.
-func listenUnix(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("socket %s: another lariat-network-manager answers on it; stop it first, or give this one --socket", path)
-	}
-	os.Remove(path)
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, err
-	}
-	return l, os.Chmod(path, 0o600)
-}
-
-// watchdog tells systemd that the process lives, when the unit asks for it.
-func watchdog(ctx context.Context) {
-	every, err := daemon.SdWatchdogEnabled(false)
-	if err != nil || every == 0 {
-		return
-	}
-	t := time.NewTicker(every / 2)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-			daemon.SdNotify(false, daemon.SdNotifyWatchdog)
-		}
-	}
 }
 
 // responder answers "lariat doctor" of the cluster's other hosts on this host's underlay address, and moves with it.

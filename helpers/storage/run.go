@@ -9,17 +9,16 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
 	"os/signal"
 	"path/filepath"
 	"syscall"
 	"time"
 
-	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/service"
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/dockerapi"
 )
@@ -67,7 +66,7 @@ func serve(conf config, log *slog.Logger) error {
 	mux.Handle("/", docker)
 	mux.Handle("GET /", common)
 
-	unix, err := listenUnix(conf.socket)
+	unix, err := service.Listen(conf.socket)
 	if err != nil {
 		return err
 	}
@@ -88,15 +87,14 @@ func serve(conf config, log *slog.Logger) error {
 	if conf.metadata != "" {
 		go publish.run(ctx)
 	}
-	go watchdog(ctx)
-	daemon.SdNotify(false, daemon.SdNotifyReady)
+	service.Ready(ctx, nil)
 	log.Info("started", "socket", conf.socket, "driver", conf.driver, "scope", conf.scope)
 	select {
 	case err = <-failed:
 	case <-ctx.Done():
 		err = nil
 	}
-	daemon.SdNotify(false, daemon.SdNotifyStopping)
+	service.Stopping()
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
 	if serr := server.Shutdown(end); serr != nil {
@@ -105,62 +103,6 @@ func serve(conf config, log *slog.Logger) error {
 	_ = metrics.Close() // nothing of it has to end well
 	log.Info("stopped; volumes stay mounted")
 	return err
-}
-
-// listenUnix takes the place of a socket file that a killed process left. That no other process serves is known by the lock on the state.
-func listenUnix(path string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("--socket: %w", err)
-	}
-	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("socket %s: another process answers on it; stop it first, or give this one --socket or --name", path)
-	}
-	// Made under another name, so that Docker never meets a socket that refuses it or that everybody may open.
-	tmp := path + ".new"
-	os.Remove(tmp)
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
-	if err != nil {
-		return nil, fmt.Errorf("--socket: %w", err)
-	}
-	l.SetUnlinkOnClose(false)
-	if err = os.Chmod(tmp, 0o600); err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("--socket: %w", err), l.Close())
-	}
-	return &listener{l, path}, nil
-}
-
-// listener removes its socket when it closes.
-type listener struct {
-	net.Listener
-	path string
-}
-
-// Close implements net.Listener.
-func (l *listener) Close() error {
-	os.Remove(l.path)
-	return l.Listener.Close()
-}
-
-// watchdog tells systemd that the process lives, when the unit asks for it.
-func watchdog(ctx context.Context) {
-	every, err := daemon.SdWatchdogEnabled(false)
-	if err != nil || every == 0 {
-		return
-	}
-	t := time.NewTicker(every / 2)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-			daemon.SdNotify(false, daemon.SdNotifyWatchdog)
-		}
-	}
 }
 
 // admin is for people and monitors.
