@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"syscall"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -17,8 +18,8 @@ import (
 
 // attacher adds and deletes one container; what is measured is one call.
 type attacher interface {
-	Add(i int) (cpu time.Duration, err error)
-	Del(i int) (cpu time.Duration, err error)
+	Add(i int) (cost, error)
+	Del(i int) (cost, error)
 }
 
 // contender is one way to connect containers, on a host namespace of its own.
@@ -48,22 +49,22 @@ type plugin struct {
 func (p *plugin) id(i int) string { return fmt.Sprintf("%s%06d", p.prefix, i) }
 
 // Add connects container i.
-func (p *plugin) Add(i int) (time.Duration, error) {
-	out, cpu, err := p.call("ADD", i, nil)
+func (p *plugin) Add(i int) (cost, error) {
+	out, paid, err := p.call("ADD", i, nil)
 	if err == nil {
 		p.results[i] = out
 	}
-	return cpu, err
+	return paid, err
 }
 
 // Del disconnects container i.
-func (p *plugin) Del(i int) (time.Duration, error) {
-	_, cpu, err := p.call("DEL", i, p.results[i])
+func (p *plugin) Del(i int) (cost, error) {
+	_, paid, err := p.call("DEL", i, p.results[i])
 	p.results[i] = nil
-	return cpu, err
+	return paid, err
 }
 
-func (p *plugin) call(verb string, i int, prev json.RawMessage) ([]byte, time.Duration, error) {
+func (p *plugin) call(verb string, i int, prev json.RawMessage) ([]byte, cost, error) {
 	conf := p.conf
 	if prev != nil {
 		conf = make(map[string]any, len(p.conf)+1)
@@ -74,26 +75,35 @@ func (p *plugin) call(verb string, i int, prev json.RawMessage) ([]byte, time.Du
 	}
 	stdin, err := json.Marshal(conf)
 	if err != nil {
-		return nil, 0, err
+		return nil, cost{}, err
 	}
 	return execPlugin(p.path, stdin, "CNI_COMMAND="+verb, "CNI_CONTAINERID="+p.id(i), "CNI_NETNS="+p.c.containers[i].Path,
 		"CNI_IFNAME=eth0", "CNI_ARGS=", "CNI_PATH="+p.cniPath)
 }
 
-// execPlugin runs one plugin process to its end and returns its answer and the CPU time of it and its children.
-func execPlugin(path string, stdin []byte, env ...string) ([]byte, time.Duration, error) {
+// cost is what a process and its children took of the machine.
+type cost struct {
+	cpu    time.Duration
+	faults int // pages that it touched for the first time (getrusage(2), ru_minflt)
+}
+
+// execPlugin runs one plugin process to its end and returns its answer and what it cost.
+func execPlugin(path string, stdin []byte, env ...string) ([]byte, cost, error) {
 	var stdout, stderr bytes.Buffer
 	cmd := exec.Cmd{Path: path, Args: []string{path}, Stdin: bytes.NewReader(stdin), Stdout: &stdout, Stderr: &stderr,
 		Env: append([]string{"PATH=" + os.Getenv("PATH")}, env...)}
 	err := cmd.Run()
-	var cpu time.Duration
-	if cmd.ProcessState != nil {
-		cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
+	var paid cost
+	if st := cmd.ProcessState; st != nil {
+		paid.cpu = st.UserTime() + st.SystemTime()
+		if u, ok := st.SysUsage().(*syscall.Rusage); ok {
+			paid.faults = int(u.Minflt)
+		}
 	}
 	if err != nil {
-		return nil, cpu, fmt.Errorf("%s: %w: %s%s", filepath.Base(path), err, clip(stdout.Bytes()), clip(stderr.Bytes()))
+		return nil, paid, fmt.Errorf("%s: %w: %s%s", filepath.Base(path), err, clip(stdout.Bytes()), clip(stderr.Bytes()))
 	}
-	return stdout.Bytes(), cpu, nil
+	return stdout.Bytes(), paid, nil
 }
 
 func clip(b []byte) []byte {
@@ -131,26 +141,26 @@ func (f *floor) Close() {
 func (f *floor) name(i int) string { return "fl" + strconv.Itoa(i) }
 
 // Add makes the port of container i.
-func (f *floor) Add(i int) (time.Duration, error) {
+func (f *floor) Add(i int) (cost, error) {
 	ns, err := os.Open(f.c.containers[i].Path)
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	defer ns.Close()
 	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: f.name(i), Flags: 0, MTU: 1450}, PeerName: "eth0", PeerNamespace: netlink.NsFd(int(ns.Fd()))}
 	if err := f.host.LinkAdd(veth); err != nil {
-		return 0, fmt.Errorf("floor veth: %w", err)
+		return cost{}, fmt.Errorf("floor veth: %w", err)
 	}
 	outer, err := f.host.LinkByName(f.name(i))
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	if err := f.host.LinkSetUp(outer); err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	inner, err := f.in[i].LinkByName("eth0")
 	if err != nil {
-		return 0, err
+		return cost{}, err
 	}
 	ip := []byte{10, 99, byte(i >> 8), byte(i)}
 	dst := ipNet(ip, 32)
@@ -173,15 +183,15 @@ func (f *floor) Add(i int) (time.Duration, error) {
 	}
 	for n, step := range steps {
 		if err := step(); err != nil {
-			return 0, fmt.Errorf("floor step %d: %w", n, err)
+			return cost{}, fmt.Errorf("floor step %d: %w", n, err)
 		}
 	}
-	return 0, nil
+	return cost{}, nil
 }
 
 // Del removes the port of container i.
-func (f *floor) Del(i int) (time.Duration, error) {
-	return 0, f.host.LinkDel(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: f.name(i)}})
+func (f *floor) Del(i int) (cost, error) {
+	return cost{}, f.host.LinkDel(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: f.name(i)}})
 }
 
 // race lets the contenders add and delete n containers each in turn, so that whatever else the machine does hits all of
@@ -195,10 +205,10 @@ func race(scenario string, contenders []*contender, n, rounds, parallel int) []*
 	for round := range rounds {
 		for _, phase := range []struct {
 			to []*series
-			op func(attacher) func(int) (time.Duration, error)
+			op func(attacher) func(int) (cost, error)
 		}{
-			{adds, func(a attacher) func(int) (time.Duration, error) { return a.Add }},
-			{dels, func(a attacher) func(int) (time.Duration, error) { return a.Del }},
+			{adds, func(a attacher) func(int) (cost, error) { return a.Add }},
+			{dels, func(a attacher) func(int) (cost, error) { return a.Del }},
 		} {
 			if parallel > 1 {
 				for k := range contenders {
@@ -221,20 +231,20 @@ func race(scenario string, contenders []*contender, n, rounds, parallel int) []*
 	return append(adds, dels...)
 }
 
-func measure(s *series, i int, op func(int) (time.Duration, error)) {
+func measure(s *series, i int, op func(int) (cost, error)) {
 	start := time.Now()
-	cpu, err := op(i)
+	paid, err := op(i)
 	took := time.Since(start)
 	if err != nil {
 		s.fail(err)
 		return
 	}
 	s.addTime(took)
-	s.cpu += cpu
+	s.pay(paid)
 }
 
 // batch runs all n at once, as many in parallel as the crew is large.
-func batch(c *contender, s *series, n int, op func(int) (time.Duration, error)) {
+func batch(c *contender, s *series, n int, op func(int) (cost, error)) {
 	parts := make([]series, n)
 	jobs := make([]func(), n)
 	for i := range n {
@@ -248,6 +258,7 @@ func batch(c *contender, s *series, n int, op func(int) (time.Duration, error)) 
 	for i := range parts {
 		s.samples = append(s.samples, parts[i].samples...)
 		s.cpu += parts[i].cpu
+		s.faults += parts[i].faults
 		s.Errors += parts[i].Errors
 		if s.FirstErr == "" {
 			s.FirstErr = parts[i].FirstErr

@@ -22,20 +22,27 @@ type series struct {
 	P50      float64 `json:"p50"`
 	P95      float64 `json:"p95"`
 	Min      float64 `json:"min"`
-	CPU      float64 `json:"cpu,omitempty"`  // ms of all processes that worked for one operation, daemons included
-	Rate     float64 `json:"rate,omitempty"` // operations a second, of a whole batch: the median of the rounds
+	CPU      float64 `json:"cpu,omitempty"`    // ms of all processes that worked for one operation, daemons included
+	Faults   float64 `json:"faults,omitempty"` // page faults of the processes that one operation started
+	Rate     float64 `json:"rate,omitempty"`   // operations a second, of a whole batch: the median of the rounds
 	Errors   int     `json:"errors,omitempty"`
 	FirstErr string  `json:"firstError,omitempty"`
 
 	samples []float64
 	inOrder []float64 // the samples as they were taken, one each round; kept for datapath
 	cpu     time.Duration
+	faults  int
 	rates   []float64
 }
 
 func (s *series) add(v float64) { s.samples = append(s.samples, v) }
 
 func (s *series) addTime(d time.Duration) { s.add(float64(d) / float64(time.Millisecond)) }
+
+func (s *series) pay(c cost) {
+	s.cpu += c.cpu
+	s.faults += c.faults
+}
 
 func (s *series) fail(err error) {
 	s.Errors++
@@ -55,6 +62,7 @@ func (s *series) finish() {
 	}
 	s.P50, s.P95, s.Min = quantile(s.samples, 0.5), quantile(s.samples, 0.95), s.samples[0]
 	s.CPU = float64(s.cpu) / float64(time.Millisecond) / float64(s.N)
+	s.Faults = float64(s.faults) / float64(s.N)
 	if len(s.rates) > 0 {
 		slices.Sort(s.rates)
 		s.Rate = quantile(s.rates, 0.5)
