@@ -108,9 +108,24 @@ KEY is the id of the secret in use. The status is 1 when something keeps tunnels
 	}
 }
 
+func writeTunnelProblems(w *writer, r *ipsec.Report) {
+	for _, p := range []struct{ what, text string }{{"missing", r.Missing}, {"problem", r.Problem}} {
+		if p.text != "" {
+			w.line("%s  %s", w.paint(bad, fmt.Sprintf("%-8s", p.what)), oneLine(p.text))
+			if r.Remedy != "" {
+				w.line("          %s", w.paint(dim, "remedy: "+oneLine(r.Remedy)))
+			}
+		}
+	}
+}
+
 func (a *app) writeTunnels(w *writer, r *ipsec.Report) {
 	if len(r.Networks) == 0 {
-		if !w.plain {
+		switch {
+		case w.plain:
+		case r.Problem != "":
+			writeTunnelProblems(w, r)
+		default:
 			w.line("No network is encrypted. Make one: lariat network create NAME --subnet PREFIX --encapsulation ipsec")
 		}
 		return
@@ -134,14 +149,7 @@ func (a *app) writeTunnels(w *writer, r *ipsec.Report) {
 		if len(r.Suites) > 0 {
 			w.line("%s    %s", w.paint(bold, "SUITES"), strings.Join(r.Suites, " "))
 		}
-		for _, p := range []struct{ what, text string }{{"missing", r.Missing}, {"problem", r.Problem}} {
-			if p.text != "" {
-				w.line("%s  %s", w.paint(bad, fmt.Sprintf("%-8s", p.what)), oneLine(p.text))
-				if r.Remedy != "" {
-					w.line("          %s", w.paint(dim, "remedy: "+oneLine(r.Remedy)))
-				}
-			}
-		}
+		writeTunnelProblems(w, r)
 		if len(r.Tunnels) == 0 {
 			if r.Missing == "" && r.Problem == "" {
 				w.line("\nNo other host takes part yet.")

@@ -311,6 +311,7 @@ func (t *Tunnels) Report(ctx context.Context, detail bool) ipsec.Report {
 	r.Tunnels = []ipsec.Status{}
 	if r.Networks == nil {
 		r.Networks = []string{}
+		r.Problem, r.Remedy = "the network manager has not looked for encrypted networks yet", "it does as soon as the metadata service answers it: ask again"
 	}
 	if !detail || len(tunnels) == 0 {
 		return r
