@@ -162,7 +162,19 @@ func Alive(ctx context.Context, dir string, within time.Duration) bool {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	_, err := doProbe(ctx, dir)
-	return err == nil || !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, unix.EIO) && !errors.Is(err, unix.ETIMEDOUT)
+	return !unanswered(err)
+}
+
+// errRestartSys is ERESTARTSYS (linux/errno.h), which no program should ever see: it is what a call that waits for an NFS server ends with
+// when another mount of the same export is unmounted by force, and no signal is there to restart it after.
+const errRestartSys = unix.Errno(512)
+
+// unanswered reports whether a call to a server ended without the server's word. What else fails was said by the server, and so it lives.
+func unanswered(err error) bool {
+	return slices.ContainsFunc([]error{
+		context.DeadlineExceeded, errRestartSys, unix.EINTR, unix.EIO, unix.ETIMEDOUT, unix.ENOTCONN, unix.ECONNREFUSED, unix.ECONNRESET, unix.ECONNABORTED,
+		unix.EPIPE, unix.EHOSTUNREACH, unix.EHOSTDOWN, unix.ENETUNREACH, unix.ENETDOWN,
+	}, func(e error) bool { return errors.Is(err, e) })
 }
 
 // Policy is how far Unmount goes.
@@ -247,7 +259,7 @@ func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) 
 	if done {
 		return "umount", nil
 	}
-	late := errors.Is(cause, context.DeadlineExceeded)
+	late := unanswered(cause)
 	if !p.Remote || !late && !errors.Is(cause, unix.EBUSY) {
 		return "", inUse(dir, cause)
 	}

@@ -150,6 +150,28 @@ func TestUsers(t *testing.T) {
 	}
 }
 
+// TestF159WhoAnswered: an error that the server sent is a sign of life, what the kernel says in its place is none.
+func TestF159WhoAnswered(t *testing.T) {
+	for _, tc := range []struct {
+		err  error
+		want bool
+	}{
+		{nil, false},
+		{unix.ESTALE, false},
+		{unix.EACCES, false},
+		{unix.EIO, true},
+		{unix.EHOSTUNREACH, true},
+		{unix.Errno(512), true},
+		{fmt.Errorf("probe: %w", context.DeadlineExceeded), true},
+		{&answer{Text: "probe: errno 512", Errno: 512}, true},
+		{&answer{Text: "probe: stale file handle", Errno: unix.ESTALE}, false},
+	} {
+		if got := unanswered(tc.err); got != tc.want {
+			t.Errorf("%v: %v", tc.err, got)
+		}
+	}
+}
+
 func TestUnmountOfNothing(t *testing.T) {
 	if how, err := Unmount(t.Context(), t.TempDir(), Policy{}); how != "" || err != nil {
 		t.Errorf("%q %v", how, err)
