@@ -556,7 +556,7 @@ func TestF159ServerGone(t *testing.T) {
 func TestF159ServerSilentStoppedRestarted(t *testing.T) {
 	nfsd.Serve(t)
 	dir := place(t, "data")
-	sh(t, "ip addr add 192.168.9.4/32 dev lo")
+	sh(t, "ip addr replace 192.168.9.4/32 dev lo")
 	l, err := net.Listen("tcp", "192.168.9.4:20490")
 	must(t, err)
 	defer l.Close()
