@@ -45,13 +45,13 @@ func listen(path string) (_ net.Listener, err error) {
 		if len(holder) == 0 {
 			holder = []byte("another process")
 		}
-		return nil, fmt.Errorf("%s serves it already; stop that one, or give this one another socket", holder)
+		return nil, fmt.Errorf("%s serves it already; stop that one, or give this one another --socket", holder)
 	} else if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", lock.Name(), err)
 	}
 	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
 		c.Close()
-		return nil, errors.New("another program serves it; stop that one, or give this one another socket")
+		return nil, errors.New("another program serves it; stop that one, or give this one another --socket")
 	}
 	if lock.Truncate(0) == nil { // a full disk is no reason to refuse the service
 		fmt.Fprintf(lock, "%s with process id %d", filepath.Base(os.Args[0]), os.Getpid()) //nolint:errcheck // see above

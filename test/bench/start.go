@@ -68,7 +68,7 @@ func (b *bench) starts() error {
 	}
 	pages := &series{Section: "start", Scenario: "parts", Who: "memory", Op: "first touch of 256 pages", Unit: "ms"}
 	for range n {
-		took, err := touch(touched)
+		took, err := touch()
 		if err != nil {
 			return err
 		}
@@ -111,11 +111,11 @@ const touched = 256
 
 // touch takes fresh pages from the kernel one by one, as a process does that starts and goes its way through its code and heap. What
 // that costs differs by machine more than anything else does, most of all within virtual ones.
-func touch(pages int) (time.Duration, error) {
+func touch() (time.Duration, error) {
 	size := os.Getpagesize()
-	m, err := unix.Mmap(-1, 0, pages*size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	m, err := unix.Mmap(-1, 0, touched*size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
-		return 0, fmt.Errorf("%d pages of memory: %w", pages, err)
+		return 0, fmt.Errorf("%d pages of memory: %w", touched, err)
 	}
 	start := time.Now()
 	for i := 0; i < len(m); i += size {

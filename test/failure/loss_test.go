@@ -166,16 +166,16 @@ func TestDiskFull(t *testing.T) {
 	before := world(t, h)
 	for _, tc := range []struct {
 		name, options string
-		fill          func(dir string) error // by names that are no records
+		fill          func() error // by names that are no records
 	}{
-		{"no space", "size=64k", func(dir string) error {
+		{"no space", "size=64k", func() error {
 			err := os.WriteFile(filepath.Join(dir, ".lock-ballast"), make([]byte, 1<<20), 0o600)
 			if err == nil {
 				return fmt.Errorf("a MiB fits into 64 KiB")
 			}
 			return nil
 		}},
-		{"no inodes", "nr_inodes=40", func(dir string) error {
+		{"no inodes", "nr_inodes=40", func() error {
 			for i := range 100 {
 				if os.WriteFile(filepath.Join(dir, fmt.Sprint(".lock-ballast", i)), nil, 0o600) != nil {
 					return nil
@@ -183,7 +183,7 @@ func TestDiskFull(t *testing.T) {
 			}
 			return fmt.Errorf("100 files fit into 40 inodes")
 		}},
-		{"read only", "size=64k", func(dir string) error { return unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") }},
+		{"read only", "size=64k", func() error { return unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") }},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			must(t, unix.Mount("small", dir, "tmpfs", 0, tc.options))
@@ -191,7 +191,7 @@ func TestDiskFull(t *testing.T) {
 			early, late := container(t, h), container(t, h)
 			works(t, h, call(early, "ADD"))
 			running := world(t, h)
-			must(t, tc.fill(dir))
+			must(t, tc.fill())
 			o, err := call(late, "ADD").Run(ctx, h.Netns)
 			must(t, err)
 			e, err := o.CNIError()
