@@ -13,7 +13,6 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/ike"
 	"github.com/lariat-net/lariat/pkg/ipsec"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/overlay"
 )
@@ -51,7 +50,7 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	f.SetOutput(io.Discard)
 	f.StringVar(&c.metadataSocket, "metadata-socket", metadata.DefaultSocket, "unix socket of the metadata service")
 	f.StringVar(&c.socket, "socket", overlay.DefaultManagerSocket, "unix socket for health, metrics, state, and the plugins' DEL")
-	f.StringVar(&c.stateDir, "state-dir", lease.DefaultStateDir, "where the CNI plugins keep their journal (their stateDir)")
+	f.StringVar(&c.stateDir, "state-dir", metadata.DefaultStateDir, "where the CNI plugins keep their journal (their stateDir)")
 	f.StringVar(&c.bootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "file with the id of this boot")
 	f.DurationVar(&c.every, "interval", time.Minute, "time between passes when nothing happens")
 	f.DurationVar(&c.grace, "grace", time.Minute, "how long an attachment must look dead before it is released")

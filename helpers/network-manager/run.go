@@ -241,10 +241,11 @@ func handler(m *reconcile.Manager, remover *kernel.Remover, level *slog.LevelVar
 	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) {
 		out := struct {
 			Host     string             `json:"host,omitempty"`
+			StateDir string             `json:"stateDir"`
 			Revision int64              `json:"revision"`
 			Health   []reconcile.Health `json:"health"`
 			Desired  []string           `json:"desired"`
-		}{Health: m.Health()}
+		}{Health: m.Health(), StateDir: m.Journal.StateDir()}
 		if s := m.View(); s != nil {
 			out.Host, out.Revision = s.Self, s.Revision
 			out.Desired = strings.Split(strings.TrimRight(m.Desired(s).String(), "\n"), "\n")

@@ -146,6 +146,20 @@ func (e *examination) manager() {
 			e.add(Error, where, "it is tried again by itself; the message says what is in the way. More: journalctl -u lariat-network-manager", "the network manager cannot keep %s true: %s", c.Name, c.Error)
 		}
 	}
+	if e.Manager.StateDir == "" || e.Metadata == nil {
+		return
+	}
+	elsewhere := map[string]int{}
+	for _, a := range e.Metadata.Own {
+		if a.StateDir != e.Manager.StateDir {
+			elsewhere[a.StateDir]++
+		}
+	}
+	for _, dir := range slices.Sorted(maps.Keys(elsewhere)) {
+		e.add(Warning, where, "set the plugins' \"stateDir\" and lariat-network-manager's --state-dir to the same folder",
+			"plugins with the stateDir %s gave %d of this host's addresses, and the network manager looks in %s alone: it does not give back what a killed one leaves there before the next boot",
+			dir, elsewhere[dir], e.Manager.StateDir)
+	}
 }
 
 func (e *examination) hosts() {

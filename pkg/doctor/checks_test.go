@@ -86,6 +86,10 @@ func TestF137Findings(t *testing.T) {
 		{"store fills", func(f *Facts) { f.Metadata.Store.Size = f.Metadata.Store.Quota / 100 * 85 }, "store warning: the store is 85 % full (1.7 GiB of 2.0 GiB)", "defrag"},
 		{"store is full", func(f *Facts) { f.Metadata.Store.Size = f.Metadata.Store.Quota }, "store error: the store is 100 % full", "defrag"},
 		{"manager stopped", func(f *Facts) { f.Manager = &Manager{Err: fs.ErrNotExist} }, "manager error: the network manager is not running", "systemctl start lariat-network-manager"},
+		{"plugins keep their records elsewhere", func(f *Facts) {
+			f.Manager.StateDir = "/var/lib/lariat"
+			f.Metadata.Own = []metadata.Allocation{{StateDir: "/var/lib/lariat"}, {StateDir: "/srv/cni"}, {StateDir: "/srv/cni"}}
+		}, "manager warning: plugins with the stateDir /srv/cni gave 2 of this host's addresses, and the network manager looks in /var/lib/lariat alone", "--state-dir"},
 		{"manager is stuck", func(f *Facts) { f.Manager.Concerns[0] = Concern{Name: "overlay", Error: "boom"} }, "manager error: the network manager cannot keep overlay true: boom", "journalctl"},
 		{"dead host", func(f *Facts) { f.Metadata.Snapshot.Hosts[2].Live = false },
 			"hosts warning: host h3 does not answer: its metadata service has not been heard of; it has 3 blocks and 2 containers", "lariat host remove h3"},

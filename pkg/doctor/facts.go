@@ -32,6 +32,7 @@ type Metadata struct {
 	Snapshot *metadata.Snapshot
 	Status   []metadata.NetworkStatus
 	Store    *Store
+	Own      []metadata.Allocation // of this host; nil: it did not say
 }
 
 // Store is the state of the store behind the service.
@@ -45,6 +46,7 @@ type Manager struct {
 	Socket   string
 	Err      error
 	Concerns []Concern
+	StateDir string        // where it looks for the plugins' journal; empty: it did not say
 	Tunnels  *ipsec.Report // of encrypted networks; nil: it did not say
 }
 

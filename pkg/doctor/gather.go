@@ -74,6 +74,14 @@ func (g Gatherer) MetadataFacts(ctx context.Context, f *Facts) {
 		}
 		f.Metadata.Status = append(f.Metadata.Status, *st)
 	}
+	for _, n := range snap.Networks {
+		own, err := g.Client.Allocations(ctx, n.Name, false)
+		if err != nil {
+			f.Metadata.Own = nil
+			break
+		}
+		f.Metadata.Own = append(f.Metadata.Own, own...)
+	}
 	f.Metadata.Store, err = storeFacts(ctx, socket)
 	if err != nil {
 		f.NotLooked["store"] = err.Error()
@@ -84,10 +92,11 @@ func (g Gatherer) MetadataFacts(ctx context.Context, f *Facts) {
 func (g Gatherer) ManagerFacts(ctx context.Context, f *Facts) {
 	f.Manager = &Manager{Socket: g.ManagerSocket}
 	var state struct {
-		Health []Concern `json:"health"`
+		Health   []Concern `json:"health"`
+		StateDir string    `json:"stateDir"`
 	}
 	if _, f.Manager.Err = getUnix(ctx, g.ManagerSocket, "/v1/state", func(b []byte) error { return json.Unmarshal(b, &state) }); f.Manager.Err == nil {
-		f.Manager.Concerns = state.Health
+		f.Manager.Concerns, f.Manager.StateDir = state.Health, state.StateDir
 		g.tunnelFacts(ctx, f)
 	}
 }

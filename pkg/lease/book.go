@@ -31,6 +31,7 @@ type Netns struct {
 // addresses were asked for by name: they are then used and the service is told later.
 func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRequest, ns Netns, explicit *metadata.Attachment) (*metadata.Attachment, error) {
 	id := metadata.AttachmentID{ContainerID: req.ContainerID, IfName: req.IfName}
+	req.StateDir = b.Journal.StateDir()
 	if req.WaitSeconds > 0 {
 		var cancel func()
 		ctx, cancel = context.WithTimeout(ctx, time.Duration(req.WaitSeconds+10)*time.Second)

@@ -6,6 +6,7 @@
 package lease
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,9 +20,6 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
-
-// DefaultStateDir is where a host keeps what must survive the processes.
-const DefaultStateDir = "/var/lib/lariat"
 
 // States of a record.
 const (
@@ -64,12 +62,18 @@ func (r Record) Sequence() uint64 {
 // Journal is the folder of records.
 type Journal struct{ Dir string }
 
-// NewJournal keeps its records under a state directory; empty means DefaultStateDir.
+// NewJournal keeps its records under a state directory; empty means metadata.DefaultStateDir.
 func NewJournal(stateDir string) Journal {
-	if stateDir == "" {
-		stateDir = DefaultStateDir
+	return Journal{Dir: filepath.Join(cmp.Or(stateDir, metadata.DefaultStateDir), "attachments")}
+}
+
+// StateDir is the state directory that the journal is in, as an absolute path.
+func (j Journal) StateDir() string {
+	dir := filepath.Dir(j.Dir)
+	if abs, err := filepath.Abs(dir); err == nil {
+		return abs
 	}
-	return Journal{Dir: filepath.Join(stateDir, "attachments")}
+	return dir
 }
 
 func (j Journal) path(network string, id metadata.AttachmentID) string {

@@ -9,6 +9,9 @@ import (
 // DefaultSocket is where the metadata service listens for its own host.
 const DefaultSocket = "/run/lariat/metadata.sock"
 
+// DefaultStateDir is where the CNI plugins of a host keep what must survive their processes.
+const DefaultStateDir = "/var/lib/lariat"
+
 // AttachRequest asks for the addresses of one interface of one container. The answer to the same container id
 // and interface name is always the same, however often it is asked, until the pair is released.
 type AttachRequest struct {
@@ -30,6 +33,10 @@ type AttachRequest struct {
 	Name   string            `json:"name,omitempty"`
 	Labels map[string]string `json:"labels,omitempty"`
 	MAC    MAC               `json:"mac,omitzero"`
+
+	// StateDir is the folder in which the caller keeps its record of the interface: only a network manager that looks there
+	// can know that nobody uses the addresses any more. Empty: DefaultStateDir.
+	StateDir string `json:"stateDir,omitempty"`
 
 	// Create defines the network when it does not exist yet.
 	Create *Network `json:"create,omitempty"`

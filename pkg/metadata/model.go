@@ -219,6 +219,7 @@ type Allocation struct {
 	IfName      string     `json:"ifname"`
 	Host        string     `json:"host"`
 	BootID      string     `json:"bootID"`
+	StateDir    string     `json:"stateDir"` // where the plugin keeps its record of it: see AttachRequest
 	Sequence    uint64     `json:"sequence"` // grows with each use of the block; a release names the one it means
 	Created     time.Time  `json:"created,omitzero"`
 }

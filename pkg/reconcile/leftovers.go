@@ -86,7 +86,7 @@ func (l *Leftovers) record(ctx context.Context, network string, r lease.Record, 
 		})
 	case lease.Unregistered:
 		return l.locked(network, r, func(now lease.Record) (string, error) {
-			req := metadata.AttachRequest{ContainerID: r.ContainerID, IfName: r.IfName, Foreign: true, Name: r.Name, UUID: r.UUID, Labels: r.Labels}
+			req := metadata.AttachRequest{ContainerID: r.ContainerID, IfName: r.IfName, Foreign: true, Name: r.Name, UUID: r.UUID, Labels: r.Labels, StateDir: l.Journal.StateDir()}
 			for _, a := range r.Attachment.Addresses {
 				req.Requested = append(req.Requested, a.Address)
 			}
@@ -155,7 +155,8 @@ func (l *Leftovers) locked(network string, r lease.Record, do func(now lease.Rec
 	return do(now)
 }
 
-// allocations finds addresses that the service holds for this host and no record and no port vouches for.
+// allocations finds addresses that the service holds for this host and no record and no port vouches for. Only those count whose record
+// would be in this journal.
 func (l *Leftovers) allocations(ctx context.Context, known map[string]map[metadata.AttachmentID]bool, alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (changed []string, err error) {
 	view, err := l.Client.View(ctx)
 	if err != nil {
@@ -171,8 +172,11 @@ func (l *Leftovers) allocations(ctx context.Context, known map[string]map[metada
 				continue
 			}
 			grace := l.Grace
-			if a.BootID != l.BootID {
+			switch {
+			case a.BootID != l.BootID:
 				grace = 0
+			case a.StateDir != l.Journal.StateDir():
+				continue // its record, if there is one, is in a journal that is not ours: a bridge's container may well be alive
 			}
 			if !suspect(fmt.Sprintf("allocation\x00%s\x00%s\x00%d", n.Name, a.Address, a.Sequence), grace) {
 				continue

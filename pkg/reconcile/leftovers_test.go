@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -206,7 +207,7 @@ func TestF128_EarlierBoot(t *testing.T) {
 func TestF132_AllocationsWithoutARecord(t *testing.T) {
 	a := newAttic(t)
 	a.Grace = time.Hour
-	_, err := a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "killed", IfName: "eth0"})
+	_, err := a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "killed", IfName: "eth0", StateDir: a.Journal.StateDir()})
 	must(t, err)
 	a.pass() // it may be under way
 	a.pass()
@@ -226,6 +227,36 @@ func TestF132_AllocationsWithoutARecord(t *testing.T) {
 	if !a.held("lost-record") {
 		t.Error("an address in use was released")
 	}
+}
+
+// TestF132_AllocationsOfAnotherJournal: lariat-ipam under a bridge leaves no port of ours, so a record is the only sign of life. A manager that
+// looks elsewhere than the plugin writes must not take its absence for death.
+func TestF132_AllocationsOfAnotherJournal(t *testing.T) {
+	a := newAttic(t)
+	theirs := lease.Book{Client: a.Client, Journal: lease.NewJournal(t.TempDir()), Type: "lariat-ipam"}
+	_, err := theirs.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: "bridged", IfName: "eth0"}, lease.Netns{Path: "/proc/self/ns/net"}, nil)
+	must(t, err)
+	// So of one that says nothing of itself: it is of who keeps to the default.
+	_, err = a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "plain", IfName: "eth0"})
+	must(t, err)
+	a.pass()
+	a.pass()
+	if !a.held("bridged") || !a.held("plain") {
+		t.Fatal("an address in use was released")
+	}
+	dirs := map[string]string{}
+	held, err := a.Client.Allocations(ctx, "overlay", false)
+	must(t, err)
+	for _, x := range held {
+		dirs[x.ContainerID] = x.StateDir
+	}
+	if want := map[string]string{"bridged": theirs.Journal.StateDir(), "plain": metadata.DefaultStateDir}; !maps.Equal(dirs, want) {
+		t.Errorf("state directories %v, want %v", dirs, want)
+	}
+
+	// An earlier boot's are dead wherever their records are.
+	a.BootID = "the next one"
+	a.pass("bridged/eth0 was never finished", "plain/eth0 was never finished")
 }
 
 func TestF127_Replay(t *testing.T) {

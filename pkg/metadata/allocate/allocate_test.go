@@ -18,7 +18,7 @@ func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
 func addr(s string) netip.Addr     { return netip.MustParseAddr(s) }
 
 func entry(a netip.Addr, id string, seq uint64) Entry {
-	return Entry{Address: a, ID: metadata.AttachmentID{ContainerID: id, IfName: "eth0"}, Owner: Owner{"a", "boot"}, Sequence: seq, Created: start}
+	return Entry{Address: a, ID: metadata.AttachmentID{ContainerID: id, IfName: "eth0"}, Owner: Owner{Host: "a", BootID: "boot"}, Sequence: seq, Created: start}
 }
 
 func TestEdgesOfSubnets(t *testing.T) {
@@ -211,11 +211,30 @@ func TestRandomUseKeepsInvariants(t *testing.T) {
 	}
 }
 
+// TestOwnersAreStoredOnce: the state directory is an owner's third part, and absent where it is the default.
+func TestOwnersAreStoredOnce(t *testing.T) {
+	const stored = `{"next":4,"owners":[["a","boot"],["a","boot","/srv/lariat"]],"entries":[` +
+		`{"a":"10.0.0.1","id":"x","if":"eth0","o":0,"s":1},{"a":"10.0.0.2","id":"y","if":"eth0","o":1,"s":2},{"a":"10.0.0.3","id":"z","if":"eth0","o":0,"s":3}]}`
+	tb, err := Decode(prefix("10.0.0.0/30"), []byte(stored))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []string{"", "/srv/lariat", ""} {
+		if o := tb.Entries[i].Owner; o != (Owner{Host: "a", BootID: "boot", StateDir: want}) {
+			t.Errorf("entry %d: owner %+v", i, o)
+		}
+	}
+	if data, err := json.Marshal(tb); err != nil || string(data) != stored {
+		t.Errorf("%v\n%s\n%s", err, data, stored)
+	}
+}
+
 func TestDecodeRefusesContradictions(t *testing.T) {
 	for _, s := range []string{
 		`{"owners":[["a","b"]],"entries":[{"a":"10.0.0.9","id":"x","if":"e","o":0,"s":1}]}`,
 		`{"owners":[["a","b"]],"entries":[{"a":"10.0.0.1","id":"x","if":"e","o":0,"s":1},{"a":"10.0.0.1","id":"y","if":"e","o":0,"s":2}]}`,
 		`{"entries":[{"a":"10.0.0.1","id":"x","if":"e","o":0,"s":1}]}`,
+		`{"owners":[["a"]],"entries":[{"a":"10.0.0.1","id":"x","if":"e","o":0,"s":1}]}`,
 		`{"owners":[["a","b"]],"entries":[{"a":"10.0.0.1","id":"x","if":"e","o":0,"s":1}],"resting":[{"a":"10.0.0.1","t":1}]}`,
 		`{"resting":[{"a":"10.0.0.1","t":1},{"a":"10.0.0.1","t":1}]}`,
 		`{`,

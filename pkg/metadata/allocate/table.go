@@ -26,10 +26,11 @@ import (
 // TableBits says how much a table holds: 2^TableBits addresses, or the whole block when that is smaller.
 const TableBits = 6
 
-// Owner of an entry: the host, under one boot of it.
+// Owner of an entry: the host, under one boot of it, and the folder where its plugin keeps its records.
 type Owner struct {
-	Host   string
-	BootID string
+	Host     string
+	BootID   string
+	StateDir string // empty: metadata.DefaultStateDir
 }
 
 // Entry is one address in use.
@@ -198,7 +199,7 @@ func (t *Table) Usage(usable func(netip.Addr) bool) Usage {
 // The stored form repeats no host and boot id: container ids are long enough.
 type wireTable struct {
 	Next    uint64      `json:"next"`
-	Owners  [][2]string `json:"owners,omitempty"` // host, boot id
+	Owners  [][]string  `json:"owners,omitempty"` // host, boot id, and the state directory unless it is the default
 	Entries []wireEntry `json:"entries,omitempty"`
 	Resting []wireRest  `json:"resting,omitempty"`
 }
@@ -220,11 +221,16 @@ type wireRest struct {
 // MarshalJSON writes the stored form.
 func (t *Table) MarshalJSON() ([]byte, error) {
 	w := wireTable{Next: t.Next, Entries: make([]wireEntry, 0, len(t.Entries)), Resting: make([]wireRest, 0, len(t.Resting))}
+	var owners []Owner
 	for _, e := range t.Entries {
-		o := [2]string{e.Owner.Host, e.Owner.BootID}
-		at := slices.Index(w.Owners, o)
+		at := slices.Index(owners, e.Owner)
 		if at < 0 {
-			at, w.Owners = len(w.Owners), append(w.Owners, o)
+			at, owners = len(owners), append(owners, e.Owner)
+			o := []string{e.Owner.Host, e.Owner.BootID}
+			if e.Owner.StateDir != "" {
+				o = append(o, e.Owner.StateDir)
+			}
+			w.Owners = append(w.Owners, o)
 		}
 		w.Entries = append(w.Entries, wireEntry{e.Address, e.ID.ContainerID, e.ID.IfName, at, e.Sequence, unix(e.Created)})
 	}
@@ -243,11 +249,15 @@ func Decode(cidr netip.Prefix, data []byte) (*Table, error) {
 	}
 	t := &Table{CIDR: cidr, Next: w.Next, Entries: make([]Entry, 0, len(w.Entries))}
 	for _, e := range w.Entries {
-		if e.Owner < 0 || e.Owner >= len(w.Owners) {
+		if e.Owner < 0 || e.Owner >= len(w.Owners) || len(w.Owners[e.Owner]) < 2 {
 			return nil, fmt.Errorf("address table %s: %s has no owner", cidr, e.Address)
 		}
 		o := w.Owners[e.Owner]
-		if !t.Take(Entry{e.Address, metadata.AttachmentID{ContainerID: e.ID, IfName: e.IfName}, Owner{o[0], o[1]}, e.Sequence, moment(e.Created)}) {
+		owner := Owner{Host: o[0], BootID: o[1]}
+		if len(o) > 2 {
+			owner.StateDir = o[2]
+		}
+		if !t.Take(Entry{e.Address, metadata.AttachmentID{ContainerID: e.ID, IfName: e.IfName}, owner, e.Sequence, moment(e.Created)}) {
 			return nil, fmt.Errorf("address table %s: %s is outside or listed twice", cidr, e.Address)
 		}
 	}

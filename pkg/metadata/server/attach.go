@@ -1,11 +1,13 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -67,6 +69,8 @@ func validAttach(id metadata.AttachmentID, req *metadata.AttachRequest) error {
 		return metadata.Errorf(metadata.CodeInvalid, "ifname %q: want 1 to 15 characters, none of them space, : or /", id.IfName)
 	case req.Foreign && len(req.Requested) == 0:
 		return metadata.Errorf(metadata.CodeInvalid, "foreign without requested addresses: there is nothing to record")
+	case req.StateDir != "" && (!filepath.IsAbs(req.StateDir) || len(req.StateDir) > 4096):
+		return metadata.Errorf(metadata.CodeInvalid, "stateDir %q: want the absolute path of a folder", req.StateDir)
 	case req.WaitSeconds < 0 || req.WaitSeconds > 3600:
 		return metadata.Errorf(metadata.CodeInvalid, "waitSeconds %d: want 0 to 3600", req.WaitSeconds)
 	}
@@ -203,7 +207,7 @@ func allocations(network string, entries []allocate.Entry) []metadata.Allocation
 	out := make([]metadata.Allocation, 0, len(entries))
 	for _, e := range entries {
 		out = append(out, metadata.Allocation{Address: e.Address, Network: network, ContainerID: e.ID.ContainerID, IfName: e.ID.IfName,
-			Host: e.Owner.Host, BootID: e.Owner.BootID, Sequence: e.Sequence, Created: e.Created})
+			Host: e.Owner.Host, BootID: e.Owner.BootID, StateDir: cmp.Or(e.Owner.StateDir, metadata.DefaultStateDir), Sequence: e.Sequence, Created: e.Created})
 	}
 	slices.SortFunc(out, func(a, b metadata.Allocation) int { return a.Address.Compare(b.Address) })
 	return out
