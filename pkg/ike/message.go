@@ -10,6 +10,14 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipsec"
 )
 
+// overlap is how long keys outlive the moment when new ones are asked for. strongSwan's default is a tenth of their life, which with a short one is
+// less than an exchange takes on a slow host, or one retransmission: packets would be dropped until its end. A minute is an exchange that is
+// given up (20 s: see the retransmissions in strongswan.conf), and another one.
+func overlap(rekey time.Duration) time.Duration { return max(rekey/10, time.Minute) }
+
+// random is what is taken off by chance, so that not all keys are renewed at once. By default it would be as long as the overlap.
+func random(rekey time.Duration) string { return seconds(rekey / 10) }
+
 // connection is what load-conn is given for a tunnel.
 func connection(t ipsec.Tunnel, c Credentials) section {
 	local := section{{"auth", t.Auth}, {"id", t.LocalID}}
@@ -33,6 +41,8 @@ func connection(t ipsec.Tunnel, c Credentials) section {
 		{"unique", "replace"},
 		{"dpd_delay", seconds(t.DPD)},
 		{"rekey_time", seconds(t.Rekey)},
+		{"rand_time", random(t.Rekey)},
+		{"over_time", seconds(overlap(t.Rekey))},
 		{"reauth_time", "0"},
 		{"local", local},
 		{"remote", remote},
@@ -54,6 +64,8 @@ func childSection(c ipsec.Child) section {
 		{"if_id_in", id},
 		{"if_id_out", id},
 		{"rekey_time", seconds(c.Rekey)},
+		{"rand_time", random(c.Rekey)},
+		{"life_time", seconds(c.Rekey + overlap(c.Rekey))},
 		{"replay_window", strconv.Itoa(ipsec.ReplayWindow)},
 		// The trap alone sets tunnels up: the next packet tries again. Together with a restart on DPD or close there would be two
 		// of everything; strongSwan #541.

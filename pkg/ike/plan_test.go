@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -144,6 +145,26 @@ func daemonOrder(have []string, load []key, unload []string) []string {
 }
 
 // TestF43_KeysEndInOrder: from any keys to any other, the daemon tries them in the order that is wanted.
+// TestF41_KeysOutliveTheirRenewal: even short-lived ones by more than a slow exchange takes, or packets are lost.
+func TestF41_KeysOutliveTheirRenewal(t *testing.T) {
+	for _, tc := range []struct {
+		rekey     time.Duration
+		ike, keys string
+	}{
+		{time.Hour, "rekey_time = 14400\nrand_time = 1440\nover_time = 1440", "rekey_time = 3600\nrand_time = 360\nlife_time = 3960"},
+		{10 * time.Second, "rekey_time = 40\nrand_time = 4\nover_time = 60", "rekey_time = 10\nrand_time = 1\nlife_time = 70"},
+	} {
+		x := tunnel("h2", "192.0.2.2")
+		x.Rekey, x.Children[0].Rekey = 4*tc.rekey, tc.rekey
+		text := regexp.MustCompile(`(?m)^ +`).ReplaceAllString(connection(x, Credentials{}).String(), "")
+		for _, want := range []string{tc.ike, tc.keys} {
+			if !strings.Contains(text, want) {
+				t.Errorf("keys for %s: no\n%s\nin\n%s", tc.rekey, want, text)
+			}
+		}
+	}
+}
+
 func TestF43_KeysEndInOrder(t *testing.T) {
 	var all [][]string
 	for _, s := range []string{"", "a", "b", "a b", "b a", "c", "a b c", "c b a", "b c a", "c a", "a c", "c a b"} {
