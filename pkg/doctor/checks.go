@@ -34,6 +34,7 @@ var checks = []struct {
 	{"metadata", "the metadata service answers", (*examination).metadata},
 	{"store", "the store is healthy and has room", (*examination).store},
 	{"manager", "the network manager runs, and all that it keeps is true", (*examination).manager},
+	{"journal", "the network manager looks where the plugins keep their records", (*examination).journal},
 	{"hosts", "all hosts are live", (*examination).hosts},
 	{"duplicates", "no two hosts share an identity, an address or a MAC", (*examination).duplicates},
 	{"networks", "networks are well defined and do not overlap", (*examination).networks},
@@ -146,17 +147,20 @@ func (e *examination) manager() {
 			e.add(Error, where, "it is tried again by itself; the message says what is in the way. More: journalctl -u lariat-network-manager", "the network manager cannot keep %s true: %s", c.Name, c.Error)
 		}
 	}
-	if e.Manager.StateDir == "" || e.Metadata == nil {
+}
+
+func (e *examination) journal() {
+	if !e.needs("journal", e.Own != nil && e.Manager != nil && e.Manager.StateDir != "") {
 		return
 	}
 	elsewhere := map[string]int{}
-	for _, a := range e.Metadata.Own {
+	for _, a := range e.Own {
 		if a.StateDir != e.Manager.StateDir {
 			elsewhere[a.StateDir]++
 		}
 	}
 	for _, dir := range slices.Sorted(maps.Keys(elsewhere)) {
-		e.add(Warning, where, "set the plugins' \"stateDir\" and lariat-network-manager's --state-dir to the same folder",
+		e.add(Warning, "host "+e.Self, "set the plugins' \"stateDir\" and lariat-network-manager's --state-dir to the same folder",
 			"plugins with the stateDir %s gave %d of this host's addresses, and the network manager looks in %s alone: it does not give back what a killed one leaves there before the next boot",
 			dir, elsewhere[dir], e.Manager.StateDir)
 	}

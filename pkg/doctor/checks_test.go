@@ -33,7 +33,8 @@ func healthy(t testing.TB) *Facts {
 	f := &Facts{Self: "h1",
 		Metadata: &Metadata{Socket: "/run/lariat/metadata.sock", Snapshot: &s, Store: &Store{Size: 1 << 20, Quota: 1 << 31}, Status: []metadata.NetworkStatus{
 			{Network: "overlay", Ready: true, Usage: []metadata.SubnetUsage{{Subnet: pfx("10.42.0.0/16"), Blocks: 4, BlocksFree: 1020, Used: 3, Free: 65000}}}}},
-		Manager: &Manager{Socket: "/run/lariat/network-manager.sock", Concerns: []Concern{{Name: "overlay", OK: true}}},
+		Manager: &Manager{Socket: "/run/lariat/network-manager.sock", Concerns: []Concern{{Name: "overlay", OK: true}}, StateDir: "/var/lib/lariat"},
+		Own:     []metadata.Allocation{{StateDir: "/var/lib/lariat"}},
 		Kernel: &Kernel{
 			Sysctls: map[string]string{"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv4/conf/all/rp_filter": "1"},
 			Links:   map[string]Link{"eth0": {MTU: 1500, Up: true, Addrs: []netip.Prefix{pfx("192.0.2.1/24")}}},
@@ -87,9 +88,8 @@ func TestF137Findings(t *testing.T) {
 		{"store is full", func(f *Facts) { f.Metadata.Store.Size = f.Metadata.Store.Quota }, "store error: the store is 100 % full", "defrag"},
 		{"manager stopped", func(f *Facts) { f.Manager = &Manager{Err: fs.ErrNotExist} }, "manager error: the network manager is not running", "systemctl start lariat-network-manager"},
 		{"plugins keep their records elsewhere", func(f *Facts) {
-			f.Manager.StateDir = "/var/lib/lariat"
-			f.Metadata.Own = []metadata.Allocation{{StateDir: "/var/lib/lariat"}, {StateDir: "/srv/cni"}, {StateDir: "/srv/cni"}}
-		}, "manager warning: plugins with the stateDir /srv/cni gave 2 of this host's addresses, and the network manager looks in /var/lib/lariat alone", "--state-dir"},
+			f.Own = []metadata.Allocation{{StateDir: "/var/lib/lariat"}, {StateDir: "/srv/cni"}, {StateDir: "/srv/cni"}}
+		}, "journal warning: plugins with the stateDir /srv/cni gave 2 of this host's addresses, and the network manager looks in /var/lib/lariat alone", "--state-dir"},
 		{"manager is stuck", func(f *Facts) { f.Manager.Concerns[0] = Concern{Name: "overlay", Error: "boom"} }, "manager error: the network manager cannot keep overlay true: boom", "journalctl"},
 		{"dead host", func(f *Facts) { f.Metadata.Snapshot.Hosts[2].Live = false },
 			"hosts warning: host h3 does not answer: its metadata service has not been heard of; it has 3 blocks and 2 containers", "lariat host remove h3"},

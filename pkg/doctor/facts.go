@@ -20,8 +20,9 @@ type Facts struct {
 	Features []Feature
 	Peers    []Peer
 	Secret   *SecretFile
+	Own      []metadata.Allocation // this host's addresses
 
-	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, usage, forward, tunnels, secret) why it is absent.
+	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, usage, forward, tunnels, secret, journal) why it is absent.
 	NotLooked map[string]string
 }
 
@@ -32,7 +33,6 @@ type Metadata struct {
 	Snapshot *metadata.Snapshot
 	Status   []metadata.NetworkStatus
 	Store    *Store
-	Own      []metadata.Allocation // of this host; nil: it did not say
 }
 
 // Store is the state of the store behind the service.

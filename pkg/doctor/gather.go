@@ -74,14 +74,6 @@ func (g Gatherer) MetadataFacts(ctx context.Context, f *Facts) {
 		}
 		f.Metadata.Status = append(f.Metadata.Status, *st)
 	}
-	for _, n := range snap.Networks {
-		own, err := g.Client.Allocations(ctx, n.Name, false)
-		if err != nil {
-			f.Metadata.Own = nil
-			break
-		}
-		f.Metadata.Own = append(f.Metadata.Own, own...)
-	}
 	f.Metadata.Store, err = storeFacts(ctx, socket)
 	if err != nil {
 		f.NotLooked["store"] = err.Error()
@@ -101,11 +93,37 @@ func (g Gatherer) ManagerFacts(ctx context.Context, f *Facts) {
 	}
 }
 
+// journalFacts compares where plugins keep their records with where the network manager looks.
+func (g Gatherer) journalFacts(ctx context.Context, f *Facts) {
+	switch {
+	case f.Metadata.Snapshot == nil:
+		f.NotLooked["journal"] = "the metadata service did not answer"
+		return
+	case f.Manager.Err != nil:
+		f.NotLooked["journal"] = "the network manager did not answer"
+		return
+	case f.Manager.StateDir == "":
+		f.NotLooked["journal"] = "the network manager is older than this program: update and restart it"
+		return
+	}
+	own := []metadata.Allocation{}
+	for _, n := range f.Metadata.Snapshot.Networks {
+		list, err := g.Client.Allocations(ctx, n.Name, false)
+		if err != nil {
+			f.NotLooked["journal"] = fmt.Sprintf("addresses of network %s: %v", n.Name, err)
+			return
+		}
+		own = append(own, list...)
+	}
+	f.Own = own
+}
+
 // Gather collects everything.
 func (g Gatherer) Gather(ctx context.Context) *Facts {
 	f := &Facts{NotLooked: map[string]string{}}
 	g.MetadataFacts(ctx, f)
 	g.ManagerFacts(ctx, f)
+	g.journalFacts(ctx, f)
 	if g.Features != nil {
 		var err error
 		if f.Features, err = g.Features(f.Metadata.Snapshot); err != nil {

@@ -38,6 +38,9 @@ func (c Client) socket() string {
 
 // Attach gives the interface its addresses. Errors are *Error (held, exhausted, not-yet, invalid, not-found) or wrap ErrUnreachable.
 func (c Client) Attach(ctx context.Context, network string, req AttachRequest) (*Attachment, error) {
+	if req.StateDir == DefaultStateDir {
+		req.StateDir = "" // it is what the service takes it for, tables stay short, and one that is older than the key does not refuse it
+	}
 	var a Attachment
 	return &a, c.Do(ctx, "POST", "/v1/networks/"+url.PathEscape(network)+"/attachments", req, &a)
 }

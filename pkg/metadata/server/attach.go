@@ -69,7 +69,7 @@ func validAttach(id metadata.AttachmentID, req *metadata.AttachRequest) error {
 		return metadata.Errorf(metadata.CodeInvalid, "ifname %q: want 1 to 15 characters, none of them space, : or /", id.IfName)
 	case req.Foreign && len(req.Requested) == 0:
 		return metadata.Errorf(metadata.CodeInvalid, "foreign without requested addresses: there is nothing to record")
-	case req.StateDir != "" && (!filepath.IsAbs(req.StateDir) || len(req.StateDir) > 4096):
+	case req.StateDir != "" && !filepath.IsAbs(req.StateDir):
 		return metadata.Errorf(metadata.CodeInvalid, "stateDir %q: want the absolute path of a folder", req.StateDir)
 	case req.WaitSeconds < 0 || req.WaitSeconds > 3600:
 		return metadata.Errorf(metadata.CodeInvalid, "waitSeconds %d: want 0 to 3600", req.WaitSeconds)

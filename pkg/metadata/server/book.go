@@ -737,9 +737,6 @@ type pick struct {
 func (p *batch) planAttach(ctx context.Context, out *outcome) error {
 	o, b := out.op, p.b
 	owner := allocate.Owner{Host: b.s.cfg.HostName, BootID: b.s.bootID, StateDir: o.req.StateDir}
-	if owner.StateDir == metadata.DefaultStateDir {
-		owner.StateDir = "" // tables stay short
-	}
 	have := p.mine(o.id)
 	for _, w := range o.want {
 		for _, e := range have {

@@ -538,6 +538,10 @@ func TestF131_RequestedAddresses(t *testing.T) {
 		_, err := a.Client.Attach(ctx, "lan", req("r4", want))
 		wantCode(t, err, code, want)
 	}
+	relative := req("r4")
+	relative.StateDir = "lariat"
+	_, err = a.Client.Attach(ctx, "lan", relative)
+	wantCode(t, err, metadata.CodeInvalid, `stateDir "lariat": want the absolute path`)
 	_, err = a.Client.Attach(ctx, "lan", req("r1", "10.42.77.9"))
 	wantCode(t, err, metadata.CodeConflict, "10.42.77.5")
 	// First block of a host claimed for the very address that would be its gateway.
