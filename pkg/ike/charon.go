@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -30,18 +31,23 @@ type Charon struct {
 	Dir  string // "": DefaultDir
 	Log  *slog.Logger
 
+	// Prepare, when not nil, is called by Ensure before it starts one, while there is none for sure. If it fails none is started.
+	Prepare func(ctx context.Context) error
+
 	// OnExit is called, by another goroutine, when a charon that this process started is gone.
 	OnExit func()
 
 	// Port and PortNATT are UDP's. 0: 500 and 4500. All hosts need the same.
 	Port, PortNATT uint16
 
-	mu      sync.Mutex
+	mu      sync.Mutex    // held while one is started or stopped, which takes its time
 	child   chan struct{} // closed when the one this process started is gone; nil: it started none
+	stopped *atomic.Bool  // the one that was started last was asked to end
+
+	lives   sync.Mutex // guards what follows, and is held for a moment only
 	started time.Time
 	short   int   // lives in a row that were short
 	died    error // how the last one ended
-	stopped bool  // it was asked to
 }
 
 // Files in the folder.
@@ -143,8 +149,13 @@ func (c *Charon) Ensure(ctx context.Context) error {
 		return fmt.Errorf("charon: %w", err)
 	}
 	defer lock.Close()
-	if wait := c.backOff(); wait > 0 {
-		return fmt.Errorf("%w; started again in %s", c.died, wait.Round(time.Second))
+	if wait, died := c.backOff(); wait > 0 {
+		return fmt.Errorf("%w; started again in %s", died, wait.Round(time.Second))
+	}
+	if c.Prepare != nil {
+		if err := c.Prepare(ctx); err != nil {
+			return fmt.Errorf("before charon is started: %w", err)
+		}
 	}
 	if err := c.start(lock); err != nil {
 		return fmt.Errorf("start charon: %w", err)
@@ -155,11 +166,13 @@ func (c *Charon) Ensure(ctx context.Context) error {
 // A life shorter than this counts against it.
 const shortLife = 10 * time.Second
 
-func (c *Charon) backOff() time.Duration {
+func (c *Charon) backOff() (time.Duration, error) {
+	c.lives.Lock()
+	defer c.lives.Unlock()
 	if c.short == 0 {
-		return 0
+		return 0, nil
 	}
-	return time.Until(c.started.Add(min(250*time.Millisecond<<min(c.short, 10), 30*time.Second)))
+	return time.Until(c.started.Add(min(250*time.Millisecond<<min(c.short, 10), 30*time.Second))), c.died
 }
 
 func (c *Charon) start(lock *os.File) error {
@@ -200,18 +213,21 @@ func (c *Charon) start(lock *os.File) error {
 	if err := unix.Prlimit(cmd.Process.Pid, unix.RLIMIT_CORE, &unix.Rlimit{}, nil); err != nil {
 		c.say(slog.LevelWarn, "charon may dump core, with its keys", "error", err)
 	}
-	c.started, c.stopped = time.Now(), false
+	begun, stopped := time.Now(), new(atomic.Bool)
+	c.stopped = stopped
+	c.lives.Lock()
+	c.started = begun
+	c.lives.Unlock()
 	if err := errors.Join(lock.Truncate(0), writeAt(lock, strconv.Itoa(cmd.Process.Pid)+"\n")); err != nil {
 		c.say(slog.LevelWarn, "charon's pid is not written down", "error", err)
 	}
 	c.say(slog.LevelInfo, "charon started", "pid", cmd.Process.Pid, "path", path)
 	gone := make(chan struct{})
 	c.child = gone
-	begun := c.started
 	go func() {
 		err := cmd.Wait()
 		close(gone)
-		c.ended(begun, err)
+		c.ended(begun, stopped, err)
 	}()
 	return nil
 }
@@ -236,24 +252,26 @@ func writeAt(f *os.File, text string) error {
 	return err
 }
 
-func (c *Charon) ended(begun time.Time, how error) {
-	c.mu.Lock()
-	if c.stopped {
-		c.mu.Unlock()
+// ended is told of each that was started here, when it is gone. Whoever holds mu may be starting the next one by then; that there is none is to be
+// known meanwhile.
+func (c *Charon) ended(begun time.Time, stopped *atomic.Bool, how error) {
+	if stopped.Load() {
 		return
-	}
-	if time.Since(begun) < shortLife {
-		c.short++
-	} else {
-		c.short = 0
 	}
 	what := "ended"
 	if how != nil {
 		what = how.Error()
 	}
-	c.died = fmt.Errorf("charon is gone: %s%s", what, c.tail())
+	died := fmt.Errorf("charon is gone: %s%s", what, c.tail())
 	c.say(slog.LevelError, "charon is gone", "how", what)
-	c.mu.Unlock()
+	c.lives.Lock()
+	c.died = died
+	if time.Since(begun) < shortLife {
+		c.short++
+	} else {
+		c.short = 0
+	}
+	c.lives.Unlock()
 	if c.OnExit != nil {
 		c.OnExit()
 	}
@@ -282,6 +300,9 @@ func (c *Charon) answer(ctx context.Context) error {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "unix", c.Socket())
 		if err == nil {
 			return conn.Close()
+		}
+		if !c.Running() { // what held the lock was about to die
+			return fmt.Errorf("charon is gone%s", c.tail())
 		}
 		select {
 		case <-ctx.Done():
@@ -313,7 +334,9 @@ func (c *Charon) Stop(ctx context.Context) error {
 	if c.Pid() != pid { // the number may have been another's by the time it was opened
 		return nil
 	}
-	c.stopped = true
+	if c.stopped != nil {
+		c.stopped.Store(true)
+	}
 	for _, s := range []struct {
 		signal unix.Signal
 		wait   time.Duration
@@ -322,7 +345,9 @@ func (c *Charon) Stop(ctx context.Context) error {
 			return fmt.Errorf("stop charon: %w", err)
 		}
 		if hasEnded(ctx, fd, s.wait) {
+			c.lives.Lock()
 			c.short = 0
+			c.lives.Unlock()
 			c.say(slog.LevelInfo, "charon stopped", "pid", pid)
 			return nil
 		}

@@ -2,6 +2,7 @@ package ike
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"net"
 	"os"
@@ -40,7 +41,7 @@ func TestF44_CharonThatDies(t *testing.T) {
 	for range 20 {
 		c.short++
 		c.started = time.Now()
-		if wait := c.backOff(); wait > 30*time.Second || wait < 250*time.Millisecond {
+		if wait, _ := c.backOff(); wait > 30*time.Second || wait < 250*time.Millisecond {
 			t.Errorf("after %d: %s", c.short, wait)
 		}
 	}
@@ -56,7 +57,7 @@ func TestF44_OneCharonOnly(t *testing.T) {
 	defer lock.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	other := &Charon{Path: "/nonexistent/charon", Dir: c.Dir, Port: 50500, PortNATT: 54500}
+	other := &Charon{Path: "/nonexistent/charon", Dir: c.Dir, Port: 50500, PortNATT: 54500, Prepare: func(context.Context) error { return errors.New("there is one") }}
 	if !other.Running() {
 		t.Error("does not run")
 	}
@@ -66,7 +67,18 @@ func TestF44_OneCharonOnly(t *testing.T) {
 	if err := lock.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := other.Ensure(t.Context()); err == nil || !strings.Contains(err.Error(), "/nonexistent/charon") {
+	prepared := 0
+	other.Prepare = func(context.Context) error {
+		if prepared++; !other.Running() {
+			t.Error("another could be started beside")
+		}
+		return nil
+	}
+	if err := other.Ensure(t.Context()); err == nil || !strings.Contains(err.Error(), "/nonexistent/charon") || prepared != 1 {
+		t.Errorf("%v, prepared %d times", err, prepared)
+	}
+	other.Prepare = func(context.Context) error { return errors.New("not now") }
+	if err := other.Ensure(t.Context()); err == nil || !strings.HasSuffix(err.Error(), "started: not now") {
 		t.Errorf("%v", err)
 	}
 }

@@ -40,9 +40,9 @@ type Daemon struct {
 	Socket string       // of vici; "": SystemSocket
 	Log    *slog.Logger // nil: nowhere
 
-	// Notify is called, by another goroutine, when something happened that Apply or whoever reports should know: the daemon is
-	// gone, a tunnel came up or failed. It must not block.
-	Notify func()
+	// Notify is called, by another goroutine, when something happened that Apply or whoever reports should know: a tunnel came up or failed. Gone is
+	// when the connection to the daemon ended, whoever did it. They must not block.
+	Notify, Gone func()
 
 	// ReauthOnRotation has tunnels that are established authenticate anew when the key to be sent has changed; else it is used when they are set up
 	// the next time, and what is established lives on: its own keys came from Diffie-Hellman, not from that one. The new SAs are made
@@ -58,6 +58,7 @@ type Daemon struct {
 	mu      sync.Mutex // held while a command is under way
 	session *session
 	events  *vici.Session
+	ended   chan struct{} // closed when events is
 	version string
 	have    map[string]held
 	private string   // id of the private key that was loaded
@@ -217,9 +218,22 @@ func (d *Daemon) checkTraps(ctx context.Context, wishes map[string]wish, failed 
 	return errs
 }
 
+// alive reports whether both connections are there. A daemon that dies closes one after the other.
+func (d *Daemon) alive() bool {
+	if d.session == nil || !d.session.alive() {
+		return false
+	}
+	select {
+	case <-d.ended:
+		return false
+	default:
+		return true
+	}
+}
+
 // connect makes sure of a connection to a daemon that is new enough. fresh: it was made just now.
 func (d *Daemon) connect(ctx context.Context) (fresh bool, err error) {
-	if d.session != nil && d.session.alive() {
+	if d.alive() {
 		return false, nil
 	}
 	d.drop()
@@ -415,6 +429,31 @@ func (d *Daemon) Initiate(ctx context.Context, name, network string) error {
 	return d.command(ctx, "initiate", name, section{{"ike", name}, {"child", network}, {"timeout", "-1"}})
 }
 
+// Reinstall gives the kernel anew the policies of a tunnel for a network, which the daemon takes for being there. The tunnel's SAs end: of those
+// that hold the same policies the daemon would give the kernel none. The next packet sets them up again.
+func (d *Daemon) Reinstall(ctx context.Context, name, network string) error {
+	trap := section{{"child", network}, {"ike", name}}
+	for _, s := range []step{
+		{cmd: "terminate", args: terminateIKE(name), soft: true},
+		{cmd: "uninstall", args: trap, soft: true},
+		{cmd: "install", args: trap},
+	} {
+		if err := d.command(ctx, s.cmd, name, s.args); err != nil && (!s.soft || !missing(err)) {
+			return err
+		}
+	}
+	return nil
+}
+
+// CloseChild ends one pair of ESP SAs, by the daemon's number for it.
+func (d *Daemon) CloseChild(ctx context.Context, name string, id uint64) error {
+	err := d.command(ctx, "terminate", name, section{{"child-id", fmt.Sprint(id)}, {"timeout", "-1"}})
+	if missing(err) {
+		return nil
+	}
+	return err
+}
+
 // Reauth has the ends of a tunnel prove anew who they are. The new SAs are made before the old are broken.
 func (d *Daemon) Reauth(ctx context.Context, name string) error {
 	return d.command(ctx, "rekey", name, section{{"ike", name}, {"reauth", "yes"}})
@@ -428,7 +467,7 @@ func (d *Daemon) RekeyChild(ctx context.Context, name, network string) error {
 func (d *Daemon) command(ctx context.Context, cmd, name string, args section) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.session == nil || !d.session.alive() {
+	if !d.alive() {
 		return errNotConnected
 	}
 	_, err := d.call(ctx, cmd, args)

@@ -70,7 +70,7 @@ type ChildSA struct {
 func (d *Daemon) SAs(ctx context.Context) ([]SA, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if d.session == nil || !d.session.alive() {
+	if !d.alive() {
 		return nil, errNotConnected
 	}
 	return d.sas(ctx)
@@ -201,8 +201,15 @@ func (d *Daemon) listen() error {
 		_ = s.Close()
 		return err
 	}
-	d.events = s
-	go d.follow(events)
+	ended := make(chan struct{})
+	d.events, d.ended = s, ended
+	go func() {
+		d.follow(events)
+		close(ended)
+		if d.Gone != nil {
+			d.Gone()
+		}
+	}()
 	return nil
 }
 
@@ -236,14 +243,9 @@ func (d *Daemon) follow(events <-chan vici.Event) {
 		default:
 			continue
 		}
-		d.notify()
-	}
-	d.notify() // the daemon is gone, or this was closed
-}
-
-func (d *Daemon) notify() {
-	if d.Notify != nil {
-		d.Notify()
+		if d.Notify != nil {
+			d.Notify()
+		}
 	}
 }
 

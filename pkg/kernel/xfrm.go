@@ -2,11 +2,13 @@ package kernel
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -59,28 +61,62 @@ func (n *Netns) XFRM(ctx context.Context, ours func(ifID uint32) bool) ([]SA, []
 		dst, _ := netip.AddrFromSlice(s.Dst)
 		sas = append(sas, SA{IfID: uint32(s.Ifid), SPI: uint32(s.Spi), Src: src.Unmap(), Dst: dst.Unmap(), state: s})
 	}
-	var policies []XFRMPolicy
-	list, err := h.XfrmPolicyList(netlink.FAMILY_ALL)
-	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-		return nil, nil, fmt.Errorf("list policies: %w", xfrmMissing(err))
+	policies, err := n.policies(ours)
+	return sas, policies, err
+}
+
+// policies is XfrmPolicyList of the common library, which (1.3.1) takes an IPv6 prefix whose last twelve octets are zero, such as fd44::/48, for one
+// of IPv4.
+func (n *Netns) policies(ours func(ifID uint32) bool) (list []XFRMPolicy, err error) {
+	var s *socket
+	if err := n.do(func() (err error) { s, err = openSocket(unix.NETLINK_XFRM); return err }); err != nil {
+		return nil, fmt.Errorf("list policies: %w", xfrmMissing(err))
 	}
-	for _, p := range list {
-		if !ours(uint32(p.Ifid)) {
-			continue
+	defer func() { err = errors.Join(err, s.close()) }()
+	var bad error
+	err = s.dump(nl.XFRM_MSG_GETPOLICY, func(*message) {}, func(typ uint16, body []byte) {
+		if typ != nl.XFRM_MSG_NEWPOLICY || len(body) < nl.SizeofXfrmUserpolicyInfo {
+			return
 		}
-		x := XFRMPolicy{IfID: uint32(p.Ifid), Dir: p.Dir.String(), policy: p}
-		if p.Dir == netlink.XFRM_DIR_IN || p.Dir == netlink.XFRM_DIR_OUT || p.Dir == netlink.XFRM_DIR_FWD {
-			x.Dir = map[netlink.Dir]string{netlink.XFRM_DIR_IN: "in", netlink.XFRM_DIR_OUT: "out", netlink.XFRM_DIR_FWD: "fwd"}[p.Dir]
+		info := nl.DeserializeXfrmUserpolicyInfo(body)
+		attrs, err := nl.ParseRouteAttr(body[nl.SizeofXfrmUserpolicyInfo:])
+		if err != nil {
+			bad = err
+			return
 		}
-		if p.Src != nil {
-			x.Src, _ = netip.ParsePrefix(p.Src.String())
+		p := XFRMPolicy{Dir: netlink.Dir(info.Dir).String(), Src: prefix(info.Sel.Family, info.Sel.Saddr, info.Sel.PrefixlenS),
+			Dst: prefix(info.Sel.Family, info.Sel.Daddr, info.Sel.PrefixlenD)}
+		for _, a := range attrs {
+			if a.Attr.Type == nl.XFRMA_IF_ID && len(a.Value) == 4 {
+				p.IfID = binary.NativeEndian.Uint32(a.Value)
+			}
 		}
-		if p.Dst != nil {
-			x.Dst, _ = netip.ParsePrefix(p.Dst.String())
+		// Which one it is the kernel knows by these.
+		p.policy = netlink.XfrmPolicy{Index: int(info.Index), Dir: netlink.Dir(info.Dir), Ifid: int(p.IfID)}
+		if name, ok := directions[p.policy.Dir]; ok {
+			p.Dir = name
 		}
-		policies = append(policies, x)
+		if ours(p.IfID) {
+			list = append(list, p)
+		}
+	})
+	if errors.Is(err, errInterrupted) {
+		err = nil
 	}
-	return sas, policies, nil
+	if err = errors.Join(err, bad); err != nil {
+		return nil, fmt.Errorf("list policies: %w", xfrmMissing(err))
+	}
+	return list, nil
+}
+
+// directions are ip's words for them.
+var directions = map[netlink.Dir]string{netlink.XFRM_DIR_IN: "in", netlink.XFRM_DIR_OUT: "out", netlink.XFRM_DIR_FWD: "fwd"}
+
+func prefix(family uint16, a nl.XfrmAddress, length uint8) netip.Prefix {
+	if family == unix.AF_INET6 {
+		return netip.PrefixFrom(netip.AddrFrom16(a), int(length))
+	}
+	return netip.PrefixFrom(netip.AddrFrom4([4]byte(a[:4])), int(length))
 }
 
 // RemoveSA removes a security association. It is no error when it is gone.

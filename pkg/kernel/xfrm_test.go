@@ -1,8 +1,11 @@
 package kernel_test
 
 import (
+	"fmt"
 	"net"
 	"net/netip"
+	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 
@@ -10,6 +13,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/probe"
 )
@@ -86,7 +90,14 @@ func TestXFRMRulesComeFirst(t *testing.T) {
 func TestXFRMListsAndRemovesOursAlone(t *testing.T) {
 	probe.Need(t, probe.ESP, probe.AESGCM, probe.XfrmInterface)
 	ns, k := newKernel(t)
-	all := &net.IPNet{IP: net.IPv4zero, Mask: net.CIDRMask(0, 32)}
+	var subnets []*net.IPNet
+	for _, p := range []string{"0.0.0.0/0", "10.44.0.0/16", "fd44::/48", "fd44:1:2:3:4::/80"} {
+		_, subnet, err := net.ParseCIDR(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		subnets = append(subnets, subnet)
+	}
 	ns.Do(t, func() {
 		for i, id := range []int{0x4c000007, 7} {
 			state := &netlink.XfrmState{Src: net.ParseIP("192.0.2.1"), Dst: net.ParseIP("192.0.2.2"), Proto: netlink.XFRM_PROTO_ESP, Mode: netlink.XFRM_MODE_TUNNEL, Spi: 0x1000 + i, Ifid: id,
@@ -94,16 +105,26 @@ func TestXFRMListsAndRemovesOursAlone(t *testing.T) {
 			if err := netlink.XfrmStateAdd(state); err != nil {
 				t.Fatal(err)
 			}
-			for _, dir := range []netlink.Dir{netlink.XFRM_DIR_OUT, netlink.XFRM_DIR_IN, netlink.XFRM_DIR_FWD} {
-				if err := netlink.XfrmPolicyAdd(&netlink.XfrmPolicy{Src: all, Dst: all, Dir: dir, Ifid: id, Action: netlink.XFRM_POLICY_BLOCK}); err != nil {
-					t.Fatal(err)
+			for _, dir := range []string{"in", "fwd", "out"} {
+				for _, p := range subnets { // not by the library, which takes fd44::/48 for 253.68.0.0/48
+					if out, err := exec.Command("ip", "xfrm", "policy", "add", "src", p.String(), "dst", p.String(), "dir", dir, "if_id", fmt.Sprint(id), "action", "block").CombinedOutput(); err != nil {
+						t.Fatalf("%v: %s", err, out)
+					}
 				}
 			}
 		}
 	})
 	sas, policies, err := k.XFRM(t.Context(), ipsec.Owned)
-	if err != nil || len(sas) != 1 || len(policies) != 3 {
+	if err != nil || len(sas) != 1 || len(policies) != 12 {
 		t.Fatalf("%v %v %v", sas, policies, err)
+	}
+	for _, dir := range []string{"in", "fwd", "out"} {
+		for _, p := range subnets {
+			want := fmt.Sprintf("xfrm policy src %s dst %s dir %s if_id 0x4c000007", p, p, dir)
+			if !slices.ContainsFunc(policies, func(p kernel.XFRMPolicy) bool { return p.String() == want }) {
+				t.Errorf("%q is not in %v", want, policies)
+			}
+		}
 	}
 	if got := sas[0].String(); got != "xfrm state src 192.0.2.1 dst 192.0.2.2 spi 0x00001000 if_id 0x4c000007" {
 		t.Errorf("it prints %q", got)
@@ -119,7 +140,7 @@ func TestXFRMListsAndRemovesOursAlone(t *testing.T) {
 		}
 	}
 	theirs, others, err := k.XFRM(t.Context(), func(uint32) bool { return true })
-	if err != nil || len(theirs) != 1 || len(others) != 3 || theirs[0].IfID != 7 {
+	if err != nil || len(theirs) != 1 || len(others) != 12 || theirs[0].IfID != 7 {
 		t.Errorf("left are %v %v %v", theirs, others, err)
 	}
 }

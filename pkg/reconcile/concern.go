@@ -21,6 +21,7 @@ type Concern struct {
 	ask     chan chan error
 	mu      sync.Mutex
 	health  Health
+	breaks  uint64 // how often it was seen to break
 }
 
 // Health is how a concern fares.
@@ -48,12 +49,21 @@ func (c *Concern) Trigger() {
 	}
 }
 
-// Broken says that what was kept true has been seen to break, and asks for a pass: until that is through the concern is not healthy.
+// Broken says that what was kept true has been seen to break, and asks for a pass: until one that began after that is through the concern is not
+// healthy.
 func (c *Concern) Broken(err error) {
 	c.mu.Lock()
+	c.breaks++
 	c.health.OK, c.health.Error = false, err.Error()
 	c.mu.Unlock()
 	c.Trigger()
+}
+
+// Mending says, in a pass, what the pass found broken: until it is through the concern is not healthy.
+func (c *Concern) Mending(err error) {
+	c.mu.Lock()
+	c.health.OK, c.health.Error = false, err.Error()
+	c.mu.Unlock()
 }
 
 // Do runs a pass that begins after the call, and returns what came of it.
@@ -85,12 +95,15 @@ func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 	retry := firstRetry
 	var asked chan error
 	for {
+		c.mu.Lock()
+		breaks := c.breaks
+		c.mu.Unlock()
 		start := time.Now()
 		changed, err := c.Run(ctx)
 		if ctx.Err() != nil {
 			return
 		}
-		c.note(len(changed), time.Since(start), err, log)
+		c.note(breaks, len(changed), time.Since(start), err, log)
 		if asked != nil {
 			asked <- err
 			asked = nil
@@ -118,26 +131,28 @@ func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 	}
 }
 
-func (c *Concern) note(changes int, took time.Duration, err error, log *slog.Logger) {
+// note takes down how a pass went. breaks is c.breaks from when it began.
+func (c *Concern) note(breaks uint64, changes int, took time.Duration, err error, log *slog.Logger) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	before := c.health
 	c.health.Passes++
 	c.health.Changes += uint64(changes)
 	c.health.Took = took
-	c.health.OK = err == nil
-	c.health.Error = ""
-	if err != nil {
-		c.health.Error = err.Error()
+	switch {
+	case err != nil:
+		c.health.OK, c.health.Error = false, err.Error()
 		c.health.Failures++
-	} else {
-		c.health.LastSuccess = time.Now().UTC()
+	case c.breaks != breaks: // it may have looked before it broke
+		c.health.OK, c.health.Error = false, before.Error
+	default:
+		c.health.OK, c.health.Error, c.health.LastSuccess = true, "", time.Now().UTC()
 	}
 	// A quiet log is how flapping is found: say what is new, and nothing twice.
 	switch {
 	case err != nil && before.Error != err.Error():
 		log.Error("failed, will be tried again", "concern", c.Name, "error", err)
-	case err == nil && !before.OK && before.Failures > 0:
+	case c.health.OK && !before.OK && before.Failures > 0:
 		log.Info("recovered", "concern", c.Name, "failures", before.Failures)
 	}
 }

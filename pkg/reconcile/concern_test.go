@@ -201,6 +201,34 @@ func TestF47_DoAnswersForItsOwnPass(t *testing.T) {
 	})
 }
 
+// TestF44_MendingIsRedUntilTheEndOfThePass: what a pass finds broken is told while it mends, and is no reason for another pass.
+func TestF44_MendingIsRedUntilTheEndOfThePass(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var c *Concern
+		passes := 0
+		c = NewConcern("test", time.Hour, func(context.Context) ([]string, error) {
+			if passes++; passes > 1 {
+				c.Mending(errors.New("not there"))
+				time.Sleep(time.Second) //nolint:forbidigo // a pass takes its time, by the bubble's clock
+			}
+			return nil, nil
+		})
+		go c.Loop(ctx, discard())
+		time.Sleep(time.Minute) //nolint:forbidigo // the bubble's clock
+		c.Trigger()
+		synctest.Wait()
+		if h := c.Health(); h.OK || h.Error != "not there" {
+			t.Errorf("while it is mended: %+v", h)
+		}
+		time.Sleep(time.Minute) //nolint:forbidigo // the bubble's clock
+		if h := c.Health(); !h.OK || h.Error != "" || passes != 2 {
+			t.Errorf("mended: %+v, %d passes", h, passes)
+		}
+	})
+}
+
 // TestF44_BrokenIsRedUntilThePass: what was seen to break is told at once, and what mended it too.
 func TestF44_BrokenIsRedUntilThePass(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -220,7 +248,13 @@ func TestF44_BrokenIsRedUntilThePass(t *testing.T) {
 		if h := c.Health(); h.OK || h.Error != "gone" {
 			t.Errorf("while it is mended: %+v", h)
 		}
-		time.Sleep(2 * time.Second) //nolint:forbidigo // the bubble's clock
+		time.Sleep(500 * time.Millisecond) //nolint:forbidigo // in the middle of the pass
+		c.Broken(errors.New("gone again"))
+		time.Sleep(time.Second) //nolint:forbidigo // in the middle of the next
+		if h := c.Health(); h.OK || h.Error != "gone again" {
+			t.Errorf("a pass that began before it broke is through: %+v", h)
+		}
+		time.Sleep(time.Second) //nolint:forbidigo // the bubble's clock
 		if h := c.Health(); !h.OK || h.Error != "" || h.Failures != 0 {
 			t.Errorf("mended: %+v", h)
 		}

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
@@ -37,6 +39,7 @@ type Tunnels struct {
 	// Every is how often what the daemon and the kernel hold is looked at; a pass in between asks nobody when nothing changed.
 	Every time.Duration
 
+	concern  *Concern
 	mu       sync.Mutex // guards what follows, which the report tells
 	report   ipsec.Report
 	tunnels  []ipsec.Tunnel
@@ -44,6 +47,7 @@ type Tunnels struct {
 	loaded   bool // creds have been read once
 	verified time.Time
 	strange  map[saKey]time.Time // SAs of ours that the daemon did not list, and since when
+	given    map[loss]gift       // policies that the kernel was given anew and did not have since
 	clean    bool                // nothing of ours is left to take away while there is no encrypted network
 }
 
@@ -62,9 +66,21 @@ type XFRM interface {
 
 // notify has the concern know when the IKE daemon is gone, or has news.
 func (t *Tunnels) notify(c *Concern) {
+	t.concern = c
 	t.Daemon.Notify = c.Trigger
+	// Of one that this process did not start only the connection's end is seen.
+	t.Daemon.Gone = func() { t.gone(errors.New("the IKE daemon does not answer any more")) }
 	if t.Charon != nil {
-		t.Charon.OnExit = func() { c.Broken(errors.New("the IKE daemon ended and is started again")) }
+		t.Charon.OnExit = func() { t.gone(errors.New("the IKE daemon ended and is started again")) }
+	}
+}
+
+func (t *Tunnels) gone(err error) {
+	t.mu.Lock()
+	missed := len(t.tunnels) > 0
+	t.mu.Unlock()
+	if missed {
+		t.concern.Broken(err)
 	}
 }
 
@@ -85,9 +101,8 @@ func (t *Tunnels) Run(ctx context.Context) ([]string, error) {
 		r.Auth = ipsec.AuthPubkey
 	}
 	if len(r.Networks) == 0 {
-		changed, err := t.none(ctx)
-		t.publish(ipsec.Report{Networks: []string{}, Tunnels: []ipsec.Status{}}, nil)
-		return changed, err
+		t.publish(ipsec.Report{Networks: []string{}, Tunnels: []ipsec.Status{}}, nil) // nobody is to miss the daemon
+		return t.none(ctx)
 	}
 	changed, tunnels, err := t.keep(ctx, s, &r)
 	t.publish(r, tunnels)
@@ -117,7 +132,8 @@ func (t *Tunnels) none(ctx context.Context) (changed []string, err error) {
 			return changed, err
 		}
 	}
-	lines, err := t.sweep(ctx, nil, true)
+	l, _ := t.look(ctx, true) // a kernel without IPsec holds none of ours
+	lines, err := t.sweep(ctx, nil, l)
 	t.clean = err == nil
 	return append(changed, lines...), err
 }
@@ -152,13 +168,17 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 		return changed, tunnels, errors.Join(err, problem)
 	}
 	if t.Charon != nil {
-		if !t.Charon.Running() {
+		t.Charon.Prepare = func(ctx context.Context) error {
+			t.concern.Mending(errors.New("the IKE daemon does not run; it is started"))
 			// One that starts knows none of the SAs that there are. They would be used until they expire, and the peers will have dropped
 			// theirs with the first word of the new one.
-			lines, err := t.sweep(ctx, tunnels, true)
-			if changed = append(changed, lines...); err != nil {
-				return fail(err)
+			l, err := t.look(ctx, true)
+			if err != nil {
+				return err
 			}
+			lines, err := t.sweep(ctx, tunnels, l)
+			changed = append(changed, lines...)
+			return err
 		}
 		if err := t.Charon.Ensure(ctx); err != nil {
 			return fail(err)
@@ -174,7 +194,15 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 		return fail(err)
 	}
 	if verify || len(changed) > 0 {
-		lines, err := t.sweep(ctx, tunnels, false)
+		l, err := t.look(ctx, false)
+		if err != nil {
+			return fail(err)
+		}
+		lines, err := t.sweep(ctx, tunnels, l)
+		if changed = append(changed, lines...); err != nil {
+			return fail(err)
+		}
+		lines, err = t.mend(ctx, tunnels, l)
 		if changed = append(changed, lines...); err != nil {
 			return fail(err)
 		}
@@ -224,43 +252,46 @@ func (t *Tunnels) announce(ctx context.Context, s *metadata.Snapshot, keys []str
 	return nil
 }
 
+// look is what there is of ours: in the kernel, and then by the daemon's word.
+type look struct {
+	sas      []kernel.SA
+	policies []kernel.XFRMPolicy
+	dead     bool // there is no daemon, and so no SA that it knows
+	known    []ike.SA
+}
+
+func (t *Tunnels) look(ctx context.Context, dead bool) (l look, err error) {
+	l.dead = dead
+	if l.sas, l.policies, err = t.Kernel.XFRM(ctx, ipsec.Owned); err == nil && !dead {
+		l.known, err = t.Daemon.SAs(ctx)
+	}
+	return l, err
+}
+
 // sweep removes from the kernel what a daemon that was killed left behind: policies of no tunnel, and SAs that the daemon does not know.
-// An SA of those would be used on and on, and the peer has long forgotten it. With dead, there is no daemon, and so no SA that it knows.
-func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, dead bool) (changed []string, err error) {
+// An SA of those would be used on and on, and the peer has long forgotten it.
+func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, l look) (changed []string, err error) {
 	wanted := map[uint32]bool{}
 	for _, x := range tunnels {
 		for _, c := range x.Children {
 			wanted[c.IfID] = true
 		}
 	}
-	sas, policies, err := t.Kernel.XFRM(ctx, ipsec.Owned)
-	if err != nil {
-		if len(tunnels) == 0 {
-			return nil, nil // a kernel without IPsec holds none of ours
-		}
-		return nil, err
-	}
 	known := map[uint32]bool{}
-	if !dead && len(sas) > 0 {
-		list, err := t.Daemon.SAs(ctx)
-		if err != nil {
-			return nil, err
-		}
-		for _, sa := range list {
-			for _, c := range sa.Children {
-				known[c.SPIIn], known[c.SPIOut] = true, true
-			}
+	for _, sa := range l.known {
+		for _, c := range sa.Children {
+			known[c.SPIIn], known[c.SPIOut] = true, true
 		}
 	}
 	var errs []error
 	now, before := time.Now(), t.strange
 	t.strange = map[saKey]time.Time{}
-	for _, sa := range sas {
+	for _, sa := range l.sas {
 		key := saKey{sa.IfID, sa.SPI}
 		switch since, seen := before[key]; {
 		case known[sa.SPI] && wanted[sa.IfID]:
 			continue
-		case dead:
+		case l.dead:
 		case !seen:
 			t.strange[key] = now
 			continue
@@ -274,7 +305,7 @@ func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, dead bool) 
 		}
 		changed = append(changed, "- "+sa.String())
 	}
-	for _, p := range policies {
+	for _, p := range l.policies {
 		if wanted[p.IfID] {
 			continue
 		}
@@ -285,6 +316,105 @@ func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, dead bool) 
 		changed = append(changed, "- "+p.String())
 	}
 	return changed, errors.Join(errs...)
+}
+
+// mend has the IKE daemon give the kernel anew what the kernel has lost, as after "ip xfrm policy flush": the daemon does not look, and the tunnel
+// would be dead until its keys are renewed.
+func (t *Tunnels) mend(ctx context.Context, tunnels []ipsec.Tunnel, l look) (changed []string, err error) {
+	lost := losses(tunnels, l)
+	maps.DeleteFunc(t.given, func(l loss, _ gift) bool { return !slices.Contains(lost, l) })
+	if len(lost) == 0 {
+		return nil, nil
+	}
+	// What came or went between the look at the kernel and the one at the daemon seems lost. What both looks at the daemon show was in the kernel
+	// at the second look at that, or is lost indeed.
+	if l, err = t.look(ctx, false); err != nil {
+		return nil, err
+	}
+	again := losses(tunnels, l)
+	lost = slices.DeleteFunc(lost, func(l loss) bool { return !slices.Contains(again, l) })
+	var errs []error
+	ended := map[string]bool{} // tunnels
+	for _, l := range lost {
+		switch g := t.given[l]; {
+		case l.child != 0 && ended[l.tunnel]:
+			continue
+		case l.child != 0:
+			err = t.Daemon.CloseChild(ctx, l.tunnel, l.child)
+		case g.times > 0 && time.Since(g.last) < min(t.Every<<g.times, time.Hour):
+			// It ends SAs, which other networks may use. It is not for every pass when it does not help.
+			errs = append(errs, fmt.Errorf("the kernel has no policies of %s/%s, and did not keep them when it was given them %d times; ip xfrm policy lists what it has", l.tunnel, l.network, g.times))
+			continue
+		default:
+			if t.given == nil {
+				t.given = map[loss]gift{}
+			}
+			t.given[l] = gift{g.times + 1, time.Now()}
+			ended[l.tunnel] = true
+			err = t.Daemon.Reinstall(ctx, l.tunnel, l.network)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", l, err))
+			continue
+		}
+		changed = append(changed, l.String())
+	}
+	return changed, errors.Join(errs...)
+}
+
+// gift is how often and when last the kernel was given something in vain.
+type gift struct {
+	times int
+	last  time.Time
+}
+
+// loss is something of a tunnel that the IKE daemon takes for being in the kernel.
+type loss struct {
+	tunnel, network string
+	child           uint64 // the daemon's number of a pair of ESP SAs; 0: policies
+	spi             uint32
+}
+
+func (l loss) String() string {
+	if l.child == 0 {
+		return fmt.Sprintf("~ policies of %s/%s, which the kernel lost", l.tunnel, l.network)
+	}
+	return fmt.Sprintf("- ESP SA %#08x of %s/%s, which the kernel lost", l.spi, l.tunnel, l.network)
+}
+
+// losses compares, policies first. Of a pair of SAs only the one for what comes in is looked for: it is the first that is there and the last that
+// goes, and for a packet that finds no SA to go out by the kernel asks for another.
+func losses(tunnels []ipsec.Tunnel, l look) (out []loss) {
+	type selector struct {
+		ifID     uint32
+		dir      string
+		src, dst netip.Prefix
+	}
+	have := map[selector]bool{}
+	for _, p := range l.policies {
+		have[selector{p.IfID, p.Dir, p.Src, p.Dst}] = true
+	}
+	for _, x := range tunnels {
+		for _, c := range x.Children {
+			if slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { // one of each family, and they do not mix
+				return !have[selector{c.IfID, "in", p, p}] || !have[selector{c.IfID, "fwd", p, p}] || !have[selector{c.IfID, "out", p, p}]
+			}) {
+				out = append(out, loss{tunnel: x.Name, network: c.Network})
+			}
+		}
+	}
+	there := map[saKey]bool{}
+	for _, sa := range l.sas {
+		there[saKey{sa.IfID, sa.SPI}] = true
+	}
+	for _, sa := range l.known {
+		for _, c := range sa.Children {
+			if c.State == ike.Installed && !there[saKey{c.IfID, c.SPIIn}] {
+				out = append(out, loss{sa.Name, c.Network, c.ID, c.SPIIn})
+			}
+		}
+	}
+	return out
 }
 
 // Reauth has the ends of every established tunnel prove anew who they are, with the secret or certificate of now. The new keys are made beside

@@ -2,8 +2,14 @@ package reconcile
 
 import (
 	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
 	"testing"
 
+	"github.com/lariat-net/lariat/pkg/ike"
+	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -30,4 +36,60 @@ func TestF46NothingIsKnownBeforeTheFirstPass(t *testing.T) {
 		t.Error(err)
 	}
 	ask(true)
+}
+
+// TestF42_LossesOfTheKernel: what the IKE daemon has and the kernel has not is found, whole networks' policies and single SAs; what others have, and
+// what is on its way, is left alone.
+func TestF42_LossesOfTheKernel(t *testing.T) {
+	v4, v6, other := netip.MustParsePrefix("10.44.0.0/16"), netip.MustParsePrefix("fd44::/48"), netip.MustParsePrefix("10.45.0.0/16")
+	tunnels := []ipsec.Tunnel{
+		{Name: "lariat-b", Children: []ipsec.Child{{Network: "one", IfID: 1, Subnets: []netip.Prefix{v4, v6}}, {Network: "two", IfID: 2, Subnets: []netip.Prefix{other}}}},
+		{Name: "lariat-c", Children: []ipsec.Child{{Network: "one", IfID: 3, Subnets: []netip.Prefix{v4, v6}}}},
+	}
+	policies := func(ifID uint32, subnets ...netip.Prefix) (out []kernel.XFRMPolicy) {
+		for _, p := range subnets {
+			for _, dir := range []string{"in", "fwd", "out"} {
+				out = append(out, kernel.XFRMPolicy{IfID: ifID, Dir: dir, Src: p, Dst: p})
+			}
+		}
+		return out
+	}
+	child := func(network string, ifID uint32, id uint64, state string) ike.ChildSA {
+		return ike.ChildSA{Network: network, ID: id, IfID: ifID, State: state, SPIIn: 0x100 + uint32(id), SPIOut: 0x200 + uint32(id)}
+	}
+	whole := func() look {
+		return look{
+			policies: append(append(policies(1, v4, v6), policies(2, other)...), policies(3, v4, v6)...),
+			known: []ike.SA{{Name: "lariat-b", Children: []ike.ChildSA{child("one", 1, 1, ike.Installed), child("two", 2, 2, ike.Installed),
+				child("one", 1, 3, "REKEYED"), child("one", 1, 4, "INSTALLING")}}},
+			sas: []kernel.SA{{IfID: 1, SPI: 0x101}, {IfID: 2, SPI: 0x102}, {IfID: 2, SPI: 0x900}}, // of what goes out none is there, and one is strange
+		}
+	}
+	for _, tc := range []struct {
+		name string
+		lose func(l *look)
+		want string
+	}{
+		{"nothing", func(*look) {}, ""},
+		{"all policies", func(l *look) { l.policies = nil },
+			"~ policies of lariat-b/one, ~ policies of lariat-b/two, ~ policies of lariat-c/one"},
+		{"one policy of IPv6", func(l *look) { l.policies = l.policies[:len(l.policies)-1] }, "~ policies of lariat-c/one"},
+		{"a network's under another id", func(l *look) {
+			l.policies = append(policies(1, v4, v6), append(policies(4, other), policies(3, v4, v6)...)...)
+		}, "~ policies of lariat-b/two"},
+		{"all SAs", func(l *look) { l.sas = nil }, "- ESP SA 0x00000101 of lariat-b/one, - ESP SA 0x00000102 of lariat-b/two"},
+		{"an SPI of another's", func(l *look) { l.sas[0].IfID = 9 }, "- ESP SA 0x00000101 of lariat-b/one"},
+		{"policies and SAs", func(l *look) { l.policies, l.sas = policies(3, v4, v6), l.sas[1:] },
+			"~ policies of lariat-b/one, ~ policies of lariat-b/two, - ESP SA 0x00000101 of lariat-b/one"},
+	} {
+		l := whole()
+		tc.lose(&l)
+		var got []string
+		for _, x := range losses(tunnels, l) {
+			got = append(got, strings.TrimSuffix(fmt.Sprint(x), ", which the kernel lost"))
+		}
+		if text := strings.Join(got, ", "); text != tc.want {
+			t.Errorf("%s: %s; want %s", tc.name, text, tc.want)
+		}
+	}
 }

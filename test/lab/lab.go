@@ -17,6 +17,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/invoke"
+	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/containernetworking/cni/pkg/version"
 
@@ -272,6 +273,21 @@ func (c *Container) Add(ctx context.Context, call Call) error {
 		c.Result, err = current.NewResultFromResult(res)
 		return err
 	})
+}
+
+// AddPatiently is Add as runtimes do it: when the answer is "try again later", what was begun is deleted and begun anew, until the context ends.
+// In an emulated machine on a busy one, a store that does not answer for five seconds is no more than slow.
+func (c *Container) AddPatiently(ctx context.Context, call Call) error {
+	for {
+		err := c.Add(ctx, call)
+		var e *types.Error
+		if !errors.As(err, &e) || e.Code != types.ErrTryAgainLater || ctx.Err() != nil {
+			return err
+		}
+		if derr := c.Del(ctx, call); derr != nil && !errors.As(derr, &e) {
+			return errors.Join(err, derr)
+		}
+	}
 }
 
 // Check asks whether the container is connected as its ADD said.
