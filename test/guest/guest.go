@@ -54,7 +54,7 @@ type Options struct {
 	Files      map[string]string // path in the guest below its working directory: file or folder of this machine
 	Require    string            // REQUIRE inside; "": all, so that nothing a guest has is skipped there
 	Counted    bool              // a nanosecond of the guest's clock is an instruction executed, or a real one without work: for measuring
-	Boot       time.Duration     // how long a guest may take until it is ready; 0: a minute
+	Boot       time.Duration     // how long a guest may take until it is ready; 0: two minutes
 }
 
 // Command is what a guest is booted for.
@@ -220,7 +220,7 @@ func run(ctx context.Context, image Image, o Options, c Command) (res Result, er
 		}
 	}()
 
-	boot := orElse(o.Boot, time.Minute)
+	boot := orElse(o.Boot, 2*time.Minute)
 	late := time.NewTimer(boot)
 	defer late.Stop()
 	ready, ended := false, false

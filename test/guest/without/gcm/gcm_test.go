@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/probe"
@@ -30,11 +29,11 @@ func TestF40_FallbackSuite(t *testing.T) {
 		ct, err := h.NewContainer("c")
 		without.Must(t, err)
 		call := without.Call(t, h)
-		without.Must(t, ct.Add(t.Context(), call))
+		without.Must(t, ct.AddPatiently(t.Context(), call))
 		defer func() { without.Must(t, ct.Del(context.Background(), call)) }()
 		ends = append(ends, ct)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 40*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), without.Patience)
 	defer cancel()
 	_, err := ends[0].Ping(ctx, ends[1].Addr(false), 56)
 	without.Must(t, err)
