@@ -161,28 +161,16 @@ var _ = Describe("The overlay", func() {
 	It("F30: loses no packet when the manager and the metadata service are killed and restarted", func() {
 		a, b := connected(host(0), "overlay"), connected(host(1), "overlay")
 		pings(a.Netns, b.Addr(false))
-		stop, lost := make(chan struct{}), make(chan int, 1)
-		go func() {
-			missing := 0
-			for {
-				select {
-				case <-stop:
-					lost <- missing
-					return
-				default:
-				}
-				if rtt, err := a.Ping(ctx, b.Addr(false), 56); err != nil || rtt > 200*time.Millisecond {
-					missing++
-				}
-			}
-		}()
+		flow, err := a.Flow(b.Netns, b.Addr(false), 5*time.Millisecond)
+		Expect(err).NotTo(HaveOccurred())
+		Eventually(func() int { _, back := flow.Count(); return back }).Should(BeNumerically(">", 5))
 		host(0).Manager.Kill()
 		host(0).Metadata.Kill()
 		Expect(host(0).StartMetadata(ctx)).To(Succeed())
 		Expect(host(0).StartManager(ctx)).To(Succeed())
 		Eventually(func() string { return settled(host(0)) }).Should(BeEmpty())
-		close(stop)
-		Expect(<-lost).To(BeZero())
+		sent, lost := flow.Stop()
+		Expect(lost).To(BeEmpty(), "of %d", sent)
 	})
 
 	It("F31: makes a device with the wrong VNI anew", func() {

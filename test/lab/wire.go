@@ -199,11 +199,11 @@ func (f *Flow) Count() (sent, back int) {
 	return f.sent, len(f.back)
 }
 
-// Stop ends the flow, gives the last ones a second to come back, and returns how many were sent and the numbers of those that were lost.
+// Stop ends the flow, gives the last ones some seconds to come back, and returns how many were sent and the numbers of those that were lost.
 func (f *Flow) Stop() (sent int, lost []int) {
 	close(f.stop)
 	<-f.done
-	for deadline := time.Now().Add(time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
 		if s, b := f.Count(); s == b {
 			break
 		}

@@ -564,7 +564,7 @@ func TestF43_Reauth(t *testing.T) {
 	})
 	got, lost := stop()
 	t.Logf("%d lost between making and breaking, %d came", lost, got)
-	// By the second exchange of the three that there are the responder sends what is lost, so most come.
+	// The responder sends by the new one as soon as it has it, which is a part of the whole exchange.
 	if lost > got {
 		t.Errorf("%d lost, %d came", lost, got)
 	}
