@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
@@ -117,6 +118,26 @@ func prefix(family uint16, a nl.XfrmAddress, length uint8) netip.Prefix {
 		return netip.PrefixFrom(netip.AddrFrom16(a), int(length))
 	}
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte(a[:4])), int(length))
+}
+
+// Flushes calls each when all SAs or all policies of the namespace were removed at once, as by "ip xfrm policy flush", whoever's they were, and when it
+// cannot be told whether they were. It ends with the context.
+func (n *Netns) Flushes(ctx context.Context, each func()) error {
+	var f *os.File
+	err := n.do(func() (err error) {
+		f, err = subscribe(unix.NETLINK_XFRM, nl.XFRMNLGRP_SA, nl.XFRMNLGRP_POLICY)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("watch for flushes of IPsec: %w", xfrmMissing(err))
+	}
+	context.AfterFunc(ctx, func() { f.Close() })
+	go receive(f, func(typ uint16, _ []byte) {
+		if typ == nl.XFRM_MSG_FLUSHSA || typ == nl.XFRM_MSG_FLUSHPOLICY {
+			each()
+		}
+	}, each)
+	return nil
 }
 
 // RemoveSA removes a security association. It is no error when it is gone.

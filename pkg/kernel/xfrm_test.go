@@ -1,6 +1,7 @@
 package kernel_test
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -142,5 +143,42 @@ func TestXFRMListsAndRemovesOursAlone(t *testing.T) {
 	theirs, others, err := k.XFRM(t.Context(), func(uint32) bool { return true })
 	if err != nil || len(theirs) != 1 || len(others) != 12 || theirs[0].IfID != 7 {
 		t.Errorf("left are %v %v %v", theirs, others, err)
+	}
+}
+
+// TestF42_XFRMFlushesAreTold: that everything is gone is told at once; single removals are not.
+func TestF42_XFRMFlushesAreTold(t *testing.T) {
+	probe.Need(t, probe.ESP, probe.XfrmInterface)
+	ns, k := newKernel(t)
+	told := make(chan struct{}, 9)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	if err := k.Flushes(ctx, func() { told <- struct{}{} }); err != nil {
+		t.Fatal(err)
+	}
+	ip := func(args ...string) {
+		t.Helper()
+		ns.Do(t, func() {
+			if out, err := exec.Command("ip", append([]string{"xfrm"}, args...)...).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		})
+	}
+	policy := strings.Fields("src 10.44.0.0/16 dst 10.44.0.0/16 dir out if_id 7")
+	for _, flush := range []string{"policy", "state"} {
+		ip(append([]string{"policy", "add"}, append(policy, "action", "block")...)...)
+		ip(append([]string{"policy", "delete"}, policy...)...)
+		ip("state", "add", "src", "192.0.2.1", "dst", "192.0.2.2", "proto", "esp", "spi", "7", "enc", "ecb(cipher_null)", "")
+		ip("state", "delete", "src", "192.0.2.1", "dst", "192.0.2.2", "proto", "esp", "spi", "7")
+		if len(told) > 0 {
+			t.Error("a flush was told where there was none")
+		}
+		ip("state", "add", "src", "192.0.2.1", "dst", "192.0.2.2", "proto", "esp", "spi", "7", "enc", "ecb(cipher_null)", "")
+		ip(append([]string{"policy", "add"}, append(policy, "action", "block")...)...)
+		ip(flush, "flush")
+		<-told // or the test's own limit
+		if flush == "policy" {
+			ip("state", "delete", "src", "192.0.2.1", "dst", "192.0.2.2", "proto", "esp", "spi", "7")
+		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/ike"
@@ -46,6 +47,8 @@ type Tunnels struct {
 	creds    ike.Credentials
 	loaded   bool // creds have been read once
 	verified time.Time
+	flushed  atomic.Bool         // since the last look
+	watched  bool                // flushes are told, or cannot be
 	strange  map[saKey]time.Time // SAs of ours that the daemon did not list, and since when
 	given    map[loss]gift       // policies that the kernel was given anew and did not have since
 	clean    bool                // nothing of ours is left to take away while there is no encrypted network
@@ -62,6 +65,7 @@ type XFRM interface {
 	XFRM(ctx context.Context, ours func(ifID uint32) bool) ([]kernel.SA, []kernel.XFRMPolicy, error)
 	RemoveSA(ctx context.Context, s kernel.SA) error
 	RemovePolicy(ctx context.Context, p kernel.XFRMPolicy) error
+	Flushes(ctx context.Context, each func()) error
 }
 
 // notify has the concern know when the IKE daemon is gone, or has news.
@@ -184,7 +188,13 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 			return fail(err)
 		}
 	}
-	verify := time.Since(t.verified) >= t.Every
+	if !t.watched {
+		t.watched = true
+		if err := t.Kernel.Flushes(ctx, func() { t.flushed.Store(true); t.concern.Trigger() }); err != nil {
+			t.Log.Warn("that others flush policies is seen by the timer only", "error", err)
+		}
+	}
+	verify := t.flushed.Swap(false) || time.Since(t.verified) >= t.Every
 	lines, err := t.Daemon.Apply(ctx, tunnels, t.creds, verify)
 	if changed = append(changed, lines...); err != nil {
 		return fail(err)
@@ -359,7 +369,32 @@ func (t *Tunnels) mend(ctx context.Context, tunnels []ipsec.Tunnel, l look) (cha
 		}
 		changed = append(changed, l.String())
 	}
+	if len(ended) > 0 {
+		errs = append(errs, t.arrival(ctx, tunnels))
+	}
 	return changed, errors.Join(errs...)
+}
+
+// arrival waits for a moment until the kernel has what it was given: the daemon ends SAs beside the command that asks for it.
+func (t *Tunnels) arrival(ctx context.Context, tunnels []ipsec.Tunnel) error {
+	again := time.NewTicker(50 * time.Millisecond)
+	defer again.Stop()
+	for range 40 {
+		l, err := t.look(ctx, false)
+		if err != nil {
+			return err
+		}
+		lost := losses(tunnels, l)
+		if maps.DeleteFunc(t.given, func(l loss, _ gift) bool { return !slices.Contains(lost, l) }); len(t.given) == 0 {
+			return nil
+		}
+		select {
+		case <-again.C:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil // the next look says what is missing still
 }
 
 // gift is how often and when last the kernel was given something in vain.
