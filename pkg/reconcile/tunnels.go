@@ -194,7 +194,10 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 			t.Log.Warn("that others flush policies is seen by the timer only", "error", err)
 		}
 	}
-	verify := t.flushed.Swap(false) || time.Since(t.verified) >= t.Every
+	if t.flushed.Swap(false) {
+		t.verified = time.Time{}
+	}
+	verify := time.Since(t.verified) >= t.Every
 	lines, err := t.Daemon.Apply(ctx, tunnels, t.creds, verify)
 	if changed = append(changed, lines...); err != nil {
 		return fail(err)
@@ -360,6 +363,7 @@ func (t *Tunnels) mend(ctx context.Context, tunnels []ipsec.Tunnel, l look) (cha
 				t.given = map[loss]gift{}
 			}
 			t.given[l] = gift{g.times + 1, time.Now()}
+			t.concern.Mending(errors.New("the kernel lost policies; it is given them again"))
 			ended[l.tunnel] = true
 			err = t.Daemon.Reinstall(ctx, l.tunnel, l.network)
 		}
