@@ -132,6 +132,10 @@ func TestLocks(t *testing.T) {
 	again, err := l.Lock(t.Context(), "v", "unmount")
 	must(t, err)
 	again()
+	// Who waits no longer leaves nothing when it is his turn.
+	if left, _ := filepath.Glob(l.Dir + "/*"); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
 }
 
 func TestErrors(t *testing.T) {

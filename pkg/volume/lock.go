@@ -47,11 +47,15 @@ func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), er
 	// flock cannot be interrupted. If nobody waits any more when it comes, it is given back.
 	got := make(chan result)
 	go func() {
-		f, err := lock(path)
+		f, err := lock(ctx, path)
+		if f == nil && ctx.Err() != nil {
+			return
+		}
 		select {
 		case got <- result{f, err}:
 		case <-ctx.Done():
 			if f != nil {
+				os.Remove(path)
 				f.Close()
 			}
 		}
@@ -74,9 +78,12 @@ func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), er
 	}
 }
 
-// lock opens and locks a file until the one that is locked is the one that has the name.
-func lock(path string) (*os.File, error) {
-	for {
+// lock opens and locks a file until the one that is locked is the one that has the name, or nobody waits for it any more.
+func lock(ctx context.Context, path string) (*os.File, error) {
+	for again := false; ; again = true {
+		if again && ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 		if err != nil {
 			return nil, err
