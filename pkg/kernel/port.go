@@ -329,11 +329,23 @@ func (n *Netns) DelPorts(ctx context.Context, names []string) error {
 	return errors.Join(append(errs, n.removeGroup(links))...)
 }
 
-// removeGroup removes links that the caller knows by their index; those that are gone are no error.
+// removeGroup removes links that the caller knows by their index; those that are gone are no error. Another process may be at the same links, such as
+// the network manager during a GC: between the two steps they are gone, or in its group.
 func (n *Netns) removeGroup(links []uint32) error {
 	if len(links) == 0 {
 		return nil
 	}
+	var err error
+	for range 5 {
+		if err = n.tryRemoveGroup(links); !errors.Is(err, unix.ENODEV) {
+			break
+		}
+	}
+	return err
+}
+
+// tryRemoveGroup fails with ENODEV when no link is left in the group by the time that it is removed.
+func (n *Netns) tryRemoveGroup(links []uint32) error {
 	group := uint32(delta.Protocol<<24 | rand.IntN(1<<24))
 	var errs []error
 	missing := 0

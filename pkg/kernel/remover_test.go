@@ -77,3 +77,42 @@ func TestF132RemoverSparesTheNextPort(t *testing.T) {
 		}
 	})
 }
+
+// TestF132PortsThatTwoRemoveAtOnce: a GC and the network manager come upon the same leftovers; both find in the end that they are gone.
+func TestF132PortsThatTwoRemoveAtOnce(t *testing.T) {
+	host, inside := netnstest.New(t), netnstest.New(t)
+	host.Do(t, func() {
+		var kernels []*kernel.Netns
+		for range 3 {
+			k, err := kernel.New()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer k.Close()
+			kernels = append(kernels, k)
+		}
+		for round := range 25 {
+			var names []string
+			for n := range 6 {
+				id := metadata.AttachmentID{ContainerID: fmt.Sprint("c", round, "-", n), IfName: fmt.Sprint("e", round, "-", n)}
+				p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.AddrFrom4([4]byte{10, 0, byte(round), byte(n)})}}}, attach.Config{ID: id})
+				if err := kernels[0].AddPort(t.Context(), inside.Path(), p); err != nil {
+					t.Fatal(err)
+				}
+				names = append(names, p.HostName)
+			}
+			done := make(chan error)
+			for _, k := range kernels {
+				go func() { done <- k.DelPorts(t.Context(), names) }()
+			}
+			for range kernels {
+				if err := <-done; err != nil {
+					t.Errorf("round %d: %v", round, err)
+				}
+			}
+		}
+		if ports, err := kernels[0].Ports(t.Context()); err != nil || len(ports) > 0 {
+			t.Errorf("left: %v %v", ports, err)
+		}
+	})
+}
