@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -85,7 +86,8 @@ func (n *Netns) policies(ours func(ifID uint32) bool) (list []XFRMPolicy, err er
 			bad = err
 			return
 		}
-		p := XFRMPolicy{Dir: netlink.Dir(info.Dir).String(), Src: prefix(info.Sel.Family, info.Sel.Saddr, info.Sel.PrefixlenS),
+		dir := netlink.Dir(info.Dir)
+		p := XFRMPolicy{Dir: cmp.Or(directions[dir], dir.String()), Src: prefix(info.Sel.Family, info.Sel.Saddr, info.Sel.PrefixlenS),
 			Dst: prefix(info.Sel.Family, info.Sel.Daddr, info.Sel.PrefixlenD)}
 		for _, a := range attrs {
 			if a.Attr.Type == nl.XFRMA_IF_ID && len(a.Value) == 4 {
@@ -93,10 +95,7 @@ func (n *Netns) policies(ours func(ifID uint32) bool) (list []XFRMPolicy, err er
 			}
 		}
 		// Which one it is the kernel knows by these.
-		p.policy = netlink.XfrmPolicy{Index: int(info.Index), Dir: netlink.Dir(info.Dir), Ifid: int(p.IfID)}
-		if name, ok := directions[p.policy.Dir]; ok {
-			p.Dir = name
-		}
+		p.policy = netlink.XfrmPolicy{Index: int(info.Index), Dir: dir, Ifid: int(p.IfID)}
 		if ours(p.IfID) {
 			list = append(list, p)
 		}

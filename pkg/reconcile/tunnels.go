@@ -334,8 +334,7 @@ func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, l look) (ch
 // mend has the IKE daemon give the kernel anew what the kernel has lost, as after "ip xfrm policy flush": the daemon does not look, and the tunnel
 // would be dead until its keys are renewed.
 func (t *Tunnels) mend(ctx context.Context, tunnels []ipsec.Tunnel, l look) (changed []string, err error) {
-	lost := losses(tunnels, l)
-	maps.DeleteFunc(t.given, func(l loss, _ gift) bool { return !slices.Contains(lost, l) })
+	lost := t.lost(tunnels, l)
 	if len(lost) == 0 {
 		return nil, nil
 	}
@@ -388,8 +387,7 @@ func (t *Tunnels) arrival(ctx context.Context, tunnels []ipsec.Tunnel) error {
 		if err != nil {
 			return err
 		}
-		lost := losses(tunnels, l)
-		if maps.DeleteFunc(t.given, func(l loss, _ gift) bool { return !slices.Contains(lost, l) }); len(t.given) == 0 {
+		if t.lost(tunnels, l); len(t.given) == 0 {
 			return nil
 		}
 		select {
@@ -399,6 +397,13 @@ func (t *Tunnels) arrival(ctx context.Context, tunnels []ipsec.Tunnel) error {
 		}
 	}
 	return nil // the next look says what is missing still
+}
+
+// lost is losses, and forgets what was given of all else: it has arrived.
+func (t *Tunnels) lost(tunnels []ipsec.Tunnel, l look) []loss {
+	lost := losses(tunnels, l)
+	maps.DeleteFunc(t.given, func(l loss, _ gift) bool { return !slices.Contains(lost, l) })
+	return lost
 }
 
 // gift is how often and when last the kernel was given something in vain.

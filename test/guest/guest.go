@@ -39,6 +39,10 @@ import (
 //go:embed start.sh
 var startScript string
 
+// Patience is how long what must come in a guest may take. It ends a test that hangs and says nothing of how quick things are: an emulated machine
+// on a busy one takes a hundred times as long as a real one.
+const Patience = 4 * time.Minute
+
 // Options of a guest.
 type Options struct {
 	Package    string            // Main runs this package's tests instead of the caller's: a folder, relative to the caller's

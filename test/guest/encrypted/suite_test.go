@@ -45,10 +45,6 @@ const (
 	secretB = "dGhlIG9uZSB0aGF0IGNvbWVzIGFmdGVyIHRoZSBmaXJzdCBvbmU="
 )
 
-// patience is how long what must come may take. It ends a test that hangs and says nothing of how quick things are: an emulated machine on a
-// busy one takes a hundred times as long as a real one.
-const patience = 4 * time.Minute
-
 var subnets = []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16"), netip.MustParsePrefix("fd44::/48")}
 
 func TestEncrypted(t *testing.T) {
@@ -57,7 +53,7 @@ func TestEncrypted(t *testing.T) {
 }
 
 var _ = BeforeSuite(func() {
-	SetDefaultEventuallyTimeout(patience)
+	SetDefaultEventuallyTimeout(guest.Patience)
 	SetDefaultEventuallyPollingInterval(200 * time.Millisecond) // to ask costs the one emulated processor what those who are asked need to get on
 	var err error
 	cluster, err = lab.New(lab.Options{Hosts: 3, Manager: []string{"--interval", "2s", "--grace", "0s"}, Log: GinkgoWriter})
@@ -109,7 +105,7 @@ func ready(h *lab.Host) {
 // manager asks a host's network manager.
 func manager(h *lab.Host, method, path, body string) (int, string) {
 	GinkgoHelper()
-	c := http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	c := http.Client{Timeout: guest.Patience, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", h.ManagerSocket())
 	}}}
 	req, err := http.NewRequestWithContext(ctx, method, "http://manager"+path, strings.NewReader(body))
@@ -156,9 +152,16 @@ func connected(h *lab.Host) *lab.Container {
 	Expect(err).NotTo(HaveOccurred())
 	DeferCleanup(func() { c.Netns.Remove() })
 	call := call(h)
-	Expect(c.AddPatiently(ctx, call)).To(Succeed())
+	add(c, call)
 	DeferCleanup(func() { Expect(c.Del(ctx, call)).To(Succeed()) })
 	return c
+}
+
+func add(c *lab.Container, call lab.Call) {
+	GinkgoHelper()
+	limited, cancel := context.WithTimeout(ctx, guest.Patience)
+	defer cancel()
+	Expect(c.AddPatiently(limited, call)).To(Succeed())
 }
 
 func call(h *lab.Host) lab.Call {
@@ -178,7 +181,7 @@ func pings(from *lab.Container, to *lab.Container) {
 
 func ping(from lab.Netns, to netip.Addr) {
 	GinkgoHelper()
-	short, cancel := context.WithTimeout(ctx, patience)
+	short, cancel := context.WithTimeout(ctx, guest.Patience)
 	defer cancel()
 	_, err := from.Ping(short, to, 56)
 	Expect(err).NotTo(HaveOccurred())

@@ -21,6 +21,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/ike"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/test/guest"
 	"github.com/lariat-net/lariat/test/lab"
 )
 
@@ -143,7 +144,7 @@ var _ = Describe("An encrypted network", func() {
 		Expect(out).To(ContainSubstring(fmt.Sprintf("replay_window %d", ipsec.ReplayWindow)))
 	})
 
-	It("F142: makes one tunnel when both ends send at once, and answers within a second", func() {
+	It("F142: makes one tunnel when both ends send at once, and prints how soon each is answered", func() {
 		watched()
 		a, b, c := connected(host(0)), connected(host(1)), connected(host(2))
 		pairs := [][2]*lab.Container{{a, c}, {c, a}, {b, c}, {c, b}}
@@ -465,7 +466,7 @@ var _ = Describe("An encrypted network", func() {
 			Expect(err).NotTo(HaveOccurred())
 			conf, err := h.Conf("plain", nil)
 			Expect(err).NotTo(HaveOccurred())
-			Expect(c.AddPatiently(ctx, lab.Call{Conf: conf})).To(Succeed())
+			add(c, lab.Call{Conf: conf})
 			DeferCleanup(func() { Expect(c.Del(ctx, lab.Call{Conf: conf})).To(Succeed()); c.Netns.Remove() })
 			plain = append(plain, c)
 		}
@@ -590,7 +591,7 @@ func spiOf(h *lab.Host) string {
 }
 
 func cniStatus(h *lab.Host, call lab.Call) error {
-	short, cancel := context.WithTimeout(ctx, patience)
+	short, cancel := context.WithTimeout(ctx, guest.Patience)
 	defer cancel()
 	return h.Status(short, call)
 }

@@ -217,14 +217,10 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// patience is how long what must come may take. It ends a test that hangs and says nothing of how quick things are: an emulated machine on a
-// busy one takes a hundred times as long as a real one.
-const patience = 2 * time.Minute
-
 // eventually tries until it is so.
 func eventually(t *testing.T, what string, so func() bool) {
 	t.Helper()
-	eventuallyWithin(t, what, patience, so)
+	eventuallyWithin(t, what, guest.Patience, so)
 }
 
 func eventuallyWithin(t *testing.T, what string, limit time.Duration, so func() bool) {
@@ -610,7 +606,7 @@ func TestF44_CharonIsKilled(t *testing.T) {
 	for _, c := range []chan struct{}{exited, lost} {
 		select {
 		case <-c:
-		case <-time.After(patience):
+		case <-time.After(guest.Patience):
 			t.Fatal("nobody tells that charon is gone")
 		}
 	}
@@ -753,7 +749,7 @@ func TestF143_PeerCannotBeAnother(t *testing.T) {
 	defer s.Close()
 	m, err := vici.MarshalMessage(map[string]any{"ike": "as-h3", "child": "x", "timeout": "5000", "loglevel": "-1"})
 	must(t, err)
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(t.Context(), guest.Patience)
 	defer cancel()
 	if _, err := s.Call(ctx, "initiate", m); err == nil {
 		t.Error("h2 passes for h3")

@@ -33,10 +33,6 @@ func Main(m *testing.M, modules string) {
 	guest.Main(m, guest.Options{Bin: true, Warm: true, KernelArgs: []string{"module_blacklist=" + modules}})
 }
 
-// Patience is how long what must come may take. It ends a test that hangs and says nothing of how quick things are: an emulated machine on a
-// busy one takes a hundred times as long as a real one.
-const Patience = 2 * time.Minute
-
 // Cluster starts hosts with the network.
 func Cluster(t *testing.T, hosts int) *lab.Cluster {
 	t.Helper()
@@ -85,7 +81,7 @@ func ADDIsRefused(t *testing.T, feature, module string) {
 		ct, err := h.NewContainer(who)
 		Must(t, err)
 		defer ct.Netns.Remove()
-		ctx, cancel := context.WithTimeout(t.Context(), Patience)
+		ctx, cancel := context.WithTimeout(t.Context(), guest.Patience)
 		defer cancel()
 		refused("ADD, "+who, ct.Add(ctx, call))
 		refused("STATUS, "+who, h.Status(ctx, call))
@@ -110,7 +106,7 @@ func ADDIsRefused(t *testing.T, feature, module string) {
 	}
 	again := time.NewTicker(100 * time.Millisecond)
 	defer again.Stop()
-	for late := time.After(Patience); ; {
+	for late := time.After(guest.Patience); ; {
 		var e *types.Error
 		err := h.Status(t.Context(), call)
 		if errors.As(err, &e) && strings.Contains(e.Msg, feature) {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/probe"
+	"github.com/lariat-net/lariat/test/guest"
 	"github.com/lariat-net/lariat/test/guest/without"
 	"github.com/lariat-net/lariat/test/lab"
 )
@@ -24,17 +25,17 @@ func TestF40_FallbackSuite(t *testing.T) {
 		t.Fatal("the kernel has AES-GCM all the same")
 	}
 	c := without.Cluster(t, 2)
+	ctx, cancel := context.WithTimeout(t.Context(), guest.Patience)
+	defer cancel()
 	var ends []*lab.Container
 	for _, h := range c.Hosts {
 		ct, err := h.NewContainer("c")
 		without.Must(t, err)
 		call := without.Call(t, h)
-		without.Must(t, ct.AddPatiently(t.Context(), call))
+		without.Must(t, ct.AddPatiently(ctx, call))
 		defer func() { without.Must(t, ct.Del(context.Background(), call)) }()
 		ends = append(ends, ct)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), without.Patience)
-	defer cancel()
 	_, err := ends[0].Ping(ctx, ends[1].Addr(false), 56)
 	without.Must(t, err)
 	r := report(t, c.Hosts[0])
