@@ -16,6 +16,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/probe"
 	"github.com/lariat-net/lariat/test/lab"
@@ -76,7 +77,7 @@ func inside(t *testing.T, c *lab.Container) (addrs []string, mtu int) {
 			return err
 		}
 		mtu = l.Attrs().MTU
-		list, err := netlink.AddrList(l, netlink.FAMILY_ALL)
+		list, err := kernel.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
 		for _, a := range list {
 			addrs = append(addrs, a.IPNet.String())
 		}

@@ -17,6 +17,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/lariat-net/lariat/pkg/certs"
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/probe"
 	"github.com/lariat-net/lariat/test/conformance/cnirun"
@@ -228,7 +229,7 @@ func address(t testing.TB, c *lab.Container) (a netip.Addr) {
 		if err != nil {
 			return err
 		}
-		list, err := netlink.AddrList(l, netlink.FAMILY_V4)
+		list, err := kernel.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V4) })
 		if err != nil || len(list) == 0 {
 			return fmt.Errorf("eth0 has no address: %w", err)
 		}

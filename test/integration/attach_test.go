@@ -15,6 +15,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/lariat-net/lariat/pkg/cni"
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/test/lab"
 )
@@ -44,19 +45,19 @@ var _ = Describe("An attachment", func() {
 		c := connected(host(0), "overlay")
 		gw := c.Result.IPs[0].Gateway
 		inside(c, func(l netlink.Link) {
-			addrs, err := netlink.AddrList(l, netlink.FAMILY_V4)
+			addrs, err := kernel.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V4) })
 			Expect(err).NotTo(HaveOccurred())
 			Expect(addrs).To(HaveLen(1))
 			Expect(addrs[0].IPNet.String()).To(Equal(c.Addr(false).String() + "/32"))
-			routes, err := netlink.RouteList(l, netlink.FAMILY_V4)
+			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(l, netlink.FAMILY_V4) })
 			Expect(err).NotTo(HaveOccurred())
 			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Gw.String() }, Equal(gw.String()))))
-			neighs, err := netlink.NeighList(l.Attrs().Index, netlink.FAMILY_V4)
+			neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(l.Attrs().Index, netlink.FAMILY_V4) })
 			Expect(err).NotTo(HaveOccurred())
 			Expect(neighs).To(ContainElement(And(WithTransform(func(n netlink.Neigh) string { return n.IP.String() }, Equal(gw.String())), HaveField("State", netlink.NUD_PERMANENT))))
 		})
 		on(host(0), func() {
-			routes, err := netlink.RouteList(nil, netlink.FAMILY_V4)
+			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
 			Expect(err).NotTo(HaveOccurred())
 			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Dst.String() }, Equal(c.Addr(false).String()+"/32"))))
 		})

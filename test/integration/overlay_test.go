@@ -19,6 +19,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/test/lab"
 )
@@ -132,12 +133,14 @@ var _ = Describe("The overlay", func() {
 		pings(host(0).Netns, c.Addr(false))
 		on(host(0), func() {
 			vtep := link("vtep1042")
-			neighs, err := netlink.NeighList(vtep.Attrs().Index, unix.AF_BRIDGE)
+			neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(vtep.Attrs().Index, unix.AF_BRIDGE) })
 			Expect(err).NotTo(HaveOccurred())
 			for _, n := range neighs {
 				_ = netlink.NeighDel(&n) // the manager may be repairing already: one is as good as all
 			}
-			routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: delta.Protocol}, netlink.RT_FILTER_PROTOCOL)
+			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) {
+				return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: delta.Protocol}, netlink.RT_FILTER_PROTOCOL)
+			})
 			Expect(err).NotTo(HaveOccurred())
 			for _, r := range routes {
 				if r.LinkIndex == vtep.Attrs().Index {
@@ -202,7 +205,7 @@ var _ = Describe("The overlay", func() {
 		on(host(0), func() { Expect(netlink.LinkDel(link("vtep1042"))).To(Succeed()) })
 		Eventually(func() string { return settled(host(0)) }).Should(BeEmpty())
 		on(host(0), func() {
-			routes, err := netlink.RouteList(link("foreign"), netlink.FAMILY_V4)
+			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(link("foreign"), netlink.FAMILY_V4) })
 			Expect(err).NotTo(HaveOccurred())
 			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Dst.String() }, Equal("203.0.113.0/24"))))
 		})
@@ -234,7 +237,7 @@ var _ = Describe("The overlay", func() {
 			a, err := netlink.ParseAddr(victim.Addr(false).String() + "/32")
 			Expect(err).NotTo(HaveOccurred())
 			Expect(netlink.AddrAdd(l, a)).To(Succeed())
-			routes, err := netlink.RouteList(l, netlink.FAMILY_V4)
+			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(l, netlink.FAMILY_V4) })
 			Expect(err).NotTo(HaveOccurred())
 			for _, r := range routes {
 				if r.Gw != nil {
@@ -359,7 +362,9 @@ var _ = Describe("The overlay", func() {
 		})
 		Eventually(func() (out []string) {
 			on(host(0), func() {
-				neighs, err := netlink.NeighList(link("vtep1042").Attrs().Index, unix.AF_BRIDGE)
+				neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) {
+					return netlink.NeighList(link("vtep1042").Attrs().Index, unix.AF_BRIDGE)
+				})
 				Expect(err).NotTo(HaveOccurred())
 				for _, n := range neighs {
 					out = append(out, n.IP.String())

@@ -13,6 +13,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/test/lab"
 )
@@ -127,7 +128,7 @@ func held(h *lab.Host, network string) []metadata.Allocation {
 func ports(h *lab.Host) (names []string) {
 	GinkgoHelper()
 	Expect(h.Do(func() error {
-		links, err := netlink.LinkList()
+		links, err := kernel.RetryDump(netlink.LinkList)
 		for _, l := range links {
 			if len(l.Attrs().Name) > 3 && l.Attrs().Name[:3] == "lrt" {
 				names = append(names, l.Attrs().Name)

@@ -107,7 +107,7 @@ func (o Outcome) CNIError() (*types.Error, error) {
 func World(ctx context.Context, h *lab.Host) (string, error) {
 	var b strings.Builder
 	err := h.Do(func() error {
-		links, err := netlink.LinkList()
+		links, err := kernel.RetryDump(netlink.LinkList)
 		if err != nil {
 			return err
 		}
@@ -117,7 +117,9 @@ func World(ctx context.Context, h *lab.Host) (string, error) {
 			names[l.Attrs().Index] = l.Attrs().Name
 			lines = append(lines, fmt.Sprintf("device %s %s %s", l.Attrs().Name, l.Type(), l.Attrs().Alias))
 		}
-		routes, err := netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
+		})
 		if err != nil {
 			return err
 		}

@@ -29,6 +29,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/certs"
 	"github.com/lariat-net/lariat/pkg/ike"
 	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/probe"
@@ -323,7 +324,7 @@ func TestF36_EncapAndIPv6(t *testing.T) {
 	a, b := pair(t)
 	for _, h := range []*host{a, b} {
 		h.ns.Do(t, func() {
-			links, err := netlink.LinkList()
+			links, err := kernel.RetryDump(netlink.LinkList)
 			must(t, err)
 			for _, l := range links {
 				if l.Type() != "veth" {

@@ -17,6 +17,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/test/guest"
 	"github.com/lariat-net/lariat/test/lab"
@@ -95,7 +96,7 @@ func ADDIsRefused(t *testing.T, feature, module string) {
 			t.Errorf("%s: in the journal: %v", who, found)
 		}
 		Must(t, h.Do(func() error {
-			links, err := netlink.LinkList()
+			links, err := kernel.RetryDump(netlink.LinkList)
 			for _, l := range links {
 				if strings.HasPrefix(l.Attrs().Name, delta.PortPrefix) {
 					t.Errorf("%s: device %s is left", who, l.Attrs().Name)
