@@ -158,11 +158,11 @@ func readID(flag, file string) (string, error) {
 
 // underlay finds the addresses by which other hosts reach this one.
 func (c *config) underlay() ([]metadata.Underlay, error) {
-	links, err := kernel.RetryDump(netlink.LinkList) //nolint:forbidigo // repeated
+	links, err := kernel.RetryDump(netlink.LinkList)
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
-	all, err := kernel.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) }) //nolint:forbidigo // repeated
+	all, err := kernel.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
 	}
@@ -213,7 +213,7 @@ func (c *config) underlay() ([]metadata.Underlay, error) {
 	var out []metadata.Underlay
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		var chosen *candidate
-		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, family) }) //nolint:forbidigo // repeated
+		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, family) })
 		if err != nil {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}

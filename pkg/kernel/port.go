@@ -336,7 +336,7 @@ func (n *Netns) removeGroup(links []uint32) error {
 		return nil
 	}
 	var err error
-	for range 5 {
+	for range 5 { // each failure is the other's step forward
 		if err = n.tryRemoveGroup(links); !errors.Is(err, unix.ENODEV) {
 			break
 		}

@@ -44,19 +44,22 @@ func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), er
 		f   *os.File
 		err error
 	}
+	release := func(f *os.File) {
+		os.Remove(path) // while it is held, so that nobody locks a file without a name: see lock
+		f.Close()
+	}
 	// flock cannot be interrupted. If nobody waits any more when it comes, it is given back.
 	got := make(chan result)
 	go func() {
 		f, err := lock(ctx, path)
 		if f == nil && ctx.Err() != nil {
-			return
+			return // Lock says who holds it
 		}
 		select {
 		case got <- result{f, err}:
 		case <-ctx.Done():
 			if f != nil {
-				os.Remove(path)
-				f.Close()
+				release(f)
 			}
 		}
 	}()
@@ -68,10 +71,7 @@ func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), er
 		// For who waits in vain. The lock does not depend on it.
 		_ = r.f.Truncate(0)
 		_, _ = r.f.WriteAt(fmt.Appendf(nil, "process %d (%s)", os.Getpid(), purpose), 0)
-		return func() {
-			os.Remove(path) // while it is held, so that nobody locks a file without a name: see lock
-			r.f.Close()
-		}, nil
+		return func() { release(r.f) }, nil
 	case <-ctx.Done():
 		holder, _ := os.ReadFile(path)
 		return nil, Errorf(ErrInUse, "%s of %s waited for %s: %w", purpose, key, strings.TrimSpace(string(holder)), context.Cause(ctx))
@@ -80,10 +80,7 @@ func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), er
 
 // lock opens and locks a file until the one that is locked is the one that has the name, or nobody waits for it any more.
 func lock(ctx context.Context, path string) (*os.File, error) {
-	for again := false; ; again = true {
-		if again && ctx.Err() != nil {
-			return nil, ctx.Err()
-		}
+	for {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
 		if err != nil {
 			return nil, err
@@ -107,5 +104,8 @@ func lock(ctx context.Context, path string) (*os.File, error) {
 			return f, nil
 		}
 		f.Close()
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
 	}
 }

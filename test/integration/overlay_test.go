@@ -138,9 +138,8 @@ var _ = Describe("The overlay", func() {
 			for _, n := range neighs {
 				_ = netlink.NeighDel(&n) // the manager may be repairing already: one is as good as all
 			}
-			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) {
-				return netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: delta.Protocol}, netlink.RT_FILTER_PROTOCOL)
-			})
+			ours, by := &netlink.Route{Protocol: delta.Protocol}, netlink.RT_FILTER_PROTOCOL
+			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteListFiltered(netlink.FAMILY_V4, ours, by) })
 			Expect(err).NotTo(HaveOccurred())
 			for _, r := range routes {
 				if r.LinkIndex == vtep.Attrs().Index {
@@ -362,9 +361,8 @@ var _ = Describe("The overlay", func() {
 		})
 		Eventually(func() (out []string) {
 			on(host(0), func() {
-				neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) {
-					return netlink.NeighList(link("vtep1042").Attrs().Index, unix.AF_BRIDGE)
-				})
+				vtep := link("vtep1042")
+				neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(vtep.Attrs().Index, unix.AF_BRIDGE) })
 				Expect(err).NotTo(HaveOccurred())
 				for _, n := range neighs {
 					out = append(out, n.IP.String())

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 
+	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/test/lab"
@@ -130,7 +132,7 @@ func ports(h *lab.Host) (names []string) {
 	Expect(h.Do(func() error {
 		links, err := kernel.RetryDump(netlink.LinkList)
 		for _, l := range links {
-			if len(l.Attrs().Name) > 3 && l.Attrs().Name[:3] == "lrt" {
+			if strings.HasPrefix(l.Attrs().Name, delta.PortPrefix) {
 				names = append(names, l.Attrs().Name)
 			}
 		}

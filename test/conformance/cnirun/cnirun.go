@@ -117,9 +117,8 @@ func World(ctx context.Context, h *lab.Host) (string, error) {
 			names[l.Attrs().Index] = l.Attrs().Name
 			lines = append(lines, fmt.Sprintf("device %s %s %s", l.Attrs().Name, l.Type(), l.Attrs().Alias))
 		}
-		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) {
-			return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE)
-		})
+		every, by := &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE
+		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteListFiltered(netlink.FAMILY_ALL, every, by) })
 		if err != nil {
 			return err
 		}

@@ -22,6 +22,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/ike"
 	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/test/guest"
 	"github.com/lariat-net/lariat/test/lab"
@@ -253,10 +254,10 @@ func watched() (wires []*lab.Wire) {
 func xfrm(h *lab.Host) (sas []netlink.XfrmState, policies []netlink.XfrmPolicy) {
 	GinkgoHelper()
 	Expect(h.Do(func() (err error) {
-		if sas, err = netlink.XfrmStateList(netlink.FAMILY_ALL); err != nil {
+		if sas, err = kernel.RetryDump(func() ([]netlink.XfrmState, error) { return netlink.XfrmStateList(netlink.FAMILY_ALL) }); err != nil {
 			return err
 		}
-		policies, err = netlink.XfrmPolicyList(netlink.FAMILY_ALL)
+		policies, err = kernel.RetryDump(func() ([]netlink.XfrmPolicy, error) { return netlink.XfrmPolicyList(netlink.FAMILY_ALL) })
 		return err
 	})).To(Succeed())
 	return sas, policies
