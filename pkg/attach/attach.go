@@ -25,9 +25,6 @@ var Gateway6 = netip.MustParseAddr("fe80::1")
 // joined, so it borrows). Nobody answers for it but the permanent neighbour entry.
 var Gateway4 = netip.MustParseAddr("169.254.1.1")
 
-// AntiSpoofChain drops what a container sends with an address that is not its own.
-const AntiSpoofChain = "antispoof"
-
 var encoding = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPadding(base32.NoPadding)
 
 // digest names an attachment in few characters: 60 bits of SHA-256 over the pair.
@@ -114,26 +111,6 @@ func zero(a netip.Addr) netip.Addr {
 		return netip.IPv4Unspecified()
 	}
 	return netip.IPv6Unspecified()
-}
-
-// HostRules keeps containers from using each other's IPv6 addresses: what arrives on a port must have its route back by that very
-// port. For IPv4 every port has the kernel's strict reverse-path check, which costs no hook; see AntiSpoof.
-func HostRules(snap *metadata.Snapshot) *delta.State {
-	for _, n := range snap.Networks {
-		if n.Encapsulation != metadata.EncapNone && slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
-			return AntiSpoof()
-		}
-	}
-	return delta.NewState()
-}
-
-// AntiSpoof is one rule for all ports and both families. It is for IPv6, which has no reverse-path check, and for a host whose
-// net.ipv4.conf.all.rp_filter is 2: loose wins over a port's own strict.
-func AntiSpoof() *delta.State {
-	s := delta.NewState()
-	s.Chains[AntiSpoofChain] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300,
-		Rules: []delta.Rule{{delta.IifPrefix(delta.PortPrefix), delta.NoReverse{}, delta.Verdict("drop")}}}
-	return s
 }
 
 // ShortID is a container id as people write it.

@@ -118,32 +118,6 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// TestF45_HostRules: a host with an overlay network of IPv6 has the rule; one with flat networks alone has none.
-func TestF45_HostRules(t *testing.T) {
-	net := func(encap string, subnets ...string) metadata.Network {
-		n := metadata.Network{Name: "n", Encapsulation: encap}
-		for _, s := range subnets {
-			n.Subnets = append(n.Subnets, netip.MustParsePrefix(s))
-		}
-		return n
-	}
-	for _, tc := range []struct {
-		name string
-		n    []metadata.Network
-		want bool
-	}{
-		{"no network", nil, false},
-		{"flat", []metadata.Network{net(metadata.EncapNone, "10.1.0.0/16", "fd00::/48")}, false},
-		{"overlay of IPv6", []metadata.Network{net(metadata.EncapVXLAN, "fd00::/48")}, true},
-		{"both", []metadata.Network{net(metadata.EncapNone, "10.1.0.0/16"), net(metadata.EncapVXLAN, "10.2.0.0/16", "fd00::/48")}, true},
-	} {
-		s := attach.HostRules(&metadata.Snapshot{Networks: tc.n})
-		if _, got := s.Chains[attach.AntiSpoofChain]; got != tc.want {
-			t.Errorf("%s: %s", tc.name, s)
-		}
-	}
-}
-
 func TestShortID(t *testing.T) {
 	for in, want := range map[string]string{"": "", "c0ffee": "c0ffee", "0123456789abcdef0123": "0123456789ab", "my-long-container-name": "my-long-container-name"} {
 		if got := attach.ShortID(in); got != want {

@@ -42,6 +42,9 @@ func (m MAC) appendTo(b []byte) []byte {
 // TunnelPrefix begins the name of every XFRM interface of Lariat's, as PortPrefix that of every container's host end.
 const TunnelPrefix = "lrx"
 
+// VTEPPrefix begins the name of every VXLAN device of Lariat's.
+const VTEPPrefix = "vtep"
+
 // InsideGroup is the link group (IFLA_GROUP) of the devices between which the packets of containers are in clear: the host's ends of ports,
 // and XFRM interfaces. nftables rules ask for it, which costs less than to compare names. 0 is everyone's default.
 const InsideGroup = 76
@@ -128,7 +131,7 @@ type Set struct {
 	Other string
 }
 
-// Chain is a base chain of the table Table; its policy is accept.
+// Chain is a chain of the table Table: a base chain, whose policy is accept, or, without Type and Hook, one that rules jump to.
 type Chain struct {
 	Type     string // filter or nat
 	Hook     string // prerouting, input, forward, output, postrouting

@@ -1,6 +1,8 @@
 package delta
 
 import (
+	"cmp"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -48,8 +50,23 @@ type InPrefix struct {
 	Prefix netip.Prefix
 }
 
+// NotAddr matches an address of the packet that is not the given one: ip daddr != 192.0.2.1.
+type NotAddr struct {
+	Field string // saddr or daddr
+	Addr  netip.Addr
+}
+
+// L4Proto matches the protocol behind the IP header, by its IANA number: meta l4proto tcp.
+type L4Proto uint8
+
 // UDPDport matches the destination port of a UDP packet: udp dport 4789.
 type UDPDport uint16
+
+// UDPSport matches the source port of a UDP packet: udp sport 500.
+type UDPSport uint16
+
+// IPv6Fragment matches an IPv6 packet that is a fragment: exthdr frag exists.
+type IPv6Fragment struct{}
 
 // VXLANVNI matches the VNI behind the UDP header (RFC 7348 §5): @th,96,24 0x412. It stands behind UDPDport, and has meaning
 // only there.
@@ -58,14 +75,44 @@ type VXLANVNI uint32
 // NoReverse matches a packet whose source has no route back by the interface on which it arrived.
 type NoReverse struct{}
 
+// Reverse matches a packet whose source has a route back by the interface on which the packet arrived.
+type Reverse struct{}
+
+// ToLocal matches a packet to an address of this host: fib daddr type local.
+type ToLocal struct{}
+
+// CtReply matches packets of connections that the other side was allowed to open, and errors about them:
+// ct state established,related. A packet without connection tracking does not match.
+type CtReply struct{}
+
+// CtDNAT matches packets of connections whose destination was rewritten, as that of a published port: ct status dnat.
+type CtDNAT struct{}
+
+// Notrack exempts the packet from connection tracking, and so from NAT: notrack. It has an effect only in front of
+// priority -200 of prerouting and output, where tracking begins.
+type Notrack struct{}
+
 // NotRouteIPsec matches a packet that will not be transformed by IPsec before it leaves: rt ipsec missing.
 type NotRouteIPsec struct{}
 
-// Masquerade gives the packet the address of the leaving interface; it ends a rule of a nat chain.
-type Masquerade struct{}
+// Masquerade gives the packet the address of the leaving interface; it ends a rule of a nat chain. With First and Last the source
+// port stays, or becomes, one between the two, both included.
+type Masquerade struct{ First, Last uint16 }
 
-// Verdict is accept or drop, and ends a rule.
+// Verdict is accept, drop, or "jump CHAIN", and ends a rule.
 type Verdict string
+
+// Jump is the verdict that goes on in a chain without a hook, and behind the rule when that chain has no verdict.
+func Jump(chain string) Verdict { return Verdict("jump " + chain) }
+
+// JumpTo is the chain that a verdict leads to; empty of accept and drop.
+func (s Verdict) JumpTo() string {
+	chain, _ := strings.CutPrefix(string(s), "jump ")
+	if chain == string(s) {
+		return ""
+	}
+	return chain
+}
 
 // MarkComment is the rule's comment. It comes last.
 type MarkComment string
@@ -81,7 +128,16 @@ func (InPrefix) statement()      {}
 func (Iif) statement()           {}
 func (Oif) statement()           {}
 func (InSet) statement()         {}
+func (NotAddr) statement()       {}
+func (L4Proto) statement()       {}
 func (UDPDport) statement()      {}
+func (UDPSport) statement()      {}
+func (IPv6Fragment) statement()  {}
+func (Reverse) statement()       {}
+func (ToLocal) statement()       {}
+func (CtReply) statement()       {}
+func (CtDNAT) statement()        {}
+func (Notrack) statement()       {}
 func (VXLANVNI) statement()      {}
 func (NoReverse) statement()     {}
 func (NotRouteIPsec) statement() {}
@@ -112,14 +168,18 @@ func (s OifGroup) String() string {
 
 // String is the statement as nft lists it.
 func (s InPrefix) String() string {
-	family := "ip "
-	if s.Prefix.Addr().Is6() {
-		family = "ip6 "
-	}
 	if s.Prefix.IsSingleIP() {
-		return family + s.Field + " " + s.Prefix.Addr().String()
+		return family(s.Prefix.Addr()) + s.Field + " " + s.Prefix.Addr().String()
 	}
-	return family + s.Field + " " + s.Prefix.String()
+	return family(s.Prefix.Addr()) + s.Field + " " + s.Prefix.String()
+}
+
+// family is nft's word in front of an address field.
+func family(a netip.Addr) string {
+	if a.Is6() {
+		return "ip6 "
+	}
+	return "ip "
 }
 
 // String is the statement as nft lists it.
@@ -140,6 +200,38 @@ func (s InSet) String() string {
 // String is the statement as nft lists it.
 func (s UDPDport) String() string { return "udp dport " + strconv.Itoa(int(s)) }
 
+// String is the statement as nft lists it.
+func (s UDPSport) String() string { return "udp sport " + strconv.Itoa(int(s)) }
+
+// String is the statement as nft lists it.
+func (s NotAddr) String() string { return family(s.Addr) + s.Field + " != " + s.Addr.String() }
+
+// l4protos are the names by which nft lists protocols.
+var l4protos = map[L4Proto]string{6: "tcp", 17: "udp", 33: "dccp", 50: "esp", 132: "sctp"}
+
+// String is the statement as nft lists it.
+func (s L4Proto) String() string {
+	return "meta l4proto " + cmp.Or(l4protos[s], strconv.Itoa(int(s)))
+}
+
+// String is the statement as nft lists it.
+func (IPv6Fragment) String() string { return "exthdr frag exists" }
+
+// String is the statement as nft lists it.
+func (Reverse) String() string { return "fib saddr . iif oif exists" }
+
+// String is the statement as nft lists it.
+func (ToLocal) String() string { return "fib daddr type local" }
+
+// String is the statement as nft lists it.
+func (CtReply) String() string { return "ct state established,related" }
+
+// String is the statement as nft lists it.
+func (CtDNAT) String() string { return "ct status dnat" }
+
+// String is the statement as nft lists it.
+func (Notrack) String() string { return "notrack" }
+
 // String is the statement as nft lists it: nft prints raw payload in hexadecimal.
 func (s VXLANVNI) String() string { return "@th,96,24 0x" + strconv.FormatUint(uint64(s), 16) }
 
@@ -150,7 +242,12 @@ func (NoReverse) String() string { return "fib saddr . iif oif missing" }
 func (NotRouteIPsec) String() string { return "rt ipsec missing" }
 
 // String is the statement as nft lists it.
-func (Masquerade) String() string { return "masquerade" }
+func (s Masquerade) String() string {
+	if s == (Masquerade{}) {
+		return "masquerade"
+	}
+	return fmt.Sprintf("masquerade to :%d-%d", s.First, s.Last)
+}
 
 // String is the statement as nft lists it.
 func (s Verdict) String() string { return string(s) }

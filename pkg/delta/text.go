@@ -143,6 +143,9 @@ func appendSet(b []byte, name string, s Set) []byte {
 
 func appendChainBase(b []byte, name string, c Chain) []byte {
 	b = append(append(b, "chain inet "+Table+" "...), name...)
+	if c.Hook == "" {
+		return append(b, " { }"...)
+	}
 	b = append(append(b, " { type "...), c.Type...)
 	b = append(append(b, " hook "...), c.Hook...)
 	b = strconv.AppendInt(append(b, " priority "...), int64(c.Priority), 10)

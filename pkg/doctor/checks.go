@@ -47,6 +47,7 @@ var checks = []struct {
 	{"devices", "tunnel devices are as they should be", (*examination).devices},
 	{"ipsec", "encrypted networks, where there are any, have their daemon and their tunnels", (*examination).ipsec},
 	{"secret", "hosts of encrypted networks share their secret, and nobody else can read it", (*examination).secret},
+	{"rules", "containers, networks and the underlay are kept apart", (*examination).rules},
 	{"fail-closed", "nothing of an encrypted network can travel in clear", (*examination).failClosed},
 	{"reach", "every live host answers over the underlay", (*examination).reach},
 	{"tunnel", "every live host answers through the tunnels", (*examination).tunnel},
@@ -406,11 +407,7 @@ func (e *examination) rpFilter() {
 	}
 	const key = "sysctl net.ipv4.conf.all.rp_filter"
 	remedy := "sysctl -w net.ipv4.conf.all.rp_filter=0 (each device's own value then counts), and look in /etc/sysctl.d for what sets it"
-	if e.Kernel.AntiSpoof != nil && *e.Kernel.AntiSpoof {
-		e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices; only Lariat's own nftables rule keeps containers from using each other's addresses")
-		return
-	}
-	e.add(Error, key, remedy+"; the network manager adds a rule of its own when it runs", "the reverse path check is loose (2) for all devices, which overrides a strict one: a container can use another's address")
+	e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices, which overrides the ports' strict one; only Lariat's own nftables rule keeps containers from using each other's addresses")
 }
 
 func (e *examination) forwardPolicy() {

@@ -28,7 +28,6 @@ func healthy(t testing.TB) *Facts {
 	if err := json.Unmarshal(b, &s); err != nil {
 		t.Fatal(err)
 	}
-	yes := true
 	pfx := netip.MustParsePrefix
 	f := &Facts{Self: "h1",
 		Metadata: &Metadata{Socket: "/run/lariat/metadata.sock", Snapshot: &s, Store: &Store{Size: 1 << 20, Quota: 1 << 31}, Status: []metadata.NetworkStatus{
@@ -38,7 +37,7 @@ func healthy(t testing.TB) *Facts {
 		Kernel: &Kernel{
 			Sysctls: map[string]string{"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv4/conf/all/rp_filter": "1"},
 			Links:   map[string]Link{"eth0": {MTU: 1500, Up: true, Addrs: []netip.Prefix{pfx("192.0.2.1/24")}}},
-			Devices: []Device{{Name: "vtep1042", Want: "vni 1042", Have: "vni 1042"}}, AntiSpoof: &yes,
+			Devices: []Device{{Name: "vtep1042", Want: "vni 1042", Have: "vni 1042"}},
 			Forward: []ForwardChain{{Name: "iptables filter FORWARD", Passes: true}},
 		},
 		Features: []Feature{{Name: "vxlan", OK: true}},
@@ -63,7 +62,6 @@ func TestF137Findings(t *testing.T) {
 	refused := fmt.Errorf("ask: %w", echo.ErrRefused)
 	lost := errors.New("no answer")
 	addr, pfx := netip.MustParseAddr, netip.MustParsePrefix
-	no := false
 	for _, tc := range []struct {
 		name   string
 		spoil  func(f *Facts)
@@ -129,10 +127,7 @@ func TestF137Findings(t *testing.T) {
 		{"missing feature that a network needs for IPv6", func(f *Facts) { f.Features[0] = Feature{Name: "ipv6", IPv6: true} }, "features error: the kernel cannot do ipv6", ""},
 		{"ip_forward off", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/ip_forward"] = "0" }, "forwarding error: the host does not forward IPv4", "sysctl -w net.ipv4.ip_forward=1"},
 		{"IPv6 forwarding off", func(f *Facts) { f.Kernel.Sysctls["net/ipv6/conf/all/forwarding"] = "0" }, "forwarding error: the host does not forward IPv6", "sysctl -w net.ipv6.conf.all.forwarding=1"},
-		{"rp_filter loose, our rule there", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/conf/all/rp_filter"] = "2" }, "rp-filter warning: the reverse path check is loose (2)", "rp_filter=0"},
-		{"rp_filter loose, our rule not there", func(f *Facts) {
-			f.Kernel.Sysctls["net/ipv4/conf/all/rp_filter"], f.Kernel.AntiSpoof = "2", &no
-		}, "rp-filter error: the reverse path check is loose (2) for all devices, which overrides", "rp_filter=0"},
+		{"rp_filter loose", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/conf/all/rp_filter"] = "2" }, "rp-filter warning: the reverse path check is loose (2)", "rp_filter=0"},
 		{"FORWARD DROP", func(f *Facts) { f.Kernel.Forward[0].Passes = false }, "forward-policy error: forwarded packets are dropped by the policy of iptables filter FORWARD", "start lariat-network-manager"},
 		{"a firewall's own DROP", func(f *Facts) {
 			f.Kernel.Forward[0] = ForwardChain{Name: "nft chain inet firewall forward", Both: true}

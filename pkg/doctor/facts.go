@@ -66,12 +66,11 @@ type Concern struct {
 
 // Kernel is what was read from this host.
 type Kernel struct {
-	Sysctls   map[string]string // keys with slashes: net/ipv4/ip_forward
-	Links     map[string]Link   // every interface
-	Devices   []Device          // tunnel devices of ours, and those that should be there
-	Blocking  []Device          // nftables objects that keep packets of encrypted networks from travelling in clear, as text
-	Forward   []ForwardChain
-	AntiSpoof *bool // the rule that keeps containers from each other's addresses is there; nil: not known
+	Sysctls map[string]string // keys with slashes: net/ipv4/ip_forward
+	Links   map[string]Link   // every interface
+	Devices []Device          // tunnel devices of ours, and those that should be there
+	Chains  []Device          // nftables chains that should be there, as text
+	Forward []ForwardChain
 }
 
 // Link is an interface.

@@ -25,7 +25,6 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 
-	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
 	"github.com/lariat-net/lariat/pkg/kernel/iptables"
@@ -199,8 +198,6 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 		f.NotLooked["devices"] = err.Error()
 		return
 	}
-	_, guarded := have.Chains[attach.AntiSpoofChain]
-	k.AntiSpoof = &guarded
 	text := func(links map[string]delta.Link, name string) string {
 		l, ok := links[name]
 		if !ok {
@@ -215,7 +212,7 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 	for _, name := range slices.Compact(names) {
 		k.Devices = append(k.Devices, Device{Name: name, Want: text(want.Links, name), Have: text(have.Links, name)})
 	}
-	k.Blocking = blocking(want, have)
+	k.Chains = chains(want, have)
 }
 
 // forwardChains lists the chains that drop by policy what is forwarded: nftables' own, those that iptables makes in nftables, and

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/netip"
 	"os"
@@ -116,9 +117,9 @@ func switches() (out []string) {
 	return out
 }
 
-// blocking compares the nftables objects that keep clear packets away.
-func blocking(want, have *delta.State) (out []Device) {
-	chain := func(s *delta.State, name string) string {
+// chains compares the nftables chains with what they should be.
+func chains(want, have *delta.State) (out []Device) {
+	text := func(s *delta.State, name string) string {
 		c, ok := s.Chains[name]
 		if !ok {
 			return ""
@@ -127,10 +128,8 @@ func blocking(want, have *delta.State) (out []Device) {
 		only.Chains[name] = c
 		return strings.TrimSpace(only.String())
 	}
-	for _, name := range []string{ipsec.ClearIn, ipsec.ClearOut} {
-		if w := chain(want, name); w != "" {
-			out = append(out, Device{Name: "chain " + name, Want: w, Have: chain(have, name)})
-		}
+	for _, name := range slices.Sorted(maps.Keys(want.Chains)) {
+		out = append(out, Device{Name: name, Want: text(want, name), Have: text(have, name)})
 	}
 	return out
 }
@@ -150,6 +149,34 @@ var cures = []struct {
 		"compare the SUITES that lariat ipsec status shows on both: the kernel of one lacks AES-GCM, or the IKE daemon of one lacks a plugin; lariat doctor features, on both, tells of the kernel. " +
 			"A host that has just joined is known after a moment; when not: systemctl status lariat-metadata lariat-network-manager there"},
 	{[]string{"answer", "timeout", "timed out", "time out", "respon", "retransmi", "unreachable"}, tunnelPorts},
+}
+
+// rules reports what is missing of the rules that keep containers, networks and the underlay apart.
+func (e *examination) rules() {
+	if !e.needs("kernel", e.Kernel != nil) {
+		return
+	}
+	if why := e.NotLooked["devices"]; why != "" {
+		e.skip("%s", why)
+	}
+	var missing, changed []string
+	for _, c := range e.Kernel.Chains {
+		switch {
+		case c.Have == "":
+			missing = append(missing, c.Name)
+		case c.Have != c.Want:
+			changed = append(changed, c.Name)
+		}
+	}
+	const remedy = "start lariat-network-manager, which puts them back; until then containers are not kept apart, and those of encrypted networks may be heard in clear: stop them if that matters. " +
+		"Look for what removes the rules: another program's nft flush ruleset"
+	table := "nftables table inet " + delta.Table
+	if len(missing) > 0 {
+		e.add(Error, table, remedy, "rules that keep containers, networks and the underlay apart are missing: chain %s", strings.Join(missing, ", "))
+	}
+	if len(changed) > 0 {
+		e.add(Error, table, remedy, "rules that keep containers, networks and the underlay apart are not as they should be: chain %s", strings.Join(changed, ", "))
+	}
 }
 
 // ipsec reports what keeps tunnels from being set up.
@@ -302,23 +329,6 @@ func (e *examination) failClosed() {
 	k := e.Kernel
 	if why := e.NotLooked["devices"]; why != "" {
 		e.skip("%s", why)
-	}
-	var missing, changed []string
-	for _, b := range k.Blocking {
-		switch {
-		case b.Have == "":
-			missing = append(missing, b.Name)
-		case b.Have != b.Want:
-			changed = append(changed, b.Name)
-		}
-	}
-	const remedy = "start lariat-network-manager, which puts them back; until then stop the containers of encrypted networks on this host. Look for what removes them: another program's nft flush ruleset"
-	table := "nftables table inet " + delta.Table
-	if len(missing) > 0 {
-		e.add(Error, table, remedy, "the rules that keep packets of encrypted networks from travelling in clear are missing: %s", strings.Join(missing, ", "))
-	}
-	if len(changed) > 0 {
-		e.add(Error, table, remedy, "the rules that keep packets of encrypted networks from travelling in clear are not as they should be: %s", strings.Join(changed, ", "))
 	}
 	devices := map[string]bool{"all": true} // not lo, where they are set always
 	for _, d := range k.Devices {

@@ -45,7 +45,7 @@ func encryptedHost(t testing.TB) *Facts {
 		_, text, _ := strings.Cut(delta.LinkString(name, l), name+" ")
 		f.Kernel.Devices = append(f.Kernel.Devices, Device{Name: name, Want: text, Have: text})
 	}
-	f.Kernel.Blocking = blocking(want, want)
+	f.Kernel.Chains = chains(want, want)
 	f.Peers = nil
 	for i, addr := range []string{"192.0.2.2", "192.0.2.3", "198.51.100.4"} {
 		p := Peer{Host: fmt.Sprintf("h%d", i+2), Addr: netip.MustParseAddr(addr), RTT: time.Millisecond, WantMTU: 1500, MTU: 1500}
@@ -126,11 +126,11 @@ func TestF137FindingsOfEncryptedNetworks(t *testing.T) {
 		{"a host with another secret", func(f *Facts) { f.Metadata.Snapshot.Hosts[2].IKEKeys = []string{"00000000"} }, "secret error: host h3 shares no secret with this one, which has 5f0c1d2e, a1b2c3d4", "lariat ipsec rotate"},
 		{"rotation unfinished there", func(f *Facts) { f.Metadata.Snapshot.Hosts[2].IKEKeys = []string{"a1b2c3d4"} }, "secret warning: a rotation of the secret is unfinished: host h3 does not use 5f0c1d2e first", "--finish"},
 		{"blocking rules gone", func(f *Facts) {
-			for i := range f.Kernel.Blocking {
-				f.Kernel.Blocking[i].Have = ""
+			for i := range f.Kernel.Chains {
+				f.Kernel.Chains[i].Have = ""
 			}
-		}, "fail-closed error: the rules that keep packets of encrypted networks from travelling in clear are missing: chain clear-in, chain clear-out", "start lariat-network-manager"},
-		{"a blocking rule changed", func(f *Facts) { f.Kernel.Blocking[1].Have = "chain …" }, "fail-closed error: the rules that keep packets of encrypted networks from travelling in clear are not as they should be: chain clear-out", "nft flush ruleset"},
+		}, "rules error: rules that keep containers, networks and the underlay apart are missing: chain clear-out", "start lariat-network-manager"},
+		{"a blocking rule changed", func(f *Facts) { f.Kernel.Chains[0].Have = "chain …" }, "rules error: rules that keep containers, networks and the underlay apart are not as they should be: chain clear-out", "nft flush ruleset"},
 		{"policies off on the underlay", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/conf/eth0/disable_policy"] = "1" }, "fail-closed error: the kernel does not ask IPsec's policies on eth0: disable_policy is set", "sysctl -w net/ipv4/conf/eth0/disable_policy=0"},
 		{"policies off on a tunnel", func(f *Facts) {
 			f.Kernel.Sysctls["net/ipv4/conf/"+f.Kernel.Devices[len(f.Kernel.Devices)-1].Name+"/disable_xfrm"] = "1"
@@ -180,7 +180,7 @@ func TestF137EncryptedNetworksOfOthersAreNoFinding(t *testing.T) {
 	f := healthy(t) // without an encrypted network
 	f.Manager.Tunnels = &ipsec.Report{Missing: "esp"}
 	f.Features = append(f.Features, Feature{Name: "ESP", Encap: "ipsec"})
-	f.Kernel.Blocking, f.Kernel.Sysctls["net/ipv4/conf/eth0/disable_xfrm"] = nil, "1"
+	f.Kernel.Chains, f.Kernel.Sysctls["net/ipv4/conf/eth0/disable_xfrm"] = nil, "1"
 	if r := Check(f); len(r.Findings)+len(r.Skipped) != 0 {
 		t.Errorf("%+v", r)
 	}

@@ -15,9 +15,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
+	"github.com/lariat-net/lariat/pkg/guard"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
@@ -44,7 +44,7 @@ func want(s *metadata.Snapshot, self string) *delta.State {
 	// Of encrypted networks the rules that block: not every kernel that runs this has XFRM interfaces.
 	rules, planned := delta.NewState(), ipsec.Plan(s, self)
 	rules.Chains, rules.Sets = planned.Chains, planned.Sets
-	return delta.Merge(vxlan.Plan(s, self), attach.HostRules(s), rules)
+	return delta.Merge(vxlan.Plan(s, self), guard.Plan(s, self), rules)
 }
 
 func examine(file string) error {
@@ -69,7 +69,7 @@ func examine(file string) error {
 	}}
 	g.kernelFacts(ctx, f)
 	f.Peers = g.peers(ctx, f.Metadata.Snapshot)
-	return json.NewEncoder(os.Stdout).Encode(Check(f, "forwarding", "rp-filter", "forward-policy", "underlay", "devices", "fail-closed", "reach", "tunnel", "mtu", "clock"))
+	return json.NewEncoder(os.Stdout).Encode(Check(f, "forwarding", "rp-filter", "forward-policy", "underlay", "devices", "rules", "fail-closed", "reach", "tunnel", "mtu", "clock"))
 }
 
 // pair is two hosts in namespaces, with one network between them as the network manager makes it.
@@ -226,9 +226,6 @@ func TestF137RealSysctls(t *testing.T) {
 	p := newPair(t)
 	p.respond(t, echo.Server{})
 	p.sysctl(t, "net/ipv4/conf/all/rp_filter", "2")
-	p.examine(t, "rp-filter error: the reverse path check is loose (2)")
-	// What the network manager does about it is enough.
-	p.a.Command(t, "nft", "add chain inet lariat antispoof { type filter hook prerouting priority -300; }; add rule inet lariat antispoof iifname \"lrt*\" fib saddr . iif oif missing drop")
 	p.examine(t, "rp-filter warning: the reverse path check is loose (2)")
 	p.sysctl(t, "net/ipv4/conf/all/rp_filter", "0")
 	p.sysctl(t, "net/ipv4/ip_forward", "0")
@@ -258,14 +255,15 @@ func TestF137RealClockSkew(t *testing.T) {
 func TestF137RealBlockingRules(t *testing.T) {
 	p := newPair(t)
 	p.respond(t, echo.Server{})
+	p.a.Command(t, "nft", "delete table inet lariat")
 	p.snap.Networks = append(p.snap.Networks, metadata.Network{Name: "payroll", Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16")}, Encapsulation: metadata.EncapIPsec})
 	k, err := kernel.NewAt(p.a.Path())
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer k.Close()
-	const what = "fail-closed error: the rules that keep packets of encrypted networks from travelling in clear are "
-	p.examine(t, what+"missing: chain clear-in, chain clear-out")
+	const what = "rules error: rules that keep containers, networks and the underlay apart are "
+	p.examine(t, what+"missing: chain clear-out, from-port, guard, isolation, untracked, vtep-sources")
 	if _, err := kernel.Reconcile(t.Context(), k, want(p.snap, "a")); err != nil {
 		t.Fatal(err)
 	}

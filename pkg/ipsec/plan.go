@@ -22,12 +22,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/underlay"
 )
 
-// The nftables chains that keep clear packets of the overlay off the wire and out of the containers.
-const (
-	ClearIn    = "clear-in"
-	ClearOut   = "clear-out"
-	vxlanNames = "vtep" // VXLAN devices: what arrives by one is never for an encrypted network
-)
+// ClearOut is the nftables chain that keeps clear packets of the overlay off the wire. pkg/guard keeps those of others out.
+const ClearOut = "clear-out"
 
 // Owned reports whether an if_id is of the range from which Lariat takes them, 0x4c000000 to 0x4cffffff (0x4c is 76, as with its
 // routes). SAs and policies under such an if_id are Lariat's.
@@ -53,9 +49,7 @@ func Alias(network, peer string) string {
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	s := delta.NewState()
 	var all []metadata.Network
-	vxlan := false
 	for _, n := range snap.Networks {
-		vxlan = vxlan || n.Encapsulation == metadata.EncapVXLAN
 		if n.Encapsulation == metadata.EncapIPsec {
 			all = append(all, n)
 			for _, subnet := range n.Subnets {
@@ -68,7 +62,7 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 		return s
 	}
 	// Of every network, those too that cannot be planned, and on a host that nothing can be planned for: there may be containers.
-	block(s, all, vxlan)
+	block(s, all)
 	if l, ok := layOut(snap, self, s); ok {
 		prefixes := underlay.Prefixes(snap)
 		for _, n := range l.networks {
@@ -184,27 +178,21 @@ func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Net
 	}
 }
 
-// block keeps the overlay's addresses inside: a packet to one leaves this host by a container's port or by a tunnel, and a packet
-// from one arrives that way, or it is dropped. The rules know no peers, so they stand, unchanged, whatever happens to those.
-func block(s *delta.State, networks []metadata.Network, vxlan bool) {
+// block keeps the overlay's addresses inside: a packet to one leaves this host by a container's port or by a tunnel, or it is dropped.
+// The rules know no peers, so they stand, unchanged, whatever happens to those.
+func block(s *delta.State, networks []metadata.Network) {
 	var subnets []netip.Prefix
 	for _, n := range networks {
 		subnets = append(subnets, n.Subnets...)
 	}
 	slices.SortFunc(subnets, netip.Prefix.Compare)
-	in := delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300}
 	out := delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300}
 	// What costs is ESP on the wire: there every packet comes alone, while those of a stream pass the containers' ports and the tunnels' interfaces by the
 	// dozen. So the address is first, which lets ESP go after one comparison for each rule, and there is no rule more than needed (make bench/guest).
 	for _, p := range subnets {
-		in.Rules = append(in.Rules,
-			delta.Rule{delta.InPrefix{Field: "saddr", Prefix: p}, delta.IifGroup{Group: delta.InsideGroup, Not: true}, delta.Iif{Name: "lo", Not: true}, delta.Verdict("drop")})
-		if vxlan {
-			in.Rules = append(in.Rules, delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.IifPrefix(vxlanNames), delta.Verdict("drop")})
-		}
 		// A packet passes here twice: on its way into the tunnel's interface, and on its way to the wire with the transformation ahead of it.
 		out.Rules = append(out.Rules,
 			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.OifGroup{Group: delta.InsideGroup, Not: true}, delta.NotRouteIPsec{}, delta.Oif{Name: "lo", Not: true}, delta.Verdict("drop")})
 	}
-	s.Chains[ClearIn], s.Chains[ClearOut] = in, out
+	s.Chains[ClearOut] = out
 }

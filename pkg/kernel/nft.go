@@ -481,22 +481,27 @@ func (f *nftables) plan(sets map[string]delta.Set, chains map[string]delta.Chain
 		}
 	}
 	changed := map[string]bool{}
+	var gone []string
 	for _, name := range slices.Sorted(maps.Keys(f.chains)) {
 		have := f.chains[name]
 		want, ok := chains[name]
-		switch {
-		case !ok || !want.SameBase(have):
-			add("delete chain "+name, func(m *message) error { chainMessage(m, unix.NFT_MSG_DELCHAIN, 0, name); return nil })
-			changed[name] = ok
-		case !want.Equal(have) || len(remade) > 0:
-			add("flush chain "+name, func(m *message) error {
-				nftMessage(m, unix.NFT_MSG_DELRULE, 0)
-				m.string(unix.NFTA_RULE_TABLE, delta.Table)
-				m.string(unix.NFTA_RULE_CHAIN, name)
-				return nil
-			})
-			changed[name] = true
+		if ok && want.SameBase(have) && want.Equal(have) && len(remade) == 0 {
+			continue
 		}
+		changed[name] = true
+		if !ok || !want.SameBase(have) {
+			gone = append(gone, name)
+		}
+		// Chains that go are emptied too: the kernel keeps a chain that a rule jumps to.
+		add("flush chain "+name, func(m *message) error {
+			nftMessage(m, unix.NFT_MSG_DELRULE, 0)
+			m.string(unix.NFTA_RULE_TABLE, delta.Table)
+			m.string(unix.NFTA_RULE_CHAIN, name)
+			return nil
+		})
+	}
+	for _, name := range gone {
+		add("delete chain "+name, func(m *message) error { chainMessage(m, unix.NFT_MSG_DELCHAIN, 0, name); return nil })
 	}
 	for _, name := range slices.Sorted(maps.Keys(f.sets)) {
 		if _, ok := sets[name]; !ok || remade[name] {
@@ -524,21 +529,26 @@ func (f *nftables) plan(sets map[string]delta.Set, chains map[string]delta.Chain
 			})
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(chains)) {
+	names := slices.DeleteFunc(slices.Sorted(maps.Keys(chains)), func(name string) bool {
+		_, ok := f.chains[name]
+		return ok && !changed[name]
+	})
+	for _, name := range names { // all of them, before a rule jumps to one
 		want := chains[name]
-		if _, ok := f.chains[name]; ok && !changed[name] {
-			continue
-		}
 		hook := slices.Index(hooks, want.Hook)
-		if hook < 0 {
+		if hook < 0 && want.Hook != "" {
 			return nil, fmt.Errorf("chain %s: unknown hook %q", name, want.Hook)
 		}
 		add("add chain "+name, func(m *message) error {
 			chainMessage(m, unix.NFT_MSG_NEWCHAIN, unix.NLM_F_CREATE, name)
-			base(m, want, uint32(hook))
+			if hook >= 0 {
+				base(m, want, uint32(hook))
+			}
 			return nil
 		})
-		for _, r := range want.Rules {
+	}
+	for _, name := range names {
+		for _, r := range chains[name].Rules {
 			add("add rule to "+name+": "+r.String(), func(m *message) error { return rule(m, name, r) })
 		}
 	}

@@ -25,6 +25,8 @@ func filters() *delta.State {
 	s.Sets["keep6-overlay"] = delta.Set{Interval: true, V6: true, Elements: prefixes("fd42::/64", "ff00::/8")}
 	s.Sets["vteps4"] = delta.Set{Elements: prefixes("192.0.2.1/32", "192.0.2.2/32")}
 	s.Sets["vteps6"] = delta.Set{V6: true, Elements: prefixes("2001:db8::1/128")}
+	s.Sets["hosts4"] = delta.Set{Elements: prefixes("192.0.2.1/32", "192.0.2.2/32")}
+	s.Sets["hosts6"] = delta.Set{V6: true, Elements: prefixes("2001:db8::1/128")}
 	s.Chains["antispoof"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
 		{delta.IifPrefix(delta.PortPrefix), delta.NoReverse{}, delta.Verdict("drop"), delta.MarkComment("own addresses only")},
 	}}
@@ -38,6 +40,30 @@ func filters() *delta.State {
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("fd44::/48")}, delta.Verdict("drop")},
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("fd44::/50")}, delta.Verdict("drop")},
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("192.0.2.1/32")}, delta.Verdict("drop")},
+	}}
+	s.Chains["guard"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
+		{delta.IifPrefix(delta.PortPrefix), delta.Jump("from-port")},
+		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("192.0.2.1/32")}, delta.UDPDport(4789), delta.Notrack{}, delta.Verdict("accept")},
+		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.42.0.0/16")}, delta.Reverse{}, delta.Verdict("accept")},
+	}}
+	s.Chains["from-port"] = delta.Chain{Rules: []delta.Rule{
+		{delta.L4Proto(6), delta.Verdict("accept")},
+		{delta.UDPDport(500), delta.ToLocal{}, delta.Verdict("drop")},
+		{delta.L4Proto(50), delta.InSet{Field: "daddr", Set: "hosts4"}, delta.Verdict("drop")},
+		{delta.L4Proto(99), delta.UDPSport(500), delta.Verdict("drop")},
+		{delta.L4Proto(17), delta.Verdict("accept")},
+	}}
+	s.Chains["isolation"] = delta.Chain{Type: "filter", Hook: "forward", Priority: -10, Rules: []delta.Rule{
+		{delta.NotAddr{Field: "daddr", Addr: netip.MustParseAddr("192.0.2.1")}, delta.UDPDport(4789), delta.Verdict("drop")},
+		{delta.NotAddr{Field: "saddr", Addr: netip.MustParseAddr("2001:db8::1")}, delta.IPv6Fragment{}, delta.Verdict("drop")},
+		{delta.UDPDport(4789), delta.IPv6Fragment{}, delta.InSet{Field: "saddr", Set: "hosts6", V6: true, Not: true}, delta.Verdict("drop")},
+		{delta.CtReply{}, delta.Verdict("accept")},
+		{delta.CtDNAT{}, delta.Verdict("accept")},
+	}}
+	s.Chains["ports"] = delta.Chain{Type: "nat", Hook: "postrouting", Priority: 101, Rules: []delta.Rule{
+		{delta.L4Proto(6), delta.Masquerade{First: 32768, Last: 60999}},
+		{delta.InSet{Field: "saddr", Set: "hosts4"}, delta.L4Proto(132), delta.Masquerade{First: 32768, Last: 60999}},
+		{delta.L4Proto(33), delta.Masquerade{First: 1, Last: 2}},
 	}}
 	s.Chains["egress"] = delta.Chain{Type: "nat", Hook: "postrouting", Priority: 100, Rules: []delta.Rule{
 		{delta.InSet{Field: "saddr", Set: "nat4-overlay"}, delta.InSet{Field: "daddr", Set: "keep4-overlay", Not: true}, delta.Oif{Name: "vtep1042", Not: true}, delta.Masquerade{}},

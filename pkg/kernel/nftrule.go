@@ -23,6 +23,12 @@ const (
 	verdictDrop, verdictAccept = 0, 1 // include/uapi/linux/netfilter.h
 
 	rtXFRM = 4 // NFT_RT_XFRM (Linux 4.20)
+
+	// Bits of include/uapi/linux/netfilter/nf_conntrack_common.h: of the state, established and related; of the status, IPS_DST_NAT.
+	ctReply = 1<<1 | 1<<2
+	ctDNAT  = 1 << 5
+
+	fragmentHeader = 44 // IANA's number of the IPv6 fragment header
 )
 
 // Field offsets in the IP headers.
@@ -42,6 +48,31 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		add(&expr.Cmp{Op: op, Register: reg, Data: data})
 	}
 	var proto byte // of the network layer, once a statement of this rule has matched it
+	ofFamily := func(v6 bool) {
+		want := byte(unix.NFPROTO_IPV4)
+		if v6 {
+			want = unix.NFPROTO_IPV6
+		}
+		if proto != want {
+			proto = want
+			add(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg})
+			cmp(false, []byte{want})
+		}
+	}
+	l4 := func(number byte) {
+		add(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg})
+		cmp(false, []byte{number})
+	}
+	udp := func(offset uint32, port uint16) {
+		l4(unix.IPPROTO_UDP)
+		add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2})
+		cmp(false, binary.BigEndian.AppendUint16(nil, port))
+	}
+	bit := func(key expr.CtKey, mask uint32) {
+		add(&expr.Ct{Key: key, Register: reg},
+			&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, mask), Xor: make([]byte, 4)})
+		cmp(true, make([]byte, 4))
+	}
 	for _, s := range r {
 		switch s := s.(type) {
 		case delta.IifPrefix:
@@ -55,19 +86,11 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 			cmp(s.Not, binary.NativeEndian.AppendUint32(nil, s.Group))
 		case delta.InPrefix:
 			v6 := s.Prefix.Addr().Is6()
-			want := byte(unix.NFPROTO_IPV4)
-			if v6 {
-				want = unix.NFPROTO_IPV6
-			}
 			offset, ok := addrField[v6][s.Field]
 			if !ok || s.Prefix.Bits() < 1 {
 				return nil, "", fmt.Errorf("%s: unknown field %q, or a prefix of everything", s, s.Field)
 			}
-			if proto != want {
-				proto = want
-				add(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg})
-				cmp(false, []byte{want})
-			}
+			ofFamily(v6)
 			addr := s.Prefix.Masked().Addr().AsSlice()
 			whole := s.Prefix.Bits() / 8
 			if s.Prefix.Bits()%8 == 0 { // of whole octets no more are loaded than count
@@ -89,26 +112,44 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 			add(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: reg})
 			cmp(s.Not, ifname(s.Name))
 		case delta.InSet:
-			want, length := byte(unix.NFPROTO_IPV4), uint32(4)
-			if s.V6 {
-				want, length = unix.NFPROTO_IPV6, 16
-			}
 			offset, ok := addrField[s.V6][s.Field]
 			if !ok {
 				return nil, "", fmt.Errorf("%s: unknown field %q", s, s.Field)
 			}
-			if proto != want {
-				proto = want
-				add(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: reg})
-				cmp(false, []byte{want})
-			}
-			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length},
+			ofFamily(s.V6)
+			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length(s.V6)},
 				&expr.Lookup{SourceRegister: reg, SetName: s.Set, Invert: s.Not})
+		case delta.NotAddr:
+			v6 := s.Addr.Is6()
+			offset, ok := addrField[v6][s.Field]
+			if !ok {
+				return nil, "", fmt.Errorf("%s: unknown field %q", s, s.Field)
+			}
+			ofFamily(v6)
+			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: length(v6)})
+			cmp(true, s.Addr.AsSlice())
+		case delta.L4Proto:
+			l4(byte(s))
 		case delta.UDPDport:
-			add(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg})
-			cmp(false, []byte{unix.IPPROTO_UDP})
-			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2})
-			cmp(false, binary.BigEndian.AppendUint16(nil, uint16(s)))
+			udp(2, uint16(s))
+		case delta.UDPSport:
+			udp(0, uint16(s))
+		case delta.IPv6Fragment:
+			ofFamily(true)
+			add(&expr.Exthdr{DestRegister: reg, Type: fragmentHeader, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: expr.ExthdrOpIpv6})
+			cmp(false, []byte{1})
+		case delta.Reverse:
+			add(&expr.Fib{Register: reg, ResultOIF: true, FlagSADDR: true, FlagIIF: true, FlagPRESENT: true})
+			cmp(false, binary.NativeEndian.AppendUint32(nil, 1)) // as nft does
+		case delta.ToLocal:
+			add(&expr.Fib{Register: reg, ResultADDRTYPE: true, FlagDADDR: true})
+			cmp(false, binary.NativeEndian.AppendUint32(nil, unix.RTN_LOCAL))
+		case delta.CtReply:
+			bit(expr.CtKeySTATE, ctReply)
+		case delta.CtDNAT:
+			bit(expr.CtKeySTATUS, ctDNAT)
+		case delta.Notrack:
+			add(&expr.Notrack{})
 		case delta.VXLANVNI:
 			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: 12, Len: 3})
 			cmp(false, []byte{byte(s >> 16), byte(s >> 8), byte(s)})
@@ -119,13 +160,25 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 			add(&expr.Rt{Key: rtXFRM, Register: reg})
 			cmp(false, []byte{0})
 		case delta.Masquerade:
-			add(&expr.Masq{})
+			if s == (delta.Masquerade{}) {
+				add(&expr.Masq{})
+				continue
+			}
+			add(&expr.Immediate{Register: unix.NFT_REG_1, Data: binary.BigEndian.AppendUint16(nil, s.First)},
+				&expr.Immediate{Register: unix.NFT_REG_2, Data: binary.BigEndian.AppendUint16(nil, s.Last)},
+				&expr.Masq{ToPorts: true, RegProtoMin: unix.NFT_REG_1, RegProtoMax: unix.NFT_REG_2})
 		case delta.Verdict:
-			kind, ok := map[delta.Verdict]expr.VerdictKind{"accept": expr.VerdictAccept, "drop": expr.VerdictDrop}[s]
-			if !ok {
+			chain := s.JumpTo()
+			switch {
+			case s == "accept":
+				add(&expr.Verdict{Kind: expr.VerdictAccept})
+			case s == "drop":
+				add(&expr.Verdict{Kind: expr.VerdictDrop})
+			case chain != "":
+				add(&expr.Verdict{Kind: expr.VerdictJump, Chain: chain})
+			default:
 				return nil, "", fmt.Errorf("unknown verdict %q", string(s))
 			}
-			add(&expr.Verdict{Kind: kind})
 		case delta.MarkComment:
 			comment = string(s)
 		default:
@@ -271,9 +324,17 @@ func statement(x []expression) (delta.Statement, int) {
 			return delta.Oif{Name: cstring(data), Not: not}, 2
 		case key == unix.NFT_META_NFPROTO && !not && len(data) == 1 && len(x) > 2 && matchesFamily(x[2:], data[0]):
 			return nil, 2
-		case key == unix.NFT_META_L4PROTO && !not && bytes.Equal(data, []byte{unix.IPPROTO_UDP}) && len(x) > 3 &&
-			x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2) && x[3].equals(2):
-			return delta.UDPDport(binary.BigEndian.Uint16(x[3].data(unix.NFTA_CMP_DATA))), 4
+		case key == unix.NFT_META_L4PROTO && !not && len(data) == 1:
+			if data[0] == unix.IPPROTO_UDP && len(x) > 3 && x[3].equals(2) {
+				port := binary.BigEndian.Uint16(x[3].data(unix.NFTA_CMP_DATA))
+				switch {
+				case x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2):
+					return delta.UDPSport(port), 4
+				case x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2):
+					return delta.UDPDport(port), 4
+				}
+			}
+			return delta.L4Proto(data[0]), 2
 		}
 		return unknown, 2
 	case "payload":
@@ -289,16 +350,49 @@ func statement(x []expression) (delta.Statement, int) {
 		if p, n, ok := inPrefix(x); ok {
 			return p, n
 		}
+		if a, ok := notAddr(x); ok {
+			return a, 2
+		}
 		if c, ok := second("cmp"); ok && c.equals(3) && first.payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 12, 3) {
 			d := c.data(unix.NFTA_CMP_DATA)
 			return delta.VXLANVNI(uint32(d[0])<<16 | uint32(d[1])<<8 | uint32(d[2])), 2
 		}
 	case "fib":
 		flags := uint32(unix.NFTA_FIB_F_SADDR | unix.NFTA_FIB_F_IIF | unix.NFTA_FIB_F_PRESENT)
-		if c, ok := second("cmp"); ok && c.equals(4) && binary.NativeEndian.Uint32(c.data(unix.NFTA_CMP_DATA)) == 0 &&
-			first.u32(unix.NFTA_FIB_RESULT) == unix.NFT_FIB_RESULT_OIF && first.u32(unix.NFTA_FIB_FLAGS) == flags {
-			return delta.NoReverse{}, 2
+		c, ok := second("cmp")
+		if !ok || first.u32(unix.NFTA_FIB_DREG) != reg {
+			break
 		}
+		data, result := c.data(unix.NFTA_CMP_DATA), first.u32(unix.NFTA_FIB_RESULT)
+		switch {
+		case result == unix.NFT_FIB_RESULT_OIF && first.u32(unix.NFTA_FIB_FLAGS) == flags:
+			switch {
+			case c.equals(4) && binary.NativeEndian.Uint32(data) == 0:
+				return delta.NoReverse{}, 2
+			case c.equals(4) && binary.NativeEndian.Uint32(data) == 1:
+				return delta.Reverse{}, 2
+			}
+		case result == unix.NFT_FIB_RESULT_ADDRTYPE && first.u32(unix.NFTA_FIB_FLAGS) == unix.NFTA_FIB_F_DADDR &&
+			c.equals(4) && binary.NativeEndian.Uint32(data) == unix.RTN_LOCAL:
+			return delta.ToLocal{}, 2
+		}
+	case "ct":
+		mask, ok := anyBit(x)
+		switch key := first.u32(unix.NFTA_CT_KEY); {
+		case !ok || first.u32(unix.NFTA_CT_DREG) != reg || first.attrs[unix.NFTA_CT_DIRECTION] != nil:
+		case key == unix.NFT_CT_STATE && mask == ctReply:
+			return delta.CtReply{}, 3
+		case key == unix.NFT_CT_STATUS && mask == ctDNAT:
+			return delta.CtDNAT{}, 3
+		}
+	case "exthdr":
+		if c, ok := second("cmp"); ok && c.equals(1) && c.data(unix.NFTA_CMP_DATA)[0] == 1 && first.u32(unix.NFTA_EXTHDR_DREG) == reg &&
+			bytes.Equal(first.attrs[unix.NFTA_EXTHDR_TYPE], []byte{fragmentHeader}) && first.u32(unix.NFTA_EXTHDR_OP) == unix.NFT_EXTHDR_OP_IPV6 &&
+			first.u32(unix.NFTA_EXTHDR_FLAGS) == unix.NFT_EXTHDR_F_PRESENT && first.u32(unix.NFTA_EXTHDR_OFFSET) == 0 {
+			return delta.IPv6Fragment{}, 2
+		}
+	case "notrack":
+		return delta.Notrack{}, 1
 	case "rt":
 		if c, ok := second("cmp"); ok && c.equals(1) && first.u32(unix.NFTA_RT_KEY) == rtXFRM && c.data(unix.NFTA_CMP_DATA)[0] == 0 {
 			return delta.NotRouteIPsec{}, 2
@@ -309,17 +403,11 @@ func statement(x []expression) (delta.Statement, int) {
 		}
 	case "immediate":
 		if first.u32(unix.NFTA_IMMEDIATE_DREG) == unix.NFT_REG_VERDICT {
-			for a := newAttrs(first.attrs[unix.NFTA_IMMEDIATE_DATA]); a.next(); {
-				for v := newAttrs(a.value); v.next(); {
-					switch {
-					case v.typ != unix.NFTA_VERDICT_CODE:
-					case v.u32be() == verdictAccept:
-						return delta.Verdict("accept"), 1
-					case v.u32be() == verdictDrop:
-						return delta.Verdict("drop"), 1
-					}
-				}
+			if v, ok := verdict(first); ok {
+				return v, 1
 			}
+		} else if m, ok := masqueradeTo(x); ok {
+			return m, 3
 		}
 	}
 	names := make([]string, 0, len(x))
@@ -327,6 +415,78 @@ func statement(x []expression) (delta.Statement, int) {
 		names = append(names, e.name)
 	}
 	return delta.Unknown(strings.Join(slices.Compact(names), " ")), len(x)
+}
+
+func verdict(e expression) (delta.Verdict, bool) {
+	var code int32
+	var chain string
+	found := false
+	for a := newAttrs(e.attrs[unix.NFTA_IMMEDIATE_DATA]); a.next(); {
+		for v := newAttrs(a.value); v.next(); {
+			switch v.typ {
+			case unix.NFTA_VERDICT_CODE:
+				code, found = int32(v.u32be()), true
+			case unix.NFTA_VERDICT_CHAIN:
+				chain = cstring(v.value)
+			}
+		}
+	}
+	switch {
+	case !found:
+	case code == verdictAccept:
+		return "accept", true
+	case code == verdictDrop:
+		return "drop", true
+	case code == unix.NFT_JUMP && chain != "":
+		return delta.Jump(chain), true
+	}
+	return "", false
+}
+
+// masqueradeTo reads the two ports and the masquerade that uses them.
+func masqueradeTo(x []expression) (delta.Masquerade, bool) {
+	if len(x) < 3 || x[1].name != "immediate" || x[2].name != "masq" || x[2].u32(unix.NFTA_MASQ_FLAGS)&^unix.NF_NAT_RANGE_PROTO_SPECIFIED != 0 {
+		return delta.Masquerade{}, false
+	}
+	var ports [2]uint16
+	for i, attr := range []uint16{unix.NFTA_MASQ_REG_PROTO_MIN, unix.NFTA_MASQ_REG_PROTO_MAX} {
+		data := x[i].data(unix.NFTA_IMMEDIATE_DATA)
+		if len(data) != 2 || x[i].u32(unix.NFTA_IMMEDIATE_DREG) != x[2].u32(attr) {
+			return delta.Masquerade{}, false
+		}
+		ports[i] = binary.BigEndian.Uint16(data)
+	}
+	return delta.Masquerade{First: ports[0], Last: ports[1]}, ports != [2]uint16{}
+}
+
+// anyBit reads the comparison behind the first expression, which asks whether any bit of a mask of four octets is set.
+func anyBit(x []expression) (mask uint32, ok bool) {
+	if len(x) < 3 || x[1].name != "bitwise" || x[1].u32(unix.NFTA_BITWISE_SREG) != reg || x[1].u32(unix.NFTA_BITWISE_DREG) != reg ||
+		!x[2].compares() || x[2].u32(unix.NFTA_CMP_OP) != unix.NFT_CMP_NEQ || !bytes.Equal(x[2].data(unix.NFTA_CMP_DATA), make([]byte, 4)) {
+		return 0, false
+	}
+	data := x[1].data(unix.NFTA_BITWISE_MASK)
+	if len(data) != 4 || len(bytes.Trim(x[1].data(unix.NFTA_BITWISE_XOR), "\x00")) > 0 {
+		return 0, false
+	}
+	return binary.NativeEndian.Uint32(data), true
+}
+
+// notAddr reads a match of an address against one that it is not.
+func notAddr(x []expression) (delta.NotAddr, bool) {
+	if len(x) < 2 || !x[1].compares() || x[1].u32(unix.NFTA_CMP_OP) != unix.NFT_CMP_NEQ {
+		return delta.NotAddr{}, false
+	}
+	addr, ok := netip.AddrFromSlice(x[1].data(unix.NFTA_CMP_DATA))
+	if !ok {
+		return delta.NotAddr{}, false
+	}
+	for field, offset := range addrField[addr.Is6()] {
+		if x[0].payload(unix.NFT_PAYLOAD_NETWORK_HEADER, offset, length(addr.Is6())) {
+			return delta.NotAddr{Field: field, Addr: addr}, true
+		}
+	}
+	return delta.NotAddr{}, false
 }
 
 func length(v6 bool) uint32 {
@@ -338,12 +498,20 @@ func length(v6 bool) uint32 {
 
 // matchesFamily says whether a match on the network protocol is the one that the next statement, on an address, brings along.
 func matchesFamily(x []expression, proto byte) bool {
-	s, _ := statement(x)
-	if p, ok := s.(delta.InPrefix); ok {
-		return (proto == unix.NFPROTO_IPV6) == p.Prefix.Addr().Is6() && (proto == unix.NFPROTO_IPV4 || p.Prefix.Addr().Is6())
+	var v6 bool
+	switch s, _ := statement(x); s := s.(type) {
+	case delta.InPrefix:
+		v6 = s.Prefix.Addr().Is6()
+	case delta.NotAddr:
+		v6 = s.Addr.Is6()
+	case delta.InSet:
+		v6 = s.V6
+	case delta.IPv6Fragment:
+		v6 = true
+	default:
+		return false
 	}
-	in, ok := s.(delta.InSet)
-	return ok && (proto == unix.NFPROTO_IPV6) == in.V6 && (proto == unix.NFPROTO_IPV4 || in.V6)
+	return v6 && proto == unix.NFPROTO_IPV6 || !v6 && proto == unix.NFPROTO_IPV4
 }
 
 // inPrefix reads a match of an address against a prefix: some octets that are equal, or all of them behind a mask.

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 )
@@ -108,6 +109,7 @@ type Network struct {
 	MTU             int                        `json:"mtu,omitempty"`  // of the containers' interfaces; 0: from the underlay
 	HostNAT         bool                       `json:"hostNAT"`        // masquerade what leaves the network
 	HostNATExempt   []netip.Prefix             `json:"hostNATExempt,omitempty"`
+	AllowFrom       []string                   `json:"allowFrom,omitempty"` // whose packets may come in: names of networks, AllowAll, prefixes outside
 	HostPorts       bool                       `json:"hostPorts,omitempty"`
 	DirectRouting   bool                       `json:"directRouting,omitempty"` // plain routes to hosts on the same link
 	StrictAffinity  bool                       `json:"strictAffinity,omitempty"`
@@ -134,6 +136,28 @@ const (
 	DefaultVNI         = 1042 // Rancher's; further networks count up from it
 	DefaultCooldown    = 60 * time.Second
 )
+
+// ProbePort is the UDP port at which network managers answer each other's probes: the one before VXLAN's. IANA has assigned it to
+// nobody for UDP.
+const ProbePort = 4788
+
+// AllowAll, in Network.AllowFrom, stands for every network.
+const AllowAll = "all"
+
+// Allows reports whether containers of another network may reach this one's.
+func (n Network) Allows(network string) bool {
+	return slices.Contains(n.AllowFrom, AllowAll) || slices.Contains(n.AllowFrom, network)
+}
+
+// AllowedPrefixes are the sources outside of all networks from which this one's containers may be reached, without a published port.
+func (n Network) AllowedPrefixes() (out []netip.Prefix) {
+	for _, s := range n.AllowFrom {
+		if p, err := netip.ParsePrefix(s); err == nil {
+			out = append(out, p.Masked())
+		}
+	}
+	return out
+}
 
 // Block is a part of a network's subnet whose addresses one host hands out.
 type Block struct {
@@ -424,6 +448,11 @@ func (n Network) Validate() error {
 	for _, s := range n.Exclude {
 		if _, err := ParseRange(s); err != nil {
 			fail("exclude: %w", err)
+		}
+	}
+	for _, s := range n.AllowFrom {
+		if _, err := netip.ParsePrefix(s); err != nil && ValidName(s) != nil {
+			fail("allowFrom %q: want the name of a network, a prefix such as 192.0.2.0/24, or %s", s, AllowAll)
 		}
 	}
 	if n.CooldownSeconds < 0 {

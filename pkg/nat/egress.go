@@ -15,6 +15,16 @@ import (
 // Chain is where the rules stand: postrouting, at nft's own priority for source NAT.
 const Chain = "egress"
 
+// The source ports that masqueraded packets have, which are those that Linux gives to clients (ip_local_port_range): a container that
+// chooses the port of a service of its host would otherwise receive what peers send to that service (CVE-2021-3773).
+const (
+	FirstPort = 32768
+	LastPort  = 60999
+)
+
+// portProtocols have ports that NAT can choose, by IANA's numbers: TCP, UDP, SCTP, DCCP.
+var portProtocols = []delta.L4Proto{6, 17, 132, 33}
+
 // Plan returns the rules of every network that wants host NAT. What stays inside of any of our networks, goes to an exempted
 // prefix, or to a link-local or multicast address keeps its source.
 func Plan(snap *metadata.Snapshot) *delta.State {
@@ -45,11 +55,12 @@ func Plan(snap *metadata.Snapshot) *delta.State {
 			}
 			s.Sets["nat"+suffix] = delta.Set{V6: v6, Interval: true, Elements: []netip.Prefix{subnet}}
 			s.Sets["keep"+suffix] = delta.Set{V6: v6, Interval: true, Elements: delta.Disjoint(keep)}
-			chain.Rules = append(chain.Rules, delta.Rule{
-				delta.InSet{Field: "saddr", Set: "nat" + suffix, V6: v6},
-				delta.InSet{Field: "daddr", Set: "keep" + suffix, V6: v6, Not: true},
-				delta.Masquerade{},
-			})
+			from := delta.InSet{Field: "saddr", Set: "nat" + suffix, V6: v6}
+			to := delta.InSet{Field: "daddr", Set: "keep" + suffix, V6: v6, Not: true}
+			for _, proto := range portProtocols {
+				chain.Rules = append(chain.Rules, delta.Rule{from, to, proto, delta.Masquerade{First: FirstPort, Last: LastPort}})
+			}
+			chain.Rules = append(chain.Rules, delta.Rule{from, to, delta.Masquerade{}})
 		}
 	}
 	if len(chain.Rules) > 0 {

@@ -2,8 +2,8 @@
 package plan
 
 import (
-	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/guard"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/nat"
@@ -13,7 +13,7 @@ import (
 // Desired is all that Lariat wants of host self's kernel, apart from containers' ports, which their own ADD makes. It is
 // a pure function of the snapshot; "lariat plan" prints it, and the network manager applies it.
 func Desired(snap *metadata.Snapshot, self string) *delta.State {
-	return delta.Merge(vxlan.Plan(snap, self), ipsec.Plan(snap, self), nat.Plan(snap), attach.HostRules(snap))
+	return delta.Merge(vxlan.Plan(snap, self), ipsec.Plan(snap, self), guard.Plan(snap, self), nat.Plan(snap))
 }
 
 // Device is the device that carries a network's addresses on each host, empty of a network that needs none.

@@ -6,14 +6,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/iptables"
@@ -171,9 +169,6 @@ func (m *Manager) Desired(s *metadata.Snapshot) *delta.State {
 	own := delta.NewState()
 	if m.MetadataAddress.IsValid() {
 		own.Addrs[delta.Addr{Dev: "lo", Prefix: netip.PrefixFrom(m.MetadataAddress, m.MetadataAddress.BitLen())}] = struct{}{}
-	}
-	if v, err := os.ReadFile("/proc/sys/net/ipv4/conf/all/rp_filter"); err == nil && strings.TrimSpace(string(v)) == "2" {
-		own = delta.Merge(own, attach.AntiSpoof())
 	}
 	return delta.Merge(plan.Desired(s, s.Self), own)
 }

@@ -22,7 +22,7 @@ import (
 )
 
 // Device is the name of a network's vxlan device, as Rancher named it.
-func Device(vni uint32) string { return fmt.Sprintf("vtep%d", vni) }
+func Device(vni uint32) string { return fmt.Sprintf("%s%d", delta.VTEPPrefix, vni) }
 
 // Alias is the ifalias of a network's device.
 func Alias(network string) string { return delta.AliasPrefix + "vxlan:" + network }
@@ -200,8 +200,8 @@ func (n *nexthopIDs) next(network, host string, v6 bool) uint32 {
 	}
 }
 
-// planSources lets VXLAN packets in only from hosts that the metadata lists. The VNI is matched too: another overlay on the
-// same port is not ours to filter.
+// planSources lets VXLAN packets in only from hosts that the metadata lists, and only at this host's underlay address. The VNI is
+// matched too: another overlay on the same port is not ours to filter. pkg/guard keeps containers from sending any.
 func planSources(s *delta.State, snap *metadata.Snapshot, networks []metadata.Network, local netip.Addr) {
 	set := delta.Set{V6: local.Is6()}
 	name := VTEPs4
@@ -215,14 +215,23 @@ func planSources(s *delta.State, snap *metadata.Snapshot, networks []metadata.Ne
 			}
 		}
 	}
-	slices.SortFunc(set.Elements, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
-	set.Elements = slices.Compact(set.Elements)
+	set.Elements = delta.Disjoint(set.Elements)
 	s.Sets[name] = set
 	// At the input hook: only what is for this host gets there, so containers' packets do not pay for it.
 	chain := delta.Chain{Type: "filter", Hook: "input", Priority: -300}
+	drop := delta.Verdict("drop")
+	stranger := delta.InSet{Field: "saddr", Set: name, V6: set.V6, Not: true}
+	ports := map[uint16]bool{}
 	for _, n := range networks {
-		chain.Rules = append(chain.Rules, delta.Rule{delta.UDPDport(n.UDPPort()), delta.VXLANVNI(n.VNI),
-			delta.InSet{Field: "saddr", Set: name, V6: set.V6, Not: true}, delta.Verdict("drop")})
+		port := delta.UDPDport(n.UDPPort())
+		if set.V6 && !ports[n.UDPPort()] {
+			// The kernel puts fragments of IPv6 together behind this hook. A first one may end before the VNI.
+			ports[n.UDPPort()] = true
+			chain.Rules = append(chain.Rules, delta.Rule{port, delta.IPv6Fragment{}, stranger, drop})
+		}
+		chain.Rules = append(chain.Rules,
+			delta.Rule{delta.NotAddr{Field: "daddr", Addr: local}, port, delta.VXLANVNI(n.VNI), drop},
+			delta.Rule{port, delta.VXLANVNI(n.VNI), stranger, drop})
 	}
 	s.Chains[SourcesChain] = chain
 }

@@ -35,10 +35,12 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Port is the UDP port on which network managers answer: the one before VXLAN's. IANA has given it to nobody for UDP.
-const Port = 4788
+// Port is the UDP port on which network managers answer.
+const Port = metadata.ProbePort
 
 // MinSize is the length of the smallest packet; MaxSize that of the largest question, which fits the largest IP packet.
 const (
