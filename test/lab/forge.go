@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -106,13 +107,16 @@ func Hops(packet []byte, hops byte) []byte {
 	return packet
 }
 
+var fragmentID atomic.Uint32
+
 // Fragments cuts a packet in two; the first has so many octets (a multiple of 8) of what follows the IP header.
 func Fragments(packet []byte, first int) [][]byte {
+	id := fragmentID.Add(1)
 	if packet[0]>>4 == 6 {
 		src, dst, body := netip.AddrFrom16([16]byte(packet[8:24])), netip.AddrFrom16([16]byte(packet[24:40])), packet[40:]
 		head := func(at int, more byte) []byte {
 			h := binary.BigEndian.AppendUint16([]byte{packet[6], 0}, uint16(at)|uint16(more))
-			return append(h, 0, 0, 0x4c, byte(len(packet)))
+			return binary.BigEndian.AppendUint32(h, id)
 		}
 		return [][]byte{
 			IP(unix.IPPROTO_FRAGMENT, src, dst, packet[7], append(head(0, 1), body[:first]...)),
@@ -122,7 +126,7 @@ func Fragments(packet []byte, first int) [][]byte {
 	src, dst, body := netip.AddrFrom4([4]byte(packet[12:16])), netip.AddrFrom4([4]byte(packet[16:20])), packet[20:]
 	cut := func(at int, more uint16, part []byte) []byte {
 		p := IP(packet[9], src, dst, packet[8], part)
-		binary.BigEndian.PutUint16(p[4:], uint16(0x4c00+len(packet)&0xff))
+		binary.BigEndian.PutUint16(p[4:], uint16(id))
 		binary.BigEndian.PutUint16(p[6:], uint16(at/8)|more<<13)
 		p[10], p[11] = 0, 0
 		binary.BigEndian.PutUint16(p[10:], sum(p[:20]))
