@@ -19,8 +19,11 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-// answers tells whether a TCP connection to the address gets through and back.
+// answers tells whether a TCP connection to the address gets through and back. It has a patience of two seconds, if none is told.
 func answers(from lab.Netns, to netip.AddrPort, patience time.Duration) error {
+	if patience == 0 {
+		patience = 2 * time.Second
+	}
 	return from.DoBare(func() error {
 		short, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
@@ -94,7 +97,7 @@ func isolation(one world, masked bool) {
 						continue
 					}
 					if expected(from, to) { // both ways: what is allowed is answered
-						Eventually(func() error { return answers(all[from].Netns, at(all[to].Addr(v6), 80), 2*time.Second) }).Should(Succeed(),
+						Eventually(func() error { return answers(all[from].Netns, at(all[to].Addr(v6), 80), 0) }).Should(Succeed(),
 							"%s from %s to %s", family(v6), name(from), name(to))
 						continue
 					}
@@ -163,7 +166,7 @@ func isolation(one world, masked bool) {
 		for p, c := range all {
 			for _, v6 := range families(one) {
 				for i := range 3 {
-					Eventually(func() error { return answers(host(i).Netns, at(c.Addr(v6), 80), 2*time.Second) }).Should(Succeed(), "%s from host %d to %s", family(v6), i, name(p))
+					Eventually(func() error { return answers(host(i).Netns, at(c.Addr(v6), 80), 0) }).Should(Succeed(), "%s from host %d to %s", family(v6), i, name(p))
 				}
 				pings(host(0).Netns, c.Addr(v6))
 			}
@@ -187,7 +190,7 @@ func isolation(one world, masked bool) {
 			from["a container of another network on another host"] = connected(host(1), "red").Netns
 		}
 		for who, n := range from {
-			Eventually(func() error { return answers(n, at(under(0), 8080), 2*time.Second) }).Should(Succeed(), who)
+			Eventually(func() error { return answers(n, at(under(0), 8080), 0) }).Should(Succeed(), who)
 		}
 		other := connected(host(0), "red")
 		Expect(answers(other.Netns, at(c.Addr(one.v6), 80), 300*time.Millisecond)).NotTo(Succeed(), "and by its own address from nowhere")

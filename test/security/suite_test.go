@@ -71,6 +71,7 @@ func init() {
 					shadow(one, on)
 					isolation(one, on)
 					clear(one)
+					firewall(one)
 				})
 			}
 			advertisements(one)

@@ -1,0 +1,4 @@
+package security_test
+
+func spoofing(one world)    {}
+func redirection(one world) {}
