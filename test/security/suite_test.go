@@ -74,10 +74,10 @@ func init() {
 					firewall(one)
 				})
 			}
-			advertisements(one)
 			spoofing(one)
 			devices(one)
 			redirection(one)
+			advertisements(one)
 		})
 	}
 }
