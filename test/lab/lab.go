@@ -192,6 +192,25 @@ func (c *Cluster) Down() error {
 	return errors.Join(errs...)
 }
 
+// Remove is Down, and takes the hosts, the switch and the state away, so that another cluster can be made.
+func (c *Cluster) Remove() error {
+	errs := []error{c.Down()}
+	live = slices.DeleteFunc(live, func(o *Cluster) bool { return o == c })
+	for _, h := range c.Hosts {
+		errs = append(errs, h.Netns.Remove())
+	}
+	return errors.Join(append(errs, c.Switch.Remove(), os.RemoveAll(c.Dir))...)
+}
+
+// NewNeighbour is a machine on the underlay that is no host of the cluster.
+func (c *Cluster) NewNeighbour(name string, addrs ...netip.Prefix) (Netns, error) {
+	n, err := NewNetns(name)
+	if err != nil {
+		return n, err
+	}
+	return n, c.Switch.Plug(n, "eth0", c.opts.MTU, addrs...)
+}
+
 // Lariat runs the lariat command on a host.
 func (h *Host) Lariat(ctx context.Context, args ...string) (string, error) {
 	return h.Output(ctx, append([]string{"env", "LARIAT_MANAGER_SOCKET=" + h.ManagerSocket(), filepath.Join(h.c.Bin, "lariat"), "--socket", h.Socket()}, args...)...)

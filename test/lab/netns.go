@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -10,6 +11,8 @@ import (
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/kernel"
 )
 
 // Netns is a named network namespace, as ip(8) would make it.
@@ -83,6 +86,27 @@ func NewSwitch(name string, mtu int) (*Switch, error) {
 		return nil, fmt.Errorf("bridge %s: %w", name, err)
 	}
 	return &Switch{Name: name}, netlink.LinkSetUp(br)
+}
+
+// Remove takes the switch away with all of its cables.
+func (s *Switch) Remove() error {
+	br, err := netlink.LinkByName(s.Name)
+	if err != nil {
+		return err
+	}
+	links, err := kernel.RetryDump(netlink.LinkList)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, l := range links {
+		if l.Attrs().MasterIndex == br.Attrs().Index {
+			if err := netlink.LinkDel(l); !errors.Is(err, unix.ENODEV) { // its namespace may be going
+				errs = append(errs, err)
+			}
+		}
+	}
+	return errors.Join(append(errs, netlink.LinkDel(br))...)
 }
 
 // Plug connects a namespace to the switch: an interface with the addresses, up.

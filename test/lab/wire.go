@@ -7,9 +7,11 @@ import (
 	"maps"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -17,7 +19,7 @@ import (
 
 // Wire listens to all frames on a device and sorts them, as a tcpdump on the underlay would.
 type Wire struct {
-	fd     int
+	socket *os.File
 	done   chan struct{}
 	mu     sync.Mutex
 	counts map[string]int
@@ -25,6 +27,7 @@ type Wire struct {
 
 // Packet is what a Wire sees of a frame.
 type Packet struct {
+	Way              byte       // PACKET_HOST, PACKET_OTHERHOST, PACKET_OUTGOING, ... of packet(7)
 	Src, Dst         netip.Addr // of the outermost IP header; invalid when it has none
 	Proto            byte       // of IP
 	SrcPort, DstPort uint16     // of UDP and TCP
@@ -35,41 +38,59 @@ type Packet struct {
 func (n Netns) Listen(dev string, class func(Packet) string) (*Wire, error) {
 	w := &Wire{done: make(chan struct{}), counts: map[string]int{}}
 	err := n.Do(func() (err error) {
-		i, err := net.InterfaceByName(dev)
-		if err != nil {
-			return err
-		}
-		all := uint16(unix.ETH_P_ALL>>8 | unix.ETH_P_ALL&0xff<<8)
-		if w.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(all)); err != nil {
-			return err
-		}
-		_ = unix.SetsockoptInt(w.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20)
-		if err := unix.SetsockoptTimeval(w.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000}); err != nil {
-			return err
-		}
-		return unix.Bind(w.fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: i.Index})
+		w.socket, err = packetSocket(dev)
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s of %s: %w", dev, n.Name, err)
 	}
-	go w.read(class)
+	raw, err := w.socket.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	go w.read(raw, class)
 	return w, nil
 }
 
-func (w *Wire) read(class func(Packet) string) {
+// packetSocket is open for all frames on a device of the thread's namespace.
+func packetSocket(dev string) (*os.File, error) {
+	i, err := net.InterfaceByName(dev)
+	if err != nil {
+		return nil, err
+	}
+	all := uint16(unix.ETH_P_ALL>>8 | unix.ETH_P_ALL&0xff<<8)
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0) // deaf until it is bound
+	if err != nil {
+		return nil, err
+	}
+	_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20)
+	if err := unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: i.Index}); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), dev), nil
+}
+
+func (w *Wire) read(raw syscall.RawConn, class func(Packet) string) {
+	defer close(w.done)
 	for buf := make([]byte, 1<<16); ; {
-		select {
-		case <-w.done:
-			unix.Close(w.fd)
-			w.done <- struct{}{}
+		var n int
+		var from unix.Sockaddr
+		var err error
+		if closed := raw.Read(func(fd uintptr) bool {
+			n, from, err = unix.Recvfrom(int(fd), buf, 0)
+			return err != unix.EAGAIN
+		}); closed != nil {
 			return
-		default:
 		}
-		n, _, err := unix.Recvfrom(w.fd, buf, 0)
 		if err != nil {
-			continue // its time is over, now and then
+			continue // the device is down, say
 		}
-		if c := class(parse(buf[:n])); c != "" {
+		p := parse(buf[:n])
+		if l, ok := from.(*unix.SockaddrLinklayer); ok {
+			p.Way = l.Pkttype
+		}
+		if c := class(p); c != "" {
 			w.mu.Lock()
 			w.counts[c]++
 			w.mu.Unlock()
@@ -103,7 +124,7 @@ func (w *Wire) Counts() map[string]int {
 
 // Close ends it.
 func (w *Wire) Close() {
-	w.done <- struct{}{}
+	w.socket.Close()
 	<-w.done
 }
 
