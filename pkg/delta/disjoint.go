@@ -22,22 +22,3 @@ func Disjoint(prefixes []netip.Prefix) []netip.Prefix {
 	}
 	return out
 }
-
-// Without is what is left of a prefix when others are taken out of it: the fewest prefixes that cover that, sorted.
-func Without(p netip.Prefix, others []netip.Prefix) []netip.Prefix {
-	overlaps := false
-	for _, o := range others {
-		if o.Bits() <= p.Bits() && o.Contains(p.Addr()) {
-			return nil
-		}
-		overlaps = overlaps || o.Overlaps(p)
-	}
-	if !overlaps {
-		return []netip.Prefix{p}
-	}
-	low := netip.PrefixFrom(p.Addr(), p.Bits()+1)
-	high := p.Addr().AsSlice()
-	high[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
-	upper, _ := netip.AddrFromSlice(high)
-	return append(Without(low, others), Without(netip.PrefixFrom(upper, p.Bits()+1), others)...)
-}

@@ -4,7 +4,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/delta"
@@ -36,31 +35,6 @@ func TestDisjoint(t *testing.T) {
 			if slices.ContainsFunc(in, contains) != slices.ContainsFunc(out, contains) {
 				t.Fatalf("%s is in only one of %v and %v", a, in, out)
 			}
-		}
-	}
-}
-
-func TestWithout(t *testing.T) {
-	for _, tc := range []struct{ p, others, want string }{
-		{"10.0.0.0/8", "", "10.0.0.0/8"},
-		{"10.0.0.0/8", "192.0.2.0/24 fd00::/8", "10.0.0.0/8"},
-		{"10.0.0.0/8", "0.0.0.0/0", ""},
-		{"10.0.0.0/8", "10.0.0.0/8", ""},
-		{"10.0.0.0/14", "10.1.0.0/16", "10.0.0.0/16 10.2.0.0/15"},
-		{"10.0.0.0/30", "10.0.0.1/32 10.0.0.2/32", "10.0.0.0/32 10.0.0.3/32"},
-		{"fd00::/8", "fd80::/9", "fd00::/9"},
-		{"0.0.0.0/0", "128.0.0.0/1", "0.0.0.0/1"},
-	} {
-		var others []netip.Prefix
-		for _, o := range strings.Fields(tc.others) {
-			others = append(others, netip.MustParsePrefix(o))
-		}
-		var got []string
-		for _, p := range delta.Without(netip.MustParsePrefix(tc.p), others) {
-			got = append(got, p.String())
-		}
-		if strings.Join(got, " ") != tc.want {
-			t.Errorf("%s without %s: %v, want %s", tc.p, tc.others, got, tc.want)
 		}
 	}
 }

@@ -76,4 +76,23 @@ type HostPort struct {
 	Alias   PortAlias
 	Routes  []netip.Prefix // to the container's addresses
 	HasPeer bool           // the other end is in some namespace that still exists (always so on Linux; kept for the fake)
+
+	RPFilter int  // net.ipv4.conf.DEVICE.rp_filter
+	AcceptRA int  // net.ipv6.conf.DEVICE.accept_ra
+	NoIPv6   bool // net.ipv6.conf.DEVICE.disable_ipv6, or a kernel without IPv6
+}
+
+// Faults are the settings that keep a container from using others' addresses and from giving its host routes (CVE-2020-10749), as far
+// as they are not what they should be. v6 says whether the container may have IPv6.
+func (p HostPort) Faults(v6 bool) (out []Sysctl) {
+	if p.RPFilter != 1 {
+		out = append(out, Sysctl{"net/ipv4/conf/" + p.Name + "/rp_filter", "1"})
+	}
+	if p.AcceptRA != 0 {
+		out = append(out, Sysctl{"net/ipv6/conf/" + p.Name + "/accept_ra", "0"})
+	}
+	if !v6 && !p.NoIPv6 {
+		out = append(out, Sysctl{"net/ipv6/conf/" + p.Name + "/disable_ipv6", "1"})
+	}
+	return out
 }

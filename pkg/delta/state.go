@@ -67,6 +67,12 @@ type Link struct {
 	MTU   int
 	Alias string // begins with AliasPrefix
 
+	// NoIPv6 keeps IPv6 off the device (disable_ipv6), where no network has any on it.
+	NoIPv6 bool
+
+	// AcceptRA is the device's accept_ra. Desired devices have 0: whoever is behind them may not give this host routes.
+	AcceptRA int
+
 	// Down is set on an observed device that is not administratively up. Desired devices are up.
 	Down bool
 

@@ -12,6 +12,9 @@ import (
 // IifPrefix matches packets that arrived on an interface whose name begins so: iifname "lrt*".
 type IifPrefix string
 
+// NotIifPrefix matches packets that arrived on an interface whose name begins otherwise: iifname != "vtep*".
+type NotIifPrefix string
+
 // IifGroup matches packets that arrived on an interface of a link group: iifgroup 76.
 type IifGroup struct {
 	Group uint32
@@ -72,6 +75,15 @@ type IPv6Fragment struct{}
 // only there.
 type VXLANVNI uint32
 
+// TooBig matches an ICMP error which says that a packet from an address of this host to one of a set was too large for a path of
+// fewer octets than Below. TCP is left out, which checks such errors itself. Of the packet that the error is about, nft lists protocol, source and
+// destination as raw payload (RFC 1191 §4, RFC 4443 §3.2).
+type TooBig struct {
+	From  netip.Addr
+	To    string // set
+	Below uint16
+}
+
 // NoReverse matches a packet whose source has no route back by the interface on which it arrived.
 type NoReverse struct{}
 
@@ -122,6 +134,7 @@ type MarkComment string
 type Unknown string
 
 func (IifPrefix) statement()     {}
+func (NotIifPrefix) statement()  {}
 func (IifGroup) statement()      {}
 func (OifGroup) statement()      {}
 func (InPrefix) statement()      {}
@@ -138,6 +151,7 @@ func (ToLocal) statement()       {}
 func (CtReply) statement()       {}
 func (CtDNAT) statement()        {}
 func (Notrack) statement()       {}
+func (TooBig) statement()        {}
 func (VXLANVNI) statement()      {}
 func (NoReverse) statement()     {}
 func (NotRouteIPsec) statement() {}
@@ -155,6 +169,9 @@ func not(is bool) string {
 
 // String is the statement as nft lists it.
 func (s IifPrefix) String() string { return `iifname "` + string(s) + `*"` }
+
+// String is the statement as nft lists it.
+func (s NotIifPrefix) String() string { return `iifname != "` + string(s) + `*"` }
 
 // String is the statement as nft lists it.
 func (s IifGroup) String() string {
@@ -228,6 +245,14 @@ func (CtReply) String() string { return "ct state established,related" }
 
 // String is the statement as nft lists it.
 func (CtDNAT) String() string { return "ct status dnat" }
+
+// String is the statement as nft lists it.
+func (s TooBig) String() string {
+	if s.From.Is6() {
+		return fmt.Sprintf("icmpv6 mtu < %d @th,112,8 != 0x6 @th,128,128 0x%x @th,256,128 @%s", s.Below, s.From.AsSlice(), s.To)
+	}
+	return fmt.Sprintf("icmp code frag-needed icmp mtu < %d @th,136,8 != 0x6 @th,160,32 0x%x @th,192,32 @%s", s.Below, s.From.AsSlice(), s.To)
+}
 
 // String is the statement as nft lists it.
 func (Notrack) String() string { return "notrack" }

@@ -31,6 +31,12 @@ func appendLink(b []byte, name string, l Link) []byte {
 	if l.Alias != "" {
 		b = append(append(b, " alias "...), l.Alias...)
 	}
+	if l.NoIPv6 {
+		b = append(b, " noipv6"...)
+	}
+	if l.AcceptRA != 0 {
+		b = strconv.AppendInt(append(b, " accept_ra "...), int64(l.AcceptRA), 10)
+	}
 	if l.Down {
 		b = append(b, " down"...)
 	}

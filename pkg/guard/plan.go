@@ -21,14 +21,17 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/mtu"
 )
 
 // The chains.
 const (
-	Chain     = "guard"     // prerouting, in front of connection tracking
-	FromPort  = "from-port" // guard jumps there with what a container sent
-	Isolation = "isolation" // forward
-	Untracked = "untracked" // output, in front of connection tracking
+	Chain       = "guard"        // prerouting, in front of connection tracking
+	FromPort    = "from-port"    // guard jumps there with what a container sent
+	ToHost      = "to-host"      // from-port jumps there with what looks like a tunnel's
+	Isolation   = "isolation"    // forward
+	FromOutside = "from-outside" // isolation jumps there with what comes from the underlay
+	Untracked   = "untracked"    // output, in front of connection tracking
 )
 
 // HostSet is the set of all addresses at which listed hosts have tunnels' ends: of the underlay, and their own on the overlay.
@@ -56,25 +59,23 @@ type plan struct {
 	local    netip.Addr         // end of this host's tunnels; invalid when it has none
 	networks []metadata.Network // encapsulated ones, by name
 	vxlan    []uint16           // UDP ports
-	ipsec    bool
+	size     int                // octets of the largest tunnel packet that any network needs
 }
 
 // Plan returns the rules of a host. They stand as long as there is any encapsulated network, also on a host that nothing else
 // can be planned for: it may have containers.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	p := plan{s: delta.NewState(), snap: snap}
-	if me, ok := snap.Host(self); ok {
-		p.local = me.UnderlayAddr()
-	}
+	me, _ := snap.Host(self)
+	p.local = me.UnderlayAddr()
 	for _, n := range snap.Networks {
 		switch n.Encapsulation {
 		case metadata.EncapNone:
 			continue
 		case metadata.EncapVXLAN:
 			p.vxlan = append(p.vxlan, n.UDPPort())
-		case metadata.EncapIPsec:
-			p.ipsec = true
 		}
+		p.size = max(p.size, mtu.Container(n, me)+mtu.Overhead(n, me))
 		p.networks = append(p.networks, n)
 	}
 	if len(p.networks) == 0 {
@@ -122,34 +123,34 @@ func (p *plan) fromPort() {
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("127.0.0.0/8")}, drop},
 		{delta.L4Proto(protoTCP), accept},
 	}}
-	toHosts := func(match delta.Statement) {
-		for _, v6 := range []bool{false, true} {
-			c.Rules = append(c.Rules, delta.Rule{match, delta.InSet{Field: "daddr", Set: HostSet(v6), V6: v6}, drop})
-		}
-		c.Rules = append(c.Rules, delta.Rule{match, delta.ToLocal{}, drop})
-	}
-	for _, port := range p.tunnelPorts() {
-		toHosts(delta.UDPDport(port))
-	}
-	if p.ipsec {
-		toHosts(delta.L4Proto(protoESP))
+	for _, m := range p.tunnels() {
+		c.Rules = append(c.Rules, delta.Rule{m, delta.Jump(ToHost)})
 	}
 	p.s.Chains[FromPort] = c
+	p.s.Chains[ToHost] = delta.Chain{Rules: []delta.Rule{
+		{delta.InSet{Field: "daddr", Set: HostSet(false)}, drop},
+		{delta.InSet{Field: "daddr", Set: HostSet(true), V6: true}, drop},
+		{delta.ToLocal{}, drop},
+	}}
 }
 
-// tunnelPorts are the UDP ports at which hosts take packets of tunnels, and of the probe of their paths.
-func (p *plan) tunnelPorts() []uint16 {
-	ports := append(slices.Clone(p.vxlan), metadata.ProbePort)
-	if p.ipsec {
-		ports = append(ports, ikePort, nattPort)
+// tunnels match what hosts send each other: packets of tunnels, IKE, and the probe of their paths. Those of IPsec are among them on every
+// host: it may have tunnels of somebody else's.
+func (p *plan) tunnels() (out []delta.Statement) {
+	for _, port := range append(slices.Clone(p.vxlan), metadata.ProbePort, ikePort, nattPort) {
+		out = append(out, delta.UDPDport(port))
 	}
-	return ports
+	return append(out, delta.L4Proto(protoESP))
 }
 
 func (p *plan) guard() {
 	c := delta.Chain{Type: "filter", Hook: "prerouting", Priority: priority}
 	add := func(r ...delta.Statement) { c.Rules = append(c.Rules, r) }
 	add(delta.IifPrefix(delta.PortPrefix), delta.Jump(FromPort))
+	if p.local.IsValid() {
+		// Whoever says that a tunnel's path takes less than its network needs, lies, or the network's MTU is wrong (lariat doctor measures it).
+		add(delta.TooBig{From: p.local, To: HostSet(p.local.Is6()), Below: uint16(p.size)}, drop)
+	}
 	if len(p.vxlan) > 0 {
 		for _, n := range p.networks {
 			if n.Encapsulation != metadata.EncapIPsec {
@@ -164,11 +165,8 @@ func (p *plan) guard() {
 	}
 	if p.local.IsValid() {
 		to := delta.InPrefix{Field: "daddr", Prefix: netip.PrefixFrom(p.local, p.local.BitLen())}
-		for _, port := range p.tunnelPorts() {
-			add(to, delta.UDPDport(port), delta.Notrack{}, accept)
-		}
-		if p.ipsec {
-			add(to, delta.L4Proto(protoESP), delta.Notrack{}, accept)
+		for _, m := range p.tunnels() {
+			add(to, m, delta.Notrack{}, accept)
 		}
 	}
 	outside := []delta.Statement{delta.IifGroup{Group: delta.InsideGroup, Not: true}, delta.Iif{Name: "lo", Not: true}}
@@ -184,69 +182,94 @@ func (p *plan) guard() {
 	for _, n := range p.networks {
 		for _, subnet := range n.Subnets {
 			to := delta.InPrefix{Field: "daddr", Prefix: subnet}
-			for _, source := range slices.Concat(n.AllowedPrefixes(), exempt(n)) {
-				switch {
-				case source.Addr().Is6() != subnet.Addr().Is6():
-				case source.Bits() == 0:
-					add(to, accept)
-				default:
-					add(delta.InPrefix{Field: "saddr", Prefix: source}, to, accept)
-				}
+			sources := ofFamily(slices.Concat(n.AllowedPrefixes(), exempt(n)), subnet)
+			for _, source := range sources {
+				add(slices.Concat(within("saddr", source), delta.Rule{to, accept})...)
 			}
-			add(slices.Concat([]delta.Statement{to}, outside, []delta.Statement{drop})...)
+			if !all(sources) {
+				add(slices.Concat([]delta.Statement{to}, outside, []delta.Statement{drop})...)
+			}
 		}
 	}
 	p.s.Chains[Chain] = c
 }
 
-// exempt are the destinations that see a network's containers by their own addresses. They answer to those, and isolation lets
-// nothing but answers pass.
+// exempt are the destinations that see a network's containers by their own addresses. They answer to those.
 func exempt(n metadata.Network) []netip.Prefix {
 	if !n.HostNAT {
-		return nil
+		return []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
 	}
 	return n.HostNATExempt
 }
 
-// isolation drops what goes from one network to another that does not allow it. Replies pass, and what was sent to a published port.
-// The set is the second match, so a packet within a network costs one comparison for each network.
+// isolation drops what goes from one network to another that does not allow it, and what comes from the underlay to a network whose containers
+// are seen there, unless it was asked for. Replies pass, and what was sent to a published port. The set is the second match, so a packet within a
+// network costs one comparison for each network.
 func (p *plan) isolation() {
 	c := delta.Chain{Type: "filter", Hook: "forward", Priority: -10}
-	var inside []netip.Prefix
-	for _, n := range p.networks {
-		inside = append(inside, n.Subnets...)
-	}
+	var outside []delta.Rule
+	answers := false
 	for _, n := range p.networks {
 		for _, subnet := range n.Subnets {
-			var denied []netip.Prefix
-			for _, out := range exempt(n) {
-				if out.Addr().Is6() == subnet.Addr().Is6() {
-					denied = append(denied, delta.Without(out.Masked(), slices.Concat(inside, n.AllowedPrefixes()))...)
-				}
-			}
-			for _, other := range p.networks {
-				if other.Name == n.Name || n.Allows(other.Name) {
-					continue
-				}
-				for _, s := range other.Subnets {
-					if s.Addr().Is6() == subnet.Addr().Is6() {
-						denied = append(denied, s)
-					}
-				}
-			}
-			if len(denied) == 0 {
-				continue
-			}
 			v6 := subnet.Addr().Is6()
-			set := "deny" + family(v6) + "-" + n.Name
-			p.s.Sets[set] = delta.Set{V6: v6, Interval: true, Elements: delta.Disjoint(denied)}
-			to, from := delta.InPrefix{Field: "daddr", Prefix: subnet}, delta.InSet{Field: "saddr", Set: set, V6: v6}
-			c.Rules = append(c.Rules, delta.Rule{to, from, delta.CtReply{}, accept}, delta.Rule{to, from, delta.CtDNAT{}, accept}, delta.Rule{to, from, drop})
+			to := delta.InPrefix{Field: "daddr", Prefix: subnet}
+			if denied := p.denied(n, v6); len(denied) > 0 {
+				set := "deny" + family(v6) + "-" + n.Name
+				p.s.Sets[set] = delta.Set{V6: v6, Interval: true, Elements: delta.Disjoint(denied)}
+				from := delta.InSet{Field: "saddr", Set: set, V6: v6}
+				c.Rules = append(c.Rules, delta.Rule{to, from, delta.CtReply{}, accept}, delta.Rule{to, from, delta.CtDNAT{}, accept}, delta.Rule{to, from, drop})
+			}
+			sources := ofFamily(n.AllowedPrefixes(), subnet)
+			if len(ofFamily(exempt(n), subnet)) == 0 || all(sources) {
+				continue // guard lets pass what is allowed and no more
+			}
+			if n.DirectRouting {
+				sources = append(sources, subnet)
+			}
+			c.Rules = append(c.Rules, delta.Rule{to, delta.IifGroup{Group: delta.InsideGroup, Not: true}, delta.NotIifPrefix(delta.VTEPPrefix), delta.Jump(FromOutside)})
+			for _, source := range sources {
+				outside = append(outside, slices.Concat(within("saddr", source), delta.Rule{to, accept}))
+			}
+			answers = true
 		}
 	}
 	if len(c.Rules) > 0 {
 		p.s.Chains[Isolation] = c
 	}
+	if answers {
+		p.s.Chains[FromOutside] = delta.Chain{Rules: append(outside, delta.Rule{delta.CtReply{}, accept}, delta.Rule{delta.CtDNAT{}, accept}, delta.Rule{drop})}
+	}
+}
+
+// denied are the subnets of one family whose containers must not reach a network's.
+func (p *plan) denied(n metadata.Network, v6 bool) (out []netip.Prefix) {
+	for _, other := range p.networks {
+		if other.Name == n.Name || n.Allows(other.Name) {
+			continue
+		}
+		for _, s := range other.Subnets {
+			if s.Addr().Is6() == v6 {
+				out = append(out, s)
+			}
+		}
+	}
+	return out
+}
+
+// ofFamily are the prefixes of a subnet's family, without those that others cover.
+func ofFamily(list []netip.Prefix, subnet netip.Prefix) []netip.Prefix {
+	return slices.DeleteFunc(delta.Disjoint(list), func(p netip.Prefix) bool { return p.Addr().Is6() != subnet.Addr().Is6() })
+}
+
+// all reports whether prefixes without overlaps cover every address.
+func all(list []netip.Prefix) bool { return len(list) == 1 && list[0].Bits() == 0 }
+
+// within matches an address in a prefix. Every address is in a prefix of length 0.
+func within(field string, p netip.Prefix) delta.Rule {
+	if p.Bits() == 0 {
+		return nil
+	}
+	return delta.Rule{delta.InPrefix{Field: field, Prefix: p}}
 }
 
 // untracked is the way out of what guard does not track on its way in.
@@ -260,12 +283,10 @@ func (p *plan) untracked() {
 	for _, port := range p.vxlan {
 		add(delta.UDPDport(port)) // its source port is a hash of the packet inside
 	}
-	add(delta.UDPSport(metadata.ProbePort))
-	if p.ipsec {
-		add(delta.UDPSport(ikePort))
-		add(delta.UDPSport(nattPort))
-		add(delta.L4Proto(protoESP))
+	for _, port := range []uint16{metadata.ProbePort, ikePort, nattPort} {
+		add(delta.UDPSport(port))
 	}
+	add(delta.L4Proto(protoESP))
 	p.s.Chains[Untracked] = c
 }
 

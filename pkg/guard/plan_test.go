@@ -30,8 +30,8 @@ func hosts(underlay ...string) (out []metadata.Host) {
 }
 
 var (
-	red     = metadata.Network{Name: "red", Encapsulation: metadata.EncapVXLAN, Subnets: prefixes("10.42.0.0/16", "fd42::/48")}
-	blue    = metadata.Network{Name: "blue", Encapsulation: metadata.EncapVXLAN, Subnets: prefixes("10.43.0.0/16")}
+	red     = metadata.Network{Name: "red", Encapsulation: metadata.EncapVXLAN, HostNAT: true, Subnets: prefixes("10.42.0.0/16", "fd42::/48")}
+	blue    = metadata.Network{Name: "blue", Encapsulation: metadata.EncapVXLAN, HostNAT: true, Subnets: prefixes("10.43.0.0/16")}
 	payroll = metadata.Network{Name: "payroll", Encapsulation: metadata.EncapIPsec, Subnets: prefixes("10.44.0.0/16", "fd44::/48")}
 	flat    = metadata.Network{Name: "flat", Encapsulation: metadata.EncapNone, Subnets: prefixes("192.0.2.0/24")}
 )

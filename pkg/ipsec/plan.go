@@ -142,15 +142,13 @@ func hashID(network, peer string) uint32 {
 func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Network, prefixes map[string][]netip.Prefix) {
 	link := func(id uint32, peer string) string {
 		dev := Device(id)
-		s.Links[dev] = delta.Link{Kind: delta.KindXFRM, IfID: id, Group: delta.InsideGroup, MTU: mtu.Container(n, l.me), Alias: Alias(n.Name, peer)}
+		s.Links[dev] = delta.Link{Kind: delta.KindXFRM, IfID: id, Group: delta.InsideGroup, MTU: mtu.Container(n, l.me), Alias: Alias(n.Name, peer), NoIPv6: !n.HasIPv6()}
 		return dev
 	}
 	home := link(homeID(n.Name), "")
 	s.Sysctls["net/ipv4/ip_forward"] = "1"
-	for _, subnet := range n.Subnets {
-		if subnet.Addr().Is6() {
-			s.Sysctls["net/ipv6/conf/all/forwarding"] = "1"
-		}
+	if n.HasIPv6() {
+		s.Sysctls["net/ipv6/conf/all/forwarding"] = "1"
 	}
 	var src4, src6 netip.Addr
 	for _, g := range snap.Gateways(n.Name, l.me.Name) {

@@ -165,7 +165,8 @@ func (a *application) links() {
 }
 
 func (a *application) create(name string, l delta.Link) error {
-	old := l // as it will be when it is made
+	old := l          // as it will be when it is made
+	old.AcceptRA = -1 // as somebody's defaults say
 	err := a.n.rt.do(func(m *message) { createLink(m, name, l) })
 	if errors.Is(err, unix.EEXIST) {
 		// Another process of ours may have been faster. Anything else of that name, or on that VNI, is not ours.
@@ -216,6 +217,11 @@ func (a *application) adjust(name string, l, old delta.Link) error {
 	err = a.n.rt.do(func(m *message) { noLinkLocal(m, index) })
 	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EINVAL) {
 		return err // those three are a kernel or device without IPv6
+	}
+	if l.NoIPv6 != old.NoIPv6 || l.AcceptRA != old.AcceptRA {
+		if err := a.n.SetSysctls(context.Background(), ipv6Settings(name, l.NoIPv6)); err != nil {
+			return err
+		}
 	}
 	return a.n.rt.do(func(m *message) {
 		changeLink(m, index, unix.IFF_UP, unix.IFF_UP)

@@ -43,8 +43,11 @@ type Kernel interface {
 	// know before it relies on them. It asks for single objects and dumps nothing.
 	Joined(ctx context.Context, device string, addrs []netip.Addr) (bool, error)
 
-	// Ports lists the host ends of ports, by their alias.
+	// Ports lists the host ends of ports, by their alias, with their settings.
 	Ports(ctx context.Context) ([]delta.HostPort, error)
+
+	// SetSysctls writes settings of single devices. One whose device is gone is no error.
+	SetSysctls(ctx context.Context, list []delta.Sysctl) error
 
 	// Close frees the sockets.
 	Close() error

@@ -57,7 +57,9 @@ func filters() *delta.State {
 		{delta.NotAddr{Field: "daddr", Addr: netip.MustParseAddr("192.0.2.1")}, delta.UDPDport(4789), delta.Verdict("drop")},
 		{delta.NotAddr{Field: "saddr", Addr: netip.MustParseAddr("2001:db8::1")}, delta.IPv6Fragment{}, delta.Verdict("drop")},
 		{delta.UDPDport(4789), delta.IPv6Fragment{}, delta.InSet{Field: "saddr", Set: "hosts6", V6: true, Not: true}, delta.Verdict("drop")},
-		{delta.CtReply{}, delta.Verdict("accept")},
+		{delta.TooBig{From: netip.MustParseAddr("192.0.2.1"), To: "hosts4", Below: 1500}, delta.Verdict("drop")},
+		{delta.TooBig{From: netip.MustParseAddr("2001:db8::1"), To: "hosts6", Below: 1500}, delta.Verdict("drop")},
+		{delta.NotIifPrefix(delta.VTEPPrefix), delta.CtReply{}, delta.Verdict("accept")},
 		{delta.CtDNAT{}, delta.Verdict("accept")},
 	}}
 	s.Chains["ports"] = delta.Chain{Type: "nat", Hook: "postrouting", Priority: 101, Rules: []delta.Rule{

@@ -78,6 +78,9 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		case delta.IifPrefix:
 			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
 			cmp(false, []byte(s)) // compared up to here only
+		case delta.NotIifPrefix:
+			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
+			cmp(true, []byte(s))
 		case delta.IifGroup:
 			add(&expr.Meta{Key: expr.MetaKeyIIFGROUP, Register: reg})
 			cmp(s.Not, binary.NativeEndian.AppendUint32(nil, s.Group))
@@ -150,6 +153,8 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 			bit(expr.CtKeySTATUS, ctDNAT)
 		case delta.Notrack:
 			add(&expr.Notrack{})
+		case delta.TooBig:
+			add(tooBig(s)...)
 		case delta.VXLANVNI:
 			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: 12, Len: 3})
 			cmp(false, []byte{byte(s >> 16), byte(s >> 8), byte(s)})
@@ -188,6 +193,63 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 	return out, comment, nil
 }
 
+// tooBig is all of delta.TooBig, so that reading it back is comparing with this.
+func tooBig(s delta.TooBig) []expr.Any {
+	load := func(offset, length uint32) expr.Any {
+		return &expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: length}
+	}
+	compare := func(op expr.CmpOp, data ...byte) expr.Any { return &expr.Cmp{Op: op, Register: reg, Data: data} }
+	is := func(what expr.Any, data ...byte) []expr.Any { return []expr.Any{what, compare(expr.CmpOpEq, data...)} }
+	const inner = 8 // where the packet begins that the error is about
+	l4proto := &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg}
+	v6, below := s.From.Is6(), binary.BigEndian.AppendUint32(nil, uint32(s.Below))
+	var out []expr.Any
+	if v6 {
+		out = slices.Concat(is(l4proto, unix.IPPROTO_ICMPV6), is(load(0, 1), 2),
+			[]expr.Any{load(4, 4), compare(expr.CmpOpLt, below...), load(inner+6, 1), compare(expr.CmpOpNeq, unix.IPPROTO_TCP)})
+	} else {
+		out = slices.Concat(is(l4proto, unix.IPPROTO_ICMP), is(load(0, 1), 3), is(load(1, 1), 4),
+			[]expr.Any{load(6, 2), compare(expr.CmpOpLt, below[2:]...), load(inner+9, 1), compare(expr.CmpOpNeq, unix.IPPROTO_TCP)})
+	}
+	return slices.Concat(out, is(load(inner+addrField[v6]["saddr"], length(v6)), s.From.AsSlice()...),
+		[]expr.Any{load(inner+addrField[v6]["daddr"], length(v6)), &expr.Lookup{SourceRegister: reg, SetName: s.To}})
+}
+
+// readTooBig reads what tooBig wrote: it takes out of the expressions what can differ, and compares the rest.
+func readTooBig(x []expression) (s delta.TooBig, n int, ok bool) {
+	n = slices.IndexFunc(x, func(e expression) bool { return e.name == "lookup" }) + 1
+	if n < 8 {
+		return s, 0, false
+	}
+	from, isAddr := netip.AddrFromSlice(x[n-3].data(unix.NFTA_CMP_DATA))
+	below := x[n-7].data(unix.NFTA_CMP_DATA)
+	if !isAddr || len(below) < 2 {
+		return s, 0, false
+	}
+	s = delta.TooBig{From: from, To: cstring(x[n-1].attrs[unix.NFTA_LOOKUP_SET]), Below: binary.BigEndian.Uint16(below[len(below)-2:])}
+	all := tooBig(s)
+	if len(all) != n {
+		return s, 0, false
+	}
+	for i, want := range all {
+		var same bool
+		switch e := want.(type) {
+		case *expr.Meta:
+			same = x[i].name == "meta" && x[i].u32(unix.NFTA_META_DREG) == reg && x[i].u32(unix.NFTA_META_KEY) == uint32(e.Key)
+		case *expr.Payload:
+			same = x[i].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, e.Offset, e.Len)
+		case *expr.Cmp:
+			same = x[i].name == "cmp" && x[i].u32(unix.NFTA_CMP_SREG) == reg && x[i].u32(unix.NFTA_CMP_OP) == uint32(e.Op) && bytes.Equal(x[i].data(unix.NFTA_CMP_DATA), e.Data)
+		case *expr.Lookup:
+			same = x[i].u32(unix.NFTA_LOOKUP_SREG) == reg && x[i].attrs[unix.NFTA_LOOKUP_DREG] == nil && x[i].u32(unix.NFTA_LOOKUP_FLAGS) == 0
+		}
+		if !same {
+			return s, 0, false
+		}
+	}
+	return s, n, true
+}
+
 func ifname(name string) []byte {
 	b := make([]byte, unix.IFNAMSIZ)
 	copy(b, name)
@@ -204,6 +266,10 @@ func rule(m *message, chain string, r delta.Rule) error {
 	m.string(unix.NFTA_RULE_CHAIN, chain)
 	list := m.nest(unix.NFTA_RULE_EXPRESSIONS)
 	for _, e := range exprs {
+		if masq, ok := e.(*expr.Masq); ok && masq.ToPorts {
+			masqueradePorts(m, masq)
+			continue
+		}
 		b, err := expr.Marshal(nfprotoInet, e)
 		if err != nil {
 			return err
@@ -215,6 +281,18 @@ func rule(m *message, chain string, r delta.Rule) error {
 		m.bytes(unix.NFTA_RULE_USERDATA, userdata.AppendString(nil, userdata.TypeComment, comment))
 	}
 	return nil
+}
+
+// masqueradePorts writes what the library (0.3.0) leaves out: without the flag the kernel ignores the ports.
+func masqueradePorts(m *message, masq *expr.Masq) {
+	elem := m.nest(unix.NFTA_LIST_ELEM)
+	m.string(unix.NFTA_EXPR_NAME, "masq")
+	data := m.nest(unix.NFTA_EXPR_DATA)
+	m.u32be(unix.NFTA_MASQ_FLAGS, unix.NF_NAT_RANGE_PROTO_SPECIFIED)
+	m.u32be(unix.NFTA_MASQ_REG_PROTO_MIN, masq.RegProtoMin)
+	m.u32be(unix.NFTA_MASQ_REG_PROTO_MAX, masq.RegProtoMax)
+	m.end(data)
+	m.end(elem)
 }
 
 // expression is one expression of a rule as the kernel tells it. Whatever attribute it has is kept: an expression with one more
@@ -314,6 +392,8 @@ func statement(x []expression) (delta.Statement, int) {
 		switch key := first.u32(unix.NFTA_META_KEY); {
 		case key == unix.NFT_META_IIFNAME && len(data) < unix.IFNAMSIZ && !not:
 			return delta.IifPrefix(data), 2
+		case key == unix.NFT_META_IIFNAME && len(data) < unix.IFNAMSIZ:
+			return delta.NotIifPrefix(data), 2
 		case key == unix.NFT_META_IIFNAME && len(data) == unix.IFNAMSIZ:
 			return delta.Iif{Name: cstring(data), Not: not}, 2
 		case key == unix.NFT_META_IIFGROUP && len(data) == 4:
@@ -333,6 +413,9 @@ func statement(x []expression) (delta.Statement, int) {
 				case x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2):
 					return delta.UDPDport(port), 4
 				}
+			}
+			if s, n, ok := readTooBig(x); ok {
+				return s, n
 			}
 			return delta.L4Proto(data[0]), 2
 		}
@@ -445,7 +528,7 @@ func verdict(e expression) (delta.Verdict, bool) {
 
 // masqueradeTo reads the two ports and the masquerade that uses them.
 func masqueradeTo(x []expression) (delta.Masquerade, bool) {
-	if len(x) < 3 || x[1].name != "immediate" || x[2].name != "masq" || x[2].u32(unix.NFTA_MASQ_FLAGS)&^unix.NF_NAT_RANGE_PROTO_SPECIFIED != 0 {
+	if len(x) < 3 || x[1].name != "immediate" || x[2].name != "masq" || x[2].u32(unix.NFTA_MASQ_FLAGS) != unix.NF_NAT_RANGE_PROTO_SPECIFIED {
 		return delta.Masquerade{}, false
 	}
 	var ports [2]uint16

@@ -137,6 +137,8 @@ type foundLink struct {
 	name  string
 	kind  string
 	link  delta.Link
+
+	rpFilter int
 }
 
 func (o *observation) links() error {

@@ -26,7 +26,8 @@ var hostLinkLocal = netip.MustParsePrefix("fe80::1/64")
 // AddPort implements Kernel.
 //
 // Both ends are made by one message, the container's already in its own namespace, each with its MAC: set later, udev's
-// MACAddressPolicy may replace it. What is to be done at each end then goes in one batch; no sysctl is written on the way.
+// MACAddressPolicy may replace it. What is to be done at each end then goes in one batch. The two settings that no message
+// carries are written before the host's end is up.
 func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err error) {
 	inside, err := os.Open(path)
 	if err != nil {
@@ -45,6 +46,10 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 	}()
 	index, err := n.index(p.HostName)
 	if err != nil {
+		return err
+	}
+	v6 := slices.ContainsFunc(p.Addrs, netip.Addr.Is6)
+	if err := n.SetSysctls(ctx, ipv6Settings(p.HostName, !v6)); err != nil {
 		return err
 	}
 	if err := n.rt.steps(hostEnd(index, p)); err != nil {
@@ -140,10 +145,7 @@ func hostEnd(index uint32, p delta.Port) []step {
 // strictReversePath sets the device's rp_filter to 1, without a write to /proc: what arrives must have its route back by the device,
 // so that no container can use another's address.
 func strictReversePath(m *message) {
-	const (
-		inetConf = 1 // IFLA_INET_CONF
-		rpFilter = 8 // IPV4_DEVCONF_RP_FILTER of linux/ip.h
-	)
+	const inetConf = 1 // IFLA_INET_CONF
 	spec := m.nest(unix.IFLA_AF_SPEC)
 	v4 := m.nest(unix.AF_INET)
 	conf := m.nest(inetConf)
@@ -421,25 +423,30 @@ func (n *Netns) Joined(ctx context.Context, device string, addrs []netip.Addr) (
 
 // Ports implements Kernel.
 func (n *Netns) Ports(ctx context.Context) ([]delta.HostPort, error) {
-	h, err := n.handle()
-	if err != nil {
-		return nil, err
-	}
-	defer h.Close()
-	links, err := RetryDump(h.LinkList)
-	if err != nil {
-		return nil, fmt.Errorf("list ports: %w", err)
-	}
-	var out []delta.HostPort
-	for _, l := range links {
-		if !strings.HasPrefix(l.Attrs().Name, delta.PortPrefix) {
-			continue
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return RetryDump(func() ([]delta.HostPort, error) {
+		var out []delta.HostPort
+		err := n.rt.dump(unix.RTM_GETLINK, func(m *message) { allOfKind(m, "veth") }, func(_ uint16, body []byte) {
+			if f := parseLink(body); f.kind == "veth" && strings.HasPrefix(f.name, delta.PortPrefix) {
+				if alias, ok := delta.ParsePortAlias(f.link.Alias); ok {
+					out = append(out, f.port(alias))
+				}
+			}
+		})
+		if err != nil && !errors.Is(err, errInterrupted) {
+			return nil, fmt.Errorf("list ports: %w", err)
 		}
-		if alias, ok := delta.ParsePortAlias(l.Attrs().Alias); ok {
-			out = append(out, delta.HostPort{Name: l.Attrs().Name, Index: l.Attrs().Index, Alias: alias})
+		if err != nil {
+			err = netlink.ErrDumpInterrupted
 		}
-	}
-	return out, nil
+		return out, err
+	})
+}
+
+// port is a device that is the host's end of one.
+func (f foundLink) port(alias delta.PortAlias) delta.HostPort {
+	return delta.HostPort{Name: f.name, Index: int(f.index), Alias: alias, RPFilter: f.rpFilter, AcceptRA: f.link.AcceptRA, NoIPv6: f.link.NoIPv6}
 }
 
 // RetryDump repeats a dump that changed while it was read. One that was interrupted over and over is complete enough: what it
@@ -453,6 +460,17 @@ func RetryDump[T any](dump func() ([]T, error)) ([]T, error) {
 		}
 	}
 	return out, nil
+}
+
+// port asks for the settings of one host end.
+func (n *Netns) port(name string) (p delta.HostPort, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	err = n.rt.get(unix.RTM_GETLINK, func(m *message) {
+		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
+		m.string(unix.IFLA_IFNAME, name)
+	}, func(_ uint16, body []byte) { p = parseLink(body).port(delta.PortAlias{}) })
+	return p, err
 }
 
 // CheckPort implements Kernel.
@@ -472,6 +490,13 @@ func (n *Netns) CheckPort(ctx context.Context, path string, p delta.Port) error 
 		}
 		if got := link.Attrs().Group; got != delta.InsideGroup {
 			differ("the host's end %s is in link group %d, not %d: an encrypted network's packets are dropped there", p.HostName, got, delta.InsideGroup)
+		}
+		settings, err := n.port(p.HostName)
+		if err != nil {
+			differ("the settings of %s: %w", p.HostName, err)
+		}
+		for _, fault := range settings.Faults(slices.ContainsFunc(p.Addrs, netip.Addr.Is6)) {
+			differ("the setting %s is not %s", fault.Key, fault.Value)
 		}
 		for _, a := range p.Addrs {
 			routes, err := host.RouteGet(a.AsSlice())

@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -57,4 +58,29 @@ func (a *application) sysctls(ofNewDevices bool) {
 	if err != nil {
 		a.errs = append(a.errs, err)
 	}
+}
+
+// SetSysctls implements Kernel.
+func (n *Netns) SetSysctls(ctx context.Context, list []delta.Sysctl) error {
+	return n.do(func() error { return setSysctls(list) })
+}
+
+// setSysctls writes settings of devices in the namespace of the calling thread. One that is not there has gone with its device.
+func setSysctls(list []delta.Sysctl) error {
+	var errs []error
+	for _, s := range list {
+		if err := os.WriteFile(sysctlRoot+s.Key, []byte(s.Value), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("set %s: %w", delta.SysctlString(s.Key, s.Value), err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// ipv6Settings keep the device's IPv6 off, or on, and router advertisements out. Written before a device is up, they hold from its first packet.
+func ipv6Settings(dev string, off bool) []delta.Sysctl {
+	disable := "0"
+	if off {
+		disable = "1"
+	}
+	return []delta.Sysctl{{Key: "net/ipv6/conf/" + dev + "/accept_ra", Value: "0"}, {Key: "net/ipv6/conf/" + dev + "/disable_ipv6", Value: disable}}
 }

@@ -16,6 +16,7 @@ func parseLink(body []byte) foundLink {
 		return f
 	}
 	f.index = binary.NativeEndian.Uint32(body[4:])
+	f.link.NoIPv6 = true // without IPv6 the message says nothing of it
 	f.link.Down = binary.NativeEndian.Uint32(body[8:])&unix.IFF_UP == 0
 	var data []byte
 	var group uint32
@@ -31,6 +32,10 @@ func parseLink(body []byte) foundLink {
 			f.link.Alias = cstring(a.value)
 		case unix.IFLA_GROUP:
 			group = a.u32()
+		case unix.IFLA_AF_SPEC:
+			v6 := parseConf(a.value)
+			f.link.NoIPv6, f.link.AcceptRA = v6.disableIPv6, v6.acceptRA
+			f.rpFilter = v6.rpFilter
 		case unix.IFLA_LINKINFO:
 			for i := newAttrs(a.value); i.next(); {
 				switch i.typ {
@@ -53,6 +58,43 @@ func parseLink(body []byte) foundLink {
 	}
 	return f
 }
+
+// deviceConf is what a link's message says of the settings that are otherwise below /proc/sys/net/{ipv4,ipv6}/conf.
+type deviceConf struct {
+	rpFilter, acceptRA int
+	disableIPv6        bool
+}
+
+// parseConf reads IFLA_AF_SPEC. The arrays inside are indexed by include/uapi/linux/ip.h (from 1) and include/uapi/linux/ipv6.h.
+func parseConf(spec []byte) deviceConf {
+	const (
+		conf        = 1 // IFLA_INET_CONF
+		conf6       = 2 // IFLA_INET6_CONF
+		acceptRA    = 3
+		disableIPv6 = 26
+	)
+	at := func(values []byte, i int) int {
+		if len(values) < 4*(i+1) {
+			return 0
+		}
+		return int(int32(binary.NativeEndian.Uint32(values[4*i:])))
+	}
+	c := deviceConf{disableIPv6: true}
+	for family := newAttrs(spec); family.next(); {
+		for a := newAttrs(family.value); a.next(); {
+			switch {
+			case family.typ == unix.AF_INET && a.typ == conf:
+				c.rpFilter = at(a.value, rpFilter-1)
+			case family.typ == unix.AF_INET6 && a.typ == conf6:
+				c.acceptRA, c.disableIPv6 = at(a.value, acceptRA), at(a.value, disableIPv6) != 0
+			}
+		}
+	}
+	return c
+}
+
+// rpFilter is IPV4_DEVCONF_RP_FILTER of include/uapi/linux/ip.h.
+const rpFilter = 8
 
 func parseVXLAN(l *delta.Link, data []byte) {
 	var other []string

@@ -27,6 +27,7 @@ const (
 	EventRoute   EventKind = "route"
 	EventNexthop EventKind = "nexthop"
 	EventNft     EventKind = "nft"
+	EventPort    EventKind = "port"   // the reverse-path check of a container's port was changed
 	EventResync  EventKind = "resync" // anything may have happened: the kernel had more to tell than was read in time
 )
 
@@ -49,7 +50,7 @@ const quiet = 10 * time.Millisecond
 // Lariat's own changes are reported as well; the pass that follows finds nothing to do.
 func Watch(ctx context.Context) (<-chan Event, error) {
 	rt, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
-		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE)
+		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_NETCONF)
 	if err != nil {
 		return nil, fmt.Errorf("watch the kernel: %w", err)
 	}
@@ -228,10 +229,44 @@ func (w *watcher) route(typ uint16, body []byte) {
 				w.add(EventRoute, dst.String())
 			}
 		}
+	case unix.RTM_NEWNETCONF:
+		w.netconf(body)
 	case unix.RTM_NEWNEXTHOP, unix.RTM_DELNEXTHOP:
 		if len(body) >= sizeofNhMsg && body[2] == delta.Protocol {
 			w.add(EventNexthop, "")
 		}
+	}
+}
+
+// netconf reports a port whose reverse-path check somebody set. A new device's message, which has all settings, is no such news, and neither is a
+// check that is strict.
+func (w *watcher) netconf(body []byte) {
+	const ( // include/uapi/linux/netconf.h
+		header     = 4 // struct netconfmsg, aligned
+		ifindex    = 1
+		forwarding = 2
+		rpFilter   = 3
+	)
+	if len(body) < header {
+		return
+	}
+	var index uint32
+	loosened, all := false, false
+	for a := newAttrs(body[header:]); a.next(); {
+		switch a.typ {
+		case ifindex:
+			index = a.u32()
+		case forwarding:
+			all = true
+		case rpFilter:
+			loosened = a.u32() != 1
+		}
+	}
+	if !loosened || all {
+		return
+	}
+	if name := w.device(index); strings.HasPrefix(name, delta.PortPrefix) {
+		w.add(EventPort, name)
 	}
 }
 

@@ -144,6 +144,11 @@ const ProbePort = 4788
 // AllowAll, in Network.AllowFrom, stands for every network.
 const AllowAll = "all"
 
+// HasIPv6 reports whether the network has a subnet of IPv6.
+func (n Network) HasIPv6() bool {
+	return slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Addr().Is6() })
+}
+
 // Allows reports whether containers of another network may reach this one's.
 func (n Network) Allows(network string) bool {
 	return slices.Contains(n.AllowFrom, AllowAll) || slices.Contains(n.AllowFrom, network)

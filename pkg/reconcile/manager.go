@@ -59,8 +59,9 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	leftovers := &Leftovers{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID, Grace: m.Grace}
 	gc := NewConcern("leftovers", m.Every, leftovers.Run)
 	forward := NewConcern("forward", m.Every, m.forward)
+	ports := NewConcern("ports", m.Every, m.ports)
 	m.mu.Lock()
-	m.concerns = []*Concern{overlay, underlay, gc, forward}
+	m.concerns = []*Concern{overlay, underlay, gc, forward, ports}
 	tunnels := &Concern{}
 	if m.Tunnels != nil {
 		tunnels = NewConcern("tunnels", m.Every, m.Tunnels.Run)
@@ -84,6 +85,12 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 					return
 				}
 				m.Log.Debug("kernel event", "event", ev)
+				if ev.Kind == kernel.EventPort || ev.Kind == kernel.EventResync {
+					ports.Trigger()
+				}
+				if ev.Kind == kernel.EventPort {
+					continue
+				}
 				overlay.Trigger()
 				if ev.Kind == kernel.EventLink || ev.Kind == kernel.EventAddr || ev.Kind == kernel.EventResync {
 					underlay.Trigger()
@@ -106,6 +113,7 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 		if first {
 			underlay.Trigger()
 			gc.Trigger()
+			ports.Trigger()
 		}
 		return nil
 	}, m.watched)
@@ -295,6 +303,27 @@ func overlaySubnets(s *metadata.Snapshot) []netip.Prefix {
 	}
 	slices.SortFunc(out, func(a, b netip.Prefix) int { return strings.Compare(a.String(), b.String()) })
 	return out
+}
+
+// ports keeps the settings of containers' ports, which their own ADD made.
+func (m *Manager) ports(ctx context.Context) (changed []string, err error) {
+	s := m.view.Load()
+	if s == nil {
+		return nil, errNoView
+	}
+	ports, err := m.Kernel.Ports(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var faults []delta.Sysctl
+	for _, p := range ports {
+		n, known := s.Network(p.Alias.Network)
+		faults = append(faults, p.Faults(!known || n.HasIPv6())...)
+	}
+	for _, f := range faults {
+		changed = append(changed, delta.SysctlString(f.Key, f.Value))
+	}
+	return changed, m.Kernel.SetSysctls(ctx, faults)
 }
 
 // forward lets the networks' packets through where another program's policy for FORWARD is to drop.

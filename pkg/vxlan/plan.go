@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"hash/fnv"
 	"net/netip"
-	"slices"
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -113,9 +112,10 @@ func findPeers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []peer
 
 func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me metadata.Host, peers []peer, prefixes map[string][]netip.Prefix, ids *nexthopIDs) {
 	dev := Device(n.VNI)
-	s.Links[dev] = delta.Link{Kind: "vxlan", VNI: n.VNI, Port: n.UDPPort(), Local: me.UnderlayAddr(), MAC: delta.MAC(me.MAC), MTU: mtu.Container(n, me), Alias: Alias(n.Name)}
+	v6 := n.HasIPv6() || me.UnderlayAddr().Is6()
+	s.Links[dev] = delta.Link{Kind: delta.KindVXLAN, VNI: n.VNI, Port: n.UDPPort(), Local: me.UnderlayAddr(), MAC: delta.MAC(me.MAC), MTU: mtu.Container(n, me), Alias: Alias(n.Name), NoIPv6: !v6}
 	s.Sysctls["net/ipv4/ip_forward"] = "1"
-	if slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Addr().Is6() }) || me.UnderlayAddr().Is6() {
+	if v6 {
 		s.Sysctls["net/ipv6/conf/all/forwarding"] = "1"
 		s.Addrs[delta.Addr{Dev: dev, Prefix: netip.PrefixFrom(LinkLocal(me.MAC), 64)}] = struct{}{}
 	}

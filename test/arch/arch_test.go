@@ -103,7 +103,7 @@ func TestArrows(t *testing.T) {
 		"pkg/ipsec":             {"pkg/metadata", "pkg/delta", "pkg/mtu", "pkg/underlay"},
 		"pkg/nat":               {"pkg/metadata", "pkg/delta"},
 		"pkg/attach":            {"pkg/metadata", "pkg/delta"},
-		"pkg/guard":             {"pkg/metadata", "pkg/delta"},
+		"pkg/guard":             {"pkg/metadata", "pkg/delta", "pkg/mtu"},
 		"pkg/plan":              {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/ipsec", "pkg/guard", "pkg/nat"},
 		"pkg/graph":             {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/ipsec", "pkg/mtu"},
 		"pkg/kernel":            {"pkg/delta", "pkg/metadata"},

@@ -234,7 +234,7 @@ func (k *Kernel) Ports(ctx context.Context) ([]delta.HostPort, error) {
 		if !ok {
 			continue
 		}
-		port := delta.HostPort{Name: name, Index: i + 2, Alias: alias, HasPeer: true}
+		port := delta.HostPort{Name: name, Index: i + 2, Alias: alias, HasPeer: true, RPFilter: 1, NoIPv6: !slices.ContainsFunc(p.p.Addrs, netip.Addr.Is6)}
 		for _, a := range p.p.Addrs {
 			dst := netip.PrefixFrom(a, a.BitLen())
 			if slices.Contains(p.host, delta.RouteString(dst, delta.Route{Dev: name})) {
@@ -244,4 +244,16 @@ func (k *Kernel) Ports(ctx context.Context) ([]delta.HostPort, error) {
 		out = append(out, port)
 	}
 	return out, nil
+}
+
+// SetSysctls implements kernel.Kernel. Settings of ports are as they should be in this world, so there is nothing to remember.
+func (k *Kernel) SetSysctls(ctx context.Context, list []delta.Sysctl) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, s := range list {
+		if err := k.step(delta.SysctlString(s.Key, s.Value)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
