@@ -24,12 +24,30 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-func TestMain(m *testing.M) { lab.Main(m) }
+func TestMain(m *testing.M) { lab.Main(watched{m}) }
+
+// watched fails the run when the sentinel heard what must not be heard, in whichever test.
+type watched struct{ *testing.M }
+
+// Run implements what lab.Main wants.
+func (w watched) Run() int {
+	code := w.M.Run()
+	if sentinel == nil {
+		return code
+	}
+	if err := sentinel.Close(); err != nil {
+		fmt.Fprintln(os.Stderr, "FAIL: while the tests ran,", err)
+		return max(code, 1)
+	}
+	return code
+}
 
 var (
 	ctx     = context.Background()
 	cluster *lab.Cluster
-	once    sync.Once
+	// sentinel listens on the underlay, as a machine that is no host.
+	sentinel *lab.Sentinel
+	once     sync.Once
 )
 
 // start makes three hosts that the tests share. Each keeps a member of the store, so that any one may be lost.
@@ -71,6 +89,9 @@ func start(t testing.TB) *lab.Cluster {
 				return errors.Join(err, h.Settled(ctx))
 			})
 		}
+		s, err := lab.NewSentinel(ctx, c, "sentinel", netip.MustParseAddr("192.0.2.250"))
+		must(t, err)
+		sentinel = s
 	})
 	if cluster == nil {
 		t.Fatal("the cluster did not start")

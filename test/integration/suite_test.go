@@ -27,6 +27,9 @@ var ctx = context.Background()
 // cluster is the three hosts that the specs share. Each spec brings containers of its own, and takes them away.
 var cluster *lab.Cluster
 
+// sentinel listens, while all specs run, for packets that come where they must not.
+var sentinel *lab.Sentinel
+
 func TestOverlay(t *testing.T) {
 	RegisterFailHandler(Fail)
 	RunSpecs(t, "Three hosts")
@@ -40,6 +43,14 @@ var _ = BeforeSuite(func() {
 	Expect(err).NotTo(HaveOccurred())
 	Expect(cluster.Up(ctx)).To(Succeed())
 	create(metadata.Network{Name: "overlay", Subnets: prefixes("10.42.0.0/16", "fd42::/48"), Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true})
+	sentinel, err = lab.NewSentinel(ctx, cluster, "sentinel", netip.MustParseAddr("192.0.2.250"))
+	Expect(err).NotTo(HaveOccurred())
+})
+
+var _ = AfterSuite(func() {
+	if sentinel != nil {
+		Expect(sentinel.Close()).To(Succeed())
+	}
 })
 
 func prefixes(list ...string) (out []netip.Prefix) {
@@ -97,6 +108,9 @@ func connected(h *lab.Host, network string) *lab.Container {
 	c, cl := container(h), call(h, network, nil)
 	Expect(c.Add(ctx, cl)).To(Succeed())
 	DeferCleanup(func() { Expect(c.Del(ctx, cl)).To(Succeed()) })
+	stop, err := sentinel.Watch(ctx, c, "eth0", network)
+	Expect(err).NotTo(HaveOccurred())
+	DeferCleanup(stop)
 	return c
 }
 

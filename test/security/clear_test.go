@@ -94,7 +94,7 @@ func clear(one world) {
 		t := newTrial()
 		t.listen("red on a", red.Netns, "eth0")
 		t.listen("blue on a", blue.Netns, "eth0")
-		t.sent("the bridge", host(0).Netns, "docker0")
+		t.sent("the bridge's port", host(0).Netns, "sw-docker") // with br_netfilter, rules stop it in front of the bridge itself
 		var bridge net.HardwareAddr
 		on(host(0), func() { bridge = link("docker0").Attrs().HardwareAddr })
 		for _, v6 := range families(one) {

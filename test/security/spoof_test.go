@@ -204,7 +204,9 @@ func redirection(one world) {
 		mallory := connected(host(0), "red")
 		entries := func() (n int) {
 			on(host(0), func() {
-				list, err := kernel.RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(link(port(mallory)).Attrs().Index, netlink.FAMILY_ALL) })
+				list, err := kernel.RetryDump(func() ([]netlink.Neigh, error) {
+					return netlink.NeighList(link(port(mallory)).Attrs().Index, netlink.FAMILY_ALL)
+				})
 				Expect(err).NotTo(HaveOccurred())
 				n = len(list)
 			})

@@ -62,7 +62,8 @@ var _ = BeforeSuite(func() {
 func init() {
 	for _, one := range worlds {
 		Describe("Three hosts "+one.name, Ordered, ContinueOnFailure, func() {
-			BeforeAll(func() { begin(one) })
+			BeforeAll(func() { begin(one); watchful() })
+			alertness(one)
 			for _, on := range []bool{false, true} {
 				Context(map[bool]string{true: "with masquerade", false: "without masquerade"}[on], func() {
 					BeforeAll(func() { masquerade(on) })
