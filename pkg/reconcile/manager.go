@@ -332,5 +332,11 @@ func (m *Manager) forward(context.Context) ([]string, error) {
 	if s == nil {
 		return nil, errNoView
 	}
-	return iptables.AcceptForward(overlaySubnets(s))
+	var underlay []netip.Addr
+	if me, ok := s.Host(s.Self); ok {
+		for _, u := range me.Underlay {
+			underlay = append(underlay, u.Address.Addr())
+		}
+	}
+	return iptables.AcceptForward(overlaySubnets(s), underlay)
 }

@@ -14,18 +14,30 @@ import (
 	"strings"
 
 	"github.com/coreos/go-iptables/iptables"
+	"github.com/vishvananda/netlink"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
 )
 
 const (
 	// UserChain comes first and is never written to: an administrator's own rules go there.
 	UserChain = "LARIAT-USER"
-	// ForwardChain accepts what comes from or goes to a network of ours.
+	// ForwardChain accepts what comes from or goes to a container's port.
 	ForwardChain = "LARIAT-FORWARD"
 )
 
 // AcceptForward makes the chains where the policy is DROP, and takes them away where it is not (any more). It returns what it
 // changed. A host without iptables needs nothing.
-func AcceptForward(subnets []netip.Prefix) (changed []string, err error) {
+//
+// What leads to a container's port is accepted from everywhere: pkg/guard has dropped by then what must not. What comes from one is accepted to
+// everywhere but the bridges of others, such as Docker's, whose own rules then decide. underlay are the host's own addresses: a bridge that has
+// one of them is the way to the outside.
+func AcceptForward(subnets []netip.Prefix, underlay []netip.Addr) (changed []string, err error) {
+	bridges, err := foreignBridges(underlay)
+	if err != nil {
+		return nil, fmt.Errorf("accept forwarded packets: %w", err)
+	}
 	var errs []error
 	for _, f := range []struct {
 		proto   iptables.Protocol
@@ -41,7 +53,7 @@ func AcceptForward(subnets []netip.Prefix) (changed []string, err error) {
 				own = append(own, s.String())
 			}
 		}
-		lines, err := family(f.proto, own)
+		lines, err := family(f.proto, own, bridges)
 		for _, l := range lines {
 			changed = append(changed, f.command+" "+l)
 		}
@@ -52,7 +64,7 @@ func AcceptForward(subnets []netip.Prefix) (changed []string, err error) {
 	return changed, errors.Join(errs...)
 }
 
-func family(proto iptables.Protocol, subnets []string) ([]string, error) {
+func family(proto iptables.Protocol, subnets, bridges []string) ([]string, error) {
 	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(5))
 	if err != nil {
 		return nil, err
@@ -69,10 +81,59 @@ func family(proto iptables.Protocol, subnets []string) ([]string, error) {
 		}
 		return withdraw(ipt)
 	}
-	return provide(ipt, rules, subnets)
+	return provide(ipt, rules, accepting(subnets, bridges))
 }
 
-func provide(ipt *iptables.IPTables, forward []string, subnets []string) (changed []string, err error) {
+// accepting are the rules of ForwardChain, as iptables lists them.
+func accepting(subnets, bridges []string) (out []string) {
+	add := func(format string, args ...any) {
+		out = append(out, "-A "+ForwardChain+" "+fmt.Sprintf(format, args...))
+	}
+	const port = delta.PortPrefix + "+"
+	if len(bridges) > 0 { // answers, and what a program published that has a bridge
+		add("-i %s -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT", port)
+	}
+	for _, b := range bridges {
+		add("-i %s -o %s -j RETURN", port, b)
+	}
+	for _, s := range subnets {
+		add("-s %s -i %s -j ACCEPT", s, port)
+		add("-d %s -o %s -j ACCEPT", s, port)
+	}
+	return out
+}
+
+// foreignBridges are the bridges of others, without those that have an address of the underlay or a default route.
+func foreignBridges(underlay []netip.Addr) (names []string, err error) {
+	links, err := kernel.RetryDump(netlink.LinkList)
+	if err != nil {
+		return nil, fmt.Errorf("list bridges: %w", err)
+	}
+	for _, l := range links {
+		if l.Type() != "bridge" {
+			continue
+		}
+		addrs, err := kernel.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_ALL) })
+		if err != nil {
+			return nil, fmt.Errorf("addresses of bridge %s: %w", l.Attrs().Name, err)
+		}
+		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(l, netlink.FAMILY_ALL) })
+		if err != nil {
+			return nil, fmt.Errorf("routes of bridge %s: %w", l.Attrs().Name, err)
+		}
+		outward := slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
+			addr, _ := netip.AddrFromSlice(a.IP)
+			return slices.Contains(underlay, addr.Unmap())
+		}) || slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Dst == nil || r.Dst.IP.IsUnspecified() })
+		if !outward {
+			names = append(names, l.Attrs().Name)
+		}
+	}
+	slices.Sort(names)
+	return names, nil
+}
+
+func provide(ipt *iptables.IPTables, forward, rules []string) (changed []string, err error) {
 	for _, chain := range []string{UserChain, ForwardChain} {
 		if ok, err := ipt.ChainExists("filter", chain); err != nil {
 			return changed, err
@@ -87,10 +148,7 @@ func provide(ipt *iptables.IPTables, forward []string, subnets []string) (change
 	if err != nil {
 		return changed, err
 	}
-	want := []string{"-N " + ForwardChain}
-	for _, s := range subnets {
-		want = append(want, fmt.Sprintf("-A %s -s %s -j ACCEPT", ForwardChain, s), fmt.Sprintf("-A %s -d %s -j ACCEPT", ForwardChain, s))
-	}
+	want := append([]string{"-N " + ForwardChain}, rules...)
 	if !slices.Equal(have, want) {
 		if err := ipt.ClearChain("filter", ForwardChain); err != nil {
 			return changed, err
