@@ -21,7 +21,7 @@ const (
 	maxAnswers    = 64   // being made or sent, in all: what is in memory is at most so many answers
 	maxAnswerEach = 2    // of one source
 	maxHead       = 8 << 10
-	sendBuffer    = 64 << 10 // octets that the kernel keeps for a caller that does not read
+	sendBuffer    = 64 << 10 // bytes that the kernel keeps for a caller that does not read
 
 	headTime = 5 * time.Second  // until the head of a request is there
 	turnTime = 5 * time.Second  // that a request waits for those before it

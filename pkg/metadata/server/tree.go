@@ -5,6 +5,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"runtime"
 	"sync"
 	"time"
 
@@ -15,13 +16,14 @@ import (
 // Tree returns the read-only tree for containers, each known by its source address. X-Forwarded-For is not looked at: a
 // container could write anything into it.
 func (s *Server) Tree() service.Guests {
-	t := &treeView{s: s}
+	t := &treeView{s: s, render: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))}
 	return service.Guests{Handler: t, Known: t.known}
 }
 
 // treeView keeps the tree of the model as it was a moment ago.
 type treeView struct {
-	s *Server
+	s      *Server
+	render chan struct{} // has a place for each answer that may be made at a time: the other processors are for root's requests
 
 	mu       sync.RWMutex
 	built    *tree.Tree
@@ -98,7 +100,7 @@ func (t *treeView) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Retry-After", "1")
 		a = tree.Problem(http.StatusServiceUnavailable, "Not loaded yet", false)
 	} else {
-		a = built.Get(r.URL.EscapedPath(), r.Header.Get("Accept"), caller)
+		a = t.get(built, r, caller)
 	}
 	if origin := t.s.cfg.TreeOrigin; origin != "" {
 		w.Header().Set("Access-Control-Allow-Origin", origin)
@@ -108,6 +110,12 @@ func (t *treeView) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodHead {
 		w.Write(a.Body) //nolint:errcheck // the caller hung up
 	}
+}
+
+func (t *treeView) get(built *tree.Tree, r *http.Request, caller netip.Addr) tree.Answer {
+	t.render <- struct{}{}
+	defer func() { <-t.render }()
+	return built.Get(r.URL.EscapedPath(), r.Header.Get("Accept"), caller)
 }
 
 // callerOf is the address that a request came from. Who speaks to an address of this host from that address is the host itself: the kernel

@@ -23,7 +23,7 @@ func open(t testing.TB, dir string) *Etcd {
 	return s
 }
 
-// TestSocketIsPrivate: whatever the umask, only the owner opens the store's socket, or its folder.
+// TestSocketIsPrivate: whatever the umask, only the owner opens the store's socket, or its directory.
 func TestSocketIsPrivate(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0))
 	root, err := os.MkdirTemp("", "st") // a socket's path may have 107 octets
