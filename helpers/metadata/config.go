@@ -32,6 +32,8 @@ type config struct {
 
 	ListenTree    string
 	ListenMetrics string
+	TreeLabels    []string
+	TreeOrigin    string
 
 	Endpoints      []string
 	CA, Cert, Key  string
@@ -58,6 +60,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringToStringVar(&c.Labels, "label", nil, "label of this host, key=value, repeated")
 	f.StringVar(&c.LogLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&c.ListenTree, "listen-tree", "", "IP:port of the read-only tree for containers, usually 169.254.169.250:80")
+	f.StringArrayVar(&c.TreeLabels, "tree-label", nil, "name of a container's label that the tree shows to all containers, or prefix*, repeated; those of services are always shown")
+	f.StringVar(&c.TreeOrigin, "tree-allow-origin", "", "origin whose web pages may read the tree (Access-Control-Allow-Origin), or *; empty: none")
 	f.StringVar(&c.ListenMetrics, "listen-metrics", "", "IP:port of /metrics, /healthz and /readyz, beside the socket")
 	f.DurationVar(&c.StartTimeout, "start-timeout", time.Minute, "give up when the store is not ready until then")
 	f.DurationVar(&c.LeaseTTL, "lease", 30*time.Second, "a host that is silent for so long counts as gone")

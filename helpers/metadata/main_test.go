@@ -237,13 +237,13 @@ func TestF148_KillDuringTenThousandWrites(t *testing.T) {
 }
 
 func TestOneServicePerSocket(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0)) // whatever it is, nothing is for others
 	dir := shortDir(t)
 	p := start(t, dir, "a").ready(t)
-	if st, err := os.Stat(filepath.Join(dir, "s")); err != nil || st.Mode().Perm() != 0o600 {
-		t.Errorf("%v %v", st.Mode(), err)
-	}
-	if st, err := os.Stat(filepath.Join(dir, "etcd")); err != nil || st.Mode().Perm() != 0o700 {
-		t.Errorf("%v %v", st.Mode(), err)
+	for name, mode := range map[string]os.FileMode{"s": 0o600, "etcd": 0o700, "etcd/client.sock": 0o600} {
+		if st, err := os.Stat(filepath.Join(dir, name)); err != nil || st.Mode().Perm() != mode {
+			t.Errorf("%s: %v %v, want %v", name, st.Mode(), err, mode)
+		}
 	}
 	out, err := program(identity(dir, "a")...).CombinedOutput()
 	if err == nil || !strings.Contains(string(out), fmt.Sprintf("process id %d", p.cmd.Process.Pid)) || !strings.Contains(string(out), filepath.Join(dir, "s")) {

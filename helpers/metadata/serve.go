@@ -6,15 +6,12 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"syscall"
 	"time"
 
 	"github.com/spf13/pflag"
-	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/metadata/server"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
@@ -72,6 +69,7 @@ func serve(args []string, stdout, stderr io.Writer) error {
 		return fmt.Errorf("--log-level %s: want debug, info, warn or error", c.LogLevel)
 	}
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
+	syscall.Umask(0o077) // whatever it was: nothing that the service makes is for others
 
 	machine, err := readID("machine-id-file", c.MachineIDFile)
 	if err != nil {
@@ -112,50 +110,17 @@ func serve(args []string, stdout, stderr io.Writer) error {
 		}
 	}
 	s, err = server.New(start, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay,
-		Labels: c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, Device: plan.Device, AllContainers: c.ListenTree != "", LeaseTTL: c.LeaseTTL, Log: log}, st)
+		Labels: c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, Device: plan.Device, AllContainers: c.ListenTree != "",
+		TreeLabels: c.TreeLabels, TreeOrigin: c.TreeOrigin, LeaseTTL: c.LeaseTTL, Log: log}, st)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
 
-	failed := make(chan error, 3)
-	var servers []*http.Server
-	serveOn := func(l net.Listener, h http.Handler) {
-		hs := &http.Server{Handler: h, ConnContext: server.ConnContext, ReadHeaderTimeout: 10 * time.Second,
-			ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
-		servers = append(servers, hs)
-		go func() {
-			if err := hs.Serve(l); !errors.Is(err, http.ErrServerClosed) {
-				failed <- fmt.Errorf("%s: %w", l.Addr(), err)
-			}
-		}()
-	}
-	serveOn(listener, s.Handler())
-	if c.ListenMetrics != "" {
-		l, err := net.Listen("tcp", c.ListenMetrics)
-		if err != nil {
-			return fmt.Errorf("--listen-metrics: %w", err)
-		}
-		serveOn(l, s.PublicHandler())
-	}
-	if c.ListenTree != "" {
-		// The address may come later (the network manager puts it on the host): bind all the same.
-		lc := net.ListenConfig{Control: func(network, _ string, raw syscall.RawConn) error {
-			var err error
-			cerr := raw.Control(func(fd uintptr) {
-				if network == "tcp6" {
-					err = unix.SetsockoptInt(int(fd), unix.SOL_IPV6, unix.IPV6_FREEBIND, 1)
-				} else {
-					err = unix.SetsockoptInt(int(fd), unix.SOL_IP, unix.IP_FREEBIND, 1)
-				}
-			})
-			return errors.Join(cerr, err)
-		}}
-		l, err := lc.Listen(ctx, "tcp", c.ListenTree)
-		if err != nil {
-			return fmt.Errorf("--listen-tree: %w", err)
-		}
-		serveOn(l, s.TreeHandler())
+	api := s.API()
+	api.Serve(listener)
+	if err := errors.Join(api.ListenMetrics(c.ListenMetrics), api.ListenGuests(c.ListenTree, s.Tree())); err != nil {
+		return err
 	}
 	log.Info("serving", "socket", c.Socket, "host", c.HostName)
 	service.Ready(ctx, s.Alive)
@@ -163,18 +128,14 @@ func serve(args []string, stdout, stderr io.Writer) error {
 	select {
 	case <-ctx.Done():
 		err = nil
-	case err = <-failed:
+	case err = <-api.Failed():
 	}
 	service.Stopping()
 	log.Info("stopping")
 	// Requests under way get their answer; watches and waits end with the server.
-	end, cancelEnd := context.WithTimeout(context.Background(), 10*time.Second)
-	defer cancelEnd()
 	go s.Stop()
-	for _, hs := range servers {
-		if serr := hs.Shutdown(end); serr != nil {
-			_ = hs.Close()
-		}
+	if serr := api.Stop(10 * time.Second); serr != nil {
+		log.Warn("requests were cut short; they can be repeated", "error", serr)
 	}
 	return err
 }

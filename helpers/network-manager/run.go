@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -19,7 +18,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
 	"github.com/lariat-net/lariat/pkg/ike"
@@ -71,25 +69,16 @@ func manage(conf config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	mux := handler(m, remover, conf.logLevel)
-	unix, err := service.Listen(conf.socket)
+	api := handler(m, remover, log, conf.logLevel)
+	socket, err := service.Listen(conf.socket)
 	if err != nil {
 		return err
 	}
-	listeners := []net.Listener{unix}
-	if conf.listen != "" {
-		tcp, err := net.Listen("tcp", conf.listen)
-		if err != nil {
-			unix.Close()
-			return fmt.Errorf("--listen-metrics: %w", err)
-		}
-		listeners = append(listeners, tcp)
+	defer socket.Close()
+	if err := api.ListenMetrics(conf.listen); err != nil {
+		return err
 	}
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
-	for _, l := range listeners {
-		go func() { _ = server.Serve(l) }() // ends with Close
-	}
-	defer server.Close()
+	api.Serve(socket)
 	if conf.probe {
 		m.OnView = (&responder{ctx: ctx, view: m.View, log: log}).follow
 	}
@@ -97,6 +86,9 @@ func manage(conf config, log *slog.Logger) error {
 	log.Info("started", "socket", conf.socket, "metadata", conf.metadataSocket, "state", conf.stateDir)
 	err = m.Run(ctx, events)
 	service.Stopping()
+	if serr := api.Stop(patience); serr != nil {
+		log.Warn("requests were cut short; they can be repeated", "error", serr)
+	}
 	log.Info("stopped; the network stays as it is")
 	return err
 }
@@ -177,47 +169,42 @@ func (r *responder) known(a netip.Addr) bool {
 	return false
 }
 
-// handler tells health, metrics and the state that is wanted.
-func handler(m *reconcile.Manager, remover *kernel.Remover, level *slog.LevelVar) http.Handler {
+// patience is how long requests that run may take to end when the process is asked to.
+const patience = 5 * time.Second
+
+// handler returns what root may ask: health, metrics, the state that is wanted, and some orders.
+func handler(m *reconcile.Manager, remover *kernel.Remover, log *slog.Logger, level *slog.LevelVar) *service.Server {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collector{m})
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /ping", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "OK") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		var bad []string
+	api := service.New(log, service.Health{Metrics: registry, Ready: func(context.Context) error {
+		var bad []error
 		for _, h := range m.Health() {
 			if !h.OK {
-				bad = append(bad, h.Concern+": "+h.Error)
+				bad = append(bad, errors.New(h.Concern+": "+h.Error))
 			}
 		}
-		if len(bad) > 0 {
-			w.WriteHeader(http.StatusServiceUnavailable)
-			fmt.Fprintln(w, strings.Join(bad, "\n"))
-			return
-		}
-		fmt.Fprintln(w, "ok")
-	})
+		return errors.Join(bad...)
+	}})
+	api.HandleFunc("GET /ping", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "OK") })
 	// The CNI plugins' DEL asks for this: the manager waits for the kernel in their place.
-	mux.HandleFunc("DELETE /v1/ports/{name}", func(w http.ResponseWriter, r *http.Request) {
+	api.HandleFunc("DELETE /v1/ports/{name}", func(w http.ResponseWriter, r *http.Request) {
 		index, _ := strconv.ParseUint(r.URL.Query().Get("index"), 10, 32)
 		if err := remover.Remove(r.Context(), r.PathValue("name"), uint32(index)); err != nil {
 			w.WriteHeader(http.StatusInternalServerError)
 			_ = json.NewEncoder(w).Encode(metadata.Errorf(metadata.CodeInternal, "%v", err))
 		}
 	})
-	mux.HandleFunc("GET /v1/tunnels", func(w http.ResponseWriter, r *http.Request) {
-		answer(w, m.Tunnels.Report(r.Context(), !r.URL.Query().Has("summary")))
+	api.HandleFunc("GET /v1/tunnels", func(w http.ResponseWriter, r *http.Request) {
+		service.WriteJSON(w, m.Tunnels.Report(r.Context(), !r.URL.Query().Has("summary")))
 	})
-	mux.HandleFunc("POST /v1/tunnels/reauth", func(w http.ResponseWriter, r *http.Request) {
+	api.HandleFunc("POST /v1/tunnels/reauth", func(w http.ResponseWriter, r *http.Request) {
 		if err := m.Tunnels.Reauth(r.Context()); err != nil {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 			return
 		}
 		fmt.Fprintln(w, "OK")
 	})
-	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
+	api.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithTimeout(r.Context(), reloadTimeout)
 		defer cancel()
 		if err := m.Reload(ctx); err != nil {
@@ -226,8 +213,8 @@ func handler(m *reconcile.Manager, remover *kernel.Remover, level *slog.LevelVar
 		}
 		fmt.Fprintln(w, "OK")
 	})
-	mux.HandleFunc("GET /v1/log-level", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, level.Level()) })
-	mux.HandleFunc("PUT /v1/log-level", func(w http.ResponseWriter, r *http.Request) {
+	api.HandleFunc("GET /v1/log-level", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, level.Level()) })
+	api.HandleFunc("PUT /v1/log-level", func(w http.ResponseWriter, r *http.Request) {
 		text, err := io.ReadAll(io.LimitReader(r.Body, 100))
 		if err == nil {
 			err = level.UnmarshalText(bytes.TrimSpace(text))
@@ -238,7 +225,7 @@ func handler(m *reconcile.Manager, remover *kernel.Remover, level *slog.LevelVar
 		}
 		fmt.Fprintln(w, level.Level())
 	})
-	mux.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) {
+	api.HandleFunc("GET /v1/state", func(w http.ResponseWriter, _ *http.Request) {
 		out := struct {
 			Host     string             `json:"host,omitempty"`
 			StateDir string             `json:"stateDir"`
@@ -250,20 +237,13 @@ func handler(m *reconcile.Manager, remover *kernel.Remover, level *slog.LevelVar
 			out.Host, out.Revision = s.Self, s.Revision
 			out.Desired = strings.Split(strings.TrimRight(m.Desired(s).String(), "\n"), "\n")
 		}
-		answer(w, out)
+		service.WriteJSON(w, out)
 	})
-	return mux
+	return api
 }
 
 // reloadTimeout is what POST /v1/reload waits for.
 const reloadTimeout = 30 * time.Second
-
-func answer(w http.ResponseWriter, v any) {
-	w.Header().Set("Content-Type", "application/json")
-	enc := json.NewEncoder(w)
-	enc.SetIndent("", "  ")
-	_ = enc.Encode(v) // the caller hung up
-}
 
 // collector turns the concerns' health into metrics.
 type collector struct{ m *reconcile.Manager }

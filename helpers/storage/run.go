@@ -2,12 +2,10 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"os/signal"
 	"path/filepath"
@@ -15,7 +13,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/service"
@@ -61,28 +58,16 @@ func serve(conf config, log *slog.Logger) error {
 	publish.volumes = docker.Volumes
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(m.calls, m.took, collector{docker})
-	common := admin(docker, driver, registry)
-	mux := http.NewServeMux()
-	mux.Handle("/", docker)
-	mux.Handle("GET /", common)
-
-	unix, err := service.Listen(conf.socket)
+	api := handler(docker, driver, registry, log)
+	socket, err := service.Listen(conf.socket)
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 30 * time.Second, MaxHeaderBytes: 64 << 10, ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug)}
-	metrics := &http.Server{Handler: common, ReadHeaderTimeout: 5 * time.Second}
-	failed := make(chan error, 2)
-	go func() { failed <- server.Serve(unix) }()
-	if conf.listen != "" {
-		tcp, err := net.Listen("tcp", conf.listen)
-		if err != nil {
-			unix.Close()
-			return fmt.Errorf("--listen-metrics: %w", err)
-		}
-		// Nothing but health and metrics: who may call Docker's protocol is root.
-		go func() { failed <- metrics.Serve(tcp) }()
+	defer socket.Close()
+	if err := api.ListenMetrics(conf.listen); err != nil {
+		return err
 	}
+	api.Serve(socket)
 	go docker.Sweep(ctx)
 	if conf.metadata != "" {
 		go publish.run(ctx)
@@ -90,51 +75,42 @@ func serve(conf config, log *slog.Logger) error {
 	service.Ready(ctx, nil)
 	log.Info("started", "socket", conf.socket, "driver", conf.driver, "scope", conf.scope)
 	select {
-	case err = <-failed:
+	case err = <-api.Failed():
 	case <-ctx.Done():
 		err = nil
 	}
 	service.Stopping()
-	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
-	defer cancel()
-	if serr := server.Shutdown(end); serr != nil {
+	if serr := api.Stop(patience); serr != nil {
 		log.Warn("calls were cut short; they can be repeated", "error", serr)
 	}
-	_ = metrics.Close() // nothing of it has to end well
 	log.Info("stopped; volumes stay mounted")
 	return err
 }
 
-// admin is for people and monitors.
-func admin(docker *dockerapi.Server, driver volume.Driver, registry *prometheus.Registry) http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), 5*time.Second)
+// handler returns Docker's protocol, and what people and monitors ask.
+func handler(docker *dockerapi.Server, driver volume.Driver, registry *prometheus.Registry, log *slog.Logger) *service.Server {
+	api := service.New(log, service.Health{Metrics: registry, Ready: func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 		_, err := driver.Init(ctx)
 		if err == nil {
 			_, err = docker.Volumes()
 		}
-		if err != nil {
-			http.Error(w, err.Error(), http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-	})
-	mux.HandleFunc("GET /v1/volumes", func(w http.ResponseWriter, _ *http.Request) {
+		return err
+	}})
+	for _, path := range dockerapi.Paths() {
+		api.Handle("POST "+path, docker)
+	}
+	api.Handle("/", docker) // says what is wrong with the call
+	api.HandleFunc("GET /v1/volumes", func(w http.ResponseWriter, _ *http.Request) {
 		all, err := docker.Volumes()
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 			return
 		}
-		w.Header().Set("Content-Type", "application/json")
-		enc := json.NewEncoder(w)
-		enc.SetIndent("", "  ")
-		_ = enc.Encode(all) // the caller hung up
+		service.WriteJSON(w, all)
 	})
-	return mux
+	return api
 }
 
 // meter counts calls.

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"slices"
 	"strings"
@@ -310,9 +311,36 @@ func TestF11_F131_WhatTheCallerAsksFor(t *testing.T) {
 	}
 }
 
+// TestAnnotations: those of services become labels, and those that the configuration names. Others may hold secrets.
+func TestAnnotations(t *testing.T) {
+	const annotations = `"runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"lariat.service":"web","team":"red","example.org/a":"1",` +
+		`"kubectl.kubernetes.io/last-applied-configuration":"hunter2"}}`
+	for _, tc := range []struct{ more, args, want string }{
+		{"", "", "lariat.service=web"},
+		{`"annotations":["team"],`, "", "lariat.service=web team=red"},
+		{`"annotations":["example.org/*"],`, "", "example.org/a=1 lariat.service=web"},
+		{`"annotations":["tea"],`, "K8S_POD_NAME=p", "io.kubernetes.pod.name=p lariat.service=web"},
+		{`"args":{"cni":{"labels":{"mine":"x"}}},`, "", "lariat.service=web mine=x"},
+		{`"args":{"cni":{"labels":null}},`, "", "lariat.service=web"},
+	} {
+		var got []string
+		p := plugin{do: func(r *cni.Request) error {
+			_, _, labels := r.Owner()
+			for _, k := range slices.Sorted(maps.Keys(labels)) {
+				got = append(got, k+"="+labels[k])
+			}
+			return nil
+		}}
+		if doc, _, code := p.run(env("ADD", "CNI_ARGS="+tc.args), config("1.1.0", tc.more+annotations+",")); code != 0 || strings.Join(got, " ") != tc.want {
+			t.Errorf("%s: exit %d, %v: %q, want %q", tc.more, code, doc, got, tc.want)
+		}
+	}
+}
+
 func FuzzRun(f *testing.F) {
 	f.Add(config("1.1.0", ""), "ADD", "IP=10.42.0.9")
 	f.Add(config("0.3.1", `"runtimeConfig":{"ips":["x"]},`), "DEL", ";;=")
+	f.Add(config("1.1.0", `"args":{"cni":{"labels":null}},"runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"lariat.stack":"s"}},`), "ADD", "")
 	f.Add(`{"cniVersion":"1.1.0","name":"n","cni.dev/valid-attachments":{}}`, "GC", "")
 	f.Fuzz(func(t *testing.T, stdin, verb, args string) {
 		p := plugin{do: func(r *cni.Request) error {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -49,6 +50,7 @@ type Conf struct {
 		} `json:"cni,omitempty"`
 	} `json:"args,omitempty"`
 	RuntimeConfig    RuntimeConfig   `json:"runtimeConfig,omitzero"`
+	Annotations      []string        `json:"annotations,omitempty"` // of the pod, that become labels: names, or prefix*
 	PrevResult       json.RawMessage `json:"prevResult,omitempty"`
 	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments,omitempty"`
 	Attachments      json.RawMessage `json:"cni.dev/attachments,omitempty"` // the older key
@@ -316,7 +318,8 @@ func (r *Request) MAC() (metadata.MAC, error) {
 	return m, nil
 }
 
-// Owner tells who the container is for people and for service discovery: a name, a uuid, and labels, as far as the runtime says.
+// Owner tells who the container is for people and for service discovery: a name, a uuid, and labels, as far as the runtime says. Of the
+// pod's annotations it takes those that are public, or that the configuration names: others may hold secrets.
 func (r *Request) Owner() (name, uuid string, labels map[string]string) {
 	labels = map[string]string{}
 	if r.Conf.Args != nil && len(r.Conf.Args.CNI.Labels) > 0 {
@@ -327,13 +330,14 @@ func (r *Request) Owner() (name, uuid string, labels map[string]string) {
 				labels[l.Key] = l.Value
 			}
 		}
+		if labels == nil { // by null
+			labels = map[string]string{}
+		}
 	}
-	for k, v := range r.Conf.RuntimeConfig.Annotations {
-		labels[k] = v
-	}
+	maps.Copy(labels, metadata.PublicLabels(r.Conf.RuntimeConfig.Annotations, r.Conf.Annotations))
 	for arg, label := range map[string]string{
-		"K8S_POD_NAMESPACE": "io.kubernetes.pod.namespace", "K8S_POD_NAME": "io.kubernetes.pod.name", "K8S_POD_UID": "io.kubernetes.pod.uid",
-		"NOMAD_JOB_ID": "nomad.job", "NOMAD_GROUP_NAME": "nomad.group", "NOMAD_NAMESPACE": "nomad.namespace",
+		"K8S_POD_NAMESPACE": metadata.LabelPodNamespace, "K8S_POD_NAME": metadata.LabelPodName, "K8S_POD_UID": metadata.LabelPodUID,
+		"NOMAD_JOB_ID": metadata.LabelNomadJob, "NOMAD_GROUP_NAME": metadata.LabelNomadGroup, "NOMAD_NAMESPACE": metadata.LabelNomadNamespace,
 	} {
 		if v := r.Args[arg]; v != "" {
 			labels[label] = v

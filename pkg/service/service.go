@@ -1,4 +1,5 @@
-// Package service is what every long-running helper does towards its host: one process for a socket, and systemd's protocol.
+// Package service is what every long-running helper does towards its host: one process for a socket, who may ask what, and systemd's
+// protocol.
 package service
 
 import (
@@ -19,7 +20,7 @@ import (
 // Listen listens on a unix socket that only its owner may open. What a killed process left there is replaced; a socket that
 // somebody serves is not, and the error says who. A file beside it (path + ".lock") decides, so that of two processes which start at
 // once one gives up. Closing takes the socket away.
-func Listen(path string) (net.Listener, error) {
+func Listen(path string) (*Socket, error) {
 	l, err := listen(path)
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", path, err)
@@ -27,7 +28,7 @@ func Listen(path string) (net.Listener, error) {
 	return l, nil
 }
 
-func listen(path string) (_ net.Listener, err error) {
+func listen(path string) (_ *Socket, err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
@@ -72,11 +73,11 @@ func listen(path string) (_ net.Listener, err error) {
 	if err != nil {
 		return nil, errors.Join(err, l.Close(), os.Remove(tmp))
 	}
-	return &listener{Listener: l, path: path, lock: lock}, nil
+	return &Socket{Listener: l, path: path, lock: lock}, nil
 }
 
-// listener holds the lock for as long as it listens.
-type listener struct {
+// Socket is a unix socket that only its owner may open. It holds the lock for as long as it listens.
+type Socket struct {
 	net.Listener
 	path string
 	lock *os.File
@@ -85,7 +86,7 @@ type listener struct {
 }
 
 // Close implements net.Listener.
-func (l *listener) Close() error {
+func (l *Socket) Close() error {
 	l.once.Do(func() { l.err = errors.Join(os.Remove(l.path), l.Listener.Close(), l.lock.Close()) })
 	return l.err
 }

@@ -30,7 +30,7 @@ func TestOneAtATime(t *testing.T) {
 	for round := range 20 {
 		var wg sync.WaitGroup
 		var lock sync.Mutex
-		var got []net.Listener
+		var got []*Socket
 		for range 8 {
 			wg.Go(func() {
 				l, err := Listen(path)
@@ -60,8 +60,7 @@ func TestOneAtATime(t *testing.T) {
 		}
 		c.Close()
 		if round%2 == 0 { // killed: the kernel closes what it had open, and the socket's file stays
-			l := got[0].(*listener)
-			if err := errors.Join(l.Listener.Close(), l.lock.Close()); err != nil {
+			if err := errors.Join(got[0].Listener.Close(), got[0].lock.Close()); err != nil {
 				t.Fatal(err)
 			}
 		} else if err := got[0].Close(); err != nil {

@@ -4,8 +4,11 @@ package arch_test
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"os/exec"
 	"path"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -126,6 +129,41 @@ func TestArrows(t *testing.T) {
 	}
 	for missing := range pure {
 		t.Errorf("package %s is gone; drop it from the rules", missing)
+	}
+}
+
+// TestOneServer: only pkg/service serves HTTP or listens on TCP. It knows who may call what, and keeps callers within limits.
+func TestOneServer(t *testing.T) {
+	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	serves := regexp.MustCompile(`\bhttp\.Server\{|\bhttp\.(ListenAnd)?Serve(TLS)?\(|\bnet\.ListenTCP\(|\bnet\.Listen\("tcp|\.Listen\([^)]*"tcp`)
+	found := false
+	for _, p := range list(t) {
+		if strings.HasPrefix(p.ImportPath, "test/") || strings.HasPrefix(p.ImportPath, "hack/") {
+			continue
+		}
+		dir := filepath.Join(strings.TrimSpace(string(root)), p.ImportPath)
+		files, err := filepath.Glob(filepath.Join(dir, "*.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			data, err := os.ReadFile(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if strings.HasSuffix(f, "_test.go") || !serves.Match(data) {
+				continue
+			}
+			if found = found || p.ImportPath == "pkg/service"; p.ImportPath != "pkg/service" {
+				t.Errorf("%s serves by itself: %s", p.ImportPath, serves.Find(data))
+			}
+		}
+	}
+	if !found {
+		t.Error("pkg/service does not serve; look for what it does instead")
 	}
 }
 

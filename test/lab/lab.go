@@ -27,12 +27,13 @@ import (
 
 // Options of a cluster.
 type Options struct {
-	Hosts   int
-	MTU     int       // of the underlay; 0: 1500
-	IPv6    bool      // underlay
-	Dir     string    // for state; "": on the lab's tmpfs, which is fast and goes by itself
-	Log     io.Writer // of all processes; nil: kept for errors only
-	Manager []string  // further arguments of lariat-network-manager
+	Hosts    int
+	MTU      int       // of the underlay; 0: 1500
+	IPv6     bool      // underlay
+	Dir      string    // for state; "": on the lab's tmpfs, which is fast and goes by itself
+	Log      io.Writer // of all processes; nil: kept for errors only
+	Metadata []string  // further arguments of lariat-metadata
+	Manager  []string  // further arguments of lariat-network-manager
 }
 
 // Cluster is hosts on one switch.
@@ -165,7 +166,7 @@ func (h *Host) StartMetadata(ctx context.Context, more ...string) (err error) {
 	} else {
 		args = append(args, "--etcd-endpoints", endpoint)
 	}
-	h.Metadata, err = h.Netns.Start(ctx, h.Dir, h.c.opts.Log, append(args, more...)...)
+	h.Metadata, err = h.Netns.Start(ctx, h.Dir, h.c.opts.Log, slices.Concat(args, h.c.opts.Metadata, more)...)
 	return err
 }
 

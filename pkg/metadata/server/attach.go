@@ -354,7 +354,7 @@ func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkS
 				p, u.Used, u.Blocks)
 		}
 	}
-	if cause := s.unready(); cause != nil && st.Ready {
+	if cause := s.unready(ctx); cause != nil && st.Ready {
 		st.Ready, st.Reason = false, cause.Error()
 	}
 	return st, nil

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -20,6 +21,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
+	"github.com/lariat-net/lariat/pkg/service"
 )
 
 // wantCode fails unless err is an answer with that code whose text holds all parts.
@@ -490,7 +492,7 @@ func TestF129_ExhaustionIsVisible(t *testing.T) {
 
 func metricsText(n *node) string {
 	w := httptest.NewRecorder()
-	n.Handler().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+	n.API().ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
 	return w.Body.String()
 }
 
@@ -884,7 +886,7 @@ func TestWatchResumes(t *testing.T) {
 		defer cancel()
 		w, r := io.Pipe()
 		req := httptest.NewRequest("GET", fmt.Sprintf("/v1/watch?revision=%d", revision), nil).WithContext(ctx)
-		go n.Handler().ServeHTTP(&pipeWriter{r, http.Header{}}, req)
+		go n.API().ServeHTTP(&pipeWriter{r, http.Header{}}, req)
 		var out []metadata.Event
 		d := json.NewDecoder(w)
 		for range count {
@@ -927,10 +929,10 @@ func (p *pipeWriter) Flush()                           {}
 func (p *pipeWriter) SetWriteDeadline(time.Time) error { return nil }
 
 func TestF149_OnlyRootWrites(t *testing.T) {
-	n, _ := one(t, overlay("10.42.0.0/16"), func(c *Config) { c.AllContainers = true })
+	n, _ := one(t, overlay("10.42.0.0/16"))
 	attach(t, n, "lan", metadata.AttachRequest{ContainerID: "c", IfName: "eth0", Name: "Web"})
-	h := n.Handler()
-	nobody := context.WithValue(t.Context(), peerKey{}, unix.Ucred{Uid: 65534})
+	h := n.API()
+	nobody := context.WithValue(t.Context(), service.Peer{}, unix.Ucred{Uid: 65534})
 	for _, ctx := range []context.Context{nobody, t.Context()} {
 		for _, m := range []string{"POST /v1/networks/lan/attachments", "POST /v1/networks/lan/gc", "DELETE /v1/networks/lan/attachments/c/eth0", "PUT /v1/networks/x",
 			"DELETE /v1/networks/lan", "PUT /v1/hosts/x", "DELETE /v1/hosts/a", "PUT /v1/containers/a/c", "DELETE /v1/containers/a/c", "GET /v1/backup"} {
@@ -947,28 +949,59 @@ func TestF149_OnlyRootWrites(t *testing.T) {
 			t.Errorf("reading: %d", w.Code)
 		}
 	}
-	// The tree: a container reads its own, whatever it claims to be, and writes nothing.
-	th := n.TreeHandler()
-	get := func(method, path, from, forwarded string) (int, string) {
+}
+
+// TestTree: a container reads its own, whatever it claims to be, from the moment it has its address, and writes nothing.
+func TestTree(t *testing.T) {
+	n, _ := one(t, overlay("10.42.0.0/16"), func(c *Config) { c.AllContainers = true })
+	th := n.Tree()
+	get := func(method, path, from string, headers ...string) *httptest.ResponseRecorder {
 		r := httptest.NewRequest(method, path, nil)
 		r.RemoteAddr = from
-		r.Header.Set("X-Forwarded-For", forwarded)
+		for i := 0; i < len(headers); i += 2 {
+			r.Header.Set(headers[i], headers[i+1])
+		}
 		w := httptest.NewRecorder()
 		th.ServeHTTP(w, r)
-		return w.Code, w.Body.String()
+		return w
 	}
-	for _, m := range []string{"POST", "PUT", "DELETE", "PATCH", "OPTIONS"} {
-		if code, _ := get(m, "/latest/self/container/name", "10.42.0.2:999", ""); code != http.StatusMethodNotAllowed {
-			t.Errorf("%s: %d", m, code)
+	for i, id := range []string{"c", "d", "e", "f"} { // faster than trees are built
+		attach(t, n, "lan", metadata.AttachRequest{ContainerID: id, IfName: "eth0", Name: "Web-" + id})
+		if w := get("GET", "/latest/self/container/name", fmt.Sprintf("10.42.0.%d:999", 2+i)); w.Code != 200 || w.Body.String() != "web-"+id {
+			t.Errorf("%s: %d %q", id, w.Code, w.Body)
 		}
 	}
-	if code, body := get("GET", "/latest/self/container/name", "10.42.0.2:999", "10.42.0.3"); code != 200 || body != "web" {
-		t.Errorf("%d %q", code, body)
+	for _, m := range []string{"POST", "PUT", "DELETE", "PATCH", "OPTIONS"} {
+		if w := get(m, "/latest/self/container/name", "10.42.0.2:999"); w.Code != http.StatusMethodNotAllowed {
+			t.Errorf("%s: %d", m, w.Code)
+		}
 	}
-	if code, _ := get("GET", "/latest/self/container/name", "10.42.0.3:999", "10.42.0.2"); code != 404 {
-		t.Errorf("a forwarded-for header opened another's self: %d", code)
+	if w := get("GET", "/latest/self/container/name", "10.42.0.2:999", "X-Forwarded-For", "10.42.0.3"); w.Code != 200 || w.Body.String() != "web-c" {
+		t.Errorf("%d %q", w.Code, w.Body)
 	}
-	if code, body := get("HEAD", "/latest/self/container/name", "10.42.0.2:999", ""); code != 200 || body != "" {
-		t.Errorf("%d %q", code, body)
+	if w := get("GET", "/latest/self/container/name", "10.42.0.99:999", "X-Forwarded-For", "10.42.0.2"); w.Code != 403 || !strings.Contains(w.Body.String(), "10.42.0.99") {
+		t.Errorf("a forwarded-for header opened another's self: %d %s", w.Code, w.Body)
+	}
+	if w := get("HEAD", "/latest/self/container/name", "10.42.0.2:999"); w.Code != 200 || w.Body.String() != "" {
+		t.Errorf("%d %q", w.Code, w.Body)
+	}
+	// No page of another origin reads it, unless the setting names it.
+	for _, origin := range []string{"", "https://example.org"} {
+		n.cfg.TreeOrigin = origin
+		if got := get("GET", "/latest", "10.42.0.2:999", "Origin", "https://example.org").Header().Get("Access-Control-Allow-Origin"); got != origin {
+			t.Errorf("setting %q: %q", origin, got)
+		}
+	}
+	// The host itself comes by the address that it speaks to.
+	r := httptest.NewRequest("GET", "/latest/self/host/name", nil)
+	r.RemoteAddr = "169.254.169.250:999"
+	w := httptest.NewRecorder()
+	if th.ServeHTTP(w, r); w.Code != 403 {
+		t.Errorf("%d %s", w.Code, w.Body)
+	}
+	w = httptest.NewRecorder()
+	th.ServeHTTP(w, r.WithContext(context.WithValue(t.Context(), http.LocalAddrContextKey, net.Addr(&net.TCPAddr{IP: net.IPv4(169, 254, 169, 250), Port: 80}))))
+	if w.Code != 200 || w.Body.String() != "a" {
+		t.Errorf("%d %s", w.Code, w.Body)
 	}
 }

@@ -4,8 +4,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -14,6 +12,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
+	"github.com/lariat-net/lariat/pkg/service"
 )
 
 // openStore starts a real etcd in the test's folder.
@@ -72,19 +71,19 @@ func startNode(t testing.TB, st store.Store, cfg Config) *node {
 		t.Fatal(err)
 	}
 	sock := filepath.Join(dir, "s")
-	l, err := net.Listen("unix", sock)
+	l, err := service.Listen(sock)
 	if err != nil {
 		t.Fatal(err)
 	}
-	hs := &http.Server{Handler: s.Handler(), ConnContext: ConnContext}
-	go hs.Serve(l) //nolint:errcheck // ends with Close
+	api := s.API()
+	api.Serve(l)
 	n := &node{Server: s, Client: metadata.Client{Socket: sock}}
 	stopped := false
 	n.stop = func() {
 		if !stopped {
 			stopped = true
 			s.Stop()
-			hs.Close()
+			api.Stop(0) //nolint:errcheck // it cuts off who is still there
 			s.Close()
 			os.RemoveAll(dir)
 		}

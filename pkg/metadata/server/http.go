@@ -6,57 +6,24 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
-	"os"
 	"strconv"
 	"strings"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
+	"github.com/lariat-net/lariat/pkg/service"
 )
 
 // maxRequest bounds a request's body, in octets: a GC list of a hundred thousand attachments fits.
 const maxRequest = 32 << 20
 
-type peerKey struct{}
-
-// ConnContext notes who is at the other end of a unix connection; for http.Server.
-func ConnContext(ctx context.Context, c net.Conn) context.Context {
-	u, ok := c.(*net.UnixConn)
-	if !ok {
-		return ctx
-	}
-	raw, err := u.SyscallConn()
-	if err != nil {
-		return ctx
-	}
-	var cred *unix.Ucred
-	if err := raw.Control(func(fd uintptr) { cred, _ = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil || cred == nil {
-		return ctx
-	}
-	return context.WithValue(ctx, peerKey{}, *cred)
-}
-
-// privileged: root, or who the service itself runs as (a test in a user namespace). The socket's mode says the same;
-// this holds also when somebody opened the socket to others so that they can read.
-func privileged(r *http.Request) bool {
-	cred, ok := r.Context().Value(peerKey{}).(unix.Ucred)
-	return ok && (cred.Uid == 0 || int(cred.Uid) == os.Geteuid())
-}
-
-// Handler is the control API.
-func (s *Server) Handler() http.Handler {
-	mux := http.NewServeMux()
+// API returns the control API, ready to be served.
+func (s *Server) API() *service.Server {
+	mux := service.New(s.log, service.Health{Ready: s.unready, Metrics: s.metrics.registry})
 	write := func(pattern string, h func(*http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			if !privileged(r) {
-				answer(w, nil, &refusal{http.StatusForbidden, metadata.Errorf(metadata.CodeInvalid, "%s %s: only root may write, and the caller is not root", r.Method, r.URL.Path)})
-				return
-			}
 			r.Body = http.MaxBytesReader(w, r.Body, maxRequest)
 			v, err := h(r)
 			answer(w, v, err)
@@ -231,31 +198,10 @@ func (s *Server) Handler() http.Handler {
 	mux.HandleFunc("GET /v1/watch", s.serveWatch)
 	mux.HandleFunc("GET /v1/backup", s.serveBackup)
 
-	s.public(mux)
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		answer(w, nil, metadata.Errorf(metadata.CodeNotFound, "there is no %s %s; kinds are networks, hosts, blocks, endpoints, containers and volumes", r.Method, r.URL.Path))
 	})
 	return mux
-}
-
-// PublicHandler has what monitoring needs, for a TCP port.
-func (s *Server) PublicHandler() http.Handler {
-	mux := http.NewServeMux()
-	s.public(mux)
-	return mux
-}
-
-func (s *Server) public(mux *http.ServeMux) {
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if err := s.unready(); err != nil {
-			w.WriteHeader(http.StatusServiceUnavailable)
-			fmt.Fprintln(w, err)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-	})
-	mux.Handle("GET /metrics", s.metrics.handler())
 }
 
 func sameName(field *string, path string) error {
@@ -282,14 +228,6 @@ func (s *Server) listContainers(ctx context.Context, prefix string) ([]metadata.
 	return out, nil
 }
 
-// refusal is an Error with a status that its code does not imply.
-type refusal struct {
-	status int
-	err    *metadata.Error
-}
-
-func (r *refusal) Error() string { return r.err.Error() }
-
 var statuses = map[string]int{
 	metadata.CodeInvalid:     http.StatusBadRequest,
 	metadata.CodeNotFound:    http.StatusNotFound,
@@ -305,10 +243,7 @@ func answer(w http.ResponseWriter, v any, err error) {
 	status := http.StatusOK
 	if err != nil {
 		var e *metadata.Error
-		var ref *refusal
 		switch {
-		case errors.As(err, &ref):
-			e, status = ref.err, ref.status
 		case errors.As(err, &e):
 			status = statuses[e.Code]
 		case errors.Is(err, store.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), errors.Is(err, store.ErrNoSpace):
@@ -422,8 +357,8 @@ func (s *Server) serveWatch(w http.ResponseWriter, r *http.Request) {
 
 // serveBackup streams the whole store.
 func (s *Server) serveBackup(w http.ResponseWriter, r *http.Request) {
-	if !privileged(r) {
-		answer(w, nil, &refusal{http.StatusForbidden, metadata.Errorf(metadata.CodeInvalid, "a backup is for root only")})
+	if !service.Privileged(r) {
+		service.Forbid(w, "a backup is for root only")
 		return
 	}
 	b, ok := s.store.(interface {

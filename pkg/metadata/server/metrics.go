@@ -2,11 +2,9 @@ package server
 
 import (
 	"context"
-	"net/http"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
 // metrics are computed when they are asked for; only latencies are counted along the way.
@@ -48,10 +46,6 @@ func (s *Server) ObserveStore(op string, took time.Duration, err error) {
 	if err != nil {
 		s.metrics.failures.WithLabelValues(op).Inc()
 	}
-}
-
-func (m *metrics) handler() http.Handler {
-	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{})
 }
 
 // Describe implements prometheus.Collector.
@@ -111,5 +105,5 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 			gauge(descQuota, float64(st.Quota))
 		}
 	}
-	gauge(descReady, truth(s.unready() == nil))
+	gauge(descReady, truth(s.unready(ctx) == nil))
 }

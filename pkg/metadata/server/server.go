@@ -44,6 +44,10 @@ type Config struct {
 
 	// AllContainers keeps all hosts' containers in memory, for the tree.
 	AllContainers bool
+	// TreeLabels are the names of containers' labels that the tree shows beside those of metadata.PublicLabels.
+	TreeLabels []string
+	// TreeOrigin is the tree's Access-Control-Allow-Origin; empty: none.
+	TreeOrigin string
 
 	Timeout    time.Duration // of one request's work in the store: 5 s
 	LeaseTTL   time.Duration // a silent host is dead after it: 30 s
@@ -297,14 +301,14 @@ func (s *Server) setProblem(err error) {
 }
 
 // unready says why an allocation could not be served now.
-func (s *Server) unready() error {
+func (s *Server) unready(ctx context.Context) error {
 	s.mu.Lock()
 	problem := s.problem
 	s.mu.Unlock()
 	if problem != nil {
 		return problem
 	}
-	ctx, cancel := context.WithTimeout(s.ctx, time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
 	st, err := s.store.Status(ctx)
 	if err != nil {

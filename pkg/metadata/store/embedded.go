@@ -128,6 +128,10 @@ func Open(ctx context.Context, c Embedded) (_ *Etcd, err error) {
 			return nil, m.explain(o.err)
 		}
 		m.etcd = o.etcd
+		if err := m.private(cfg); err != nil {
+			m.etcd.Close()
+			return nil, err
+		}
 	case <-ctx.Done():
 		return nil, fmt.Errorf("data folder %s: not open yet: %w; another lariat-metadata may be using it", c.Dir, ctx.Err())
 	}
@@ -149,6 +153,19 @@ func Open(ctx context.Context, c Embedded) (_ *Etcd, err error) {
 	e.member = m
 	e.wg.Go(e.maintain)
 	return e, nil
+}
+
+// private closes the client socket to others. etcd makes it as the umask says; the one in Dir was never open, for nobody gets into Dir.
+func (m *member) private(cfg *embed.Config) error {
+	for _, u := range cfg.ListenClientUrls {
+		if u.Scheme != "unix" {
+			continue
+		}
+		if err := os.Chmod(u.Host+u.Path, 0o600); err != nil {
+			return fmt.Errorf("socket of the store: %w", err)
+		}
+	}
+	return nil
 }
 
 func (c Embedded) etcd() (*embed.Config, error) {

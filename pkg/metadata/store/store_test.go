@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -18,6 +21,33 @@ func open(t testing.TB, dir string) *Etcd {
 		t.Fatal(err)
 	}
 	return s
+}
+
+// TestSocketIsPrivate: whatever the umask, only the owner opens the store's socket, or its directory.
+func TestSocketIsPrivate(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0))
+	root, err := os.MkdirTemp("", "st") // a socket's path may have 107 octets
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(root)
+	for _, socket := range []string{"", filepath.Join(root, "other")} {
+		c := Embedded{Dir: filepath.Join(root, "etcd"), Prefix: "/lariat/v1/"}
+		want := filepath.Join(c.Dir, "client.sock")
+		if socket != "" {
+			c.ListenClient, want = "unix://"+socket, socket
+		}
+		s, err := Open(t.Context(), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for path, mode := range map[string]os.FileMode{want: 0o600, c.Dir: 0o700} {
+			if st, err := os.Stat(path); err != nil || st.Mode().Perm() != mode {
+				t.Errorf("%s: %v %v, want %v", path, st.Mode(), err, mode)
+			}
+		}
+		s.Close()
+	}
 }
 
 func TestConditionalWrites(t *testing.T) {

@@ -1,6 +1,6 @@
 // Package tree shows the model as the read-only tree that containers know from Rancher: /latest/self/container/name.
-// It is pure: a model and a caller in, text or JSON out. It can show nothing but names, addresses, labels and states; it
-// has no way to write.
+// It is pure: a model and a caller in, text or JSON out. It can show nothing but names, addresses, public labels and states; it
+// has no way to write. It answers the containers of the model and the host that serves it, and nobody else.
 package tree
 
 import (
@@ -25,36 +25,39 @@ const Latest = "latest"
 // Tree is one state of the model, ready to be asked. Nodes are map[string]any, []any, string, float64, bool, or nil.
 type Tree struct {
 	root      map[string]any
+	networks  []any                   // as the host itself sees them
 	hosts     map[string]any          // by name
-	byAddress map[netip.Addr]selfNode // whose address it is
+	byAddress map[netip.Addr]selfNode // who is answered
 	self      string                  // host that serves the tree
 }
 
 type selfNode struct {
-	container any
+	container any // nil: the host itself
 	host      string
 }
 
-// Build makes the tree of a snapshot that includes containers.
-func Build(s *metadata.Snapshot) *Tree {
-	t := &Tree{hosts: map[string]any{}, byAddress: map[netip.Addr]selfNode{}, self: s.Self}
+// Build makes the tree of a snapshot that includes containers. labels names what metadata.PublicLabels shows of containers besides.
+func Build(s *metadata.Snapshot, labels ...string) *Tree {
+	t := &Tree{networks: []any{}, hosts: map[string]any{}, byAddress: map[netip.Addr]selfNode{}, self: s.Self}
 	hosts, containers, networks := []any{}, []any{}, []any{}
 	for _, h := range s.Hosts {
 		n := host(h)
 		hosts = append(hosts, n)
 		t.hosts[h.Name] = n
 		for _, u := range h.Underlay {
-			t.byAddress[u.Address.Addr()] = selfNode{host: h.Name}
+			if h.Name == s.Self {
+				t.byAddress[u.Address.Addr()] = selfNode{host: h.Name}
+			}
 		}
 	}
 	for _, b := range s.Blocks {
-		if b.Gateway.IsValid() {
+		if b.Gateway.IsValid() && b.Host == s.Self {
 			t.byAddress[b.Gateway] = selfNode{host: b.Host}
 		}
 	}
 	index := map[string]int{}
 	for _, c := range s.Containers {
-		n := container(c, index)
+		n := container(c, labels, index)
 		containers = append(containers, n)
 		for _, a := range c.Addresses {
 			t.byAddress[a] = selfNode{container: n, host: c.Host}
@@ -62,9 +65,26 @@ func Build(s *metadata.Snapshot) *Tree {
 	}
 	for _, n := range s.Networks {
 		networks = append(networks, network(n))
+		t.networks = append(t.networks, withConfig(n))
 	}
 	t.root = map[string]any{"version": strconv.FormatInt(s.Revision, 10), "hosts": hosts, "containers": containers, "networks": networks}
 	return t
+}
+
+// Known reports whether Get answers a caller: a container of the model, on whichever host, or the host that serves the tree, by a loopback
+// address or one that the model knows. Other hosts ask their own.
+func (t *Tree) Known(caller netip.Addr) bool {
+	_, ok := t.caller(caller)
+	return ok
+}
+
+func (t *Tree) caller(a netip.Addr) (selfNode, bool) {
+	a = a.Unmap()
+	self, ok := t.byAddress[a]
+	if !ok && a.IsLoopback() {
+		return selfNode{host: t.self}, true
+	}
+	return self, ok
 }
 
 func host(h metadata.Host) map[string]any {
@@ -76,18 +96,11 @@ func host(h metadata.Host) map[string]any {
 	if a := h.UnderlayAddr(); a.IsValid() {
 		ip = a.String()
 	}
-	return map[string]any{"uuid": h.MachineID, "name": h.Name, "hostname": h.Name, "agent_ip": ip, "labels": strs(h.Labels), "state": state}
+	// Not the machine id, which is confidential: see machine-id(5). The host_uuid of containers is the name, too.
+	return map[string]any{"uuid": h.Name, "name": h.Name, "hostname": h.Name, "agent_ip": ip, "labels": strs(h.Labels), "state": state}
 }
 
-// Labels by which Rancher's and our own users say what a container belongs to.
-const (
-	labelStack         = "lariat.stack"
-	labelService       = "lariat.service"
-	labelRancherStack  = "io.rancher.stack.name"
-	labelRancherMember = "io.rancher.stack_service.name" // stack/service
-)
-
-func container(c metadata.Container, index map[string]int) map[string]any {
+func container(c metadata.Container, labels []string, index map[string]int) map[string]any {
 	name := c.Name
 	if name == "" {
 		name = c.ID
@@ -96,13 +109,13 @@ func container(c metadata.Container, index map[string]int) map[string]any {
 	if uuid == "" {
 		uuid = c.ID
 	}
-	stack, service := c.Labels[labelStack], c.Labels[labelService]
-	if rs, rv, ok := strings.Cut(c.Labels[labelRancherMember], "/"); ok {
+	stack, service := c.Labels[metadata.LabelStack], c.Labels[metadata.LabelService]
+	if rs, rv, ok := strings.Cut(c.Labels[metadata.LabelRancherMember], "/"); ok {
 		stack, service = first(stack, rs), first(service, rv)
 	}
-	stack = first(stack, c.Labels[labelRancherStack])
+	stack = first(stack, c.Labels[metadata.LabelRancherStack])
 	n := map[string]any{"name": strings.ToLower(name), "uuid": uuid, "external_id": c.ID, "host_uuid": c.Host, "hostname": name,
-		"network_uuid": nullable(c.Network), "labels": strs(c.Labels), "links": strs(c.Links), "state": first(c.State, "stopped"),
+		"network_uuid": nullable(c.Network), "labels": strs(metadata.PublicLabels(c.Labels, labels)), "links": strs(c.Links), "state": first(c.State, "stopped"),
 		"health_state": nullable(c.Health), "start_count": float64(c.StartCount), "stack_name": nullable(strings.ToLower(stack)),
 		"service_name": nullable(strings.ToLower(service)), "primary_ip": nil, "primary_mac_address": nil}
 	if service != "" {
@@ -131,6 +144,11 @@ func network(n metadata.Network) map[string]any {
 	for _, p := range n.Subnets {
 		subnets = append(subnets, p.String())
 	}
+	return map[string]any{"name": n.Name, "uuid": n.Name, "is_default": n.IsDefault, "host_ports": n.HostPorts, "subnets": subnets}
+}
+
+// withConfig is a network with its configuration for runtimes, which may hold what containers must not know.
+func withConfig(n metadata.Network) map[string]any {
 	conf := map[string]any{}
 	for name, raw := range n.CNIConfig {
 		var v any
@@ -138,8 +156,9 @@ func network(n metadata.Network) map[string]any {
 			conf[name] = v
 		}
 	}
-	return map[string]any{"name": n.Name, "uuid": n.Name, "is_default": n.IsDefault, "host_ports": n.HostPorts, "subnets": subnets,
-		"metadata": map[string]any{"cniConfig": conf}}
+	out := network(n)
+	out["metadata"] = map[string]any{"cniConfig": conf}
+	return out
 }
 
 func first(list ...string) string {
@@ -177,6 +196,10 @@ type Answer struct {
 // it is known. The caller's word for who it is counts for nothing.
 func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 	asJSON := wantsJSON(accept)
+	self, ok := t.caller(caller)
+	if !ok {
+		return Problem(403, "Forbidden: "+caller.Unmap().String()+" is not the address of a container that the metadata service knows", asJSON)
+	}
 	segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' })
 	for i, s := range segments {
 		u, err := url.QueryUnescape(s)
@@ -196,15 +219,11 @@ func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 		return Problem(404, "Invalid version", asJSON)
 	}
 	root := maps.Clone(t.root)
-	// Who is nobody's address that we know is told its host and nothing else: the host's own processes come from the tree's
-	// address or a loopback one.
-	self, ok := t.byAddress[caller.Unmap()]
-	if !ok {
-		self = selfNode{host: t.self}
-	}
 	node := map[string]any{}
 	if self.container != nil {
 		node["container"] = self.container
+	} else {
+		root["networks"] = t.networks
 	}
 	if h, ok := t.hosts[self.host]; ok {
 		node["host"] = h

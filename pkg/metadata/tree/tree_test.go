@@ -1,6 +1,7 @@
 package tree
 
 import (
+	"encoding/json"
 	"net/netip"
 	"strings"
 	"testing"
@@ -9,17 +10,23 @@ import (
 )
 
 func model() *metadata.Snapshot {
-	return &metadata.Snapshot{Revision: 7,
-		Hosts:    []metadata.Host{{Name: "a", MachineID: "h1", Live: true, Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix("192.0.2.11/24")}}}},
-		Networks: []metadata.Network{{Name: "lan", IsDefault: true, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}},
+	return &metadata.Snapshot{Revision: 7, Self: "a",
+		Hosts: []metadata.Host{
+			{Name: "a", MachineID: "machine-of-a", Live: true, Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix("192.0.2.11/24")}}},
+			{Name: "b", MachineID: "machine-of-b", Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix("192.0.2.12/24")}}}},
+		Networks: []metadata.Network{{Name: "lan", IsDefault: true, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")},
+			CNIConfig: map[string]json.RawMessage{"10-lan.conflist": json.RawMessage(`{"psk":"hunter2"}`)}}},
+		Blocks: []metadata.Block{
+			{Network: "lan", CIDR: netip.MustParsePrefix("10.42.0.0/26"), Host: "a", Gateway: netip.MustParseAddr("10.42.0.1")},
+			{Network: "lan", CIDR: netip.MustParsePrefix("10.42.0.64/26"), Host: "b", Gateway: netip.MustParseAddr("10.42.0.65")}},
 		Containers: []metadata.Container{
 			{ID: "c1", UUID: "u1", Name: "App-Web-1", Host: "a", Network: "lan", Addresses: []netip.Addr{netip.MustParseAddr("10.42.0.2")},
-				Labels: map[string]string{"lariat.stack": "app", "lariat.service": "web", "a b": "c/d"}, State: "running"},
-			{ID: "c2", Host: "a"}}}
+				Labels: map[string]string{"lariat.stack": "app", "lariat.service": "web", "a b": "c/d", "last-applied-configuration": "hunter2"}, State: "running"},
+			{ID: "c2", Host: "b", Addresses: []netip.Addr{netip.MustParseAddr("10.42.0.66")}}}}
 }
 
 func TestPathsAndForms(t *testing.T) {
-	tr := Build(model())
+	tr := Build(model(), "a b")
 	self := netip.MustParseAddr("10.42.0.2")
 	for _, tc := range []struct {
 		path, accept string
@@ -52,14 +59,75 @@ func TestPathsAndForms(t *testing.T) {
 			t.Errorf("%s (%s): %d %q, want %d %q", tc.path, tc.accept, a.Status, a.Body, tc.status, tc.want)
 		}
 	}
-	if a := tr.Get("/latest/self/container", "", netip.MustParseAddr("10.42.0.99")); a.Status != 404 {
-		t.Errorf("a stranger has no self: %d", a.Status)
-	}
 	if a := tr.Get("/latest/self/container/name", "", netip.MustParseAddr("::ffff:10.42.0.2")); string(a.Body) != "app-web-1" {
 		t.Errorf("a mapped address is the same caller: %q", a.Body)
 	}
 	if a := tr.Get("/latest", "", self); !strings.Contains(string(a.Body), "self/\n") {
 		t.Errorf("%q", a.Body)
+	}
+}
+
+// TestWhoIsAnswered: containers of all hosts, and this host by every address of its own. Nobody else, not even another host, learns anything.
+func TestWhoIsAnswered(t *testing.T) {
+	tr := Build(model())
+	for caller, want := range map[string]string{
+		"10.42.0.2": "a", "10.42.0.66": "b", "127.0.0.1": "a", "::1": "a", "192.0.2.11": "a", "10.42.0.1": "a", "::ffff:10.42.0.2": "a",
+		"10.42.0.99": "", "192.0.2.12": "", "10.42.0.65": "", "192.0.2.99": "", "169.254.1.1": "", "fe80::1": "", "2001:db8::1": "",
+	} {
+		addr := netip.MustParseAddr(caller)
+		if tr.Known(addr) != (want != "") {
+			t.Errorf("%s: known %t", caller, tr.Known(addr))
+		}
+		for _, path := range []string{"/", "/latest", "/latest/version", "/latest/containers", "/latest/self/host/name", "/1999-01-01", "/latest/%zz"} {
+			a := tr.Get(path, "", addr)
+			if (a.Status == 403) != (want == "") {
+				t.Errorf("%s asks for %s: %d %q", caller, path, a.Status, a.Body)
+			}
+			if path == "/latest/self/host/name" && want != "" && string(a.Body) != want {
+				t.Errorf("%s is on host %q, want %q", caller, a.Body, want)
+			}
+		}
+	}
+	if a := tr.Get("/latest/version", "application/json", netip.MustParseAddr("192.0.2.99")); !strings.Contains(string(a.Body), "192.0.2.99") || !json.Valid(a.Body) {
+		t.Errorf("%s", a.Body)
+	}
+	if a := tr.Get("/latest/version", "", netip.Addr{}); a.Status != 403 {
+		t.Errorf("nobody: %d", a.Status)
+	}
+}
+
+// TestNothingSecretIsShown: neither labels that nobody allowed, such as pods' annotations that an older plugin wrote, nor machine ids, nor, to
+// containers, what configures runtimes.
+func TestNothingSecretIsShown(t *testing.T) {
+	for _, tc := range []struct {
+		caller string
+		labels []string
+		shown  string // of the three secrets
+	}{
+		{"10.42.0.2", nil, ""},
+		{"10.42.0.2", []string{"a b"}, "c/d"},
+		{"10.42.0.2", []string{"a*"}, "c/d"},
+		{"10.42.0.2", []string{"*"}, "c/d hunter2"},
+		{"127.0.0.1", []string{"lariat.*"}, "hunter2"}, // the host configures its runtimes by it
+	} {
+		tr := Build(model(), tc.labels...)
+		body := string(tr.Get("/latest", "application/json", netip.MustParseAddr(tc.caller)).Body)
+		var shown []string
+		for _, secret := range []string{"c/d", "hunter2", "machine-of"} {
+			if strings.Contains(body, secret) {
+				shown = append(shown, secret)
+			}
+		}
+		if strings.Join(shown, " ") != tc.shown {
+			t.Errorf("%s with %q is shown %q, want %q:\n%s", tc.caller, tc.labels, shown, tc.shown, body)
+		}
+		// Services are found all the same, and a container's host by its host_uuid.
+		for path, want := range map[string]string{"containers/app-web-1/labels/lariat.service": "web", "containers/app-web-1/stack_name": "app",
+			"containers/app-web-1/host_uuid": "a", "hosts/a/uuid": "a", "self/host/uuid": "a"} {
+			if a := tr.Get("/latest/"+path, "", netip.MustParseAddr(tc.caller)); string(a.Body) != want {
+				t.Errorf("%s: %d %q, want %q", path, a.Status, a.Body, want)
+			}
+		}
 	}
 }
 

@@ -21,7 +21,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -86,6 +88,9 @@ var verbs = map[string]verb{
 	"/VolumeDriver.Get":          {name: "get", do: (*Server).lookup, volume: true},
 	"/VolumeDriver.List":         {name: "list", do: (*Server).list},
 }
+
+// Paths returns the paths of the protocol's calls.
+func Paths() []string { return slices.Sorted(maps.Keys(verbs)) }
 
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {

@@ -1,0 +1,39 @@
+package metadata
+
+import (
+	"slices"
+	"strings"
+)
+
+// Labels by which a container is found. Everybody may read them.
+const (
+	LabelStack         = "lariat.stack"
+	LabelService       = "lariat.service"
+	LabelRancherStack  = "io.rancher.stack.name"
+	LabelRancherMember = "io.rancher.stack_service.name" // stack/service
+
+	LabelPodNamespace   = "io.kubernetes.pod.namespace"
+	LabelPodName        = "io.kubernetes.pod.name"
+	LabelPodUID         = "io.kubernetes.pod.uid"
+	LabelNomadJob       = "nomad.job"
+	LabelNomadGroup     = "nomad.group"
+	LabelNomadNamespace = "nomad.namespace"
+)
+
+var publicLabels = []string{LabelStack, LabelService, LabelRancherStack, LabelRancherMember,
+	LabelPodNamespace, LabelPodName, LabelPodUID, LabelNomadJob, LabelNomadGroup, LabelNomadNamespace}
+
+// PublicLabels returns those of all that everybody may read: the ones by which a container is found, and what more names. A name that ends in
+// an asterisk stands for all that begin so. Anything else may hold a secret: a pod's annotations often do.
+func PublicLabels(all map[string]string, more []string) map[string]string {
+	out := map[string]string{}
+	for k, v := range all {
+		if slices.Contains(publicLabels, k) || slices.ContainsFunc(more, func(name string) bool {
+			prefix, open := strings.CutSuffix(name, "*")
+			return k == name || open && strings.HasPrefix(k, prefix)
+		}) {
+			out[k] = v
+		}
+	}
+	return out
+}
