@@ -18,6 +18,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/graph"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 func (a *app) ipsec() *cobra.Command {
@@ -111,9 +112,9 @@ KEY is the id of the secret in use. The status is 1 when something keeps tunnels
 func writeTunnelProblems(w *writer, r *ipsec.Report) {
 	for _, p := range []struct{ what, text string }{{"missing", r.Missing}, {"problem", r.Problem}} {
 		if p.text != "" {
-			w.line("%s  %s", w.paint(bad, fmt.Sprintf("%-8s", p.what)), oneLine(p.text))
+			w.line("%s  %s", w.paint(bad, fmt.Sprintf("%-8s", p.what)), printable.Joined(p.text))
 			if r.Remedy != "" {
-				w.line("          %s", w.paint(dim, "remedy: "+oneLine(r.Remedy)))
+				w.line("          %s", w.paint(dim, "remedy: "+printable.Joined(r.Remedy)))
 			}
 		}
 	}
@@ -177,7 +178,7 @@ func (a *app) writeTunnels(w *writer, r *ipsec.Report) {
 			state += ", in UDP"
 		}
 		rows = append(rows, []cell{txt(t.Peer), txt(t.Remote.String()), styled(tunnelStyle(t.State), state), a.age(t.Since), txt(strings.Join(suites, ",")), txt(key),
-			octets(in), octets(out), styled(bad, oneLine(t.LastError))})
+			octets(in), octets(out), styled(bad, printable.Joined(t.LastError))})
 		if len(t.Children) < 2 {
 			continue
 		}
@@ -238,16 +239,6 @@ func octets(n uint64) cell {
 	return c
 }
 
-// oneLine keeps what others said from spoiling a table, or a terminal.
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
-			return ' '
-		}
-		return r
-	}, strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")) // joined errors
-}
-
 // rotation is what "lariat ipsec rotate" did, and how far all hosts are.
 type rotation struct {
 	File    string   `json:"file"`
@@ -303,7 +294,7 @@ argument, and never printed.`,
 				return fmt.Errorf("%s; this host's network manager has not loaded it: %w", r.did(), err)
 			}
 			if err := a.progress(c.Context(), wait, &r); err != nil {
-				fmt.Fprintf(a.stderr, "lariat: %s, and the network manager has loaded it; which hosts have it is not known:\n", r.did())
+				a.say("lariat: %s, and the network manager has loaded it; which hosts have it is not known:", r.did())
 				return err
 			}
 			if err := a.print(r, r.write); err != nil {
@@ -380,8 +371,8 @@ func (a *app) finishRotation(ctx context.Context, file string, force bool, r *ro
 				return lines
 			}
 			if r.look(snap); len(r.Lack) > 0 {
-				lacking = fmt.Errorf("secret %s is not on every live host: %s; without the old one they would be cut off\n  remedy: there: lariat ipsec rotate NEWFILE. Or --force, when they do not matter",
-					ids[0], strings.Join(r.Lack, " "))
+				lacking = remedied{fmt.Errorf("secret %s is not on every live host: %s; without the old one they would be cut off", ids[0], strings.Join(r.Lack, " ")),
+					"there: lariat ipsec rotate NEWFILE. Or --force, when they do not matter"}
 				return lines
 			}
 		}

@@ -178,7 +178,7 @@ func TestF46IPsecStatusSaysWhatIsWrong(t *testing.T) {
 		t.Errorf("status %d: %s", s, out)
 	}
 	m.set(func(r *ipsec.Report) { r.Missing, r.Problem, r.Remedy = "", "charon does not\x1b[2J run", "install it" })
-	if out, s := status(); s != 1 || !strings.Contains(out, "problem   charon does not [2J run\n          remedy: install it") {
+	if out, s := status(); s != 1 || !strings.Contains(out, "problem   charon does not\\x1b[2J run\n          remedy: install it") {
 		t.Errorf("status %d: %s", s, out)
 	}
 	out, errs, s := lariat(t, "ipsec", "status", "--manager-socket", m.socket+".none")
@@ -408,7 +408,7 @@ func TestF43RotationLeavesTheFileAloneWhenSomethingIsWrong(t *testing.T) {
 			t.Errorf("rotate %v: status %d: %s, want %s", tc.args, status, out, tc.want)
 		}
 	}
-	if out, status := s.rotate(t, m, "", fresh, "--secret-file", file+".none"); status != 1 || !strings.Contains(out, "lariat ipsec secret >") {
+	if out, status := s.rotate(t, m, "", fresh, "--secret-file", file+".none"); status != 1 || !strings.Contains(out, "lariat ipsec secret --out") {
 		t.Errorf("status %d: %s", status, out)
 	}
 	if text, err := os.ReadFile(file); err != nil || string(text) != oldSecret+"\n" || m.loaded != 0 {
