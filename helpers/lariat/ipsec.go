@@ -19,6 +19,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/printable"
+	"github.com/lariat-net/lariat/pkg/private"
 )
 
 func (a *app) ipsec() *cobra.Command {
@@ -28,7 +29,7 @@ func (a *app) ipsec() *cobra.Command {
 		Long: `Shows the tunnels of encrypted networks, and changes the secret that the hosts share. The secret itself is never shown: ids stand for
 it, which tell nothing of it.`,
 		Example: `  lariat ipsec status
-  lariat ipsec secret > /etc/lariat/ipsec.secret`,
+  lariat ipsec secret --out /etc/lariat/ipsec.secret`,
 		Args: cobra.NoArgs,
 		RunE: help,
 	}
@@ -37,28 +38,40 @@ it, which tell nothing of it.`,
 }
 
 func (a *app) ipsecSecret() *cobra.Command {
-	return &cobra.Command{
+	var file string
+	c := &cobra.Command{
 		Use:   "secret",
-		Short: "Print a new secret",
-		Long: `Prints a new secret: 32 random octets in base64. Every host gets the same one, over a way that you trust; it is not kept anywhere else.
-When the output is a file, that is made its owner's alone first.`,
-		Example: `  lariat ipsec secret > new.secret`,
-		Args:    cobra.NoArgs,
+		Short: "Make a new secret",
+		Long: `Makes a new secret: 32 random bytes in base64. Every host gets the same one, over a way that you trust. It is not kept anywhere else.
+
+--out writes it into a new file that its owner alone can read (mode 0600), whatever the umask is. A file that is there stays as it is.
+Without --out the secret is printed, for a pipe. A file that others can read is refused as output.`,
+		Example: `  lariat ipsec secret --out new.secret
+  lariat ipsec secret | ssh root@192.0.2.2 'umask 077; cat > /etc/lariat/ipsec.secret'`,
+		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			if f, ok := a.stdout.(*os.File); ok {
-				if info, err := f.Stat(); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o077 != 0 {
-					if err := f.Chmod(info.Mode().Perm() &^ 0o077); err != nil {
-						return fmt.Errorf("secret: others may read the file: %w", err)
-					}
-				}
-			}
 			b := make([]byte, 32)
 			_, _ = rand.Read(b) // never fails
-			_, err := fmt.Fprintln(a.stdout, base64.StdEncoding.EncodeToString(b))
+			secret := base64.StdEncoding.EncodeToString(b) + "\n"
+			if file != "" {
+				if err := private.Write(file, []byte(secret)); err != nil {
+					return fmt.Errorf("secret: %w", err)
+				}
+				return nil
+			}
+			if f, ok := a.stdout.(*os.File); ok {
+				if info, err := f.Stat(); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o077 != 0 {
+					return fmt.Errorf("secret: others can read the file that the output goes to (mode %04o); use --out FILE", info.Mode().Perm())
+				}
+			}
+			_, err := io.WriteString(a.stdout, secret)
 			return err
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
+	c.Flags().StringVar(&file, "out", "", "write the secret into a new `FILE`, mode 0600, instead of printing it")
+	_ = c.MarkFlagFilename("out")
+	return c
 }
 
 func (a *app) ipsecReauth() *cobra.Command {
