@@ -15,13 +15,13 @@ func (a *app) certs() *cobra.Command {
 		Use:   "certs",
 		Short: "Make certificates for hosts, where there is no PKI",
 		Long: `Makes an authority and certificates that hosts trust each other by: between the members of etcd, and from a host to a store on
-another one. Everything is done in a folder; no service is asked. Keys are never printed.
+another one. Everything is done in a directory; no service is asked. Keys are never printed, and keys that others can read are refused.
 
-Make the authority on a machine of yours, not on a host: who has ca.key can become any host. Then copy to each host what is its own:
-ca.crt, NAME.crt and NAME.key, never ca.key.`,
+Make the authority on a machine of yours, not on a host: who has ca.key can become any host. It stays there, with mode 0600. Then copy to
+each host what is its own: ca.crt, NAME.crt and NAME.key, never ca.key.`,
 		Example: `  lariat certs init pki
   lariat certs host pki h1 --ip 192.0.2.1
-  scp pki/ca.crt pki/h1.crt pki/h1.key root@192.0.2.1:/etc/lariat/pki/
+  scp -p pki/ca.crt pki/h1.crt pki/h1.key root@192.0.2.1:/etc/lariat/pki/
   lariat certs show pki`,
 		Args: cobra.NoArgs,
 		RunE: help,
@@ -44,7 +44,7 @@ func (a *app) certsInit() *cobra.Command {
 				return err
 			}
 			return a.print(i, func(w *writer) {
-				w.line("authority %s made, good until %s. Keep %s/%s to yourself.", i.Name, i.NotAfter.Format(time.DateOnly), strings.TrimRight(args[0], "/"), certs.CAKey)
+				w.line("authority %s made, good until %s. %s/%s stays here: who has it can become any host.", i.Name, i.NotAfter.Format(time.DateOnly), strings.TrimRight(args[0], "/"), certs.CAKey)
 			})
 		},
 	}
@@ -86,13 +86,25 @@ With --renew it replaces the one that is there, with a new key, and without --ip
 	return c
 }
 
+func writeCerts(w *writer, list []certs.Info) {
+	var rows [][]cell
+	for _, i := range list {
+		kind := "host"
+		if i.CA {
+			kind = "authority"
+		}
+		rows = append(rows, []cell{txt(i.File), txt(i.Name), txt(kind), txt(yes(i.HasKey)), txt(i.NotAfter.Format(time.DateOnly)), txt(strings.Join(append(i.DNS, i.IPs...), ",")), styled(uneasy, i.Problem)})
+	}
+	w.columns([]string{"FILE", "NAME", "KIND", "KEY", "UNTIL", "FOR", "PROBLEM"}, rows)
+}
+
 func (a *app) certsShow() *cobra.Command {
 	return &cobra.Command{
 		Use:   "show DIR",
 		Short: "List certificates, and what is wrong with them",
 		Long:  "Lists the certificates of a folder. The status is 1 when one has expired, will within 30 days, or does not fit its key or authority.",
 		Example: `  lariat certs show pki
-  lariat certs show /etc/lariat/pki --output json`,
+  lariat certs show pki --output json`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			list, err := certs.ReadDir(args[0], a.now())
@@ -100,20 +112,7 @@ func (a *app) certsShow() *cobra.Command {
 				return err
 			}
 			bad := false
-			err = a.print(list, func(w *writer) {
-				var rows [][]cell
-				for _, i := range list {
-					kind, key := "host", "no"
-					if i.CA {
-						kind = "authority"
-					}
-					if i.HasKey {
-						key = "yes"
-					}
-					rows = append(rows, []cell{txt(i.File), txt(i.Name), txt(kind), txt(key), txt(i.NotAfter.Format(time.DateOnly)), txt(strings.Join(append(i.DNS, i.IPs...), ",")), styled(uneasy, i.Problem)})
-				}
-				w.columns([]string{"FILE", "NAME", "KIND", "KEY", "UNTIL", "FOR", "PROBLEM"}, rows)
-			})
+			err = a.print(list, func(w *writer) { writeCerts(w, list) })
 			for _, i := range list {
 				bad = bad || i.Problem != ""
 			}

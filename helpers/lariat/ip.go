@@ -192,8 +192,8 @@ func explain(addr netip.Addr, list []ipRow, snap *metadata.Snapshot) ipDetails {
 }
 
 func (d *ipDetails) write(w *writer) {
-	field := func(name, value string) {
-		if value != "" {
+	field := func(name string, value any) {
+		if fmt.Sprint(value) != "" {
 			w.line("%-11s %s", name, value)
 		}
 	}
@@ -230,7 +230,7 @@ func (a *app) completeAddresses(c *cobra.Command, args []string, _ string) ([]co
 	for _, r := range list {
 		out = append(out, cobra.CompletionWithDesc(r.Address.String(), cmp.Or(r.Name, shortContainer(r.ContainerID))))
 	}
-	return out, cobra.ShellCompDirectiveNoFileComp
+	return safe(out), cobra.ShellCompDirectiveNoFileComp
 }
 
 func (a *app) ipRelease() *cobra.Command {

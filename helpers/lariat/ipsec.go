@@ -18,6 +18,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/graph"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/printable"
+	"github.com/lariat-net/lariat/pkg/private"
 )
 
 func (a *app) ipsec() *cobra.Command {
@@ -27,7 +29,7 @@ func (a *app) ipsec() *cobra.Command {
 		Long: `Shows the tunnels of encrypted networks, and changes the secret that the hosts share. The secret itself is never shown: ids stand for
 it, which tell nothing of it.`,
 		Example: `  lariat ipsec status
-  lariat ipsec secret > /etc/lariat/ipsec.secret`,
+  lariat ipsec secret --out /etc/lariat/ipsec.secret`,
 		Args: cobra.NoArgs,
 		RunE: help,
 	}
@@ -36,28 +38,40 @@ it, which tell nothing of it.`,
 }
 
 func (a *app) ipsecSecret() *cobra.Command {
-	return &cobra.Command{
+	var file string
+	c := &cobra.Command{
 		Use:   "secret",
-		Short: "Print a new secret",
-		Long: `Prints a new secret: 32 random octets in base64. Every host gets the same one, over a way that you trust; it is not kept anywhere else.
-When the output is a file, that is made its owner's alone first.`,
-		Example: `  lariat ipsec secret > new.secret`,
-		Args:    cobra.NoArgs,
+		Short: "Make a new secret",
+		Long: `Makes a new secret: 32 random bytes in base64. Every host gets the same one, over a way that you trust. It is not kept anywhere else.
+
+--out writes it into a new file that its owner alone can read (mode 0600), whatever the umask is. A file that is there stays as it is.
+Without --out the secret is printed, for a pipe. A file that others can read is refused as output.`,
+		Example: `  lariat ipsec secret --out new.secret
+  lariat ipsec secret | ssh root@192.0.2.2 'umask 077; cat > /etc/lariat/ipsec.secret'`,
+		Args: cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
-			if f, ok := a.stdout.(*os.File); ok {
-				if info, err := f.Stat(); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o077 != 0 {
-					if err := f.Chmod(info.Mode().Perm() &^ 0o077); err != nil {
-						return fmt.Errorf("secret: others may read the file: %w", err)
-					}
-				}
-			}
 			b := make([]byte, 32)
 			_, _ = rand.Read(b) // never fails
-			_, err := fmt.Fprintln(a.stdout, base64.StdEncoding.EncodeToString(b))
+			secret := base64.StdEncoding.EncodeToString(b) + "\n"
+			if file != "" {
+				if err := private.Write(file, []byte(secret)); err != nil {
+					return fmt.Errorf("secret: %w", err)
+				}
+				return nil
+			}
+			if f, ok := a.stdout.(*os.File); ok {
+				if info, err := f.Stat(); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o077 != 0 {
+					return fmt.Errorf("secret: others can read the file that the output goes to (mode %04o); use --out FILE", info.Mode().Perm())
+				}
+			}
+			_, err := io.WriteString(a.stdout, secret)
 			return err
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
+	c.Flags().StringVar(&file, "out", "", "write the secret into a new `FILE`, mode 0600, instead of printing it")
+	_ = c.MarkFlagFilename("out")
+	return c
 }
 
 func (a *app) ipsecReauth() *cobra.Command {
@@ -111,9 +125,9 @@ KEY is the id of the secret in use. The status is 1 when something keeps tunnels
 func writeTunnelProblems(w *writer, r *ipsec.Report) {
 	for _, p := range []struct{ what, text string }{{"missing", r.Missing}, {"problem", r.Problem}} {
 		if p.text != "" {
-			w.line("%s  %s", w.paint(bad, fmt.Sprintf("%-8s", p.what)), oneLine(p.text))
+			w.line("%s  %s", w.paint(bad, fmt.Sprintf("%-8s", p.what)), printable.Joined(p.text))
 			if r.Remedy != "" {
-				w.line("          %s", w.paint(dim, "remedy: "+oneLine(r.Remedy)))
+				w.line("          %s", w.paint(dim, "remedy: "+printable.Joined(r.Remedy)))
 			}
 		}
 	}
@@ -177,7 +191,7 @@ func (a *app) writeTunnels(w *writer, r *ipsec.Report) {
 			state += ", in UDP"
 		}
 		rows = append(rows, []cell{txt(t.Peer), txt(t.Remote.String()), styled(tunnelStyle(t.State), state), a.age(t.Since), txt(strings.Join(suites, ",")), txt(key),
-			octets(in), octets(out), styled(bad, oneLine(t.LastError))})
+			octets(in), octets(out), styled(bad, printable.Joined(t.LastError))})
 		if len(t.Children) < 2 {
 			continue
 		}
@@ -238,16 +252,6 @@ func octets(n uint64) cell {
 	return c
 }
 
-// oneLine keeps what others said from spoiling a table, or a terminal.
-func oneLine(s string) string {
-	return strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
-			return ' '
-		}
-		return r
-	}, strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")) // joined errors
-}
-
 // rotation is what "lariat ipsec rotate" did, and how far all hosts are.
 type rotation struct {
 	File    string   `json:"file"`
@@ -303,7 +307,7 @@ argument, and never printed.`,
 				return fmt.Errorf("%s; this host's network manager has not loaded it: %w", r.did(), err)
 			}
 			if err := a.progress(c.Context(), wait, &r); err != nil {
-				fmt.Fprintf(a.stderr, "lariat: %s, and the network manager has loaded it; which hosts have it is not known:\n", r.did())
+				a.say("lariat: %s, and the network manager has loaded it; which hosts have it is not known:", r.did())
 				return err
 			}
 			if err := a.print(r, r.write); err != nil {
@@ -380,8 +384,8 @@ func (a *app) finishRotation(ctx context.Context, file string, force bool, r *ro
 				return lines
 			}
 			if r.look(snap); len(r.Lack) > 0 {
-				lacking = fmt.Errorf("secret %s is not on every live host: %s; without the old one they would be cut off\n  remedy: there: lariat ipsec rotate NEWFILE. Or --force, when they do not matter",
-					ids[0], strings.Join(r.Lack, " "))
+				lacking = remedied{fmt.Errorf("secret %s is not on every live host: %s; without the old one they would be cut off", ids[0], strings.Join(r.Lack, " ")),
+					"there: lariat ipsec rotate NEWFILE. Or --force, when they do not matter"}
 				return lines
 			}
 		}

@@ -119,17 +119,51 @@ func TestF43SecretIsNewEachTimeAndLong(t *testing.T) {
 	if _, err := ipsec.ParseSecrets([]byte(one)); err != nil {
 		t.Error(err)
 	}
-	// In a file it is its owner's alone, whatever the shell made.
-	file := filepath.Join(t.TempDir(), "new.secret")
-	f, err := os.OpenFile(file, os.O_CREATE|os.O_WRONLY, 0o644)
-	if err != nil {
+}
+
+// In a file a secret is its owner's alone, whatever the umask is, and no other file is touched.
+func TestF43SecretOutIsPrivate(t *testing.T) {
+	dir := t.TempDir()
+	old := syscall.Umask(0)
+	defer syscall.Umask(old)
+	file := filepath.Join(dir, "new.secret")
+	if out := must(t, "ipsec", "secret", "--out", file); out != "" {
+		t.Errorf("it prints %d bytes too", len(out))
+	}
+	if info, err := os.Lstat(file); err != nil || info.Mode() != 0o600 {
+		t.Errorf("%v: mode %v", err, info.Mode())
+	}
+	ids := idsOf(t, file)
+	link := filepath.Join(dir, "link")
+	if err := os.Symlink(filepath.Join(dir, "elsewhere"), link); err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
-	if status := run([]string{"ipsec", "secret"}, strings.NewReader(""), f, f); status != 0 {
-		t.Errorf("status %d", status)
+	for _, taken := range []string{file, link} {
+		if out, errs, status := lariat(t, "ipsec", "secret", "--out", taken); status != 1 || out != "" || !strings.Contains(errs, "exists") {
+			t.Errorf("%s: status %d: %s", taken, status, errs)
+		}
 	}
-	idsOf(t, file)
+	if left, _ := os.ReadDir(dir); len(left) != 2 || !slices.Equal(idsOf(t, file), ids) {
+		t.Errorf("%d files are there, or the secret is another one", len(left))
+	}
+	// What a shell opened for all to read gets nothing. A private file does.
+	for _, tc := range []struct {
+		mode   os.FileMode
+		status int
+	}{{0o666, 1}, {0o640, 1}, {0o600, 0}} {
+		f, err := os.OpenFile(filepath.Join(dir, fmt.Sprintf("shell-%o", tc.mode)), os.O_CREATE|os.O_RDWR, tc.mode)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		var errs bytes.Buffer
+		if status := run([]string{"ipsec", "secret"}, strings.NewReader(""), f, &errs); status != tc.status || status == 1 && !strings.Contains(errs.String(), "--out FILE") {
+			t.Errorf("mode %o: status %d: %s", tc.mode, status, &errs)
+		}
+		if info, err := f.Stat(); err != nil || info.Size() > 0 != (tc.status == 0) {
+			t.Errorf("mode %o: %v: %d bytes are in the file", tc.mode, err, info.Size())
+		}
+	}
 }
 
 func TestF46IPsecStatusIsAsRecorded(t *testing.T) {
@@ -178,7 +212,7 @@ func TestF46IPsecStatusSaysWhatIsWrong(t *testing.T) {
 		t.Errorf("status %d: %s", s, out)
 	}
 	m.set(func(r *ipsec.Report) { r.Missing, r.Problem, r.Remedy = "", "charon does not\x1b[2J run", "install it" })
-	if out, s := status(); s != 1 || !strings.Contains(out, "problem   charon does not [2J run\n          remedy: install it") {
+	if out, s := status(); s != 1 || !strings.Contains(out, "problem   charon does not\\x1b[2J run\n          remedy: install it") {
 		t.Errorf("status %d: %s", s, out)
 	}
 	out, errs, s := lariat(t, "ipsec", "status", "--manager-socket", m.socket+".none")
@@ -408,7 +442,7 @@ func TestF43RotationLeavesTheFileAloneWhenSomethingIsWrong(t *testing.T) {
 			t.Errorf("rotate %v: status %d: %s, want %s", tc.args, status, out, tc.want)
 		}
 	}
-	if out, status := s.rotate(t, m, "", fresh, "--secret-file", file+".none"); status != 1 || !strings.Contains(out, "lariat ipsec secret >") {
+	if out, status := s.rotate(t, m, "", fresh, "--secret-file", file+".none"); status != 1 || !strings.Contains(out, "lariat ipsec secret --out") {
 		t.Errorf("status %d: %s", status, out)
 	}
 	if text, err := os.ReadFile(file); err != nil || string(text) != oldSecret+"\n" || m.loaded != 0 {
@@ -460,7 +494,7 @@ func TestF43SecretFileIsRewrittenWhole(t *testing.T) {
 	if again, err := os.Stat(file); err != nil || !os.SameFile(info, again) {
 		t.Errorf("%v: the same file was written again", err)
 	}
-	if left, _ := filepath.Glob(filepath.Join(dir, ".ipsec*")); len(left) > 0 {
+	if left, _ := filepath.Glob(filepath.Join(dir, ".*")); len(left) > 0 {
 		t.Errorf("left over: %v", left)
 	}
 	// Many at once: each change is there in the end.

@@ -30,7 +30,7 @@ func (a *app) askManager(ctx context.Context, method, path string) ([]byte, erro
 			err = op // without the URL, which means nothing here
 		}
 		what, remedy := doctor.ManagerUnreachable(err, a.managerSocket)
-		return nil, fmt.Errorf("%s\n  remedy: %s", what, remedy)
+		return nil, remedied{errors.New(what), remedy}
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
@@ -38,7 +38,7 @@ func (a *app) askManager(ctx context.Context, method, path string) ([]byte, erro
 	case err != nil:
 		return nil, fmt.Errorf("answer of the network manager: %w", err)
 	case resp.StatusCode == http.StatusNotFound:
-		return nil, fmt.Errorf("the network manager does not know %s: it is older than this program\n  remedy: update lariat-network-manager, and restart it", path)
+		return nil, remedied{fmt.Errorf("the network manager does not know %s: it is older than this program", path), "update lariat-network-manager, and restart it"}
 	case resp.StatusCode != http.StatusOK:
 		return nil, errors.New(strings.TrimSpace(string(b)))
 	}

@@ -318,29 +318,31 @@ func (a *app) networkList() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return a.print(snap.Networks, func(w *writer) {
-				var rows [][]cell
-				for _, n := range snap.Networks {
-					hosts := map[string]bool{}
-					for _, b := range snap.Blocks {
-						if b.Network == n.Name {
-							hosts[b.Host] = true
-						}
-					}
-					vni, mtu := "", "auto"
-					if n.VNI != 0 {
-						vni = fmt.Sprint(n.VNI)
-					}
-					if n.MTU != 0 {
-						mtu = fmt.Sprint(n.MTU)
-					}
-					rows = append(rows, []cell{txt(n.Name), txt(joined(n.Subnets, ",")), txt(n.Encapsulation), {text: vni, right: true}, {text: mtu, right: true}, num(len(hosts)), txt(yes(n.IsDefault)), txt(yes(n.HostNAT)), txt(yes(n.DirectRouting))})
-				}
-				w.columns([]string{"NAME", "SUBNETS", "ENCAP", "VNI", "MTU", "HOSTS", "DEFAULT", "HOST-NAT", "DIRECT"}, rows)
-			})
+			return a.print(snap.Networks, func(w *writer) { writeNetworks(w, snap) })
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
+}
+
+func writeNetworks(w *writer, snap *metadata.Snapshot) {
+	var rows [][]cell
+	for _, n := range snap.Networks {
+		hosts := map[string]bool{}
+		for _, b := range snap.Blocks {
+			if b.Network == n.Name {
+				hosts[b.Host] = true
+			}
+		}
+		vni, mtu := "", "auto"
+		if n.VNI != 0 {
+			vni = fmt.Sprint(n.VNI)
+		}
+		if n.MTU != 0 {
+			mtu = fmt.Sprint(n.MTU)
+		}
+		rows = append(rows, []cell{txt(n.Name), txt(joined(n.Subnets, ",")), txt(n.Encapsulation), {text: vni, right: true}, {text: mtu, right: true}, num(len(hosts)), txt(yes(n.IsDefault)), txt(yes(n.HostNAT)), txt(yes(n.DirectRouting))})
+	}
+	w.columns([]string{"NAME", "SUBNETS", "ENCAP", "VNI", "MTU", "HOSTS", "DEFAULT", "HOST-NAT", "DIRECT"}, rows)
 }
 
 func yes(b bool) string {
@@ -392,8 +394,8 @@ func (a *app) networkShow() *cobra.Command {
 
 func (d *networkDetails) write(w *writer) {
 	if !w.plain {
-		field := func(name, value string) {
-			if value != "" {
+		field := func(name string, value any) {
+			if fmt.Sprint(value) != "" {
 				w.line("%-16s %s", name, value)
 			}
 		}

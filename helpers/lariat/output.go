@@ -11,6 +11,8 @@ import (
 	"unicode/utf8"
 
 	"sigs.k8s.io/yaml"
+
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 // format is how a list is written.
@@ -39,20 +41,22 @@ func (f *format) Type() string { return "format" }
 
 // print writes v as the person asked: as JSON, as YAML, or by what writes the text.
 func (a *app) print(v any, asText func(w *writer)) error {
-	switch a.output {
-	case "json":
+	if a.output == "json" || a.output == "yaml" {
 		b, err := json.MarshalIndent(v, "", "  ")
 		if err != nil {
 			return err
 		}
-		_, err = fmt.Fprintf(a.stdout, "%s\n", b)
-		return err
-	case "yaml":
-		b, err := yaml.Marshal(v)
-		if err != nil {
-			return err
+		out := printable.JSON(string(b)) + "\n"
+		if a.output == "yaml" {
+			y, err := yaml.JSONToYAML([]byte(out))
+			if err != nil {
+				return err
+			}
+			if printable.Text(string(y)) == string(y) { // else it stays JSON, which is YAML too and has escapes for everything
+				out = string(y)
+			}
 		}
-		_, err = a.stdout.Write(b)
+		_, err = io.WriteString(a.stdout, out)
 		return err
 	}
 	w := &writer{plain: a.output == table, colour: a.output == text && colourful(a.stdout)}
@@ -78,21 +82,42 @@ const (
 	uneasy style = "33"
 )
 
-// writer collects text.
+// writer collects text. What it is given comes from elsewhere and is made printable; markup alone is taken as it is.
 type writer struct {
 	strings.Builder
 	plain  bool // columns alone
 	colour bool
 }
 
-func (w *writer) paint(s style, text string) string {
-	if !w.colour || s == plain || text == "" {
-		return text
+// markup is text that is printable already, but for our own colours.
+type markup string
+
+// sprintf formats what is printable: every operand but numbers and markup is made so. The format itself is ours.
+func sprintf(format string, a ...any) markup {
+	safe := make([]any, len(a))
+	for i, v := range a {
+		switch v.(type) {
+		case markup, int, int64, uint64:
+			safe[i] = v
+		default:
+			safe[i] = printable.Line(fmt.Sprint(v))
+		}
 	}
-	return "\x1b[" + string(s) + "m" + text + "\x1b[0m"
+	return markup(fmt.Sprintf(format, safe...))
 }
 
-func (w *writer) line(format string, a ...any) { fmt.Fprintf(w, format+"\n", a...) }
+func (w *writer) paint(s style, text string) markup {
+	out := sprintf("%s", text)
+	if !w.colour || s == plain || text == "" {
+		return out
+	}
+	return "\x1b[" + markup(s) + "m" + out + "\x1b[0m"
+}
+
+func (w *writer) line(format string, a ...any) { w.WriteString(string(sprintf(format, a...)) + "\n") }
+
+// say writes a line for people to where errors go.
+func (a *app) say(format string, args ...any) { fmt.Fprintln(a.stderr, sprintf(format, args...)) }
 
 // cell is one field of a table.
 type cell struct {
@@ -110,10 +135,10 @@ func (w *writer) columns(head []string, rows [][]cell) {
 	width := make([]int, len(head))
 	right := make([]bool, len(head))
 	for i, h := range head {
-		width[i] = utf8.RuneCountInString(h)
+		width[i] = runes(h)
 		for _, r := range rows {
 			right[i] = right[i] || r[i].right
-			width[i] = max(width[i], utf8.RuneCountInString(r[i].text))
+			width[i] = max(width[i], runes(r[i].text))
 		}
 	}
 	write := func(cells []cell) {
@@ -122,8 +147,8 @@ func (w *writer) columns(head []string, rows [][]cell) {
 			if c.text == "" {
 				c.text = "-"
 			}
-			space := strings.Repeat(" ", max(width[i]-utf8.RuneCountInString(c.text), 0))
-			painted := w.paint(c.style, c.text)
+			space := strings.Repeat(" ", max(width[i]-runes(c.text), 0))
+			painted := string(w.paint(c.style, c.text))
 			switch {
 			case right[i]:
 				painted = space + painted
@@ -135,7 +160,7 @@ func (w *writer) columns(head []string, rows [][]cell) {
 			}
 			b.WriteString(painted)
 		}
-		w.line("%s", strings.TrimRight(b.String(), " "))
+		w.line("%s", markup(strings.TrimRight(b.String(), " ")))
 	}
 	header := make([]cell, len(head))
 	for i, h := range head {
@@ -146,6 +171,9 @@ func (w *writer) columns(head []string, rows [][]cell) {
 		write(r)
 	}
 }
+
+// runes is how wide a text is once it is printable.
+func runes(s string) int { return utf8.RuneCountInString(printable.Line(s)) }
 
 // amount writes a number; beyond what anyone counts, its magnitude.
 func amount(n int64) string {

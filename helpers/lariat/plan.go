@@ -17,6 +17,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/plan"
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 func (a *app) plan() *cobra.Command {
@@ -57,7 +58,7 @@ replaced, "-" removed. It then ends with status 1 when something is to change, a
 				} else {
 					text += defaultTunnelPlan(snap, self)
 				}
-				_, err := io.WriteString(a.stdout, text)
+				_, err := io.WriteString(a.stdout, printable.Text(text))
 				return err
 			}
 			have, err := observe(ctx, want)
@@ -65,13 +66,15 @@ replaced, "-" removed. It then ends with status 1 when something is to change, a
 				return err
 			}
 			for _, p := range want.Problems {
-				fmt.Fprintln(a.stderr, "lariat: problem:", p)
+				a.say("lariat: problem: %s", p)
 			}
 			d := delta.Between(want, have)
 			if d.Empty() {
 				return nil
 			}
-			fmt.Fprint(a.stdout, d)
+			if _, err := io.WriteString(a.stdout, printable.Text(d.String())); err != nil {
+				return err
+			}
 			return exitStatus(1)
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
@@ -108,7 +111,7 @@ func defaultTunnelPlan(snap *metadata.Snapshot, self string) string {
 	me, _ := snap.Host(self)
 	text := tunnelText(snap, self, ipsec.Options{Keys: me.IKEKeys})
 	if text != "" {
-		text = "# tunnels, with the defaults of lariat-network-manager; it was not asked, or did not say, which options it has on host " + self + "\n" + text
+		text = "# tunnels, with the defaults of lariat-network-manager; it was not asked, or did not say, which options it has on host " + printable.Line(self) + "\n" + text
 	}
 	return text
 }

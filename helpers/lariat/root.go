@@ -20,6 +20,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/doctor"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 // defaultManagerSocket is lariat-network-manager's own default.
@@ -39,6 +40,14 @@ type app struct {
 // exitStatus ends the program with a status and no further word: what there was to say is said.
 type exitStatus int
 
+// remedied is an error with what helps, which stands on a line of its own.
+type remedied struct {
+	error
+	remedy string
+}
+
+func (e remedied) Unwrap() error { return e.error }
+
 func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
@@ -52,6 +61,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root.SetErr(stderr)
 	err := root.ExecuteContext(ctx)
 	var status exitStatus
+	var known remedied
 	switch {
 	case err == nil:
 		return 0
@@ -59,9 +69,13 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		return int(status)
 	case errors.Is(err, metadata.ErrUnreachable):
 		what, remedy := doctor.Unreachable(err, a.client().Socket)
-		fmt.Fprintf(stderr, "lariat: %s\n  remedy: %s\n", what, remedy)
+		a.say("lariat: %s", printable.Joined(what))
+		a.say("  remedy: %s", remedy)
 	default:
-		fmt.Fprintln(stderr, "lariat:", err)
+		a.say("lariat: %s", printable.Joined(err.Error()))
+		if errors.As(err, &known) {
+			a.say("  remedy: %s", known.remedy)
+		}
 	}
 	return 1
 }
@@ -156,7 +170,7 @@ func (a *app) confirm(question string) error {
 	if !tty(a.stdin) {
 		return fmt.Errorf("%s Say --yes where nobody can be asked", question)
 	}
-	fmt.Fprintf(a.stderr, "%s [y/N] ", question)
+	fmt.Fprint(a.stderr, sprintf("%s [y/N] ", question))
 	line, err := bufio.NewReader(a.stdin).ReadString('\n')
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err
@@ -205,7 +219,22 @@ func (a *app) names(c *cobra.Command, names func(*metadata.Snapshot) []cobra.Com
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
-	return names(snap), cobra.ShellCompDirectiveNoFileComp
+	return safe(names(snap)), cobra.ShellCompDirectiveNoFileComp
+}
+
+// safe leaves out what cannot be typed, and makes the descriptions of the rest printable.
+func safe(list []cobra.Completion) (out []cobra.Completion) {
+	for _, c := range list {
+		name, description, described := strings.Cut(c, "\t")
+		switch {
+		case printable.Line(name) != name:
+		case described:
+			out = append(out, cobra.CompletionWithDesc(name, printable.Line(description)))
+		default:
+			out = append(out, name)
+		}
+	}
+	return out
 }
 
 func networkNames(s *metadata.Snapshot) (out []cobra.Completion) {

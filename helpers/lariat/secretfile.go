@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/private"
 )
 
 // isSecret tells a line of a file of secrets from an empty one and from a remark.
@@ -67,30 +67,8 @@ func rewriteSecrets(file string, change func(have ipsec.Secrets, lines []string)
 	if err != nil {
 		return nil, fmt.Errorf("secret file %s is left as it was: %w", file, err)
 	}
-	if err := replace(dir, file, text); err != nil {
-		return nil, fmt.Errorf("secret file %s is left as it was: %w", file, err)
+	if err := private.Rewrite(file, text); err != nil {
+		return nil, fmt.Errorf("secret file: %w", err)
 	}
 	return now.IDs(), nil
-}
-
-// replace writes a file beside the old one, makes sure of it, and puts it in the old one's place.
-func replace(dir *os.File, file string, text []byte) (err error) {
-	f, err := os.CreateTemp(filepath.Dir(file), ".ipsec.secret-*") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(f.Name()))
-		}
-	}()
-	_, err = f.Write(text)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err = os.Rename(f.Name(), file); err != nil {
-		return err
-	}
-	_ = dir.Sync() // the file is whole either way; a folder that cannot be synced is no reason to say it is not
-	return nil
 }

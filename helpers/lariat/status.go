@@ -16,6 +16,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/mtu"
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 // statusReport is what "lariat status" knows. Its JSON is for scripts, so fields are added, never changed.
@@ -89,9 +90,12 @@ belongs into a bug report. It holds no secrets, but names and addresses.`,
 				if err != nil {
 					return err
 				}
-				enc := json.NewEncoder(a.stdout)
-				enc.SetIndent("", " ")
-				return enc.Encode(s)
+				b, err := json.MarshalIndent(s, "", " ")
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintln(a.stdout, printable.JSON(string(b)))
+				return err
 			}
 			facts, used, took, err := a.statusFacts(ctx, file)
 			if err != nil {
@@ -278,7 +282,7 @@ func (r *statusReport) head(w *writer) {
 		}
 		containers += h.Containers
 	}
-	hosts := count(len(r.Hosts), "host")
+	hosts := markup(count(len(r.Hosts), "host"))
 	switch {
 	case live < len(r.Hosts):
 		hosts += w.paint(bad, fmt.Sprintf(" (%d live)", live))
@@ -315,10 +319,10 @@ func (r *statusReport) tunnels(w *writer) {
 			failed = append(failed, x.Peer)
 		}
 	}
-	words := fmt.Sprintf("%d of %d established", n[ipsec.StateEstablished], len(t.Tunnels))
+	words := sprintf("%d of %d established", n[ipsec.StateEstablished], len(t.Tunnels))
 	for _, state := range []string{ipsec.StateIdle, ipsec.StateConnecting, ipsec.StateDown} {
 		if n[state] > 0 {
-			words += fmt.Sprintf(", %d %s", n[state], state)
+			words += sprintf(", %d %s", n[state], state)
 		}
 	}
 	if len(failed) > 0 {
@@ -355,8 +359,8 @@ func findings(w *writer, list []doctor.Finding) {
 		if f.Severity == doctor.Error {
 			s = bad
 		}
-		w.line("%s  %s", w.paint(s, fmt.Sprintf("%-7s", f.Severity)), f.What)
-		w.line("         %s", w.paint(dim, "remedy: "+f.Remedy))
+		w.line("%s  %s", w.paint(s, fmt.Sprintf("%-7s", f.Severity)), printable.Joined(f.What))
+		w.line("         %s", w.paint(dim, "remedy: "+printable.Joined(f.Remedy)))
 	}
 }
 

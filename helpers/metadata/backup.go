@@ -18,6 +18,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
+	"github.com/lariat-net/lariat/pkg/private"
 )
 
 // backup writes the running store's state into a file that appears only when it is whole.
@@ -39,12 +40,11 @@ func backup(args []string, stdout io.Writer) error {
 	file := f.Arg(0)
 	ctx, cancel := context.WithTimeout(context.Background(), *timeout)
 	defer cancel()
-	tmp, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".") // mode 0600
+	tmp, err := private.Create(file)
 	if err != nil {
 		return fmt.Errorf("backup: %w", err)
 	}
-	defer os.Remove(tmp.Name()) //nolint:errcheck // renamed by then
-	defer tmp.Close()
+	defer tmp.Discard()
 	if c.DataDir != "" {
 		err = copyStopped(ctx, c.DataDir, tmp)
 	} else {
@@ -57,10 +57,10 @@ func backup(args []string, stdout io.Writer) error {
 	if err != nil {
 		return fmt.Errorf("backup %s: %w", file, err)
 	}
-	if err := verify(tmp, size); err != nil {
+	if err := verify(tmp.File, size); err != nil {
 		return fmt.Errorf("backup %s: %w", file, err)
 	}
-	if err := errors.Join(tmp.Sync(), os.Rename(tmp.Name(), file), syncDir(filepath.Dir(file))); err != nil {
+	if err := tmp.Replace(); err != nil {
 		return fmt.Errorf("backup %s: %w", file, err)
 	}
 	fmt.Fprintf(stdout, "%s: %d octets\n", file, size)

@@ -281,6 +281,8 @@ func TestMistakesAreNamed(t *testing.T) {
 }
 
 func TestBackupAndRestore(t *testing.T) {
+	old := syscall.Umask(0) // a backup is its owner's alone even so
+	defer syscall.Umask(old)
 	dir := shortDir(t)
 	p := start(t, dir, "a").ready(t)
 	a := attach(t, p, "c1")

@@ -17,13 +17,15 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 	"github.com/lariat-net/lariat/pkg/mtu"
 	"github.com/lariat-net/lariat/pkg/plan"
+	"github.com/lariat-net/lariat/pkg/printable"
+	"github.com/lariat-net/lariat/pkg/private"
 	"github.com/lariat-net/lariat/pkg/service"
 )
 
 // run is the program; what it returns is the exit code.
 func run(args []string, stdout, stderr io.Writer) int {
 	fail := func(err error) int {
-		fmt.Fprintf(stderr, "lariat-metadata: %v\n", err)
+		fmt.Fprintln(stderr, "lariat-metadata:", printable.Joined(err.Error()))
 		return 1
 	}
 	var err error
@@ -71,6 +73,11 @@ func serve(args []string, stdout, stderr io.Writer) error {
 	log := slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: level}))
 	syscall.Umask(0o077) // whatever it was: nothing that the service makes is for others
 
+	if info, err := os.Stat(c.Key); c.Key != "" && err == nil { // one that is not there is an error later
+		if err := private.Check(c.Key, info); err != nil {
+			log.Warn("others can act as this host: the key of its certificate is not private", "err", err)
+		}
+	}
 	machine, err := readID("machine-id-file", c.MachineIDFile)
 	if err != nil {
 		return err
@@ -96,7 +103,7 @@ func serve(args []string, stdout, stderr io.Writer) error {
 	start, cancel := context.WithTimeout(ctx, c.StartTimeout)
 	defer cancel()
 	st, err := c.open(start, log, func(err error) {
-		fmt.Fprintf(stderr, "lariat-metadata: %v\n", err)
+		fmt.Fprintln(stderr, "lariat-metadata:", printable.Joined(err.Error()))
 		os.Exit(1) //nolint:forbidigo // the store is lost under way, and everything that would return waits for it
 	})
 	if err != nil {

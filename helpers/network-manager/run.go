@@ -24,6 +24,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/printable"
 	"github.com/lariat-net/lariat/pkg/reconcile"
 	"github.com/lariat-net/lariat/pkg/service"
 )
@@ -37,7 +38,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 		err = manage(conf, slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: conf.logLevel})))
 	}
 	if err != nil {
-		fmt.Fprintln(stderr, "lariat-network-manager:", err)
+		fmt.Fprintln(stderr, "lariat-network-manager:", printable.Joined(err.Error()))
 		return 1
 	}
 	return 0

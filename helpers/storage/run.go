@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/printable"
 	"github.com/lariat-net/lariat/pkg/service"
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/dockerapi"
@@ -29,7 +30,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 		err = serve(conf, slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: conf.logLevel})))
 	}
 	if err != nil {
-		fmt.Fprintln(stderr, "lariat-storage:", err)
+		fmt.Fprintln(stderr, "lariat-storage:", printable.Joined(err.Error()))
 		return 1
 	}
 	return 0

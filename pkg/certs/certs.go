@@ -26,6 +26,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/lariat-net/lariat/pkg/private"
 )
 
 // How long certificates live, and how far they reach back so that a host whose clock is a little behind accepts them.
@@ -269,7 +271,11 @@ func authority(dir string, now time.Time) (*x509.Certificate, *ecdsa.PrivateKey,
 }
 
 func readCert(file string) (*x509.Certificate, error) {
-	b, err := readPEM(file, pemCert)
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	b, err := decodePEM(file, text, pemCert)
 	if err != nil {
 		return nil, err
 	}
@@ -280,9 +286,13 @@ func readCert(file string) (*x509.Certificate, error) {
 	return c, nil
 }
 
-// readKey's errors never hold the file's content.
+// readKey refuses a key that others can read. Its errors never hold the file's content.
 func readKey(file string) (*ecdsa.PrivateKey, error) {
-	b, err := readPEM(file, pemKey)
+	text, err := private.Read(file)
+	if err != nil {
+		return nil, fmt.Errorf("key %w", err)
+	}
+	b, err := decodePEM(file, text, pemKey)
 	if err != nil {
 		return nil, err
 	}
@@ -297,12 +307,8 @@ func readKey(file string) (*ecdsa.PrivateKey, error) {
 	return key, nil
 }
 
-func readPEM(file, kind string) ([]byte, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	p, _ := pem.Decode(b)
+func decodePEM(file string, text []byte, kind string) ([]byte, error) {
+	p, _ := pem.Decode(text)
 	if p == nil || p.Type != kind {
 		return nil, fmt.Errorf("%s holds no PEM block %q", file, kind)
 	}
@@ -316,48 +322,20 @@ func writePair(dir, certFile, keyFile string, der []byte, key *ecdsa.PrivateKey,
 	if err != nil {
 		return err
 	}
-	if err := write(dir, keyFile, pem.EncodeToMemory(&pem.Block{Type: pemKey, Bytes: pk}), replace); err != nil {
+	write := private.Write
+	if replace {
+		write = private.Rewrite
+	}
+	if err := write(filepath.Join(dir, keyFile), pem.EncodeToMemory(&pem.Block{Type: pemKey, Bytes: pk})); err != nil {
 		return err
 	}
-	if err := write(dir, certFile, pem.EncodeToMemory(&pem.Block{Type: pemCert, Bytes: der}), replace); err != nil {
+	if err := write(filepath.Join(dir, certFile), pem.EncodeToMemory(&pem.Block{Type: pemCert, Bytes: der})); err != nil {
 		if !replace {
 			err = errors.Join(err, os.Remove(filepath.Join(dir, keyFile)))
 		}
 		return err
 	}
 	return nil
-}
-
-// write makes a file of mode 0600 appear whole. Without replace it gives way to one that is there: link(2) fails on an
-// existing name, where rename(2) would replace it.
-func write(dir, name string, content []byte, replace bool) (err error) {
-	target := filepath.Join(dir, name)
-	f, err := os.CreateTemp(dir, "."+name+".") // mode 0600
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if rerr := os.Remove(f.Name()); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
-			err = errors.Join(err, rerr)
-		}
-	}()
-	_, err = f.Write(content)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return fmt.Errorf("write %s: %w", target, err)
-	}
-	if replace {
-		err = os.Rename(f.Name(), target)
-	} else {
-		err = os.Link(f.Name(), target)
-	}
-	if err != nil {
-		return fmt.Errorf("write %s: %w", target, err)
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 // validHost keeps a host's name from leaving the folder and from taking the authority's place.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -52,6 +53,43 @@ func TestAuthorityAndHostCertificates(t *testing.T) {
 	}
 	if left, _ := filepath.Glob(filepath.Join(dir, ".*")); len(left) != 0 {
 		t.Errorf("left over: %v", left)
+	}
+}
+
+// Whatever the umask is, every file is its owner's alone, and a key that others can read is not used.
+func TestKeysArePrivate(t *testing.T) {
+	old := syscall.Umask(0)
+	defer syscall.Umask(old)
+	dir := filepath.Join(t.TempDir(), "pki")
+	if _, err := Init(dir, "lariat", now); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Host(dir, Request{Name: "h1"}, now); err != nil {
+		t.Fatal(err)
+	}
+	files := []string{CACert, CAKey, "h1.crt", "h1.key"}
+	for _, f := range append(files, ".") {
+		if st, err := os.Stat(filepath.Join(dir, f)); err != nil || st.Mode().Perm()&0o077 != 0 {
+			t.Errorf("%s: %v: mode %o", f, err, st.Mode().Perm())
+		}
+	}
+	for _, f := range []string{CAKey, "h1.key"} {
+		if err := os.Chmod(filepath.Join(dir, f), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	remedy := "can be read or written by others (mode 0644); chmod 600 " + filepath.Join(dir, CAKey)
+	if _, err := Host(dir, Request{Name: "h2"}, now); err == nil || !strings.Contains(err.Error(), remedy) {
+		t.Errorf("an authority whose key others can read signs: %v", err)
+	}
+	list, err := ReadDir(dir, now)
+	if err != nil || len(list) != 2 {
+		t.Fatalf("%v %+v", err, list)
+	}
+	for _, i := range list {
+		if i.HasKey || !strings.Contains(i.Problem, "can be read or written by others") {
+			t.Errorf("%s: problem %q", i.File, i.Problem)
+		}
 	}
 }
 

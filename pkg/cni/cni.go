@@ -21,6 +21,8 @@ import (
 
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
+
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 // Versions of the spec that every Lariat plugin speaks.
@@ -81,9 +83,9 @@ func (p Plugin) Run(getenv func(string) string, stdin io.Reader, stdout, stderr 
 	if r.Command != "VERSION" && r.Command != "STATUS" { // a runtime asks STATUS every few seconds
 		outcome := "ok"
 		if err != nil {
-			outcome = err.Error()
+			outcome = printable.Joined(err.Error())
 		}
-		fmt.Fprintf(stderr, "%s: %s network=%s attachment=%s/%s took=%s: %s\n", p.Name, r.Command, r.Conf.Name, r.ContainerID, r.IfName, time.Since(start).Round(10*time.Microsecond), outcome)
+		fmt.Fprintf(stderr, "%s: %s network=%s attachment=%s/%s took=%s: %s\n", p.Name, printable.Line(r.Command), printable.Line(r.Conf.Name), printable.Line(r.ContainerID), printable.Line(r.IfName), time.Since(start).Round(10*time.Microsecond), outcome)
 	}
 	return code
 }

@@ -247,7 +247,7 @@ func set[K comparable, V any](b *[]byte, c *Changes[K, V], line func([]byte, K, 
 }
 
 func setOne[K comparable, V any](b *[]byte, e *Entry[K, V], line func([]byte, K, V) []byte) {
-	sign := "+ "
+	start, sign := len(*b), "+ "
 	if e.Replaces {
 		sign = "~ "
 	}
@@ -255,31 +255,37 @@ func setOne[K comparable, V any](b *[]byte, e *Entry[K, V], line func([]byte, K,
 	if e.Replaces {
 		*b = line(append(*b, " # was "...), e.Key, e.Old)
 	}
-	*b = append(*b, '\n')
+	*b = endLine(*b, start)
 }
 
 func remove[K comparable, V any](b *[]byte, c *Changes[K, V], line func([]byte, K, V) []byte) {
 	for _, e := range c.Remove {
-		*b = append(line(append(*b, "- "...), e.Key, e.Value), '\n')
+		start := len(*b)
+		*b = endLine(line(append(*b, "- "...), e.Key, e.Value), start)
 	}
 }
 
 func appendElementLine(b []byte, sign, name string, elements []netip.Prefix) []byte {
+	start := len(b)
 	b = append(append(append(b, sign...), "element inet "+Table+" "...), name...)
-	return append(appendElements(append(b, ' '), elements), '\n')
+	return endLine(appendElements(append(b, ' '), elements), start)
 }
 
 // appendRules prints the rules that are not among others. When the two differ in nothing but order, all are printed.
 func appendRules(b []byte, sign, chain string, rules, others []Rule) []byte {
 	before := len(b)
+	add := func(r Rule) {
+		start := len(b)
+		b = endLine(appendRule(append(b, sign...), chain, r), start)
+	}
 	for _, r := range rules {
 		if !slices.ContainsFunc(others, r.Equal) {
-			b = append(appendRule(append(b, sign...), chain, r), '\n')
+			add(r)
 		}
 	}
 	if len(b) == before && len(rules) >= len(others) {
 		for _, r := range rules {
-			b = append(appendRule(append(b, sign...), chain, r), '\n')
+			add(r)
 		}
 	}
 	return b

@@ -6,6 +6,9 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
+
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 // The lines are appended to one buffer, without fmt: a difference of 10 000 peers is 40 000 lines.
@@ -163,6 +166,14 @@ func appendRule(b []byte, chain string, r Rule) []byte {
 	return append(append(b, ' '), r.String()...)
 }
 
+// endLine ends the line that begins at start. There are names of networks and devices in it, which may hold anything.
+func endLine(b []byte, start int) []byte {
+	if slices.ContainsFunc(b[start:], func(c byte) bool { return c < ' ' || c > '~' }) {
+		b = append(b[:start], printable.Line(string(b[start:]))...)
+	}
+	return append(b, '\n')
+}
+
 func compareAddr(a, b Addr) int {
 	return cmp.Or(cmp.Compare(a.Dev, b.Dev), comparePrefix(a.Prefix, b.Prefix))
 }
@@ -204,7 +215,11 @@ func sortedKeys[K comparable, V any](m map[K]V, compare func(a, b K) int) []K {
 // which Apply makes them. Each kind is sorted; only rules keep their order. Problems come last, as comments.
 func (s *State) String() string {
 	var b []byte
-	line := func() { b = append(b, '\n') }
+	start := 0
+	line := func() {
+		b = endLine(b, start)
+		start = len(b)
+	}
 	for _, k := range sortedKeys(s.Sysctls, cmp.Compare) {
 		b = appendSysctl(b, k, s.Sysctls[k])
 		line()
@@ -246,7 +261,7 @@ func (s *State) String() string {
 		}
 	}
 	for _, p := range s.Problems {
-		b = append(append(b, "# problem: "...), p...)
+		b = append(append(b, "# problem: "...), strings.ReplaceAll(p, "\n", "; ")...)
 		line()
 	}
 	return string(b)

@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 // meshLimit is the number of hosts up to which DOT draws each pair of hosts; beyond it, each network is a node of its own.
@@ -52,7 +53,7 @@ func DOT(s *metadata.Snapshot, o Options) string {
 			}
 		}
 		if len(members) > meshLimit {
-			f("  %s [shape=ellipse, color=%s, label=%s];", quote("network "+n.Name), quote(n.colour()), quote(n.Name+"\n"+n.subnets()+"\n"+n.kind()+", each host to each"))
+			f("  %s [shape=ellipse, color=%s, label=%s];", quote("network "+n.Name), quote(n.colour()), quote(n.Name, n.subnets(), n.kind()+", each host to each"))
 			for _, h := range members {
 				more := ""
 				if t := h.part(n).tunnel; t != nil {
@@ -68,24 +69,24 @@ func DOT(s *metadata.Snapshot, o Options) string {
 				if way == "flat" && at[h] != at[peer] {
 					continue
 				}
-				label := n.Name + " " + way
+				label := []string{n.Name + " " + way}
 				if way == "tunnel" {
-					label = n.Name + " " + n.kind()
+					label[0] = n.Name + " " + n.kind()
 				}
 				colour := n.colour()
 				// What is known of a tunnel stands with the peer of the host that knows it.
 				for from, to := range map[*host]*host{h: peer, peer: h} {
 					if t := to.part(n).tunnel; from.Name == p.self && t != nil {
-						label += "\n" + t.short()
+						label = append(label, t.short())
 						colour = tunnelColour(n, t)
 					}
 				}
-				f("  %s -- %s [color=%s, fontcolor=%s, style=%s, label=%s];", quote("host "+h.Name), quote("host "+peer.Name), quote(n.colour()), quote(colour), style(way), quote(label))
+				f("  %s -- %s [color=%s, fontcolor=%s, style=%s, label=%s];", quote("host "+h.Name), quote("host "+peer.Name), quote(n.colour()), quote(colour), style(way), quote(label...))
 			}
 		}
 	}
 	for _, n := range p.noted {
-		f("  // not drawn: %s", strings.ReplaceAll(n, "\n", " "))
+		f("  // not drawn: %s", printable.Line(n))
 	}
 	f("}")
 	return b.String()
@@ -117,16 +118,16 @@ func table(p *picture, h *host) string {
 		under = h.Underlay[0].Address.Addr().String()
 	}
 	fmt.Fprintf(&b, `<table border="1" cellborder="0" cellspacing="0" cellpadding="4" color="#9fb0be">`)
-	fmt.Fprintf(&b, `<tr><td bgcolor="%s" align="left"><b>%s</b></td><td bgcolor="%s" align="right">%s, %s</td></tr>`, head, escape(h.Name), head, under, state)
+	fmt.Fprintf(&b, `<tr><td bgcolor="%s" align="left"><b>%s</b></td><td bgcolor="%s" align="right">%s, %s</td></tr>`, head, escape(h.Name), head, escape(under), state)
 	for i := range h.parts {
 		pt := &h.parts[i]
 		gateway := ""
 		if len(pt.gateways) > 0 {
 			gateway = "gateway " + joined(pt.gateways, " ")
 		}
-		fmt.Fprintf(&b, `<tr><td align="left"><font color="%s"><b>%s</b></font></td><td align="right">%s</td></tr>`, pt.net.colour(), escape(pt.net.Name), orSpace(gateway))
+		fmt.Fprintf(&b, `<tr><td align="left"><font color="%s"><b>%s</b></font></td><td align="right">%s</td></tr>`, pt.net.colour(), escape(pt.net.Name), orSpace(escape(gateway)))
 		for _, l := range blockLines(pt) {
-			fmt.Fprintf(&b, `<tr><td align="left"><font color="#768592">block</font></td><td align="right"><font color="#768592">%s</font></td></tr>`, l)
+			fmt.Fprintf(&b, `<tr><td align="left"><font color="#768592">block</font></td><td align="right"><font color="#768592">%s</font></td></tr>`, escape(l))
 		}
 		rows(&b, d, pt.containers)
 	}
@@ -138,7 +139,7 @@ func table(p *picture, h *host) string {
 func rows(b *strings.Builder, d *drawing, list []metadata.Container) {
 	named, more := d.shown(list)
 	for _, c := range named {
-		fmt.Fprintf(b, `<tr><td align="left">%s</td><td align="right">%s</td></tr>`, escape(title(c)), orSpace(joined(c.Addresses, " ")))
+		fmt.Fprintf(b, `<tr><td align="left">%s</td><td align="right">%s</td></tr>`, escape(title(c)), orSpace(escape(joined(c.Addresses, " "))))
 	}
 	if more > 0 {
 		fmt.Fprintf(b, `<tr><td align="left" colspan="2">and %s more</td></tr>`, plural(more, "container"))
@@ -153,8 +154,11 @@ func orSpace(s string) string {
 	return s
 }
 
-func quote(s string) string {
-	s = strings.ReplaceAll(s, `\`, `\\`)
-	s = strings.ReplaceAll(s, `"`, `\"`)
-	return `"` + strings.ReplaceAll(s, "\n", `\n`) + `"`
+// quote writes lines of text as one string of DOT.
+func quote(lines ...string) string {
+	out := make([]string, len(lines))
+	for i, l := range lines {
+		out[i] = strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(printable.Line(l))
+	}
+	return `"` + strings.Join(out, `\n`) + `"`
 }

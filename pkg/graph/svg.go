@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 // Measures of the drawing, in pixels.
@@ -388,7 +389,7 @@ func (d *drawing) card(x, y, height int, h *host) {
 	if !h.Live {
 		border, head = "#d08c86", "#f8eae8"
 	}
-	d.f(`<g><title>%s</title>`, escape(hostTitle(h)))
+	d.f(`<g><title>%s</title>`, escape(hostTitle(h)...))
 	d.f(`<rect x="%d" y="%d" width="%d" height="%d" rx="8" fill="#ffffff" stroke="%s" stroke-width="1.3"/>`, x, y, cardW, height, border)
 	d.f(`<path d="M%d %dv-%dq0 -8 8 -8h%dq8 0 8 8v%dz" fill="%s"/>`, x, y+48, 40, cardW-16, 40, head)
 	state, colour := "live", "#0a7f5c"
@@ -465,7 +466,7 @@ func (d *drawing) list(left, right, y int, list []metadata.Container) {
 		}
 		d.text(left, y+10, "item", colour, clip(title(c), right-left-widest-10, 6.9))
 		for i, a := range c.Addresses {
-			d.f(`<text x="%d" y="%d" class="addr end">%s</text>`, right, y+10+i*line, a)
+			d.f(`<text x="%d" y="%d" class="addr end">%s</text>`, right, y+10+i*line, escape(a.String()))
 		}
 		y += line * max(1, len(c.Addresses))
 	}
@@ -515,26 +516,26 @@ func (d *drawing) key(y int) int {
 }
 
 // hostTitle is what a browser shows when the pointer rests on a host: everything, unfolded but for its containers.
-func hostTitle(h *host) string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s (%s)", h.Name, map[bool]string{true: "live", false: "does not answer"}[h.Live])
+func hostTitle(h *host) []string {
+	lines := []string{fmt.Sprintf("%s (%s)", h.Name, map[bool]string{true: "live", false: "does not answer"}[h.Live])}
 	for _, u := range h.Underlay {
-		fmt.Fprintf(&b, "\n%s %s MTU %d", u.Address, u.Device, u.MTU)
+		lines = append(lines, fmt.Sprintf("%s %s MTU %d", u.Address, u.Device, u.MTU))
 	}
 	for i := range h.parts {
 		p := &h.parts[i]
-		fmt.Fprintf(&b, "\n%s: gateway %s, blocks %s, %s", p.net.Name, orNone(p.gateways), orNone(p.blocks), plural(len(p.containers), "container"))
+		l := fmt.Sprintf("%s: gateway %s, blocks %s, %s", p.net.Name, orNone(p.gateways), orNone(p.blocks), plural(len(p.containers), "container"))
 		if len(p.borrowed) > 0 {
-			fmt.Fprintf(&b, ", borrowed %s", joined(p.borrowed, " "))
+			l += ", borrowed " + joined(p.borrowed, " ")
 		}
 		if t := p.tunnel; t != nil {
-			fmt.Fprintf(&b, ", tunnel %s", t.short())
+			l += ", tunnel " + t.short()
 			if t.err != "" {
-				fmt.Fprintf(&b, " (%s)", t.err)
+				l += " (" + t.err + ")"
 			}
 		}
+		lines = append(lines, l)
 	}
-	return b.String()
+	return lines
 }
 
 func orNone[T netip.Addr | netip.Prefix](list []T) string {
@@ -550,6 +551,7 @@ func orNone[T netip.Addr | netip.Prefix](list []T) string {
 
 // clip cuts a text to a width in pixels, estimated by the mean width of a character: fonts differ from viewer to viewer.
 func clip(s string, width int, char float64) string {
+	s = printable.Line(s) // a cut escape would be no harm, but a wide one is
 	r := []rune(s)
 	n := max(int(float64(width)/char), 1)
 	if len(r) <= n {
@@ -558,26 +560,15 @@ func clip(s string, width int, char float64) string {
 	return string(r[:max(n-1, 1)]) + "…"
 }
 
-// escape makes a text safe inside of an element or attribute, and drops what XML 1.0 does not allow at all.
-func escape(s string) string {
-	var b strings.Builder
-	for _, r := range s {
-		switch {
-		case r == '&':
-			b.WriteString("&amp;")
-		case r == '<':
-			b.WriteString("&lt;")
-		case r == '>':
-			b.WriteString("&gt;")
-		case r == '"':
-			b.WriteString("&quot;")
-		case r == '\n' || r == '\t':
-			b.WriteRune(r)
-		case r < 0x20 || r == 0xfffe || r == 0xffff || r == 0xfffd:
-			b.WriteRune('?')
-		default:
-			b.WriteRune(r)
-		}
+// entities are what XML gives a meaning to, in an element or in an attribute.
+var entities = strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;", `"`, "&quot;")
+
+// escape makes lines of text safe inside of an element or attribute. What is not printable, which XML 1.0 forbids in part, shows as an
+// escape.
+func escape(lines ...string) string {
+	out := make([]string, len(lines))
+	for i, l := range lines {
+		out[i] = entities.Replace(printable.Line(l))
 	}
-	return b.String()
+	return strings.Join(out, "\n")
 }

@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/lariat-net/lariat/pkg/private"
 )
 
 // DefaultDir is where a charon of our own has its configuration, socket and log.
@@ -187,7 +189,7 @@ func (c *Charon) start(lock *os.File) error {
 		return err
 	}
 	conf := filepath.Join(c.dir(), confFile)
-	if err := write(conf, c.config()); err != nil {
+	if err := private.Rewrite(conf, []byte(c.config())); err != nil {
 		return err
 	}
 	if err := os.Remove(c.Socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -382,21 +384,7 @@ func (c *Charon) trimLog() error {
 	if i := bytes.IndexByte(text[len(text)/2:], '\n'); i >= 0 {
 		text = text[len(text)/2+i+1:]
 	}
-	return errors.Join(write(c.LogFile()+".1", string(text)), os.Truncate(c.LogFile(), 0))
-}
-
-// write makes a file appear whole.
-func write(path, text string) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".tmp-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.WriteString(text)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return err
-	}
-	return os.Rename(f.Name(), path)
+	return errors.Join(private.Rewrite(c.LogFile()+".1", text), os.Truncate(c.LogFile(), 0))
 }
 
 func (c *Charon) say(level slog.Level, msg string, args ...any) {

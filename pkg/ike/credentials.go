@@ -12,6 +12,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/certs"
 	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/private"
 )
 
 // Credentials are what a host proves its name with: secrets, or a certificate. They print without what is secret.
@@ -54,7 +55,11 @@ func LoadCertificates(dir string) (Credentials, error) {
 	if c.Certificate, err = readCerts(file[:len(file)-len(".key")] + ".crt"); err != nil {
 		return Credentials{}, fmt.Errorf("certificate of this host: %w", err)
 	}
-	if c.Key, err = readKey(file, c.Certificate[0]); err != nil {
+	key, err := private.Read(file)
+	if err != nil {
+		return Credentials{}, fmt.Errorf("key of this host: %w", err)
+	}
+	if c.Key, err = parseKey(key, c.Certificate[0]); err != nil {
 		return Credentials{}, fmt.Errorf("key of this host: %s: %w", file, err)
 	}
 	return c, nil
@@ -84,23 +89,14 @@ func readCerts(file string) (out [][]byte, err error) {
 	return out, nil
 }
 
-func readKey(file string, cert []byte) (PrivateKey, error) {
-	info, err := os.Stat(file)
-	if err != nil {
-		return nil, err
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		return nil, errors.New("others may read it; chmod 600")
-	}
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return nil, err
-	}
-	b, _ := pem.Decode(data)
+// parseKey returns the key of a certificate. Its errors never hold what is in the key.
+func parseKey(text, cert []byte) (PrivateKey, error) {
+	b, _ := pem.Decode(text)
 	if b == nil {
 		return nil, errors.New("no key in PEM")
 	}
 	var k any
+	var err error
 	switch b.Type {
 	case "PRIVATE KEY":
 		k, err = x509.ParsePKCS8PrivateKey(b.Bytes)

@@ -9,10 +9,10 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"slices"
 	"strings"
-	"syscall"
+
+	"github.com/lariat-net/lariat/pkg/private"
 )
 
 // DefaultSecretFile is where a host keeps the secret that it shares with the others.
@@ -40,34 +40,14 @@ type secret struct {
 // ReadSecrets reads a file of secrets: one a line, the one to use first; empty lines and those that begin with # are skipped. The file
 // must be a regular one that nobody but its owner, root or the caller, may read. Errors name the file and the line, never a secret.
 func ReadSecrets(path string) (Secrets, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe of that name must not be waited for
-	if err != nil {
-		if errors.Is(err, fs.ErrNotExist) {
-			err = fmt.Errorf("%w; make one with: lariat ipsec secret > %s, and give the same to every host", err, path)
-		}
-		return Secrets{}, fmt.Errorf("secret of the encrypted networks: %w", err)
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return Secrets{}, fmt.Errorf("secret of the encrypted networks: %w", err)
-	}
-	st, _ := info.Sys().(*syscall.Stat_t)
+	data, err := private.Read(path)
 	switch {
-	case !info.Mode().IsRegular():
-		return Secrets{}, fmt.Errorf("secret file %s is not a regular file", path)
-	case info.Mode().Perm()&0o077 != 0:
-		return Secrets{}, fmt.Errorf("secret file %s can be read or written by others (mode %04o); chmod 600 %s", path, info.Mode().Perm(), path)
-	case st != nil && st.Uid != 0 && int(st.Uid) != os.Geteuid():
-		return Secrets{}, fmt.Errorf("secret file %s belongs to user %d; chown root %s", path, st.Uid, path)
-	case info.Size() > 64<<10:
-		return Secrets{}, fmt.Errorf("secret file %s is %d octets long; want a line or two", path, info.Size())
+	case errors.Is(err, fs.ErrNotExist):
+		return Secrets{}, fmt.Errorf("secret of the encrypted networks: %w; make one with: lariat ipsec secret --out %s, and give the same to every host", err, path)
+	case err != nil:
+		return Secrets{}, fmt.Errorf("secret file %w", err)
 	}
-	var data bytes.Buffer
-	if _, err := data.ReadFrom(f); err != nil {
-		return Secrets{}, fmt.Errorf("secret file %s: %w", path, err)
-	}
-	s, err := ParseSecrets(data.Bytes())
+	s, err := ParseSecrets(data)
 	if err != nil {
 		return Secrets{}, fmt.Errorf("secret file %s: %w", path, err)
 	}

@@ -97,7 +97,7 @@ func TestReadSecrets(t *testing.T) {
 			t.Errorf("%s: the error tells the secret: %v", tc.name, err)
 		}
 	}
-	if _, err := ipsec.ReadSecrets(filepath.Join(dir, "none")); err == nil || !strings.Contains(err.Error(), "lariat ipsec secret >") {
+	if _, err := ipsec.ReadSecrets(filepath.Join(dir, "none")); err == nil || !strings.Contains(err.Error(), "lariat ipsec secret --out "+filepath.Join(dir, "none")) {
 		t.Errorf("no file: %v", err)
 	}
 	pipe := filepath.Join(dir, "pipe")

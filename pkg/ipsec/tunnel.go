@@ -10,6 +10,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/printable"
 )
 
 // ConnPrefix begins the name of every IKE connection, and of every secret, that Lariat gives to the IKE daemon. Others are never
@@ -136,16 +137,16 @@ func preferred(mine, peers []string) []string {
 // String prints a line for the connection and one for each child. Keys show as their ids.
 func (t Tunnel) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "conn  %s local %s id %s remote %s id %s auth %s", t.Name, t.Local, t.LocalID, t.Remote, t.RemoteID, t.Auth)
+	fmt.Fprintf(&b, "conn  %s local %s id %s remote %s id %s auth %s", printable.Line(t.Name), t.Local, printable.Line(t.LocalID), t.Remote, printable.Line(t.RemoteID), t.Auth)
 	if len(t.Keys) > 0 {
-		fmt.Fprintf(&b, " keys %s", strings.Join(t.Keys, ","))
+		fmt.Fprintf(&b, " keys %s", printable.Line(strings.Join(t.Keys, ",")))
 	}
 	if t.Encap {
 		b.WriteString(" encap")
 	}
 	fmt.Fprintf(&b, " rekey %s dpd %s ike %s\n", t.Rekey, t.DPD, strings.Join(t.Proposals, ","))
 	for _, c := range t.Children {
-		fmt.Fprintf(&b, "child %s/%s if_id %#x subnets %s rekey %s esp %s\n", t.Name, c.Network, c.IfID, join(c.Subnets), c.Rekey, strings.Join(c.Proposals, ","))
+		fmt.Fprintf(&b, "child %s/%s if_id %#x subnets %s rekey %s esp %s\n", printable.Line(t.Name), printable.Line(c.Network), c.IfID, join(c.Subnets), c.Rekey, strings.Join(c.Proposals, ","))
 	}
 	return b.String()
 }

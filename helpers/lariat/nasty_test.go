@@ -1,0 +1,152 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"sigs.k8s.io/yaml"
+
+	"github.com/lariat-net/lariat/pkg/certs"
+	"github.com/lariat-net/lariat/pkg/doctor"
+	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/printable"
+	"github.com/lariat-net/lariat/pkg/printable/printabletest"
+)
+
+// nastySnapshot is a fixture whose every string is followed by text.
+func nastySnapshot(t testing.TB, text string, keep ...string) *metadata.Snapshot {
+	t.Helper()
+	b, err := os.ReadFile("testdata/ipsec.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s metadata.Snapshot
+	if err := json.Unmarshal(b, &s); err != nil {
+		t.Fatal(err)
+	}
+	s.Endpoints = append(s.Endpoints, metadata.Endpoint{Network: s.Networks[0].Name, Host: s.Hosts[0].Name, Address: netip.MustParseAddr("fe80::1")})
+	printabletest.Fill(&s, text, keep...)
+	return &s
+}
+
+// filled is a value whose every string, at any depth, is text.
+func filled[T any](text string) *T {
+	v := new(T)
+	printabletest.Fill(v, text)
+	return v
+}
+
+// Nothing that a command writes for people holds a control character of others, or a line that others made: as text, with colours, as
+// columns.
+func TestNothingForeignIsPrintedRaw(t *testing.T) {
+	a := &app{now: time.Now}
+	for _, text := range printabletest.Nasty {
+		snap := nastySnapshot(t, text)
+		broken := &doctor.Facts{Self: snap.Self, Metadata: &doctor.Metadata{Snapshot: snap, Store: &doctor.Store{Reason: "lost" + text}},
+			Manager: &doctor.Manager{Err: errors.New("no" + text)}, NotLooked: map[string]string{}}
+		tunnels := fixtureReport(t)
+		printabletest.Fill(&tunnels, text, "Missing", "Problem")
+		kept := &doctor.Facts{Self: snap.Self, Metadata: broken.Metadata, Manager: &doctor.Manager{Tunnels: &tunnels}, NotLooked: map[string]string{}}
+		address := netip.MustParseAddr("fe80::1").WithZone(text)
+		held := filled[ipRow](text)
+		held.Address = address
+		done, unused := filled[rotation](text), filled[rotation](text)
+		unused.Unused = true
+		for what, write := range map[string]func(w *writer){
+			"status":           newStatus(broken, nil).write,
+			"status, tunnels":  newStatus(kept, nil).write,
+			"host list":        newStatus(broken, nil).hosts,
+			"host show":        filled[hostDetails](text).write,
+			"network list":     func(w *writer) { writeNetworks(w, snap) },
+			"network show":     filled[networkDetails](text).write,
+			"ip list":          func(w *writer) { writeIPs(w, []ipRow{*held}) },
+			"ip show":          (&ipDetails{Address: address, State: text, Network: text, Note: text, Use: held}).write,
+			"volume list":      func(w *writer) { writeVolumes(w, *filled[[]metadata.Volume](text)) },
+			"doctor":           func(w *writer) { writeReport(w, filled[doctor.Report](text)) },
+			"doctor, of names": func(w *writer) { writeReport(w, doctor.Check(broken)) },
+			"ipsec status":     func(w *writer) { a.writeTunnels(w, &tunnels) },
+			"ipsec status, without": func(w *writer) {
+				a.writeTunnels(w, &ipsec.Report{Networks: []string{text}, Missing: text, Problem: text, Remedy: text})
+			},
+			"ipsec rotate":         done.write,
+			"ipsec rotate, unused": unused.write,
+			"certs show":           func(w *writer) { writeCerts(w, *filled[[]certs.Info](text)) },
+			"line": func(w *writer) {
+				w.line("%s %v %s %s", text, errors.New(text), address, w.paint(bad, text))
+			},
+		} {
+			for _, w := range []*writer{{}, {colour: true}, {plain: true}} {
+				if w.plain && what == "ipsec status, without" {
+					continue // columns of nothing
+				}
+				write(w)
+				printabletest.Check(t, fmt.Sprintf("%s (colour %t, plain %t)", what, w.colour, w.plain), w.String())
+			}
+		}
+	}
+}
+
+// The same for whole commands: what they print of a file, in every format, their errors, and what shells complete.
+func TestNothingForeignLeavesACommandRaw(t *testing.T) {
+	dir, err := os.MkdirTemp("", "lariat") // a socket's path may have 107 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	answer := ""
+	socket := filepath.Join(dir, "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, answer, http.StatusInternalServerError) }))
+	server.Listener.Close()
+	server.Listener = l
+	server.Start()
+	defer server.Close()
+	for i, text := range printabletest.Nasty {
+		answer = "refused" + text
+		// The kinds that decide which lines there are stay.
+		snap := nastySnapshot(t, text, "Encapsulation")
+		b, err := json.Marshal(snap)
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(dir, fmt.Sprintf("%d.json", i))
+		if err := os.WriteFile(file, []byte(printable.JSON(string(b))), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, args := range [][]string{
+			{"status", "--metadata", file}, {"status", "--metadata", file, "-o", "table"}, {"status", "--metadata", file, "-o", "json"},
+			{"status", "--metadata", file, "--snapshot"}, {"plan", "--metadata", file}, {"plan", "--metadata", file, "--host", "none"},
+			{"graph", "--metadata", file}, {"graph", "--metadata", file, "--format", "dot"},
+			{"ipsec", "status", "--manager-socket", socket}, {"network", "list", "--socket", socket}, {"host", "show", "x", "--socket", socket}, {"ip", "list", "--socket", socket},
+			{"volume", "list", "--socket", socket}, {"certs", "show", filepath.Join(dir, "none"+text)}, {"certs", "host", dir, text},
+		} {
+			out, errs, _ := lariat(t, args...)
+			printabletest.Check(t, strings.Join(args[:2], " "), out+errs)
+		}
+		// In YAML, a text of several lines may stand on several, further in.
+		out := must(t, "status", "--metadata", file, "-o", "yaml")
+		var back statusReport
+		if err := yaml.Unmarshal([]byte(out), &back); err != nil || len(back.Hosts) != len(snap.Hosts) || printable.Text(out) != out || strings.Contains(out, "\nEVIL") {
+			t.Errorf("%v: YAML %q", err, out)
+		}
+		// A name that cannot be typed is not offered.
+		out, _, status := lariat(t, "__complete", "plan", "--metadata", file, "--host", "")
+		if status != 0 || !strings.HasPrefix(out, ":4") {
+			t.Errorf("status %d: completions %q", status, out)
+		}
+	}
+}
