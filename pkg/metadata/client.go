@@ -102,16 +102,31 @@ func (c Client) Volumes(ctx context.Context, self bool) ([]Volume, error) {
 	return out, c.Do(ctx, "GET", fmt.Sprintf("/v1/volumes?self=%t", self), nil, &out)
 }
 
-// View returns the network view: hosts, networks, blocks, endpoints.
+// View returns the network view: hosts, networks, blocks, endpoints. It is sane.
 func (c Client) View(ctx context.Context) (*Snapshot, error) {
-	var s Snapshot
-	return &s, c.Do(ctx, "GET", "/v1/snapshot?view=network", nil, &s)
+	return c.snapshot(ctx, "?view=network")
 }
 
-// Snapshot returns the whole model.
+// Snapshot returns the whole model. It is sane.
 func (c Client) Snapshot(ctx context.Context) (*Snapshot, error) {
+	return c.snapshot(ctx, "")
+}
+
+func (c Client) snapshot(ctx context.Context, query string) (*Snapshot, error) {
 	var s Snapshot
-	return &s, c.Do(ctx, "GET", "/v1/snapshot", nil, &s)
+	err := c.Do(ctx, "GET", "/v1/snapshot"+query, nil, &s)
+	return s.Sane(), err
+}
+
+// Problems returns the entries of the store that cannot be used, of all kinds. The service reads the whole store for it.
+func (c Client) Problems(ctx context.Context) ([]Problem, error) {
+	var out []Problem
+	return out, c.Do(ctx, "GET", "/v1/problems", nil, &out)
+}
+
+// RemoveEntry removes an entry that is among the Problems; other entries are refused. The key is the Problem's.
+func (c Client) RemoveEntry(ctx context.Context, key string) error {
+	return c.Do(ctx, "DELETE", "/v1/problems?key="+url.QueryEscape(key), nil, nil)
 }
 
 // Put creates or replaces an object; kind and key as in the API's path. Get reads one, Delete removes one.
