@@ -193,8 +193,13 @@ func (c Client) watchOnce(ctx context.Context, view *viewState, fn func(*Snapsho
 		return err
 	}
 	defer closeBody()
+	return follow(body, view, fn, progress)
+}
+
+// follow takes the lines of a watch until one is not understood, or the stream or fn ends it.
+func follow(body *bufio.Reader, view *viewState, fn func(*Snapshot) error, progress func()) error {
 	for {
-		line, err := body.ReadBytes('\n')
+		line, err := readLine(body, maxBody)
 		if err != nil {
 			return fmt.Errorf("%w: watch ended: %w", ErrUnreachable, err)
 		}
@@ -290,17 +295,38 @@ func (c Client) roundTrip(ctx context.Context, method, path string, payload []by
 	return nil, nil, &e
 }
 
+// readLine returns the next line with its end, of at most so many bytes.
+func readLine(r *bufio.Reader, most int) ([]byte, error) {
+	var line []byte
+	for {
+		part, err := r.ReadSlice('\n')
+		line = append(line, part...)
+		switch {
+		case len(line) > most:
+			return nil, fmt.Errorf("a line of more than %d bytes: %q", most, clip(line))
+		case err == nil:
+			return line, nil
+		case !errors.Is(err, bufio.ErrBufferFull):
+			return nil, err
+		}
+	}
+}
+
+// maxHead bounds the lines of an answer's head.
+const maxHead = 100
+
+// readHead reads the head of an answer and returns its status, of three digits. A line of it fits the reader's buffer.
 func readHead(r *bufio.Reader) (status int, err error) {
-	line, err := r.ReadString('\n')
+	line, err := r.ReadSlice('\n')
 	if err != nil {
 		return 0, err
 	}
-	if f := strings.Fields(line); len(f) < 2 || !strings.HasPrefix(f[0], "HTTP/1.") {
-		return 0, fmt.Errorf("answer %q is not HTTP", clip([]byte(line)))
-	} else if status, err = strconv.Atoi(f[1]); err != nil {
-		return 0, fmt.Errorf("answer %q has no status", clip([]byte(line)))
+	if f := strings.Fields(string(line)); len(f) < 2 || !strings.HasPrefix(f[0], "HTTP/1.") {
+		return 0, fmt.Errorf("answer %q is not HTTP", clip(line))
+	} else if status, err = strconv.Atoi(f[1]); err != nil || status < 100 || status > 999 {
+		return 0, fmt.Errorf("answer %q has no status", clip(line))
 	}
-	for {
+	for range maxHead {
 		line, err := r.ReadSlice('\n')
 		if err != nil {
 			return 0, err
@@ -309,6 +335,7 @@ func readHead(r *bufio.Reader) (status int, err error) {
 			return status, nil
 		}
 	}
+	return 0, fmt.Errorf("the answer's head has more than %d lines", maxHead)
 }
 
 func clip(b []byte) string {
