@@ -52,10 +52,25 @@ func show(s string) string {
 	return s + cut
 }
 
-// problem makes a Problem of an error.
-func problem(kind, key string, err error) Problem {
-	return Problem{Key: kind + "/" + key, What: strings.ReplaceAll(err.Error(), "\n", "; ")}
+// maxWhat bounds what is said of an entry, in bytes.
+const maxWhat = 1000
+
+// NewProblem returns the Problem of an entry that failed with err. What it says stands in one line and holds no control
+// characters, whatever the entry does.
+func NewProblem(key string, err error) Problem {
+	what := strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, strings.ReplaceAll(err.Error(), "\n", "; "))
+	if len(what) > maxWhat {
+		what = strings.ToValidUTF8(what[:maxWhat], "") + "…"
+	}
+	return Problem{Key: key, What: what}
 }
+
+func problem(kind, key string, err error) Problem { return NewProblem(kind+"/"+key, err) }
 
 // Decode reads the entry of that key. It fails when the entry is not JSON, or not one that its kind can be. It returns the zero
 // value then.
@@ -80,7 +95,7 @@ func named(key, own string) error {
 
 // Check reports the first reason why no host may be so. key is its name.
 func (h Host) Check(key string) error {
-	if err := errors.Join(named(key, h.Name), ValidName(h.Name)); err != nil {
+	if err := cmp.Or(ValidName(h.Name), named(key, h.Name)); err != nil {
 		return err
 	}
 	for _, u := range h.Underlay {
@@ -109,7 +124,9 @@ func (h Host) Check(key string) error {
 }
 
 // Check reports every mistake in a network definition, as Validate does. key is its name.
-func (n Network) Check(key string) error { return errors.Join(named(key, n.Name), n.Validate()) }
+func (n Network) Check(key string) error {
+	return cmp.Or(ValidName(n.Name), named(key, n.Name), n.Validate())
+}
 
 // Check reports the first reason why no block may be so, whatever its network is. key is its BlockKey.
 func (b Block) Check(key string) error {

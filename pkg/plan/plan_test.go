@@ -2,6 +2,7 @@ package plan_test
 
 import (
 	"encoding/json"
+	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -230,4 +231,82 @@ func TestSeniorHostKeepsItsAddress(t *testing.T) {
 	if len(got.FDB) != 1 || len(got.Problems) == 0 || !strings.Contains(got.Problems[0], "host aaa has the underlay address 192.0.2.2 of host b") {
 		t.Errorf("%s", got)
 	}
+}
+
+// picker builds snapshots of what a fuzzer picks: words that are in order, and words that have harmed.
+type picker struct{ picks []byte }
+
+func (p *picker) n(most int) int {
+	if len(p.picks) == 0 || most == 0 {
+		return 0
+	}
+	i := int(p.picks[0]) % most
+	p.picks = p.picks[1:]
+	return i
+}
+
+func pick[T any](p *picker, list ...T) T { return list[p.n(len(list))] }
+
+func (p *picker) name() string {
+	return pick(p, "a", "b", "c", "red", "green", "", "../x", strings.Repeat("n", 63), strings.Repeat("n", 64), "x\x1b", "ä")
+}
+
+func (p *picker) prefix() netip.Prefix {
+	q, _ := netip.ParsePrefix(pick(p, "10.42.0.0/16", "10.42.0.0/26", "10.42.0.64/26", "10.42.0.0/24", "10.43.0.0/16", "10.43.0.0/26", "fd42::/64", "fd42::/122", "192.0.2.0/24", "192.0.2.0/26",
+		"0.0.0.0/0", "::/0", "0.0.0.0/1", "127.0.0.0/8", "224.0.0.0/8", "fe80::/10", "::ffff:10.42.0.0/122", "10.42.0.1/26", "10.0.0.0/8", "2000::/3", "", "255.255.255.255/32", "ffff::/16", "8.8.8.0/26"))
+	return q
+}
+
+func (p *picker) addr() netip.Addr {
+	a, _ := netip.ParseAddr(pick(p, "10.42.0.1", "10.42.0.65", "10.43.0.1", "fd42::1", "192.0.2.1", "192.0.2.2", "192.0.2.254", "2001:db8::1", "8.8.8.8", "0.0.0.0", "::", "127.0.0.1", "::1",
+		"224.0.0.1", "ff02::1", "fe80::1%eth0", "fe80::1", "::ffff:10.42.0.1", "255.255.255.255", "172.30.0.5", "fd99::1", ""))
+	return a
+}
+
+func (p *picker) snapshot() *metadata.Snapshot {
+	s := &metadata.Snapshot{Self: pick(p, "a", "b", "red", "")}
+	when := func() time.Time { return pick(p, time.Time{}, time.Unix(1, 0), time.Unix(2, 0)) }
+	for range p.n(4) {
+		h := metadata.Host{Name: p.name(), Live: p.n(2) == 0, Joined: when(), MAC: metadata.MAC{byte(p.n(3)), 0, byte(p.n(3)), 0, 0, 1}, IKEIdentity: pick(p, "", "id", "x\n")}
+		for range p.n(3) {
+			a := p.addr()
+			h.Underlay = append(h.Underlay, metadata.Underlay{Address: netip.PrefixFrom(a, pick(p, 24, 32, 0, 64, 128, 200)), Device: pick(p, "eth0", "", strings.Repeat("d", 16), "a/b"), MTU: pick(p, 1500, 0, -1, 9000, 60, 1<<30)})
+		}
+		s.Hosts = append(s.Hosts, h)
+	}
+	for range p.n(5) {
+		n := metadata.Network{Name: p.name(), Encapsulation: pick(p, "vxlan", "ipsec", "none", "", "x"), VNI: pick[uint32](p, 1042, 1043, 0, 1<<24), Port: pick[uint16](p, 0, 4789, 1),
+			MTU: pick(p, 0, 1400, 1, -5, 65535), HostNAT: p.n(2) == 0, DirectRouting: p.n(2) == 0, BlockSizeV4: pick(p, 0, 26, 32, 8, -1, 99), BlockSizeV6: pick(p, 0, 122, 128, -1), Created: when()}
+		for range 1 + p.n(3) {
+			n.Subnets = append(n.Subnets, p.prefix())
+		}
+		for range p.n(4) {
+			n.HostNATExempt = append(n.HostNATExempt, p.prefix())
+		}
+		s.Networks = append(s.Networks, n)
+	}
+	for range p.n(6) {
+		s.Blocks = append(s.Blocks, metadata.Block{Network: p.name(), CIDR: p.prefix(), Host: p.name(), Gateway: p.addr()})
+	}
+	for range p.n(6) {
+		s.Endpoints = append(s.Endpoints, metadata.Endpoint{Network: p.name(), Address: p.addr(), Host: p.name()})
+	}
+	return s
+}
+
+// FuzzDesiredOf is FuzzDesired with snapshots that are built of the words which matter, so that the fuzzer need not find JSON first.
+func FuzzDesiredOf(f *testing.F) {
+	r := rand.New(rand.NewPCG(1, 2))
+	for range 300 { // each of them is a test of its own, without the fuzzer as well
+		b := make([]byte, 120)
+		for i := range b {
+			b[i] = byte(r.Uint32())
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, picks []byte) {
+		snap := (&picker{picks}).snapshot()
+		check(t, snap, plan.Desired(snap, snap.Self))
+		tunnels(t, snap)
+	})
 }

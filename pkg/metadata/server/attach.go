@@ -304,7 +304,7 @@ func (s *Server) eachTable(ctx context.Context, network string, fn func(*allocat
 	for _, e := range list {
 		t, err := decodeTable(e)
 		if err != nil {
-			bad = append(bad, metadata.Problem{Key: e.Key, What: err.Error()})
+			bad = append(bad, metadata.NewProblem(e.Key, err))
 			s.log.Warn("address table left out", "entry", bad[len(bad)-1].Name(), "error", err)
 			continue
 		}

@@ -390,7 +390,7 @@ func (s *Server) readTable(ctx context.Context, network string, cidr netip.Prefi
 	}
 	t, err := allocate.Decode(cidr, e.Value)
 	if err != nil {
-		return nil, e.Revision, &spoiltTable{metadata.Problem{Key: tableKey(network, cidr), What: err.Error()}}
+		return nil, e.Revision, &spoiltTable{metadata.NewProblem(tableKey(network, cidr), err)}
 	}
 	return t, e.Revision, nil
 }

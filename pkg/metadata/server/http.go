@@ -179,7 +179,7 @@ func (s *Server) Handler() http.Handler {
 		}
 		c, err := metadata.Decode[metadata.Container](key, e.Value)
 		if err != nil {
-			p := metadata.Problem{Key: e.Key, What: err.Error()}
+			p := metadata.NewProblem(e.Key, err)
 			return nil, metadata.Errorf(metadata.CodeConflict, "%s; %s", p, p.Remedy())
 		}
 		return c, nil

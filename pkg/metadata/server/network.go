@@ -29,7 +29,7 @@ func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate 
 		if e.Value != nil {
 			o, err := metadata.Decode[metadata.Network](n.Name, e.Value)
 			if err != nil {
-				p := metadata.Problem{Key: metadata.KindNetwork + "/" + n.Name, What: err.Error()}
+				p := metadata.NewProblem(metadata.KindNetwork+"/"+n.Name, err)
 				return n, metadata.Errorf(metadata.CodeConflict, "%s; %s", p, p.Remedy())
 			}
 			old = &o

@@ -43,7 +43,7 @@ func (s *Server) Problems(ctx context.Context) ([]metadata.Problem, error) {
 		}
 		for _, e := range list {
 			if err := o.check(e); err != nil {
-				out = append(out, metadata.Problem{Key: e.Key, What: strings.ReplaceAll(err.Error(), "\n", "; ")})
+				out = append(out, metadata.NewProblem(e.Key, err))
 			}
 		}
 	}

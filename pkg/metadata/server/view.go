@@ -276,7 +276,7 @@ func (v *view) note(at string, ev metadata.Event, err error) ([]metadata.Event, 
 	_, had := v.problems[at]
 	p := metadata.Event{Type: metadata.EventDelete, Kind: metadata.KindProblem, Key: at}
 	if err != nil {
-		v.problems[at] = strings.ReplaceAll(err.Error(), "\n", "; ")
+		v.problems[at] = metadata.NewProblem(at, err).What
 		p.Type = metadata.EventPut
 		if eerr := encode(&p, v.problems[at]); eerr != nil {
 			return nil, eerr
