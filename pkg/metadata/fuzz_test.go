@@ -5,6 +5,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"testing"
@@ -208,5 +210,22 @@ func TestEndlessAnswer(t *testing.T) {
 	}
 	if _, err := readLine(bufio.NewReader(strings.NewReader(strings.Repeat("x", 1<<20))), 1<<16); err == nil || len(err.Error()) > 1000 {
 		t.Error(err)
+	}
+}
+
+// BenchmarkSane is what the check of a view of 10 000 hosts costs.
+func BenchmarkSane(b *testing.B) {
+	s := &Snapshot{Networks: []Network{{Name: "overlay", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Encapsulation: EncapVXLAN, VNI: 1042}}}
+	for i := range 10_000 {
+		name := fmt.Sprint("h", i)
+		at := netip.AddrFrom4([4]byte{10, byte(i >> 10), byte(i >> 2), byte(i << 6)})
+		s.Hosts = append(s.Hosts, Host{Name: name, Underlay: []Underlay{{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)}), 12), Device: "eth0", MTU: 1500}}})
+		s.Blocks = append(s.Blocks, Block{Network: "overlay", CIDR: netip.PrefixFrom(at, 26), Host: name, Gateway: at.Next()})
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		if got := s.Sane(); len(got.Problems) > 0 || len(got.Blocks) != len(s.Blocks) {
+			b.Fatal(got.Problems)
+		}
 	}
 }

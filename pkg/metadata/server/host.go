@@ -54,6 +54,9 @@ func (s *Server) register(ctx context.Context) error {
 		if h.Labels = labels; len(labels) == 0 {
 			h.Labels = nil
 		}
+		if err := h.Check(name); err != nil {
+			return fmt.Errorf("host %s: %w", name, err) // no host would use it
+		}
 		data, err := json.Marshal(h)
 		if err != nil {
 			return err

@@ -31,7 +31,7 @@ func (s *Server) TreeHandler() http.Handler {
 		defer mu.Unlock()
 		// A tree of 10 000 containers takes tens of milliseconds to build, so a burst of changes is folded.
 		if built == nil || (now != revision || seen != updates) && time.Since(when) > 200*time.Millisecond {
-			snap := s.view.snapshot()
+			snap := s.view.snapshot().Sane()
 			snap.Containers = s.containers.list()
 			built, revision, updates, when = tree.Build(snap), now, seen, time.Now()
 		}
