@@ -103,7 +103,7 @@ It asks the metadata service of this host over its unix socket, which is root's.
 	for _, name := range []string{"socket", "manager-socket"} {
 		_ = c.MarkPersistentFlagFilename(name, "sock")
 	}
-	c.AddCommand(a.status(), a.plan(), a.graph(), a.doctor(), a.network(), a.host(), a.ip(), a.volume(), a.ipsec(), a.certs())
+	c.AddCommand(a.status(), a.plan(), a.graph(), a.doctor(), a.network(), a.host(), a.ip(), a.entry(), a.volume(), a.ipsec(), a.certs())
 	return c
 }
 
@@ -152,7 +152,7 @@ func (a *app) snapshot(ctx context.Context, file string) (*metadata.Snapshot, er
 	if len(s.Hosts) == 0 {
 		return nil, fmt.Errorf("snapshot %s: there is no host in it; make one with: lariat status --snapshot > FILE", file)
 	}
-	return &s, nil
+	return s.Sane(), nil
 }
 
 // tty reports whether a stream is a terminal.

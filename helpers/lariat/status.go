@@ -178,7 +178,7 @@ func interfaces(c metadata.Container) []metadata.ContainerInterface {
 }
 
 // cheap are the checks that need no look at the kernel or at other hosts.
-var cheap = []string{"metadata", "store", "manager", "hosts", "duplicates", "networks", "addresses", "ipsec", "secret"}
+var cheap = []string{"metadata", "store", "entries", "manager", "hosts", "duplicates", "networks", "addresses", "ipsec", "secret"}
 
 func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
 	r := &statusReport{Self: f.Self, Store: "unknown", Manager: "unknown", Problems: doctor.Check(f, cheap...).Findings, Hosts: []hostRow{}, Networks: []networkRow{}}

@@ -223,3 +223,51 @@ func TestShowNamesWhatIsWrong(t *testing.T) {
 		t.Error("a folder that is not there was shown")
 	}
 }
+
+// FuzzRead: whatever stands in a certificate's, a key's and the authority's file, reading them ends with an answer or an error that
+// says nothing of the key.
+func FuzzRead(f *testing.F) {
+	pki := f.TempDir()
+	if _, err := Init(pki, "lariat", now); err != nil {
+		f.Fatal(err)
+	}
+	if _, err := Host(pki, Request{Name: "h1"}, now); err != nil {
+		f.Fatal(err)
+	}
+	file := func(name string) []byte {
+		b, err := os.ReadFile(filepath.Join(pki, name))
+		if err != nil {
+			f.Fatal(err)
+		}
+		return b
+	}
+	f.Add(file("h1.crt"), file("h1.key"), file(CACert))
+	f.Add(file("h1.crt"), file(CAKey), file("h1.crt"))
+	f.Add(file("h1.key"), file("h1.crt"), []byte{})
+	f.Add([]byte("-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n"), []byte("-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----\n"), []byte("x"))
+	f.Fuzz(func(t *testing.T, cert, key, ca []byte) {
+		dir := t.TempDir()
+		for name, b := range map[string][]byte{"h1.crt": cert, "h1.key": key, CACert: ca} {
+			if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		info, err := Read(filepath.Join(dir, "h1.crt"), now)
+		if (info == nil) == (err == nil) {
+			t.Errorf("%+v %v", info, err)
+		}
+		said := ""
+		if err != nil {
+			said = err.Error()
+		} else {
+			said = info.Problem
+		}
+		if len(key) > 40 && strings.Contains(said, string(key[20:40])) {
+			t.Errorf("%q", said)
+		}
+		if all, err := ReadDir(dir, now); err != nil || len(all) != 2 {
+			t.Errorf("%v %v", all, err)
+		}
+		authority(dir, now) //nolint:errcheck // must not panic
+	})
+}

@@ -303,3 +303,30 @@ func BenchmarkPrint10000(b *testing.B) {
 		_ = s.String()
 	}
 }
+
+// FuzzPortAlias: whatever an ifalias says, what is read of it is what it said.
+func FuzzPortAlias(f *testing.F) {
+	f.Add("lariat:port:overlay:c0ffee:eth0:web:1", "overlay", "c0ffee", "eth0", "web")
+	f.Add("lariat:port:overlay:c0ffee:eth0", "overlay", strings.Repeat("c", 256), "eth0", "")
+	f.Add("lariat:vxlan:overlay", "", "", "", ":")
+	f.Add("lariat:port::::", "a", "b\n", "c", "d\x1b[31m")
+	f.Fuzz(func(t *testing.T, text, network, container, ifname, name string) {
+		if a, ok := delta.ParsePortAlias(text); ok && len(text) <= 255 {
+			if again := a.String(); again != text && again+":" != text {
+				t.Errorf("%q is read as %+v, which is %q", text, a, again)
+			}
+		}
+		a := delta.PortAlias{network, container, ifname, name}
+		s := a.String()
+		if len(s) > 255 {
+			t.Errorf("%d bytes", len(s))
+		}
+		if strings.Contains(network+container+ifname, ":") || len(network)+len(container)+len(ifname) > 200 {
+			return
+		}
+		got, ok := delta.ParsePortAlias(s)
+		if !ok || got.Network != network || got.ContainerID != container || got.IfName != ifname || !strings.HasPrefix(name, got.Name) {
+			t.Errorf("%+v is read as %+v", a, got)
+		}
+	})
+}

@@ -33,6 +33,7 @@ var checks = []struct {
 }{
 	{"metadata", "the metadata service answers", (*examination).metadata},
 	{"store", "the store is healthy and has room", (*examination).store},
+	{"entries", "every entry of the store that was read can be used", (*examination).entries},
 	{"manager", "the network manager runs, and all that it keeps is true", (*examination).manager},
 	{"journal", "the network manager looks where the plugins keep their records", (*examination).journal},
 	{"hosts", "all hosts are live", (*examination).hosts},
@@ -102,6 +103,22 @@ func (e *examination) store() {
 		e.add(Error, e.Metadata.Socket, remedy, "the store is %.0f %% full (%s of %s); when it is full it takes no write", used*100, size(s.Size), size(s.Quota))
 	case used >= storeWarning:
 		e.add(Warning, e.Metadata.Socket, remedy, "the store is %.0f %% full (%s of %s)", used*100, size(s.Size), size(s.Quota))
+	}
+}
+
+func (e *examination) entries() {
+	if !e.needsSnapshot() {
+		return
+	}
+	if why := e.NotLooked["entries"]; why != "" {
+		e.skip("%s", why)
+	}
+	told := map[string]bool{}
+	for _, p := range slices.Concat(e.Metadata.Problems, e.Metadata.Snapshot.Problems) {
+		if !told[p.Key] {
+			told[p.Key] = true
+			e.add(Error, "entry "+p.Name(), p.Remedy(), "%s", p)
+		}
 	}
 }
 

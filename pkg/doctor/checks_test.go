@@ -84,6 +84,14 @@ func TestF137Findings(t *testing.T) {
 		{"store unhealthy", func(f *Facts) { f.Metadata.Store.Reason = "no leader" }, "store error: the store is not healthy: no leader", "journalctl"},
 		{"store fills", func(f *Facts) { f.Metadata.Store.Size = f.Metadata.Store.Quota / 100 * 85 }, "store warning: the store is 85 % full (1.7 GiB of 2.0 GiB)", "defrag"},
 		{"store is full", func(f *Facts) { f.Metadata.Store.Size = f.Metadata.Store.Quota }, "store error: the store is 100 % full", "defrag"},
+		{"an entry cannot be used", func(f *Facts) {
+			f.Metadata.Snapshot.Problems = []metadata.Problem{{Key: "blocks/overlay/0.0.0.0/0", What: "it lies outside"}}
+			f.Metadata.Problems = append(f.Metadata.Problems, f.Metadata.Snapshot.Problems...)
+		}, "entries error: entry blocks/overlay/0.0.0.0/0 is left out: it lies outside", "lariat entry remove blocks/overlay/0.0.0.0/0"},
+		{"an address table cannot be used", func(f *Facts) {
+			f.Metadata.Problems = []metadata.Problem{{Key: "addresses/overlay/10.42.0.0/26", What: "boom"}}
+		},
+			"entries error: entry addresses/overlay/10.42.0.0/26 is left out: boom", "first stop all containers"},
 		{"manager stopped", func(f *Facts) { f.Manager = &Manager{Err: fs.ErrNotExist} }, "manager error: the network manager is not running", "systemctl start lariat-network-manager"},
 		{"plugins keep their records elsewhere", func(f *Facts) {
 			f.Own = []metadata.Allocation{{StateDir: "/var/lib/lariat"}, {StateDir: "/srv/cni"}, {StateDir: "/srv/cni"}}

@@ -22,7 +22,7 @@ type Facts struct {
 	Secret   *SecretFile
 	Own      []metadata.Allocation // this host's addresses
 
-	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, usage, forward, tunnels, secret, journal) why it is absent.
+	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, entries, usage, forward, tunnels, secret, journal) why it is absent.
 	NotLooked map[string]string
 }
 
@@ -33,6 +33,7 @@ type Metadata struct {
 	Snapshot *metadata.Snapshot
 	Status   []metadata.NetworkStatus
 	Store    *Store
+	Problems []metadata.Problem // entries of the store that cannot be used; the snapshot's are among them
 }
 
 // Store is the state of the store behind the service.

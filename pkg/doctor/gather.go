@@ -73,6 +73,13 @@ func (g Gatherer) MetadataFacts(ctx context.Context, f *Facts) {
 		}
 		f.Metadata.Status = append(f.Metadata.Status, *st)
 	}
+	f.Metadata.Problems, err = g.Client.Problems(ctx)
+	if err != nil {
+		f.Metadata.Problems = nil
+		if !metadata.IsCode(err, metadata.CodeNotFound) { // a service of an older version cannot tell
+			f.NotLooked["entries"] = err.Error()
+		}
+	}
 	f.Metadata.Store, err = storeFacts(ctx, socket)
 	if err != nil {
 		f.NotLooked["store"] = err.Error()

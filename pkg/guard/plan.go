@@ -65,6 +65,7 @@ type plan struct {
 // Plan returns the rules of a host. They stand as long as there is any encapsulated network, also on a host that nothing else
 // can be planned for: it may have containers.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
+	snap = snap.Sane()
 	p := plan{s: delta.NewState(), snap: snap}
 	me, _ := snap.Host(self)
 	p.local = me.UnderlayAddr()

@@ -45,9 +45,10 @@ func Alias(network, peer string) string {
 }
 
 // Plan returns what the kernel of host self needs for all of its encrypted networks, but for the SAs and policies, which are
-// IKE's. A host or entry that cannot be planned is left out and told in Problems; the rest stands.
+// IKE's. A host or entry that cannot be planned is left out and told in Problems; the rest stands. It plans from what is sane of
+// the snapshot.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
-	s := delta.NewState()
+	s, snap := delta.NewState(), snap.Sane()
 	var all []metadata.Network
 	for _, n := range snap.Networks {
 		if n.Encapsulation == metadata.EncapIPsec {

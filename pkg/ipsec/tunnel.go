@@ -89,9 +89,10 @@ func Identity(h metadata.Host) string { return cmp.Or(h.IKEIdentity, h.Name) }
 // tells why.
 //
 // Of a pair's keys, the first of this host's that the peer has announced too comes first: a peer that does not have a new secret
-// yet is still spoken to with the old one, and both ends change over on their own.
+// yet is still spoken to with the old one, and both ends change over on their own. Whatever the snapshot holds, Tunnels plans from
+// what is sane of it.
 func Tunnels(snap *metadata.Snapshot, self string, o Options) []Tunnel {
-	l, ok := layOut(snap, self, delta.NewState())
+	l, ok := layOut(snap.Sane(), self, delta.NewState())
 	if !ok {
 		return nil
 	}

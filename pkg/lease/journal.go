@@ -175,7 +175,7 @@ func (j Journal) Get(network string, id metadata.AttachmentID) (r Record, ok boo
 	if err != nil {
 		return r, false, fmt.Errorf("journal: %w", err)
 	}
-	if json.Unmarshal(data, &r) != nil || r.AttachmentID != id {
+	if json.Unmarshal(data, &r) != nil || r.AttachmentID != id || r.Attachment.Network != network {
 		return Record{}, false, nil
 	}
 	return r, true, nil

@@ -125,6 +125,10 @@ const (
 	KindBlock     = "blocks"
 	KindEndpoint  = "endpoints"
 	KindContainer = "containers"
+	KindVolume    = "volumes"
+	KindTable     = "addresses" // of a block: which of its addresses are in use
+	KindLive      = "live"      // hosts whose service holds its lease
+	KindProblem   = "problems"  // of a watch: the key is that of a Problem, the object says what is wrong
 )
 
 // Error codes of the control API.

@@ -102,16 +102,31 @@ func (c Client) Volumes(ctx context.Context, self bool) ([]Volume, error) {
 	return out, c.Do(ctx, "GET", fmt.Sprintf("/v1/volumes?self=%t", self), nil, &out)
 }
 
-// View returns the network view: hosts, networks, blocks, endpoints.
+// View returns the network view: hosts, networks, blocks, endpoints. It is sane.
 func (c Client) View(ctx context.Context) (*Snapshot, error) {
-	var s Snapshot
-	return &s, c.Do(ctx, "GET", "/v1/snapshot?view=network", nil, &s)
+	return c.snapshot(ctx, "?view=network")
 }
 
-// Snapshot returns the whole model.
+// Snapshot returns the whole model. It is sane.
 func (c Client) Snapshot(ctx context.Context) (*Snapshot, error) {
+	return c.snapshot(ctx, "")
+}
+
+func (c Client) snapshot(ctx context.Context, query string) (*Snapshot, error) {
 	var s Snapshot
-	return &s, c.Do(ctx, "GET", "/v1/snapshot", nil, &s)
+	err := c.Do(ctx, "GET", "/v1/snapshot"+query, nil, &s)
+	return s.Sane(), err
+}
+
+// Problems returns the entries of the store that cannot be used, of all kinds. The service reads the whole store for it.
+func (c Client) Problems(ctx context.Context) ([]Problem, error) {
+	var out []Problem
+	return out, c.Do(ctx, "GET", "/v1/problems", nil, &out)
+}
+
+// RemoveEntry removes an entry that is among the Problems; other entries are refused. The key is the Problem's.
+func (c Client) RemoveEntry(ctx context.Context, key string) error {
+	return c.Do(ctx, "DELETE", "/v1/problems?key="+url.QueryEscape(key), nil, nil)
 }
 
 // Put creates or replaces an object; kind and key as in the API's path. Get reads one, Delete removes one.
@@ -178,8 +193,13 @@ func (c Client) watchOnce(ctx context.Context, view *viewState, fn func(*Snapsho
 		return err
 	}
 	defer closeBody()
+	return follow(body, view, fn, progress)
+}
+
+// follow takes the lines of a watch until one is not understood, or the stream or fn ends it.
+func follow(body *bufio.Reader, view *viewState, fn func(*Snapshot) error, progress func()) error {
 	for {
-		line, err := body.ReadBytes('\n')
+		line, err := readLine(body, maxBody)
 		if err != nil {
 			return fmt.Errorf("%w: watch ended: %w", ErrUnreachable, err)
 		}
@@ -275,17 +295,38 @@ func (c Client) roundTrip(ctx context.Context, method, path string, payload []by
 	return nil, nil, &e
 }
 
+// readLine returns the next line with its end, of at most so many bytes.
+func readLine(r *bufio.Reader, most int) ([]byte, error) {
+	var line []byte
+	for {
+		part, err := r.ReadSlice('\n')
+		line = append(line, part...)
+		switch {
+		case len(line) > most:
+			return nil, fmt.Errorf("a line of more than %d bytes: %q", most, clip(line))
+		case err == nil:
+			return line, nil
+		case !errors.Is(err, bufio.ErrBufferFull):
+			return nil, err
+		}
+	}
+}
+
+// maxHead bounds the lines of an answer's head.
+const maxHead = 100
+
+// readHead reads the head of an answer and returns its status, of three digits. A line of it fits the reader's buffer.
 func readHead(r *bufio.Reader) (status int, err error) {
-	line, err := r.ReadString('\n')
+	line, err := r.ReadSlice('\n')
 	if err != nil {
 		return 0, err
 	}
-	if f := strings.Fields(line); len(f) < 2 || !strings.HasPrefix(f[0], "HTTP/1.") {
-		return 0, fmt.Errorf("answer %q is not HTTP", clip([]byte(line)))
-	} else if status, err = strconv.Atoi(f[1]); err != nil {
-		return 0, fmt.Errorf("answer %q has no status", clip([]byte(line)))
+	if f := strings.Fields(string(line)); len(f) < 2 || !strings.HasPrefix(f[0], "HTTP/1.") {
+		return 0, fmt.Errorf("answer %q is not HTTP", clip(line))
+	} else if status, err = strconv.Atoi(f[1]); err != nil || status < 100 || status > 999 {
+		return 0, fmt.Errorf("answer %q has no status", clip(line))
 	}
-	for {
+	for range maxHead {
 		line, err := r.ReadSlice('\n')
 		if err != nil {
 			return 0, err
@@ -294,6 +335,7 @@ func readHead(r *bufio.Reader) (status int, err error) {
 			return status, nil
 		}
 	}
+	return 0, fmt.Errorf("the answer's head has more than %d lines", maxHead)
 }
 
 func clip(b []byte) string {

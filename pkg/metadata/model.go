@@ -263,6 +263,11 @@ type Snapshot struct {
 	Blocks     []Block     `json:"blocks"`
 	Endpoints  []Endpoint  `json:"endpoints,omitempty"`
 	Containers []Container `json:"containers,omitempty"`
+
+	// Problems are entries that are left out of the lists above.
+	Problems []Problem `json:"problems,omitempty"`
+
+	sane bool // it comes from Sane
 }
 
 // Host finds a host by name.
@@ -391,7 +396,7 @@ func ValidVolumeName(s string) error { return validName(s, MaxVolumeNameLength) 
 
 func validName(s string, most int) error {
 	if s == "" || len(s) > most {
-		return fmt.Errorf("name %q: want 1 to %d characters", s, most)
+		return fmt.Errorf("name %.100q: want 1 to %d characters", s, most)
 	}
 	for i, c := range s {
 		ok := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || i > 0 && (c == '-' || c == '_' || c == '.')
@@ -462,6 +467,9 @@ func (n Network) Validate() error {
 	}
 	if n.CooldownSeconds < 0 {
 		fail("cooldownSeconds %d is negative", n.CooldownSeconds)
+	}
+	for _, err := range n.unsafe() {
+		fail("%w", err)
 	}
 	return errors.Join(errs...)
 }

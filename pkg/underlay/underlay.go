@@ -18,24 +18,24 @@ type Peer struct {
 }
 
 // Peers are the other hosts as me sees them, in the snapshot's order. One that cannot be reached, or claims an address that
-// another has, is left out and told in the state's Problems. me must have an underlay address.
+// a senior one has, is left out and told in the state's Problems. me must have an underlay address, and keeps it.
 func Peers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []Peer {
 	local := me.UnderlayAddr()
 	link := me.Underlay[0].Address.Masked()
 	peers := make([]Peer, 0, len(snap.Hosts))
-	taken := make(map[netip.Addr]string, len(snap.Hosts))
-	taken[local] = me.Name
+	taken := make(map[netip.Addr]metadata.Host, len(snap.Hosts))
+	for _, h := range snap.Hosts {
+		addr := address(h, local)
+		if other, ok := taken[addr]; !ok || metadata.Senior(h, other) < 0 {
+			taken[addr] = h
+		}
+	}
+	taken[local] = me
 	for _, h := range snap.Hosts {
 		if h.Name == me.Name {
 			continue
 		}
-		var addr netip.Addr
-		for _, u := range h.Underlay {
-			if u.Address.Addr().Is4() == local.Is4() {
-				addr = u.Address.Addr()
-				break
-			}
-		}
+		addr := address(h, local)
 		family := "IPv6"
 		if local.Is4() {
 			family = "IPv4"
@@ -44,14 +44,23 @@ func Peers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []Peer {
 		case !addr.IsValid():
 			s.Problemf("host %s has no %s underlay address and cannot be reached from %s; give its lariat-metadata one with --underlay", h.Name, family, me.Name)
 			continue
-		case taken[addr] != "":
-			s.Problemf("host %s has the underlay address %s of host %s and is left out; remove the one that is gone: lariat host remove", h.Name, addr, taken[addr])
+		case taken[addr].Name != h.Name:
+			s.Problemf("host %s has the underlay address %s of host %s and is left out; remove the one that is gone: lariat host remove", h.Name, addr, taken[addr].Name)
 			continue
 		}
-		taken[addr] = h.Name
 		peers = append(peers, Peer{Host: h, Addr: addr, OnLink: link.Contains(addr)})
 	}
 	return peers
+}
+
+// address is a host's first underlay address of the family of local; the zero Addr when it has none.
+func address(h metadata.Host, local netip.Addr) netip.Addr {
+	for _, u := range h.Underlay {
+		if a := u.Address.Addr(); a.Is4() == local.Is4() {
+			return a
+		}
+	}
+	return netip.Addr{}
 }
 
 // Prefixes is network to host to prefixes: the host's blocks, and the endpoints that none of its blocks cover.

@@ -148,3 +148,39 @@ func TestErrors(t *testing.T) {
 		t.Error("what passes by itself is final")
 	}
 }
+
+// FuzzJournal: whatever a file of the journal says, it is a record of its key or none.
+func FuzzJournal(f *testing.F) {
+	f.Add("data", []byte(`{"key":"data","value":{"id":"vol-1","count":3}}`))
+	f.Add("@0123456789abcdef0123456789abcdef", []byte(`{"key":"a/b","value":{}}`))
+	f.Add("data", []byte(`{"key":"other","value":null}`))
+	f.Add("data", []byte("\x00\x00\x00"))
+	f.Fuzz(func(t *testing.T, name string, data []byte) {
+		if name == "" || len(name) > 100 || strings.ContainsAny(name, "/\x00") || strings.HasPrefix(name, ".") {
+			return
+		}
+		type value struct {
+			ID    string
+			Count int
+		}
+		j := Journal[value]{Dir: t.TempDir()}
+		if err := os.WriteFile(filepath.Join(j.Dir, name+".json"), data, 0o600); err != nil {
+			t.Skip(err) // a name that the file system does not take
+		}
+		all, err := j.List()
+		if err != nil || len(all) > 1 {
+			t.Fatalf("%v %v", all, err)
+		}
+		for key, v := range all {
+			if got, found, err := j.Get(key); err != nil || !found || got != v || fileName(key) != name {
+				t.Errorf("%q under %q: %+v %t %v", key, name, got, found, err)
+			}
+		}
+		if err := j.Put("data", value{ID: "x"}); err != nil {
+			t.Error(err)
+		}
+		if got, found, err := j.Get("data"); err != nil || !found || got.ID != "x" {
+			t.Errorf("%+v %t %v", got, found, err)
+		}
+	})
+}

@@ -41,9 +41,9 @@ const (
 )
 
 // Plan returns what host self needs for all of its VXLAN networks. A host or entry that cannot be planned is left out and
-// told in Problems; the rest stands. A self that the snapshot does not list gives an empty state with that problem.
+// told in Problems; the rest stands. It plans from what is sane of the snapshot. A self that the snapshot does not list gives an empty state with that problem.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
-	s := delta.NewState()
+	s, snap := delta.NewState(), snap.Sane()
 	me, ok := snap.Host(self)
 	if !ok {
 		s.Problemf("host %s is not in the metadata; is lariat-metadata running on it under that name?", self)
@@ -66,18 +66,10 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	peers := findPeers(snap, me, s)
 	prefixes := underlay.Prefixes(snap)
 	ids := nexthopIDs{taken: make(map[uint32]struct{}, len(peers))}
-	vnis := map[uint32]string{}
-	planned := networks[:0:0]
 	for _, n := range networks {
-		if other, taken := vnis[n.VNI]; taken {
-			s.Problemf("network %s has the VNI %d of network %s and is left out; give it another one", n.Name, n.VNI, other)
-			continue
-		}
-		vnis[n.VNI] = n.Name
 		planNetwork(s, snap, n, me, peers, prefixes[n.Name], &ids)
-		planned = append(planned, n)
 	}
-	planSources(s, snap, planned, local)
+	planSources(s, snap, networks, local)
 	return s
 }
 
@@ -93,18 +85,22 @@ type peer struct {
 func findPeers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []peer {
 	found := underlay.Peers(snap, me, s)
 	peers := make([]peer, 0, len(found))
-	taken := make(map[metadata.MAC]string, len(found))
-	taken[me.MAC] = me.Name
+	taken := make(map[metadata.MAC]metadata.Host, len(found))
+	for _, p := range found {
+		if other, ok := taken[p.MAC]; !ok || metadata.Senior(p.Host, other) < 0 {
+			taken[p.MAC] = p.Host
+		}
+	}
+	taken[me.MAC] = me
 	for _, p := range found {
 		switch {
 		case p.MAC.IsZero():
 			s.Problemf("host %s has no overlay MAC and is left out; restart its lariat-metadata", p.Name)
 			continue
-		case taken[p.MAC] != "":
-			s.Problemf("host %s has the overlay MAC %s of host %s and is left out; restart its lariat-metadata", p.Name, p.MAC, taken[p.MAC])
+		case taken[p.MAC].Name != p.Name:
+			s.Problemf("host %s has the overlay MAC %s of host %s and is left out; restart its lariat-metadata", p.Name, p.MAC, taken[p.MAC].Name)
 			continue
 		}
-		taken[p.MAC] = p.Name
 		peers = append(peers, peer{name: p.Name, addr: p.Addr, mac: p.MAC, ll: LinkLocal(p.MAC), onLink: p.OnLink})
 	}
 	return peers

@@ -242,17 +242,29 @@ func (p Prober) Ask(ctx context.Context, size int, back bool) (Answer, error) {
 			if err != nil {
 				continue // an ICMP error from the way; the deadline ends this
 			}
-			if n < MinSize || string(got[:4]) != magic || got[4] != version || got[5] != answer || string(got[8:16]) != string(req[8:16]) {
-				continue
+			if a, ok := parse(got[:n], req, sent, rtt); ok {
+				return a, nil
 			}
-			there := time.Unix(0, int64(binary.BigEndian.Uint64(got[16:])))
-			return Answer{RTT: rtt, Received: int(binary.BigEndian.Uint32(got[24:])), Skew: there.Sub(sent.Round(0).Add(rtt / 2))}, nil
 		}
 	}
 	if ctx.Err() != nil {
 		return Answer{}, fmt.Errorf("ask %s: %w", p.Peer, ctx.Err())
 	}
 	return Answer{}, fmt.Errorf("ask %s with %d octets: %w after %d tries", p.Peer, size, ErrSilent, tries)
+}
+
+// parse reads an answer to req. ok is false when it is none: the nonce is what a forger does not know. Who answers may say
+// anything else, so that is bounded by what can be.
+func parse(got, req []byte, sent time.Time, rtt time.Duration) (a Answer, ok bool) {
+	if len(got) < MinSize || string(got[:4]) != magic || got[4] != version || got[5] != answer || string(got[8:16]) != string(req[8:16]) {
+		return Answer{}, false
+	}
+	received := binary.BigEndian.Uint32(got[24:])
+	if received > uint32(len(req)) || len(got) > len(req) {
+		return Answer{}, false
+	}
+	there := time.Unix(0, int64(binary.BigEndian.Uint64(got[16:])))
+	return Answer{RTT: rtt, Received: int(received), Skew: there.Sub(sent.Round(0).Add(rtt / 2))}, true
 }
 
 // Overhead is what IP and UDP put in front of a question to a.

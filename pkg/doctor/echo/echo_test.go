@@ -186,3 +186,26 @@ func FuzzServer(f *testing.F) {
 		}
 	})
 }
+
+// FuzzAnswer: an answer has the question's nonce, and says nothing that cannot be.
+func FuzzAnswer(f *testing.F) {
+	req := make([]byte, 100)
+	copy(req, magic)
+	req[4], req[5] = version, question
+	copy(req[8:16], "noncenon")
+	good := append([]byte{}, req[:MinSize]...)
+	good[5], good[27] = answer, 100
+	f.Add(good)
+	f.Add(append(append([]byte{}, good...), make([]byte, 68)...))
+	f.Add(good[:MinSize-1])
+	f.Add([]byte("LRTE\x01\x02\x00\x00another!\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x00\x00\x00\x00"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		a, ok := parse(b, req, time.Unix(1000, 0), time.Millisecond)
+		if !ok {
+			return
+		}
+		if string(b[8:16]) != "noncenon" || b[5] != answer || a.Received < 0 || a.Received > len(req) || len(b) > len(req) {
+			t.Errorf("%x: %+v", b, a)
+		}
+	})
+}

@@ -3,7 +3,6 @@ package server
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -63,8 +62,8 @@ func (s *Server) Attach(ctx context.Context, network string, req metadata.Attach
 
 func validAttach(id metadata.AttachmentID, req *metadata.AttachRequest) error {
 	switch {
-	case id.ContainerID == "" || len(id.ContainerID) > 256 || strings.ContainsFunc(id.ContainerID, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '/' }):
-		return metadata.Errorf(metadata.CodeInvalid, "containerID %q: want 1 to 256 characters, none of them space or /", id.ContainerID)
+	case metadata.ValidContainerID(id.ContainerID) != nil:
+		return metadata.Errorf(metadata.CodeInvalid, "%s", metadata.ValidContainerID(id.ContainerID))
 	case id.IfName == "" || len(id.IfName) > 15 || strings.ContainsAny(id.IfName, "/ :\t\n"):
 		return metadata.Errorf(metadata.CodeInvalid, "ifname %q: want 1 to 15 characters, none of them space, : or /", id.IfName)
 	case req.Foreign && len(req.Requested) == 0:
@@ -77,7 +76,7 @@ func validAttach(id metadata.AttachmentID, req *metadata.AttachRequest) error {
 	seen := map[netip.Addr]bool{}
 	for i, a := range req.Requested {
 		a = a.Unmap()
-		if !a.IsValid() || a.Zone() != "" || a.IsUnspecified() || a.IsMulticast() || a.IsLoopback() {
+		if !metadata.ValidAddress(a) {
 			return metadata.Errorf(metadata.CodeInvalid, "requested address %s is not one that a container can have", a)
 		}
 		if seen[a] {
@@ -269,7 +268,7 @@ func (s *Server) Allocations(ctx context.Context, network string, all bool) ([]m
 	}
 	var entries []allocate.Entry
 	if all {
-		err := s.eachTable(ctx, network, func(t *allocate.Table, _ int64) error {
+		_, err := s.eachTable(ctx, network, func(t *allocate.Table, _ int64) error {
 			entries = append(entries, t.Entries...)
 			return nil
 		})
@@ -293,29 +292,40 @@ func (s *Server) Allocations(ctx context.Context, network string, all bool) ([]m
 	return allocations(network, entries), nil
 }
 
-// eachTable reads all tables of a network.
-func (s *Server) eachTable(ctx context.Context, network string, fn func(*allocate.Table, int64) error) error {
+// eachTable reads all tables of a network. It returns those that cannot be used as problems.
+func (s *Server) eachTable(ctx context.Context, network string, fn func(*allocate.Table, int64) error) ([]metadata.Problem, error) {
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	prefix := tablePrefix + network + "/"
-	list, _, err := s.store.List(ctx, prefix)
+	list, _, err := s.store.List(ctx, tablePrefix+network+"/")
 	if err != nil {
-		return err
+		return nil, err
 	}
+	var bad []metadata.Problem
 	for _, e := range list {
-		cidr, err := netip.ParsePrefix(strings.TrimPrefix(e.Key, prefix))
+		t, err := decodeTable(e)
 		if err != nil {
-			return fmt.Errorf("store key %s: %w", e.Key, err)
-		}
-		t, err := allocate.Decode(cidr, e.Value)
-		if err != nil {
-			return err
+			bad = append(bad, metadata.NewProblem(e.Key, err))
+			s.log.Warn("address table left out", "entry", bad[len(bad)-1].Name(), "error", err)
+			continue
 		}
 		if err := fn(t, e.Revision); err != nil {
-			return err
+			return bad, err
 		}
 	}
-	return nil
+	return bad, nil
+}
+
+// decodeTable reads the entry of an address table.
+func decodeTable(e store.Entry) (*allocate.Table, error) {
+	network, text, _ := strings.Cut(strings.TrimPrefix(e.Key, tablePrefix), "/")
+	cidr, err := netip.ParsePrefix(text)
+	if err != nil || cidr != cidr.Masked() || cidr.Addr().Is4In6() || cidr.Addr().BitLen()-cidr.Bits() > allocate.TableBits {
+		return nil, fmt.Errorf("%.100q is not the prefix of an address table", text)
+	}
+	if err := metadata.ValidName(network); err != nil {
+		return nil, err
+	}
+	return allocate.Decode(cidr, e.Value)
 }
 
 // Status says whether an ADD could be served now.
@@ -375,7 +385,7 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 	rules := (&batch{b: s.book(n.Name), net: n}).rules(subnet)
 	seen := map[netip.Prefix]bool{}
 	free := 0
-	err := s.eachTable(ctx, n.Name, func(t *allocate.Table, _ int64) error {
+	bad, err := s.eachTable(ctx, n.Name, func(t *allocate.Table, _ int64) error {
 		seen[t.CIDR] = true
 		if slices.ContainsFunc(blocks, func(b metadata.Block) bool { return b.CIDR.Contains(t.CIDR.Addr()) }) {
 			free += t.Usage(rules.Usable).Free()
@@ -384,6 +394,11 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 	})
 	if err != nil {
 		return 0, err
+	}
+	for _, p := range bad {
+		if cidr, err := netip.ParsePrefix(strings.TrimPrefix(p.Key, tablePrefix+n.Name+"/")); err == nil {
+			seen[cidr] = true // nothing of it can be handed out
+		}
 	}
 	for _, blk := range blocks {
 		for _, cidr := range allocate.TablesOf(blk.CIDR) {
@@ -422,7 +437,10 @@ func (s *Server) networkOrCreate(ctx context.Context, name string, create *metad
 		if err := s.view.wait(ctx, e.Revision); err != nil {
 			return n, fmt.Errorf("%w: %w", store.ErrUnavailable, err)
 		}
-		return n, json.Unmarshal(e.Value, &n)
+		if n, _, ok = s.view.network(name); !ok {
+			return n, s.unknownNetwork(name)
+		}
+		return n, nil
 	case !errors.Is(err, store.ErrNotFound):
 		return n, err
 	case create == nil:
@@ -437,6 +455,9 @@ func (s *Server) networkOrCreate(ctx context.Context, name string, create *metad
 }
 
 func (s *Server) unknownNetwork(name string) error {
+	if err := s.view.problem(metadata.KindNetwork, name); err != nil {
+		return err
+	}
 	e := metadata.Errorf(metadata.CodeNotFound, "there is no network %s", name)
 	if all := s.view.networkNames(); len(all) > 0 {
 		e.Details = "known: " + strings.Join(all, ", ")

@@ -50,6 +50,7 @@ type ledger struct {
 	revision int64 // 0: not stored
 	stale    bool  // must be read again before use
 	seen     time.Time
+	spoilt   error // the stored table cannot be used, so nothing of it is given out
 
 	noFresh bool // no fresh address at generation gen
 	gen     uint64
@@ -366,14 +367,19 @@ func (b *book) install(l *ledger, t *allocate.Table, revision int64) {
 			b.held[id] = append(b.held[id], l.cidr)
 		}
 	}
-	l.table, l.revision, l.stale, l.noFresh = t, revision, false, false
+	l.table, l.revision, l.stale, l.noFresh, l.spoilt = t, revision, false, false, nil
 }
 
 func tableKey(network string, cidr netip.Prefix) string {
 	return tablePrefix + network + "/" + cidr.String()
 }
 
-// readTable reads one table; one that is not stored is empty.
+// spoiltTable is the error of a table that is stored and cannot be used.
+type spoiltTable struct{ metadata.Problem }
+
+func (e *spoiltTable) Error() string { return e.String() + "; " + e.Remedy() }
+
+// readTable reads one table; one that is not stored is empty. The error is a *spoiltTable when it cannot be used.
 func (s *Server) readTable(ctx context.Context, network string, cidr netip.Prefix) (*allocate.Table, int64, error) {
 	e, err := s.store.Get(ctx, tableKey(network, cidr))
 	if errors.Is(err, store.ErrNotFound) {
@@ -383,7 +389,10 @@ func (s *Server) readTable(ctx context.Context, network string, cidr netip.Prefi
 		return nil, 0, err
 	}
 	t, err := allocate.Decode(cidr, e.Value)
-	return t, e.Revision, err
+	if err != nil {
+		return nil, e.Revision, &spoiltTable{metadata.NewProblem(tableKey(network, cidr), err)}
+	}
+	return t, e.Revision, nil
 }
 
 // read brings ledgers up to date, many at a time.
@@ -415,6 +424,13 @@ func (b *book) read(ctx context.Context, list []*ledger) error {
 	defer b.mu.Unlock()
 	var errs []error
 	for _, r := range results {
+		var spoilt *spoiltTable
+		if errors.As(r.err, &spoilt) {
+			b.s.log.Error("address table left out", "network", b.network, "error", spoilt)
+			b.install(r.l, &allocate.Table{CIDR: r.l.cidr}, r.revision)
+			r.l.seen, r.l.spoilt = b.s.now(), spoilt
+			continue
+		}
 		if r.err != nil {
 			r.l.stale, b.spoilt = true, true
 			errs = append(errs, r.err)
@@ -485,9 +501,10 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 			missing = append(missing, l)
 		}
 	}
+	lost := false
 	for cidr, l := range b.tables {
 		if !want[cidr] && l.own {
-			l.own, l.stale = false, true // somebody removed the block; its entries may be gone with it
+			l.own, l.stale, lost = false, true, true // somebody removed the block; its entries may be gone with it
 			missing = append(missing, l)
 		}
 	}
@@ -534,7 +551,7 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 	if err := b.read(ctx, missing); err != nil {
 		return err
 	}
-	if !b.loaded {
+	if !b.loaded || lost {
 		if err := b.mend(ctx, net); err != nil {
 			return err
 		}
@@ -560,7 +577,7 @@ func (b *book) mend(ctx context.Context, net metadata.Network) error {
 		}
 	}
 	for a := range announced {
-		if l := b.tables[tableFor(net, a)]; l != nil && !l.own {
+		if l := b.tables[tableFor(net, a)]; l != nil && !l.own && l.spoilt == nil {
 			if e, ok := l.table.Entry(a); !ok || e.Owner.Host != b.s.cfg.HostName {
 				changes = append(changes, store.Change{Key: endpointPrefix + b.network + "/" + a.String(), Revision: store.Any})
 			}
@@ -847,6 +864,9 @@ func (p *batch) specific(ctx context.Context, out *outcome, a netip.Addr) (*ledg
 		if !o.req.Foreign && !o.assigned {
 			return nil, metadata.Errorf(metadata.CodeInvalid, "address %s is outside of network %s, which has %v", a, b.network, p.net.Subnets)
 		}
+		if err := b.s.view.announceable(a); err != nil {
+			return nil, metadata.Errorf(metadata.CodeInvalid, "%s", err)
+		}
 		return p.single(ctx, out, a, tableFor(p.net, a))
 	}
 	if allocate.Edge(subnet, a) {
@@ -877,6 +897,9 @@ func (p *batch) specific(ctx context.Context, out *outcome, a netip.Addr) (*ledg
 		if holder := b.s.view.holder(b.network, a); holder != "" {
 			return nil, heldBy(b.network, a, holder)
 		}
+		if l.spoilt != nil {
+			return nil, heldBy(b.network, a, "nobody knows whom: "+l.spoilt.Error())
+		}
 		if e, used := p.peek(l).Entry(a); used {
 			return nil, heldBy(b.network, a, fmt.Sprintf("%s on host %s", e.ID, e.Owner.Host))
 		}
@@ -894,6 +917,9 @@ func (p *batch) single(ctx context.Context, out *outcome, a netip.Addr, cidr net
 	if err != nil {
 		return nil, err
 	}
+	if l.spoilt != nil {
+		return nil, heldBy(b.network, a, "nobody knows whom: "+l.spoilt.Error())
+	}
 	if e, used := p.peek(l).Entry(a); used {
 		return nil, heldBy(b.network, a, fmt.Sprintf("%s on host %s", e.ID, e.Owner.Host))
 	}
@@ -903,9 +929,9 @@ func (p *batch) single(ctx context.Context, out *outcome, a netip.Addr, cidr net
 		if err != nil {
 			return nil, err
 		}
-		var ep metadata.Endpoint
-		if err := json.Unmarshal(e.Value, &ep); err != nil {
-			return nil, err
+		ep, err := decodeEntry[metadata.Endpoint](b.network+"/"+a.String(), e)
+		if err != nil {
+			return nil, heldBy(b.network, a, "nobody: its entry cannot be used: "+err.Error())
 		}
 		if ep.Host != b.s.cfg.HostName {
 			return nil, heldBy(b.network, a, "a container on host "+ep.Host)
@@ -926,7 +952,7 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 	// Own blocks, fresh.
 	is4 := subnet.Addr().Is4()
 	fresh := func(l *ledger) (netip.Addr, bool) {
-		if !l.own || !subnet.Contains(l.cidr.Addr()) || l.noFresh && l.gen == b.gen {
+		if !l.own || l.spoilt != nil || !subnet.Contains(l.cidr.Addr()) || l.noFresh && l.gen == b.gen {
 			return netip.Addr{}, false
 		}
 		t := p.peek(l)
@@ -1127,7 +1153,7 @@ func (p *batch) borrow(ctx context.Context, out *outcome, subnet netip.Prefix, u
 				if err != nil {
 					return nil, netip.Addr{}, err
 				}
-				for tries := 0; tries < 8; tries++ {
+				for tries := 0; tries < 8 && l.spoilt == nil; tries++ {
 					a, ok := p.peek(l).Fresh(usable)
 					if !ok {
 						until := cooled
@@ -1165,7 +1191,7 @@ func (b *book) usage(net metadata.Network, subnet netip.Prefix) metadata.SubnetU
 	u := metadata.SubnetUsage{Subnet: subnet}
 	_, gen, _ := b.s.view.network(b.network)
 	for _, l := range b.tables {
-		if !l.own || l.table == nil || !subnet.Contains(l.cidr.Addr()) {
+		if !l.own || l.table == nil || l.spoilt != nil || !subnet.Contains(l.cidr.Addr()) {
 			continue
 		}
 		if l.counted != l.table || l.countedGen != gen {
@@ -1186,7 +1212,7 @@ func (b *book) tidy(ctx context.Context, net metadata.Network, before time.Time,
 		var empty []*ledger
 		for _, c := range allocate.TablesOf(blk.CIDR) {
 			l := b.tables[c]
-			if l == nil || l.table == nil || p.work[c] != nil || len(l.table.Entries) > 0 {
+			if l == nil || l.table == nil || l.spoilt != nil || p.work[c] != nil || len(l.table.Entries) > 0 {
 				empty = nil
 				break
 			}

@@ -79,10 +79,11 @@ func (c *containers) set(e store.Entry) error {
 		delete(c.objects, key)
 		return nil
 	}
-	h := held{revision: e.Revision}
-	if err := json.Unmarshal(e.Value, &h.Container); err != nil {
+	o, err := metadata.Decode[metadata.Container](key, e.Value)
+	if err != nil { // what was known of it stays
 		return fmt.Errorf("container %s: %w", key, err)
 	}
+	h := held{Container: o, revision: e.Revision}
 	c.objects[key] = h
 	if h.UUID != "" && h.Host == c.self {
 		c.uuids[h.UUID] = key
@@ -218,8 +219,8 @@ func (s *Server) changeContainer(ctx context.Context, key string, change func(*m
 		}
 		var c metadata.Container
 		if e.Value != nil {
-			if err := json.Unmarshal(e.Value, &c); err != nil {
-				return fmt.Errorf("container %s: %w", key, err)
+			if c, err = metadata.Decode[metadata.Container](key, e.Value); err != nil {
+				s.log.Warn("the entry of a container was spoilt and is written anew", "container", key, "error", err)
 			}
 		}
 		next := store.Change{Key: containerPrefix + key, Revision: e.Revision}

@@ -34,10 +34,13 @@ func (s *Server) register(ctx context.Context) error {
 		}
 		h := metadata.Host{Name: name, Joined: s.now().UTC().Truncate(time.Second)}
 		if e.Value != nil {
-			if err := json.Unmarshal(e.Value, &h); err != nil {
-				return fmt.Errorf("host %s: %w", name, err)
+			old, err := metadata.Decode[metadata.Host](name, e.Value)
+			if err == nil {
+				h = old
+			} else {
+				s.log.Error("this host's entry was spoilt and is written anew", "host", name, "error", err)
 			}
-			if h.MachineID != s.cfg.MachineID {
+			if err == nil && h.MachineID != s.cfg.MachineID {
 				s.log.Warn("host was another machine before", "host", name, "before", h.MachineID, "now", s.cfg.MachineID)
 			}
 		}
@@ -50,6 +53,9 @@ func (s *Server) register(ctx context.Context) error {
 		maps.Copy(labels, s.cfg.Labels)
 		if h.Labels = labels; len(labels) == 0 {
 			h.Labels = nil
+		}
+		if err := h.Check(name); err != nil {
+			return fmt.Errorf("host %s: %w", name, err) // no host would use it
 		}
 		data, err := json.Marshal(h)
 		if err != nil {
@@ -100,11 +106,9 @@ func (s *Server) takeName(ctx context.Context) error {
 		}
 		if e.Value != nil {
 			var other presence
-			if err := json.Unmarshal(e.Value, &other); err != nil {
-				lease.Close()
-				return err
-			}
-			if other.MachineID != s.cfg.MachineID {
+			if other, err = metadata.Decode[presence](name, e.Value); err != nil {
+				s.log.Error("the claim of this host's name was spoilt and is written anew", "host", name, "error", err)
+			} else if other.MachineID != s.cfg.MachineID {
 				lease.Close()
 				return fmt.Errorf("host name %s is taken: a live machine with id %s at %s has it, this machine is %s at %s; give this one another --host-name, "+
 					"or, when its machine id is a copy of a cloned disk image, a new /etc/machine-id", name, other.MachineID, other.Address, s.cfg.MachineID, me.Address)
@@ -167,6 +171,24 @@ func (s *Server) keepName() {
 	}
 }
 
+// keepEntry writes this host's entries anew when somebody spoilt them: nobody else can, and other hosts reach its containers by
+// them.
+func (s *Server) keepEntry() {
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.view.spoilt:
+		}
+		ctx, cancel := s.timeout(s.ctx)
+		err := s.register(ctx)
+		cancel()
+		if err != nil && s.ctx.Err() == nil {
+			s.log.Error("this host's entries stay spoilt until the next start", "error", err)
+		}
+	}
+}
+
 // overlayMAC derives the MAC of this host's overlay devices and reserves it, so that no two hosts have the same.
 func (s *Server) overlayMAC(ctx context.Context) (metadata.MAC, error) {
 	if len(s.cfg.Underlay) == 0 {
@@ -198,15 +220,14 @@ func (s *Server) overlayMAC(ctx context.Context) (metadata.MAC, error) {
 			}
 			var holder string
 			if err := json.Unmarshal(e.Value, &holder); err != nil {
-				return mac, err
+				holder = "" // nobody's
 			}
 			if holder == s.cfg.HostName {
 				return mac, nil
 			}
 			// A reservation whose host has moved to another MAC, or is gone, is free.
 			if o, err := s.store.Get(ctx, hostPrefix+holder); err == nil {
-				var h metadata.Host
-				if json.Unmarshal(o.Value, &h) == nil && h.MAC == mac {
+				if h, err := metadata.Decode[metadata.Host](holder, o.Value); err == nil && h.MAC == mac {
 					if round == 0 && h.UnderlayAddr() == a {
 						s.log.Error("another host has the same underlay address; tunnels to both cannot work", "address", a, "host", holder)
 					}
@@ -241,6 +262,9 @@ func OverlayMAC(a netip.Addr, round int) metadata.MAC {
 
 // PutHost writes what an operator may change of a host; what its own service keeps stays as it is.
 func (s *Server) PutHost(ctx context.Context, h metadata.Host) error {
+	if err := h.Check(h.Name); err != nil {
+		return metadata.Errorf(metadata.CodeInvalid, "host %s: %s", h.Name, err)
+	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
 	h.Live = false
@@ -281,9 +305,9 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 	if err != nil {
 		return err
 	}
-	var h metadata.Host
-	if err := json.Unmarshal(e.Value, &h); err != nil {
-		return err
+	h, err := metadata.Decode[metadata.Host](name, e.Value)
+	if err != nil {
+		s.log.Warn("the entry of the host that is removed was spoilt", "host", name, "error", err)
 	}
 	entries, _, err := s.store.List(ctx, viewPrefix)
 	if err != nil {
@@ -293,26 +317,20 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 	blocks := map[string][]netip.Prefix{}
 	endpoints := map[string][]netip.Addr{}
 	for _, e := range entries {
-		var err error
-		switch {
-		case strings.HasPrefix(e.Key, networkPrefix):
-			var n metadata.Network
-			if err = json.Unmarshal(e.Value, &n); err == nil {
+		kind, key, _ := strings.Cut(strings.TrimPrefix(e.Key, viewPrefix), "/")
+		switch kind { // what cannot be used is nobody's
+		case metadata.KindNetwork:
+			if n, err := metadata.Decode[metadata.Network](key, e.Value); err == nil {
 				networks[n.Name] = n
 			}
-		case strings.HasPrefix(e.Key, blockPrefix):
-			var b metadata.Block
-			if err = json.Unmarshal(e.Value, &b); err == nil && b.Host == name {
+		case metadata.KindBlock:
+			if b, err := decodeEntry[metadata.Block](key, e); err == nil && b.Host == name {
 				blocks[b.Network] = append(blocks[b.Network], b.CIDR)
 			}
-		case strings.HasPrefix(e.Key, endpointPrefix):
-			var p metadata.Endpoint
-			if err = json.Unmarshal(e.Value, &p); err == nil && p.Host == name {
+		case metadata.KindEndpoint:
+			if p, err := decodeEntry[metadata.Endpoint](key, e); err == nil && p.Host == name {
 				endpoints[p.Network] = append(endpoints[p.Network], p.Address)
 			}
-		}
-		if err != nil {
-			return fmt.Errorf("%s: %w", e.Key, err)
 		}
 	}
 	containers, _, err := s.store.List(ctx, containerPrefix+name+"/")
@@ -331,6 +349,9 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 	for network, n := range networks {
 		tables := map[netip.Prefix]bool{}
 		for _, b := range blocks[network] {
+			if n.Admits(metadata.Block{CIDR: b}) != nil {
+				continue // it was never in force, so it has no tables
+			}
 			for _, cidr := range allocate.TablesOf(b) {
 				tables[cidr] = true
 			}

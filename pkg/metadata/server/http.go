@@ -1,10 +1,10 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"strconv"
@@ -77,7 +77,7 @@ func (s *Server) API() *service.Server {
 	})
 	read("/v1/networks/{network}/status", func(r *http.Request) (any, error) { return s.Status(r.Context(), r.PathValue("network")) })
 
-	read("/v1/networks", func(*http.Request) (any, error) { return s.view.snapshot().Networks, nil })
+	read("/v1/networks", func(*http.Request) (any, error) { return s.view.snapshot().Sane().Networks, nil })
 	read("/v1/networks/{network}", func(r *http.Request) (any, error) {
 		n, _, ok := s.view.network(r.PathValue("network"))
 		if !ok {
@@ -120,18 +120,15 @@ func (s *Server) API() *service.Server {
 		if err := sameName(&h.Name, r.PathValue("host")); err != nil {
 			return nil, err
 		}
-		if err := metadata.ValidName(h.Name); err != nil {
-			return nil, metadata.Errorf(metadata.CodeInvalid, "host %s", err)
-		}
 		return nil, s.PutHost(r.Context(), h)
 	})
 	write("DELETE /v1/hosts/{host}", func(r *http.Request) (any, error) {
 		return nil, s.DeleteHost(r.Context(), r.PathValue("host"), r.URL.Query().Get("force") == "true")
 	})
 
-	read("/v1/blocks", func(*http.Request) (any, error) { return s.view.snapshot().Blocks, nil })
+	read("/v1/blocks", func(*http.Request) (any, error) { return s.view.snapshot().Sane().Blocks, nil })
 	read("/v1/endpoints", func(*http.Request) (any, error) {
-		return append([]metadata.Endpoint{}, s.view.snapshot().Endpoints...), nil
+		return append([]metadata.Endpoint{}, s.view.snapshot().Sane().Endpoints...), nil
 	})
 
 	read("/v1/containers", func(r *http.Request) (any, error) { return s.listContainers(r.Context(), "") })
@@ -139,18 +136,27 @@ func (s *Server) API() *service.Server {
 	read("/v1/containers/{host}/{id}", func(r *http.Request) (any, error) {
 		ctx, cancel := s.timeout(r.Context())
 		defer cancel()
-		e, err := s.store.Get(ctx, containerPrefix+r.PathValue("host")+"/"+r.PathValue("id"))
+		key := r.PathValue("host") + "/" + r.PathValue("id")
+		e, err := s.store.Get(ctx, containerPrefix+key)
 		if errors.Is(err, store.ErrNotFound) {
 			return nil, metadata.Errorf(metadata.CodeNotFound, "there is no container %s at host %s", r.PathValue("id"), r.PathValue("host"))
+		} else if err != nil {
+			return nil, err
 		}
-		return json.RawMessage(e.Value), err
+		c, err := metadata.Decode[metadata.Container](key, e.Value)
+		if err != nil {
+			p := metadata.NewProblem(e.Key, err)
+			return nil, metadata.Errorf(metadata.CodeConflict, "%s; %s", p, p.Remedy())
+		}
+		return c, nil
 	})
 	write("PUT /v1/containers/{host}/{id}", func(r *http.Request) (any, error) {
 		var c metadata.Container
 		if err := decode(r.Body, &c); err != nil {
 			return nil, err
 		}
-		if err := errors.Join(sameName(&c.Host, r.PathValue("host")), sameName(&c.ID, r.PathValue("id"))); err != nil {
+		err := errors.Join(sameName(&c.Host, r.PathValue("host")), sameName(&c.ID, r.PathValue("id")))
+		if err = cmp.Or(err, c.Check(metadata.ContainerKey(c))); err != nil {
 			return nil, metadata.Errorf(metadata.CodeInvalid, "%s", err)
 		}
 		ctx, cancel := s.timeout(r.Context())
@@ -187,13 +193,17 @@ func (s *Server) API() *service.Server {
 	})
 
 	read("/v1/snapshot", func(r *http.Request) (any, error) {
-		snap := s.view.snapshot()
+		snap := s.view.snapshot().Sane()
 		if r.URL.Query().Get("view") == "network" {
 			return snap, nil
 		}
 		var err error
 		snap.Containers, err = s.listContainers(r.Context(), "")
 		return snap, err
+	})
+	read("/v1/problems", func(r *http.Request) (any, error) { return s.Problems(r.Context()) })
+	write("DELETE /v1/problems", func(r *http.Request) (any, error) {
+		return nil, s.RemoveEntry(r.Context(), r.URL.Query().Get("key"))
 	})
 	mux.HandleFunc("GET /v1/watch", s.serveWatch)
 	mux.HandleFunc("GET /v1/backup", s.serveBackup)
@@ -219,11 +229,14 @@ func (s *Server) listContainers(ctx context.Context, prefix string) ([]metadata.
 	if err != nil {
 		return nil, err
 	}
-	out := make([]metadata.Container, len(list))
-	for i, e := range list {
-		if err := json.Unmarshal(e.Value, &out[i]); err != nil {
-			return nil, fmt.Errorf("%s: %w", e.Key, err)
+	out := make([]metadata.Container, 0, len(list))
+	for _, e := range list {
+		c, err := metadata.Decode[metadata.Container](strings.TrimPrefix(e.Key, containerPrefix), e.Value)
+		if err != nil {
+			s.log.Warn("container left out", "entry", metadata.Problem{Key: e.Key}.Name(), "error", err)
+			continue
 		}
+		out = append(out, c)
 	}
 	return out, nil
 }

@@ -27,10 +27,12 @@ func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate 
 		}
 		var old *metadata.Network
 		if e.Value != nil {
-			old = &metadata.Network{}
-			if err := json.Unmarshal(e.Value, old); err != nil {
-				return n, err
+			o, err := metadata.Decode[metadata.Network](n.Name, e.Value)
+			if err != nil {
+				p := metadata.NewProblem(metadata.KindNetwork+"/"+n.Name, err)
+				return n, metadata.Errorf(metadata.CodeConflict, "%s; %s", p, p.Remedy())
 			}
+			old = &o
 			if onlyCreate {
 				return *old, s.seen(ctx, e.Revision)
 			}
@@ -94,7 +96,7 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 	if err := check.Validate(); err != nil {
 		return n, false, metadata.Errorf(metadata.CodeInvalid, "%s", err)
 	}
-	for _, other := range s.view.snapshot().Networks {
+	for _, other := range s.view.snapshot().Networks { // those too that are not in force
 		for _, p := range other.Subnets {
 			for _, q := range n.Subnets {
 				if other.Name != n.Name && p.Overlaps(q) && other.Encapsulation != metadata.EncapNone && n.Encapsulation != metadata.EncapNone {
@@ -177,7 +179,7 @@ func (s *Server) reserveVNI(ctx context.Context, vni uint32, network string) (ho
 		}
 		var r reservation
 		if err := json.Unmarshal(e.Value, &r); err != nil {
-			return "", err
+			r = reservation{} // nobody's
 		}
 		if r.Network == network {
 			return "", nil
@@ -227,14 +229,14 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	var n metadata.Network
-	if err := json.Unmarshal(e.Value, &n); err != nil {
-		return err
+	n, err := metadata.Decode[metadata.Network](name, e.Value)
+	if err != nil {
+		s.log.Warn("the entry of the network that is removed was spoilt", "network", name, "error", err)
 	}
 	used := 0
 	var first allocate.Entry
 	var changes []store.Change
-	err = s.eachTable(ctx, name, func(t *allocate.Table, revision int64) error {
+	bad, err := s.eachTable(ctx, name, func(t *allocate.Table, revision int64) error {
 		if used == 0 && len(t.Entries) > 0 {
 			first = t.Entries[0]
 		}
@@ -244,6 +246,9 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 	})
 	if err != nil {
 		return err
+	}
+	if len(bad) > 0 {
+		return metadata.Errorf(metadata.CodeConflict, "whether network %s is in use is not known: %s; %s", name, bad[0], bad[0].Remedy())
 	}
 	if used > 0 {
 		return metadata.Errorf(metadata.CodeConflict, "network %s has %d addresses in use, among them %s by %s on host %s; stop those containers first",
@@ -262,12 +267,13 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 		return err
 	}
 	changes = nil
-	for _, b := range s.view.blocksOf(name, func(metadata.Block) bool { return true }) {
-		changes = append(changes, store.Change{Key: blockPrefix + metadata.BlockKey(b), Revision: store.Any})
-	}
-	for _, h := range s.view.hostList() {
-		for _, a := range s.view.endpointsOf(name, h.Name) {
-			changes = append(changes, store.Change{Key: endpointPrefix + name + "/" + a.String(), Revision: store.Any})
+	for _, prefix := range []string{blockPrefix, endpointPrefix} {
+		list, _, err := s.store.List(ctx, prefix+name+"/")
+		if err != nil {
+			return err
+		}
+		for _, e := range list {
+			changes = append(changes, store.Change{Key: e.Key, Revision: store.Any})
 		}
 	}
 	for _, r := range s.store.Write(ctx, changes...) {

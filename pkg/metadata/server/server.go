@@ -143,6 +143,7 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 		}
 	}
 	s.wg.Go(s.keepName)
+	s.wg.Go(s.keepEntry)
 	// The first container after a start should not wait for a thousand tables to be read.
 	s.wg.Go(func() {
 		for _, name := range s.view.networkNames() {

@@ -60,7 +60,7 @@ func (t *treeView) current() (built *tree.Tree, wait time.Duration) {
 	if wait = rebuildEvery - time.Since(t.when); t.built != nil && wait > 0 {
 		return t.built, wait
 	}
-	snap := t.s.view.snapshot()
+	snap := t.s.view.snapshot().Sane()
 	snap.Containers = t.s.containers.list()
 	t.built, t.revision, t.updates, t.when = tree.Build(snap, t.s.cfg.TreeLabels...), revision, updates, time.Now()
 	return t.built, 0

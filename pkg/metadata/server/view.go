@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
@@ -40,6 +41,14 @@ type presence struct {
 	Since     time.Time `json:"since"`
 }
 
+// Check reports why no host's lease may hold it.
+func (p presence) Check(key string) error {
+	if p.Host != key {
+		return fmt.Errorf("it says that it is of host %q", p.Host)
+	}
+	return metadata.ValidName(p.Host)
+}
+
 // view is the network view in memory, and the last changes of it for those who watch.
 type view struct {
 	self string
@@ -50,13 +59,23 @@ type view struct {
 	updated   time.Time // when the store last proved to be there
 	hosts     map[string]metadata.Host
 	live      map[string]presence
+	defined   map[string]metadata.Network                 // every network that is valid by itself
+	claimed   map[string]map[netip.Prefix]metadata.Block  // every such block
+	announced map[string]map[netip.Addr]metadata.Endpoint // every such endpoint
+	problems  map[string]string                           // why other entries are not used, by kind and key
+	underlay  map[netip.Addr]string                       // whose
+
+	// What of it can be used together; see place.
 	networks  map[string]metadata.Network
 	blocks    map[string]map[netip.Prefix]metadata.Block
 	endpoints map[string]map[netip.Addr]metadata.Endpoint
 	gateways  map[string]map[netip.Addr]string // by network: whose
 	own       map[string][]netip.Addr          // this host's gateways by network
-	underlay  map[netip.Addr]string            // whose
-	gen       map[string]uint64                // by network: grows with each change of its blocks, endpoints or definition
+
+	loading bool          // what can be used together is found out at the end
+	spoilt  chan struct{} // gets a word when an entry of this host's own was spoilt
+
+	gen map[string]uint64 // by network: grows with each change of its blocks, endpoints or definition
 
 	events  []event // ring
 	first   uint64  // index of events[0] since the start
@@ -76,15 +95,18 @@ const (
 )
 
 func newView(self string) *view {
-	v := &view{self: self, changed: make(chan struct{}), gen: map[string]uint64{}}
+	v := &view{self: self, changed: make(chan struct{}), spoilt: make(chan struct{}, 1), gen: map[string]uint64{}}
 	v.clear()
 	return v
 }
 
 func (v *view) clear() {
-	v.hosts, v.live, v.networks = map[string]metadata.Host{}, map[string]presence{}, map[string]metadata.Network{}
-	v.blocks, v.endpoints = map[string]map[netip.Prefix]metadata.Block{}, map[string]map[netip.Addr]metadata.Endpoint{}
-	v.gateways, v.underlay, v.own = map[string]map[netip.Addr]string{}, map[netip.Addr]string{}, map[string][]netip.Addr{}
+	v.hosts, v.live, v.underlay = map[string]metadata.Host{}, map[string]presence{}, map[netip.Addr]string{}
+	v.defined, v.networks = map[string]metadata.Network{}, map[string]metadata.Network{}
+	v.claimed, v.blocks = map[string]map[netip.Prefix]metadata.Block{}, map[string]map[netip.Prefix]metadata.Block{}
+	v.announced, v.endpoints = map[string]map[netip.Addr]metadata.Endpoint{}, map[string]map[netip.Addr]metadata.Endpoint{}
+	v.gateways, v.own = map[string]map[netip.Addr]string{}, map[string][]netip.Addr{}
+	v.problems = map[string]string{}
 }
 
 // load replaces everything by a list.
@@ -92,12 +114,14 @@ func (v *view) load(entries []store.Entry, revision int64) error {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.clear()
+	v.loading = true
 	var errs []error
 	for _, e := range entries {
-		if _, err := v.change(e); err != nil {
-			errs = append(errs, err)
-		}
+		_, err := v.change(e)
+		errs = append(errs, err)
 	}
+	v.loading = false
+	v.place(slices.Collect(maps.Keys(v.defined))...)
 	// Everybody who watches starts over.
 	v.first += uint64(len(v.events)) + 1
 	v.events, v.base = nil, revision
@@ -126,11 +150,8 @@ func (v *view) apply(u store.Update) error {
 	var out []metadata.Event
 	for _, e := range u.Entries {
 		ev, err := v.change(e)
-		if err != nil {
-			errs = append(errs, err)
-		} else {
-			out = append(out, ev)
-		}
+		errs = append(errs, err)
+		out = append(out, ev...)
 	}
 	for i, ev := range out {
 		// Only the last change of a revision carries it: whoever resumes from there has seen the others too.
@@ -155,110 +176,227 @@ func (v *view) apply(u store.Update) error {
 	return errors.Join(errs...)
 }
 
-// change applies one object and returns it as an event.
-func (v *view) change(e store.Entry) (metadata.Event, error) {
-	ev := metadata.Event{Type: metadata.EventPut, Object: e.Value}
-	if e.Deleted {
-		ev.Type, ev.Object = metadata.EventDelete, nil
-	}
+// change applies one entry and returns what those who watch are to be told. An entry that cannot be used is told as a problem
+// and as the error, and changes nothing else: what was known of it stays in force.
+func (v *view) change(e store.Entry) ([]metadata.Event, error) {
 	kind, key, _ := strings.Cut(strings.TrimPrefix(e.Key, viewPrefix), "/")
-	ev.Kind, ev.Key = kind, key
-	switch kind {
-	case "hosts":
-		var h metadata.Host
-		if !e.Deleted {
-			if err := json.Unmarshal(e.Value, &h); err != nil {
-				return ev, err
-			}
-		}
-		for _, u := range v.hosts[key].Underlay {
-			if a := u.Address.Addr(); v.underlay[a] == key {
-				delete(v.underlay, a)
-			}
-		}
-		if e.Deleted {
-			delete(v.hosts, key)
-			return ev, nil
-		}
-		for _, u := range h.Underlay {
-			v.underlay[u.Address.Addr()] = key
-		}
-		v.hosts[key] = h
-		_, h.Live = v.live[key]
-		return ev, reencode(&ev, h)
-	case "live":
-		ev.Kind = metadata.KindHost
-		if e.Deleted {
-			delete(v.live, key)
-		} else {
-			var p presence
-			if err := json.Unmarshal(e.Value, &p); err != nil {
-				return ev, err
-			}
-			v.live[key] = p
-		}
-		h, ok := v.hosts[key]
-		if !ok { // registered in a moment, or removed just now
-			return metadata.Event{Type: metadata.EventBookmark}, nil
-		}
-		h.Live = !e.Deleted
-		ev.Type = metadata.EventPut
-		return ev, reencode(&ev, h)
-	case "networks":
-		v.gen[key]++
-		if e.Deleted {
-			delete(v.networks, key)
-			return ev, nil
-		}
-		var n metadata.Network
-		if err := json.Unmarshal(e.Value, &n); err != nil {
-			return ev, err
-		}
-		v.networks[key] = n
-	case "blocks":
-		network, cidr, _ := strings.Cut(key, "/")
-		p, err := netip.ParsePrefix(cidr)
-		if err != nil {
-			return ev, err
-		}
-		v.gen[network]++
-		if old := v.blocks[network][p]; old.Gateway.IsValid() {
-			delete(v.gateways[network], old.Gateway)
-			v.own[network] = slices.DeleteFunc(v.own[network], func(a netip.Addr) bool { return a == old.Gateway })
-		}
-		if e.Deleted {
-			delete(v.blocks[network], p)
-			return ev, nil
-		}
-		var b metadata.Block
-		if err := json.Unmarshal(e.Value, &b); err != nil {
-			return ev, err
-		}
-		put(v.blocks, network, p, b)
-		if b.Gateway.IsValid() {
-			put(v.gateways, network, b.Gateway, b.Host)
-			if b.Host == v.self {
-				v.own[network] = append(v.own[network], b.Gateway)
-			}
-		}
-	case "endpoints":
-		network, addr, _ := strings.Cut(key, "/")
-		a, err := netip.ParseAddr(addr)
-		if err != nil {
-			return ev, err
-		}
-		v.gen[network]++
-		if e.Deleted {
-			delete(v.endpoints[network], a)
-			return ev, nil
-		}
-		var p metadata.Endpoint
-		if err := json.Unmarshal(e.Value, &p); err != nil {
-			return ev, err
-		}
-		put(v.endpoints, network, a, p)
+	ev := metadata.Event{Type: metadata.EventPut, Kind: kind, Key: key}
+	var err error
+	if e.Deleted {
+		ev.Type = metadata.EventDelete
 	}
-	return ev, nil
+	switch kind {
+	case metadata.KindHost:
+		var h metadata.Host
+		if h, err = decodeEntry[metadata.Host](key, e); err == nil {
+			v.setHost(key, h, e.Deleted)
+			_, h.Live = v.live[key]
+			err = encode(&ev, h)
+		}
+	case metadata.KindLive:
+		var p presence
+		if p, err = decodeEntry[presence](key, e); err == nil {
+			if e.Deleted {
+				delete(v.live, key)
+			} else {
+				v.live[key] = p
+			}
+			h, ok := v.hosts[key]
+			if ok {
+				h.Live = !e.Deleted
+				ev = metadata.Event{Type: metadata.EventPut, Kind: metadata.KindHost, Key: key}
+				err = encode(&ev, h)
+			} else { // registered in a moment, or removed just now
+				ev = metadata.Event{Type: metadata.EventBookmark}
+			}
+		}
+	case metadata.KindNetwork:
+		var n metadata.Network
+		if n, err = decodeEntry[metadata.Network](key, e); err == nil {
+			if e.Deleted {
+				delete(v.defined, key)
+			} else {
+				v.defined[key] = n
+			}
+			if !v.loading {
+				v.place(key)
+			}
+			err = encode(&ev, n)
+		}
+	case metadata.KindBlock:
+		network, cidr, _ := strings.Cut(key, "/")
+		var b metadata.Block
+		if b, err = decodeEntry[metadata.Block](key, e); err == nil {
+			p := b.CIDR
+			if e.Deleted {
+				p, _ = netip.ParsePrefix(cidr)
+			}
+			v.gen[network]++
+			v.unplaceBlock(network, p)
+			if e.Deleted {
+				delete(v.claimed[network], p)
+			} else {
+				put(v.claimed, network, p, b)
+				v.placeBlock(b)
+			}
+			err = encode(&ev, b)
+		}
+	case metadata.KindEndpoint:
+		network, addr, _ := strings.Cut(key, "/")
+		var p metadata.Endpoint
+		if p, err = decodeEntry[metadata.Endpoint](key, e); err == nil {
+			a := p.Address
+			if e.Deleted {
+				a, _ = netip.ParseAddr(addr)
+			}
+			v.gen[network]++
+			delete(v.endpoints[network], a)
+			if e.Deleted {
+				delete(v.announced[network], a)
+			} else {
+				put(v.announced, network, a, p)
+				v.placeEndpoint(p)
+			}
+			err = encode(&ev, p)
+		}
+	default:
+		return nil, nil // of a newer version
+	}
+	if err != nil && key == v.self && (kind == metadata.KindHost || kind == metadata.KindLive) {
+		select {
+		case v.spoilt <- struct{}{}:
+		default:
+		}
+	}
+	return v.note(kind+"/"+key, ev, err)
+}
+
+// note keeps the problems up to date.
+func (v *view) note(at string, ev metadata.Event, err error) ([]metadata.Event, error) {
+	_, had := v.problems[at]
+	p := metadata.Event{Type: metadata.EventDelete, Kind: metadata.KindProblem, Key: at}
+	if err != nil {
+		v.problems[at] = metadata.NewProblem(at, err).What
+		p.Type = metadata.EventPut
+		if eerr := encode(&p, v.problems[at]); eerr != nil {
+			return nil, eerr
+		}
+		return []metadata.Event{p}, fmt.Errorf("%s: %w", at, err)
+	}
+	if had {
+		delete(v.problems, at)
+		return []metadata.Event{p, ev}, nil
+	}
+	return []metadata.Event{ev}, nil
+}
+
+// decodeEntry reads an entry; one that was deleted is the zero value.
+func decodeEntry[T interface{ Check(key string) error }](key string, e store.Entry) (T, error) {
+	if e.Deleted {
+		var none T
+		return none, nil
+	}
+	o, err := metadata.Decode[T](key, e.Value)
+	if err != nil {
+		return o, err
+	}
+	switch any(o).(type) {
+	case metadata.Block, metadata.Endpoint:
+		// What an address leads to is claimed once and given back. Nobody writes it over, so that no host can take what another has.
+		if e.Created != e.Revision {
+			err = errors.New("it was written over after it was claimed, which Lariat never does")
+		}
+	}
+	return o, err
+}
+
+// encode makes o the object of an event, unless the event tells of a deletion.
+func encode(ev *metadata.Event, o any) (err error) {
+	if ev.Type != metadata.EventDelete {
+		ev.Object, err = json.Marshal(o)
+	}
+	return err
+}
+
+func (v *view) setHost(name string, h metadata.Host, deleted bool) {
+	for _, u := range v.hosts[name].Underlay {
+		if a := u.Address.Addr(); v.underlay[a] == name {
+			delete(v.underlay, a)
+		}
+	}
+	if deleted {
+		delete(v.hosts, name)
+		return
+	}
+	for _, u := range h.Underlay {
+		v.underlay[u.Address.Addr()] = name
+	}
+	v.hosts[name] = h
+}
+
+// place finds out anew which networks can be used, and which blocks and endpoints fit those that changed.
+func (v *view) place(changed ...string) {
+	before := v.networks
+	all := make([]metadata.Network, 0, len(v.defined))
+	for _, name := range slices.Sorted(maps.Keys(v.defined)) {
+		all = append(all, v.defined[name])
+	}
+	usable, _ := metadata.Compatible(all)
+	v.networks = make(map[string]metadata.Network, len(usable))
+	for _, n := range usable {
+		v.networks[n.Name] = n
+	}
+	affected := map[string]bool{}
+	for _, name := range changed {
+		affected[name] = true
+	}
+	for name := range v.defined {
+		_, was := before[name]
+		_, is := v.networks[name]
+		affected[name] = affected[name] || was != is
+	}
+	for name := range affected {
+		v.gen[name]++
+		delete(v.blocks, name)
+		delete(v.endpoints, name)
+		delete(v.gateways, name)
+		delete(v.own, name)
+		for _, b := range v.claimed[name] {
+			v.placeBlock(b)
+		}
+		for _, e := range v.announced[name] {
+			v.placeEndpoint(e)
+		}
+	}
+}
+
+// placeBlock puts a block in force if its network admits it.
+func (v *view) placeBlock(b metadata.Block) {
+	if n, ok := v.networks[b.Network]; !ok || n.Admits(b) != nil {
+		return
+	}
+	put(v.blocks, b.Network, b.CIDR, b)
+	if b.Gateway.IsValid() {
+		put(v.gateways, b.Network, b.Gateway, b.Host)
+		if b.Host == v.self {
+			v.own[b.Network] = append(v.own[b.Network], b.Gateway)
+		}
+	}
+}
+
+func (v *view) unplaceBlock(network string, p netip.Prefix) {
+	if old := v.blocks[network][p]; old.Gateway.IsValid() {
+		delete(v.gateways[network], old.Gateway)
+		v.own[network] = slices.DeleteFunc(v.own[network], func(a netip.Addr) bool { return a == old.Gateway })
+	}
+	delete(v.blocks[network], p)
+}
+
+// placeEndpoint puts an endpoint in force if its network is there. Whether it can be announced is for those who route to it.
+func (v *view) placeEndpoint(e metadata.Endpoint) {
+	if _, ok := v.networks[e.Network]; ok {
+		put(v.endpoints, e.Network, e.Address, e)
+	}
 }
 
 func put[K1, K2 comparable, V any](m map[K1]map[K2]V, k1 K1, k2 K2, value V) {
@@ -266,11 +404,6 @@ func put[K1, K2 comparable, V any](m map[K1]map[K2]V, k1 K1, k2 K2, value V) {
 		m[k1] = map[K2]V{}
 	}
 	m[k1][k2] = value
-}
-
-func reencode(ev *metadata.Event, o any) (err error) {
-	ev.Object, err = json.Marshal(o)
-	return err
 }
 
 // wait returns when the view has come to a revision.
@@ -290,6 +423,8 @@ func (v *view) wait(ctx context.Context, revision int64) error {
 	}
 }
 
+// snapshot returns all that is valid by itself, also what cannot be used together: a later change may end that without another
+// word about it. Who does not watch asks for its Sane.
 func (v *view) snapshot() *metadata.Snapshot {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
@@ -300,18 +435,21 @@ func (v *view) snapshot() *metadata.Snapshot {
 		_, h.Live = v.live[name]
 		s.Hosts = append(s.Hosts, h)
 	}
-	for _, name := range slices.Sorted(maps.Keys(v.networks)) {
-		s.Networks = append(s.Networks, v.networks[name])
+	for _, name := range slices.Sorted(maps.Keys(v.defined)) {
+		s.Networks = append(s.Networks, v.defined[name])
 	}
-	for _, network := range slices.Sorted(maps.Keys(v.blocks)) {
-		for _, p := range slices.SortedFunc(maps.Keys(v.blocks[network]), comparePrefix) {
-			s.Blocks = append(s.Blocks, v.blocks[network][p])
+	for _, network := range slices.Sorted(maps.Keys(v.claimed)) {
+		for _, p := range slices.SortedFunc(maps.Keys(v.claimed[network]), comparePrefix) {
+			s.Blocks = append(s.Blocks, v.claimed[network][p])
 		}
 	}
-	for _, network := range slices.Sorted(maps.Keys(v.endpoints)) {
-		for _, a := range slices.SortedFunc(maps.Keys(v.endpoints[network]), netip.Addr.Compare) {
-			s.Endpoints = append(s.Endpoints, v.endpoints[network][a])
+	for _, network := range slices.Sorted(maps.Keys(v.announced)) {
+		for _, a := range slices.SortedFunc(maps.Keys(v.announced[network]), netip.Addr.Compare) {
+			s.Endpoints = append(s.Endpoints, v.announced[network][a])
 		}
+	}
+	for _, at := range slices.Sorted(maps.Keys(v.problems)) {
+		s.Problems = append(s.Problems, metadata.Problem{Key: at, What: v.problems[at]})
 	}
 	return s
 }
@@ -346,6 +484,16 @@ func (v *view) host(name string) (metadata.Host, bool) {
 
 func (v *view) hostList() []metadata.Host {
 	return v.snapshot().Hosts
+}
+
+// problem returns why an entry is not used, as an error for who asks for it; nil when nothing is wrong with it.
+func (v *view) problem(kind, key string) error {
+	for _, p := range v.snapshot().Sane().Problems {
+		if p.Key == kind+"/"+key {
+			return metadata.Errorf(metadata.CodeConflict, "%s; %s", p, p.Remedy())
+		}
+	}
+	return nil
 }
 
 // block returns a claimed block.
@@ -413,6 +561,12 @@ func (v *view) holder(network string, a netip.Addr) string {
 		return "the network's router"
 	}
 	return ""
+}
+
+// announceable returns why an address outside of its network's subnets cannot be announced, or nil.
+func (v *view) announceable(a netip.Addr) error {
+	s := v.snapshot().Sane()
+	return metadata.Announceable(a, s.Networks, metadata.Links(s.Hosts))
 }
 
 // since returns the events after a revision and the index to go on from; false: they are gone, start with a snapshot.

@@ -4,7 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
+	"strings"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
@@ -12,7 +12,7 @@ import (
 
 // volumeKey is an object for each host that has the volume: two hosts' local volumes of one name are two, and none writes what another one knows.
 func volumeKey(host, driver, name string) string {
-	return volumePrefix + host + "/" + driver + "/" + name
+	return volumePrefix + metadata.VolumeKey(metadata.Volume{Host: host, Driver: driver, Name: name})
 }
 
 // PutVolume writes a volume of this host. Nobody else writes it, so the last word counts.
@@ -59,9 +59,10 @@ func (s *Server) Volumes(ctx context.Context, self bool) ([]metadata.Volume, err
 	}
 	out := []metadata.Volume{}
 	for _, e := range list {
-		var v metadata.Volume
-		if err := json.Unmarshal(e.Value, &v); err != nil {
-			return nil, fmt.Errorf("%s: %w", e.Key, err)
+		v, err := metadata.Decode[metadata.Volume](strings.TrimPrefix(e.Key, volumePrefix), e.Value)
+		if err != nil {
+			s.log.Warn("volume left out", "entry", metadata.Problem{Key: e.Key}.Name(), "error", err)
+			continue
 		}
 		out = append(out, v)
 	}

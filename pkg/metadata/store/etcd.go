@@ -139,7 +139,7 @@ func (e *Etcd) Get(ctx context.Context, key string) (_ Entry, err error) {
 		return Entry{Key: key}, fmt.Errorf("%s: %w", key, ErrNotFound)
 	}
 	kv := r.Kvs[0]
-	return Entry{Key: key, Value: kv.Value, Revision: kv.ModRevision, Held: kv.Lease != 0}, nil
+	return Entry{Key: key, Value: kv.Value, Revision: kv.ModRevision, Created: kv.CreateRevision, Held: kv.Lease != 0}, nil
 }
 
 // page bounds one answer of a list; an address table has about 8 KiB.
@@ -169,7 +169,7 @@ func (e *Etcd) List(ctx context.Context, prefix string) (_ []Entry, _ int64, err
 			revision = r.Header.Revision
 		}
 		for _, kv := range r.Kvs {
-			out = append(out, Entry{Key: string(kv.Key[len(e.prefix):]), Value: kv.Value, Revision: kv.ModRevision, Held: kv.Lease != 0})
+			out = append(out, Entry{Key: string(kv.Key[len(e.prefix):]), Value: kv.Value, Revision: kv.ModRevision, Created: kv.CreateRevision, Held: kv.Lease != 0})
 		}
 		if !r.More || len(r.Kvs) == 0 {
 			return out, revision, nil
@@ -323,7 +323,7 @@ func (e *Etcd) Watch(ctx context.Context, prefix string, after int64, fn func(Up
 			for ; i < len(r.Events) && r.Events[i].Kv.ModRevision == u.Revision; i++ {
 				ev := r.Events[i]
 				u.Entries = append(u.Entries, Entry{Key: string(ev.Kv.Key[len(e.prefix):]), Value: ev.Kv.Value,
-					Revision: ev.Kv.ModRevision, Deleted: ev.Type == clientv3.EventTypeDelete, Held: ev.Kv.Lease != 0})
+					Revision: ev.Kv.ModRevision, Created: ev.Kv.CreateRevision, Deleted: ev.Type == clientv3.EventTypeDelete, Held: ev.Kv.Lease != 0})
 			}
 			if err := fn(u); err != nil {
 				return err

@@ -29,6 +29,7 @@ type Entry struct {
 	Key      string // without the store's prefix
 	Value    []byte
 	Revision int64 // of its last change: what a conditional write names
+	Created  int64 // revision of its first write; equal to Revision while it was written once
 	Deleted  bool  // in an Update only
 	Held     bool  // vanishes with its writer's lease
 }

@@ -558,3 +558,38 @@ func FuzzVolume(f *testing.F) {
 		}
 	})
 }
+
+// FuzzDevices: whatever the kernel's files and names say of a device, it is the volume that it says it is, or none, and no name leads out of
+// the folders.
+func FuzzDevices(f *testing.F) {
+	f.Add("nvme1n1", model+"  \n", "vol0123456789abcdef0\n", "0\n", "2048", "/dev/sdf")
+	f.Add("nvme0c0n1", model, "vol0123456789abcdef0", "1", "-1", "/dev/xvdf")
+	f.Add("nvme1n1p1", "QEMU NVMe Ctrl", "vol-0123456789abcdef0", "", "x", "sdf")
+	f.Add("xvdf", "", "volvol0123456789abcdef0", "0", "18446744073709551615", "/dev/../sdf")
+	f.Fuzz(func(t *testing.T, name, says, serialNumber, hidden, size, as string) {
+		if x := xenName(as); x != "" && (!strings.HasPrefix(x, "xvd") || strings.ContainsAny(x, "/\x00") || volume.CheckName(x) != nil) {
+			t.Errorf("%q is %q", as, x)
+		}
+		if name == "" || name == "." || name == ".." || len(name) > 100 || strings.ContainsAny(name, "/\x00") {
+			return
+		}
+		root := t.TempDir()
+		d := devices{sys: filepath.Join(root, "sys"), dev: filepath.Join(root, "dev")}
+		dir := filepath.Join(d.sys, "block", name)
+		if err := os.MkdirAll(filepath.Join(dir, "device"), 0o700); err != nil {
+			t.Skip(err) // a name that the file system does not take
+		}
+		for file, content := range map[string]string{"hidden": hidden, "size": size, "dev": "259:1", "device/model": says, "device/serial": serialNumber} {
+			if err := os.WriteFile(filepath.Join(dir, file), []byte(content), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		id := d.volume(name)
+		if id != "" && (!volumeID.MatchString(id) || !nvmeName.MatchString(name) || serial(id) != strings.TrimSpace(serialNumber) && id != strings.TrimSpace(serialNumber) || strings.TrimSpace(hidden) == "1") {
+			t.Errorf("%q with the serial number %q is %q", name, serialNumber, id)
+		}
+		if dev, err := d.find(id, as); dev.path != "" && err == nil { // there is no node
+			t.Errorf("%+v", dev)
+		}
+	})
+}
