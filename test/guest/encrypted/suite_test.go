@@ -38,6 +38,8 @@ func TestMain(m *testing.M) {
 var (
 	ctx     = context.Background()
 	cluster *lab.Cluster
+	// sentinel listens, while all specs run, for packets that come where they must not.
+	sentinel *lab.Sentinel
 )
 
 const (
@@ -64,6 +66,14 @@ var _ = BeforeSuite(func() {
 	}
 	Expect(cluster.Up(ctx)).To(Succeed())
 	create(metadata.Network{Name: network, Subnets: subnets, Encapsulation: metadata.EncapIPsec, HostNAT: true})
+	sentinel, err = lab.NewSentinel(ctx, cluster, "sentinel", netip.MustParseAddr("192.0.2.250"))
+	Expect(err).NotTo(HaveOccurred())
+})
+
+var _ = AfterSuite(func() {
+	if sentinel != nil {
+		Expect(sentinel.Close()).To(Succeed())
+	}
 })
 
 // secrets writes a host's file of secrets.
@@ -155,6 +165,9 @@ func connected(h *lab.Host) *lab.Container {
 	call := call(h)
 	add(c, call)
 	DeferCleanup(func() { Expect(c.Del(ctx, call)).To(Succeed()) })
+	stop, err := sentinel.Watch(ctx, c, "eth0", network)
+	Expect(err).NotTo(HaveOccurred())
+	DeferCleanup(stop)
 	return c
 }
 

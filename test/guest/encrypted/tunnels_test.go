@@ -455,7 +455,7 @@ var _ = Describe("An encrypted network", func() {
 		manager(host(0), "PUT", "/v1/log-level", "info")
 	})
 
-	It("F35: lives beside a VXLAN network on the same hosts", func() {
+	It("F35, F174: lives beside a VXLAN network on the same hosts, and neither reaches the other", func() {
 		Expect(host(0).Client().Put(ctx, metadata.KindNetwork, "plain", metadata.Network{Name: "plain", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
 			Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}})).To(Succeed())
 		DeferCleanup(func() { Expect(host(0).Client().Delete(ctx, metadata.KindNetwork, "plain")).To(Succeed()) })
@@ -473,6 +473,12 @@ var _ = Describe("An encrypted network", func() {
 		a, b := connected(host(0)), connected(host(1))
 		pings(a, b)
 		ping(plain[0].Netns, plain[1].Addr(false))
+		for _, other := range []*lab.Container{a, b} { // on the same host, and on another
+			silent(plain[0].Netns, other.Addr(false))
+		}
+		for _, other := range plain {
+			silent(a.Netns, other.Addr(false))
+		}
 	})
 
 	It("F36: sends ESP in UDP when it is told to, and the tunnel stays one", func() {
