@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -54,6 +55,7 @@ func (n *networkFlags) register(f *pflag.FlagSet) {
 	f.IntVar(&n.MTU, "mtu", 0, "`octets` of containers' interfaces; 0: the underlay's less the encapsulation")
 	f.BoolVar(&n.HostNAT, "host-nat", true, "masquerade what leaves the network by a host")
 	f.StringSliceVar(&n.exempt, "host-nat-exempt", nil, "`PREFIX` that is reached without masquerading")
+	f.StringSliceVar(&n.AllowFrom, "allow-from", nil, "other `NETWORK` whose containers may reach this one's, or \"all\" of them, or a prefix outside from which they may be reached directly")
 	f.BoolVar(&n.HostPorts, "host-ports", false, "publish containers' ports on their hosts")
 	f.BoolVar(&n.DirectRouting, "direct-routing", false, "plain routes, no tunnel, between hosts on the same link")
 	f.BoolVar(&n.StrictAffinity, "strict-affinity", false, "no host borrows addresses from another one's blocks")
@@ -84,6 +86,7 @@ func (n *networkFlags) apply(net *metadata.Network, f *pflag.FlagSet) error {
 	value("mtu", func() { net.MTU = n.MTU })
 	value("host-nat", func() { net.HostNAT = n.HostNAT })
 	set("host-nat-exempt", func() (err error) { net.HostNATExempt, err = parsed(n.exempt, netip.ParsePrefix); return err })
+	value("allow-from", func() { net.AllowFrom = slices.DeleteFunc(n.AllowFrom, func(s string) bool { return s == "" }) })
 	value("host-ports", func() { net.HostPorts = n.HostPorts })
 	value("direct-routing", func() { net.DirectRouting = n.DirectRouting })
 	value("strict-affinity", func() { net.StrictAffinity = n.StrictAffinity })
@@ -177,6 +180,7 @@ func (a *app) networkCreate() *cobra.Command {
 A network that is there already is not touched: see network update.`,
 		Example: `  lariat network create overlay --subnet 10.42.0.0/16
   lariat network create backend --subnet 10.43.0.0/16,fd43::/48 --mtu 1400 --direct-routing
+  lariat network create shop --subnet 10.44.0.0/16 --allow-from backend,192.0.2.0/24
   lariat network create lan --encapsulation none --subnet 192.0.2.0/24 --gateway 192.0.2.1 --exclude 192.0.2.1-192.0.2.99`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -409,6 +413,9 @@ func (d *networkDetails) write(w *writer) {
 		field("mtu", map[bool]string{true: "the underlay's less the encapsulation", false: fmt.Sprint(d.MTU)}[d.MTU == 0])
 		field("host nat", yes(d.HostNAT))
 		field("without nat", joined(d.HostNATExempt, " "))
+		if d.Encapsulation != metadata.EncapNone {
+			field("reached from", cmp.Or(strings.Join(d.AllowFrom, " "), "its own containers, and hosts"))
+		}
 		field("host ports", yes(d.HostPorts))
 		field("direct routing", yes(d.DirectRouting))
 		field("strict affinity", yes(d.StrictAffinity))

@@ -134,6 +134,16 @@ func observe(ctx context.Context, want *delta.State) (*delta.State, error) {
 	return k.Observe(ctx, want)
 }
 
+// ports lists this host's ends of containers' interfaces.
+func ports(ctx context.Context) ([]delta.HostPort, error) {
+	k, err := kernel.New()
+	if err != nil {
+		return nil, err
+	}
+	defer k.Close()
+	return k.Ports(ctx)
+}
+
 func names[T any](list []T, name func(T) string) []string {
 	out := make([]string, len(list))
 	for i, v := range list {

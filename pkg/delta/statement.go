@@ -62,6 +62,9 @@ type NotAddr struct {
 // L4Proto matches the protocol behind the IP header, by its IANA number: meta l4proto tcp.
 type L4Proto uint8
 
+// TCPDport matches the destination port of a TCP packet: tcp dport 2379.
+type TCPDport uint16
+
 // UDPDport matches the destination port of a UDP packet: udp dport 4789.
 type UDPDport uint16
 
@@ -143,6 +146,7 @@ func (Oif) statement()           {}
 func (InSet) statement()         {}
 func (NotAddr) statement()       {}
 func (L4Proto) statement()       {}
+func (TCPDport) statement()      {}
 func (UDPDport) statement()      {}
 func (UDPSport) statement()      {}
 func (IPv6Fragment) statement()  {}
@@ -213,6 +217,9 @@ func (s InSet) String() string {
 	}
 	return family + s.Field + " " + not(s.Not) + "@" + s.Set
 }
+
+// String is the statement as nft lists it.
+func (s TCPDport) String() string { return "tcp dport " + strconv.Itoa(int(s)) }
 
 // String is the statement as nft lists it.
 func (s UDPDport) String() string { return "udp dport " + strconv.Itoa(int(s)) }

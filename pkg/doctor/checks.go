@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,6 +47,7 @@ var checks = []struct {
 	{"forward-policy", "no firewall drops forwarded packets of the networks", (*examination).forwardPolicy},
 	{"underlay", "the underlay is as the metadata says, and large enough", (*examination).underlay},
 	{"devices", "tunnel devices are as they should be", (*examination).devices},
+	{"ports", "containers' interfaces are guarded on the host's end", (*examination).ports},
 	{"ipsec", "encrypted networks, where there are any, have their daemon and their tunnels", (*examination).ipsec},
 	{"secret", "hosts of encrypted networks share their secret, and nobody else can read it", (*examination).secret},
 	{"rules", "containers, networks and the underlay are kept apart", (*examination).rules},
@@ -318,6 +320,12 @@ func (e *examination) networks() {
 				}
 			}
 		}
+		for _, from := range n.AllowFrom {
+			_, there := s.Network(from)
+			if _, err := netip.ParsePrefix(from); err != nil && from != metadata.AllowAll && !there {
+				e.add(Warning, where, "create it, or: lariat network update "+n.Name+" --allow-from …", "network %s allows network %s, which does not exist", n.Name, from)
+			}
+		}
 		if n.Encapsulation == metadata.EncapNone {
 			continue
 		}
@@ -425,6 +433,21 @@ func (e *examination) rpFilter() {
 	const key = "sysctl net.ipv4.conf.all.rp_filter"
 	remedy := "sysctl -w net.ipv4.conf.all.rp_filter=0 (each device's own value then counts), and look in /etc/sysctl.d for what sets it"
 	e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices, which overrides the ports' strict one; only Lariat's own nftables rule keeps containers from using each other's addresses")
+}
+
+// ports reports settings of containers' ports that would let a container use others' addresses, or give its host routes.
+func (e *examination) ports() {
+	if !e.needsSnapshot() || !e.needs("kernel", e.Kernel != nil) || !e.needs("ports", e.NotLooked["ports"] == "") {
+		return
+	}
+	for _, p := range e.Kernel.Ports {
+		n, known := e.Metadata.Snapshot.Network(p.Alias.Network)
+		for _, f := range p.Faults(!known || n.HasIPv6()) {
+			what := cmp.Or(p.Alias.Name, p.Alias.ContainerID)
+			e.add(Error, "interface "+p.Name, fmt.Sprintf("sysctl -w %s=%s, or start lariat-network-manager, which does it; look for what changes it: systemd-networkd, NetworkManager, /etc/sysctl.d", f.Key, f.Value),
+				"the port of container %s has a wrong %s: it should be %s", what, f.Key, f.Value)
+		}
+	}
 }
 
 func (e *examination) forwardPolicy() {

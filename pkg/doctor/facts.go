@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
@@ -72,6 +73,7 @@ type Kernel struct {
 	Devices []Device          // tunnel devices of ours, and those that should be there
 	Chains  []Device          // nftables chains that should be there, as text
 	Forward []ForwardChain
+	Ports   []delta.HostPort // host ends of containers' interfaces
 }
 
 // Link is an interface.

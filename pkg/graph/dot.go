@@ -53,7 +53,7 @@ func DOT(s *metadata.Snapshot, o Options) string {
 			}
 		}
 		if len(members) > meshLimit {
-			f("  %s [shape=ellipse, color=%s, label=%s];", quote("network "+n.Name), quote(n.colour()), quote(n.Name, n.subnets(), n.kind()+", each host to each"))
+			f("  %s [shape=ellipse, color=%s, label=%s];", quote("network "+n.Name), quote(n.colour()), quote(n.Name, n.subnets(), n.kind()+", each host to each", n.reached()))
 			for _, h := range members {
 				more := ""
 				if t := h.part(n).tunnel; t != nil {

@@ -231,6 +231,14 @@ func (n *network) kind() string {
 	return n.Encapsulation
 }
 
+// reached says who else may reach the network's containers.
+func (n *network) reached() string {
+	if len(n.AllowFrom) == 0 {
+		return "isolated"
+	}
+	return "open to " + strings.Join(n.AllowFrom, ", ")
+}
+
 func (n *network) subnets() string { return joined(n.Subnets, ", ") }
 
 // title is a container's name for people.

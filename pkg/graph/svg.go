@@ -158,6 +158,9 @@ func (d *drawing) legend() int {
 		if n.HostNAT && n.Encapsulation != metadata.EncapNone {
 			facts = append(facts, "host NAT")
 		}
+		if n.Encapsulation != metadata.EncapNone {
+			facts = append(facts, n.reached())
+		}
 		if n.DirectRouting && n.Encapsulation != metadata.EncapNone {
 			facts = append(facts, "direct on one link")
 		}

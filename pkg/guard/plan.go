@@ -28,7 +28,7 @@ import (
 const (
 	Chain       = "guard"        // prerouting, in front of connection tracking
 	FromPort    = "from-port"    // guard jumps there with what a container sent
-	ToHost      = "to-host"      // from-port jumps there with what looks like a tunnel's
+	ToHost      = "to-host"      // from-port jumps there with what is for a tunnel or the store
 	Isolation   = "isolation"    // forward
 	FromOutside = "from-outside" // isolation jumps there with what comes from the underlay
 	Untracked   = "untracked"    // output, in front of connection tracking
@@ -115,15 +115,18 @@ func (p *plan) hosts() {
 }
 
 // fromPort is what a container must not send: with an address that is not its own, with one of the link alone (nothing needs it: a
-// port's neighbours are known on both ends), to this host's loopback addresses (which a port with route_localnet would let in), and to
-// the ends of tunnels.
+// port's neighbours are known on both ends), to this host's loopback addresses (which a port with route_localnet would let in), to the
+// store, and to the ends of tunnels.
 func (p *plan) fromPort() {
 	c := delta.Chain{Rules: []delta.Rule{
 		{delta.NoReverse{}, drop},
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("fe80::/10")}, drop},
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("127.0.0.0/8")}, drop},
-		{delta.L4Proto(protoTCP), accept},
 	}}
+	for _, port := range metadata.StorePorts {
+		c.Rules = append(c.Rules, delta.Rule{delta.TCPDport(port), delta.Jump(ToHost)})
+	}
+	c.Rules = append(c.Rules, delta.Rule{delta.L4Proto(protoTCP), accept})
 	for _, m := range p.tunnels() {
 		c.Rules = append(c.Rules, delta.Rule{m, delta.Jump(ToHost)})
 	}

@@ -30,8 +30,8 @@ func hosts(underlay ...string) (out []metadata.Host) {
 }
 
 var (
-	red     = metadata.Network{Name: "red", Encapsulation: metadata.EncapVXLAN, HostNAT: true, Subnets: prefixes("10.42.0.0/16", "fd42::/48")}
-	blue    = metadata.Network{Name: "blue", Encapsulation: metadata.EncapVXLAN, HostNAT: true, Subnets: prefixes("10.43.0.0/16")}
+	red     = metadata.Network{Name: "red", Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true, Subnets: prefixes("10.42.0.0/16", "fd42::/48")}
+	blue    = metadata.Network{Name: "blue", Encapsulation: metadata.EncapVXLAN, VNI: 1043, HostNAT: true, Subnets: prefixes("10.43.0.0/16")}
 	payroll = metadata.Network{Name: "payroll", Encapsulation: metadata.EncapIPsec, Subnets: prefixes("10.44.0.0/16", "fd44::/48")}
 	flat    = metadata.Network{Name: "flat", Encapsulation: metadata.EncapNone, Subnets: prefixes("192.0.2.0/24")}
 )
@@ -67,6 +67,9 @@ func TestF174_Golden(t *testing.T) {
 		{"direct-routing", metadata.Snapshot{Hosts: two, Networks: []metadata.Network{with(red, func(n *metadata.Network) { n.DirectRouting, n.Port = true, 8472 })}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
+			if sane := tc.snap.Sane(); len(sane.Problems) > 0 {
+				t.Fatal(sane.Problems)
+			}
 			got := guard.Plan(&tc.snap, "a").String()
 			golden := "testdata/" + tc.name + ".plan"
 			if *update {

@@ -47,6 +47,7 @@ func filters() *delta.State {
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.42.0.0/16")}, delta.Reverse{}, delta.Verdict("accept")},
 	}}
 	s.Chains["from-port"] = delta.Chain{Rules: []delta.Rule{
+		{delta.TCPDport(2379), delta.Verdict("drop")},
 		{delta.L4Proto(6), delta.Verdict("accept")},
 		{delta.UDPDport(500), delta.ToLocal{}, delta.Verdict("drop")},
 		{delta.L4Proto(50), delta.InSet{Field: "daddr", Set: "hosts4"}, delta.Verdict("drop")},

@@ -63,8 +63,8 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		add(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg})
 		cmp(false, []byte{number})
 	}
-	udp := func(offset uint32, port uint16) {
-		l4(unix.IPPROTO_UDP)
+	portOf := func(number byte, offset uint32, port uint16) {
+		l4(number)
 		add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2})
 		cmp(false, binary.BigEndian.AppendUint16(nil, port))
 	}
@@ -134,9 +134,11 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		case delta.L4Proto:
 			l4(byte(s))
 		case delta.UDPDport:
-			udp(2, uint16(s))
+			portOf(unix.IPPROTO_UDP, 2, uint16(s))
+		case delta.TCPDport:
+			portOf(unix.IPPROTO_TCP, 2, uint16(s))
 		case delta.UDPSport:
-			udp(0, uint16(s))
+			portOf(unix.IPPROTO_UDP, 0, uint16(s))
 		case delta.IPv6Fragment:
 			ofFamily(true)
 			add(&expr.Exthdr{DestRegister: reg, Type: fragmentHeader, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: expr.ExthdrOpIpv6})
@@ -405,13 +407,16 @@ func statement(x []expression) (delta.Statement, int) {
 		case key == unix.NFT_META_NFPROTO && !not && len(data) == 1 && len(x) > 2 && matchesFamily(x[2:], data[0]):
 			return nil, 2
 		case key == unix.NFT_META_L4PROTO && !not && len(data) == 1:
-			if data[0] == unix.IPPROTO_UDP && len(x) > 3 && x[3].equals(2) {
+			if len(x) > 3 && x[3].equals(2) {
 				port := binary.BigEndian.Uint16(x[3].data(unix.NFTA_CMP_DATA))
+				destination := x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2)
 				switch {
-				case x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2):
-					return delta.UDPSport(port), 4
-				case x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2):
+				case data[0] == unix.IPPROTO_UDP && destination:
 					return delta.UDPDport(port), 4
+				case data[0] == unix.IPPROTO_TCP && destination:
+					return delta.TCPDport(port), 4
+				case data[0] == unix.IPPROTO_UDP && x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2):
+					return delta.UDPSport(port), 4
 				}
 			}
 			if s, n, ok := readTooBig(x); ok {

@@ -141,6 +141,9 @@ const (
 // nobody for UDP.
 const ProbePort = 4788
 
+// StorePorts are the TCP ports of the store, for clients and between its members, by default: etcd's.
+var StorePorts = []uint16{2379, 2380}
+
 // AllowAll, in Network.AllowFrom, stands for every network.
 const AllowAll = "all"
 
