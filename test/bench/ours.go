@@ -230,7 +230,7 @@ func (b *bench) oursPath() (*path, error) {
 		}
 		if i == 0 {
 			join = "https://192.0.2.1:2379"
-			if err := b.define(h, metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")}}); err != nil {
+			if err := b.define(h, metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")}, HostNAT: true}); err != nil {
 				return nil, err
 			}
 		}
