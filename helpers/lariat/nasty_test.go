@@ -10,10 +10,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/spf13/cobra"
 	"sigs.k8s.io/yaml"
 
 	"github.com/lariat-net/lariat/pkg/certs"
@@ -24,7 +26,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/printable/printabletest"
 )
 
-// nastySnapshot is a fixture whose every string is followed by text.
+// nastySnapshot is a fixture whose every string is followed by text, but for those of the fields in keep.
 func nastySnapshot(t testing.TB, text string, keep ...string) *metadata.Snapshot {
 	t.Helper()
 	b, err := os.ReadFile("testdata/ipsec.json")
@@ -97,7 +99,11 @@ func TestNothingForeignIsPrintedRaw(t *testing.T) {
 	}
 }
 
-// The same for whole commands: what they print of a file, in every format, their errors, and what shells complete.
+// checked are the fields of a snapshot whose text is checked where it is read: an entry with a hostile one is left out.
+var checked = []string{"Self", "Hosts", "Networks", "Blocks", "Endpoints", "ID", "Host", "Network", "Addresses"}
+
+// The same for whole commands: what they print of a file, in every format, their errors, and what shells complete. Of each text there are two
+// files. In one it stands everywhere, and what is printed is why entries are left out. In the other it stands where it may stand.
 func TestNothingForeignLeavesACommandRaw(t *testing.T) {
 	dir, err := os.MkdirTemp("", "lariat") // a socket's path may have 107 bytes
 	if err != nil {
@@ -117,36 +123,67 @@ func TestNothingForeignLeavesACommandRaw(t *testing.T) {
 	defer server.Close()
 	for i, text := range printabletest.Nasty {
 		answer = "refused" + text
-		// The kinds that decide which lines there are stay.
-		snap := nastySnapshot(t, text, "Encapsulation")
-		b, err := json.Marshal(snap)
-		if err != nil {
-			t.Fatal(err)
-		}
-		file := filepath.Join(dir, fmt.Sprintf("%d.json", i))
-		if err := os.WriteFile(file, []byte(printable.JSON(string(b))), 0o600); err != nil {
-			t.Fatal(err)
-		}
 		for _, args := range [][]string{
-			{"status", "--metadata", file}, {"status", "--metadata", file, "-o", "table"}, {"status", "--metadata", file, "-o", "json"},
-			{"status", "--metadata", file, "--snapshot"}, {"plan", "--metadata", file}, {"plan", "--metadata", file, "--host", "none"},
-			{"graph", "--metadata", file}, {"graph", "--metadata", file, "--format", "dot"},
 			{"ipsec", "status", "--manager-socket", socket}, {"network", "list", "--socket", socket}, {"host", "show", "x", "--socket", socket}, {"ip", "list", "--socket", socket},
 			{"volume", "list", "--socket", socket}, {"certs", "show", filepath.Join(dir, "none"+text)}, {"certs", "host", dir, text},
+			{"plan", "--metadata", "testdata/ipsec.json", "--host", "none" + text},
 		} {
 			out, errs, _ := lariat(t, args...)
 			printabletest.Check(t, strings.Join(args[:2], " "), out+errs)
 		}
-		// In YAML, a text of several lines may stand on several, further in.
-		out := must(t, "status", "--metadata", file, "-o", "yaml")
-		var back statusReport
-		if err := yaml.Unmarshal([]byte(out), &back); err != nil || len(back.Hosts) != len(snap.Hosts) || printable.Text(out) != out || strings.Contains(out, "\nEVIL") {
-			t.Errorf("%v: YAML %q", err, out)
+		for kind, keep := range map[string][]string{"everywhere": {"Encapsulation"}, "allowed": checked} {
+			snap := nastySnapshot(t, text, keep...)
+			b, err := json.Marshal(snap)
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join(dir, fmt.Sprintf("%d-%s.json", i, kind))
+			if err := os.WriteFile(file, []byte(printable.JSON(string(b))), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			printed := map[string]string{}
+			for _, command := range []string{"status", "status -o table", "status -o json", "status -o yaml", "status --snapshot", "plan", "graph", "graph --format dot"} {
+				out, errs, _ := lariat(t, append(strings.Fields(command), "--metadata", file)...)
+				printed[command] = out + errs
+				switch what := command + ", " + kind; command {
+				case "status -o table": // it shows checked words alone
+					printabletest.Lines(t, what, out+errs)
+				case "status -o yaml": // a text of several lines may stand on several, further in
+					if printable.Text(out) != out || strings.Contains(out, "\nEVIL") || !strings.Contains(out, "EVIL") {
+						t.Errorf("%s: %.500q", what, out)
+					}
+				default:
+					printabletest.Check(t, what, out+errs)
+				}
+			}
+			var back, same statusReport
+			if err := errors.Join(yaml.Unmarshal([]byte(printed["status -o yaml"]), &back), json.Unmarshal([]byte(printed["status -o json"]), &same)); err != nil || !reflect.DeepEqual(back, same) {
+				t.Errorf("%s: %v: YAML and JSON differ: %.500q", kind, err, printed["status -o yaml"])
+			}
+			// A name that cannot be typed is not offered.
+			want := ":4\n"
+			if kind == "allowed" {
+				want = "h1\t192.0.2.1\nh2\t192.0.2.2\nh3\t192.0.2.3\nh4\t198.51.100.4\n:4\n"
+				if len(back.Hosts) != len(snap.Hosts) {
+					t.Errorf("status of %d hosts shows %d", len(snap.Hosts), len(back.Hosts))
+				}
+			}
+			out, _, status := lariat(t, "__complete", "plan", "--metadata", file, "--host", "")
+			if status != 0 || out != want {
+				t.Errorf("%s: status %d: completions %.500q", kind, status, out)
+			}
 		}
-		// A name that cannot be typed is not offered.
-		out, _, status := lariat(t, "__complete", "plan", "--metadata", file, "--host", "")
-		if status != 0 || !strings.HasPrefix(out, ":4") {
-			t.Errorf("status %d: completions %q", status, out)
+	}
+}
+
+// Completions hold no name that cannot be typed, whoever names it, and their descriptions are printable.
+func TestCompletionsAreSafe(t *testing.T) {
+	for _, text := range printabletest.Nasty {
+		got := safe([]cobra.Completion{"h1" + text, "h2", "h3" + text + "\twhat", "h4\twhat" + text})
+		if len(got) != 2 || got[0] != "h2" || !strings.HasPrefix(got[1], "h4\twhat") {
+			t.Errorf("%.500q", got)
 		}
+		_, description, _ := strings.Cut(got[len(got)-1], "\t")
+		printabletest.Check(t, "description", description)
 	}
 }

@@ -118,6 +118,9 @@ func build(s *metadata.Snapshot, o Options) *picture {
 	for _, h := range s.Hosts {
 		hosts[h.Name] = &host{Host: h}
 	}
+	for _, problem := range s.Problems {
+		p.note("%s", problem)
+	}
 	for _, b := range s.Blocks {
 		if pt := share(b.Host, b.Network); pt != nil {
 			pt.blocks = append(pt.blocks, b.CIDR)

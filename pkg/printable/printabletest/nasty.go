@@ -87,18 +87,27 @@ func fill(v reflect.Value, text string, keep []string) {
 // ours are the only escape sequences that may be printed.
 var ours = regexp.MustCompile("\x1b\\[[0-9]{1,2}m")
 
-// Check reports lines that are not printable, or that foreign text made.
+// Check reports lines that are not printable, or that foreign text made. It fails too when nothing foreign was printed.
 func Check(t testing.TB, what, printed string) {
 	t.Helper()
 	if !strings.Contains(printed, evil) {
-		t.Errorf("%s: nothing foreign was printed:\n%s", what, printed)
+		t.Errorf("%s: nothing foreign was printed:\n%s", what, cut(printed))
 	}
+	Lines(t, what, printed)
+}
+
+// Lines reports lines that are not printable, or that foreign text made.
+func Lines(t testing.TB, what, printed string) {
+	t.Helper()
 	for line := range strings.SplitSeq(ours.ReplaceAllString(printed, ""), "\n") {
 		if printable.Line(line) != line {
-			t.Errorf("%s: raw: %q", what, line)
+			t.Errorf("%s: raw: %q", what, cut(line))
 		}
 		if strings.HasPrefix(strings.TrimSpace(line), evil) {
-			t.Errorf("%s: a line of foreign making: %q", what, line)
+			t.Errorf("%s: a line of foreign making: %q", what, cut(line))
 		}
 	}
 }
+
+// cut returns the beginning of a text: what was printed may be a whole picture.
+func cut(s string) string { return s[:min(len(s), 500)] }
