@@ -13,6 +13,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/graph"
+	"github.com/lariat-net/lariat/pkg/guard"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -134,14 +135,15 @@ func observe(ctx context.Context, want *delta.State) (*delta.State, error) {
 	return k.Observe(ctx, want)
 }
 
-// ports lists this host's ends of containers' interfaces.
-func ports(ctx context.Context) ([]delta.HostPort, error) {
+// portFaults returns the settings of this host's container ports that are wrong.
+func portFaults(ctx context.Context, snap *metadata.Snapshot) ([]delta.Sysctl, error) {
 	k, err := kernel.New()
 	if err != nil {
 		return nil, err
 	}
 	defer k.Close()
-	return k.Ports(ctx)
+	ports, err := k.Ports(ctx)
+	return guard.PortFaults(snap, ports), err
 }
 
 func names[T any](list []T, name func(T) string) []string {

@@ -1,18 +1,19 @@
 package doctor
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
 	"net/netip"
+	"path"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/mtu"
@@ -47,7 +48,7 @@ var checks = []struct {
 	{"forward-policy", "no firewall drops forwarded packets of the networks", (*examination).forwardPolicy},
 	{"underlay", "the underlay is as the metadata says, and large enough", (*examination).underlay},
 	{"devices", "tunnel devices are as they should be", (*examination).devices},
-	{"ports", "containers' interfaces are guarded on the host's end", (*examination).ports},
+	{"ports", "the ports of containers refuse forged sources and router advertisements", (*examination).ports},
 	{"ipsec", "encrypted networks, where there are any, have their daemon and their tunnels", (*examination).ipsec},
 	{"secret", "hosts of encrypted networks share their secret, and nobody else can read it", (*examination).secret},
 	{"rules", "containers, networks and the underlay are kept apart", (*examination).rules},
@@ -435,21 +436,6 @@ func (e *examination) rpFilter() {
 	e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices, which overrides the ports' strict one; only Lariat's own nftables rule keeps containers from using each other's addresses")
 }
 
-// ports reports settings of containers' ports that would let a container use others' addresses, or give its host routes.
-func (e *examination) ports() {
-	if !e.needsSnapshot() || !e.needs("kernel", e.Kernel != nil) || !e.needs("ports", e.NotLooked["ports"] == "") {
-		return
-	}
-	for _, p := range e.Kernel.Ports {
-		n, known := e.Metadata.Snapshot.Network(p.Alias.Network)
-		for _, f := range p.Faults(!known || n.HasIPv6()) {
-			what := cmp.Or(p.Alias.Name, p.Alias.ContainerID)
-			e.add(Error, "interface "+p.Name, fmt.Sprintf("sysctl -w %s=%s, or start lariat-network-manager, which does it; look for what changes it: systemd-networkd, NetworkManager, /etc/sysctl.d", f.Key, f.Value),
-				"the port of container %s has a wrong %s: it should be %s", what, f.Key, f.Value)
-		}
-	}
-}
-
 func (e *examination) forwardPolicy() {
 	if e.Kernel == nil || e.NotLooked["forward"] != "" {
 		e.needs("forward", false)
@@ -550,6 +536,27 @@ func (e *examination) devices() {
 		case d.Want != d.Have:
 			e.add(Error, where, remedy, "device %s is not as it should be: it is %q, it should be %q", d.Name, d.Have, d.Want)
 		}
+	}
+}
+
+// The kernel's own check keeps a container from using others' addresses, and a port that believes router advertisements gives its
+// host routes (CVE-2020-10749).
+func (e *examination) ports() {
+	if !e.needs("kernel", e.Kernel != nil) || !e.needsSnapshot() {
+		return
+	}
+	if why := e.NotLooked["ports"]; why != "" {
+		e.skip("%s", why)
+		return
+	}
+	const remedy = "start lariat-network-manager, which mends it, and look in /etc/sysctl.d for what sets it"
+	wrong := e.Kernel.Ports
+	if len(wrong) > oneFindingFor {
+		e.add(Error, "sysctl "+wrong[0].Key, remedy, "%d settings of containers' ports are wrong: the first is %s, which is not %s", len(wrong), path.Base(wrong[0].Key), wrong[0].Value)
+		return
+	}
+	for _, s := range wrong {
+		e.add(Error, "sysctl "+s.Key, fmt.Sprintf("%s; or by hand: sysctl -w %s=%s", remedy, s.Key, s.Value), "container port %s: %s is not %s", delta.SysctlDevice(s.Key), path.Base(s.Key), s.Value)
 	}
 }
 

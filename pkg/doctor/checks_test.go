@@ -8,11 +8,13 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
@@ -136,6 +138,12 @@ func TestF137Findings(t *testing.T) {
 		{"ip_forward off", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/ip_forward"] = "0" }, "forwarding error: the host does not forward IPv4", "sysctl -w net.ipv4.ip_forward=1"},
 		{"IPv6 forwarding off", func(f *Facts) { f.Kernel.Sysctls["net/ipv6/conf/all/forwarding"] = "0" }, "forwarding error: the host does not forward IPv6", "sysctl -w net.ipv6.conf.all.forwarding=1"},
 		{"rp_filter loose", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/conf/all/rp_filter"] = "2" }, "rp-filter warning: the reverse path check is loose (2)", "rp_filter=0"},
+		{"port believes advertisements", func(f *Facts) { f.Kernel.Ports = []delta.Sysctl{{Key: "net/ipv6/conf/lrtx/accept_ra", Value: "0"}} },
+			"ports error: container port lrtx: accept_ra is not 0", "sysctl -w net/ipv6/conf/lrtx/accept_ra=0"},
+		{"many ports with loose checks", func(f *Facts) {
+			f.Kernel.Ports = slices.Repeat([]delta.Sysctl{{Key: "net/ipv4/conf/lrtx/rp_filter", Value: "1"}}, 9)
+		},
+			"ports error: 9 settings of containers' ports are wrong: the first is rp_filter, which is not 1", "start lariat-network-manager"},
 		{"FORWARD DROP", func(f *Facts) { f.Kernel.Forward[0].Passes = false }, "forward-policy error: forwarded packets are dropped by the policy of iptables filter FORWARD", "start lariat-network-manager"},
 		{"a firewall's own DROP", func(f *Facts) {
 			f.Kernel.Forward[0] = ForwardChain{Name: "nft chain inet firewall forward", Both: true}

@@ -71,9 +71,9 @@ type Kernel struct {
 	Sysctls map[string]string // keys with slashes: net/ipv4/ip_forward
 	Links   map[string]Link   // every interface
 	Devices []Device          // tunnel devices of ours, and those that should be there
+	Ports   []delta.Sysctl    // settings of containers' ports that are not so, though they should be
 	Chains  []Device          // nftables chains that should be there, as text
 	Forward []ForwardChain
-	Ports   []delta.HostPort // host ends of containers' interfaces
 }
 
 // Link is an interface.

@@ -40,8 +40,8 @@ type Gatherer struct {
 	Want    func(*metadata.Snapshot, string) *delta.State
 	Observe func(context.Context, *delta.State) (*delta.State, error)
 
-	// Ports lists the host ends of containers' interfaces; nil: they are not looked at.
-	Ports func(context.Context) ([]delta.HostPort, error)
+	// PortFaults reads the settings of containers' ports, and returns those that are wrong, as they should be. nil: they are not looked at.
+	PortFaults func(context.Context, *metadata.Snapshot) ([]delta.Sysctl, error)
 
 	// Features tells what the kernel can do of what the model needs; the snapshot is nil when it is not known.
 	Features func(*metadata.Snapshot) ([]Feature, error)
@@ -195,15 +195,13 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 	if k.Forward, err = forwardChains(ctx, subnets); err != nil {
 		f.NotLooked["forward"] = err.Error()
 	}
-	f.NotLooked["ports"] = "this build cannot observe the kernel"
-	if g.Ports != nil {
-		delete(f.NotLooked, "ports")
-		if k.Ports, err = g.Ports(ctx); err != nil {
-			f.NotLooked["ports"] = err.Error()
-		}
-	}
 	if f.Metadata.Snapshot == nil {
 		return
+	}
+	if g.PortFaults == nil {
+		f.NotLooked["ports"] = "this build cannot observe the kernel"
+	} else if k.Ports, err = g.PortFaults(ctx, f.Metadata.Snapshot); err != nil {
+		f.NotLooked["ports"] = err.Error()
 	}
 	if g.Want == nil || g.Observe == nil {
 		f.NotLooked["devices"] = "this build cannot observe the kernel"

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/guard"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/iptables"
 	"github.com/lariat-net/lariat/pkg/lease"
@@ -315,11 +316,7 @@ func (m *Manager) ports(ctx context.Context) (changed []string, err error) {
 	if err != nil {
 		return nil, err
 	}
-	var faults []delta.Sysctl
-	for _, p := range ports {
-		n, known := s.Network(p.Alias.Network)
-		faults = append(faults, p.Faults(!known || n.HasIPv6())...)
-	}
+	faults := guard.PortFaults(s, ports)
 	for _, f := range faults {
 		changed = append(changed, delta.SysctlString(f.Key, f.Value))
 	}
