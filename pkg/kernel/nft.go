@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -675,15 +676,25 @@ func (f *nftables) explain(err error, d *delta.Difference) error {
 	if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EOPNOTSUPP) {
 		return err
 	}
+	// The kernel does not say which rule of the transaction it means: name what can be missing in all that are new.
+	lacks := map[string]bool{}
 	for _, e := range d.Chains.Set {
+		if e.Value.Type == "nat" {
+			lacks["NAT in nftables (CONFIG_NFT_NAT, CONFIG_NFT_MASQ)"] = true
+		}
 		for _, r := range e.Value.Rules {
-			if slices.Contains(r, delta.Statement(delta.NoReverse{})) {
-				return fmt.Errorf("%w; the kernel may lack fib lookups in nftables (CONFIG_NFT_FIB_INET)", err)
+			for _, s := range r {
+				switch s.(type) {
+				case delta.NoReverse, delta.Reverse, delta.ToLocal:
+					lacks["fib lookups in nftables (CONFIG_NFT_FIB_INET)"] = true
+				case delta.Notrack, delta.CtReply, delta.CtDNAT:
+					lacks["connection tracking in nftables (CONFIG_NFT_CT)"] = true
+				}
 			}
 		}
-		if e.Value.Type == "nat" {
-			return fmt.Errorf("%w; the kernel may lack NAT in nftables (CONFIG_NFT_NAT, CONFIG_NFT_MASQ)", err)
-		}
+	}
+	if len(lacks) > 0 {
+		return fmt.Errorf("%w; the kernel may lack %s; lariat doctor features tells", err, strings.Join(slices.Sorted(maps.Keys(lacks)), ", or "))
 	}
 	return err
 }

@@ -36,6 +36,7 @@ const (
 	NexthopObjects Feature = "nexthop" // routes by the id of a nexthop (Linux 5.3)
 	Nft            Feature = "nft"     // nftables, family inet
 	NftFib         Feature = "nftfib"  // reverse path lookups in nftables
+	NftCT          Feature = "nftct"   // connection tracking in nftables
 	NftNAT         Feature = "nftnat"  // masquerade in nftables, family inet (Linux 5.2)
 	Macvlan        Feature = "macvlan" // devices that share another one's link
 	IFB            Feature = "ifb"     // devices for shaping what arrives
@@ -82,6 +83,9 @@ var tries = map[Feature]func() error{
 	},
 	Nft:    func() error { return chain("filter", "input", delta.Verdict("accept")) },
 	NftFib: func() error { return chain("filter", "prerouting", delta.NoReverse{}, delta.Verdict("drop")) },
+	NftCT: func() error {
+		return errors.Join(chain("filter", "output", delta.Notrack{}), chain("filter", "forward", delta.CtReply{}, delta.Verdict("accept")))
+	},
 	NftNAT: func() error { return chain("nat", "postrouting", delta.Masquerade{}) },
 }
 
