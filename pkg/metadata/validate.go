@@ -386,6 +386,46 @@ func Compatible(all []Network) ([]Network, []Problem) {
 	return kept, problems
 }
 
+// apart returns the hosts and encapsulated networks of which no host has an underlay address in a network, with a Problem for each of the others. Hosts
+// drop what comes from the underlay and claims an address of a network: with both, they would cut each other off. The one that was there
+// first is kept, and the host where that is not known.
+func apart(hosts []Host, networks []Network) ([]Host, []Network, []Problem) {
+	var problems []Problem
+	late, bad := map[string]bool{}, map[string]bool{}
+	clash := func(h Host, n Network) (netip.Addr, bool) {
+		if n.Encapsulation == EncapNone || bad[n.Name] {
+			return netip.Addr{}, false
+		}
+		i := slices.IndexFunc(h.Underlay, func(u Underlay) bool { return !n.Outside(u.Address.Addr()) })
+		if i < 0 {
+			return netip.Addr{}, false
+		}
+		return h.Underlay[i].Address.Addr(), true
+	}
+	after := func(h Host, n Network) bool { return !n.Created.IsZero() && h.Joined.After(n.Created) }
+	for _, h := range hosts {
+		for _, n := range networks {
+			if a, ok := clash(h, n); ok && !after(h, n) {
+				bad[n.Name] = true
+				problems = append(problems, problem(KindNetwork, n.Name, fmt.Errorf("host %s has the address %s of it on its underlay", h.Name, a)))
+			}
+		}
+	}
+	for _, h := range hosts {
+		for _, n := range networks {
+			if a, ok := clash(h, n); ok && !late[h.Name] {
+				late[h.Name] = true
+				problems = append(problems, problem(KindHost, h.Name, fmt.Errorf("its underlay address %s is one of network %s, which was first", a, n.Name)))
+			}
+		}
+	}
+	if len(problems) == 0 {
+		return hosts, networks, nil
+	}
+	return slices.DeleteFunc(slices.Clone(hosts), func(h Host) bool { return late[h.Name] }),
+		slices.DeleteFunc(slices.Clone(networks), func(n Network) bool { return bad[n.Name] }), problems
+}
+
 // Sane returns what of a snapshot can be planned from, with a Problem for everything else. The snapshot itself stays as it is.
 // Sane costs nothing for a snapshot that comes from Sane.
 //
@@ -413,8 +453,10 @@ func (s *Snapshot) Sane() *Snapshot {
 	out.Hosts = keep(s.Hosts, KindHost, func(h Host) string { return h.Name }, tell, nil)
 	networks := keep(s.Networks, KindNetwork, func(n Network) string { return n.Name }, tell, nil)
 	networks, problems := Compatible(networks)
-	out.Networks = networks
 	tell(problems...)
+	out.Hosts, networks, problems = apart(out.Hosts, networks)
+	tell(problems...)
+	out.Networks = networks
 	byName := make(map[string]*Network, len(networks))
 	for i := range networks {
 		byName[networks[i].Name] = &networks[i]
