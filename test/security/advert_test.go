@@ -167,7 +167,7 @@ func devices(one world) {
 	}
 
 	It("all devices refuse advertisements, and IPv6 where no network has it, whatever the default is", func() {
-		c := connected(host(0), "red")
+		c := fresh(host(0), "red")
 		Expect(wrong("", port(c), "vtep1042", "vtep1043", "vtep1044")).To(BeEmpty())
 	})
 
@@ -178,23 +178,23 @@ func devices(one world) {
 	for _, kind := range kinds {
 		bad := map[string][]string{"rp_filter": {"0", "2"}, "accept_ra": {"1", "2"}, "disable_ipv6": {"0"}}[kind]
 		It("repairs what somebody changes: "+kind, func() {
-			c := connected(host(0), "red")
+			c := fresh(host(0), "red")
 			devs := []string{port(c), "vtep1042"}
 			Expect(wrong(kind, devs...)).To(BeEmpty())
-			for _, dev := range devs {
-				for key := range wanted(dev) {
-					for _, value := range bad {
+			for _, value := range bad {
+				for _, dev := range devs {
+					for key := range wanted(dev) {
 						if strings.HasSuffix(key, kind) {
 							on(host(0), func() { write(key, value) })
-							Eventually(func() string { return wrong(kind, devs...) }, "5s", "10ms").Should(BeEmpty(), "%s=%s", key, value)
 						}
 					}
 				}
+				Eventually(func() string { return wrong(kind, devs...) }, "5s", "10ms").Should(BeEmpty(), "%s=%s", kind, value)
 			}
 		})
 
 		It("names what somebody changed, by CHECK and by doctor, when nobody repairs it: "+kind, func() {
-			c := connected(host(0), "red")
+			c := fresh(host(0), "red")
 			Expect(wrong(kind, port(c))).To(BeEmpty())
 			Expect(c.Check(ctx, call(host(0), "red"))).To(Succeed())
 			Expect(host(0).Manager.Stop()).To(Succeed())

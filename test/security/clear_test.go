@@ -28,16 +28,19 @@ func behindBridge(h *lab.Host, name string) lab.Netns {
 	Expect(err).NotTo(HaveOccurred())
 	DeferCleanup(n.Remove)
 	on(h, func() {
-		Expect(netlink.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "docker0"}})).To(Succeed())
-		DeferCleanup(func() { on(h, func() { Expect(netlink.LinkDel(link("docker0"))).To(Succeed()) }) })
+		bridge, err := lab.NewSwitch("docker0", 1500)
+		Expect(err).NotTo(HaveOccurred())
+		DeferCleanup(func() { on(h, func() { Expect(bridge.Remove()).To(Succeed()) }) })
 		for _, a := range []string{"172.17.0.1/16", "fd17::1/64"} {
 			addr, err := netlink.ParseAddr(a)
 			Expect(err).NotTo(HaveOccurred())
 			addr.Flags = unix.IFA_F_NODAD
 			Expect(netlink.AddrAdd(link("docker0"), addr)).To(Succeed())
 		}
-		Expect(netlink.LinkSetUp(link("docker0"))).To(Succeed())
-		Expect((&lab.Switch{Name: "docker0"}).Plug(n, "eth0", 1500, netip.MustParsePrefix("172.17.0.2/16"), netip.MustParsePrefix("fd17::2/64"))).To(Succeed())
+		Expect(bridge.Plug(n, "eth0", 1500, netip.MustParsePrefix("172.17.0.2/16"), netip.MustParsePrefix("fd17::2/64"))).To(Succeed())
+		for _, dev := range []string{"sw-" + name, "docker0"} { // until then it is deaf, and the first question for a neighbour costs a second
+			Eventually(func() netlink.LinkOperState { return link(dev).Attrs().OperState }).Should(BeEquivalentTo(netlink.OperUp), dev)
+		}
 	})
 	within(n, func() {
 		for _, gw := range []string{"172.17.0.1", "fd17::1"} {

@@ -19,10 +19,11 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-// answers tells whether a TCP connection to the address gets through and back. It has a patience of two seconds, if none is told.
+// answers tells whether a TCP connection to the address gets through and back. It has a patience of half a second, if none is told: whoever
+// expects it asks again sooner than TCP would.
 func answers(from lab.Netns, to netip.AddrPort, patience time.Duration) error {
 	if patience == 0 {
-		patience = 2 * time.Second
+		patience = 500 * time.Millisecond
 	}
 	return from.DoBare(func() error {
 		short, cancel := context.WithTimeout(ctx, patience)
@@ -68,10 +69,6 @@ func serve(n lab.Netns, addr netip.AddrPort) {
 
 // isolation: networks do not reach each other unless they say so.
 func isolation(one world, masked bool) {
-	type place struct {
-		network string
-		host    int
-	}
 	var places []place
 	for _, n := range []string{"red", "blue", "green"} {
 		places = append(places, place{n, 0}, place{n, 1})

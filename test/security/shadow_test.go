@@ -114,7 +114,7 @@ func shadow(one world, masked bool) {
 		if !reachable {
 			Skip("these containers reach no host by plain sockets")
 		}
-		mallory := connected(host(0), "red")
+		mallory := fresh(host(0), "red")
 		DeferCleanup(forget)
 		within(mallory.Netns, func() { write("net/ipv4/ip_unprivileged_port_start", "0") }) // as Docker and containerd do
 		for _, p := range []uint16{500, 4500} {
@@ -148,7 +148,7 @@ func shadow(one world, masked bool) {
 		if !masked || !reachable {
 			Skip("there is no masquerade to be seen outside")
 		}
-		c := connected(host(0), "red")
+		c := fresh(host(0), "red")
 		within(c.Netns, func() { write("net/ipv4/ip_unprivileged_port_start", "0") })
 		var l *net.TCPListener
 		within(neighbour, func() {

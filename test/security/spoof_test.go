@@ -82,7 +82,7 @@ func spoofing(one world) {
 	})
 
 	It("a container reaches nothing that listens on its host's 127.0.0.0/8, with route_localnet as portmap sets it", func() {
-		mallory := connected(host(0), "red")
+		mallory := fresh(host(0), "red")
 		on(host(0), func() { write("net/ipv4/conf/"+port(mallory)+"/route_localnet", "1") })
 		own := gateway(0, "red", false)
 		var listeners []*sink
@@ -201,7 +201,7 @@ func redirection(one world) {
 	})
 
 	It("a container does not fill its host's table of neighbours", func() {
-		mallory := connected(host(0), "red")
+		mallory := fresh(host(0), "red")
 		entries := func() (n int) {
 			on(host(0), func() {
 				list, err := kernel.RetryDump(func() ([]netlink.Neigh, error) {

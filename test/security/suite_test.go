@@ -46,7 +46,14 @@ var (
 	neighbour lab.Netns
 	masked    bool                        // masquerade is on
 	networks  map[string]metadata.Network // as they were put last
+	idle      map[place][]*lab.Container  // connected, and used by no spec
 )
+
+// place is where a container is.
+type place struct {
+	network string
+	host    int
+}
 
 func TestSecurity(t *testing.T) {
 	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib, probe.NftNAT, probe.IPv6)
@@ -86,7 +93,7 @@ func init() {
 // begin makes the cluster of a world, which goes with it. Its hosts are told to believe router advertisements, whatever Lariat's devices are told.
 func begin(one world) {
 	GinkgoHelper()
-	w, networks = one, map[string]metadata.Network{}
+	w, networks, idle = one, map[string]metadata.Network{}, map[place][]*lab.Container{}
 	var err error
 	cluster, err = lab.New(lab.Options{Hosts: 3, IPv6: one.v6, Manager: []string{"--interval", "1s", "--grace", "0s"}, Log: GinkgoWriter})
 	Expect(err).NotTo(HaveOccurred())
@@ -98,6 +105,14 @@ func begin(one world) {
 	Expect(err).NotTo(HaveOccurred())
 	DeferCleanup(func() { Expect(neighbour.Remove()).To(Succeed()) })
 	Expect(cluster.Up(ctx)).To(Succeed())
+	DeferCleanup(func() {
+		for at, list := range idle {
+			for _, c := range list {
+				Expect(c.Del(ctx, call(c.Host, at.network))).To(Succeed())
+				Expect(c.Netns.Remove()).To(Succeed())
+			}
+		}
+	})
 	for i, name := range []string{"red", "blue", "green"} {
 		n := metadata.Network{Name: name, Encapsulation: metadata.EncapVXLAN, VNI: uint32(1042 + i), Subnets: []netip.Prefix{netip.MustParsePrefix(fmt.Sprintf("10.%d.0.0/16", 42+i))}}
 		if one.dual {
@@ -218,15 +233,36 @@ func call(h *lab.Host, network string) lab.Call {
 	return lab.Call{Conf: conf}
 }
 
-// connected is a container on the network; it goes with the spec.
-func connected(h *lab.Host, network string) *lab.Container {
+// connected is a container on the network that no other spec uses. Specs use it one after the other, and leave it and its port as they were.
+func connected(h *lab.Host, network string) (c *lab.Container) {
+	GinkgoHelper()
+	at := place{network, h.Index}
+	if n := len(idle[at]); n > 0 {
+		c, idle[at] = idle[at][n-1], idle[at][:n-1]
+	} else {
+		c = attach(h, network)
+	}
+	DeferCleanup(func() { idle[at] = append(idle[at], c) })
+	return c
+}
+
+// fresh is a new container on the network, which goes with the spec: for those who change it or its port, or look at how it was made.
+func fresh(h *lab.Host, network string) *lab.Container {
+	GinkgoHelper()
+	c := attach(h, network)
+	DeferCleanup(func() {
+		Expect(c.Del(ctx, call(h, network))).To(Succeed())
+		Expect(c.Netns.Remove()).To(Succeed())
+	})
+	return c
+}
+
+func attach(h *lab.Host, network string) *lab.Container {
 	GinkgoHelper()
 	serial++
 	c, err := h.NewContainer(fmt.Sprintf("%s%d", network[:1], serial))
 	Expect(err).NotTo(HaveOccurred())
-	DeferCleanup(func() { Expect(c.Netns.Remove()).To(Succeed()) })
 	Expect(c.Add(ctx, call(h, network))).To(Succeed())
-	DeferCleanup(func() { Expect(c.Del(ctx, call(h, network))).To(Succeed()) })
 	return c
 }
 
