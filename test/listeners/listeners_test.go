@@ -45,11 +45,11 @@ var helpers = []struct {
 	{"lariat-metadata", ":9475", []string{
 		"/", // not found
 		"DELETE /v1/containers/{host}/{id}", "DELETE /v1/hosts/{host}", "DELETE /v1/networks/{network}",
-		"DELETE /v1/networks/{network}/attachments/{id}/{ifname}", "DELETE /v1/volumes/{driver}/{name}",
+		"DELETE /v1/networks/{network}/attachments/{id}/{ifname}", "DELETE /v1/problems", "DELETE /v1/volumes/{driver}/{name}",
 		"GET /v1/backup", "GET /v1/blocks", "GET /v1/containers", "GET /v1/containers/{host}", "GET /v1/containers/{host}/{id}",
 		"GET /v1/endpoints", "GET /v1/hosts", "GET /v1/hosts/{host}", "GET /v1/networks", "GET /v1/networks/{network}",
 		"GET /v1/networks/{network}/attachments", "GET /v1/networks/{network}/attachments/{id}/{ifname}",
-		"GET /v1/networks/{network}/status", "GET /v1/routes", "GET /v1/snapshot", "GET /v1/volumes", "GET /v1/watch",
+		"GET /v1/networks/{network}/status", "GET /v1/problems", "GET /v1/routes", "GET /v1/snapshot", "GET /v1/volumes", "GET /v1/watch",
 		"POST /v1/networks/{network}/attachments", "POST /v1/networks/{network}/gc", "POST /v1/networks/{network}/join",
 		"PUT /v1/containers/{host}/{id}", "PUT /v1/hosts/{host}", "PUT /v1/networks/{network}", "PUT /v1/volumes/{driver}/{name}",
 	}, true},
