@@ -115,7 +115,11 @@ func until(what string, ok func() bool) {
 	Eventually(ok).Should(BeTrue(), what)
 }
 
-var _ = Describe("An encrypted network", func() {
+var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
+	BeforeAll(func() { begin(lab.Options{Hosts: 3}, "192.0.2.250") })
+
+	outside(false)
+
 	It("F36: sets up one tunnel for a pair of hosts by the first packet, and what is on the wire is ESP", func() {
 		wires := watched()
 		a, b := connected(host(0)), connected(host(1))
@@ -461,14 +465,7 @@ var _ = Describe("An encrypted network", func() {
 		DeferCleanup(func() { Expect(host(0).Client().Delete(ctx, metadata.KindNetwork, "plain")).To(Succeed()) })
 		var plain []*lab.Container
 		for _, h := range cluster.Hosts[:2] {
-			serial++
-			c, err := h.NewContainer(fmt.Sprint("p", serial))
-			Expect(err).NotTo(HaveOccurred())
-			conf, err := h.Conf("plain", nil)
-			Expect(err).NotTo(HaveOccurred())
-			add(c, lab.Call{Conf: conf})
-			DeferCleanup(func() { Expect(c.Del(ctx, lab.Call{Conf: conf})).To(Succeed()); c.Netns.Remove() })
-			plain = append(plain, c)
+			plain = append(plain, connectedTo(h, "plain", callOf(h, "plain", "lariat-vxlan")))
 		}
 		a, b := connected(host(0)), connected(host(1))
 		pings(a, b)
