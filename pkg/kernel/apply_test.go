@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -222,6 +223,13 @@ func TestF32ForeignStateSurvives(t *testing.T) {
 	probe.Need(t, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.Veth)
 	ns, other := netnstest.New(t), netnstest.New(t)
 	k := openKernel(t, ns)
+	for _, n := range []*netnstest.NS{ns, other} { // the kernel's own link-local addresses come late, with routes, and send packets
+		n.Do(t, func() {
+			if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/addr_gen_mode", []byte("1"), 0); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
 	dev, _ := netnstest.Veth(t, ns, "192.0.2.1/24", other, "192.0.2.2/24")
 	for _, c := range []string{
 		"route add 203.0.113.0/24 via 192.0.2.2 proto static",
