@@ -15,6 +15,7 @@
 package guard
 
 import (
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -153,7 +154,7 @@ func (p *plan) guard() {
 	add(delta.IifPrefix(delta.PortPrefix), delta.Jump(FromPort))
 	if p.local.IsValid() {
 		// Whoever says that a tunnel's path takes less than its network needs, lies, or the network's MTU is wrong (lariat doctor measures it).
-		add(delta.TooBig{From: p.local, To: HostSet(p.local.Is6()), Below: uint16(p.size)}, drop)
+		add(delta.TooBig{From: p.local, To: HostSet(p.local.Is6()), Below: uint16(min(p.size, math.MaxUint16))}, drop)
 	}
 	if len(p.vxlan) > 0 {
 		for _, n := range p.networks {
@@ -283,7 +284,7 @@ func (p *plan) untracked() {
 	}
 	c := delta.Chain{Type: "filter", Hook: "output", Priority: priority}
 	from := delta.InPrefix{Field: "saddr", Prefix: netip.PrefixFrom(p.local, p.local.BitLen())}
-	add := func(match delta.Statement) { c.Rules = append(c.Rules, delta.Rule{from, match, delta.Notrack{}}) }
+	add := func(match delta.Statement) { c.Rules = append(c.Rules, delta.Rule{from, match, delta.Notrack{}, accept}) }
 	for _, port := range p.vxlan {
 		add(delta.UDPDport(port)) // its source port is a hash of the packet inside
 	}
