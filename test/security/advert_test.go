@@ -178,6 +178,13 @@ func devices(one world) {
 	for _, kind := range kinds {
 		bad := map[string][]string{"rp_filter": {"0", "2"}, "accept_ra": {"1", "2"}, "disable_ipv6": {"0"}}[kind]
 		It("repairs what somebody changes: "+kind, func() {
+			Expect(host(0).Manager.Stop()).To(Succeed())
+			Expect(host(0).StartManager(ctx, "--interval", "100ms")).To(Succeed())
+			DeferCleanup(func() {
+				Expect(host(0).Manager.Stop()).To(Succeed())
+				Expect(host(0).StartManager(ctx)).To(Succeed())
+				settle()
+			})
 			c := fresh(host(0), "red")
 			devs := []string{port(c), "vtep1042"}
 			Expect(wrong(kind, devs...)).To(BeEmpty())

@@ -221,14 +221,15 @@ func firewall(one world) {
 			ipt(commands[v6], "-P", "FORWARD", "DROP")
 			DeferCleanup(func() {
 				ipt(commands[v6], "-P", "FORWARD", "ACCEPT")
-				Eventually(func() (string, error) { return host(0).Output(ctx, commands[v6], "-S", "FORWARD") }, "10s", "50ms").ShouldNot(ContainSubstring("LARIAT-FORWARD"))
+				Eventually(func() (string, error) { return host(0).Output(ctx, commands[v6], "-S", "FORWARD") }, "15s", "50ms").ShouldNot(ContainSubstring("LARIAT-FORWARD"))
 			})
 		}
 		t := newTrial()
 		t.listen("the bridge's machine", docker, "eth0")
 		t.listen("red on a", c.Netns, "eth0")
 		for _, v6 := range families(one) {
-			Eventually(func() (string, error) { return host(0).Output(ctx, commands[v6], "-S", "FORWARD") }, "10s", "50ms").Should(ContainSubstring("LARIAT-FORWARD"))
+			Eventually(func() (string, error) { return host(0).Output(ctx, commands[v6], "-S") }, "15s", "50ms").Should(And( // the manager may have looked for bridges a moment too early
+				ContainSubstring("-A FORWARD -j LARIAT-FORWARD"), ContainSubstring("-o docker0 -j RETURN")))
 			pings(c.Netns, near.Addr(v6))
 			pings(c.Netns, far.Addr(v6))
 			pings(far.Netns, c.Addr(v6))

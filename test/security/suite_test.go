@@ -95,7 +95,7 @@ func begin(one world) {
 	GinkgoHelper()
 	w, networks, idle = one, map[string]metadata.Network{}, map[place][]*lab.Container{}
 	var err error
-	cluster, err = lab.New(lab.Options{Hosts: 3, IPv6: one.v6, Manager: []string{"--interval", "1s", "--grace", "0s"}, Log: GinkgoWriter})
+	cluster, err = lab.New(lab.Options{Hosts: 3, IPv6: one.v6, Manager: []string{"--interval", "5s", "--grace", "0s"}, Log: GinkgoWriter})
 	Expect(err).NotTo(HaveOccurred())
 	DeferCleanup(func() { Expect(cluster.Remove()).To(Succeed()) })
 	for _, h := range cluster.Hosts {
