@@ -284,7 +284,9 @@ func (p *plan) untracked() {
 	}
 	c := delta.Chain{Type: "filter", Hook: "output", Priority: priority}
 	from := delta.InPrefix{Field: "saddr", Prefix: netip.PrefixFrom(p.local, p.local.BitLen())}
-	add := func(match delta.Statement) { c.Rules = append(c.Rules, delta.Rule{from, match, delta.Notrack{}, accept}) }
+	add := func(match delta.Statement) {
+		c.Rules = append(c.Rules, delta.Rule{from, match, delta.Notrack{}, accept})
+	}
 	for _, port := range p.vxlan {
 		add(delta.UDPDport(port)) // its source port is a hash of the packet inside
 	}

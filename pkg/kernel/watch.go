@@ -27,6 +27,7 @@ const (
 	EventRoute   EventKind = "route"
 	EventNexthop EventKind = "nexthop"
 	EventNft     EventKind = "nft"
+	EventBridge  EventKind = "bridge" // of somebody else's
 	EventPort    EventKind = "port"   // the reverse-path check of a container's port was changed
 	EventResync  EventKind = "resync" // anything may have happened: the kernel had more to tell than was read in time
 )
@@ -279,6 +280,9 @@ func (w *watcher) link(typ uint16, f foundLink) {
 		w.owned[f.index] = f.name
 	case typ == unix.RTM_DELLINK:
 		delete(w.owned, f.index)
+	}
+	if f.kind == "bridge" {
+		w.add(EventBridge, f.name)
 	}
 	w.add(EventLink, f.name)
 }

@@ -96,7 +96,7 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 				if ev.Kind == kernel.EventLink || ev.Kind == kernel.EventAddr || ev.Kind == kernel.EventResync {
 					underlay.Trigger()
 				}
-				if ev.Kind == kernel.EventNft || ev.Kind == kernel.EventResync {
+				if ev.Kind == kernel.EventNft || ev.Kind == kernel.EventBridge || ev.Kind == kernel.EventResync {
 					forward.Trigger()
 				}
 			}
