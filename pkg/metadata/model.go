@@ -144,7 +144,7 @@ const ProbePort = 4788
 // StorePorts are the TCP ports of the store, for clients and between its members, by default: etcd's.
 var StorePorts = []uint16{2379, 2380}
 
-// AllowAll, in Network.AllowFrom, stands for every network.
+// AllowAll stands for every network in Network.AllowFrom.
 const AllowAll = "all"
 
 // HasIPv6 reports whether the network has a subnet of IPv6.

@@ -204,9 +204,8 @@ func redirection(one world) {
 		mallory := fresh(host(0), "red")
 		entries := func() (n int) {
 			on(host(0), func() {
-				list, err := kernel.RetryDump(func() ([]netlink.Neigh, error) {
-					return netlink.NeighList(link(port(mallory)).Attrs().Index, netlink.FAMILY_ALL)
-				})
+				dev := link(port(mallory)).Attrs().Index
+				list, err := kernel.RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(dev, netlink.FAMILY_ALL) })
 				Expect(err).NotTo(HaveOccurred())
 				n = len(list)
 			})
