@@ -199,7 +199,7 @@ secrets {
 `}
 )
 
-// rulesByHand are those of package ipsec, for the reader: what keeping clear packets off the wire costs whoever does it.
+// rulesByHand keep clear packets off the wire and let none in, and no more, for the reader: what that costs whoever does it.
 const rulesByHand = `
 ip link set dev port0 group 76
 ip link set dev ipsec0 group 76

@@ -140,6 +140,18 @@ func manager(h *lab.Host, method, path, body string) (int, string) {
 	return res.StatusCode, string(data)
 }
 
+// reload has a host's manager reconcile until that succeeds. On a busy machine the time for one pass is too short now and then.
+func reload(h *lab.Host) {
+	GinkgoHelper()
+	Eventually(func() error {
+		code, body := manager(h, "POST", "/v1/reload", "")
+		if code != http.StatusOK {
+			return fmt.Errorf("%d %s", code, body)
+		}
+		return nil
+	}).Should(Succeed())
+}
+
 func report(h *lab.Host) (r ipsec.Report, err error) {
 	code, body := manager(h, "GET", "/v1/tunnels", "")
 	if code != http.StatusOK {

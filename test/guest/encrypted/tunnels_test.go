@@ -178,8 +178,7 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		foreign := &netlink.XfrmPolicy{Src: mustCIDR("203.0.113.0/24"), Dst: mustCIDR("198.51.100.0/24"), Dir: netlink.XFRM_DIR_OUT, Ifid: 77, Action: netlink.XFRM_POLICY_BLOCK}
 		Expect(host(0).Do(func() error { return netlink.XfrmPolicyAdd(foreign) })).To(Succeed())
 		DeferCleanup(func() { Expect(host(0).Do(func() error { return netlink.XfrmPolicyDel(foreign) })).To(Succeed()) })
-		code, body := manager(host(0), "POST", "/v1/reload", "")
-		Expect(code).To(Equal(200), body)
+		reload(host(0))
 		_, policies := xfrm(host(0))
 		Expect(policies).To(ContainElement(HaveField("Ifid", 77)))
 	})
@@ -359,8 +358,7 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		sent, lost := loss(a, b, func() {
 			for _, h := range cluster.Hosts {
 				secrets(h, secretB, secretA)
-				code, body := manager(h, "POST", "/v1/reload", "")
-				Expect(code).To(Equal(200), body)
+				reload(h)
 			}
 			until("the new secret in use", func() bool {
 				t := tunnel(host(0), host(1))
@@ -368,8 +366,7 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 			})
 			for _, h := range cluster.Hosts {
 				secrets(h, secretB)
-				code, body := manager(h, "POST", "/v1/reload", "")
-				Expect(code).To(Equal(200), body)
+				reload(h)
 			}
 		})
 		Expect(lost).To(BeEmpty(), "of %d", sent)
@@ -450,8 +447,7 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		Expect(code).To(Equal(500))
 		Expect(body).To(And(ContainSubstring("tunnels"), ContainSubstring("chmod 600")))
 		Expect(os.Chmod(host(0).SecretFile(), 0o600)).To(Succeed())
-		code, body = manager(host(0), "POST", "/v1/reload", "")
-		Expect(code).To(Equal(200), body)
+		reload(host(0))
 		code, body = manager(host(0), "PUT", "/v1/log-level", "debug")
 		Expect(code).To(Equal(200), body)
 		code, body = manager(host(0), "PUT", "/v1/log-level", "loud")
