@@ -133,6 +133,9 @@ type Set struct {
 	Interval bool
 	Elements []netip.Prefix // sorted, without overlaps
 
+	// Ports, when not nil, are what a set of ports holds, sorted; it has no Elements then. Such a set is made anew to be changed.
+	Ports []uint16
+
 	// Other is empty on desired sets. On an observed one it says what it is that ours never are; such a set is made again.
 	Other string
 }

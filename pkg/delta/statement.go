@@ -62,8 +62,11 @@ type NotAddr struct {
 // L4Proto matches the protocol behind the IP header, by its IANA number: meta l4proto tcp.
 type L4Proto uint8
 
-// TCPDport matches the destination port of a TCP packet: tcp dport 2379.
-type TCPDport uint16
+// DportIn matches the destination port of a TCP or UDP packet against a set of ports: udp dport @tunnel-ports.
+type DportIn struct {
+	Proto L4Proto
+	Set   string
+}
 
 // UDPDport matches the destination port of a UDP packet: udp dport 4789.
 type UDPDport uint16
@@ -71,8 +74,8 @@ type UDPDport uint16
 // UDPSport matches the source port of a UDP packet: udp sport 500.
 type UDPSport uint16
 
-// IPv6Fragment matches an IPv6 packet that is a fragment: exthdr frag exists.
-type IPv6Fragment struct{}
+// Fragment matches a packet that is a fragment: ip frag-off & 16383 != 0, exthdr frag exists.
+type Fragment struct{ V6 bool }
 
 // VXLANVNI matches the VNI behind the UDP header (RFC 7348 §5): @th,96,24 0x412. It stands behind UDPDport, and has meaning
 // only there.
@@ -146,10 +149,10 @@ func (Oif) statement()           {}
 func (InSet) statement()         {}
 func (NotAddr) statement()       {}
 func (L4Proto) statement()       {}
-func (TCPDport) statement()      {}
+func (DportIn) statement()       {}
 func (UDPDport) statement()      {}
 func (UDPSport) statement()      {}
-func (IPv6Fragment) statement()  {}
+func (Fragment) statement()      {}
 func (Reverse) statement()       {}
 func (ToLocal) statement()       {}
 func (CtReply) statement()       {}
@@ -219,7 +222,7 @@ func (s InSet) String() string {
 }
 
 // String is the statement as nft lists it.
-func (s TCPDport) String() string { return "tcp dport " + strconv.Itoa(int(s)) }
+func (s DportIn) String() string { return l4protos[s.Proto] + " dport @" + s.Set }
 
 // String is the statement as nft lists it.
 func (s UDPDport) String() string { return "udp dport " + strconv.Itoa(int(s)) }
@@ -239,7 +242,12 @@ func (s L4Proto) String() string {
 }
 
 // String is the statement as nft lists it.
-func (IPv6Fragment) String() string { return "exthdr frag exists" }
+func (s Fragment) String() string {
+	if s.V6 {
+		return "exthdr frag exists"
+	}
+	return "ip frag-off & 16383 != 0"
+}
 
 // String is the statement as nft lists it.
 func (Reverse) String() string { return "fib saddr . iif oif exists" }
@@ -319,7 +327,7 @@ func (c Chain) Equal(o Chain) bool {
 
 // SameType says whether two sets differ in nothing but their elements.
 func (s Set) SameType(o Set) bool {
-	return s.V6 == o.V6 && s.Interval == o.Interval && s.Other == o.Other
+	return s.V6 == o.V6 && s.Interval == o.Interval && s.Other == o.Other && (s.Ports == nil) == (o.Ports == nil) && slices.Equal(s.Ports, o.Ports)
 }
 
 // Equal compares two sets with their elements.

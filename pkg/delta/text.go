@@ -134,6 +134,16 @@ func appendElements(b []byte, elements []netip.Prefix) []byte {
 
 func appendSet(b []byte, name string, s Set) []byte {
 	b = append(append(b, "set   inet "+Table+" "...), name...)
+	if s.Ports != nil {
+		b = append(b, " { type inet_service; elements = {"...)
+		for i, p := range s.Ports {
+			if i > 0 {
+				b = append(b, ',')
+			}
+			b = strconv.AppendUint(append(b, ' '), uint64(p), 10)
+		}
+		return append(b, " }; }"...)
+	}
 	b = append(b, " { type ipv4_addr;"...)
 	if s.V6 {
 		b[len(b)-len("4_addr;")] = '6'

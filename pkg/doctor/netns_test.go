@@ -263,7 +263,7 @@ func TestF137RealBlockingRules(t *testing.T) {
 	}
 	defer k.Close()
 	const what = "rules error: rules that keep containers, networks and the underlay apart are "
-	p.examine(t, what+"missing: chain clear-out, from-outside, from-port, guard, isolation, to-host, untracked, vtep-sources")
+	p.examine(t, what+"missing: chain clear-out, from-outside, from-port, guard, isolation, to-host, untracked")
 	if _, err := kernel.Reconcile(t.Context(), k, want(p.snap, "a")); err != nil {
 		t.Fatal(err)
 	}

@@ -15,6 +15,7 @@
 package guard
 
 import (
+	"cmp"
 	"math"
 	"net/netip"
 	"slices"
@@ -35,6 +36,15 @@ const (
 	Untracked   = "untracked"    // output, in front of connection tracking
 )
 
+// Sets of ports: of tunnels, IKE and the probe, by UDP; of the store, by TCP.
+const (
+	TunnelPorts = "tunnel-ports"
+	StorePorts  = "store-ports"
+)
+
+// VTEPSet is the set of the addresses from which VXLAN packets are taken.
+func VTEPSet(v6 bool) string { return "vteps" + family(v6) }
+
 // HostSet is the set of all addresses at which listed hosts have tunnels' ends: of the underlay, and their own on the overlay.
 func HostSet(v6 bool) string { return "hosts" + family(v6) }
 
@@ -44,6 +54,7 @@ const priority = -300
 // IANA's protocol numbers.
 const (
 	protoTCP = 6
+	protoUDP = 17
 	protoESP = 50
 )
 
@@ -59,7 +70,7 @@ type plan struct {
 	snap     *metadata.Snapshot
 	local    netip.Addr         // end of this host's tunnels; invalid when it has none
 	networks []metadata.Network // encapsulated ones, by name
-	vxlan    []uint16           // UDP ports
+	vxlan    []metadata.Network // those of them that are VXLAN's
 	size     int                // octets of the largest tunnel packet that any network needs
 }
 
@@ -75,7 +86,7 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 		case metadata.EncapNone:
 			continue
 		case metadata.EncapVXLAN:
-			p.vxlan = append(p.vxlan, n.UDPPort())
+			p.vxlan = append(p.vxlan, n)
 		}
 		p.size = max(p.size, mtu.Container(n, me)+mtu.Overhead(n, me))
 		p.networks = append(p.networks, n)
@@ -84,8 +95,9 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 		return p.s
 	}
 	slices.SortFunc(p.networks, func(a, b metadata.Network) int { return strings.Compare(a.Name, b.Name) })
-	slices.Sort(p.vxlan)
-	p.vxlan = slices.Compact(p.vxlan)
+	slices.SortFunc(p.vxlan, func(a, b metadata.Network) int {
+		return cmp.Or(cmp.Compare(a.UDPPort(), b.UDPPort()), cmp.Compare(a.VNI, b.VNI))
+	})
 	p.hosts()
 	p.fromPort()
 	p.guard()
@@ -94,7 +106,7 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	return p.s
 }
 
-// hosts are the sets of tunnels' ends.
+// hosts are the sets of tunnels' ends, and of the ports there.
 func (p *plan) hosts() {
 	var all [2][]netip.Prefix
 	add := func(a netip.Addr) {
@@ -107,12 +119,22 @@ func (p *plan) hosts() {
 			add(u.Address.Addr())
 		}
 	}
+	if v6 := p.local.Is6(); p.local.IsValid() && len(p.vxlan) > 0 {
+		p.s.Sets[VTEPSet(v6)] = delta.Set{V6: v6, Elements: delta.Disjoint(all[index(v6)])}
+	}
 	for _, b := range p.snap.Blocks {
 		add(b.Gateway)
 	}
 	for i, list := range all {
 		p.s.Sets[HostSet(i == 1)] = delta.Set{V6: i == 1, Elements: delta.Disjoint(list)}
 	}
+	ports := []uint16{metadata.ProbePort, ikePort, nattPort}
+	for _, n := range p.vxlan {
+		ports = append(ports, n.UDPPort())
+	}
+	slices.Sort(ports)
+	p.s.Sets[TunnelPorts] = delta.Set{Ports: slices.Compact(ports)}
+	p.s.Sets[StorePorts] = delta.Set{Ports: metadata.StorePorts}
 }
 
 // fromPort is what a container must not send: with an address that is not its own, with one of the link alone (nothing needs it: a
@@ -123,29 +145,17 @@ func (p *plan) fromPort() {
 		{delta.NoReverse{}, drop},
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("fe80::/10")}, drop},
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("127.0.0.0/8")}, drop},
+		{delta.DportIn{Proto: protoTCP, Set: StorePorts}, delta.Jump(ToHost)},
+		{delta.L4Proto(protoTCP), accept},
+		{delta.DportIn{Proto: protoUDP, Set: TunnelPorts}, delta.Jump(ToHost)},
+		{delta.L4Proto(protoESP), delta.Jump(ToHost)},
 	}}
-	for _, port := range metadata.StorePorts {
-		c.Rules = append(c.Rules, delta.Rule{delta.TCPDport(port), delta.Jump(ToHost)})
-	}
-	c.Rules = append(c.Rules, delta.Rule{delta.L4Proto(protoTCP), accept})
-	for _, m := range p.tunnels() {
-		c.Rules = append(c.Rules, delta.Rule{m, delta.Jump(ToHost)})
-	}
 	p.s.Chains[FromPort] = c
 	p.s.Chains[ToHost] = delta.Chain{Rules: []delta.Rule{
 		{delta.InSet{Field: "daddr", Set: HostSet(false)}, drop},
 		{delta.InSet{Field: "daddr", Set: HostSet(true), V6: true}, drop},
 		{delta.ToLocal{}, drop},
 	}}
-}
-
-// tunnels match what hosts send each other: packets of tunnels, IKE, and the probe of their paths. Those of IPsec are among them on every
-// host: it may have tunnels of somebody else's.
-func (p *plan) tunnels() (out []delta.Statement) {
-	for _, port := range append(slices.Clone(p.vxlan), metadata.ProbePort, ikePort, nattPort) {
-		out = append(out, delta.UDPDport(port))
-	}
-	return append(out, delta.L4Proto(protoESP))
 }
 
 func (p *plan) guard() {
@@ -169,10 +179,7 @@ func (p *plan) guard() {
 		add(delta.IifPrefix(delta.VTEPPrefix), accept)
 	}
 	if p.local.IsValid() {
-		to := delta.InPrefix{Field: "daddr", Prefix: netip.PrefixFrom(p.local, p.local.BitLen())}
-		for _, m := range p.tunnels() {
-			add(to, m, delta.Notrack{}, accept)
-		}
+		p.wire(add)
 	}
 	outside := []delta.Statement{delta.IifGroup{Group: delta.InsideGroup, Not: true}, delta.Iif{Name: "lo", Not: true}}
 	for _, n := range p.networks {
@@ -197,6 +204,33 @@ func (p *plan) guard() {
 		}
 	}
 	p.s.Chains[Chain] = c
+}
+
+// wire takes the packets of tunnels, and of IKE and the probe, without tracking. Of VXLAN it takes what comes from listed hosts to the underlay
+// address; the kernel listens on every address. What else has one of our VNIs is dropped: another overlay on the same port is not ours to
+// filter. Without connection tracking, fragments are put together behind this hook, and a first one may end before the VNI: strangers' are dropped.
+func (p *plan) wire(add func(...delta.Statement)) {
+	v6 := p.local.Is6()
+	to := delta.InPrefix{Field: "daddr", Prefix: netip.PrefixFrom(p.local, p.local.BitLen())}
+	for _, port := range p.vxlanPorts() {
+		add(to, port, delta.InSet{Field: "saddr", Set: VTEPSet(v6), V6: v6}, delta.Notrack{}, accept)
+		add(port, delta.Fragment{V6: v6}, delta.ToLocal{}, drop)
+	}
+	for _, n := range p.vxlan {
+		add(delta.UDPDport(n.UDPPort()), delta.VXLANVNI(n.VNI), delta.ToLocal{}, drop)
+	}
+	add(to, delta.DportIn{Proto: protoUDP, Set: TunnelPorts}, delta.Notrack{}, accept)
+	add(to, delta.L4Proto(protoESP), delta.Notrack{}, accept)
+}
+
+// vxlanPorts match the UDP ports of VXLAN networks, each once.
+func (p *plan) vxlanPorts() (out []delta.Statement) {
+	for _, n := range p.vxlan {
+		if m := delta.UDPDport(n.UDPPort()); !slices.Contains(out, delta.Statement(m)) {
+			out = append(out, m)
+		}
+	}
+	return out
 }
 
 // exempt are the destinations that see a network's containers by their own addresses. They answer to those.
@@ -287,8 +321,8 @@ func (p *plan) untracked() {
 	add := func(match delta.Statement) {
 		c.Rules = append(c.Rules, delta.Rule{from, match, delta.Notrack{}, accept})
 	}
-	for _, port := range p.vxlan {
-		add(delta.UDPDport(port)) // its source port is a hash of the packet inside
+	for _, port := range p.vxlanPorts() {
+		add(port) // its source port is a hash of the packet inside
 	}
 	for _, port := range []uint16{metadata.ProbePort, ikePort, nattPort} {
 		add(delta.UDPSport(port))

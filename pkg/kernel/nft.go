@@ -19,7 +19,8 @@ const (
 	nfprotoInet   = 1
 	keyIPv4       = 7 // nft's numbers of its types ipv4_addr and ipv6_addr
 	keyIPv6       = 8
-	batchGenID    = 1 // NFNL_BATCH_GENID
+	keyPort       = 13 // inet_service
+	batchGenID    = 1  // NFNL_BATCH_GENID
 	elemEnd       = unix.NFT_SET_ELEM_INTERVAL_END
 	elementsOnce  = 1500 // of one message: an attribute holds 64 KiB
 	generations   = 5    // how often a transaction is begun again because the ruleset changed meanwhile
@@ -151,7 +152,11 @@ func (f *nftables) load() error {
 		if err != nil {
 			return err
 		}
-		s.Elements, s.Other = fromElements(elements, s)
+		if s.Ports != nil {
+			s.Ports, s.Other = toPorts(elements)
+		} else {
+			s.Elements, s.Other = fromElements(elements, s)
+		}
 		f.sets[name] = s
 	}
 	if err := f.list(unix.NFT_MSG_GETCHAIN, 0, "", func(body []byte) { parseChain(body, f.chains) }); err != nil {
@@ -202,7 +207,10 @@ func parseSet(body []byte) (name string, s delta.Set, anonymous bool) {
 	}
 	s.V6 = key == keyIPv6
 	s.Interval = flags&unix.NFT_SET_INTERVAL != 0
-	if flags&^plainSetFlags != 0 || (key != keyIPv4 && key != keyIPv6) {
+	if key == keyPort {
+		s.Ports = []uint16{}
+	}
+	if flags&^plainSetFlags != 0 || (key != keyIPv4 && key != keyIPv6 && key != keyPort) || key == keyPort && s.Interval {
 		s.Other = "of another type"
 	}
 	return name, s, flags&unix.NFT_SET_ANONYMOUS != 0
@@ -211,6 +219,7 @@ func parseSet(body []byte) (name string, s delta.Set, anonymous bool) {
 // element is one element of a set as the kernel holds it: an interval is two of them, its first address and the first one behind.
 type element struct {
 	addr netip.Addr
+	port uint16
 	end  bool
 	odd  bool // carries more than a key
 }
@@ -226,7 +235,9 @@ func parseElements(out []element, body []byte) []element {
 				switch x.typ {
 				case unix.NFTA_SET_ELEM_KEY:
 					for v := newAttrs(x.value); v.next(); {
-						e.addr = v.addr()
+						if e.addr = v.addr(); len(v.value) == 2 {
+							e.port = binary.BigEndian.Uint16(v.value)
+						}
 					}
 				case unix.NFTA_SET_ELEM_FLAGS:
 					e.end = x.u32be()&elemEnd != 0
@@ -238,6 +249,19 @@ func parseElements(out []element, body []byte) []element {
 		}
 	}
 	return out
+}
+
+// toPorts turns elements into sorted ports.
+func toPorts(elements []element) (out []uint16, other string) {
+	out = []uint16{}
+	for _, e := range elements {
+		if e.odd || e.end || e.port == 0 {
+			return out, "of other elements"
+		}
+		out = append(out, e.port)
+	}
+	slices.Sort(out)
+	return out, ""
 }
 
 // fromElements turns elements into sorted prefixes. What is no prefix makes the set unlike any that is wanted.
@@ -518,6 +542,9 @@ func (f *nftables) plan(sets map[string]delta.Set, chains map[string]delta.Chain
 				set(m, unix.NFT_MSG_NEWSET, unix.NLM_F_CREATE, name, &want)
 				return nil
 			})
+			if len(want.Ports) > 0 {
+				add("add ports to set "+name, func(m *message) error { ports(m, name, want.Ports); return nil })
+			}
 		}
 		more, less := delta.ElementChanges(want.Elements, have.Elements)
 		for part := range slices.Chunk(less, elementsOnce) {
@@ -587,7 +614,10 @@ func set(m *message, typ, flags uint16, name string, s *delta.Set) {
 		return
 	}
 	key, length, setFlags := uint32(keyIPv4), uint32(4), uint32(0)
-	if s.V6 {
+	switch {
+	case s.Ports != nil:
+		key, length = keyPort, 2
+	case s.V6:
 		key, length = keyIPv6, 16
 	}
 	if s.Interval {
@@ -599,6 +629,21 @@ func set(m *message, typ, flags uint16, name string, s *delta.Set) {
 	m.u32be(unix.NFTA_SET_ID, 1) // the kernel wants one, and finds sets by their names
 	// The byte order of keys for nft's listing (NFTNL_UDATA_SET_KEYBYTEORDER, big endian): type, length, value.
 	m.bytes(unix.NFTA_SET_USERDATA, []byte{0, 4, 2, 0, 0, 0})
+}
+
+func ports(m *message, name string, list []uint16) {
+	nftMessage(m, unix.NFT_MSG_NEWSETELEM, unix.NLM_F_CREATE)
+	m.string(unix.NFTA_SET_ELEM_LIST_TABLE, delta.Table)
+	m.string(unix.NFTA_SET_ELEM_LIST_SET, name)
+	all := m.nest(unix.NFTA_SET_ELEM_LIST_ELEMENTS)
+	for _, p := range list {
+		e := m.nest(unix.NFTA_LIST_ELEM)
+		key := m.nest(unix.NFTA_SET_ELEM_KEY)
+		m.bytes(unix.NFTA_DATA_VALUE, binary.BigEndian.AppendUint16(nil, p))
+		m.end(key)
+		m.end(e)
+	}
+	m.end(all)
 }
 
 func elements(m *message, typ, flags uint16, name string, s delta.Set, list []netip.Prefix) {

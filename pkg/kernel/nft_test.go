@@ -25,6 +25,7 @@ func filters() *delta.State {
 	s.Sets["keep6-overlay"] = delta.Set{Interval: true, V6: true, Elements: prefixes("fd42::/64", "ff00::/8")}
 	s.Sets["vteps4"] = delta.Set{Elements: prefixes("192.0.2.1/32", "192.0.2.2/32")}
 	s.Sets["vteps6"] = delta.Set{V6: true, Elements: prefixes("2001:db8::1/128")}
+	s.Sets["ports"] = delta.Set{Ports: []uint16{500, 4789, 65535}}
 	s.Sets["hosts4"] = delta.Set{Elements: prefixes("192.0.2.1/32", "192.0.2.2/32")}
 	s.Sets["hosts6"] = delta.Set{V6: true, Elements: prefixes("2001:db8::1/128")}
 	s.Chains["antispoof"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
@@ -47,7 +48,7 @@ func filters() *delta.State {
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.42.0.0/16")}, delta.Reverse{}, delta.Verdict("accept")},
 	}}
 	s.Chains["from-port"] = delta.Chain{Rules: []delta.Rule{
-		{delta.TCPDport(2379), delta.Verdict("drop")},
+		{delta.DportIn{Proto: 6, Set: "ports"}, delta.Verdict("drop")},
 		{delta.L4Proto(6), delta.Verdict("accept")},
 		{delta.UDPDport(500), delta.ToLocal{}, delta.Verdict("drop")},
 		{delta.L4Proto(50), delta.InSet{Field: "daddr", Set: "hosts4"}, delta.Verdict("drop")},
@@ -56,8 +57,9 @@ func filters() *delta.State {
 	}}
 	s.Chains["isolation"] = delta.Chain{Type: "filter", Hook: "forward", Priority: -10, Rules: []delta.Rule{
 		{delta.NotAddr{Field: "daddr", Addr: netip.MustParseAddr("192.0.2.1")}, delta.UDPDport(4789), delta.Verdict("drop")},
-		{delta.NotAddr{Field: "saddr", Addr: netip.MustParseAddr("2001:db8::1")}, delta.IPv6Fragment{}, delta.Verdict("drop")},
-		{delta.UDPDport(4789), delta.IPv6Fragment{}, delta.InSet{Field: "saddr", Set: "hosts6", V6: true, Not: true}, delta.Verdict("drop")},
+		{delta.NotAddr{Field: "saddr", Addr: netip.MustParseAddr("2001:db8::1")}, delta.Fragment{V6: true}, delta.Verdict("drop")},
+		{delta.DportIn{Proto: 17, Set: "ports"}, delta.Fragment{}, delta.ToLocal{}, delta.Verdict("drop")},
+		{delta.UDPDport(4789), delta.Fragment{V6: true}, delta.InSet{Field: "saddr", Set: "hosts6", V6: true, Not: true}, delta.Verdict("drop")},
 		{delta.TooBig{From: netip.MustParseAddr("192.0.2.1"), To: "hosts4", Below: 1500}, delta.Verdict("drop")},
 		{delta.TooBig{From: netip.MustParseAddr("2001:db8::1"), To: "hosts6", Below: 1500}, delta.Verdict("drop")},
 		{delta.NotIifPrefix(delta.VTEPPrefix), delta.CtReply{}, delta.Verdict("accept")},
@@ -132,6 +134,8 @@ func TestF29NftablesChangedByHandAreMended(t *testing.T) {
 		{"a rule with a counter", "insert rule inet lariat antispoof counter"},
 		{"an element added", "add element inet lariat vteps4 { 203.0.113.9 }"},
 		{"an element removed", "delete element inet lariat keep4-overlay { 10.43.0.0/16 }"},
+		{"a port added", "add element inet lariat ports { 22 }"},
+		{"a port removed", "delete element inet lariat ports { 500 }"},
 		{"a range added", "add element inet lariat keep4-overlay { 192.0.2.5-192.0.2.9 }"},
 		{"a chain added", "add chain inet lariat mine { type filter hook input priority 0; policy drop; }"},
 		{"a chain without hook that a rule jumps to", "add chain inet lariat mine; add rule inet lariat mine drop; add rule inet lariat antispoof jump mine"},

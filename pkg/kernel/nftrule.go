@@ -29,7 +29,11 @@ const (
 	ctDNAT  = 1 << 5
 
 	fragmentHeader = 44 // IANA's number of the IPv6 fragment header
+	fragmentOffset = 6  // of the IPv4 header's field
 )
+
+// fragmentMask leaves of that field whether more fragments follow, and where this one belongs (RFC 791 §3.1).
+var fragmentMask = []byte{0x3f, 0xff}
 
 // Field offsets in the IP headers.
 var addrField = map[bool]map[string]uint32{
@@ -63,8 +67,8 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		add(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg})
 		cmp(false, []byte{number})
 	}
-	portOf := func(number byte, offset uint32, port uint16) {
-		l4(number)
+	udp := func(offset uint32, port uint16) {
+		l4(unix.IPPROTO_UDP)
 		add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: 2})
 		cmp(false, binary.BigEndian.AppendUint16(nil, port))
 	}
@@ -134,13 +138,20 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		case delta.L4Proto:
 			l4(byte(s))
 		case delta.UDPDport:
-			portOf(unix.IPPROTO_UDP, 2, uint16(s))
-		case delta.TCPDport:
-			portOf(unix.IPPROTO_TCP, 2, uint16(s))
+			udp(2, uint16(s))
+		case delta.DportIn:
+			l4(byte(s.Proto))
+			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Lookup{SourceRegister: reg, SetName: s.Set})
 		case delta.UDPSport:
-			portOf(unix.IPPROTO_UDP, 0, uint16(s))
-		case delta.IPv6Fragment:
-			ofFamily(true)
+			udp(0, uint16(s))
+		case delta.Fragment:
+			ofFamily(s.V6)
+			if !s.V6 {
+				add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: fragmentOffset, Len: 2},
+					&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 2, Mask: fragmentMask, Xor: make([]byte, 2)})
+				cmp(true, make([]byte, 2))
+				continue
+			}
 			add(&expr.Exthdr{DestRegister: reg, Type: fragmentHeader, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: expr.ExthdrOpIpv6})
 			cmp(false, []byte{1})
 		case delta.Reverse:
@@ -243,7 +254,7 @@ func readTooBig(x []expression) (s delta.TooBig, n int, ok bool) {
 		case *expr.Cmp:
 			same = x[i].name == "cmp" && x[i].u32(unix.NFTA_CMP_SREG) == reg && x[i].u32(unix.NFTA_CMP_OP) == uint32(e.Op) && bytes.Equal(x[i].data(unix.NFTA_CMP_DATA), e.Data)
 		case *expr.Lookup:
-			same = x[i].u32(unix.NFTA_LOOKUP_SREG) == reg && x[i].attrs[unix.NFTA_LOOKUP_DREG] == nil && x[i].u32(unix.NFTA_LOOKUP_FLAGS) == 0
+			same = x[i].plainLookup()
 		}
 		if !same {
 			return s, 0, false
@@ -407,17 +418,17 @@ func statement(x []expression) (delta.Statement, int) {
 		case key == unix.NFT_META_NFPROTO && !not && len(data) == 1 && len(x) > 2 && matchesFamily(x[2:], data[0]):
 			return nil, 2
 		case key == unix.NFT_META_L4PROTO && !not && len(data) == 1:
-			if len(x) > 3 && x[3].equals(2) {
+			if data[0] == unix.IPPROTO_UDP && len(x) > 3 && x[3].equals(2) {
 				port := binary.BigEndian.Uint16(x[3].data(unix.NFTA_CMP_DATA))
-				destination := x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2)
 				switch {
-				case data[0] == unix.IPPROTO_UDP && destination:
-					return delta.UDPDport(port), 4
-				case data[0] == unix.IPPROTO_TCP && destination:
-					return delta.TCPDport(port), 4
-				case data[0] == unix.IPPROTO_UDP && x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2):
+				case x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 0, 2):
 					return delta.UDPSport(port), 4
+				case x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2):
+					return delta.UDPDport(port), 4
 				}
+			}
+			if len(x) > 3 && x[2].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2) && x[3].plainLookup() {
+				return delta.DportIn{Proto: delta.L4Proto(data[0]), Set: cstring(x[3].attrs[unix.NFTA_LOOKUP_SET])}, 4
 			}
 			if s, n, ok := readTooBig(x); ok {
 				return s, n
@@ -440,6 +451,11 @@ func statement(x []expression) (delta.Statement, int) {
 		}
 		if a, ok := notAddr(x); ok {
 			return a, 2
+		}
+		if first.payload(unix.NFT_PAYLOAD_NETWORK_HEADER, fragmentOffset, 2) {
+			if mask, ok := anyBit(x); ok && bytes.Equal(mask, fragmentMask) {
+				return delta.Fragment{}, 3
+			}
 		}
 		if c, ok := second("cmp"); ok && c.equals(3) && first.payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, 12, 3) {
 			d := c.data(unix.NFTA_CMP_DATA)
@@ -468,16 +484,17 @@ func statement(x []expression) (delta.Statement, int) {
 		mask, ok := anyBit(x)
 		switch key := first.u32(unix.NFTA_CT_KEY); {
 		case !ok || first.u32(unix.NFTA_CT_DREG) != reg || first.attrs[unix.NFTA_CT_DIRECTION] != nil:
-		case key == unix.NFT_CT_STATE && mask == ctReply:
+		case len(mask) != 4:
+		case key == unix.NFT_CT_STATE && binary.NativeEndian.Uint32(mask) == ctReply:
 			return delta.CtReply{}, 3
-		case key == unix.NFT_CT_STATUS && mask == ctDNAT:
+		case key == unix.NFT_CT_STATUS && binary.NativeEndian.Uint32(mask) == ctDNAT:
 			return delta.CtDNAT{}, 3
 		}
 	case "exthdr":
 		if c, ok := second("cmp"); ok && c.equals(1) && c.data(unix.NFTA_CMP_DATA)[0] == 1 && first.u32(unix.NFTA_EXTHDR_DREG) == reg &&
 			bytes.Equal(first.attrs[unix.NFTA_EXTHDR_TYPE], []byte{fragmentHeader}) && first.u32(unix.NFTA_EXTHDR_OP) == unix.NFT_EXTHDR_OP_IPV6 &&
 			first.u32(unix.NFTA_EXTHDR_FLAGS) == unix.NFT_EXTHDR_F_PRESENT && first.u32(unix.NFTA_EXTHDR_OFFSET) == 0 {
-			return delta.IPv6Fragment{}, 2
+			return delta.Fragment{V6: true}, 2
 		}
 	case "notrack":
 		return delta.Notrack{}, 1
@@ -547,17 +564,14 @@ func masqueradeTo(x []expression) (delta.Masquerade, bool) {
 	return delta.Masquerade{First: ports[0], Last: ports[1]}, ports != [2]uint16{}
 }
 
-// anyBit reads the comparison behind the first expression, which asks whether any bit of a mask of four octets is set.
-func anyBit(x []expression) (mask uint32, ok bool) {
+// anyBit reads the comparison behind the first expression, which asks whether any bit of a mask is set.
+func anyBit(x []expression) (mask []byte, ok bool) {
 	if len(x) < 3 || x[1].name != "bitwise" || x[1].u32(unix.NFTA_BITWISE_SREG) != reg || x[1].u32(unix.NFTA_BITWISE_DREG) != reg ||
-		!x[2].compares() || x[2].u32(unix.NFTA_CMP_OP) != unix.NFT_CMP_NEQ || !bytes.Equal(x[2].data(unix.NFTA_CMP_DATA), make([]byte, 4)) {
-		return 0, false
+		!x[2].compares() || x[2].u32(unix.NFTA_CMP_OP) != unix.NFT_CMP_NEQ || len(bytes.Trim(x[1].data(unix.NFTA_BITWISE_XOR), "\x00")) > 0 {
+		return nil, false
 	}
-	data := x[1].data(unix.NFTA_BITWISE_MASK)
-	if len(data) != 4 || len(bytes.Trim(x[1].data(unix.NFTA_BITWISE_XOR), "\x00")) > 0 {
-		return 0, false
-	}
-	return binary.NativeEndian.Uint32(data), true
+	mask = x[1].data(unix.NFTA_BITWISE_MASK)
+	return mask, bytes.Equal(x[2].data(unix.NFTA_CMP_DATA), make([]byte, len(mask)))
 }
 
 // notAddr reads a match of an address against one that it is not.
@@ -594,8 +608,8 @@ func matchesFamily(x []expression, proto byte) bool {
 		v6 = s.Addr.Is6()
 	case delta.InSet:
 		v6 = s.V6
-	case delta.IPv6Fragment:
-		v6 = true
+	case delta.Fragment:
+		v6 = s.V6
 	default:
 		return false
 	}
@@ -634,6 +648,11 @@ func inPrefix(x []expression) (p delta.InPrefix, n int, ok bool) {
 		}
 	}
 	return p, 0, false
+}
+
+// plainLookup says whether this asks whether register 1 is in a set.
+func (e expression) plainLookup() bool {
+	return e.name == "lookup" && e.u32(unix.NFTA_LOOKUP_SREG) == reg && e.attrs[unix.NFTA_LOOKUP_DREG] == nil && e.u32(unix.NFTA_LOOKUP_FLAGS) == 0
 }
 
 func (e expression) compares() bool {

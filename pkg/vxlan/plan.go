@@ -32,14 +32,6 @@ func LinkLocal(m metadata.MAC) netip.Addr {
 	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
 }
 
-// VTEPs4 and VTEPs6 are the nftables sets of the addresses from which VXLAN packets are accepted.
-const (
-	VTEPs4 = "vteps4"
-	VTEPs6 = "vteps6"
-	// SourcesChain drops what comes from anyone else.
-	SourcesChain = "vtep-sources"
-)
-
 // Plan returns what host self needs for all of its VXLAN networks. A host or entry that cannot be planned is left out and
 // told in Problems; the rest stands. It plans from what is sane of the snapshot. A self that the snapshot does not list gives an empty state with that problem.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
@@ -69,7 +61,6 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	for _, n := range networks {
 		planNetwork(s, snap, n, me, peers, prefixes[n.Name], &ids)
 	}
-	planSources(s, snap, networks, local)
 	return s
 }
 
@@ -194,40 +185,4 @@ func (n *nexthopIDs) next(network, host string, v6 bool) uint32 {
 			return id
 		}
 	}
-}
-
-// planSources lets VXLAN packets in only from hosts that the metadata lists, and only at this host's underlay address. The VNI is
-// matched too: another overlay on the same port is not ours to filter. pkg/guard keeps containers from sending any.
-func planSources(s *delta.State, snap *metadata.Snapshot, networks []metadata.Network, local netip.Addr) {
-	set := delta.Set{V6: local.Is6()}
-	name := VTEPs4
-	if set.V6 {
-		name = VTEPs6
-	}
-	for _, h := range snap.Hosts {
-		for _, u := range h.Underlay {
-			if a := u.Address.Addr(); a.Is6() == set.V6 {
-				set.Elements = append(set.Elements, netip.PrefixFrom(a, a.BitLen()))
-			}
-		}
-	}
-	set.Elements = delta.Disjoint(set.Elements)
-	s.Sets[name] = set
-	// At the input hook: only what is for this host gets there, so containers' packets do not pay for it.
-	chain := delta.Chain{Type: "filter", Hook: "input", Priority: -300}
-	drop := delta.Verdict("drop")
-	stranger := delta.InSet{Field: "saddr", Set: name, V6: set.V6, Not: true}
-	ports := map[uint16]bool{}
-	for _, n := range networks {
-		port := delta.UDPDport(n.UDPPort())
-		if set.V6 && !ports[n.UDPPort()] {
-			// The kernel puts fragments of IPv6 together behind this hook. A first one may end before the VNI.
-			ports[n.UDPPort()] = true
-			chain.Rules = append(chain.Rules, delta.Rule{port, delta.IPv6Fragment{}, stranger, drop})
-		}
-		chain.Rules = append(chain.Rules,
-			delta.Rule{delta.NotAddr{Field: "daddr", Addr: local}, port, delta.VXLANVNI(n.VNI), drop},
-			delta.Rule{port, delta.VXLANVNI(n.VNI), stranger, drop})
-	}
-	s.Chains[SourcesChain] = chain
 }
