@@ -148,6 +148,7 @@ func (p *plan) fromPort() {
 		{delta.DportIn{Proto: protoTCP, Set: StorePorts}, delta.Jump(ToHost)},
 		{delta.L4Proto(protoTCP), accept},
 		{delta.DportIn{Proto: protoUDP, Set: TunnelPorts}, delta.Jump(ToHost)},
+		{delta.L4Proto(protoUDP), accept}, // no further rule of guard is for UDP of a port
 		{delta.L4Proto(protoESP), delta.Jump(ToHost)},
 	}}
 	p.s.Chains[FromPort] = c
