@@ -30,7 +30,7 @@ func (a *app) entryRemove() *cobra.Command {
 		Long: `Removes an entry from the store that lariat status names as left out. The key is as it stands there. An entry with
 which nothing is wrong is refused; networks, hosts and containers have their own commands.
 
-A spoilt address table (addresses/...) said which addresses are in use. When it is removed, all of them count as free. Stop
+An address table (addresses/...) holds which addresses are in use. Removing it makes all of them free. Stop
 the containers that have an address in it first.`,
 		Example: `  lariat entry remove blocks/overlay/0.0.0.0/0`,
 		Args:    cobra.ExactArgs(1),

@@ -81,9 +81,10 @@ type Fragment struct{ V6 bool }
 // only there.
 type VXLANVNI uint32
 
-// TooBig matches an ICMP error which says that a packet from an address of this host to one of a set was too large for a path of
-// fewer octets than Below. TCP is left out, which checks such errors itself. Of the packet that the error is about, nft lists protocol, source and
-// destination as raw payload (RFC 1191 §4, RFC 4443 §3.2).
+// TooBig matches an ICMP error that says: a packet from From to an address of the set To was too
+// large, and the path takes less than Below bytes. Errors about TCP do not match, because TCP
+// checks them. nft lists the protocol, source and destination of that packet as raw payload
+// (RFC 1191 §4, RFC 4443 §3.2).
 type TooBig struct {
 	From  netip.Addr
 	To    string // set

@@ -71,7 +71,7 @@ type plan struct {
 	local    netip.Addr         // end of this host's tunnels; invalid when it has none
 	networks []metadata.Network // encapsulated ones, by name
 	vxlan    []metadata.Network // those of them that are VXLAN's
-	size     int                // octets of the largest tunnel packet that any network needs
+	size     int                // bytes of the largest tunnel packet of any network
 }
 
 // Plan returns the rules of a host. They stand as long as there is any encapsulated network, also on a host that nothing else

@@ -62,21 +62,20 @@ func (a *application) sysctls(ofNewDevices bool) {
 
 // SetSysctls implements Kernel.
 func (n *Netns) SetSysctls(ctx context.Context, list []delta.Sysctl) error {
-	return n.do(func() error { return setSysctls(list) })
-}
-
-// setSysctls writes settings of devices in the namespace of the calling thread. One that is not there has gone with its device.
-func setSysctls(list []delta.Sysctl) error {
-	var errs []error
-	for _, s := range list {
-		if err := os.WriteFile(sysctlRoot+s.Key, []byte(s.Value), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("set %s: %w", delta.SysctlString(s.Key, s.Value), err))
+	return n.do(func() error {
+		var errs []error
+		for _, s := range list {
+			err := os.WriteFile(sysctlRoot+s.Key, []byte(s.Value), 0)
+			if err != nil && !errors.Is(err, fs.ErrNotExist) { // the device is gone, and its settings with it
+				errs = append(errs, fmt.Errorf("set %s: %w", delta.SysctlString(s.Key, s.Value), err))
+			}
 		}
-	}
-	return errors.Join(errs...)
+		return errors.Join(errs...)
+	})
 }
 
-// ipv6Settings keep the device's IPv6 off, or on, and router advertisements out. Written before a device is up, they hold from its first packet.
+// ipv6Settings returns the settings that keep the device's IPv6 off, or on, and router
+// advertisements out. Write them before the device is up: they hold from its first packet then.
 func ipv6Settings(dev string, off bool) []delta.Sysctl {
 	disable := "0"
 	if off {
