@@ -51,10 +51,14 @@ replaced, "-" removed. It then ends with status 1 when something is to change, a
 			if _, ok := snap.Host(self); !ok {
 				return fmt.Errorf("plan: host %s is not in the metadata; there are: %s", self, strings.Join(names(snap.Hosts, func(h metadata.Host) string { return h.Name }), " "))
 			}
-			want := plan.Desired(snap, self)
+			here := file == "" && self == snap.Self
+			want := desired(snap, self)
+			if !here && !diff {
+				want = plan.Desired(snap, self, false)
+			}
 			if !diff {
 				text := want.String()
-				if file == "" && self == snap.Self {
+				if here {
 					text += a.tunnelPlan(ctx, snap, self)
 				} else {
 					text += defaultTunnelPlan(snap, self)
@@ -123,6 +127,11 @@ func tunnelText(snap *metadata.Snapshot, self string, o ipsec.Options) string {
 		b.WriteString(t.String())
 	}
 	return b.String()
+}
+
+// desired is the plan of the host that this runs on.
+func desired(snap *metadata.Snapshot, self string) *delta.State {
+	return plan.Desired(snap, self, kernel.LooseReversePath())
 }
 
 // observe reads this host's kernel.

@@ -91,8 +91,8 @@ type TooBig struct {
 	Below uint16
 }
 
-// NoReverse matches a packet whose source has no route back by the interface on which it arrived.
-type NoReverse struct{}
+// NoReverse matches a packet, or an IPv6 packet alone, whose source has no route back by the interface on which it arrived.
+type NoReverse struct{ V6 bool }
 
 // Reverse matches a packet whose source has a route back by the interface on which the packet arrived.
 type Reverse struct{}
@@ -277,7 +277,13 @@ func (Notrack) String() string { return "notrack" }
 func (s VXLANVNI) String() string { return "@th,96,24 0x" + strconv.FormatUint(uint64(s), 16) }
 
 // String is the statement as nft lists it.
-func (NoReverse) String() string { return "fib saddr . iif oif missing" }
+func (s NoReverse) String() string {
+	const both = "fib saddr . iif oif missing"
+	if s.V6 {
+		return "meta nfproto ipv6 " + both
+	}
+	return both
+}
 
 // String is the statement as nft lists it.
 func (NotRouteIPsec) String() string { return "rt ipsec missing" }

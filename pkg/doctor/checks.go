@@ -433,7 +433,7 @@ func (e *examination) rpFilter() {
 	}
 	const key = "sysctl net.ipv4.conf.all.rp_filter"
 	remedy := "sysctl -w net.ipv4.conf.all.rp_filter=0 (each device's own value then counts), and look in /etc/sysctl.d for what sets it"
-	e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices, which overrides the ports' strict one; only Lariat's own nftables rule keeps containers from using each other's addresses")
+	e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices, which overrides the ports' strict one; only Lariat's own nftables rule keeps containers from using each other's IPv4 addresses")
 }
 
 func (e *examination) forwardPolicy() {

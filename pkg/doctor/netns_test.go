@@ -44,7 +44,7 @@ func want(s *metadata.Snapshot, self string) *delta.State {
 	// Of encrypted networks the rules that block: not every kernel that runs this has XFRM interfaces.
 	rules, planned := delta.NewState(), ipsec.Plan(s, self)
 	rules.Chains, rules.Sets = planned.Chains, planned.Sets
-	return delta.Merge(vxlan.Plan(s, self), guard.Plan(s, self), rules)
+	return delta.Merge(vxlan.Plan(s, self), guard.Plan(s, self, kernel.LooseReversePath()), rules)
 }
 
 func examine(file string) error {
@@ -226,7 +226,8 @@ func TestF137RealSysctls(t *testing.T) {
 	p := newPair(t)
 	p.respond(t, echo.Server{})
 	p.sysctl(t, "net/ipv4/conf/all/rp_filter", "2")
-	p.examine(t, "rp-filter warning: the reverse path check is loose (2)")
+	p.examine(t, "rp-filter warning: the reverse path check is loose (2)",
+		"rules error: rules that keep containers, networks and the underlay apart are not as they should be: chain from-port") // no manager runs here
 	p.sysctl(t, "net/ipv4/conf/all/rp_filter", "0")
 	p.sysctl(t, "net/ipv4/ip_forward", "0")
 	p.examine(t, "forwarding error: the host does not forward IPv4")

@@ -7,9 +7,9 @@
 //	forward     isolation  what crosses from one network to another
 //	output      untracked  this host's own tunnel packets
 //
-// Every packet that comes for this host or passes it goes through guard once, so its order is that of the traffic: packets of
-// containers first, packets from a tunnel next, then those on the wire. The rules name networks, and sets name hosts: a peer that
-// comes or goes changes no rule.
+// Every packet that comes for this host or passes it goes through guard once, so what there is most of leaves it first: VXLAN packets on
+// the wire, then those that such a packet brought, then those of containers. The rules name networks, and sets name hosts: a peer
+// that comes or goes changes no rule.
 //
 // Pure: no kernel, no clock.
 package guard
@@ -72,13 +72,15 @@ type plan struct {
 	networks []metadata.Network // encapsulated ones, by name
 	vxlan    []metadata.Network // those of them that are VXLAN's
 	size     int                // bytes of the largest tunnel packet of any network
+	loose    bool               // the kernel cannot be trusted to check IPv4 sources by itself
 }
 
 // Plan returns the rules of a host. They stand as long as there is any encapsulated network, also on a host that nothing else
-// can be planned for: it may have containers.
-func Plan(snap *metadata.Snapshot, self string) *delta.State {
+// can be planned for: it may have containers. A port has the kernel's strict reverse-path check for IPv4, which makes a rule for that
+// family's sources unnecessary, unless loose says that something on the host overrides it.
+func Plan(snap *metadata.Snapshot, self string, loose bool) *delta.State {
 	snap = snap.Sane()
-	p := plan{s: delta.NewState(), snap: snap}
+	p := plan{s: delta.NewState(), snap: snap, loose: loose}
 	me, _ := snap.Host(self)
 	p.local = me.UnderlayAddr()
 	for _, n := range snap.Networks {
@@ -137,20 +139,20 @@ func (p *plan) hosts() {
 	p.s.Sets[StorePorts] = delta.Set{Ports: metadata.StorePorts}
 }
 
-// fromPort is what a container must not send: with an address that is not its own, with one of the link alone (nothing needs it: a
-// port's neighbours are known on both ends), to this host's loopback addresses (which a port with route_localnet would let in), to the
-// store, and to the ends of tunnels.
+// fromPort is what a container must not send: to the store and to the ends of tunnels; with an address that is not its own; with one of the
+// link alone (nothing needs it: a port's neighbours are known on both ends); to this host's loopback addresses (which a port with
+// route_localnet would let in). Whatever else guard forbids, a port's packet cannot be.
 func (p *plan) fromPort() {
 	c := delta.Chain{Rules: []delta.Rule{
-		{delta.NoReverse{}, drop},
+		{delta.DportIn{Proto: protoUDP, Set: TunnelPorts}, delta.Jump(ToHost)},
+		{delta.DportIn{Proto: protoTCP, Set: StorePorts}, delta.Jump(ToHost)},
+		{delta.NoReverse{V6: !p.loose}, drop},
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("fe80::/10")}, drop},
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("127.0.0.0/8")}, drop},
-		{delta.DportIn{Proto: protoTCP, Set: StorePorts}, delta.Jump(ToHost)},
-		{delta.L4Proto(protoTCP), accept},
-		{delta.DportIn{Proto: protoUDP, Set: TunnelPorts}, delta.Jump(ToHost)},
-		{delta.L4Proto(protoUDP), accept}, // no further rule of guard is for UDP of a port
 		{delta.L4Proto(protoESP), delta.Jump(ToHost)},
 	}}
+	c.Rules = append(c.Rules, p.tooBig()...)
+	c.Rules = append(c.Rules, delta.Rule{accept})
 	p.s.Chains[FromPort] = c
 	p.s.Chains[ToHost] = delta.Chain{Rules: []delta.Rule{
 		{delta.InSet{Field: "daddr", Set: HostSet(false)}, drop},
@@ -162,10 +164,8 @@ func (p *plan) fromPort() {
 func (p *plan) guard() {
 	c := delta.Chain{Type: "filter", Hook: "prerouting", Priority: priority}
 	add := func(r ...delta.Statement) { c.Rules = append(c.Rules, r) }
-	add(delta.IifPrefix(delta.PortPrefix), delta.Jump(FromPort))
 	if p.local.IsValid() {
-		// Whoever says that a tunnel's path takes less than its network needs, lies, or the network's MTU is wrong (lariat doctor measures it).
-		add(delta.TooBig{From: p.local, To: HostSet(p.local.Is6()), Below: uint16(min(p.size, math.MaxUint16))}, drop)
+		p.tunnels(add)
 	}
 	if len(p.vxlan) > 0 {
 		for _, n := range p.networks {
@@ -179,6 +179,8 @@ func (p *plan) guard() {
 		}
 		add(delta.IifPrefix(delta.VTEPPrefix), accept)
 	}
+	add(delta.IifPrefix(delta.PortPrefix), delta.Jump(FromPort))
+	c.Rules = append(c.Rules, p.tooBig()...)
 	if p.local.IsValid() {
 		p.wire(add)
 	}
@@ -207,21 +209,41 @@ func (p *plan) guard() {
 	p.s.Chains[Chain] = c
 }
 
-// wire takes the packets of tunnels, and of IKE and the probe, without tracking. Of VXLAN it takes what comes from listed hosts to the underlay
-// address; the kernel listens on every address. What else has one of our VNIs is dropped: another overlay on the same port is not ours to
-// filter. Without connection tracking, fragments are put together behind this hook, and a first one may end before the VNI: strangers' are dropped.
-func (p *plan) wire(add func(...delta.Statement)) {
+// tooBig drops lies: whoever says that a tunnel's path takes less than its network needs. Where it is true, the network's MTU is wrong;
+// lariat doctor measures it.
+func (p *plan) tooBig() []delta.Rule {
+	if !p.local.IsValid() {
+		return nil
+	}
+	return []delta.Rule{{delta.TooBig{From: p.local, To: HostSet(p.local.Is6()), Below: uint16(min(p.size, math.MaxUint16))}, drop}}
+}
+
+// tunnels takes VXLAN packets without tracking: from listed hosts, and at the underlay address alone, because the kernel's socket listens on
+// every address. No container's packet is one of them, whatever source it claims.
+func (p *plan) tunnels(add func(...delta.Statement)) {
 	v6 := p.local.Is6()
-	to := delta.InPrefix{Field: "daddr", Prefix: netip.PrefixFrom(p.local, p.local.BitLen())}
 	for _, port := range p.vxlanPorts() {
-		add(to, port, delta.InSet{Field: "saddr", Set: VTEPSet(v6), V6: v6}, delta.Notrack{}, accept)
-		add(port, delta.Fragment{V6: v6}, delta.ToLocal{}, drop)
+		add(port, delta.IifGroup{Group: delta.InsideGroup, Not: true}, p.toHere(), delta.InSet{Field: "saddr", Set: VTEPSet(v6), V6: v6}, delta.Notrack{}, accept)
+	}
+}
+
+// wire drops what has one of our VNIs all the same (another overlay on the same port is not ours to filter), and takes IKE, ESP and the
+// probe without tracking. Without connection tracking, fragments are put together behind this hook, and a first one may end before the
+// VNI: strangers' are dropped.
+func (p *plan) wire(add func(...delta.Statement)) {
+	for _, port := range p.vxlanPorts() {
+		add(port, delta.Fragment{V6: p.local.Is6()}, delta.ToLocal{}, drop)
 	}
 	for _, n := range p.vxlan {
 		add(delta.UDPDport(n.UDPPort()), delta.VXLANVNI(n.VNI), delta.ToLocal{}, drop)
 	}
-	add(to, delta.DportIn{Proto: protoUDP, Set: TunnelPorts}, delta.Notrack{}, accept)
-	add(to, delta.L4Proto(protoESP), delta.Notrack{}, accept)
+	add(p.toHere(), delta.DportIn{Proto: protoUDP, Set: TunnelPorts}, delta.Notrack{}, accept)
+	add(p.toHere(), delta.L4Proto(protoESP), delta.Notrack{}, accept)
+}
+
+// toHere matches packets to the end of this host's tunnels.
+func (p *plan) toHere() delta.InPrefix {
+	return delta.InPrefix{Field: "daddr", Prefix: netip.PrefixFrom(p.local, p.local.BitLen())}
 }
 
 // vxlanPorts match the UDP ports of VXLAN networks, each once.

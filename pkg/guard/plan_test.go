@@ -70,7 +70,7 @@ func TestF174_Golden(t *testing.T) {
 			if sane := tc.snap.Sane(); len(sane.Problems) > 0 {
 				t.Fatal(sane.Problems)
 			}
-			got := guard.Plan(&tc.snap, "a").String()
+			got := guard.Plan(&tc.snap, "a", false).String()
 			golden := "testdata/" + tc.name + ".plan"
 			if *update {
 				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
@@ -86,7 +86,7 @@ func TestF174_Golden(t *testing.T) {
 			}
 			slices.Reverse(tc.snap.Networks)
 			slices.Reverse(tc.snap.Hosts)
-			if again := guard.Plan(&tc.snap, "a").String(); again != got {
+			if again := guard.Plan(&tc.snap, "a", false).String(); again != got {
 				t.Errorf("the plan depends on the order of networks and hosts:\n%s", again)
 			}
 		})
@@ -96,10 +96,19 @@ func TestF174_Golden(t *testing.T) {
 // TestF37_F144_RulesKnowNoPeers: the rules are the same with one host and with many, so nothing that happens to a peer touches them.
 func TestF37_F144_RulesKnowNoPeers(t *testing.T) {
 	networks := []metadata.Network{red, blue, payroll}
-	few := guard.Plan(&metadata.Snapshot{Hosts: hosts("192.0.2.1/24"), Networks: networks}, "a")
-	many := guard.Plan(&metadata.Snapshot{Hosts: hosts("192.0.2.1/24", "192.0.2.2/24", "198.51.100.3/24"), Networks: networks}, "a")
+	few := guard.Plan(&metadata.Snapshot{Hosts: hosts("192.0.2.1/24"), Networks: networks}, "a", false)
+	many := guard.Plan(&metadata.Snapshot{Hosts: hosts("192.0.2.1/24", "192.0.2.2/24", "198.51.100.3/24"), Networks: networks}, "a", false)
 	if d := delta.Between(many, few); d.Chains.Len() != 0 {
 		t.Errorf("two peers more change the rules:\n%s", d)
+	}
+}
+
+// TestF45_LooseReversePath: where the kernel's check of IPv4 sources may be loose, the rule is for both families, and nothing else differs.
+func TestF45_LooseReversePath(t *testing.T) {
+	snap := &metadata.Snapshot{Hosts: hosts("192.0.2.1/24"), Networks: []metadata.Network{red}}
+	strict, loose := guard.Plan(snap, "a", false).String(), guard.Plan(snap, "a", true).String()
+	if want := strings.Replace(strict, "meta nfproto ipv6 fib saddr . iif oif missing drop", "fib saddr . iif oif missing drop", 1); want == strict || loose != want {
+		t.Errorf("with a loose check:\n%s\nwithout:\n%s", loose, strict)
 	}
 }
 
@@ -109,8 +118,8 @@ func TestF37_FailsClosed(t *testing.T) {
 	bare := hosts("192.0.2.1/24")
 	bare[0].Underlay = nil
 	for name, list := range map[string][]metadata.Host{"removed": nil, "without an underlay": bare} {
-		text := guard.Plan(&metadata.Snapshot{Hosts: list, Networks: []metadata.Network{payroll, red}}, "a").String()
-		for _, rule := range []string{"guard ip saddr 10.44.0.0/16 iifgroup != 76", "guard ip daddr 10.42.0.0/16 iifgroup != 76", "from-port fib saddr . iif oif missing drop"} {
+		text := guard.Plan(&metadata.Snapshot{Hosts: list, Networks: []metadata.Network{payroll, red}}, "a", false).String()
+		for _, rule := range []string{"guard ip saddr 10.44.0.0/16 iifgroup != 76", "guard ip daddr 10.42.0.0/16 iifgroup != 76", "from-port meta nfproto ipv6 fib saddr . iif oif missing drop"} {
 			if !strings.Contains(text, rule) {
 				t.Errorf("%s: %s is missing:\n%s", name, rule, text)
 			}

@@ -49,6 +49,7 @@ func filters() *delta.State {
 	}}
 	s.Chains["from-port"] = delta.Chain{Rules: []delta.Rule{
 		{delta.DportIn{Proto: 6, Set: "ports"}, delta.Verdict("drop")},
+		{delta.NoReverse{V6: true}, delta.Verdict("drop")},
 		{delta.L4Proto(6), delta.Verdict("accept")},
 		{delta.UDPDport(500), delta.ToLocal{}, delta.Verdict("drop")},
 		{delta.L4Proto(50), delta.InSet{Field: "daddr", Set: "hosts4"}, delta.Verdict("drop")},

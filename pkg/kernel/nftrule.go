@@ -172,6 +172,9 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: 12, Len: 3})
 			cmp(false, []byte{byte(s >> 16), byte(s >> 8), byte(s)})
 		case delta.NoReverse:
+			if s.V6 {
+				ofFamily(true)
+			}
 			add(&expr.Fib{Register: reg, ResultOIF: true, FlagSADDR: true, FlagIIF: true, FlagPRESENT: true})
 			cmp(false, make([]byte, 4)) // nft compares the whole register
 		case delta.NotRouteIPsec:
@@ -417,6 +420,10 @@ func statement(x []expression) (delta.Statement, int) {
 			return delta.Oif{Name: cstring(data), Not: not}, 2
 		case key == unix.NFT_META_NFPROTO && !not && len(data) == 1 && len(x) > 2 && matchesFamily(x[2:], data[0]):
 			return nil, 2
+		case key == unix.NFT_META_NFPROTO && !not && bytes.Equal(data, []byte{unix.NFPROTO_IPV6}) && len(x) > 2:
+			if s, n := statement(x[2:]); s == (delta.NoReverse{}) {
+				return delta.NoReverse{V6: true}, 2 + n
+			}
 		case key == unix.NFT_META_L4PROTO && !not && len(data) == 1:
 			if data[0] == unix.IPPROTO_UDP && len(x) > 3 && x[3].equals(2) {
 				port := binary.BigEndian.Uint16(x[3].data(unix.NFTA_CMP_DATA))

@@ -13,6 +13,19 @@ import (
 
 const sysctlRoot = "/proc/sys/"
 
+// LooseReversePath reports whether settings of this network namespace override the strict reverse-path check of a container's port, or may do
+// so behind Lariat's back: the kernel takes the larger of a device's value and that of all devices, and where new devices are meant to be loose
+// (2, as systemd's own sysctl.d has it), udev writes that into each port a moment after its ADD.
+func LooseReversePath() bool {
+	for _, of := range []string{"all", "default"} {
+		b, err := os.ReadFile(sysctlRoot + "net/ipv4/conf/" + of + "/rp_filter")
+		if err != nil || strings.TrimSpace(string(b)) == "2" {
+			return true
+		}
+	}
+	return false
+}
+
 // observeSysctls reads what want names. One that the kernel does not have is left out: Apply will name it.
 func (n *Netns) observeSysctls(s, want *delta.State) error {
 	if len(want.Sysctls) == 0 {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"slices"
 	"strings"
@@ -29,6 +30,7 @@ const (
 	EventNft     EventKind = "nft"
 	EventBridge  EventKind = "bridge" // of somebody else's
 	EventPort    EventKind = "port"   // the reverse-path check of a container's port was changed
+	EventLoose   EventKind = "loose"  // that of all devices, or of new ones, was changed; see LooseReversePath
 	EventResync  EventKind = "resync" // anything may have happened: the kernel had more to tell than was read in time
 )
 
@@ -239,20 +241,22 @@ func (w *watcher) route(typ uint16, body []byte) {
 	}
 }
 
-// netconf reports a port whose reverse-path check somebody set. A new device's message, which has all settings, is no such news, and neither is a
-// check that is strict.
+// netconf reports a reverse-path check that somebody set: of a port, or of all or new devices. A new device's message, which has all settings, is
+// no such news, and neither is a port's check that is strict.
 func (w *watcher) netconf(body []byte) {
 	const ( // include/uapi/linux/netconf.h
 		header     = 4 // struct netconfmsg, aligned
 		ifindex    = 1
 		forwarding = 2
 		rpFilter   = 3
+
+		allDevices, newDevices = math.MaxUint32, math.MaxUint32 - 1 // -1 and -2
 	)
 	if len(body) < header {
 		return
 	}
 	var index uint32
-	loosened, all := false, false
+	set, loosened, all := false, false, false
 	for a := newAttrs(body[header:]); a.next(); {
 		switch a.typ {
 		case ifindex:
@@ -260,10 +264,16 @@ func (w *watcher) netconf(body []byte) {
 		case forwarding:
 			all = true
 		case rpFilter:
-			loosened = a.u32() != 1
+			set, loosened = true, a.u32() != 1
 		}
 	}
-	if !loosened || all {
+	switch {
+	case all || !set:
+		return
+	case index == allDevices, index == newDevices:
+		w.add(EventLoose, "")
+		return
+	case !loosened:
 		return
 	}
 	if name := w.device(index); strings.HasPrefix(name, delta.PortPrefix) {

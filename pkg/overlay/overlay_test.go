@@ -133,7 +133,7 @@ func (b *bench) setUp() {
 	b.t.Helper()
 	snap, err := b.host.Client().View(ctx)
 	must(b.t, err)
-	_, err = kernel.Reconcile(ctx, b.k, plan.Desired(snap, b.host.Name))
+	_, err = kernel.Reconcile(ctx, b.k, plan.Desired(snap, b.host.Name, false))
 	must(b.t, err)
 }
 

@@ -216,7 +216,7 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 	if err := c.book.Journal.BeginJoin(c.Conf.Name); err != nil {
 		return cni.Errorf(cni.ErrIO, "%w", err)
 	}
-	if _, err := kernel.Reconcile(ctx, k, plan.Desired(snap, a.Host)); err != nil {
+	if _, err := kernel.Reconcile(ctx, k, plan.Desired(snap, a.Host, kernel.LooseReversePath())); err != nil {
 		return cni.Errorf(cni.ErrKernel, "set up network %s on this host: %w", c.Conf.Name, err).WithDetails("check: lariat doctor; lariat plan --diff")
 	}
 	return c.book.Journal.EndJoin(c.Conf.Name)

@@ -11,15 +11,16 @@ import (
 )
 
 // Desired is all that Lariat wants of host self's kernel, apart from containers' ports, which their own ADD makes. It is
-// a pure function of the snapshot; "lariat plan" prints it, and the network manager applies it. Whatever the snapshot holds, it
-// plans from what is sane of it; the rest is told in Problems.
-func Desired(snap *metadata.Snapshot, self string) *delta.State {
+// a pure function of the snapshot and of one fact of the host, whether its settings make a port's reverse-path check loose (see
+// guard.Plan). "lariat plan" prints it, and the network manager applies it. Whatever the snapshot holds, it plans from what is sane of
+// it; the rest is told in Problems.
+func Desired(snap *metadata.Snapshot, self string, loose bool) *delta.State {
 	snap = snap.Sane()
 	left := &delta.State{}
 	for _, p := range snap.Problems {
 		left.Problemf("%s; %s", p, p.Remedy())
 	}
-	return delta.Merge(left, vxlan.Plan(snap, self), ipsec.Plan(snap, self), guard.Plan(snap, self), nat.Plan(snap))
+	return delta.Merge(left, vxlan.Plan(snap, self), ipsec.Plan(snap, self), guard.Plan(snap, self, loose), nat.Plan(snap))
 }
 
 // Device is the device that carries a network's addresses on each host, empty of a network that needs none.

@@ -139,7 +139,7 @@ func FuzzDesired(f *testing.F) {
 		}
 		for _, self := range []string{snap.Self, "a", "nobody"} {
 			snap.Self = self
-			check(t, &snap, plan.Desired(&snap, self))
+			check(t, &snap, plan.Desired(&snap, self, false))
 			tunnels(t, &snap)
 		}
 	})
@@ -208,10 +208,10 @@ func TestF163_OneBadEntry(t *testing.T) {
 		s.Problems = nil
 		return s.String()
 	}
-	good := text(plan.Desired(read(snapshot(goodHosts, goodNetworks, goodBlocks, "")), "a"))
+	good := text(plan.Desired(read(snapshot(goodHosts, goodNetworks, goodBlocks, "")), "a", false))
 	for _, s := range hostile {
 		snap := read(s)
-		got := plan.Desired(snap, "a")
+		got := plan.Desired(snap, "a", false)
 		check(t, snap, got)
 		tunnels(t, snap)
 		if len(got.Problems) == 0 || !strings.Contains(got.Problems[0], "lariat entry remove ") {
@@ -230,7 +230,7 @@ func TestSeniorHostKeepsItsAddress(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Hosts[0].Joined = time.Date(2026, 2, 1, 0, 0, 0, 0, time.UTC)
-	got := plan.Desired(&s, "a")
+	got := plan.Desired(&s, "a", false)
 	if len(got.FDB) != 1 || len(got.Problems) == 0 || !strings.Contains(got.Problems[0], "host aaa has the underlay address 192.0.2.2 of host b") {
 		t.Errorf("%s", got)
 	}
@@ -309,7 +309,7 @@ func FuzzDesiredOf(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, picks []byte) {
 		snap := (&picker{picks}).snapshot()
-		check(t, snap, plan.Desired(snap, snap.Self))
+		check(t, snap, plan.Desired(snap, snap.Self, false))
 		tunnels(t, snap)
 	})
 }

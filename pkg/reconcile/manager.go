@@ -179,7 +179,7 @@ func (m *Manager) Desired(s *metadata.Snapshot) *delta.State {
 	if m.MetadataAddress.IsValid() {
 		own.Addrs[delta.Addr{Dev: "lo", Prefix: netip.PrefixFrom(m.MetadataAddress, m.MetadataAddress.BitLen())}] = struct{}{}
 	}
-	return delta.Merge(plan.Desired(s, s.Self), own)
+	return delta.Merge(plan.Desired(s, s.Self, kernel.LooseReversePath()), own)
 }
 
 // overlay is one pass over everything that the planners want.

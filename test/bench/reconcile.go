@@ -127,7 +127,7 @@ func (b *bench) reconcileOnce(peers []peer, r *reconciler) error {
 	}
 	snap := snapshotOf(peers)
 	start := time.Now()
-	want := plan.Desired(snap, "self")
+	want := plan.Desired(snap, "self", false)
 	r.plan.addTime(time.Since(start))
 	if len(want.Problems) > 0 {
 		return fmt.Errorf("plan: %s", want.Problems[0])

@@ -78,7 +78,7 @@ func settle(t testing.TB, hosts ...*lab.Host) {
 					return err
 				}
 				defer k.Close()
-				want := plan.Desired(snap, h.Name)
+				want := plan.Desired(snap, h.Name, kernel.LooseReversePath())
 				have, err := k.Observe(ctx, want)
 				if err != nil {
 					return err

@@ -264,6 +264,8 @@ var _ = Describe("The overlay", func() {
 			Expect(conn.Flush()).To(Succeed())
 		})
 		spoof("overlay")
+		Expect(host(0).StartManager(ctx)).To(Succeed())
+		Eventually(func() string { return settled(host(0)) }).Should(BeEmpty())
 		on(host(0), func() {
 			Expect(os.WriteFile("/proc/sys/net/ipv4/conf/all/rp_filter", []byte("2"), 0)).To(Succeed())
 		})
@@ -272,8 +274,7 @@ var _ = Describe("The overlay", func() {
 				Expect(os.WriteFile("/proc/sys/net/ipv4/conf/all/rp_filter", []byte("0"), 0)).To(Succeed())
 			})
 		})
-		Expect(host(0).StartManager(ctx)).To(Succeed())
-		Eventually(func() string { return settled(host(0)) }).Should(BeEmpty())
+		Eventually(func() string { return settled(host(0)) }).WithTimeout(10 * time.Second).Should(BeEmpty())
 		spoof("overlay")
 	})
 

@@ -37,9 +37,9 @@ func (h *Host) Settled(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	want := plan.Desired(snap, h.Name)
 	var d *delta.Difference
 	err = h.Do(func() error {
+		want := plan.Desired(snap, h.Name, kernel.LooseReversePath())
 		k, err := kernel.New()
 		if err != nil {
 			return err

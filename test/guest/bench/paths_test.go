@@ -103,7 +103,7 @@ func newLariat(b *testing.B, name string, hostNAT bool) *path {
 		k, err := kernel.NewAt(p.hosts[i].Path())
 		must(b, err)
 		b.Cleanup(func() { k.Close() })
-		want := plan.Desired(snap, h.Name)
+		want := plan.Desired(snap, h.Name, false)
 		if len(want.Problems) > 0 {
 			b.Fatal(want.Problems)
 		}
