@@ -187,6 +187,9 @@ type Policy struct {
 // leave only afterwards.
 const forceTries = 6
 
+// leastTry is what a try gets at least of the time that is left: a child has to be started, on a host that may be busy.
+const leastTry = time.Second
+
 // deepest is how many mounts at one folder are taken away. More are nobody's accident.
 const deepest = 8
 
@@ -241,7 +244,7 @@ func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) 
 		return true, nil
 	}
 	try := func(how string, flag int, share int, most time.Duration) (done bool, err error) {
-		within := part(ctx, share, most)
+		within := max(part(ctx, share, most), min(leastTry, part(ctx, 1, most)))
 		ctx, cancel := context.WithTimeoutCause(ctx, within, volume.Timeout(within))
 		defer cancel()
 		_, cause := doUnmount(ctx, unmountArgs{dir, flag})
@@ -266,9 +269,16 @@ func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) 
 	if !late && Alive(ctx, dir, part(ctx, 4, 5*time.Second)) {
 		return "", inUse(dir, cause)
 	}
+	var kept time.Duration // for the step that needs no server
+	if p.Lazy {
+		kept = part(ctx, 2, 5*time.Second)
+	}
 	pause := time.NewTicker(400 * time.Millisecond)
 	defer pause.Stop()
 	for range forceTries {
+		if kept > 0 && part(ctx, 1, time.Hour)-kept < leastTry {
+			break
+		}
 		done, err := try("force", unix.MNT_FORCE, 4, 5*time.Second)
 		if done {
 			return "force", nil
@@ -281,7 +291,7 @@ func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) 
 		}
 	}
 	if p.Lazy {
-		if done, cause = try("lazy", unix.MNT_DETACH, 2, 5*time.Second); done {
+		if done, cause = try("lazy", unix.MNT_DETACH, 1, 5*time.Second); done {
 			return "lazy", nil
 		}
 	}
