@@ -13,12 +13,13 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/graph"
-	"github.com/lariat-net/lariat/pkg/guard"
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/plan"
 	"github.com/lariat-net/lariat/pkg/printable"
+	"github.com/lariat-net/lariat/pkg/reconcile"
 )
 
 func (a *app) plan() *cobra.Command {
@@ -32,7 +33,8 @@ entries, routes, nftables, each as an operator would type it. It changes nothing
 tunnels of encrypted networks as IKE has to keep them, with the ids of secrets, never a secret.
 
 With --diff it compares with this host's kernel and prints what the network manager would change: "+" is added, "~"
-replaced, "-" removed. It then ends with status 1 when something is to change, as diff(1) does.`,
+replaced, "-" removed. That includes what the ports of this host's containers lack. It then ends with status 1 when something is to
+change, as diff(1) does.`,
 		Example: `  lariat plan
   lariat plan --diff
   lariat plan --metadata testdata/three.json --host h2`,
@@ -74,10 +76,20 @@ replaced, "-" removed. It then ends with status 1 when something is to change, a
 				a.say("lariat: problem: %s", p)
 			}
 			d := delta.Between(want, have)
-			if d.Empty() {
+			text := d.String()
+			if file == "" {
+				faults, err := a.portFaults(ctx, snap)
+				if err != nil {
+					return err
+				}
+				for _, f := range faults {
+					text += "+ " + strings.Join(f.Lacks, "\n+ ") + "\n"
+				}
+			}
+			if text == "" {
 				return nil
 			}
-			if _, err := io.WriteString(a.stdout, printable.Text(d.String())); err != nil {
+			if _, err := io.WriteString(a.stdout, printable.Text(text)); err != nil {
 				return err
 			}
 			return exitStatus(1)
@@ -144,15 +156,30 @@ func observe(ctx context.Context, want *delta.State) (*delta.State, error) {
 	return k.Observe(ctx, want)
 }
 
-// portFaults returns the settings of this host's container ports that are wrong.
-func portFaults(ctx context.Context, snap *metadata.Snapshot) ([]delta.Sysctl, error) {
+// portFaults compares the ports of this host's containers with the journals that the metadata service knows of.
+func (a *app) portFaults(ctx context.Context, snap *metadata.Snapshot) ([]delta.PortFault, error) {
 	k, err := kernel.New()
 	if err != nil {
 		return nil, err
 	}
 	defer k.Close()
-	ports, err := k.Ports(ctx)
-	return guard.PortFaults(snap, ports), err
+	dirs := map[string]bool{metadata.DefaultStateDir: true}
+	for _, n := range snap.Networks {
+		held, err := a.client().Allocations(ctx, n.Name, false)
+		if err != nil {
+			return nil, err
+		}
+		for _, h := range held {
+			if h.Host == snap.Self && h.StateDir != "" {
+				dirs[h.StateDir] = true
+			}
+		}
+	}
+	var journals []lease.Journal
+	for dir := range dirs {
+		journals = append(journals, lease.NewJournal(dir))
+	}
+	return reconcile.PortFaults(ctx, k, snap, journals...)
 }
 
 func names[T any](list []T, name func(T) string) []string {

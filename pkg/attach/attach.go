@@ -78,6 +78,9 @@ func Plan(a *metadata.Attachment, c Config) delta.Port {
 			continue
 		}
 		p.Gateways = append(p.Gateways, gw)
+		if a.Device != "" && addr.Gateway.IsValid() {
+			p.Sources = append(p.Sources, addr.Gateway)
+		}
 		if !c.NoDefaultRoute {
 			p.Routes = append(p.Routes, delta.PortRoute{Dst: netip.PrefixFrom(zero(gw), 0), Via: gw})
 			continue

@@ -2,7 +2,9 @@ package delta
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -24,6 +26,7 @@ type Port struct {
 	MTU         int
 	Addrs       []netip.Addr
 	Gateways    []netip.Addr // one for each family of Addrs: on-link, with a permanent neighbour HostMAC
+	Sources     []netip.Addr // of families in which the host has an address of its own: from which it speaks to the container
 	Routes      []PortRoute  // inside of the container
 }
 
@@ -69,30 +72,82 @@ func ParsePortAlias(s string) (PortAlias, bool) {
 	return a, true
 }
 
-// HostPort is the host's end of a port as the kernel holds it.
-type HostPort struct {
-	Name    string
-	Index   int
-	Alias   PortAlias
-	Routes  []netip.Prefix // to the container's addresses
-	HasPeer bool           // the other end is in some namespace that still exists (always so on Linux; kept for the fake)
+// GatewayAddress6 is the IPv6 address on the host's end of every port that has IPv6: the container's gateway.
+var GatewayAddress6 = netip.MustParsePrefix("fe80::1/64")
 
-	RPFilter int  // net.ipv4.conf.DEVICE.rp_filter
-	AcceptRA int  // net.ipv6.conf.DEVICE.accept_ra
-	NoIPv6   bool // net.ipv6.conf.DEVICE.disable_ipv6, or a kernel without IPv6
+// HostPort is the host's end of a port: as the kernel holds it, or as it should be.
+type HostPort struct {
+	Name  string
+	Index int // of the kernel's; 0 of a wanted one
+	Alias PortAlias
+
+	Up     bool
+	Group  uint32
+	MAC    MAC
+	MTU    int
+	Routes map[netip.Prefix]Route // to the container's addresses
+
+	Gateway6   bool // has GatewayAddress6
+	RPFilter   int  // net.ipv4.conf.DEVICE.rp_filter
+	Forwarding bool // net.ipv4.conf.DEVICE.forwarding
+	AcceptRA   int  // net.ipv6.conf.DEVICE.accept_ra
+	NoIPv6     bool // net.ipv6.conf.DEVICE.disable_ipv6, or a kernel without IPv6
 }
 
-// Faults are the settings that keep a container from using others' addresses and from giving its host routes (CVE-2020-10749), as far
-// as they are not what they should be. v6 says whether the container may have IPv6.
-func (p HostPort) Faults(v6 bool) (out []Sysctl) {
-	if p.RPFilter != 1 {
-		out = append(out, Sysctl{"net/ipv4/conf/" + p.Name + "/rp_filter", "1"})
+// Host is the host's end of the port.
+func (p Port) Host() HostPort {
+	h := HostPort{Name: p.HostName, Alias: PortAlias{Network: p.Network, ContainerID: p.ContainerID, IfName: p.IfName},
+		Up: true, Group: InsideGroup, MAC: p.HostMAC, MTU: p.MTU, Routes: map[netip.Prefix]Route{}, RPFilter: 1, Forwarding: true, NoIPv6: true}
+	for _, a := range p.Addrs {
+		r := Route{Dev: p.HostName}
+		for _, src := range p.Sources {
+			if src.BitLen() == a.BitLen() {
+				r.Src = src
+			}
+		}
+		h.Routes[netip.PrefixFrom(a, a.BitLen())] = r
+		if a.Is6() {
+			h.NoIPv6, h.Gateway6 = false, true
+		}
 	}
-	if p.AcceptRA != 0 {
-		out = append(out, Sysctl{"net/ipv6/conf/" + p.Name + "/accept_ra", "0"})
+	return h
+}
+
+// Faults returns what a port lacks of what it should be, in the words that State has for such things. A port that is being
+// removed is in a link group of its own, and has none.
+func (p HostPort) Faults(want HostPort) (out []string) {
+	if p.Group>>24 == Protocol {
+		return nil
 	}
-	if !v6 && !p.NoIPv6 {
-		out = append(out, Sysctl{"net/ipv6/conf/" + p.Name + "/disable_ipv6", "1"})
+	wrong := func(is bool, format string, a ...any) {
+		if is {
+			out = append(out, fmt.Sprintf(format, a...))
+		}
+	}
+	setting := func(is bool, key, value string) {
+		wrong(is, "%s", SysctlString(strings.Replace(key, "DEVICE", want.Name, 1), value))
+	}
+	// These keep containers from using others' addresses, and from giving their host routes (CVE-2020-10749).
+	setting(p.RPFilter != want.RPFilter, "net/ipv4/conf/DEVICE/rp_filter", "1")
+	setting(p.AcceptRA != want.AcceptRA, "net/ipv6/conf/DEVICE/accept_ra", "0")
+	setting(p.NoIPv6 && !want.NoIPv6, "net/ipv6/conf/DEVICE/disable_ipv6", "0")
+	setting(!p.NoIPv6 && want.NoIPv6, "net/ipv6/conf/DEVICE/disable_ipv6", "1")
+	// Without these no packet comes through, or not the large ones.
+	setting(p.Forwarding != want.Forwarding, "net/ipv4/conf/DEVICE/forwarding", "1")
+	wrong(p.Up != want.Up, "link  %s up", want.Name)
+	wrong(p.Group != want.Group, "link  %s group %d", want.Name, want.Group)
+	wrong(p.MAC != want.MAC, "link  %s address %s", want.Name, want.MAC)
+	wrong(want.MTU != 0 && p.MTU != want.MTU, "link  %s mtu %d", want.Name, want.MTU)
+	wrong(!p.Gateway6 && want.Gateway6, "addr  %s dev %s", GatewayAddress6, want.Name)
+	for _, dst := range slices.SortedFunc(maps.Keys(want.Routes), netip.Prefix.Compare) {
+		r, ok := p.Routes[dst]
+		wrong(!ok || r != want.Routes[dst], "%s", RouteString(dst, want.Routes[dst]))
 	}
 	return out
+}
+
+// PortFault is a port whose host end is not what it should be.
+type PortFault struct {
+	Want  HostPort
+	Lacks []string // as HostPort.Faults says it
 }

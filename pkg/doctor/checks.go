@@ -7,13 +7,12 @@ import (
 	"io/fs"
 	"maps"
 	"net/netip"
-	"path"
 	"slices"
 	"strings"
 	"syscall"
 	"time"
 
-	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/mtu"
@@ -539,8 +538,8 @@ func (e *examination) devices() {
 	}
 }
 
-// The kernel's own check keeps a container from using others' addresses, and a port that believes router advertisements gives its
-// host routes (CVE-2020-10749).
+// What a container's port loses on the host, nothing but the network manager gives back: its routes, without which the container is cut off, and
+// the settings that keep it from using others' addresses and from giving its host routes (CVE-2020-10749).
 func (e *examination) ports() {
 	if !e.needs("kernel", e.Kernel != nil) || !e.needsSnapshot() {
 		return
@@ -549,14 +548,15 @@ func (e *examination) ports() {
 		e.skip("%s", why)
 		return
 	}
-	const remedy = "start lariat-network-manager, which mends it, and look in /etc/sysctl.d for what sets it"
+	const remedy = "start lariat-network-manager, which mends it, and look for what took it away: a file in /etc/sysctl.d, or an interface manager that does " +
+		"not leave lrt* alone (NetworkManager, networkd, dhcpcd)"
 	wrong := e.Kernel.Ports
 	if len(wrong) > oneFindingFor {
-		e.add(Error, "sysctl "+wrong[0].Key, remedy, "%d settings of containers' ports are wrong: the first is %s, which is not %s", len(wrong), path.Base(wrong[0].Key), wrong[0].Value)
+		e.add(Error, "port "+wrong[0].Want.Name, remedy, "%d containers' ports are not what they should be: the first lacks %s", len(wrong), wrong[0].Lacks[0])
 		return
 	}
-	for _, s := range wrong {
-		e.add(Error, "sysctl "+s.Key, fmt.Sprintf("%s; or by hand: sysctl -w %s=%s", remedy, s.Key, s.Value), "container port %s: %s is not %s", delta.SysctlDevice(s.Key), path.Base(s.Key), s.Value)
+	for _, p := range wrong {
+		e.add(Error, "port "+p.Want.Name, remedy, "the port of container %s lacks %s", attach.ShortID(p.Want.Alias.ContainerID), strings.Join(p.Lacks, "; "))
 	}
 }
 

@@ -138,12 +138,15 @@ func TestF137Findings(t *testing.T) {
 		{"ip_forward off", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/ip_forward"] = "0" }, "forwarding error: the host does not forward IPv4", "sysctl -w net.ipv4.ip_forward=1"},
 		{"IPv6 forwarding off", func(f *Facts) { f.Kernel.Sysctls["net/ipv6/conf/all/forwarding"] = "0" }, "forwarding error: the host does not forward IPv6", "sysctl -w net.ipv6.conf.all.forwarding=1"},
 		{"rp_filter loose", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/conf/all/rp_filter"] = "2" }, "rp-filter warning: the reverse path check is loose (2)", "rp_filter=0"},
-		{"port believes advertisements", func(f *Facts) { f.Kernel.Ports = []delta.Sysctl{{Key: "net/ipv6/conf/lrtx/accept_ra", Value: "0"}} },
-			"ports error: container port lrtx: accept_ra is not 0", "sysctl -w net/ipv6/conf/lrtx/accept_ra=0"},
+		{"port believes advertisements", func(f *Facts) { f.Kernel.Ports = []delta.PortFault{lacking("sysctl net/ipv6/conf/lrtx/accept_ra=0")} },
+			"ports error: the port of container 0123456789ab lacks sysctl net/ipv6/conf/lrtx/accept_ra=0", "start lariat-network-manager"},
+		{"port without routes", func(f *Facts) {
+			f.Kernel.Ports = []delta.PortFault{lacking("link  lrtx up", "route 10.42.0.5/32 dev lrtx proto 76")}
+		}, "ports error: the port of container 0123456789ab lacks link  lrtx up; route 10.42.0.5/32 dev lrtx proto 76", "NetworkManager"},
 		{"many ports with loose checks", func(f *Facts) {
-			f.Kernel.Ports = slices.Repeat([]delta.Sysctl{{Key: "net/ipv4/conf/lrtx/rp_filter", Value: "1"}}, 9)
+			f.Kernel.Ports = slices.Repeat([]delta.PortFault{lacking("sysctl net/ipv4/conf/lrtx/rp_filter=1")}, 9)
 		},
-			"ports error: 9 settings of containers' ports are wrong: the first is rp_filter, which is not 1", "start lariat-network-manager"},
+			"ports error: 9 containers' ports are not what they should be: the first lacks sysctl net/ipv4/conf/lrtx/rp_filter=1", "start lariat-network-manager"},
 		{"FORWARD DROP", func(f *Facts) { f.Kernel.Forward[0].Passes = false }, "forward-policy error: forwarded packets are dropped by the policy of iptables filter FORWARD", "start lariat-network-manager"},
 		{"a firewall's own DROP", func(f *Facts) {
 			f.Kernel.Forward[0] = ForwardChain{Name: "nft chain inet firewall forward", Both: true}
@@ -248,4 +251,8 @@ func TestF137ManyPeersMakeOneFinding(t *testing.T) {
 	if len(r.Findings) != 1 || !strings.HasPrefix(r.Findings[0].What, "40 hosts do not answer") {
 		t.Errorf("%+v", r.Findings)
 	}
+}
+
+func lacking(what ...string) delta.PortFault {
+	return delta.PortFault{Want: delta.HostPort{Name: "lrtx", Alias: delta.PortAlias{ContainerID: "0123456789abcdef"}}, Lacks: what}
 }

@@ -71,7 +71,7 @@ type Kernel struct {
 	Sysctls map[string]string // keys with slashes: net/ipv4/ip_forward
 	Links   map[string]Link   // every interface
 	Devices []Device          // tunnel devices of ours, and those that should be there
-	Ports   []delta.Sysctl    // settings of containers' ports that are not so, though they should be
+	Ports   []delta.PortFault // containers' ports that lack something
 	Chains  []Device          // nftables chains that should be there, as text
 	Forward []ForwardChain
 }

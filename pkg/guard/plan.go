@@ -372,12 +372,3 @@ func index(v6 bool) int {
 	}
 	return 0
 }
-
-// PortFaults returns the settings of containers' ports that are not what they should be, as they should be.
-func PortFaults(snap *metadata.Snapshot, ports []delta.HostPort) (out []delta.Sysctl) {
-	for _, p := range ports {
-		n, known := snap.Network(p.Alias.Network)
-		out = append(out, p.Faults(!known || n.HasIPv6())...)
-	}
-	return out
-}

@@ -281,6 +281,10 @@ func (a *application) addr(m *message, typ, flags uint16, k delta.Addr) bool {
 	if ip.IsLinkLocalUnicast() && ip.Is6() {
 		scope = unix.RT_SCOPE_LINK
 	}
+	if k.Dev == "lo" && ip.Is4() {
+		// The first address of the first device is what the kernel takes for packets, also masqueraded ones, by devices that have none.
+		scope = unix.RT_SCOPE_HOST
+	}
 	m.raw(family, byte(k.Prefix.Bits()), noDAD, scope)
 	m.rawU32(index)
 	m.addr(unix.IFA_LOCAL, ip)

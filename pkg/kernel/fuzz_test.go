@@ -29,7 +29,7 @@ func FuzzParse(f *testing.F) {
 		parseRule(b, chains)
 		_, s, _ := parseSet(b)
 		fromElements(parseElements(nil, b), s)
-		w := watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1), owned: map[uint32]string{0: "x"}}
+		w := watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1), owned: map[uint32]string{0: "x"}, macs: map[uint32]delta.MAC{}}
 		w.nft(0xa03, b)
 	})
 }

@@ -43,11 +43,11 @@ type Kernel interface {
 	// know before it relies on them. It asks for single objects and dumps nothing.
 	Joined(ctx context.Context, device string, addrs []netip.Addr) (bool, error)
 
-	// Ports lists the host ends of ports, by their alias, with their settings.
+	// Ports lists the host ends of ports.
 	Ports(ctx context.Context) ([]delta.HostPort, error)
 
-	// SetSysctls writes settings of single devices. One whose device is gone is no error.
-	SetSysctls(ctx context.Context, list []delta.Sysctl) error
+	// MendPort makes a port's host end what it should be. It makes no port: one that is gone is no error.
+	MendPort(ctx context.Context, want delta.HostPort) error
 
 	// Close frees the sockets.
 	Close() error

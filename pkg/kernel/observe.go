@@ -75,6 +75,8 @@ type observation struct {
 	lookup func(index uint32) string
 
 	interrupted bool
+
+	ports map[string]map[netip.Prefix]delta.Route // routes to containers, by device, where somebody asks for them
 }
 
 func (o *observation) run() error {
@@ -138,7 +140,9 @@ type foundLink struct {
 	kind  string
 	link  delta.Link
 
-	rpFilter int
+	group      uint32
+	rpFilter   int
+	forwarding bool
 }
 
 func (o *observation) links() error {
@@ -239,6 +243,26 @@ func (o *observation) addressed(dev string) bool {
 	return false
 }
 
+// parseAddr reads an RTM_NEWADDR: an address, and the index of its device.
+func parseAddr(body []byte) (index uint32, p netip.Prefix) {
+	if len(body) < unix.SizeofIfAddrmsg {
+		return 0, p
+	}
+	var local, address netip.Addr
+	for a := newAttrs(body[unix.SizeofIfAddrmsg:]); a.next(); {
+		switch a.typ {
+		case unix.IFA_LOCAL:
+			local = a.addr()
+		case unix.IFA_ADDRESS:
+			address = a.addr()
+		}
+	}
+	if !local.IsValid() {
+		local = address
+	}
+	return binary.NativeEndian.Uint32(body[4:]), netip.PrefixFrom(local, int(body[1]))
+}
+
 func (o *observation) addrsOf(index uint32, dev string, owned bool) error {
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		err := o.dump("addresses of "+dev, unix.RTM_GETADDR, func(m *message) {
@@ -248,19 +272,8 @@ func (o *observation) addrsOf(index uint32, dev string, owned bool) error {
 			if len(body) < unix.SizeofIfAddrmsg || binary.NativeEndian.Uint32(body[4:]) != index {
 				return
 			}
-			var local, address netip.Addr
-			for a := newAttrs(body[unix.SizeofIfAddrmsg:]); a.next(); {
-				switch a.typ {
-				case unix.IFA_LOCAL:
-					local = a.addr()
-				case unix.IFA_ADDRESS:
-					address = a.addr()
-				}
-			}
-			if !local.IsValid() {
-				local = address
-			}
-			key := delta.Addr{Dev: dev, Prefix: netip.PrefixFrom(local, int(body[1]))}
+			_, addr := parseAddr(body)
+			key := delta.Addr{Dev: dev, Prefix: addr}
 			if _, wanted := o.want.Addrs[key]; owned || wanted {
 				o.s.Addrs[key] = struct{}{}
 			}
@@ -363,13 +376,18 @@ func named(err error, meaning string, codes ...error) error {
 
 func (o *observation) routes(family byte) error {
 	err := o.dump("routes", unix.RTM_GETROUTE, func(m *message) {
-		m.raw(family, 0, 0, 0, unix.RT_TABLE_MAIN, delta.Protocol, 0, 0)
-		m.rawU32(0)
+		ownRoutes(m, family)
 	}, o.route)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) {
 		return nil // an IPv4 table appears with its first route; a kernel without IPv6 has none
 	}
 	return err
+}
+
+// ownRoutes asks for Lariat's routes of one family.
+func ownRoutes(m *message, family byte) {
+	m.raw(family, 0, 0, 0, unix.RT_TABLE_MAIN, delta.Protocol, 0, 0)
+	m.rawU32(0)
 }
 
 var routeTypes = map[byte]string{
@@ -422,8 +440,14 @@ func (o *observation) route(body []byte) {
 		r.Via, r.Onlink = netip.Addr{}, false // the nexthop's, or lo for what leads nowhere
 	case oif != 0:
 		r.Dev = o.name(oif)
-		if strings.HasPrefix(r.Dev, delta.PortPrefix) {
-			return // a container's, made and removed with its port
+		if strings.HasPrefix(r.Dev, delta.PortPrefix) { // a container's, made and removed with its port
+			if o.ports != nil {
+				if o.ports[r.Dev] == nil {
+					o.ports[r.Dev] = map[netip.Prefix]delta.Route{}
+				}
+				o.ports[r.Dev][netip.PrefixFrom(dst, int(body[1]))] = r
+			}
+			return
 		}
 	}
 	o.s.Routes[netip.PrefixFrom(dst, int(body[1]))] = r

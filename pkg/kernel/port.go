@@ -20,9 +20,6 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// hostLinkLocal is the IPv6 gateway's address on the host's end of every port.
-var hostLinkLocal = netip.MustParsePrefix("fe80::1/64")
-
 // AddPort implements Kernel.
 //
 // Both ends are made by one message, the container's already in its own namespace, each with its MAC: set later, udev's
@@ -48,11 +45,7 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 	if err != nil {
 		return err
 	}
-	v6 := slices.ContainsFunc(p.Addrs, netip.Addr.Is6)
-	if err := n.SetSysctls(ctx, ipv6Settings(p.HostName, !v6)); err != nil {
-		return err
-	}
-	if err := n.rt.steps(hostEnd(index, p)); err != nil {
+	if err := n.hostEnd(ctx, index, p.Host(), func(m *message) { m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias)) }); err != nil {
 		return err
 	}
 	return insideEnd(inside, path, p)
@@ -119,36 +112,68 @@ func createVeth(m *message, netnsFD int, p delta.Port) {
 	m.end(info)
 }
 
-func hostEnd(index uint32, p delta.Port) []step {
-	list := []step{
+// hostEnd makes a device the host's end of a port; more sets what else the caller has to say of the link. The two
+// settings that no message carries are written before it is up.
+func (n *Netns) hostEnd(ctx context.Context, index uint32, h delta.HostPort, more func(m *message)) error {
+	if err := n.SetSysctls(ctx, ipv6Settings(h.Name, h.NoIPv6)); err != nil {
+		return err
+	}
+	var list []step
+	if !h.NoIPv6 { // without IPv6 there may be no such setting at all
 		// Before it is up, or the kernel begins to detect duplicates of a link-local address that nobody needs.
-		{"keep " + p.HostName + " from making addresses", func(m *message) { noLinkLocal(m, index) }},
-		{"set " + p.HostName + " up", func(m *message) {
-			changeLink(m, index, unix.IFF_UP, unix.IFF_UP)
-			m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias))
-			strictReversePath(m)
-		}},
+		list = append(list, step{"keep " + h.Name + " from making addresses", func(m *message) { noLinkLocal(m, index) }})
 	}
-	if slices.ContainsFunc(p.Addrs, netip.Addr.Is6) {
-		list = append(list, step{"give " + p.HostName + " the gateway address", func(m *message) { newAddr(m, index, hostLinkLocal) }})
-	} else {
-		list = list[1:] // without IPv6 there may be no such setting at all
+	list = append(list, step{"set " + h.Name + " up", func(m *message) {
+		changeLink(m, index, unix.IFF_UP, unix.IFF_UP)
+		more(m)
+		forwarding(m)
+	}})
+	if h.Gateway6 {
+		list = append(list, step{"give " + h.Name + " the gateway address", func(m *message) { newAddr(m, index, delta.GatewayAddress6) }})
 	}
-	for _, a := range p.Addrs {
-		list = append(list, step{"route " + a.String() + " to " + p.HostName, func(m *message) {
-			newRoute(m, index, delta.PortRoute{Dst: netip.PrefixFrom(a, a.BitLen())}, delta.Protocol)
+	for dst, r := range h.Routes {
+		list = append(list, step{"route " + dst.String() + " to " + h.Name, func(m *message) {
+			newRoute(m, index, delta.PortRoute{Dst: dst}, delta.Protocol)
+			if r.Src.IsValid() {
+				m.addr(unix.RTA_PREFSRC, r.Src)
+			}
 		}})
 	}
-	return list
+	return n.rt.steps(list)
 }
 
-// strictReversePath sets the device's rp_filter to 1, without a write to /proc: what arrives must have its route back by the device,
-// so that no container can use another's address.
-func strictReversePath(m *message) {
+// MendPort implements Kernel.
+func (n *Netns) MendPort(ctx context.Context, want delta.HostPort) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	have, err := n.port(want.Name)
+	if err == nil {
+		err = n.hostEnd(ctx, uint32(have.Index), want, func(m *message) {
+			if have.MAC != want.MAC {
+				m.bytes(unix.IFLA_ADDRESS, want.MAC[:])
+			}
+			if want.MTU != 0 && have.MTU != want.MTU {
+				m.u32(unix.IFLA_MTU, uint32(want.MTU))
+			}
+			if have.Group != want.Group {
+				m.u32(unix.IFLA_GROUP, want.Group)
+			}
+		})
+	}
+	if errors.Is(err, unix.ENODEV) {
+		return nil
+	}
+	return err
+}
+
+// forwarding sets, without a write to /proc, the device's forwarding to 1, whatever the host has for new devices, and its rp_filter
+// to 1: what arrives must have its route back by the device, so that no container can use another's address.
+func forwarding(m *message) {
 	const inetConf = 1 // IFLA_INET_CONF
 	spec := m.nest(unix.IFLA_AF_SPEC)
 	v4 := m.nest(unix.AF_INET)
 	conf := m.nest(inetConf)
+	m.u32(ipv4Forwarding, 1)
 	m.u32(rpFilter, 1)
 	m.end(conf)
 	m.end(v4)
@@ -426,27 +451,67 @@ func (n *Netns) Ports(ctx context.Context) ([]delta.HostPort, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return RetryDump(func() ([]delta.HostPort, error) {
-		var out []delta.HostPort
-		err := n.rt.dump(unix.RTM_GETLINK, func(m *message) { allOfKind(m, "veth") }, func(_ uint16, body []byte) {
-			if f := parseLink(body); f.kind == "veth" && strings.HasPrefix(f.name, delta.PortPrefix) {
-				if alias, ok := delta.ParsePortAlias(f.link.Alias); ok {
-					out = append(out, f.port(alias))
-				}
-			}
-		})
-		if err != nil && !errors.Is(err, errInterrupted) {
-			return nil, fmt.Errorf("list ports: %w", err)
-		}
-		if err != nil {
+		out, err := n.ports()
+		if errors.Is(err, errInterrupted) {
 			err = netlink.ErrDumpInterrupted
 		}
 		return out, err
 	})
 }
 
+// ports makes four lists: of devices, their IPv6 addresses, and routes of both families.
+func (n *Netns) ports() (out []delta.HostPort, err error) {
+	interrupted := false
+	dump := func(what string, typ uint16, build func(m *message), each func(body []byte)) {
+		err2 := n.rt.dump(typ, build, func(_ uint16, body []byte) { each(body) })
+		switch {
+		case errors.Is(err2, errInterrupted):
+			interrupted = true
+		case errors.Is(err2, unix.ENOENT), errors.Is(err2, unix.EOPNOTSUPP): // no IPv6, or no route yet
+		case err2 != nil && err == nil:
+			err = fmt.Errorf("list %s: %w", what, err2)
+		}
+	}
+	at := map[uint32]int{} // the place in out, by index
+	names := map[uint32]string{}
+	dump("ports", unix.RTM_GETLINK, func(m *message) { allOfKind(m, "veth") }, func(body []byte) {
+		if f := parseLink(body); f.kind == "veth" && strings.HasPrefix(f.name, delta.PortPrefix) {
+			if alias, ok := delta.ParsePortAlias(f.link.Alias); ok {
+				at[f.index], names[f.index] = len(out), f.name
+				out = append(out, f.port(alias))
+			}
+		}
+	})
+	if len(out) == 0 || err != nil {
+		return out, err
+	}
+	dump("IPv6 addresses", unix.RTM_GETADDR, func(m *message) {
+		m.raw(unix.AF_INET6, 0, 0, 0)
+		m.rawU32(0)
+	}, func(body []byte) {
+		if index, addr := parseAddr(body); addr == delta.GatewayAddress6 {
+			if i, ok := at[index]; ok {
+				out[i].Gateway6 = true
+			}
+		}
+	})
+	o := observation{names: names, lookup: func(uint32) string { return "" }, s: delta.NewState(), ports: map[string]map[netip.Prefix]delta.Route{}}
+	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+		dump("routes", unix.RTM_GETROUTE, func(m *message) { ownRoutes(m, family) }, o.route)
+	}
+	for i := range out {
+		out[i].Routes = o.ports[out[i].Name]
+	}
+	if interrupted && err == nil {
+		err = errInterrupted
+	}
+	return out, err
+}
+
 // port is a device that is the host's end of one.
 func (f foundLink) port(alias delta.PortAlias) delta.HostPort {
-	return delta.HostPort{Name: f.name, Index: int(f.index), Alias: alias, RPFilter: f.rpFilter, AcceptRA: f.link.AcceptRA, NoIPv6: f.link.NoIPv6}
+	return delta.HostPort{Name: f.name, Index: int(f.index), Alias: alias, Up: !f.link.Down, Group: f.group, MAC: f.link.MAC, MTU: f.link.MTU,
+		RPFilter: f.rpFilter, Forwarding: f.forwarding, AcceptRA: f.link.AcceptRA, NoIPv6: f.link.NoIPv6}
 }
 
 // RetryDump repeats a dump that changed while it was read. One that was interrupted over and over is complete enough: what it
@@ -462,10 +527,8 @@ func RetryDump[T any](dump func() ([]T, error)) ([]T, error) {
 	return out, nil
 }
 
-// port asks for the settings of one host end.
+// port asks for the device of one host end; its addresses and routes are left out.
 func (n *Netns) port(name string) (p delta.HostPort, err error) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
 	err = n.rt.get(unix.RTM_GETLINK, func(m *message) {
 		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
 		m.string(unix.IFLA_IFNAME, name)
@@ -482,31 +545,7 @@ func (n *Netns) CheckPort(ctx context.Context, path string, p delta.Port) error 
 	defer host.Close()
 	var errs []error
 	differ := func(format string, a ...any) { errs = append(errs, fmt.Errorf(format, a...)) }
-	if link, err := host.LinkByName(p.HostName); err != nil {
-		differ("the host's end %s: %w", p.HostName, err)
-	} else {
-		if link.Attrs().Flags&net.FlagUp == 0 {
-			differ("the host's end %s is down", p.HostName)
-		}
-		if got := link.Attrs().Group; got != delta.InsideGroup {
-			differ("the host's end %s is in link group %d, not %d: an encrypted network's packets are dropped there", p.HostName, got, delta.InsideGroup)
-		}
-		settings, err := n.port(p.HostName)
-		if err != nil {
-			differ("the settings of %s: %w", p.HostName, err)
-		}
-		for _, fault := range settings.Faults(slices.ContainsFunc(p.Addrs, netip.Addr.Is6)) {
-			differ("the setting %s is not %s", fault.Key, fault.Value)
-		}
-		for _, a := range p.Addrs {
-			routes, err := host.RouteGet(a.AsSlice())
-			if err != nil {
-				differ("the host's route to %s: %w", a, err)
-			} else if len(routes) == 0 || routes[0].LinkIndex != link.Attrs().Index {
-				differ("the host does not route %s to %s", a, p.HostName)
-			}
-		}
-	}
+	errs = append(errs, n.checkHost(host, p.Host()))
 	inside, err := netns.GetFromPath(path)
 	if err != nil {
 		differ("open network namespace %s: %w", path, err)
@@ -520,6 +559,40 @@ func (n *Netns) CheckPort(ctx context.Context, path string, p delta.Port) error 
 	}
 	defer h.Close()
 	errs = append(errs, checkInside(h, p))
+	return errors.Join(errs...)
+}
+
+// checkHost asks for the routes that packets take, and not for those that are ours: any may be more specific, or another rule come first.
+func (n *Netns) checkHost(host *netlink.Handle, want delta.HostPort) error {
+	n.mu.Lock()
+	have, err := n.port(want.Name)
+	n.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("the host's end %s: %w", want.Name, err)
+	}
+	var errs []error
+	differ := func(format string, a ...any) { errs = append(errs, fmt.Errorf(format, a...)) }
+	if want.Gateway6 {
+		addrs, err := RetryDump(func() ([]netlink.Addr, error) {
+			return host.AddrList(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: have.Index}}, netlink.FAMILY_V6)
+		})
+		if err != nil {
+			differ("addresses of %s: %w", want.Name, err)
+		}
+		have.Gateway6 = slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IPNet.String() == delta.GatewayAddress6.String() })
+	}
+	have.Routes = want.Routes
+	for _, fault := range have.Faults(want) {
+		differ("the host lacks: %s", fault)
+	}
+	for dst := range want.Routes {
+		routes, err := host.RouteGet(dst.Addr().AsSlice())
+		if err != nil {
+			differ("the host's route to %s: %w", dst.Addr(), err)
+		} else if len(routes) == 0 || routes[0].LinkIndex != have.Index {
+			differ("the host does not route %s to %s", dst.Addr(), want.Name)
+		}
+	}
 	return errors.Join(errs...)
 }
 

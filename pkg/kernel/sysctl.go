@@ -73,7 +73,7 @@ func (a *application) sysctls(ofNewDevices bool) {
 	}
 }
 
-// SetSysctls implements Kernel.
+// SetSysctls writes settings of single devices. One whose device is gone is no error.
 func (n *Netns) SetSysctls(ctx context.Context, list []delta.Sysctl) error {
 	return n.do(func() error {
 		var errs []error

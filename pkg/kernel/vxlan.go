@@ -19,7 +19,6 @@ func parseLink(body []byte) foundLink {
 	f.link.NoIPv6 = true // without IPv6 the message says nothing of it
 	f.link.Down = binary.NativeEndian.Uint32(body[8:])&unix.IFF_UP == 0
 	var data []byte
-	var group uint32
 	for a := newAttrs(body[unix.SizeofIfInfomsg:]); a.next(); {
 		switch a.typ {
 		case unix.IFLA_IFNAME:
@@ -31,11 +30,11 @@ func parseLink(body []byte) foundLink {
 		case unix.IFLA_IFALIAS:
 			f.link.Alias = cstring(a.value)
 		case unix.IFLA_GROUP:
-			group = a.u32()
+			f.group = a.u32()
 		case unix.IFLA_AF_SPEC:
-			v6 := parseConf(a.value)
-			f.link.NoIPv6, f.link.AcceptRA = v6.disableIPv6, v6.acceptRA
-			f.rpFilter = v6.rpFilter
+			conf := parseConf(a.value)
+			f.link.NoIPv6, f.link.AcceptRA = conf.disableIPv6, conf.acceptRA
+			f.rpFilter, f.forwarding = conf.rpFilter, conf.forwarding
 		case unix.IFLA_LINKINFO:
 			for i := newAttrs(a.value); i.next(); {
 				switch i.typ {
@@ -53,7 +52,7 @@ func parseLink(body []byte) foundLink {
 		parseVXLAN(&f.link, data)
 	case delta.KindXFRM:
 		f.link.MAC = delta.MAC{} // the kernel invents one, and never uses it
-		f.link.Group = group
+		f.link.Group = f.group
 		parseXFRM(&f.link, data)
 	}
 	return f
@@ -61,8 +60,8 @@ func parseLink(body []byte) foundLink {
 
 // deviceConf is what a link's message says of the settings that are otherwise below /proc/sys/net/{ipv4,ipv6}/conf.
 type deviceConf struct {
-	rpFilter, acceptRA int
-	disableIPv6        bool
+	rpFilter, acceptRA      int
+	forwarding, disableIPv6 bool
 }
 
 // parseConf reads IFLA_AF_SPEC. The arrays inside are indexed by include/uapi/linux/ip.h (from 1) and include/uapi/linux/ipv6.h.
@@ -84,7 +83,7 @@ func parseConf(spec []byte) deviceConf {
 		for a := newAttrs(family.value); a.next(); {
 			switch {
 			case family.typ == unix.AF_INET && a.typ == conf:
-				c.rpFilter = at(a.value, rpFilter-1)
+				c.rpFilter, c.forwarding = at(a.value, rpFilter-1), at(a.value, ipv4Forwarding-1) != 0
 			case family.typ == unix.AF_INET6 && a.typ == conf6:
 				c.acceptRA, c.disableIPv6 = at(a.value, acceptRA), at(a.value, disableIPv6) != 0
 			}
@@ -93,8 +92,11 @@ func parseConf(spec []byte) deviceConf {
 	return c
 }
 
-// rpFilter is IPV4_DEVCONF_RP_FILTER of include/uapi/linux/ip.h.
-const rpFilter = 8
+// IPV4_DEVCONF_FORWARDING and IPV4_DEVCONF_RP_FILTER of include/uapi/linux/ip.h.
+const (
+	ipv4Forwarding = 1
+	rpFilter       = 8
+)
 
 func parseVXLAN(l *delta.Link, data []byte) {
 	var other []string

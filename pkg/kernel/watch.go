@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -29,8 +30,8 @@ const (
 	EventNexthop EventKind = "nexthop"
 	EventNft     EventKind = "nft"
 	EventBridge  EventKind = "bridge" // of somebody else's
-	EventPort    EventKind = "port"   // the reverse-path check of a container's port was changed
-	EventLoose   EventKind = "loose"  // that of all devices, or of new ones, was changed; see LooseReversePath
+	EventPort    EventKind = "port"   // the host's end of a container's port lost something
+	EventSysctl  EventKind = "sysctl" // a setting of all devices, or of new ones, was changed: forwarding, or the reverse-path check
 	EventResync  EventKind = "resync" // anything may have happened: the kernel had more to tell than was read in time
 )
 
@@ -47,8 +48,8 @@ func (e Event) String() string { return strings.TrimSpace(string(e.Kind) + " " +
 const quiet = 10 * time.Millisecond
 
 // Watch reports what touches something of Lariat's in the current network namespace, and changes of links and addresses of
-// others, for the underlay is one of them. Containers' ports are no news. Equal events within some milliseconds are one. The
-// channel is closed when ctx ends.
+// others, for the underlay is one of them. Containers' ports that come and go are no news, but what they lose in between is. Equal
+// events within some milliseconds are one. The channel is closed when ctx ends.
 //
 // Lariat's own changes are reported as well; the pass that follows finds nothing to do.
 func Watch(ctx context.Context) (<-chan Event, error) {
@@ -65,7 +66,7 @@ func Watch(ctx context.Context) (<-chan Event, error) {
 	_ = raw.Control(func(fd uintptr) {
 		_ = unix.SetsockoptInt(int(fd), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_NEXTHOP)
 	})
-	w := &watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1), owned: map[uint32]string{}}
+	w := &watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1), owned: map[uint32]string{}, macs: map[uint32]delta.MAC{}}
 	if err := w.learn(); err != nil {
 		rt.Close()
 		return nil, fmt.Errorf("watch the kernel: %w", err)
@@ -119,8 +120,9 @@ type watcher struct {
 	notify  chan struct{}
 
 	// Of the reader of routes alone.
-	owned map[uint32]string // devices of ours by index, ports left out
-	names *socket           // asks for the names of devices, in the namespace of Watch's caller
+	owned map[uint32]string    // devices of ours by index, ports left out
+	macs  map[uint32]delta.MAC // of ports, by index, as far as they were told
+	names *socket              // asks for the names of devices, in the namespace of Watch's caller
 }
 
 // learn finds the devices that are ours already.
@@ -209,12 +211,15 @@ func (w *watcher) route(typ uint16, body []byte) {
 	switch typ {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		if len(body) >= unix.SizeofIfInfomsg && body[0] == unix.AF_UNSPEC { // others are a bridge's own affairs
-			w.link(typ, parseLink(body))
+			w.link(typ, binary.NativeEndian.Uint32(body[12:]), parseLink(body))
 		}
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		if len(body) >= unix.SizeofIfAddrmsg {
-			if name := w.device(binary.NativeEndian.Uint32(body[4:])); !strings.HasPrefix(name, delta.PortPrefix) {
+			name := w.device(binary.NativeEndian.Uint32(body[4:]))
+			if !strings.HasPrefix(name, delta.PortPrefix) {
 				w.add(EventAddr, name)
+			} else if _, addr := parseAddr(body); typ == unix.RTM_DELADDR && addr == delta.GatewayAddress6 || typ == unix.RTM_NEWADDR && addr != delta.GatewayAddress6 {
+				w.add(EventPort, name)
 			}
 		}
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
@@ -224,8 +229,13 @@ func (w *watcher) route(typ uint16, body []byte) {
 			}
 		}
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		o := observation{names: map[uint32]string{}, s: delta.NewState(), lookup: w.device}
+		o := observation{names: map[uint32]string{}, s: delta.NewState(), lookup: w.device, ports: map[string]map[netip.Prefix]delta.Route{}}
 		o.route(body)
+		if typ == unix.RTM_DELROUTE {
+			for name := range o.ports {
+				w.add(EventPort, name)
+			}
+		}
 		for dst, r := range o.s.Routes {
 			// Without a name for its device, it was a port that is gone.
 			if r.NH != 0 || r.Type != "" || r.Dev != "" {
@@ -241,8 +251,8 @@ func (w *watcher) route(typ uint16, body []byte) {
 	}
 }
 
-// netconf reports a reverse-path check that somebody set: of a port, or of all or new devices. A new device's message, which has all settings, is
-// no such news, and neither is a port's check that is strict.
+// netconf reports a setting of IPv4 that somebody changed for the worse, of a port, or at all, of all or new devices. A new device's message, which
+// has all settings, is no such news.
 func (w *watcher) netconf(body []byte) {
 	const ( // include/uapi/linux/netconf.h
 		header     = 4 // struct netconfmsg, aligned
@@ -256,35 +266,44 @@ func (w *watcher) netconf(body []byte) {
 		return
 	}
 	var index uint32
-	set, loosened, all := false, false, false
+	settings, worse := 0, false
 	for a := newAttrs(body[header:]); a.next(); {
 		switch a.typ {
 		case ifindex:
 			index = a.u32()
-		case forwarding:
-			all = true
-		case rpFilter:
-			set, loosened = true, a.u32() != 1
+		case forwarding, rpFilter:
+			settings++
+			worse = a.u32() != 1
 		}
 	}
-	switch {
-	case all || !set:
-		return
-	case index == allDevices, index == newDevices:
-		w.add(EventLoose, "")
-		return
-	case !loosened:
+	if settings != 1 {
 		return
 	}
-	if name := w.device(index); strings.HasPrefix(name, delta.PortPrefix) {
+	if index == allDevices || index == newDevices {
+		w.add(EventSysctl, "")
+	} else if name := w.device(index); worse && strings.HasPrefix(name, delta.PortPrefix) {
 		w.add(EventPort, name)
 	}
 }
 
-func (w *watcher) link(typ uint16, f foundLink) {
+// port reports a port that somebody set down, or gave another group or MAC. Its own ADD and DEL set it up, and tell of a new device (~0).
+func (w *watcher) port(typ uint16, change uint32, f foundLink) {
+	if typ == unix.RTM_DELLINK {
+		delete(w.macs, f.index)
+		return
+	}
+	mac, known := w.macs[f.index]
+	w.macs[f.index] = f.link.MAC
+	if change != math.MaxUint32 && (f.link.Down && change&unix.IFF_UP != 0 || f.group != delta.InsideGroup || known && mac != f.link.MAC) {
+		w.add(EventPort, f.name)
+	}
+}
+
+func (w *watcher) link(typ uint16, change uint32, f foundLink) {
 	ours := slices.Contains(linkKinds, f.kind) && strings.HasPrefix(f.link.Alias, delta.AliasPrefix)
 	switch {
 	case strings.HasPrefix(f.name, delta.PortPrefix):
+		w.port(typ, change, f)
 		return
 	case ours && typ == unix.RTM_NEWLINK:
 		w.owned[f.index] = f.name

@@ -58,9 +58,9 @@ func TestF29WatchTellsWhatIsTouchedByHand(t *testing.T) {
 		{[]string{"ip", "addr", "del", "10.42.0.1/32", "dev", "vtep1042"}, kernel.Event{Kind: kernel.EventAddr, Name: "vtep1042"}},
 		{[]string{"ip", "link", "set", "vtep1042", "mtu", "1400"}, kernel.Event{Kind: kernel.EventLink, Name: "vtep1042"}},
 		{[]string{"nft", "flush set inet lariat vteps4"}, kernel.Event{Kind: kernel.EventNft, Name: delta.Table}},
-		{[]string{"sh", "-c", "echo 2 > /proc/sys/net/ipv4/conf/all/rp_filter"}, kernel.Event{Kind: kernel.EventLoose}},
-		{[]string{"sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter"}, kernel.Event{Kind: kernel.EventLoose}},
-		{[]string{"sh", "-c", "echo 2 > /proc/sys/net/ipv4/conf/default/rp_filter"}, kernel.Event{Kind: kernel.EventLoose}},
+		{[]string{"sh", "-c", "echo 2 > /proc/sys/net/ipv4/conf/all/rp_filter"}, kernel.Event{Kind: kernel.EventSysctl}},
+		{[]string{"sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter"}, kernel.Event{Kind: kernel.EventSysctl}},
+		{[]string{"sh", "-c", "echo 2 > /proc/sys/net/ipv4/conf/default/rp_filter"}, kernel.Event{Kind: kernel.EventSysctl}},
 		{[]string{"ip", "link", "del", "vtep1042"}, kernel.Event{Kind: kernel.EventLink, Name: "vtep1042"}},
 	} {
 		ns.Command(t, tc.command[0], tc.command[1:]...)

@@ -4,6 +4,7 @@ package reconcile
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync"
 	"time"
@@ -140,6 +141,9 @@ func (c *Concern) note(breaks uint64, changes int, took time.Duration, err error
 	c.health.Changes += uint64(changes)
 	c.health.Took = took
 	switch {
+	case errors.Is(err, errNoView): // at every start; the watch tells when that does not end
+		c.health.OK, c.health.Error = false, err.Error()
+		return
 	case err != nil:
 		c.health.OK, c.health.Error = false, err.Error()
 		c.health.Failures++

@@ -126,6 +126,36 @@ func TestConcernTriggerCutsTheBackOffShort(t *testing.T) {
 	})
 }
 
+// TestConcernWaitsForTheFirstViewInSilence: a manager is mostly started beside the metadata service; that is no failure.
+func TestConcernWaitsForTheFirstViewInSilence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		ready := false
+		c := NewConcern("test", time.Minute, func(context.Context) ([]string, error) {
+			if !ready {
+				return nil, errNoView
+			}
+			return nil, nil
+		})
+		var log bytes.Buffer
+		go c.Loop(ctx, slog.New(slog.NewTextHandler(&log, nil)))
+		synctest.Wait()
+		if h := c.Health(); h.OK || h.Failures > 0 || h.Error == "" {
+			t.Errorf("before the first view: %+v", h)
+		}
+		ready = true
+		c.Trigger()
+		synctest.Wait()
+		if h := c.Health(); !h.OK || h.Failures > 0 || log.Len() > 0 {
+			t.Errorf("after it: %+v, log %q", h, log.String())
+		}
+		cancel()
+		synctest.Wait()
+	})
+}
+
+
 // TestConcernLogsOnce: a failure, each new one, the recovery, every change; nothing twice, and nothing when nothing happens.
 func TestConcernLogsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

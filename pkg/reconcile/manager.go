@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/delta"
-	"github.com/lariat-net/lariat/pkg/guard"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/iptables"
 	"github.com/lariat-net/lariat/pkg/lease"
@@ -47,6 +46,10 @@ type Manager struct {
 	concerns []*Concern
 	metadata Health // of the watch
 }
+
+// settle is how long a port that lost something is given to vanish altogether, as it does when its container ends. It is longer than a
+// device takes to be removed, and far shorter than the second in which a port should be whole again.
+const settle = 100 * time.Millisecond
 
 // errNoView is told until the metadata service has answered once. Nothing is changed before that: an empty view would mean
 // to remove everything.
@@ -86,11 +89,18 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 					return
 				}
 				m.Log.Debug("kernel event", "event", ev)
-				if ev.Kind == kernel.EventPort || ev.Kind == kernel.EventResync {
-					ports.Trigger()
-				}
-				if ev.Kind == kernel.EventPort {
+				switch ev.Kind {
+				case kernel.EventPort:
+					time.AfterFunc(settle, func() {
+						if kernel.PortIndex(ev.Name) != 0 {
+							ports.Trigger()
+						}
+					})
 					continue
+				case kernel.EventAddr: // a route to a container went with the address that it has as its source; that comes back first
+					time.AfterFunc(settle, ports.Trigger)
+				case kernel.EventResync:
+					ports.Trigger()
 				}
 				overlay.Trigger()
 				if ev.Kind == kernel.EventLink || ev.Kind == kernel.EventAddr || ev.Kind == kernel.EventResync {
@@ -136,8 +146,11 @@ func (m *Manager) watched(err error) {
 		}
 		m.metadata.OK, m.metadata.Error, m.metadata.LastSuccess = true, "", time.Now().UTC()
 	default:
-		if m.metadata.OK || m.metadata.Failures == 0 {
+		switch {
+		case m.metadata.OK:
 			m.Log.Error("metadata service lost; the network stays as it is", "error", err)
+		case m.metadata.Failures == 0: // both were started a moment ago
+			m.Log.Info("waiting for the metadata service", "error", err)
 		}
 		m.metadata.OK, m.metadata.Error = false, err.Error()
 		m.metadata.Failures++
@@ -304,23 +317,6 @@ func overlaySubnets(s *metadata.Snapshot) []netip.Prefix {
 	}
 	slices.SortFunc(out, func(a, b netip.Prefix) int { return strings.Compare(a.String(), b.String()) })
 	return out
-}
-
-// ports keeps the settings of containers' ports, which their own ADD made.
-func (m *Manager) ports(ctx context.Context) (changed []string, err error) {
-	s := m.view.Load()
-	if s == nil {
-		return nil, errNoView
-	}
-	ports, err := m.Kernel.Ports(ctx)
-	if err != nil {
-		return nil, err
-	}
-	faults := guard.PortFaults(s, ports)
-	for _, f := range faults {
-		changed = append(changed, delta.SysctlString(f.Key, f.Value))
-	}
-	return changed, m.Kernel.SetSysctls(ctx, faults)
 }
 
 // forward lets the networks' packets through where another program's policy for FORWARD is to drop.

@@ -234,11 +234,11 @@ func (k *Kernel) Ports(ctx context.Context) ([]delta.HostPort, error) {
 		if !ok {
 			continue
 		}
-		port := delta.HostPort{Name: name, Index: i + 2, Alias: alias, HasPeer: true, RPFilter: 1, NoIPv6: !slices.ContainsFunc(p.p.Addrs, netip.Addr.Is6)}
-		for _, a := range p.p.Addrs {
-			dst := netip.PrefixFrom(a, a.BitLen())
+		port := p.p.Host()
+		port.Index, port.Alias, port.Routes = i+2, alias, map[netip.Prefix]delta.Route{}
+		for dst, r := range p.p.Host().Routes {
 			if slices.Contains(p.host, delta.RouteString(dst, delta.Route{Dev: name})) {
-				port.Routes = append(port.Routes, dst)
+				port.Routes[dst] = r
 			}
 		}
 		out = append(out, port)
@@ -246,14 +246,9 @@ func (k *Kernel) Ports(ctx context.Context) ([]delta.HostPort, error) {
 	return out, nil
 }
 
-// SetSysctls implements kernel.Kernel. Settings of ports are as they should be in this world, so there is nothing to remember.
-func (k *Kernel) SetSysctls(ctx context.Context, list []delta.Sysctl) error {
+// MendPort implements kernel.Kernel. Ports are as they should be in this world, so there is nothing to do.
+func (k *Kernel) MendPort(ctx context.Context, want delta.HostPort) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	for _, s := range list {
-		if err := k.step(delta.SysctlString(s.Key, s.Value)); err != nil {
-			return err
-		}
-	}
-	return nil
+	return k.step("mend " + want.Name)
 }

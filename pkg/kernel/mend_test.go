@@ -1,0 +1,175 @@
+package kernel_test
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/lariat-net/lariat/pkg/attach"
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// TestF29_PortLosesWhatItsADDMade: whatever a port loses on its host is an event, a fault that names it, and mended by one call. The
+// container's end is not touched.
+func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
+	addresses := func(list ...string) (out []metadata.AttachmentAddress) {
+		for _, s := range list {
+			a := netip.MustParseAddr(s)
+			gw := netip.MustParseAddr("10.42.0.1")
+			if a.Is6() {
+				gw = netip.MustParseAddr("fd42::1")
+			}
+			out = append(out, metadata.AttachmentAddress{Address: a, Gateway: gw})
+		}
+		return out
+	}
+	for _, port := range []struct {
+		name      string
+		addresses []metadata.AttachmentAddress
+		v4, v6    bool
+	}{
+		{"dual-stack", addresses("10.42.0.5", "fd42::5"), true, true},
+		{"IPv4", addresses("10.42.0.6"), true, false},
+		{"IPv6", addresses("fd42::7"), false, true},
+	} {
+		t.Run(port.name, func(t *testing.T) {
+			host, inside := netnstest.New(t), netnstest.New(t)
+			host.Command(t, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+			// What the host has for new devices is not what a port is to have.
+			host.Command(t, "sh", "-c", "cd /proc/sys/net; echo 0 > ipv4/conf/default/forwarding; echo 1 > ipv6/conf/default/disable_ipv6")
+			host.Command(t, "ip", "link", "add", "own", "type", "veth", "peer", "name", "owm")
+			host.Command(t, "sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/own/disable_ipv6")
+			host.Command(t, "ip", "addr", "add", "10.42.0.1/32", "dev", "own")
+			host.Command(t, "ip", "addr", "add", "fd42::1/128", "dev", "own", "nodad")
+			host.Command(t, "ip", "link", "set", "own", "up")
+			p := attach.Plan(&metadata.Attachment{Network: "n", Device: "own", MTU: 1450, Addresses: port.addresses},
+				attach.Config{ID: metadata.AttachmentID{ContainerID: "c0ffee", IfName: "eth0"}})
+			k := openKernel(t, host)
+			if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+				t.Fatal(err)
+			}
+			want := p.Host()
+			faults := func() []string {
+				t.Helper()
+				ports, err := k.Ports(t.Context())
+				if err != nil || len(ports) != 1 {
+					t.Fatalf("ports: %+v, %v", ports, err)
+				}
+				return ports[0].Faults(want)
+			}
+			if f := faults(); len(f) > 0 {
+				t.Fatalf("right after its ADD the port lacks %s", f)
+			}
+			var events <-chan kernel.Event
+			host.Do(t, func() {
+				var err error
+				if events, err = kernel.Watch(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			})
+			sysctl := func(value, key string) string {
+				return "echo " + value + " > /proc/sys/net/" + strings.ReplaceAll(key, "D", want.Name)
+			}
+			for _, tc := range []struct {
+				command string
+				lacks   []string
+				of      bool // only of ports with such addresses
+				silent  bool // no event of the kernel tells of it
+			}{
+				{command: "ip link set D down", lacks: []string{"link  D up"}, of: true},
+				{command: "ip link set D down; ip link set D up", lacks: []string{"route 10.42.0"}, of: port.v4},
+				{command: "ip link set D down; ip link set D up", lacks: []string{"addr  fe80::1/64 dev D", "route fd42::"}, of: port.v6},
+				{command: "ip route flush dev D", lacks: []string{"route 10.42.0"}, of: port.v4},
+				{command: "ip -6 route flush dev D", lacks: []string{"route fd42::"}, of: port.v6},
+				{command: "ip route flush proto 76", lacks: []string{"route 10.42.0"}, of: port.v4},
+				{command: "ip -6 addr flush dev D", lacks: []string{"addr  fe80::1/64 dev D"}, of: port.v6},
+				{command: "ip link set D group 0", lacks: []string{"link  D group 76"}, of: true},
+				{command: "ip link set D address 02:00:00:00:00:01", lacks: []string{"link  D address 0e:fe:00:00:00:01"}, of: true},
+				{command: "ip link set D mtu 1400", lacks: []string{"link  D mtu 1450"}, of: true, silent: true},
+				{command: sysctl("0", "ipv4/conf/D/rp_filter"), lacks: []string{"sysctl net/ipv4/conf/D/rp_filter=1"}, of: true},
+				{command: sysctl("2", "ipv4/conf/D/rp_filter"), lacks: []string{"sysctl net/ipv4/conf/D/rp_filter=1"}, of: true},
+				{command: sysctl("0", "ipv4/conf/D/forwarding"), lacks: []string{"sysctl net/ipv4/conf/D/forwarding=1"}, of: true},
+				{command: sysctl("1", "ipv6/conf/D/accept_ra"), lacks: []string{"sysctl net/ipv6/conf/D/accept_ra=0"}, of: true, silent: true},
+				{command: sysctl("1", "ipv6/conf/all/disable_ipv6"),
+					lacks: []string{"sysctl net/ipv6/conf/D/disable_ipv6=0", "addr  fe80::1/64 dev D", "route fd42::"}, of: port.v6},
+				{command: sysctl("1", "ipv6/conf/all/disable_ipv6") + "; " + sysctl("0", "ipv6/conf/all/disable_ipv6"),
+					lacks: []string{"addr  fe80::1/64 dev D", "route fd42::"}, of: port.v6},
+				{command: sysctl("0", "ipv6/conf/all/disable_ipv6"), lacks: []string{"sysctl net/ipv6/conf/D/disable_ipv6=1"}, of: !port.v6, silent: true},
+				{command: "ip addr del 10.42.0.1/32 dev own; ip addr add 10.42.0.1/32 dev own", lacks: []string{"route 10.42.0"}, of: port.v4, silent: true},
+			} {
+				if !tc.of {
+					continue
+				}
+				command := strings.ReplaceAll(tc.command, "D", want.Name)
+				host.Command(t, "sh", "-ec", command)
+				// All IPv6 on the host went with it, and with it the address from which it speaks.
+				host.Command(t, "sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/own/disable_ipv6; ip addr replace fd42::1/128 dev own nodad")
+				got := faults()
+				for _, lack := range tc.lacks {
+					lack = strings.ReplaceAll(lack, "D", want.Name)
+					if !slices.ContainsFunc(got, func(s string) bool { return strings.HasPrefix(s, lack) }) {
+						t.Errorf("after %s: faults %q, want one that begins with %q", command, got, lack)
+					}
+				}
+				if err := k.CheckPort(t.Context(), inside.Path(), p); err == nil {
+					t.Errorf("after %s: CheckPort finds nothing", command)
+				}
+				if !tc.silent {
+					next(t, events, kernel.Event{Kind: kernel.EventPort, Name: want.Name})
+				}
+				if err := k.MendPort(t.Context(), want); err != nil {
+					t.Fatalf("after %s: mend: %v", command, err)
+				}
+				if left := faults(); len(left) > 0 {
+					t.Fatalf("after %s: mended, the port still lacks %q", command, left)
+				}
+				if err := k.CheckPort(t.Context(), inside.Path(), p); err != nil {
+					t.Fatalf("after %s: mended: %v", command, err)
+				}
+			}
+			if err := k.DelPort(t.Context(), want.Name); err != nil {
+				t.Fatal(err)
+			}
+			if err := k.MendPort(t.Context(), want); err != nil {
+				t.Errorf("a port that is gone: %v", err)
+			}
+			if ports, err := k.Ports(t.Context()); err != nil || len(ports) > 0 {
+				t.Errorf("mended into being: %+v, %v", ports, err)
+			}
+		})
+	}
+}
+
+// TestF29_PortsThatComeAreNoNews: no ADD makes the manager look at all ports.
+func TestF29_PortsThatComeAreNoNews(t *testing.T) {
+	host, inside := netnstest.New(t), netnstest.New(t)
+	host.Command(t, "ip", "link", "add", "last", "type", "veth", "peer", "name", "tsal")
+	k := openKernel(t, host)
+	var events <-chan kernel.Event
+	host.Do(t, func() {
+		var err error
+		if events, err = kernel.Watch(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	})
+	p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{
+		{Address: netip.MustParseAddr("10.42.0.5")}, {Address: netip.MustParseAddr("fd42::5")}}}, attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
+	if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+		t.Fatal(err)
+	}
+	host.Command(t, "ip", "link", "set", "last", "mtu", "1400")
+	if e := <-events; e != (kernel.Event{Kind: kernel.EventLink, Name: "last"}) {
+		t.Errorf("the first event is %q, want link last", e)
+	}
+}
+
+// TestHostPortLeavingHasNoFaults: a port that is being removed is in a group of its own, and must not be taken out of it.
+func TestHostPortLeavingHasNoFaults(t *testing.T) {
+	if f := (delta.HostPort{Group: delta.Protocol<<24 | 5}).Faults(delta.HostPort{Up: true, Group: delta.InsideGroup}); len(f) > 0 {
+		t.Errorf("faults %q", f)
+	}
+}

@@ -1,0 +1,80 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/lariat-net/lariat/pkg/attach"
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/metadata"
+)
+
+// PortFaults compares the host's end of every port with what its ADD made, by the first journal that has a record of it. Ports are found
+// in the kernel: one that is not there is nothing that could be mended, and one that is being removed is left alone.
+func PortFaults(ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, journals ...lease.Journal) (out []delta.PortFault, err error) {
+	ports, err := k.Ports(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, p := range ports {
+		id := metadata.AttachmentID{ContainerID: p.Alias.ContainerID, IfName: p.Alias.IfName}
+		var r lease.Record
+		known := false
+		for _, j := range journals {
+			var err error
+			if r, known, err = j.Get(p.Alias.Network, id); err != nil {
+				errs, known = append(errs, err), false
+			}
+			if known {
+				break
+			}
+		}
+		if known && (r.Leaving || r.State == lease.Released) {
+			continue
+		}
+		want := wantedPort(p, r, known, s)
+		if lacks := p.Faults(want); len(lacks) > 0 {
+			out = append(out, delta.PortFault{Want: want, Lacks: lacks})
+		}
+	}
+	return out, errors.Join(errs...)
+}
+
+// wantedPort is what a port should be. Without a record, which may be in another runtime's state directory, its addresses are not known: then
+// what protects the host and other containers is all that is wanted.
+func wantedPort(have delta.HostPort, r lease.Record, known bool, s *metadata.Snapshot) delta.HostPort {
+	if known {
+		want := attach.Plan(&r.Attachment, attach.Config{ID: r.AttachmentID}).Host()
+		want.MTU = 0 // the configuration of the ADD may say another one
+		return want
+	}
+	want := have
+	want.RPFilter, want.AcceptRA, want.Group = 1, 0, delta.InsideGroup
+	if n, ok := s.Network(have.Alias.Network); ok && !n.HasIPv6() {
+		want.NoIPv6 = true
+	}
+	return want
+}
+
+// ports mends the host's ends of containers' ports. An interface manager that does not know them, a sysctl file, or a flush takes away what no
+// ADD will make again, and the container stays cut off, or its addresses open to others.
+func (m *Manager) ports(ctx context.Context) (changed []string, err error) {
+	s := m.view.Load()
+	if s == nil {
+		return nil, errNoView
+	}
+	faults, err := PortFaults(ctx, m.Kernel, s, m.Journal)
+	errs := []error{err}
+	for _, f := range faults {
+		if err := m.Kernel.MendPort(ctx, f.Want); err != nil {
+			errs = append(errs, fmt.Errorf("mend the port %s of container %s: %w", f.Want.Name, attach.ShortID(f.Want.Alias.ContainerID), err))
+			continue
+		}
+		changed = append(changed, f.Lacks...)
+	}
+	return changed, errors.Join(errs...)
+}
