@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containernetworking/plugins/pkg/ns"
 	"github.com/vishvananda/netlink"
@@ -48,7 +49,55 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 	if err := n.hostEnd(ctx, index, p.Host(), func(m *message) { m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias)) }); err != nil {
 		return err
 	}
-	return insideEnd(inside, path, p)
+	if err := insideEnd(inside, path, p); err != nil {
+		return err
+	}
+	return n.operational(ctx, index)
+}
+
+// operational waits until a device with a carrier sends. The kernel attaches its queue a little after the carrier came, in a work of its own, and
+// what is sent before is dropped: a container's first ARP request or answer, which is repeated after a second. Kernels since 6.8 do that work when
+// they are asked for the device (linkwatch_sync_dev in rtnl_getlink), older ones announce its end. A device that does not come to it in a second
+// is no error here: nothing more can be done about it.
+func (n *Netns) operational(ctx context.Context, index uint32) error {
+	up := false
+	look := func() error {
+		return n.rt.get(unix.RTM_GETLINK, func(m *message) {
+			m.raw(0, 0, 0, 0)
+			m.rawU32(index)
+			m.rawU32(0)
+			m.rawU32(0)
+		}, func(_ uint16, body []byte) { up = parseLink(body).up })
+	}
+	if err := look(); err != nil || up {
+		return err
+	}
+	var events *os.File
+	err := n.do(func() (err error) {
+		events, err = subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("wait for a port: %w", err)
+	}
+	defer events.Close()
+	if err := look(); err != nil || up { // it may have come to it before somebody listened
+		return err
+	}
+	if err := events.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = events.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	for buf := make([]byte, 1<<16); !up; {
+		if _, err := events.Read(buf); errors.Is(err, os.ErrDeadlineExceeded) {
+			return ctx.Err()
+		}
+		if err := look(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // step is one message of a port, and what to say when the kernel refuses it.
@@ -205,7 +254,9 @@ func insideEnd(inside *os.File, path string, p delta.Port) error {
 }
 
 func portSteps(index uint32, p delta.Port) []step {
-	var list []step
+	const lo = 1 // of every network namespace
+	// Not every runtime has a loopback plugin in its lists, and who serves 127.0.0.1 inside does not ask. An own address goes by lo, too.
+	list := []step{{"set lo up in the container", func(m *message) { changeLink(m, lo, unix.IFF_UP, unix.IFF_UP) }}}
 	for _, a := range p.Addrs {
 		list = append(list, step{"give " + p.IfName + " the address " + a.String(), func(m *message) {
 			newAddr(m, index, netip.PrefixFrom(a, a.BitLen()))
@@ -597,6 +648,13 @@ func (n *Netns) checkHost(host *netlink.Handle, want delta.HostPort) error {
 }
 
 func checkInside(h *netlink.Handle, p delta.Port) error {
+	lo, err := h.LinkByIndex(1)
+	if err != nil {
+		return fmt.Errorf("lo in the container: %w", err)
+	}
+	if lo.Attrs().Flags&net.FlagUp == 0 {
+		return errors.New("lo in the container is down")
+	}
 	link, err := h.LinkByName(p.IfName)
 	if err != nil {
 		return fmt.Errorf("%s in the container: %w", p.IfName, err)

@@ -29,6 +29,8 @@ func parseLink(body []byte) foundLink {
 			copy(f.link.MAC[:], a.value)
 		case unix.IFLA_IFALIAS:
 			f.link.Alias = cstring(a.value)
+		case unix.IFLA_OPERSTATE:
+			f.up = len(a.value) == 1 && a.value[0] == operUp
 		case unix.IFLA_GROUP:
 			f.group = a.u32()
 		case unix.IFLA_AF_SPEC:
@@ -91,6 +93,8 @@ func parseConf(spec []byte) deviceConf {
 	}
 	return c
 }
+
+const operUp = 6 // IF_OPER_UP of include/uapi/linux/if.h
 
 // IPV4_DEVCONF_FORWARDING and IPV4_DEVCONF_RP_FILTER of include/uapi/linux/ip.h.
 const (

@@ -155,7 +155,6 @@ func TestConcernWaitsForTheFirstViewInSilence(t *testing.T) {
 	})
 }
 
-
 // TestConcernLogsOnce: a failure, each new one, the recovery, every change; nothing twice, and nothing when nothing happens.
 func TestConcernLogsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
