@@ -17,6 +17,7 @@ import (
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/keepalive"
 )
 
@@ -51,6 +52,13 @@ type External struct {
 	Log       *slog.Logger
 }
 
+// reconnect is how a lost store is looked for. gRPC's own pauses grow to two minutes, which a host would wait for after a long outage, and its tries
+// last 20 s, where a machine is gone that could say that nobody listens.
+var reconnect = grpc.ConnectParams{
+	Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+	MinConnectTimeout: 3 * time.Second,
+}
+
 // Dial connects to an existing etcd. It fails when none of the endpoints answers within the context.
 func Dial(ctx context.Context, c External) (*Etcd, error) {
 	where := strings.Join(c.Endpoints, ",")
@@ -63,7 +71,7 @@ func Dial(ctx context.Context, c External) (*Etcd, error) {
 		DialKeepAliveTimeout: 5 * time.Second,
 		PermitWithoutStream:  true,
 		DialOptions: []grpc.DialOption{grpc.WithKeepaliveParams(keepalive.ClientParameters{
-			Time: 10 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true})},
+			Time: 10 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true}), grpc.WithConnectParams(reconnect)},
 		Logger: zapTo(c.Log, nil, nil),
 	})
 	if err != nil {
