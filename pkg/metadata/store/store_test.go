@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
 )
 
 func open(t testing.TB, dir string) *Etcd {
@@ -222,4 +225,42 @@ func TestSecondProcessOnTheFolderIsRefused(t *testing.T) {
 		t.Error(err)
 	}
 	s.Close()
+}
+
+// TestCloseWaitsForNoWatch: another host's watch does not hold up a stop. etcd itself waits 7 s for it.
+func TestCloseWaitsForNoWatch(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	url := "http://" + l.Addr().String()
+	l.Close()
+	dir := t.TempDir()
+	s, err := Open(t.Context(), Embedded{Dir: dir, Prefix: "/lariat/v1/", ListenClient: url})
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := Dial(t.Context(), External{Endpoints: []string{url}, Prefix: "/lariat/v1/"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	watch := other.client.Watch(t.Context(), "/lariat/v1/", clientv3.WithPrefix(), clientv3.WithCreatedNotify())
+	if _, open := <-watch; !open {
+		t.Fatal("no watch")
+	}
+	start := time.Now()
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("Close took %s", took)
+	}
+	again, err := Open(t.Context(), Embedded{Dir: dir, Prefix: "/lariat/v1/", NoListen: true})
+	if err != nil {
+		t.Fatalf("open again: %v", err)
+	}
+	if err := again.Close(); err != nil {
+		t.Error(err)
+	}
 }
