@@ -28,7 +28,7 @@ func (a *app) entryRemove() *cobra.Command {
 		Aliases: []string{"rm"},
 		Short:   "Remove an entry that cannot be used",
 		Long: `Removes an entry from the store that lariat status names as left out. The key is as it stands there. An entry with
-which nothing is wrong is refused; networks, hosts and containers have their own commands.
+which nothing is wrong is refused; networks and hosts have their own commands.
 
 An address table (addresses/...) holds which addresses are in use. Removing it makes all of them free. Stop
 the containers that have an address in it first.`,

@@ -207,6 +207,20 @@ type Container struct {
 	// assigned by whoever wrote the object, as PreAssigned says, and outlive the attachments.
 	Interfaces  []ContainerInterface `json:"interfaces,omitempty"`
 	PreAssigned bool                 `json:"preAssigned,omitempty"`
+
+	// Written is kept by the metadata service: a PUT wrote the object. An object without it was made by an ADD and ends with its
+	// last attachment.
+	Written bool `json:"written,omitempty"`
+}
+
+// IsWritten reports whether a PUT wrote the object. Objects of versions without Written are told apart by what an ADD leaves: no
+// object without attachments, and none that is pre-assigned, except by moving another ADD's object, with its UUID and creation
+// time, to a new id.
+func (c Container) IsWritten() bool {
+	if c.PreAssigned {
+		return c.Written || c.UUID == "" || c.Created.IsZero()
+	}
+	return c.Written || len(c.Interfaces) == 0
 }
 
 // ContainerInterface is one attached interface of a container.

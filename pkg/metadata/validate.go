@@ -163,6 +163,8 @@ func (c Container) Check(key string) error {
 		return errors.New("it has an address that no container can have")
 	case c.Network != "" && ValidName(c.Network) != nil:
 		return ValidName(c.Network)
+	case len(c.Interfaces) == 0 && !c.IsWritten():
+		return errors.New("an ADD of an earlier version left it: none of its attachments is left, and nobody assigned its addresses")
 	}
 	return cmp.Or(ValidName(c.Host), ValidContainerID(c.ID), named(key, ContainerKey(c)))
 }

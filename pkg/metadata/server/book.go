@@ -205,12 +205,7 @@ func (b *book) batch(ops []*op) (again []*op) {
 			out.announced, out.failure = nil, err
 			if o.kind == opAttach { // all families or none: what an earlier try wrote goes back
 				half := slices.DeleteFunc(p.mine(o.id), func(e allocate.Entry) bool { return !slices.Contains(o.taken, e.Sequence) })
-				p.planRelease(out, half, 0)
-				if o.tries > 0 && len(p.mine(o.id)) == 0 {
-					p.changeContainer(out, b.s.cfg.HostName+"/"+o.id.ContainerID, func(c *metadata.Container) bool {
-						return detachContainer(c, b.network, o.id.IfName)
-					})
-				}
+				p.planRelease(out, o.id, half, 0)
 			}
 		}
 		if len(out.touched) == 0 && len(out.containers) == 0 {
@@ -519,13 +514,9 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 		for _, a := range b.s.view.endpointsOf(b.network, b.s.cfg.HostName) {
 			single[a] = true
 		}
-		for _, c := range b.s.containers.list() {
-			for _, i := range c.Interfaces {
-				if c.Host == b.s.cfg.HostName && i.Network == b.network {
-					for _, a := range i.Addresses {
-						single[a] = true
-					}
-				}
+		for _, addrs := range b.s.containers.attachments(b.network) {
+			for _, a := range addrs {
+				single[a] = true
 			}
 		}
 		for a := range single {
@@ -562,7 +553,7 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 
 // mend makes endpoints agree with tables: an address is announced before it is recorded and withdrawn after it is
 // released, so what a killed process leaves is an endpoint too many, never one too few. One that somebody removed by hand
-// is published again.
+// is published again. Containers' objects lose the interfaces of which no table knows any more.
 func (b *book) mend(ctx context.Context, net metadata.Network) error {
 	announced := map[netip.Addr]bool{}
 	for _, a := range b.s.view.endpointsOf(b.network, b.s.cfg.HostName) {
@@ -583,12 +574,22 @@ func (b *book) mend(ctx context.Context, net metadata.Network) error {
 			}
 		}
 	}
-	if len(changes) == 0 {
-		return nil
-	}
 	for _, r := range b.s.store.Write(ctx, changes...) {
 		if r.Err != nil && !errors.Is(r.Err, store.ErrConflict) {
 			return r.Err
+		}
+	}
+	for id, addrs := range b.s.containers.attachments(b.network) {
+		unknown := slices.ContainsFunc(addrs, func(a netip.Addr) bool { l := b.tables[tableFor(net, a)]; return l == nil || l.spoilt != nil })
+		if unknown || len(b.held[id]) > 0 {
+			continue
+		}
+		b.s.log.Info("attachment removed from the model: no address table knows it", "network", b.network, "attachment", id)
+		err := b.s.changeContainer(ctx, b.s.cfg.HostName+"/"+id.ContainerID, func(c *metadata.Container) bool {
+			return detachContainer(c, b.network, id.IfName)
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return nil
@@ -686,11 +687,16 @@ func (p *batch) plan(ctx context.Context, out *outcome) error {
 	case opAttach:
 		return p.planAttach(ctx, out)
 	case opRelease:
-		p.planRelease(out, p.mine(out.op.id), out.op.sequence)
+		p.planRelease(out, out.op.id, p.mine(out.op.id), out.op.sequence)
 	case opGC:
 		for id := range p.b.held {
 			if !out.op.valid[id] {
-				p.planRelease(out, p.mine(id), 0)
+				p.planRelease(out, id, p.mine(id), 0)
+			}
+		}
+		for id := range p.b.s.containers.attachments(p.b.network) {
+			if !out.op.valid[id] {
+				p.planRelease(out, id, nil, 0)
 			}
 		}
 	case opJoin:
@@ -701,11 +707,11 @@ func (p *batch) plan(ctx context.Context, out *outcome) error {
 	return nil
 }
 
-func (p *batch) planRelease(out *outcome, entries []allocate.Entry, sequence uint64) {
-	last := len(entries) > 0
+// planRelease frees entries of an attachment. With its last one the container's object loses the interface, also when a kill kept an earlier
+// release from writing both.
+func (p *batch) planRelease(out *outcome, id metadata.AttachmentID, entries []allocate.Entry, sequence uint64) {
 	for _, e := range entries {
 		if sequence != 0 && e.Sequence > sequence {
-			last = false
 			continue
 		}
 		l := p.b.tables[tableFor(p.net, e.Address)]
@@ -713,27 +719,35 @@ func (p *batch) planRelease(out *outcome, entries []allocate.Entry, sequence uin
 		out.touched[l.cidr] = true
 		out.freed[l.cidr] = append(out.freed[l.cidr], t.Release(p.now, func(x allocate.Entry) bool { return x.Address == e.Address && x.ID == e.ID })...)
 	}
-	if !last {
+	key := p.b.s.cfg.HostName + "/" + id.ContainerID
+	if c, _ := p.container(key); c == nil || !attached(c, p.b.network, id.IfName) || len(p.mine(id)) > 0 {
 		return
 	}
-	id := entries[0].ID
-	key := p.b.s.cfg.HostName + "/" + id.ContainerID
 	p.changeContainer(out, key, func(c *metadata.Container) bool { return detachContainer(c, p.b.network, id.IfName) })
+}
+
+// container returns a container's object as the batch has it so far, nil when there is none, and its revision in the store.
+func (p *batch) container(key string) (*metadata.Container, int64) {
+	if c, seen := p.containers[key]; seen {
+		return c, p.revisions[key]
+	}
+	p.b.s.containers.mu.RLock()
+	defer p.b.s.containers.mu.RUnlock()
+	if h, ok := p.b.s.containers.objects[key]; ok {
+		return &h.Container, h.revision
+	}
+	return nil, 0
 }
 
 // changeContainer changes a container's object within the batch, from what the cache knows of it.
 func (p *batch) changeContainer(out *outcome, key string, change func(*metadata.Container) bool) {
+	first := out.containers[key]
 	out.containers[key] = change
-	c, seen := p.containers[key]
-	if !seen {
-		p.b.s.containers.mu.RLock()
-		h, ok := p.b.s.containers.objects[key]
-		p.b.s.containers.mu.RUnlock()
-		if ok {
-			p.revisions[key] = h.revision
-			c = &h.Container
-		}
+	if first != nil { // of another interface
+		out.containers[key] = func(c *metadata.Container) bool { first(c); return change(c) }
 	}
+	c, revision := p.container(key)
+	p.revisions[key] = revision
 	had := c != nil
 	if c == nil {
 		c = &metadata.Container{}
@@ -812,8 +826,7 @@ func (p *batch) planAttach(ctx context.Context, out *outcome) error {
 	o.entries = p.mine(o.id)
 
 	h, known := b.s.containers.find(o.req.ContainerID, o.req.UUID)
-	if known && h.ID == o.req.ContainerID && len(out.touched) == 0 &&
-		slices.ContainsFunc(h.Interfaces, func(i metadata.ContainerInterface) bool { return i.Network == b.network && i.IfName == o.id.IfName }) {
+	if known && h.ID == o.req.ContainerID && len(out.touched) == 0 && attached(&h.Container, b.network, o.id.IfName) {
 		return nil
 	}
 	var addresses []netip.Addr
@@ -821,15 +834,18 @@ func (p *batch) planAttach(ctx context.Context, out *outcome) error {
 		addresses = append(addresses, e.Address)
 	}
 	base := metadata.Container{ID: o.req.ContainerID, Created: p.now.UTC().Truncate(time.Second)}
-	if known && h.ID != o.req.ContainerID {
-		// The model knew the container by its UUID, before it had an id: its object moves.
-		base = h.Container
-		base.ID, base.Interfaces = o.req.ContainerID, nil
-		p.changeContainer(out, metadata.ContainerKey(h.Container), func(*metadata.Container) bool { return false })
+	from := metadata.ContainerKey(h.Container)
+	if c, _ := p.container(from); known && h.ID != o.req.ContainerID && c != nil && len(c.Interfaces) == 0 {
+		// A scheduler wrote the object for the UUID, before the container had an id: it moves. One with attachments stays with them.
+		base = *c
+		base.ID, base.Written = o.req.ContainerID, true
+		p.changeContainer(out, from, func(c *metadata.Container) bool { return len(c.Interfaces) > 0 })
 	}
 	p.changeContainer(out, b.s.cfg.HostName+"/"+o.req.ContainerID, func(c *metadata.Container) bool {
 		if c.ID == "" {
 			*c = base
+		} else {
+			normalize(c)
 		}
 		attachContainer(c, b.s.cfg.HostName, b.network, o.req, addresses)
 		return true

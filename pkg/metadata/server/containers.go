@@ -85,13 +85,15 @@ func (c *containers) set(e store.Entry) error {
 	}
 	h := held{Container: o, revision: e.Revision}
 	c.objects[key] = h
-	if h.UUID != "" && h.Host == c.self {
+	// Only what a scheduler wrote is for whoever comes with the UUID. What an ADD made is its attachment's alone: a pod may come back
+	// with its UUID before its old attachment is released.
+	if h.UUID != "" && h.Host == c.self && h.IsWritten() && (h.PreAssigned || len(h.Interfaces) == 0) {
 		c.uuids[h.UUID] = key
 	}
 	return nil
 }
 
-// find returns this host's container by id, or by UUID.
+// find returns this host's container by id, or what a scheduler wrote for its UUID.
 func (c *containers) find(id, uuid string) (held, bool) {
 	c.mu.RLock()
 	defer c.mu.RUnlock()
@@ -104,6 +106,21 @@ func (c *containers) find(id, uuid string) (held, bool) {
 		}
 	}
 	return held{}, false
+}
+
+// attachments returns what this host's containers hold on a network, as their objects tell.
+func (c *containers) attachments(network string) map[metadata.AttachmentID][]netip.Addr {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	out := map[metadata.AttachmentID][]netip.Addr{}
+	for _, o := range c.objects {
+		for _, i := range o.Interfaces {
+			if o.Host == c.self && i.Network == network {
+				out[metadata.AttachmentID{ContainerID: o.ID, IfName: i.IfName}] = i.Addresses
+			}
+		}
+	}
+	return out
 }
 
 func (c *containers) watch() <-chan struct{} {
@@ -124,7 +141,7 @@ func (c *containers) list() []metadata.Container {
 
 // assigned returns the addresses that the model gave the container before, for this network.
 func (h held) assigned(n metadata.Network) []netip.Addr {
-	if len(h.Interfaces) > 0 && !h.PreAssigned || h.Network != "" && h.Network != n.Name {
+	if len(h.Interfaces) > 0 && !h.PreAssigned || !h.IsWritten() || h.Network != "" && h.Network != n.Name {
 		return nil
 	}
 	return h.Addresses
@@ -133,7 +150,7 @@ func (h held) assigned(n metadata.Network) []netip.Addr {
 // attach adds an interface to a container's object.
 func attachContainer(c *metadata.Container, host, network string, req *metadata.AttachRequest, addresses []netip.Addr) {
 	if len(c.Interfaces) == 0 {
-		c.PreAssigned = len(c.Addresses) > 0
+		c.PreAssigned = c.Written && len(c.Addresses) > 0
 	}
 	if c.ID == "" {
 		c.ID = req.ContainerID
@@ -183,6 +200,7 @@ func unite(c *metadata.Container) {
 
 // detachContainer takes an interface away and reports whether the object has anything left to tell.
 func detachContainer(c *metadata.Container, network, ifname string) (keep bool) {
+	normalize(c)
 	c.Interfaces = slices.DeleteFunc(slices.Clone(c.Interfaces), func(i metadata.ContainerInterface) bool {
 		return i.Network == network && i.IfName == ifname
 	})
@@ -194,12 +212,27 @@ func detachContainer(c *metadata.Container, network, ifname string) (keep bool) 
 	return true
 }
 
+// attached reports whether a container's object lists an interface.
+func attached(c *metadata.Container, network, ifname string) bool {
+	return slices.ContainsFunc(c.Interfaces, func(i metadata.ContainerInterface) bool { return i.Network == network && i.IfName == ifname })
+}
+
+// normalize makes of an object what this version would have written, and reports whether it is to be kept.
+func normalize(c *metadata.Container) (keep bool) {
+	if c.Written = c.IsWritten(); !c.Written {
+		c.PreAssigned = false
+		unite(c)
+	}
+	return c.Written || len(c.Interfaces) > 0
+}
+
 // putContainer is what a client's PUT makes of the stored object: what the service keeps itself is not the client's to change.
 func putContainer(old *metadata.Container, c metadata.Container) metadata.Container {
-	c.Interfaces, c.PreAssigned = nil, false
+	c.Interfaces, c.PreAssigned, c.Written = nil, false, true
 	if old == nil || len(old.Interfaces) == 0 {
 		return c
 	}
+	normalize(old)
 	c.Interfaces = old.Interfaces
 	mine := c.Addresses
 	unite(&c)
@@ -240,6 +273,42 @@ func (s *Server) changeContainer(ctx context.Context, key string, change func(*m
 		}
 		return err
 	}
+}
+
+// cleanContainers takes back the addresses that earlier versions pinned to a UUID without anybody having assigned them: they moved an ADD's
+// object to the next container with the UUID.
+func (s *Server) cleanContainers(ctx context.Context) error {
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	list, _, err := s.store.List(ctx, containerPrefix+s.cfg.HostName+"/")
+	if err != nil {
+		return err
+	}
+	var changes []store.Change
+	for _, e := range list {
+		var c metadata.Container
+		if json.Unmarshal(e.Value, &c) != nil || c.IsWritten() || !c.PreAssigned {
+			continue
+		}
+		ch := store.Change{Key: e.Key, Revision: e.Revision}
+		if pinned := c.Addresses; normalize(&c) {
+			if ch.Value, err = json.Marshal(c); err != nil {
+				return err
+			}
+			s.log.Info("assignment removed that an ADD of an earlier version left", "container", c.ID, "uuid", c.UUID, "addresses", pinned)
+		} else {
+			s.log.Info("container removed that an ADD of an earlier version left", "container", c.ID, "uuid", c.UUID, "addresses", pinned)
+		}
+		changes = append(changes, ch)
+	}
+	var errs []error
+	for i, r := range s.store.Write(ctx, changes...) {
+		if r.Err == nil {
+			s.containers.wrote(changes[i], r.Revision)
+		}
+		errs = append(errs, r.Err)
+	}
+	return errors.Join(errs...)
 }
 
 // wrote tells the cache of a finished write before the watch does.

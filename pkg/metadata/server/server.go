@@ -241,11 +241,17 @@ func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, ap
 	}
 }
 
-// housekeeping gives empty blocks back.
+// housekeeping gives empty blocks back, and first of all cleans up after earlier versions.
 func (s *Server) housekeeping() {
 	t := time.NewTicker(s.cfg.BlockGrace / 4)
 	defer t.Stop()
-	for {
+	for clean := false; ; {
+		if !clean {
+			err := s.cleanContainers(s.ctx)
+			if clean = err == nil; !clean && s.ctx.Err() == nil {
+				s.log.Warn("containers of earlier versions are not cleaned up yet", "error", err)
+			}
+		}
 		select {
 		case <-s.ctx.Done():
 			return
