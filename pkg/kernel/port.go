@@ -121,6 +121,10 @@ func (n *Netns) createPair(inside *os.File, p delta.Port) error {
 	err := create()
 	if errors.Is(err, unix.EEXIST) {
 		// Either our end is left over from a killed ADD, or the container has such an interface.
+		alias, _ := delta.ParsePortAlias(p.Alias)
+		if err := n.portFree(inside, p.HostName, p.IfName, alias.Network); err != nil {
+			return err
+		}
 		if _, ierr := n.index(p.HostName); ierr == nil {
 			if err := n.deletePort(p.HostName); err != nil {
 				return fmt.Errorf("replace the dangling %s: %w", p.HostName, err)

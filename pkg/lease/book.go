@@ -31,6 +31,9 @@ type Netns struct {
 // addresses were asked for by name: they are then used and the service is told later.
 func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRequest, ns Netns, explicit *metadata.Attachment) (*metadata.Attachment, error) {
 	id := metadata.AttachmentID{ContainerID: req.ContainerID, IfName: req.IfName}
+	if err := b.elsewhere(network, id, ns); err != nil {
+		return nil, err
+	}
 	req.StateDir = b.Journal.StateDir()
 	if req.WaitSeconds > 0 {
 		var cancel func()
@@ -63,6 +66,19 @@ func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRe
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	return a, nil
+}
+
+// elsewhere fails when the attachment is that of another network namespace, which is there still: its container would share its addresses.
+func (b Book) elsewhere(network string, id metadata.AttachmentID, ns Netns) error {
+	old, known, err := b.Journal.Get(network, id)
+	if err != nil || !known || old.State == Released || old.Leaving || old.NetnsInode == ns.Inode {
+		return nil
+	}
+	if inode, err := cni.NetnsInode(old.Netns); err != nil || inode != old.NetnsInode {
+		return nil
+	}
+	return cni.Errorf(cni.ErrKernel, "%s is connected to network %s in the network namespace %s, which is in use", id, network, old.Netns).
+		WithDetails("DEL the attachment first")
 }
 
 // attach asks the service, and while the caller is ready to wait, asks again when the service went away meanwhile: it may

@@ -692,6 +692,56 @@ func TestF3_FailedRepetitionKeepsTheContainer(t *testing.T) {
 	b.same("at the end", before)
 }
 
+// TestADDInAnotherNamespace: the id of a running container with another namespace, or on another network, costs that container nothing:
+// neither its port, nor its address, nor its record, without which it would be taken for dead.
+func TestADDInAnotherNamespace(t *testing.T) {
+	b := newBench(t)
+	b.setUp()
+	_, err := b.run("ADD", nil)
+	must(t, err)
+	id, journal := metadata.AttachmentID{ContainerID: b.c.ID, IfName: "eth0"}, lease.NewJournal(b.host.StateDir())
+	record, _, err := journal.Get("overlay", id)
+	must(t, err)
+	added, own := b.world(), b.c.Path
+	refused := func(what string) {
+		t.Helper()
+		_, err := b.run("ADD", nil)
+		var e *types.Error
+		if !errors.As(err, &e) || e.Code != cni.ErrKernel || !strings.Contains(e.Msg, id.String()) {
+			t.Errorf("%s: %v", what, err)
+		}
+		b.same(what, added)
+		if now, _, err := journal.Get("overlay", id); err != nil || now.Netns != record.Netns || now.NetnsInode != record.NetnsInode {
+			t.Errorf("%s: the record says %s (%d), was %s (%d): %v", what, now.Netns, now.NetnsInode, record.Netns, record.NetnsInode, err)
+		}
+	}
+	other, err := b.host.NewContainer(b.c.ID + "-other")
+	must(t, err)
+	t.Cleanup(func() { other.Netns.Remove() })
+	b.c.Path = other.Path
+	refused("in another namespace")
+	b.k.AddInterface(other.Path, "eth0")
+	refused("in another namespace that has such an interface")
+	b.k.RemoveNetns(own) // the journal alone knows
+	added = b.world()
+	refused("in another namespace, with the port gone")
+	b.c.Path = own
+	if _, err := b.run("ADD", nil); err != nil {
+		t.Error(err)
+	}
+	added = b.world()
+	b.network, b.encapsulation = "private", metadata.EncapIPsec
+	refused("on another network")
+	for _, verb := range []string{"DEL", "GC"} { // as runtimes do behind an ADD that failed
+		_, err := b.run(verb, empty)
+		must(t, err)
+		b.same("on another network, "+verb, added)
+	}
+	b.network, b.encapsulation = "overlay", metadata.EncapVXLAN
+	_, err = b.run("DEL", nil)
+	must(t, err)
+}
+
 // TestADDAfterADELThatCouldNotBeTold: the old record waits to be replayed; a new ADD of the same id that fails must not keep what it got.
 func TestADDAfterADELThatCouldNotBeTold(t *testing.T) {
 	b := newBench(t)

@@ -103,12 +103,24 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 	}
 	// A released one only waits for the service to be told, and of one that is leaving the interface may go at any moment.
 	again = again && earlier.State != lease.Released && !earlier.Leaving
+	k, err := p.Kernel()
+	if err != nil {
+		return nil, cni.Errorf(cni.ErrKernel, "%w", err)
+	}
+	defer k.Close()
+	// Before anything is changed: a container that runs with this id keeps its port, its address and its record.
+	if err := k.PortFree(ctx, r.Netns, attach.HostName(r.ID()), r.IfName, r.Conf.Name); err != nil {
+		return nil, cni.Errorf(cni.ErrKernel, "connect %s: %w", r.ID(), err)
+	}
 	var undo []func() error
 	defer func() {
 		if err != nil && !again { // what an earlier ADD of the same interface made is not ours to undo
 			for _, f := range slices.Backward(undo) {
 				err = errors.Join(err, f())
 			}
+		}
+		if err != nil && again {
+			err = errors.Join(err, c.book.Journal.Put(earlier))
 		}
 	}()
 	a, fromIPAM, err := c.addresses(ctx, again, &undo)
@@ -118,11 +130,6 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 	if a.Encapsulation != p.Encapsulation {
 		return nil, cni.Errorf(cni.ErrConfig, "network %s uses the encapsulation %s, which is not this plugin's", r.Conf.Name, a.Encapsulation).WithDetails("use the plugin lariat-%s", a.Encapsulation)
 	}
-	k, err := p.Kernel()
-	if err != nil {
-		return nil, cni.Errorf(cni.ErrKernel, "%w", err)
-	}
-	defer k.Close()
 	if err := c.join(ctx, k, a); err != nil {
 		return nil, err
 	}
@@ -325,21 +332,24 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	return join(errs)
 }
 
-// disconnect removes the port. It asks the manager to, who waits for the kernel's house-keeping in our place and for many at once.
+// disconnect removes the port, unless it is that of another network. It asks the manager to, who waits for the kernel's house-keeping in our place and for many at once.
 // Whatever came of that, the port is then removed here: that of one which is gone costs nothing, and a manager may be down, or
 // serve another network namespace. Where the journal could not note that a DEL has begun (a full disk) nobody is asked: what was asked
 // for outlives the one who asked.
 func (c *call) disconnect(ctx context.Context, hostName string, noted bool) error {
-	if index := kernel.PortIndex(hostName); index != 0 && noted {
-		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
-		defer cancel()
-		_ = metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}.Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
-	}
 	k, err := c.Kernel()
 	if err != nil {
 		return err
 	}
 	defer k.Close()
+	if network, err := k.PortNetwork(ctx, hostName); err != nil || network != "" && network != c.Conf.Name {
+		return err
+	}
+	if index := kernel.PortIndex(hostName); index != 0 && noted {
+		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
+		defer cancel()
+		_ = metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}.Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
+	}
 	return k.DelPort(ctx, hostName)
 }
 
@@ -496,21 +506,25 @@ func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
 // unlisted are the host ends of this network's ports that the list does not name: by their alias, and, for one whose ADD was killed
 // before it had an alias, by the journal. The journal's unlisted attachments are told too.
 func (c *call) unlisted(ctx context.Context, k kernel.Kernel) (names []string, ids []metadata.AttachmentID, err error) {
-	keep := make(map[string]bool, len(*c.Valid))
+	keep, listed := make(map[string]bool, len(*c.Valid)), make(map[metadata.AttachmentID]bool, len(*c.Valid))
 	for _, id := range *c.Valid {
-		keep[attach.HostName(id)] = true
+		keep[attach.HostName(id)], listed[id] = true, true
 	}
 	ports, err := k.Ports(ctx)
 	records, jerr := c.book.Journal.List(c.Conf.Name)
 	drop := map[string]bool{}
 	for _, p := range ports {
-		if p.Alias.Network == c.Conf.Name && !keep[p.Name] {
+		if p.Alias.Network != c.Conf.Name {
+			keep[p.Name] = true
+		} else if !keep[p.Name] {
 			drop[p.Name] = true
 		}
 	}
 	for _, r := range records {
-		if name := attach.HostName(r.AttachmentID); !keep[name] {
-			drop[name] = true
+		if !listed[r.AttachmentID] {
+			if name := attach.HostName(r.AttachmentID); !keep[name] {
+				drop[name] = true
+			}
 			ids = append(ids, r.AttachmentID)
 		}
 	}

@@ -102,6 +102,23 @@ func TestF2_F3_F6_F7_EveryVerbInEveryVersion(t *testing.T) {
 	}
 }
 
+// TestADDInAnotherNamespace: a container's addresses and interface are not given to another namespace while its own is there.
+func TestADDInAnotherNamespace(t *testing.T) {
+	needs(t)
+	for _, exe := range []string{vxlan, ipam} {
+		h := host(t, 0)
+		before := world(t, h)
+		c, other := container(t, h), container(t, h)
+		conf := text(t, configuration(h, exe, "1.1.0"))
+		succeeds(t, h, exe, conf, environment("ADD", c, nil))
+		added := world(t, h)
+		fails(t, h, exe, conf, environment("ADD", c, map[string]string{"CNI_NETNS": other.Path}), cni.ErrKernel, c.ID+"/eth0", "in use")
+		unchanged(t, h, added)
+		succeeds(t, h, exe, conf, environment("DEL", c, nil))
+		unchanged(t, h, before)
+	}
+}
+
 // TestF7_GCByTheOlderKey: cni.dev/attachments was the key in drafts of 1.1, and libcni sends both.
 func TestF7_GCByTheOlderKey(t *testing.T) {
 	needs(t)

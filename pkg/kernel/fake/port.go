@@ -1,6 +1,7 @@
 package fake
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -20,6 +21,10 @@ func (k *Kernel) AddPort(ctx context.Context, netns string, p delta.Port) (err e
 		return ErrKilled
 	}
 	if err := ctx.Err(); err != nil {
+		return err
+	}
+	alias, _ := delta.ParsePortAlias(p.Alias)
+	if err := k.portFree(netns, p.HostName, alias.Network); err != nil {
 		return err
 	}
 	if old, ok := k.ports[p.HostName]; ok {
@@ -47,6 +52,41 @@ func (k *Kernel) AddPort(ctx context.Context, netns string, p delta.Port) (err e
 			return fmt.Errorf("%s: %w", s.line, err)
 		}
 		s.do()
+	}
+	return nil
+}
+
+// PortFree implements kernel.Kernel.
+func (k *Kernel) PortFree(ctx context.Context, netns, hostName, _, network string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.dead() {
+		return ErrKilled
+	}
+	return cmp.Or(ctx.Err(), k.portFree(netns, hostName, network))
+}
+
+// PortNetwork implements kernel.Kernel.
+func (k *Kernel) PortNetwork(ctx context.Context, hostName string) (string, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.dead() {
+		return "", ErrKilled
+	}
+	if p, ok := k.ports[hostName]; ok {
+		alias, _ := delta.ParsePortAlias(p.alias)
+		return alias.Network, ctx.Err()
+	}
+	return "", ctx.Err()
+}
+
+func (k *Kernel) portFree(netns, hostName, network string) error {
+	old, ok := k.ports[hostName]
+	if !ok {
+		return nil
+	}
+	if alias, ok := delta.ParsePortAlias(old.alias); old.netns != netns || ok && alias.Network != network {
+		return fmt.Errorf("the port %s leads to %s in %s: %w", hostName, old.p.IfName, old.netns, kernel.ErrExists)
 	}
 	return nil
 }
