@@ -59,7 +59,7 @@ func (a *app) allocations(ctx context.Context, network string) ([]ipRow, *metada
 	}
 	title := map[string]string{}
 	for _, c := range snap.Containers {
-		title[c.ID] = c.Name
+		title[metadata.ContainerKey(c)] = c.Name
 	}
 	out := []ipRow{}
 	for _, n := range networks {
@@ -68,7 +68,7 @@ func (a *app) allocations(ctx context.Context, network string) ([]ipRow, *metada
 			return nil, nil, err
 		}
 		for _, al := range list {
-			out = append(out, ipRow{al, title[al.ContainerID]})
+			out = append(out, ipRow{al, title[metadata.ContainerKey(metadata.Container{Host: al.Host, ID: al.ContainerID})]})
 		}
 	}
 	slices.SortFunc(out, func(x, y ipRow) int {

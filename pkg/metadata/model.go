@@ -223,6 +223,18 @@ func (c Container) IsWritten() bool {
 	return c.Written || len(c.Interfaces) == 0
 }
 
+// Holds returns the addresses of the container's interfaces. Without any it returns those that the object names.
+func (c Container) Holds() []netip.Addr {
+	if len(c.Interfaces) == 0 {
+		return c.Addresses
+	}
+	var out []netip.Addr
+	for _, i := range c.Interfaces {
+		out = append(out, i.Addresses...)
+	}
+	return out
+}
+
 // ContainerInterface is one attached interface of a container.
 type ContainerInterface struct {
 	Network   string       `json:"network"`
@@ -305,6 +317,47 @@ func (s *Snapshot) Network(name string) (Network, bool) {
 		}
 	}
 	return Network{}, false
+}
+
+// Holders returns which of the snapshot's containers has an address, by its place in the list. Several objects can name the same one: what a
+// scheduler assigned, what a dead host left, what a host wrote by mistake. An attachment counts more than an object without, then the
+// host that the address leads to, then the newer object.
+func (s *Snapshot) Holders() map[netip.Addr]int {
+	single, blocks, lengths := map[netip.Addr]string{}, map[netip.Prefix]string{}, map[int]bool{}
+	for _, e := range s.Endpoints {
+		single[e.Address] = e.Host
+	}
+	for _, b := range s.Blocks {
+		blocks[b.CIDR], lengths[b.CIDR.Bits()] = b.Host, true
+	}
+	leadsTo := func(a netip.Addr, host string) bool {
+		if h, ok := single[a]; ok {
+			return h == host
+		}
+		for bits := range lengths {
+			if p, err := a.Prefix(bits); err == nil && blocks[p] == host {
+				return true
+			}
+		}
+		return false
+	}
+	out := map[netip.Addr]int{}
+	better := func(a netip.Addr, x, y Container) bool {
+		for _, ranks := range [][2]bool{{len(x.Interfaces) > 0, len(y.Interfaces) > 0}, {leadsTo(a, x.Host), leadsTo(a, y.Host)}} {
+			if ranks[0] != ranks[1] {
+				return ranks[0]
+			}
+		}
+		return x.Created.After(y.Created)
+	}
+	for i, c := range s.Containers {
+		for _, a := range c.Holds() {
+			if other, ok := out[a]; !ok || better(a, c, s.Containers[other]) {
+				out[a] = i
+			}
+		}
+	}
+	return out
 }
 
 // Gateways returns a host's own overlay addresses on a network, IPv4 before IPv6.

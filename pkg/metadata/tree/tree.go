@@ -44,6 +44,18 @@ func Build(s *metadata.Snapshot, labels ...string) *Tree {
 		n := host(h)
 		hosts = append(hosts, n)
 		t.hosts[h.Name] = n
+	}
+	index, holders := map[string]int{}, s.Holders()
+	for i, c := range s.Containers {
+		c.Addresses = slices.DeleteFunc(slices.Clone(c.Holds()), func(a netip.Addr) bool { return holders[a] != i })
+		n := container(c, labels, index)
+		containers = append(containers, n)
+		for _, a := range c.Addresses {
+			t.byAddress[a] = selfNode{container: n, host: c.Host}
+		}
+	}
+	// The host's own addresses are no container's, whatever an object says.
+	for _, h := range s.Hosts {
 		for _, u := range h.Underlay {
 			if h.Name == s.Self {
 				t.byAddress[u.Address.Addr()] = selfNode{host: h.Name}
@@ -53,14 +65,6 @@ func Build(s *metadata.Snapshot, labels ...string) *Tree {
 	for _, b := range s.Blocks {
 		if b.Gateway.IsValid() && b.Host == s.Self {
 			t.byAddress[b.Gateway] = selfNode{host: b.Host}
-		}
-	}
-	index := map[string]int{}
-	for _, c := range s.Containers {
-		n := container(c, labels, index)
-		containers = append(containers, n)
-		for _, a := range c.Addresses {
-			t.byAddress[a] = selfNode{container: n, host: c.Host}
 		}
 	}
 	for _, n := range s.Networks {

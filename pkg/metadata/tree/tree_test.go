@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
@@ -93,6 +94,46 @@ func TestWhoIsAnswered(t *testing.T) {
 	}
 	if a := tr.Get("/latest/version", "", netip.Addr{}); a.Status != 403 {
 		t.Errorf("nobody: %d", a.Status)
+	}
+}
+
+// TestHolderOfAnAddress: a caller is the container that has its address now, and no other shows that address, whatever was written before,
+// elsewhere, or about a host's own address, and in whichever order.
+func TestHolderOfAnAddress(t *testing.T) {
+	mine, old := netip.MustParseAddr("10.42.0.2"), netip.MustParseAddr("10.42.0.3")
+	iface := func(a netip.Addr) []metadata.ContainerInterface {
+		return []metadata.ContainerInterface{{Network: "lan", IfName: "eth0", Addresses: []netip.Addr{a}}}
+	}
+	s := model()
+	s.Endpoints = []metadata.Endpoint{{Network: "lan", Address: netip.MustParseAddr("10.42.0.70"), Host: "a"}}
+	s.Containers = []metadata.Container{
+		{ID: "m", Name: "holder", Host: "a", Addresses: []netip.Addr{mine}, Interfaces: iface(mine), State: "running"},
+		{ID: "a", Name: "assigned", Host: "a", Addresses: []netip.Addr{mine}},
+		{ID: "z", Name: "assigned-too", Host: "a", Addresses: []netip.Addr{mine}, Created: time.Unix(1<<31, 0)},
+		{ID: "y", Name: "moved", Host: "a", Addresses: []netip.Addr{mine}, PreAssigned: true, Interfaces: iface(old), State: "running"},
+		{ID: "x", Name: "elsewhere", Host: "b", Addresses: []netip.Addr{mine}, Interfaces: iface(mine), State: "running"},
+		{ID: "w", Name: "on-the-gateway", Host: "a", Addresses: []netip.Addr{netip.MustParseAddr("10.42.0.1"), netip.MustParseAddr("192.0.2.11")}},
+		{ID: "n", Name: "borrower", Host: "a", Interfaces: iface(netip.MustParseAddr("10.42.0.70"))},
+		{ID: "o", Name: "lender", Host: "b", Interfaces: iface(netip.MustParseAddr("10.42.0.70"))},
+	}
+	for range len(s.Containers) {
+		s.Containers = append(s.Containers[1:], s.Containers[0])
+		tr := Build(s)
+		for caller, want := range map[string]string{"10.42.0.2": "holder", "10.42.0.3": "moved", "10.42.0.70": "borrower"} {
+			if a := tr.Get("/latest/self/container/name", "", netip.MustParseAddr(caller)); string(a.Body) != want {
+				t.Errorf("%s is %d %q, want %s", caller, a.Status, a.Body, want)
+			}
+		}
+		for path, want := range map[string]string{"holder": "10.42.0.2", "moved": "10.42.0.3", "assigned": "", "assigned-too": "", "elsewhere": ""} {
+			if a := tr.Get("/latest/containers/"+path+"/primary_ip", "", mine); string(a.Body) != want {
+				t.Errorf("%s has %d %q, want %q", path, a.Status, a.Body, want)
+			}
+		}
+		for _, own := range []string{"10.42.0.1", "192.0.2.11"} {
+			if a := tr.Get("/latest/self/container/name", "", netip.MustParseAddr(own)); a.Status != 404 {
+				t.Errorf("the host by %s is a container: %d %q", own, a.Status, a.Body)
+			}
+		}
 	}
 }
 
