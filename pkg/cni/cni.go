@@ -65,6 +65,10 @@ func (p Plugin) byHand(args []string, stdout, stderr io.Writer) int {
 func (p Plugin) Run(getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) (code int) {
 	start := time.Now()
 	r := &Request{Command: getenv("CNI_COMMAND")}
+	if r.Command == "" && !slices.ContainsFunc(variables, func(name string) bool { return getenv(name) != "" }) {
+		p.about(stderr)
+		return 0
+	}
 	result, err := p.answer(r, getenv, stdin)
 	if err != nil {
 		e := asError(err)
@@ -90,6 +94,37 @@ func (p Plugin) Run(getenv func(string) string, stdin io.Reader, stdout, stderr 
 	return code
 }
 
+// variables are those of the specification beside CNI_COMMAND.
+var variables = []string{"CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS", "CNI_PATH"}
+
+// about prints what the reference plugins print when they are started with nothing: name, version, and versions of the specification. Nomad
+// takes the first word that is a semantic version for the plugin's.
+func (p Plugin) about(w io.Writer) {
+	fmt.Fprintf(w, "CNI %s plugin %s\nCNI protocol versions supported: %s\n", p.Name, semantic(p.Version), strings.Join(Versions, ", "))
+}
+
+// semantic returns the version of a build as a semantic version. A build between releases may have only a commit for a version, which becomes
+// build metadata of version 0.0.0.
+func semantic(version string) string {
+	s := strings.TrimPrefix(version, "v")
+	core, _, _ := strings.Cut(s, "-")
+	core, _, _ = strings.Cut(core, "+")
+	parts := strings.Split(core, ".")
+	number := func(p string) bool {
+		return p != "" && strings.Trim(p, "0123456789") == "" && (p == "0" || p[0] != '0')
+	}
+	if len(parts) == 3 && number(parts[0]) && number(parts[1]) && number(parts[2]) {
+		return "v" + s
+	}
+	build := strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '-'
+	}, version)
+	return strings.TrimSuffix("v0.0.0+"+build, "+")
+}
+
 // answer runs the verb; a nil result with a nil error is a verb that says nothing.
 func (p Plugin) answer(r *Request, getenv func(string) string, stdin io.Reader) (result any, err error) {
 	defer func() {
@@ -97,7 +132,10 @@ func (p Plugin) answer(r *Request, getenv func(string) string, stdin io.Reader) 
 			err = &Error{Code: ErrInternal, Msg: fmt.Sprintf("%s panicked: %v", p.Name, v), Details: string(debug.Stack())}
 		}
 	}()
-	if r.Command == "VERSION" {
+	switch r.Command {
+	case "":
+		return nil, Errorf(ErrEnvironment, "CNI_COMMAND is not set; this is a CNI plugin, see --help")
+	case "VERSION":
 		return p.version(r, stdin)
 	}
 	if err := r.read(getenv, stdin); err != nil {

@@ -9,9 +9,11 @@ import (
 	"io"
 	"maps"
 	"net"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"testing/iotest"
 
 	"github.com/containernetworking/cni/pkg/types"
 	current "github.com/containernetworking/cni/pkg/types/100"
@@ -195,6 +197,58 @@ func TestF6_DELForgives(t *testing.T) {
 			if doc, n, code := p.run(env("DEL", "CNI_NETNS_OVERRIDE=", "CNI_NETNS="+netns), stdin); code != 0 || n != 0 {
 				t.Errorf("exit %d, %v", code, doc)
 			}
+		}
+	}
+}
+
+// TestArguments: keys of other plugins in the list are none of our business, with or without IgnoreUnknown. What is no pair keeps an ADD
+// from asking for less than the caller meant, and no other verb from anything.
+func TestArguments(t *testing.T) {
+	for _, tc := range []struct {
+		verb, args string
+		code       int
+		want       string
+	}{
+		{"ADD", "FOO=bar;IP=10.42.0.9", 0, "map[FOO:bar IP:10.42.0.9]"},
+		{"ADD", "FOO=a=b;", 0, "map[FOO:a=b]"},
+		{"ADD", "nonsense", 1, ""},
+		{"CHECK", "nonsense", 1, ""},
+		{"DEL", "nonsense;IP=10.42.0.9;=", 0, "map[:  IP:10.42.0.9]"},
+		{"STATUS", "nonsense", 0, "map[]"},
+		{"GC", "nonsense", 0, "map[]"},
+	} {
+		got := ""
+		p := plugin{do: func(r *cni.Request) error {
+			got = fmt.Sprint(r.Args)
+			return nil
+		}}
+		doc, _, code := p.run(env(tc.verb, "CNI_ARGS="+tc.args), config("1.1.0", ""))
+		if code != tc.code || strings.ReplaceAll(got, " ", "") != strings.ReplaceAll(tc.want, " ", "") {
+			t.Errorf("%s %q: exit %d, %v, %s, want %s", tc.verb, tc.args, code, doc, got, tc.want)
+		}
+	}
+}
+
+// TestNothingSet: started with nothing, as by Nomad's client, a plugin says what it is. A runtime that forgot the verb is told so.
+func TestNothingSet(t *testing.T) {
+	stdin := iotest.ErrReader(errors.New("a terminal, at which nobody types anything"))
+	semver := regexp.MustCompile(`^v(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?$`)
+	for version, want := range map[string]string{"v1.2.3": "v1.2.3", "1.2.3-4-gabc-dirty": "v1.2.3-4-gabc-dirty", "b918f6a-dirty": "v0.0.0+b918f6a-dirty",
+		"1234567": "v0.0.0+1234567", "devel": "v0.0.0+devel", "01.2.3": "v0.0.0+01-2-3", "": "v0.0.0"} {
+		var stdout, stderr bytes.Buffer
+		code := cni.Plugin{Name: "lariat-test", Version: version}.Run(func(string) string { return "" }, stdin, &stdout, &stderr)
+		if text := "CNI lariat-test plugin " + want + "\nCNI protocol versions supported: 0.3.1, 0.4.0, 1.0.0, 1.1.0\n"; code != 0 || stdout.Len() > 0 || stderr.String() != text {
+			t.Errorf("%q: exit %d, %q, %q", version, code, &stdout, &stderr)
+		}
+		if !semver.MatchString(want) {
+			t.Errorf("%s is no semantic version", want)
+		}
+	}
+	for _, name := range []string{"CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS", "CNI_PATH"} {
+		var stdout, stderr bytes.Buffer
+		code := cni.Plugin{Name: "lariat-test"}.Run(func(n string) string { return map[string]string{name: "x"}[n] }, stdin, &stdout, &stderr)
+		if code != 1 || !strings.Contains(stdout.String(), `"code":4`) || !strings.Contains(stdout.String(), "CNI_COMMAND") {
+			t.Errorf("%s: exit %d, %s", name, code, &stdout)
 		}
 	}
 }

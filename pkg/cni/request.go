@@ -135,10 +135,7 @@ func (r *Request) environment(getenv func(string) string) error {
 	need("CNI_CONTAINERID", r.ContainerID, "ADD", "DEL", "CHECK")
 	need("CNI_IFNAME", r.IfName, "ADD", "DEL", "CHECK")
 	need("CNI_NETNS", r.Netns, "ADD", "CHECK")
-	switch {
-	case r.Command == "":
-		return Errorf(ErrEnvironment, "CNI_COMMAND is not set; this is a CNI plugin, see --help")
-	case len(missing) > 0:
+	if len(missing) > 0 {
 		return Errorf(ErrEnvironment, "%s needs %s in the environment", r.Command, strings.Join(missing, ", "))
 	}
 	if r.ContainerID != "" && !validID(r.ContainerID) {
@@ -147,8 +144,10 @@ func (r *Request) environment(getenv func(string) string) error {
 	if r.IfName != "" && !validIfName(r.IfName) {
 		return Errorf(ErrEnvironment, "CNI_IFNAME %q is no interface name: want 1 to 15 characters without / : and space, and not . or ..", r.IfName)
 	}
+	// What is no pair costs a DEL nothing: container id and interface name tell what it frees. The other verbs but ADD and CHECK
+	// do not look at the arguments.
 	var err error
-	if r.Args, err = parseArgs(getenv("CNI_ARGS")); err != nil {
+	if r.Args, err = parseArgs(getenv("CNI_ARGS")); err != nil && (r.Command == "ADD" || r.Command == "CHECK") {
 		return err
 	}
 	if (r.Command == "ADD" || r.Command == "CHECK") && getenv("CNI_NETNS_OVERRIDE") == "" {
@@ -173,19 +172,21 @@ func validIfName(s string) bool {
 	return len(s) <= 15 && s != "." && s != ".." && !strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c == '/' || c == ':' || c == 0x7f })
 }
 
-func parseArgs(s string) (map[string]string, error) {
-	args := map[string]string{}
+// parseArgs returns the pairs, beside the error too. Unknown keys are for other plugins of the list, see docs/design/cni.md.
+func parseArgs(s string) (args map[string]string, err error) {
+	args = map[string]string{}
 	for _, pair := range strings.Split(s, ";") {
 		if pair == "" {
 			continue
 		}
 		k, v, ok := strings.Cut(pair, "=")
 		if !ok {
-			return nil, Errorf(ErrEnvironment, "CNI_ARGS: %q is not KEY=VALUE", pair)
+			err = Errorf(ErrEnvironment, "CNI_ARGS: %q is not KEY=VALUE", pair)
+			continue
 		}
 		args[k] = v
 	}
-	return args, nil
+	return args, err
 }
 
 // The magic number of nsfs (linux/magic.h), and of proc: the namespace files of old kernels lived there.

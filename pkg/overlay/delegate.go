@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -32,6 +34,13 @@ func (c *call) delegate(ctx context.Context, verb string, id metadata.Attachment
 	cmd.Env = append(os.Environ(), "CNI_COMMAND="+verb)
 	if id != c.ID() { // at GC
 		cmd.Env = append(cmd.Env, "CNI_CONTAINERID="+id.ContainerID, "CNI_IFNAME="+id.IfName, "CNI_NETNS=")
+	}
+	if verb == "DEL" { // without what is no pair, which the reference library refuses
+		var pairs []string
+		for _, k := range slices.Sorted(maps.Keys(c.Args)) {
+			pairs = append(pairs, k+"="+c.Args[k])
+		}
+		cmd.Env = append(cmd.Env, "CNI_ARGS="+strings.Join(pairs, ";"))
 	}
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(c.Stdin), &out, &errs
 	if err := cmd.Run(); err != nil {

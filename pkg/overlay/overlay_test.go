@@ -145,7 +145,7 @@ func (b *bench) run(verb string, more map[string]any) (string, error) {
 	}
 	data, err := json.Marshal(conf)
 	must(b.t, err)
-	env := map[string]string{"CNI_COMMAND": verb, "CNI_CONTAINERID": b.c.ID, "CNI_NETNS": b.c.Path, "CNI_IFNAME": "eth0", "CNI_PATH": os.Getenv("CNI_PATH")}
+	env := map[string]string{"CNI_COMMAND": verb, "CNI_CONTAINERID": b.c.ID, "CNI_NETNS": b.c.Path, "CNI_IFNAME": "eth0", "CNI_PATH": os.Getenv("CNI_PATH"), "CNI_ARGS": os.Getenv("CNI_ARGS")}
 	var stdout, stderr bytes.Buffer
 	p := overlay.Plugin{
 		Name: "lariat-" + b.encapsulation, Encapsulation: b.encapsulation,
@@ -546,6 +546,30 @@ func script(t *testing.T, b *bench, add string) (calls func() string) {
 		data, _ := os.ReadFile(log)
 		os.Remove(log)
 		return strings.TrimSpace(strings.ReplaceAll(string(data), b.c.ID, "me"))
+	}
+}
+
+// TestDELWithSpoiltArguments: what is no pair in CNI_ARGS does not keep a DEL from anything, nor another IPAM plugin that would refuse it.
+func TestDELWithSpoiltArguments(t *testing.T) {
+	for _, own := range []bool{true, false} {
+		b := newBench(t)
+		b.setUp()
+		before := b.world()
+		calls := func() string { return "ADD me\nDEL me" }
+		if !own {
+			calls = script(t, b, `echo '{"cniVersion":"1.1.0","ips":[{"address":"10.99.0.9/24"}]}';; DEL) case "$CNI_ARGS" in "A=1;B=2=3") ;; *) exit 1;; esac`)
+		}
+		_, err := b.run("ADD", nil)
+		must(t, err)
+		t.Setenv("CNI_ARGS", "nonsense;B=2=3;A=1")
+		if _, err := b.run("DEL", nil); err != nil {
+			t.Errorf("own IPAM %t: %v", own, err)
+		}
+		t.Setenv("CNI_ARGS", "")
+		b.same("after the DEL", before)
+		if got := calls(); got != "ADD me\nDEL me" {
+			t.Errorf("the plugin was called %q", got)
+		}
 	}
 }
 
