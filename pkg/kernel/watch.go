@@ -294,7 +294,8 @@ func (w *watcher) port(typ uint16, change uint32, f foundLink) {
 	}
 	mac, known := w.macs[f.index]
 	w.macs[f.index] = f.link.MAC
-	if change != math.MaxUint32 && (f.link.Down && change&unix.IFF_UP != 0 || f.group != delta.InsideGroup || known && mac != f.link.MAC) {
+	_, ours := delta.ParsePortAlias(f.link.Alias)
+	if ours && change != math.MaxUint32 && (f.link.Down && change&unix.IFF_UP != 0 || f.group != delta.InsideGroup || known && mac != f.link.MAC) {
 		w.add(EventPort, f.name)
 	}
 }
