@@ -1,6 +1,8 @@
 package nfs
 
 import (
+	"cmp"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -9,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -29,16 +32,44 @@ const (
 // mark says which folder was created by us: its identity on the server, not its name, for somebody may have put another there.
 type mark struct {
 	Name     string    `json:"name"`
+	ID       string    `json:"id,omitempty"` // of the volume; "": an older version wrote the mark, see identity
 	Inode    uint64    `json:"inode"`
-	Handle   string    `json:"handle,omitempty"` // of the file on the server, where the client tells; it does not come back when an inode's number does
+	Handle   string    `json:"handle,omitempty"`   // of the file on the server, where the client tells; it does not come back when an inode's number does
+	OnRemove OnRemove  `json:"onRemove,omitempty"` // as the creator wants it; "": the creator did not say
 	Deleting bool      `json:"deleting,omitempty"`
 	Host     string    `json:"host,omitempty"`
 	Time     time.Time `json:"time"`
+
+	born int64 // when the folder was last written to, which is its birth as long as it is aside
 }
 
 func (m mark) is(of mark) bool {
 	return m.Inode == of.Inode && (m.Handle == of.Handle || m.Handle == "" || of.Handle == "")
 }
+
+// identity is the same on all hosts, and no other volume ever has it. Marks of older versions have none written: theirs follows from the rest.
+func (m mark) identity() string {
+	if m.ID != "" {
+		return m.ID
+	}
+	return digest(m.Name, m.Inode, m.Handle, m.Host, m.Time.UTC().Format(time.RFC3339))
+}
+
+func digest(of ...any) string {
+	sum := sha256.Sum256(fmt.Appendln(nil, of...))
+	return hex.EncodeToString(sum[:16])
+}
+
+// hostname is this host's; tests play several.
+var hostname = os.Hostname
+
+// maker says who created a volume, for messages.
+func (m mark) maker() string {
+	return fmt.Sprintf("host %s created it at %s", cmp.Or(m.Host, "unknown"), m.Time.UTC().Format(time.RFC3339))
+}
+
+// unmarked is the identity of all folders that Lariat did not create: what becomes of them is the administrator's.
+const unmarked = "unmarked"
 
 // exportArgs are for children that work on an export.
 type exportArgs struct {
@@ -46,15 +77,24 @@ type exportArgs struct {
 	RunDir   string
 	Name     string
 	OnRemove OnRemove
+	Want     string // identity of the only volume that may be touched; "": the name is all that is known
+	Legacy   *mark  // Want is not known, because an older version wrote the record: host and time of the latest mark that can be meant
 }
 
+// created is what a folder is, as the base shows it.
 type created struct {
-	Ours bool // the folder is one that Lariat created, now or before
-	New  bool // now
+	Ours     bool   // Lariat created the folder, now or before
+	New      bool   // now
+	Identity string // "": there is no folder
+	Inode    uint64
+	OnRemove OnRemove // as the creator wants it
+	Made     string   // by whom and when, for messages
+	NoFolder bool     // what has the name is a file, or the like
 }
 
 type removed struct {
 	Message string
+	Other   bool // the name is another volume's by now; nothing was touched
 }
 
 // In a mount namespace of their own: whatever becomes of them, the host never sees the base.
@@ -65,7 +105,15 @@ var (
 			return created{}, err
 		}
 		defer root.Close()
-		return create(root, a.Name)
+		return create(root, a)
+	})
+	lookOn = mounts.PrivateTask("nfs-look", func(a exportArgs) (created, error) {
+		root, err := a.open()
+		if err != nil {
+			return created{}, err
+		}
+		defer root.Close()
+		return look(root, a.Name)
 	})
 	removeOn = mounts.PrivateTask("nfs-remove", func(a exportArgs) (removed, error) {
 		root, err := a.open()
@@ -73,7 +121,13 @@ var (
 			return removed{}, err
 		}
 		defer root.Close()
-		return remove(root, a.Name, a.OnRemove)
+		return remove(root, a)
+	})
+	// rootInode reads where a volume is mounted.
+	rootInode = mounts.Task("nfs-inode", func(dir string) (uint64, error) {
+		var st unix.Stat_t
+		err := unix.Lstat(dir, &st)
+		return st.Ino, err
 	})
 	// setGroup works on a volume where it is mounted.
 	setGroup = mounts.Task("nfs-group", func(a groupArgs) (struct{}, error) { return struct{}{}, group(a) })
@@ -92,32 +146,62 @@ func (a exportArgs) open() (*os.Root, error) {
 	return os.OpenRoot(a.Mount.Dir)
 }
 
+// look says what the base's folder name is.
+func look(root *os.Root, name string) (created, error) {
+	m, marked, err := readMark(root, name)
+	if err != nil {
+		return created{}, err
+	}
+	return see(root, name, m, marked)
+}
+
+func see(root *os.Root, name string, m mark, marked bool) (created, error) {
+	fi, err := root.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return created{}, nil
+	}
+	if err != nil {
+		return created{}, err
+	}
+	if !fi.IsDir() {
+		return created{Identity: unmarked, Made: "it is not a folder", NoFolder: true}, nil
+	}
+	id, err := identify(root, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return created{}, nil
+	}
+	if err != nil || !marked || !m.is(id) {
+		return created{Identity: unmarked, Inode: id.Inode, Made: "Lariat did not create it"}, err
+	}
+	return created{Ours: true, Identity: m.identity(), Inode: id.Inode, OnRemove: m.OnRemove, Made: m.maker()}, nil
+}
+
 // create makes the base's folder name, unless it is there. It can be killed anywhere, and run on several hosts at once:
 // the folder is made aside, marked, and gets its name at last.
-func create(root *os.Root, name string) (created, error) {
+func create(root *os.Root, a exportArgs) (created, error) {
+	name := a.Name
 	aside := filepath.Join(hidden, made+name)
-	for range 5 { // again when another host was faster
+	for try := range 5 { // again when another host was faster
 		m, marked, err := readMark(root, name)
 		if err != nil {
 			return created{}, err
 		}
-		fi, err := root.Lstat(name)
-		switch {
-		case err == nil && !fi.IsDir():
-			return created{}, volume.Errorf(volume.ErrConflict, "%s is there, and is not a folder", name)
-		case err == nil:
-			id, err := identify(root, name)
-			if err != nil {
-				return created{}, err
-			}
-			if marked && m.Deleting && m.is(id) {
-				return created{}, volume.Errorf(volume.ErrInUse, "volume %s is being removed; repeat its removal first", name)
-			}
-			return created{Ours: marked && m.is(id)}, nil
-		case !errors.Is(err, fs.ErrNotExist):
+		c, err := see(root, name, m, marked)
+		if err != nil {
 			return created{}, err
-		case marked && m.Deleting:
+		}
+		switch {
+		case marked && m.Deleting && (c.Ours || c.Identity == ""):
 			return created{}, volume.Errorf(volume.ErrInUse, "volume %s is being removed; repeat its removal first", name)
+		case c.NoFolder:
+			return created{}, volume.Errorf(volume.ErrConflict, "%s is there, and is not a folder", name)
+		case c.Identity != "":
+			if try > 0 {
+				_ = root.Remove(aside) // made here, and not needed
+			}
+			return c, nil
+		case marked && putBack(root, m):
+			continue
 		}
 		if err := root.Mkdir(hidden, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return created{}, denied(err)
@@ -135,9 +219,16 @@ func create(root *os.Root, name string) (created, error) {
 		if err != nil {
 			return created{}, err
 		}
-		id.Name, id.Time = name, time.Now().UTC().Truncate(time.Second)
-		id.Host, _ = os.Hostname()
-		if err := writeMark(root, id); err != nil {
+		// Hosts that are at it at the same time find the same folder, and with it the same identity, before anybody writes to the folder.
+		id.ID = digest(name, id.Inode, id.Handle, id.born)
+		id.Name, id.OnRemove, id.Time = name, a.OnRemove, time.Now().UTC().Truncate(time.Second)
+		if marked && m.ID == id.ID {
+			id.OnRemove = cautious(m.OnRemove, id.OnRemove)
+		}
+		id.Host, _ = hostname()
+		if err := writeMark(root, id, m, marked); errors.Is(err, errOvertaken) {
+			continue
+		} else if err != nil {
 			return created{}, err
 		}
 		volume.Step("folder-marked")
@@ -152,7 +243,7 @@ func create(root *os.Root, name string) (created, error) {
 			return created{}, err
 		}
 		volume.Step("folder-named")
-		return created{Ours: true, New: true}, nil
+		return created{Ours: true, New: true, Identity: id.ID, Inode: id.Inode, OnRemove: id.OnRemove, Made: id.maker()}, nil
 	}
 	return created{}, fmt.Errorf("folder %s: others keep changing it", name)
 }
@@ -166,57 +257,122 @@ func denied(err error) error {
 }
 
 // remove does what onRemove says to a folder that Lariat created. It can be killed anywhere; a purge once begun is finished by the next call.
-func remove(root *os.Root, name string, how OnRemove) (removed, error) {
+// Other hosts may be at it, too: after each move the folder itself says whether it is the one that is meant.
+func remove(root *os.Root, a exportArgs) (removed, error) {
+	name := a.Name
 	m, marked, err := readMark(root, name)
 	if err != nil {
 		return removed{}, err
 	}
-	id, err := identify(root, name)
-	exists := err == nil
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	c, err := see(root, name, m, marked)
+	switch {
+	case err != nil:
 		return removed{}, err
+	case c.Identity == "" && !marked:
+		return removed{}, nil
+	case c.Identity == "": // the mark is all that is left, or the folder is on its way
+		c.Identity, c.Made = m.identity(), m.maker()
 	}
 	switch {
-	case !marked && exists:
-		return removed{Message: fmt.Sprintf("folder %s is kept: Lariat did not create it", name)}, nil
-	case !marked:
-		return removed{}, nil
-	case exists && !m.is(id):
+	case c.Identity == unmarked && marked:
 		return removed{Message: fmt.Sprintf("folder %s is kept: it is not the one that Lariat created under this name", name)}, nil
+	case c.Identity == unmarked:
+		return removed{Message: fmt.Sprintf("folder %s is kept: Lariat did not create it", name)}, nil
+	case a.Want != "" && a.Want != c.Identity:
+		return removed{Other: true, Message: fmt.Sprintf("folder %s is kept: volume %s, identity %s, that this host knows does not exist any more, and this one is another (identity %s, %s)",
+			name, name, a.Want, c.Identity, c.Made)}, nil
+	case a.Want == "" && a.Legacy != nil && !m.Deleting && !a.Legacy.covers(m):
+		return removed{Other: true, Message: fmt.Sprintf("folder %s is kept: this host's record is of an older version and does not prove that it is about this folder (%s); create and delete it again to remove it",
+			name, c.Made)}, nil
 	}
-	bin := filepath.Join(hidden, trash+name)
+	how := cautious(m.OnRemove, a.OnRemove)
+	if m.Deleting {
+		how = Purge
+	}
+	if how == Retain {
+		return removed{Message: fmt.Sprintf("folder %s is kept, as onRemove=retain of its creator says (%s); to change that, change onRemove in %s on the server", name, c.Made, markFile(name))}, nil
+	}
+	bin := m.bin()
 	if !m.Deleting {
-		if !exists {
+		if _, err := root.Lstat(name); errors.Is(err, fs.ErrNotExist) && !putBack(root, m) {
 			_ = root.Remove(filepath.Join(hidden, made+name)) // of a creation that was killed
-			return removed{}, dropMark(root, name)
+			return removed{}, dropMark(root, m)
 		}
 		if how == Archive {
 			to := "archived-" + name + "-" + time.Now().UTC().Format("20060102T150405.000Z")
-			if err := root.Rename(name, to); err != nil {
+			if err := move(root, m, to); err != nil {
 				return removed{}, err
 			}
 			volume.Step("archived")
-			return removed{Message: "kept as " + to}, dropMark(root, name)
+			return removed{Message: "kept as " + to}, dropMark(root, m)
 		}
+		old := m
 		m.Deleting = true
-		if err := writeMark(root, m); err != nil {
+		if err := writeMark(root, m, old, true); err != nil {
 			return removed{}, err
 		}
 		volume.Step("removal-marked")
 	}
-	if exists {
-		if err := root.Rename(name, bin); err != nil {
-			return removed{}, err
-		}
+	if err := move(root, m, bin); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return removed{}, err
 	}
 	volume.Step("moved-to-trash")
 	var n tally
-	err = n.clear(root, bin, 0)
+	err = n.clear(root, bin, 0, m.is)
 	volume.Step("trash-cleared")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return removed{}, fmt.Errorf("purge %s, after %s: %w", name, n, err)
 	}
-	return removed{Message: "purged " + n.String()}, dropMark(root, name)
+	return removed{Message: "purged " + n.String()}, dropMark(root, m)
+}
+
+// covers says whether a mark can be the one that an older version's record, which has no identity, is about: this host wrote it, not later than that record.
+func (l *mark) covers(m mark) bool { return m.ID == "" && m.Host == l.Host && !m.Time.After(l.Time) }
+
+// bin is where a folder is moved to be emptied. Older versions had one for each name.
+func (m mark) bin() string {
+	if m.ID == "" {
+		return filepath.Join(hidden, trash+m.Name)
+	}
+	return filepath.Join(hidden, trash+m.Name+"@"+m.ID)
+}
+
+// errOvertaken is when another host has changed a volume since this one looked.
+var errOvertaken = volume.Errorf(volume.ErrInUse, "another host has just changed the volume: try again")
+
+// move gives the marked folder another name. A rename goes by the old name alone, so the folder is looked at afterwards, and given back if it is another.
+func move(root *os.Root, m mark, to string) error {
+	if err := root.Rename(m.Name, to); err != nil {
+		return err
+	}
+	volume.Step("moved")
+	id, err := identify(root, to)
+	if err == nil && !m.is(id) {
+		err = errors.Join(errOvertaken, root.Rename(to, m.Name))
+	}
+	return err
+}
+
+// putBack gives a marked folder its name again if a removal of another volume took it and was killed before it could give the folder back.
+func putBack(root *os.Root, m mark) bool {
+	f, err := root.Open(hidden)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	names, err := f.Readdirnames(-1)
+	if err != nil {
+		return false
+	}
+	for _, n := range names {
+		if !strings.HasPrefix(n, trash+m.Name+"@") {
+			continue
+		}
+		if id, err := identify(root, filepath.Join(hidden, n)); err == nil && m.is(id) {
+			return root.Rename(filepath.Join(hidden, n), m.Name) == nil
+		}
+	}
+	return false
 }
 
 // tally counts what was removed, so that a purge of nothing shows.
@@ -226,12 +382,18 @@ func (n tally) String() string { return fmt.Sprintf("%d files, %d octets", n.Fil
 
 // clear removes a folder with all that is in it. It neither follows a link nor enters another file system: os.Root keeps it below the
 // folder, whatever others do meanwhile.
-func (n *tally) clear(parent *os.Root, name string, device uint64) error {
+// The folder that was opened must be the one that is meant; is is asked for the uppermost alone.
+func (n *tally) clear(parent *os.Root, name string, device uint64, is func(mark) bool) error {
 	dir, err := parent.OpenRoot(name)
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
+	if is != nil {
+		if id, err := identify(dir, "."); err != nil || !is(id) {
+			return errors.Join(err, errOvertaken)
+		}
+	}
 	self, err := dir.Stat(".")
 	if err != nil {
 		return err
@@ -256,7 +418,7 @@ func (n *tally) clear(parent *os.Root, name string, device uint64) error {
 		}
 		for _, e := range entries {
 			if e.IsDir() {
-				if err := n.clear(dir, e.Name(), device); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				if err := n.clear(dir, e.Name(), device, nil); err != nil && !errors.Is(err, fs.ErrNotExist) {
 					return err
 				}
 				continue
@@ -287,7 +449,7 @@ func identify(root *os.Root, name string) (mark, error) {
 	if err != nil {
 		return mark{}, err
 	}
-	m := mark{Inode: fi.Sys().(*syscall.Stat_t).Ino}
+	m := mark{Inode: fi.Sys().(*syscall.Stat_t).Ino, born: fi.ModTime().UnixNano()}
 	if h, _, err := unix.NameToHandleAt(int(f.Fd()), "", unix.AT_EMPTY_PATH); err == nil {
 		m.Handle = hex.EncodeToString(h.Bytes())
 	}
@@ -310,7 +472,8 @@ func readMark(root *os.Root, name string) (m mark, found bool, err error) {
 	return m, true, nil
 }
 
-func writeMark(root *os.Root, m mark) error {
+// writeMark replaces a mark, or the absence of one, that was read before.
+func writeMark(root *os.Root, m, old mark, marked bool) error {
 	data, err := json.Marshal(m)
 	if err != nil {
 		return err
@@ -323,6 +486,10 @@ func writeMark(root *os.Root, m mark) error {
 	}
 	if err == nil {
 		volume.Step("mark-written")
+		if now, there, rerr := readMark(root, m.Name); rerr != nil || there != marked || now != old {
+			_ = root.Remove(tmp)
+			return errors.Join(rerr, errOvertaken)
+		}
 		err = root.Rename(tmp, markFile(m.Name))
 	}
 	if err != nil {
@@ -334,13 +501,18 @@ func writeMark(root *os.Root, m mark) error {
 
 // draft is a mark that is being written. Each host has its own, and the volume's lock there.
 func draft(name string) string {
-	host, _ := os.Hostname()
+	host, _ := hostname()
 	return filepath.Join(hidden, "."+name+"@"+host)
 }
 
-func dropMark(root *os.Root, name string) error {
-	_ = root.Remove(draft(name)) // if a process was killed there
-	if err := root.Remove(markFile(name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+// dropMark removes a volume's mark, unless it is another volume's by now.
+func dropMark(root *os.Root, m mark) error {
+	_ = root.Remove(draft(m.Name)) // if a process was killed there
+	now, marked, err := readMark(root, m.Name)
+	if err != nil || marked && now.identity() != m.identity() {
+		return err
+	}
+	if err := root.Remove(markFile(m.Name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
 	return nil

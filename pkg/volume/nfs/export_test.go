@@ -32,7 +32,7 @@ func TestF158TwoHostsCreate(t *testing.T) {
 		volume.OnStep = func(name string) {
 			if name == step && !busy {
 				busy = true // the other host is faster, all of a sudden
-				if c, err := create(root, "v"); err != nil || !c.Ours {
+				if c, err := create(root, exportArgs{Name: "v"}); err != nil || !c.Ours {
 					t.Errorf("%s: the other host: %+v %v", step, c, err)
 				}
 				if err := os.WriteFile(filepath.Join(dir, "v", "data"), nil, 0o600); err != nil {
@@ -40,7 +40,7 @@ func TestF158TwoHostsCreate(t *testing.T) {
 				}
 			}
 		}
-		c, err := create(root, "v")
+		c, err := create(root, exportArgs{Name: "v"})
 		volume.OnStep = nil
 		// On one host a lock excludes this, and each host writes a draft of its own; here both are the same host.
 		if step == "mark-written" && err != nil {
@@ -55,7 +55,7 @@ func TestF158TwoHostsCreate(t *testing.T) {
 		if left, _ := filepath.Glob(filepath.Join(dir, hidden, "new-*")); len(left) > 0 {
 			t.Errorf("%s: left %v", step, left)
 		}
-		if c, err := create(root, "v"); err != nil || c.New {
+		if c, err := create(root, exportArgs{Name: "v"}); err != nil || c.New {
 			t.Errorf("%s: again: %+v %v", step, c, err)
 		}
 	}
@@ -72,11 +72,11 @@ func TestF105SomebodyElseIsFaster(t *testing.T) {
 			}
 		}
 	}
-	if c, err := create(root, "v"); err != nil || c.Ours {
+	if c, err := create(root, exportArgs{Name: "v"}); err != nil || c.Ours {
 		t.Errorf("%+v %v", c, err)
 	}
 	volume.OnStep = nil
-	if r, err := remove(root, "v", Purge); err != nil || !strings.Contains(r.Message, "is kept") {
+	if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil || !strings.Contains(r.Message, "is kept") {
 		t.Errorf("%+v %v", r, err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "v", "theirs")); err != nil {
@@ -88,13 +88,13 @@ func TestF105SomebodyElseIsFaster(t *testing.T) {
 func TestF105BrokenMarks(t *testing.T) {
 	for _, text := range []string{"", "{", `{"name":"v"}`, `{"name":"v","inode":1}`, `{"name":"v","inode":"x"}`, "[]"} {
 		root, dir := base(t)
-		if _, err := create(root, "v"); err != nil {
+		if _, err := create(root, exportArgs{Name: "v"}); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.WriteFile(filepath.Join(dir, markFile("v")), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if r, err := remove(root, "v", Purge); err != nil || !strings.Contains(r.Message, "is kept") {
+		if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil || !strings.Contains(r.Message, "is kept") {
 			t.Errorf("%q: %+v %v", text, r, err)
 		}
 	}
@@ -106,7 +106,7 @@ func TestF105WhatIsNoFolder(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"file", "link"} {
-		if _, err := create(root, name); !errors.Is(err, volume.ErrConflict) {
+		if _, err := create(root, exportArgs{Name: name}); !errors.Is(err, volume.ErrConflict) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -115,7 +115,7 @@ func TestF105WhatIsNoFolder(t *testing.T) {
 	if err := os.Symlink(outside, filepath.Join(dir, hidden)); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := create(root, "v"); err == nil {
+	if _, err := create(root, exportArgs{Name: "v"}); err == nil {
 		t.Error("no error")
 	}
 	if left, _ := os.ReadDir(outside); len(left) > 0 {
@@ -125,7 +125,7 @@ func TestF105WhatIsNoFolder(t *testing.T) {
 
 func TestPurgeCounts(t *testing.T) {
 	root, dir := base(t)
-	if _, err := create(root, "v"); err != nil {
+	if _, err := create(root, exportArgs{Name: "v"}); err != nil {
 		t.Fatal(err)
 	}
 	deep := filepath.Join(dir, "v", strings.Repeat("d/", 100))
@@ -137,7 +137,7 @@ func TestPurgeCounts(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if r, err := remove(root, "v", Purge); err != nil || r.Message != "purged 2500 files, 10000 octets" {
+	if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil || r.Message != "purged 2500 files, 10000 octets" {
 		t.Errorf("%+v %v", r, err)
 	}
 	left, _ := filepath.Glob(dir + "/*")

@@ -111,6 +111,16 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	return nil
 }
 
+// has says whether a volume is mounted at a folder already. What else is mounted there is an ErrConflict.
+func (m *Mounter) has(dir string, v Volume) (bool, error) {
+	dir, err := mounts.Resolve(dir)
+	if err != nil {
+		return false, err
+	}
+	shown, err := m.shown(dir, v)
+	return shown != nil, err
+}
+
 // shown is the volume, as it was mounted, if the mount table shows it and nothing else at a folder; nil if there is nothing. All else is an ErrConflict.
 func (m *Mounter) shown(dir string, v Volume) (*Volume, error) {
 	table, err := mounts.Read()

@@ -5,7 +5,8 @@
 //	NFS_SERVER, MOUNT_DIR + name   the same, by the environment
 //
 // What Lariat created is known by a mark on the export beside the folder, which all hosts see, and which tells the folder's identity and not only its
-// name. The host's journal says which volume was mounted where and how; without it the mount table does.
+// name. A host that has created or found a volume remembers that identity, for another host may remove the volume and make one of the same name.
+// The host's journal says which volume was mounted where and how; without it the mount table does.
 //
 // Whatever touches the export happens in children with a deadline (pkg/volume/mounts). The base is mounted in a mount namespace of the child's
 // own, so nothing is left of one that was killed.
@@ -37,10 +38,23 @@ var _ volume.Driver = (*Driver)(nil)
 
 // record of a volume that Create was asked for on this host.
 type record struct {
-	Volume  Volume    `json:"volume"`
-	State   string    `json:"state"` // creating, ready or deleting
-	Created bool      `json:"created"`
-	Time    time.Time `json:"time"`
+	Volume   Volume    `json:"volume"`
+	State    string    `json:"state"`              // creating, ready, deleting or lost
+	Identity string    `json:"identity,omitempty"` // of the folder that Create made or found; "": none yet, or an older version wrote the record
+	Created  bool      `json:"created"`
+	Time     time.Time `json:"time"`
+}
+
+// lost is the state of a record whose volume another host has replaced. Delete was called for it and has touched nothing. The record stays, so that the same
+// call again touches nothing either; the next Create forgets it.
+const lost = "lost"
+
+// want is the identity of the only volume that Create or Mount may be about.
+func (r record) want(q volume.Request) string {
+	if r.State == lost {
+		return q.Options[volume.Identity]
+	}
+	return volume.Remembered(q, r.Identity)
 }
 
 // New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers Init, because kubelet does not ask a second
@@ -76,23 +90,31 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	if err != nil {
 		return volume.Reply{}, err
 	}
-	if known && old.Volume.Source() != v.Source() {
+	if known && old.State != lost && old.Volume.Source() != v.Source() {
 		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name, old.Volume.Source(), v.Source())
 	}
-	rec := record{Volume: v, State: "creating", Created: old.Created, Time: time.Now().UTC()}
+	want := old.want(r)
+	rec := record{Volume: v, State: "creating", Identity: want, Created: old.Created, Time: time.Now().UTC()}
 	if err := d.volumes.Put(v.Name, rec); err != nil {
 		return volume.Reply{}, err
 	}
 	volume.Step("create-journalled")
+	var found created
 	if v.Base != "" {
-		c, err := d.provision(ctx, v)
-		if err != nil {
-			if !known { // nothing of it exists here
-				err = errors.Join(err, d.volumes.Remove(v.Name))
-			}
+		c, err := d.provision(ctx, v, v.OnRemove)
+		if err == nil && want != "" && c.Identity != want && !c.New {
+			err = replaced(v, want, c)
+		}
+		switch {
+		case err != nil && !known: // nothing of it exists here
+			return volume.Reply{}, errors.Join(err, d.volumes.Remove(v.Name))
+		case err != nil && volume.IsFinal(err): // it is what it was
+			return volume.Reply{}, errors.Join(err, d.volumes.Put(v.Name, old))
+		case err != nil:
 			return volume.Reply{}, err
 		}
-		rec.Created = c.Ours
+		rec.Created, rec.Identity = c.Ours, c.Identity
+		found = c
 	}
 	rec.State = "ready"
 	if err := d.volumes.Put(v.Name, rec); err != nil {
@@ -100,7 +122,13 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	}
 	volume.Step("create-recorded")
 	reply := volume.Reply{Options: map[string]string{"name": v.Name, "created": "false", "onRemove": string(v.OnRemove)}}
-	switch {
+	if rec.Identity != "" {
+		reply.Options[volume.Identity] = rec.Identity
+	}
+	switch how := cautious(found.OnRemove, v.OnRemove); {
+	case rec.Created && how != v.OnRemove:
+		reply.Options["created"] = "true"
+		reply.Message = fmt.Sprintf("onRemove=%s of the volume's creator counts (%s)", how, found.Made)
 	case rec.Created:
 		reply.Options["created"] = "true"
 	case v.Base != "":
@@ -109,12 +137,19 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	return reply, nil
 }
 
+// replaced says that a volume's name is another volume's by now.
+func replaced(v Volume, want string, c created) error {
+	return volume.Errorf(volume.ErrConflict, "volume %s, identity %s, that this host knows does not exist any more, and folder %s is another (identity %s, %s): delete the volume on this host, which touches nothing, and create it again to use that one",
+		v.Name, want, v.Source(), c.Identity, c.Made)
+}
+
 // provision makes a volume's folder.
-func (d *Driver) provision(ctx context.Context, v Volume) (created, error) {
+func (d *Driver) provision(ctx context.Context, v Volume, how OnRemove) (created, error) {
 	a, err := d.export(ctx, v)
 	if err != nil {
 		return created{}, err
 	}
+	a.OnRemove = how
 	within, cancel := volume.Before(ctx)
 	defer cancel()
 	c, err := createOn(within, a)
@@ -122,9 +157,29 @@ func (d *Driver) provision(ctx context.Context, v Volume) (created, error) {
 		return c, explain(ctx, fmt.Sprintf("create folder %s", v.Source()), err)
 	}
 	if c.New {
-		d.log.Info("created", "volume", v.Name, "folder", v.Source())
+		d.log.Info("created", "volume", v.Name, "folder", v.Source(), "identity", c.Identity)
 	}
 	return c, nil
+}
+
+// verify says whether a volume's folder is still the one with an identity. The inode is for who looks at the mount later.
+func (d *Driver) verify(ctx context.Context, v Volume, want string) (inode uint64, err error) {
+	a, err := d.export(ctx, v)
+	if err != nil {
+		return 0, err
+	}
+	within, cancel := volume.Before(ctx)
+	defer cancel()
+	c, err := lookOn(within, a)
+	switch {
+	case err != nil:
+		return 0, explain(ctx, fmt.Sprintf("look at folder %s", v.Source()), err)
+	case c.Identity == "":
+		return 0, volume.Errorf(volume.ErrNotFound, "volume %s, identity %s, does not exist any more: there is no folder %s; create makes a new one", v.Name, want, v.Source())
+	case c.Identity != want:
+		return 0, replaced(v, want, c)
+	}
+	return c.Inode, nil
 }
 
 // export is how children get at a volume's base.
@@ -166,6 +221,10 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 	if err != nil {
 		return volume.Reply{}, err
 	}
+	elsewhere := known && rec.Volume.Source() != v.Source() // the record is about another folder
+	if elsewhere {
+		rec, known = record{}, false
+	}
 	table, err := mounts.Read()
 	if err != nil {
 		return volume.Reply{}, err
@@ -174,13 +233,19 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 		return volume.Reply{}, volume.Errorf(volume.ErrInUse, "volume %s is mounted at %s", v.Name, used[0].Point)
 	}
 	var reply volume.Reply
+	other := false
 	switch {
 	case v.Base == "":
 		reply.Message = fmt.Sprintf("export %s is kept: Lariat did not create it", v.Source())
 	case v.OnRemove == Retain && rec.State != "deleting":
 		reply.Message = fmt.Sprintf("folder %s is kept, as onRemove=retain says", v.Source())
 	default:
-		if known {
+		want, legacy := volume.Remembered(r, rec.Identity), (*mark)(nil)
+		if known && rec.Identity == "" && rec.State != "creating" {
+			host, _ := hostname()
+			legacy = &mark{Host: host, Time: rec.Time.Add(volume.Deadlines.Long)}
+		}
+		if known && rec.State != lost && rec.State != "creating" {
 			rec.State = "deleting"
 			if err := d.volumes.Put(v.Name, rec); err != nil {
 				return reply, err
@@ -191,20 +256,29 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 		if err != nil {
 			return reply, err
 		}
+		a.Want, a.Legacy = want, legacy
 		within, cancel := volume.Before(ctx)
 		defer cancel()
 		gone, err := removeOn(within, a)
 		if err != nil {
 			return reply, explain(ctx, fmt.Sprintf("remove folder %s", v.Source()), err)
 		}
-		reply.Message = gone.Message
+		reply.Message, other = gone.Message, gone.Other
 		d.log.Info("removed", "volume", v.Name, "folder", v.Source(), "how", v.OnRemove, "result", gone.Message)
 	}
 	volume.Step("delete-done")
+	switch {
+	case elsewhere:
+		return reply, nil
+	case other && known && r.Options[volume.Identity] == "":
+		rec.State = lost
+		return reply, d.volumes.Put(r.Name, rec)
+	}
 	return reply, d.volumes.Remove(r.Name)
 }
 
-// Mount implements volume.Driver. A folder below exportBase that does not exist yet is created, because kubelet has no verb for that.
+// Mount implements volume.Driver. A folder below exportBase that does not exist yet is created, because kubelet has no verb for that. On a host that has
+// created or found the volume that would be an empty volume in the place of one with data: there it is an error.
 func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -212,14 +286,60 @@ func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) err
 	if err != nil {
 		return err
 	}
+	if v.Base == "" {
+		return d.mounter.Mount(ctx, dir, v, r.Pod, nil)
+	}
+	rec, known, err := d.volumes.Get(v.Name)
+	if err != nil {
+		return err
+	}
+	if known && rec.Volume.Source() != v.Source() {
+		rec = record{}
+	}
+	if want := rec.want(r); want != "" {
+		return d.mountThat(ctx, dir, v, r.Pod, want)
+	}
 	var missing func(context.Context) (bool, error)
-	if v.Base != "" && !v.ReadOnly {
+	if !v.ReadOnly {
 		missing = func(ctx context.Context) (bool, error) {
-			c, err := d.provision(ctx, v)
+			// A default is nobody's word that the data must stay.
+			c, err := d.provision(ctx, v, OnRemove(r.Options["onRemove"]))
 			return c.New, err
 		}
 	}
 	return d.mounter.Mount(ctx, dir, v, r.Pod, missing)
+}
+
+// mountThat mounts the volume with an identity, and no other.
+func (d *Driver) mountThat(ctx context.Context, dir string, v Volume, pod volume.Pod, want string) error {
+	if there, err := d.mounter.has(dir, v); err != nil || there {
+		if err == nil {
+			err = d.mounter.Mount(ctx, dir, v, pod, nil)
+		}
+		return err // it was looked at when it was mounted, and no name leads a mount elsewhere
+	}
+	inode, err := d.verify(ctx, v, want)
+	if err != nil {
+		return err
+	}
+	volume.Step("mount-verified")
+	if err := d.mounter.Mount(ctx, dir, v, pod, nil); err != nil {
+		return err
+	}
+	// Another host may have replaced the folder since. What is mounted does not change any more.
+	within, cancel := volume.Before(ctx)
+	defer cancel()
+	if resolved, rerr := mounts.Resolve(dir); rerr != nil {
+		err = rerr
+	} else if is, ierr := rootInode(within, resolved); ierr != nil {
+		err = fmt.Errorf("look at %s: %w", dir, ierr)
+	} else if is != inode {
+		err = volume.Errorf(volume.ErrConflict, "folder %s has just been replaced by another host: it is not volume %s, identity %s", v.Source(), v.Name, want)
+	}
+	if err != nil {
+		return errors.Join(err, d.mounter.Unmount(ctx, dir))
+	}
+	return nil
 }
 
 // Unmount implements volume.Driver.

@@ -1,6 +1,7 @@
 package nfs
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net"
@@ -27,7 +28,7 @@ type Options struct {
 }
 
 // told are what Create's reply says, and what Rancher's daemon gives back at each later call. What was created is known by the mark on the export, not by these.
-var told = []string{"created", "name"}
+var told = []string{"created", "name", volume.Identity}
 
 // OnRemove is what Delete does with a folder that Create made.
 type OnRemove string
@@ -42,6 +43,16 @@ const (
 // UnmarshalText refuses other words.
 func (o *OnRemove) UnmarshalText(text []byte) error {
 	return volume.OneOf(o, text, Retain, Purge, Archive)
+}
+
+// cautious is the one of two words that keeps more of the data.
+func cautious(a, b OnRemove) OnRemove {
+	for _, o := range []OnRemove{Retain, Archive} {
+		if a == o || b == o {
+			return o
+		}
+	}
+	return cmp.Or(a, b)
 }
 
 // OnHang is how far Unmount goes when the server does not answer.

@@ -179,12 +179,12 @@ func TestF105OnlyOurs(t *testing.T) {
 		kept("whole")
 	})
 	t.Run("ours, when it is to be retained or archived", func(t *testing.T) {
-		ok(t, "create", below("mine", "onRemove", "retain"))
+		ok(t, "create", below("mine", "onRemove", "archive"))
 		must(t, os.WriteFile(export+"/mine/f", []byte("x"), 0o644))
 		if r := ok(t, "delete", below("mine", "onRemove", "retain")); !strings.Contains(r.Message, "onRemove=retain") || !exists(export+"/mine/f") {
 			t.Errorf("retain: %+v", r)
 		}
-		r := ok(t, "delete", below("mine", "onRemove", "archive"))
+		r := ok(t, "delete", below("mine", "onRemove", "purge")) // the creator's word counts
 		archived, _ := filepath.Glob(export + "/archived-mine-*/f")
 		if len(archived) != 1 || exists(export+"/mine") || !strings.Contains(r.Message, "kept as archived-mine-") {
 			t.Errorf("archive: %+v %v", r, archived)
