@@ -21,7 +21,7 @@ import (
 func (d *Driver) Attach(ctx context.Context, req volume.Request, node string) (string, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
-	v, err := d.config.Volume(req)
+	v, err := d.understand(req)
 	if err != nil {
 		return "", err
 	}
@@ -46,7 +46,7 @@ func (d *Driver) attach(ctx context.Context, r *region, v Volume, node string) (
 	if err != nil {
 		return nil, "", err
 	}
-	f, err := d.ensure(ctx, r, v)
+	f, err := d.ensure(ctx, r, v, false)
 	if err != nil {
 		return nil, "", err
 	}
@@ -203,7 +203,7 @@ func freeName(id string, used []string) string {
 func (d *Driver) IsAttached(ctx context.Context, req volume.Request, node string) (bool, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
 	defer cancel()
-	v, err := d.config.Volume(req)
+	v, err := d.understand(req)
 	if err != nil {
 		return false, err
 	}
@@ -269,15 +269,12 @@ func (d *Driver) Detach(ctx context.Context, name, node string) error {
 		return fmt.Errorf("detach volume %s: %w", name, err)
 	}
 	volume.Step("detached")
-	if rec.Deleting {
-		return nil // that is not done yet
-	}
 	if f != nil && d.ours(f, f.tags[tagVolume]) && f.tags[tagVolume] != name {
-		if err := d.volumes.Remove(f.tags[tagVolume]); err != nil {
+		if err := d.forget(f.tags[tagVolume]); err != nil {
 			return err
 		}
 	}
-	return d.volumes.Remove(name)
+	return d.forget(name)
 }
 
 // called is what Detach will call a volume: as Attach was told last, or by the name under which Create made it.

@@ -3,7 +3,8 @@
 //	volumeID              a volume that exists; it is never deleted
 //	name, with size …     the volume that has the name as a tag; Create makes it, Delete removes what Create made
 //
-// What Lariat created is known by tags on the volume, which all hosts see. The host's journal knows what was mounted where, so that Unmount and
+// What Lariat created is known by tags on the volume, which all hosts see. A host whose Create has made or found a volume remembers its id, for another host may
+// delete the volume and make one of the same name. The host's journal knows what was mounted where, so that Unmount and
 // Detach need no options; without it the mount table and the tags do.
 //
 // A device is known by the volume's id, which NVMe devices of EBS have as their serial number, and never by its name, which changes.
@@ -45,8 +46,33 @@ var _ volume.Driver = (*Driver)(nil)
 type record struct {
 	ID       string    `json:"id"`
 	Region   string    `json:"region"`
+	Cluster  string    `json:"cluster,omitempty"`
+	Created  bool      `json:"created,omitempty"` // Create has made or found it: the name means this volume here until Delete; otherwise until Detach
 	Deleting bool      `json:"deleting,omitempty"`
+	Lost     bool      `json:"lost,omitempty"` // Delete found another volume of the name and has touched nothing, and so does the next; Create forgets it
 	Time     time.Time `json:"time"`
+}
+
+// understand reads a request, and what this host remembers of the volume's name.
+func (d *Driver) understand(req volume.Request) (Volume, error) {
+	v, err := d.config.Volume(req)
+	if err != nil || v.ID != "" || v.Known != "" {
+		return v, err
+	}
+	rec, _, err := d.volumes.Get(v.Name)
+	if rec.Created && !rec.Lost && rec.Cluster == d.config.Cluster && (v.Region == "" || v.Region == rec.Region) {
+		v.Known, v.Region = rec.ID, rec.Region
+	}
+	return v, err
+}
+
+// forget drops the record of a volume that is attached no more, unless Create or Delete need it.
+func (d *Driver) forget(name string) error {
+	rec, known, err := d.volumes.Get(name)
+	if err != nil || !known || rec.Created || rec.Deleting || rec.Lost {
+		return err
+	}
+	return d.volumes.Remove(name)
 }
 
 // mountRecord says what was mounted at a folder. It is written before the mount and removed after it is gone, and after the volume is

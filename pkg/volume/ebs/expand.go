@@ -21,7 +21,7 @@ import (
 func (d *Driver) Expand(ctx context.Context, req volume.Request, to volume.Expansion) (int64, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
-	v, err := d.config.Volume(req)
+	v, err := d.understand(req)
 	if err != nil {
 		return 0, err
 	}

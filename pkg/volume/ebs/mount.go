@@ -21,7 +21,7 @@ import (
 func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Request) (string, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
-	v, err := d.config.Volume(req)
+	v, err := d.understand(req)
 	if err != nil {
 		return "", err
 	}
@@ -50,7 +50,7 @@ func (d *Driver) mounted(v Volume) (device, error) {
 		return device{}, err
 	}
 	for dir, rec := range all {
-		if rec.Name == v.Name && rec.ID != "" && (v.ID == "" || v.ID == rec.ID) {
+		if rec.Name == v.Name && rec.ID != "" && (v.ID == "" || v.ID == rec.ID) && (v.Known == "" || v.Known == rec.ID) {
 			if table, err := mounts.Read(); err != nil || len(table.At(dir)) > 0 {
 				dev, ferr := d.devices.find(rec.ID, "")
 				return dev, errors.Join(err, ferr)
@@ -102,7 +102,7 @@ func (d *Driver) UnmountDevice(ctx context.Context, dir string) error { return d
 func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
-	v, err := d.config.Volume(req)
+	v, err := d.understand(req)
 	if err != nil {
 		return err
 	}
@@ -340,7 +340,7 @@ func (d *Driver) release(ctx context.Context, dir string, rec mountRecord) error
 		}
 		volume.Step("detached")
 		if err == nil {
-			err = d.volumes.Remove(rec.Name)
+			err = d.forget(rec.Name)
 		}
 		if err != nil {
 			return fmt.Errorf("detach volume %s: %w", rec.Name, err)

@@ -34,7 +34,7 @@ type Options struct {
 }
 
 // told are what Create's reply says, beside options of their own, and what Rancher's daemon gives back at each later call.
-var told = []string{"created", "name"}
+var told = []string{"created", "name", volume.Identity}
 
 // Config is what an administrator decides for all volumes.
 type Config struct {
@@ -76,11 +76,13 @@ type Volume struct {
 	Name     string
 	DetachAs string // volume.Request's, never ""
 	ID       string // of a volume that is not found by its name
+	Known    string // id of the only volume that the name may mean here; "": the tag says
 	Region   string // "": the configured one
 	New      Specification
 	FSType   string // "": what there is, or else ext4
 	Options  []string
 	OnRemove cloud.OnRemove
+	Said     bool // OnRemove was
 	Force    bool
 	ReadOnly bool
 }
@@ -125,8 +127,15 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	}
 	v := Volume{Name: r.Name, DetachAs: cmp.Or(r.DetachAs, r.Name), ID: o.VolumeID, Region: o.Region, FSType: o.FSType, OnRemove: o.OnRemove, Force: o.ForceDetach, ReadOnly: r.ReadOnly || o.ReadOnly,
 		New: Specification{o.Size, o.VolumeType, o.IOPS, o.Throughput, o.Encrypted || o.KMSKeyID != "", o.KMSKeyID, o.SnapshotID, nil, o.AvailabilityZone}}
+	v.Said = r.Options["onRemove"] != ""
 	bad := func(format string, args ...any) (Volume, error) {
 		return v, volume.Errorf(volume.ErrInvalid, "volume "+v.Name+": "+format, args...)
+	}
+	if known := r.Options[volume.Identity]; known != "" && v.ID == "" {
+		if !volumeID.MatchString(known) {
+			return bad("%s %s is no volume's id", volume.Identity, volume.Excerpt(known))
+		}
+		v.Known = known
 	}
 	for option, ok := range map[string]bool{
 		"volumeID":         v.ID == "" || volumeID.MatchString(v.ID),

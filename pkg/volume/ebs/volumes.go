@@ -27,6 +27,7 @@ const (
 	tagCluster    = tagPrefix + "cluster"     // Config.Cluster, if it is not ""
 	tagAttachedAs = tagPrefix + "attached-as" // what Detach will call it, if that is not the name: it is another's, or kubelet calls it otherwise
 	tagFileSystem = tagPrefix + "file-system" // none, making or made
+	tagOnRemove   = tagPrefix + "on-remove"   // what the creator said; absent: the creator did not say
 )
 
 // Values of tagFileSystem.
@@ -102,20 +103,56 @@ func (d *Driver) tagged(ctx context.Context, r *region, tag, name string) (*foun
 
 // find is the volume that a request means, or nil if there is none of its name.
 func (d *Driver) find(ctx context.Context, r *region, v Volume) (*found, error) {
-	if v.ID == "" {
+	switch {
+	case v.ID != "":
+		f, err := r.describe(ctx, v.ID)
+		if err == nil && f == nil {
+			err = volume.Errorf(volume.ErrNotFound, "volume %s: there is no %s in region %s", v.Name, v.ID, r.Config.Region)
+		}
+		return f, err
+	case v.Known == "":
 		return d.tagged(ctx, r, tagVolume, v.Name)
 	}
-	f, err := r.describe(ctx, v.ID)
-	if err == nil && f == nil {
-		err = volume.Errorf(volume.ErrNotFound, "volume %s: there is no %s in region %s", v.Name, v.ID, r.Config.Region)
+	f, err := r.alive(ctx, v.Known)
+	if f != nil || err != nil {
+		return f, err
+	}
+	other, err := d.tagged(ctx, r, tagVolume, v.Name)
+	if err == nil && other != nil {
+		err = &replaced{v, other}
+	}
+	return nil, err
+}
+
+// alive is one volume, or nil, also if it is being deleted.
+func (r *region) alive(ctx context.Context, id string) (*found, error) {
+	f, err := r.describe(ctx, id)
+	if f != nil && (f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted) {
+		return nil, err
 	}
 	return f, err
 }
 
+// replaced is when another host has deleted the volume that this host knows, and made another one of the same name.
+type replaced struct {
+	v     Volume
+	other *found
+}
+
+func (e *replaced) Error() string {
+	return fmt.Sprintf("volume %s that this host knows was %s and does not exist any more, and %s of the same name is another, created at %s: delete the volume on this host, which touches nothing, and create it again to use that one",
+		e.v.Name, e.v.Known, e.other.id(), aws.ToTime(e.other.CreateTime).UTC().Format(time.RFC3339))
+}
+
+func (e *replaced) Unwrap() error { return volume.ErrConflict }
+
 // must is find, where the volume must exist.
 func (d *Driver) must(ctx context.Context, r *region, v Volume) (*found, error) {
 	f, err := d.find(ctx, r, v)
-	if err == nil && f == nil {
+	switch {
+	case err == nil && f == nil && v.Known != "":
+		err = volume.Errorf(volume.ErrNotFound, "volume %s that this host knows was %s and does not exist any more: create makes a new one", v.Name, v.Known)
+	case err == nil && f == nil:
 		err = volume.Errorf(volume.ErrNotFound, "volume %s: no volume in region %s has the tag %s=%s: create makes one, or the option volumeID names one", v.Name, r.Config.Region, tagVolume, v.Name)
 	}
 	return f, err
@@ -134,32 +171,48 @@ func (d *Driver) Create(ctx context.Context, req volume.Request) (volume.Reply, 
 		return volume.Reply{}, err
 	}
 	defer unlock()
+	if v, err = d.understand(req); err != nil { // what was remembered before the lock may have changed
+		return volume.Reply{}, err
+	}
 	within, cancelWork := volume.Before(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
 		return volume.Reply{}, err
 	}
-	f, err := d.ensure(within, r, v)
+	f, err := d.ensure(within, r, v, true)
 	if err != nil {
 		return volume.Reply{}, err
 	}
 	reply := volume.Reply{Options: map[string]string{"name": v.Name, "created": "false", "volumeID": f.id()}}
 	if d.ours(f, v.Name) {
 		// Without volumeID: with it, the next call would be one for a volume that Lariat did not create.
-		reply.Options = map[string]string{"name": v.Name, "created": "true"}
+		reply.Options = map[string]string{"name": v.Name, "created": "true", volume.Identity: f.id()}
+		if f.retained() && v.OnRemove != cloud.Retain {
+			reply.Message = fmt.Sprintf("volume %s was there already, and onRemove=retain of its creator counts", f.id())
+		}
 	} else {
 		reply.Message = fmt.Sprintf("volume %s was there already; Lariat did not create it, and will not remove it", f.id())
 	}
 	return reply, nil
 }
 
-// ensure finds the volume, or makes it. The lock is held.
-func (d *Driver) ensure(ctx context.Context, r *region, v Volume) (*found, error) {
-	f, err := d.find(ctx, r, v)
+// retained says that the creator wants the data kept.
+func (f *found) retained() bool { return f.tags[tagOnRemove] == string(cloud.Retain) }
+
+// ensure finds the volume, or makes it. One that this host knows and that is gone is made anew by Create alone: who attaches it wants its data. The lock
+// is held.
+func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (*found, error) {
+	find := d.find
+	if v.Known != "" && !create {
+		find = d.must
+	}
+	f, err := find(ctx, r, v)
 	if err != nil {
 		return nil, err
 	}
+	// Who attaches and says nothing has not decided that the data is to stay.
+	v.Said = v.Said || create
 	if f == nil {
 		if f, err = d.make(ctx, r, v); err != nil {
 			return nil, fmt.Errorf("create volume %s: %w", v.Name, err)
@@ -171,16 +224,17 @@ func (d *Driver) ensure(ctx context.Context, r *region, v Volume) (*found, error
 	if f, err = r.ready(ctx, f); err != nil {
 		return nil, err
 	}
-	return f, d.remember(v, r, f)
+	return f, d.remember(v, r, f, create)
 }
 
 // remember puts on record which volume the name is. What the record says beside stays if it is of the same one.
-func (d *Driver) remember(v Volume, r *region, f *found) error {
+func (d *Driver) remember(v Volume, r *region, f *found, create bool) error {
 	old, _, err := d.volumes.Get(v.Name)
-	if err != nil || old.ID == f.id() && !old.Deleting {
+	same := old.ID == f.id() && old.Cluster == d.config.Cluster
+	if err != nil || same && !old.Deleting && !old.Lost && (old.Created || !create) {
 		return err
 	}
-	err = d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Time: time.Now().UTC()})
+	err = d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Cluster: d.config.Cluster, Created: create || same && old.Created, Time: time.Now().UTC()})
 	volume.Step("volume-recorded")
 	return err
 }
@@ -292,6 +346,9 @@ func (d *Driver) creation(ctx context.Context, r *region, v Volume) (*ec2.Create
 	if s.SnapshotID == "" {
 		tags[tagFileSystem] = none
 	}
+	if v.Said {
+		tags[tagOnRemove] = string(v.OnRemove)
+	}
 	in := &ec2.CreateVolumeInput{
 		AvailabilityZone: aws.String(s.Zone), VolumeType: types.VolumeType(s.Type),
 		TagSpecifications: []types.TagSpecification{{ResourceType: types.ResourceTypeVolume, Tags: tagList(tags)}},
@@ -373,14 +430,34 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 	if err != nil {
 		return volume.Reply{}, err
 	}
+	elsewhere := v.Region != "" && old.Region != v.Region || old.Cluster != d.config.Cluster && old.Created // the record is about another volume
+	if elsewhere {
+		old = record{}
+	}
 	if v.Region == "" {
 		v.Region = old.Region
+	}
+	if v.ID == "" && v.Known == "" {
+		v.Known = old.ID
 	}
 	r, err := d.open(within, v.Region)
 	if err != nil {
 		return volume.Reply{}, err
 	}
 	f, err := d.find(within, r, v)
+	var other *replaced
+	if errors.As(err, &other) {
+		switch {
+		case old.ID != "" && req.Options[volume.Identity] == "":
+			old.Lost = true
+			err = d.volumes.Put(v.Name, old)
+		case !elsewhere:
+			err = d.volumes.Remove(v.Name)
+		default:
+			err = nil
+		}
+		return volume.Reply{Message: fmt.Sprintf("volume %s is kept: %s", other.other.id(), other)}, err
+	}
 	if err != nil && !errors.Is(err, volume.ErrNotFound) {
 		return volume.Reply{}, err
 	}
@@ -393,8 +470,10 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 		reply.Message = fmt.Sprintf("volume %s is kept: Lariat did not create it", f.id())
 	case v.OnRemove == cloud.Retain && !(old.Deleting && old.ID == f.id()):
 		reply.Message = fmt.Sprintf("volume %s is kept, as onRemove=retain says", f.id())
+	case f.retained() && !(old.Deleting && old.ID == f.id()):
+		reply.Message = fmt.Sprintf("volume %s is kept, as onRemove=retain of its creator says; to change that, set its tag %s to purge", f.id(), tagOnRemove)
 	default:
-		if err := d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Deleting: true, Time: time.Now().UTC()}); err != nil {
+		if err := d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Cluster: d.config.Cluster, Created: old.Created, Deleting: true, Time: time.Now().UTC()}); err != nil {
 			return reply, err
 		}
 		volume.Step("delete-journalled")
@@ -405,6 +484,9 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 		d.log.Info("deleted", "volume", v.Name, "id", f.id())
 	}
 	volume.Step("delete-done")
+	if elsewhere {
+		return reply, nil
+	}
 	return reply, d.volumes.Remove(v.Name)
 }
 
