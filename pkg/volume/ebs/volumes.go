@@ -214,6 +214,12 @@ func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (
 	// Who attaches and says nothing has not decided that the data is to stay.
 	v.Said = v.Said || create
 	if f == nil {
+		// Forgotten first: after a kill the next call must know as its own what this one makes.
+		if v.Known != "" {
+			if err := d.volumes.Remove(v.Name); err != nil {
+				return nil, err
+			}
+		}
 		if f, err = d.make(ctx, r, v); err != nil {
 			return nil, fmt.Errorf("create volume %s: %w", v.Name, err)
 		}

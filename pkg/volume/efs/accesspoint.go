@@ -47,6 +47,8 @@ func (a *account) makeAccessPoint(ctx context.Context, v Volume) (p *types.Acces
 		case p == nil:
 			asked, err = a.askAccessPoint(ctx, v)
 			return false, "being asked for", err
+		case v.other(*p.AccessPointId) && !asked:
+			return false, "", v.replaced(*p.AccessPointId)
 		case p.LifeCycleState == types.LifeCycleStateError:
 			return false, "", fmt.Errorf("access point %s is in the state error: AWS could not make it; delete it", *p.AccessPointId)
 		}
@@ -99,6 +101,6 @@ func (a *account) removeAccessPoint(ctx context.Context, v Volume, id string) er
 	volume.Step("access-point-removed")
 	return until(ctx, "access point "+id, func() (bool, string, error) {
 		p, err := a.accessPoint(ctx, v)
-		return p == nil && err == nil, "deleting", err
+		return err == nil && (p == nil || *p.AccessPointId != id), "deleting", err // another host may make the next one
 	})
 }

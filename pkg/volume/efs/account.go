@@ -36,8 +36,11 @@ func open(ctx context.Context, region string, log *slog.Logger) (*account, error
 // ownerTag is on all that Create makes, in the very call that makes it. Its value is the volume's name.
 const ownerTag = "lariat:volume"
 
+// removeTag is what the creator said in onRemove.
+const removeTag = "lariat:on-remove"
+
 func (v Volume) awsTags() []types.Tag {
-	all := []types.Tag{{Key: aws.String("Name"), Value: &v.Name}, {Key: aws.String(ownerTag), Value: &v.Name}}
+	all := []types.Tag{{Key: aws.String("Name"), Value: &v.Name}, {Key: aws.String(ownerTag), Value: &v.Name}, {Key: aws.String(removeTag), Value: aws.String(string(v.OnRemove))}}
 	for _, t := range v.Tags {
 		all = append(all, types.Tag{Key: &t.Key, Value: &t.Value})
 	}
@@ -47,6 +50,40 @@ func (v Volume) awsTags() []types.Tag {
 // ours says that a volume of this name was what a thing with these tags was made for.
 func (v Volume) ours(tags []types.Tag) bool {
 	return slices.ContainsFunc(tags, func(t types.Tag) bool { return aws.ToString(t.Key) == ownerTag && aws.ToString(t.Value) == v.Name })
+}
+
+// retained says that the creator wants the data kept.
+func retained(tags []types.Tag) bool {
+	return slices.ContainsFunc(tags, func(t types.Tag) bool {
+		return aws.ToString(t.Key) == removeTag && aws.ToString(t.Value) == string(cloud.Retain)
+	})
+}
+
+// other says that a volume's name is another's by now than the one that this host knows.
+func (v Volume) other(id string) bool { return v.Known != "" && v.Known != id }
+
+// replaced is the error for that.
+func (v Volume) replaced(id string) error {
+	return volume.Errorf(volume.ErrConflict, "volume %s that this host knows was %s and does not exist any more, and %s of the same name is another: delete the volume on this host, which touches nothing, and create it again to use that one",
+		v.Name, v.Known, id)
+}
+
+// there says whether what this host knows of a volume, or another of its name, exists. If nothing is known it says so, too.
+func (a *account) there(ctx context.Context, v Volume) (bool, error) {
+	switch {
+	case v.Known == "", v.Folder == nil && v.FileSystem != "":
+		return true, nil
+	case v.Folder != nil:
+		p, err := a.accessPoint(ctx, v)
+		return p != nil, err
+	}
+	fs, err := a.fileSystem(ctx, v)
+	return fs != nil, err
+}
+
+// gone is the error for a volume that is known and of whose name there is none any more.
+func (v Volume) gone() error {
+	return volume.Errorf(volume.ErrNotFound, "volume %s that this host knows was %s and does not exist any more: create makes a new one", v.Name, v.Known)
 }
 
 // refused gives an error of the SDK its words and its kind.
@@ -129,6 +166,8 @@ func (a *account) makeFileSystem(ctx context.Context, v Volume) (fs *types.FileS
 		case fs == nil:
 			asked, err = a.askFileSystem(ctx, v)
 			return false, "being asked for", err
+		case v.FileSystem == "" && v.other(*fs.FileSystemId) && !asked:
+			return false, "", v.replaced(*fs.FileSystemId)
 		case fs.LifeCycleState == types.LifeCycleStateError:
 			return false, "", fmt.Errorf("file system %s is in the state error: AWS could not make it; delete it", *fs.FileSystemId)
 		}

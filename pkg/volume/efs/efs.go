@@ -46,11 +46,26 @@ var _ volume.Driver = (*Driver)(nil)
 // record of a volume that Create was asked for on this host.
 type record struct {
 	Volume      Volume    `json:"volume"`
-	State       string    `json:"state"`                 // creating, ready or deleting
+	State       string    `json:"state"`                 // creating, ready, deleting or lost
 	FileSystem  string    `json:"fileSystem,omitempty"`  // as it was found or made
 	AccessPoint string    `json:"accessPoint,omitempty"` // likewise
 	Created     bool      `json:"created"`
 	Time        time.Time `json:"time"`
+}
+
+// lost is the state of a record whose volume another host has replaced. Delete was called for it and has touched nothing. The record stays, so that the same
+// call again touches nothing either; the next Create forgets it.
+const lost = "lost"
+
+// identity is the id of what Create has made or found of a volume's own; "" if it has nothing of its own.
+func (r record) identity() string {
+	switch {
+	case !r.Created:
+		return ""
+	case r.Volume.Folder != nil:
+		return r.AccessPoint
+	}
+	return r.FileSystem
 }
 
 // New makes the driver. Nothing happens before the first call.
@@ -85,18 +100,25 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	if err != nil {
 		return volume.Reply{}, err
 	}
+	if old.State == lost {
+		old, known = record{}, false
+	}
+	v.Known = cmp.Or(v.Known, old.identity())
 	if known && !old.is(v) {
 		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name, old.Volume, v)
 	}
-	rec := record{Volume: v, State: "creating", FileSystem: v.FileSystem, AccessPoint: v.AccessPoint, Created: old.Created, Time: time.Now().UTC()}
+	rec := record{Volume: v, State: "creating", FileSystem: cmp.Or(v.FileSystem, old.FileSystem), AccessPoint: cmp.Or(v.AccessPoint, old.AccessPoint), Created: old.Created, Time: time.Now().UTC()}
 	if err := d.volumes.Put(v.Name, rec); err != nil {
 		return volume.Reply{}, err
 	}
 	volume.Step("create-journalled")
-	if err := d.provision(ctx, v, &rec); err != nil {
-		if !known && volume.IsFinal(err) { // nobody goes on with it
-			err = errors.Join(err, d.volumes.Remove(v.Name))
-		}
+	kept, err := d.provision(ctx, &v, &rec)
+	switch {
+	case err != nil && !known && volume.IsFinal(err): // nobody goes on with it
+		return volume.Reply{}, errors.Join(err, d.volumes.Remove(v.Name))
+	case err != nil && volume.IsFinal(err): // it is what it was
+		return volume.Reply{}, errors.Join(err, d.volumes.Put(v.Name, old))
+	case err != nil:
 		return volume.Reply{}, err
 	}
 	rec.State = "ready"
@@ -111,51 +133,71 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	if v.Folder != nil {
 		reply.Options["accessPointId"] = rec.AccessPoint
 	}
-	if !rec.Created {
+	if id := rec.identity(); id != "" {
+		reply.Options[volume.Identity] = id
+	}
+	switch {
+	case kept && v.OnRemove != cloud.Retain:
+		reply.Message = fmt.Sprintf("volume %s was there already, and onRemove=retain of its creator counts", v)
+	case !rec.Created:
 		reply.Message = fmt.Sprintf("volume %s was there already; Lariat did not create it, and will not remove it", v)
 	}
 	return reply, nil
 }
 
-// provision makes what is missing of a volume and notes what there is.
-func (d *Driver) provision(ctx context.Context, v Volume, rec *record) error {
-	if v.Address != "" && v.Folder == nil {
-		return nil // AWS is not to be asked
+// provision makes what is missing of a volume and notes what there is. It says whether the creator wants the data kept.
+func (d *Driver) provision(ctx context.Context, of *Volume, rec *record) (kept bool, err error) {
+	if of.Address != "" && of.Folder == nil {
+		return false, nil // AWS is not to be asked
 	}
-	a, err := open(ctx, v.Region, d.log)
+	a, err := open(ctx, of.Region, d.log)
 	if err != nil {
-		return err
+		return false, err
 	}
+	if is, err := a.there(ctx, *of); err != nil {
+		return false, err
+	} else if !is {
+		// Forgotten first: after a kill the next call must know as its own what this one makes.
+		if of.Known, rec.Created = "", false; of.Folder != nil {
+			rec.AccessPoint = ""
+		} else {
+			rec.FileSystem = ""
+		}
+		if err := d.volumes.Put(of.Name, *rec); err != nil {
+			return false, err
+		}
+	}
+	v := *of
 	fs, err := a.makeFileSystem(ctx, v)
 	if err != nil {
-		return err
+		return false, err
 	}
 	rec.FileSystem = *fs.FileSystemId
 	own := v.ours(fs.Tags) && v.Folder == nil && v.AccessPoint == ""
 	if own || len(v.Subnets) > 0 {
 		if err := a.makeMountTargets(ctx, v, rec.FileSystem); err != nil {
-			return err
+			return false, err
 		}
 	}
 	switch {
 	case v.Folder != nil:
 		p, err := a.makeAccessPoint(ctx, v)
 		if err != nil {
-			return err
+			return false, err
 		}
-		rec.AccessPoint, rec.Created = *p.AccessPointId, true
+		rec.AccessPoint, rec.Created, kept = *p.AccessPointId, true, retained(p.Tags)
 	case v.AccessPoint != "":
 		out, err := a.efs.DescribeAccessPoints(ctx, &api.DescribeAccessPointsInput{AccessPointId: &v.AccessPoint})
 		if err != nil {
-			return refused(ctx, err)
+			return false, refused(ctx, err)
 		}
 		if len(out.AccessPoints) == 0 || aws.ToString(out.AccessPoints[0].FileSystemId) != v.FileSystem {
-			return volume.Errorf(volume.ErrInvalid, "access point %s is not one of file system %s", v.AccessPoint, v.FileSystem)
+			return false, volume.Errorf(volume.ErrInvalid, "access point %s is not one of file system %s", v.AccessPoint, v.FileSystem)
 		}
 	default:
-		rec.Created = own
+		rec.Created, kept = own, own && retained(fs.Tags)
 	}
-	return nil
+	return kept, nil
 }
 
 // String is for messages.
@@ -180,6 +222,14 @@ func (r record) is(v Volume) bool {
 	return fs && region && v.AccessPoint == o.AccessPoint && v.Address == o.Address && v.Mount.Path == o.Mount.Path && reflect.DeepEqual(v.Folder, o.Folder)
 }
 
+// about says whether a request to delete can mean the volume of the record: the request need not have all options.
+func (r record) about(v Volume) bool {
+	o := r.Volume
+	fs := v.FileSystem == "" || v.FileSystem == o.FileSystem || v.FileSystem == r.FileSystem
+	folder := v.FileSystem == "" || (v.Folder == nil) == (o.Folder == nil) && (v.Folder == nil || v.Folder.Path == o.Folder.Path)
+	return fs && folder && (v.Region == "" || o.Region == "" || v.Region == o.Region)
+}
+
 // Delete implements volume.Driver. Without options the journal says where the volume is.
 func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
@@ -197,41 +247,55 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 	if err != nil {
 		return volume.Reply{}, err
 	}
+	elsewhere := known && !rec.about(v) // the record is about another volume
+	if elsewhere {
+		rec, known = record{}, false
+	}
 	if known && v.FileSystem == "" && v.Address == "" {
 		how := rec.Volume.OnRemove
 		if r.Options["onRemove"] != "" {
 			how = v.OnRemove
 		}
-		region := v.Region
+		region, said := v.Region, v.Known
 		v = rec.Volume
-		v.OnRemove, v.Region = how, cmp.Or(region, v.Region)
+		v.OnRemove, v.Region, v.Known = how, cmp.Or(region, v.Region), said
 	}
+	v.Known = cmp.Or(v.Known, rec.identity())
 	if err := d.unused(func(m nfs.Volume) bool { return m.Name == v.Name }); err != nil {
 		return volume.Reply{}, err
 	}
 	var reply volume.Reply
+	other := false
 	switch {
 	case v.AccessPoint != "", v.Address != "" && v.Folder == nil:
 		reply.Message = fmt.Sprintf("%s is kept: Lariat did not create it", v)
 	case v.OnRemove == cloud.Retain && rec.State != "deleting":
 		reply.Message = fmt.Sprintf("%s is kept, as onRemove=retain says", v)
 	default:
-		if reply.Message, err = d.purge(ctx, v, rec, known); err != nil {
+		if reply.Message, other, err = d.purge(ctx, v, rec, known); err != nil {
 			return reply, err
 		}
 	}
 	volume.Step("delete-done")
+	switch {
+	case elsewhere:
+		return reply, nil
+	case other && known && r.Options[volume.Identity] == "":
+		rec.State = lost
+		return reply, d.volumes.Put(v.Name, rec)
+	}
 	return reply, d.volumes.Remove(v.Name)
 }
 
-// purge removes what Create made of a volume, and says what it removed or kept.
-func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (string, error) {
+// purge removes what Create made of a volume, and says what it removed or kept. Other is when the name is another volume's by now.
+func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (message string, other bool, err error) {
 	a, err := open(ctx, v.Region, d.log)
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
+	const keptByCreator = "%s is kept, as onRemove=retain of its creator says; to change that, set its tag %s to purge"
 	begin := func() error {
-		if known {
+		if known && rec.State != lost {
 			rec.State = "deleting"
 			if err := d.volumes.Put(v.Name, rec); err != nil {
 				return err
@@ -243,43 +307,54 @@ func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (s
 	if v.Folder != nil {
 		p, err := a.accessPoint(ctx, v)
 		if errors.Is(err, volume.ErrNotFound) || err == nil && p == nil {
-			return "", nil
+			return "", false, nil
 		}
 		if err != nil {
-			return "", err
+			return "", false, err
 		}
 		id := *p.AccessPointId
+		switch {
+		case v.other(id):
+			return fmt.Sprintf("access point %s is kept: %s", id, v.replaced(id)), true, nil
+		case retained(p.Tags) && rec.State != "deleting":
+			return fmt.Sprintf(keptByCreator, "access point "+id, removeTag), false, nil
+		}
 		if err := d.unused(func(m nfs.Volume) bool { return m.ID == v.FileSystem+"/"+id }); err != nil {
-			return "", err
+			return "", false, err
 		}
 		if err := begin(); err != nil {
-			return "", err
+			return "", false, err
 		}
 		if err := a.removeAccessPoint(ctx, v, id); err != nil {
-			return "", err
+			return "", false, err
 		}
 		d.log.Info("removed", "volume", v.Name, "accessPoint", id)
-		return fmt.Sprintf("access point %s is removed; the folder %s and all data in it stay on %s", id, v.Folder.Path, v.FileSystem), nil
+		return fmt.Sprintf("access point %s is removed; the folder %s and all data in it stay on %s", id, v.Folder.Path, v.FileSystem), false, nil
 	}
 	fs, err := a.fileSystem(ctx, v)
 	if err != nil || fs == nil {
-		return "", err
+		return "", false, err
 	}
 	id := *fs.FileSystemId
-	if !v.ours(fs.Tags) {
-		return fmt.Sprintf("file system %s is kept: Lariat did not create it for volume %s", id, v.Name), nil
+	switch {
+	case !v.ours(fs.Tags):
+		return fmt.Sprintf("file system %s is kept: Lariat did not create it for volume %s", id, v.Name), false, nil
+	case v.FileSystem == "" && v.other(id):
+		return fmt.Sprintf("file system %s is kept: %s", id, v.replaced(id)), true, nil
+	case retained(fs.Tags) && rec.State != "deleting":
+		return fmt.Sprintf(keptByCreator, "file system "+id, removeTag), false, nil
 	}
 	if err := d.unmounted(ctx, a, id); err != nil {
-		return "", err
+		return "", false, err
 	}
 	if err := begin(); err != nil {
-		return "", err
+		return "", false, err
 	}
 	if err := a.removeFileSystem(ctx, v, id); err != nil {
-		return "", err
+		return "", false, err
 	}
 	d.log.Info("removed", "volume", v.Name, "fileSystem", id)
-	return fmt.Sprintf("file system %s is removed, with its mount targets and all data", id), nil
+	return fmt.Sprintf("file system %s is removed, with its mount targets and all data", id), false, nil
 }
 
 // unused refuses what is mounted on this host.
@@ -325,11 +400,24 @@ func (d *Driver) unmounted(ctx context.Context, a *account, fs string) error {
 	return nil
 }
 
+// known is a request understood, with what this host remembers of the volume's name.
+func (d *Driver) known(r volume.Request) (Volume, error) {
+	v, err := Understand(r)
+	if err != nil {
+		return v, err
+	}
+	rec, known, err := d.volumes.Get(v.Name)
+	if known && rec.State != lost && rec.about(v) {
+		v.Known = cmp.Or(v.Known, rec.identity())
+	}
+	return v, err
+}
+
 // Mount implements volume.Driver. It makes nothing in AWS.
 func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
-	v, err := Understand(r)
+	v, err := d.known(r)
 	if err != nil {
 		return err
 	}
@@ -358,13 +446,22 @@ func (d *Driver) source(ctx context.Context, v Volume) (nfs.Volume, error) {
 		}
 		if v.Folder != nil {
 			p, err := a.accessPoint(ctx, v)
-			if err == nil && p == nil {
+			switch {
+			case err != nil:
+			case p == nil && v.Known != "":
+				err = v.gone()
+			case p != nil && v.other(*p.AccessPointId):
+				err = v.replaced(*p.AccessPointId)
+			case p == nil:
 				err = volume.Errorf(volume.ErrNotFound, "volume %s has no access point on %s: create makes it", v.Name, fs)
 			}
 			if err != nil {
 				return m, err
 			}
 			point = *p.AccessPointId
+		}
+		if fs == "" {
+			fs = v.Known // no other can come of that
 		}
 		if fs == "" {
 			found, err := a.fileSystem(ctx, v)
@@ -377,7 +474,11 @@ func (d *Driver) source(ctx context.Context, v Volume) (nfs.Volume, error) {
 			fs = *found.FileSystemId
 		}
 		if m.Host == "" {
-			if m.Host, err = a.server(ctx, fs); err != nil {
+			m.Host, err = a.server(ctx, fs)
+			if errors.Is(err, volume.ErrNotFound) && v.Known != "" && v.Folder == nil {
+				err = v.gone()
+			}
+			if err != nil {
 				return m, err
 			}
 		}

@@ -19,7 +19,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	pauses.First = 10 * time.Millisecond
+	pauses.First, pauses.Most = 10*time.Millisecond, 100*time.Millisecond
 	os.Exit(m.Run())
 }
 
@@ -73,7 +73,7 @@ func TestF106FileSystem(t *testing.T) {
 	if len(fs) != 1 || r.Options["created"] != "true" || r.Options["fsid"] != fs[0].ID || !fs[0].Encrypted || fs[0].ThroughputMode != "elastic" {
 		t.Fatalf("%+v %+v", r, fs)
 	}
-	if tags := fs[0].Tags; tags["Name"] != "web" || tags["lariat:volume"] != "web" || tags["team"] != "x" || len(tags) != 4 || c.Calls("TagResource") > 0 {
+	if tags := fs[0].Tags; tags["Name"] != "web" || tags["lariat:volume"] != "web" || tags["team"] != "x" || tags["lariat:on-remove"] != "purge" || len(tags) != 5 || c.Calls("TagResource") > 0 {
 		t.Errorf("tags: %v", tags)
 	}
 	targets := c.MountTargets()

@@ -47,7 +47,7 @@ type Options struct {
 }
 
 // told are what Create's reply says beside fsid, and what Rancher's daemon gives back at each later call. What was created is known by tags, not by these.
-var told = []string{"created", "name", "accessPointId", "mountTargetId", "mountTargetSGID"}
+var told = []string{"created", "name", "accessPointId", "mountTargetId", "mountTargetSGID", volume.Identity}
 
 // Switch is a bool that may not have been said.
 type Switch string
@@ -93,6 +93,7 @@ type Volume struct {
 	OnRemove    cloud.OnRemove `json:"onRemove"`
 	Tags        []Tag          `json:"tags,omitempty"` // sorted
 	Mount       nfs.Volume     `json:"mount"`          // without host and ID
+	Known       string         `json:"-"`              // id of the only file system or access point of its own that the name may mean here; "": the token says
 }
 
 // Folder is what an access point of a volume's own leads to.
@@ -120,6 +121,7 @@ var recommended = []string{"nfsvers=4.1", "rsize=1048576", "wsize=1048576", "har
 
 var (
 	fileSystemID  = regexp.MustCompile(`^fs-([0-9a-f]{8}|[0-9a-f]{17})$`)
+	ownID         = regexp.MustCompile(`^(fs|fsap)-([0-9a-f]{8}|[0-9a-f]{17})$`)
 	accessPointID = regexp.MustCompile(`^fsap-([0-9a-f]{8}|[0-9a-f]{17})$`)
 	subnetID      = regexp.MustCompile(`^subnet-[0-9a-z]{1,32}$`)
 	groupID       = regexp.MustCompile(`^sg-[0-9a-z]{1,32}$`)
@@ -137,7 +139,11 @@ func Understand(r volume.Request) (Volume, error) {
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}
-	v := Volume{Name: r.Name, Region: o.Region, FileSystem: o.FSID, AccessPoint: o.AccessPoint, Address: o.MountTargetIP, IAM: o.IAM, OnRemove: o.OnRemove,
+	known := r.Options[volume.Identity]
+	if known != "" && known == o.FSID {
+		o.FSID = "" // Create's answer, given back: it is the volume's own
+	}
+	v := Volume{Name: r.Name, Known: known, Region: o.Region, FileSystem: o.FSID, AccessPoint: o.AccessPoint, Address: o.MountTargetIP, IAM: o.IAM, OnRemove: o.OnRemove,
 		Make:  Make{o.PerformanceMode, o.ThroughputMode, o.ProvisionedThroughput, o.Encrypted, o.KMSKeyID},
 		Mount: nfs.Volume{Name: r.Name, Path: o.Export, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly, FSGroup: r.FSGroup}}
 	bad := func(format string, args ...any) (Volume, error) {
@@ -148,7 +154,7 @@ func Understand(r volume.Request) (Volume, error) {
 		form          *regexp.Regexp
 	}{
 		{"region", o.Region, regionName}, {"fsid", o.FSID, fileSystemID}, {"accessPoint", o.AccessPoint, accessPointID},
-		{"directoryPerms", o.DirectoryPerms, permissions}, {"kmsKeyId", o.KMSKeyID, keyID},
+		{"directoryPerms", o.DirectoryPerms, permissions}, {volume.Identity, known, ownID}, {"kmsKeyId", o.KMSKeyID, keyID},
 	} {
 		if c.value != "" && !c.form.MatchString(c.value) {
 			return bad("%s %s is none", c.option, volume.Excerpt(c.value))
@@ -207,6 +213,9 @@ func Understand(r volume.Request) (Volume, error) {
 		if err := volume.OneOf(&v.Make.ThroughputMode, []byte(o.ThroughputMode), "bursting", "elastic", "provisioned"); err != nil {
 			return bad("throughputMode: %w", err)
 		}
+	}
+	if known != "" && strings.HasPrefix(known, "fsap-") != (o.BasePath != "") {
+		return bad("%s %s: an access point goes with basePath, and a file system with neither that nor another fsid", volume.Identity, known)
 	}
 	if o.BasePath != "" {
 		if err := nfs.CheckPath("basePath", o.BasePath); err != nil {

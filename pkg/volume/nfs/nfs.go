@@ -93,8 +93,16 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	if known && old.State != lost && old.Volume.Source() != v.Source() {
 		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name, old.Volume.Source(), v.Source())
 	}
-	want := old.want(r)
-	rec := record{Volume: v, State: "creating", Identity: want, Created: old.Created, Time: time.Now().UTC()}
+	rec := record{Volume: v, State: "creating", Created: old.Created, Time: time.Now().UTC()}
+	if want := old.want(r); want != "" && v.Base != "" {
+		switch _, err := d.verify(ctx, v, want); {
+		case err == nil:
+			rec.Identity = want
+		case !errors.Is(err, volume.ErrNotFound):
+			return volume.Reply{}, err
+		}
+		// One that is gone is made anew, and forgotten first: after a kill the next call must know as its own what this one makes.
+	}
 	if err := d.volumes.Put(v.Name, rec); err != nil {
 		return volume.Reply{}, err
 	}
@@ -102,15 +110,13 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	var found created
 	if v.Base != "" {
 		c, err := d.provision(ctx, v, v.OnRemove)
-		if err == nil && want != "" && c.Identity != want && !c.New {
-			err = replaced(v, want, c)
+		if err == nil && rec.Identity != "" && c.Identity != rec.Identity {
+			err = replaced(v, rec.Identity, c)
 		}
-		switch {
-		case err != nil && !known: // nothing of it exists here
-			return volume.Reply{}, errors.Join(err, d.volumes.Remove(v.Name))
-		case err != nil && volume.IsFinal(err): // it is what it was
-			return volume.Reply{}, errors.Join(err, d.volumes.Put(v.Name, old))
-		case err != nil:
+		if err != nil {
+			if !known { // nothing of it exists here
+				err = errors.Join(err, d.volumes.Remove(v.Name))
+			}
 			return volume.Reply{}, err
 		}
 		rec.Created, rec.Identity = c.Ours, c.Identity
