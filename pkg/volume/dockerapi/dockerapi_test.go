@@ -180,9 +180,29 @@ func TestF103Volumes(t *testing.T) {
 	for range 2 {
 		ok(t, s, "Remove", `{"Name":"v"}`)
 	}
-	if got := strings.Join(w.calls, ", "); got != "create v, create w, delete v" {
+	if got := strings.Join(w.calls, ", "); got != "create v, create v, create w, delete v" {
 		t.Error(got)
 	}
+
+	// What is remembered is verified: Create asks the driver, which makes anew what another host has removed. What is mounted is there.
+	ok(t, s, "Create", `{"Name":"gone"}`)
+	delete(w.volumes, "gone")
+	w.fail["mount"] = volume.Errorf(volume.ErrNotFound, "it does not exist any more")
+	refused(t, s, "Mount", `{"Name":"gone","ID":"a"}`, "it does not exist any more; docker volume rm gone, and create it again")
+	delete(w.fail, "mount")
+	w.fail["create"] = volume.Errorf(volume.ErrConflict, "another is there")
+	refused(t, s, "Create", `{"Name":"gone"}`, "another is there")
+	delete(w.fail, "create")
+	ok(t, s, "Mount", `{"Name":"gone","ID":"a"}`) // which the world refuses if the facts were lost
+	w.fail["create"] = errors.New("nobody is to ask")
+	ok(t, s, "Create", `{"Name":"gone"}`)
+	delete(w.fail, "create")
+	ok(t, s, "Unmount", `{"Name":"gone","ID":"a"}`)
+	ok(t, s, "Create", `{"Name":"gone"}`)
+	if !w.volumes["gone"] {
+		t.Error("an empty success")
+	}
+	ok(t, s, "Remove", `{"Name":"gone"}`)
 
 	// The driver's failure is not the end.
 	w.fail["create"] = errors.New("the cloud says no")

@@ -97,13 +97,28 @@ func (s *Server) create(ctx context.Context, q request) (answer, error) {
 	case known && rec.State != Recovered && !maps.Equal(rec.Options, q.Opts):
 		return answer{}, volume.Errorf(volume.ErrConflict, "volume %s exists with other options (%s differ): remove it, or choose another name", q.Name, strings.Join(different(rec.Options, q.Opts), ", "))
 	case known && rec.State == Ready:
-		return answer{}, nil
+		return answer{}, s.verify(ctx, q.Name, rec)
 	case !known:
 		rec = record{Created: time.Now().UTC(), BootID: s.boot}
 	}
 	rec.Options = q.Opts
 	_, err := s.finish(ctx, q.Name, rec, !known)
 	return answer{}, err
+}
+
+// verify has the driver look whether a volume that was created is still there, and make it anew if it is gone. What is mounted is there. The driver gets the
+// user's options alone: which volume it was the driver's own record says, which changes with what the driver makes, at whatever moment this process is killed.
+func (s *Server) verify(ctx context.Context, name string, rec record) error {
+	table, err := s.config.table()
+	if err != nil || len(table.At(s.dir(name))) > 0 {
+		return err
+	}
+	again := rec
+	again.Facts = nil
+	if _, err := s.finish(ctx, name, again, false); err != nil {
+		return errors.Join(err, s.put(name, rec))
+	}
+	return nil
 }
 
 func errRemoving(name string) error {
@@ -203,7 +218,7 @@ func (s *Server) bring(ctx context.Context, name string, rec record) (record, er
 	err = volume.ErrNotSupported
 	if caps.Attach {
 		if rec, err = s.attach(ctx, name, rec); err != nil {
-			return rec, err
+			return rec, lost(name, err)
 		}
 		err = s.config.Driver.MountDevice(ctx, dir, rec.Device, r)
 	}
@@ -217,7 +232,7 @@ func (s *Server) bring(ctx context.Context, name string, rec record) (record, er
 		err = s.config.Driver.Mount(ctx, dir, rec.Device, r)
 	}
 	if err != nil {
-		return rec, err
+		return rec, lost(name, err)
 	}
 	if table, err = s.config.table(); err != nil {
 		return rec, err
@@ -226,6 +241,14 @@ func (s *Server) bring(ctx context.Context, name string, rec record) (record, er
 		return rec, fmt.Errorf("driver %s says that it mounted %s at %s, and the mount table does not show it: if the driver or this process has a mount namespace of its own (PrivateTmp, ProtectHome …), take that away", s.config.Name, name, dir)
 	}
 	return rec, nil
+}
+
+// lost adds what to do about a volume that is gone: Docker does not ask to create one that is listed.
+func lost(name string, err error) error {
+	if errors.Is(err, volume.ErrNotFound) {
+		return fmt.Errorf("%w; docker volume rm %s, and create it again", err, name)
+	}
+	return err
 }
 
 // attach brings the device here. It is on record before anything is mounted.
