@@ -20,9 +20,17 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
+
+// TestMain lets this binary be its own children.
+func TestMain(m *testing.M) {
+	mounts.RunChild()
+	os.Exit(m.Run())
+}
 
 // world is a driver and the mount table that it changes.
 type world struct {
@@ -31,6 +39,8 @@ type world struct {
 	volumes map[string]bool
 	mounted map[string]string // volume by folder
 	doubles int               // mounts over a mount
+	stale   string            // a volume whose mount is stale, until it is mounted anew
+	silent  string            // a volume whose server does not answer
 	calls   []string
 	fail    map[string]error
 	clock   time.Duration // ahead of the host's
@@ -39,7 +49,7 @@ type world struct {
 }
 
 func newWorld() *world {
-	return &world{volumes: map[string]bool{}, mounted: map[string]string{}, fail: map[string]error{}}
+	return &world{stale: "-", silent: "-", volumes: map[string]bool{}, mounted: map[string]string{}, fail: map[string]error{}}
 }
 
 func (w *world) note(call, name string) error {
@@ -90,6 +100,9 @@ func (w *world) Mount(ctx context.Context, dir, _ string, r volume.Request) erro
 		w.doubles++
 	}
 	w.mounted[dir] = r.Name
+	if w.stale == r.Name {
+		w.stale = "-"
+	}
 	return nil
 }
 
@@ -112,9 +125,22 @@ func (w *world) table() (t mounts.Table, err error) {
 	return t, nil
 }
 
+// probe says that the mounts of stale volumes are stale, and that those of silent ones do not answer.
+func (w *world) probe(_ context.Context, dir string) (stale bool, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch w.mounted[dir] {
+	case w.stale:
+		return true, unix.ESTALE
+	case w.silent:
+		return false, volume.Timeout(time.Second)
+	}
+	return false, nil
+}
+
 func serve(t testing.TB, w *world, dir string) *Server {
 	t.Helper()
-	s, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "global", table: w.table, now: func() time.Time { return time.Now().Add(w.clock) }, Grace: 20 * time.Millisecond})
+	s, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "global", table: w.table, probe: w.probe, now: func() time.Time { return time.Now().Add(w.clock) }, Grace: 20 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,6 +174,31 @@ func refused(t *testing.T, s *Server, call, body, want string) {
 	var a answer
 	if err := json.Unmarshal([]byte(text), &a); err != nil || code == http.StatusOK || !strings.Contains(a.Err, want) {
 		t.Errorf("%s %.80s: %d %s, want an error with %q", call, body, code, text, want)
+	}
+}
+
+// F104, F159: a mount that is there is not handed out when it is dead. A stale one that no container has is made anew, and counts as before.
+func TestF104F159DeadMount(t *testing.T) {
+	w, dir := newWorld(), t.TempDir()
+	s := serve(t, w, dir)
+	ok(t, s, "Create", `{"Name":"v"}`)
+	ok(t, s, "Mount", `{"Name":"v","ID":"a"}`)
+	w.silent = "v"
+	refused(t, s, "Mount", `{"Name":"v","ID":"b"}`, "its server does not answer")
+	w.silent, w.stale = "-", "v"
+	ok(t, s, "Mount", `{"Name":"v","ID":"b"}`)
+	if got := strings.Join(w.calls, ", "); got != "create v, mount v, unmount v, mount v" || w.doubles > 0 {
+		t.Error(got, w.doubles)
+	}
+	w.stale = "v"
+	w.fail["unmount"] = volume.Errorf(volume.ErrInUse, "in use by sh (1)")
+	refused(t, s, "Mount", `{"Name":"v","ID":"c"}`, "is mounted at "+dir+"/mnt/v and stale (stale file handle), and in use by sh (1)")
+	delete(w.fail, "unmount")
+	for _, id := range []string{"a", "b"} {
+		ok(t, s, "Unmount", `{"Name":"v","ID":"`+id+`"}`)
+	}
+	if len(w.mounted) > 0 {
+		t.Error(w.mounted)
 	}
 }
 
@@ -294,7 +345,7 @@ func TestF104Counts(t *testing.T) {
 	if len(w.mounted)+len(w.volumes) != 0 {
 		t.Error(w.mounted, w.volumes)
 	}
-	if _, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local", table: w.table}); err == nil || !strings.Contains(err.Error(), "belongs to another process") {
+	if _, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local", table: w.table, probe: w.probe}); err == nil || !strings.Contains(err.Error(), "belongs to another process") {
 		t.Errorf("two servers for one journal: %v", err)
 	}
 }
@@ -479,7 +530,7 @@ func TestAttachedVolumes(t *testing.T) {
 		false: "create v, attach v, wait /dev/asked-v, mount v, unmount v, detach v, delete v",
 	} {
 		w, dir := newWorld(), t.TempDir()
-		s, err := New(Config{Driver: device{w, byDevice}, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local", table: w.table})
+		s, err := New(Config{Driver: device{w, byDevice}, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local", table: w.table, probe: w.probe})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -544,7 +595,7 @@ func TestF109HostileRequests(t *testing.T) {
 func TestF160NoValuesInLogs(t *testing.T) {
 	w, dir := newWorld(), t.TempDir()
 	var log bytes.Buffer
-	s, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local", table: w.table,
+	s, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local", table: w.table, probe: w.probe,
 		Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
 	if err != nil {
 		t.Fatal(err)

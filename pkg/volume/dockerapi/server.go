@@ -33,6 +33,7 @@ type Config struct {
 
 	// Tests have their own.
 	table func() (mounts.Table, error)
+	probe func(ctx context.Context, dir string) (stale bool, err error)
 	now   func() time.Time
 }
 
@@ -71,6 +72,9 @@ func New(c Config) (*Server, error) {
 	}
 	if c.table == nil {
 		c.table = mounts.Read
+	}
+	if c.probe == nil {
+		c.probe = mounts.Probe
 	}
 	if c.now == nil {
 		c.now = time.Now
@@ -286,45 +290,11 @@ func (s *Server) sweepOne(ctx context.Context, name string) error {
 	return s.takeAway(ctx, name, rec)
 }
 
-// holders are the processes in whose mount namespaces a volume is in use: a container's, above all. The folder of the volume itself is in every copy of
-// the host's namespace, so it does not count.
+// holders are the processes in whose mount namespaces a volume is in use: a container's, above all.
 func (s *Server) holders(table mounts.Table, name string) (who []string) {
 	stack := table.At(s.dir(name))
 	if len(stack) == 0 {
 		return nil
 	}
-	top := stack[len(stack)-1]
-	below := strings.TrimSuffix(top.Root, "/") + "/"
-	seen := map[string]bool{}
-	procs, _ := os.ReadDir("/proc")
-	for _, p := range procs {
-		if p.Name()[0] < '0' || p.Name()[0] > '9' {
-			continue
-		}
-		ns, err := os.Readlink("/proc/" + p.Name() + "/ns/mnt")
-		if err != nil || seen[ns] {
-			continue
-		}
-		seen[ns] = true
-		data, err := os.ReadFile("/proc/" + p.Name() + "/mountinfo")
-		if err != nil {
-			delete(seen, ns) // it ended; another may be there
-			continue
-		}
-		theirs, err := mounts.Parse(data)
-		if err != nil {
-			continue
-		}
-		for _, m := range theirs {
-			if m.Device == top.Device && m.Source == top.Source && (m.Root == top.Root || strings.HasPrefix(m.Root, below)) && !strings.HasPrefix(m.Point, s.config.MountDir+"/") {
-				comm, _ := os.ReadFile("/proc/" + p.Name() + "/comm")
-				who = append(who, fmt.Sprintf("%s (%s) at %s", strings.TrimSpace(string(comm)), p.Name(), m.Point))
-				break
-			}
-		}
-		if len(who) == 5 {
-			break
-		}
-	}
-	return who
+	return mounts.Holders(stack[len(stack)-1], func(point string) bool { return strings.Contains(point, s.config.MountDir+"/") })
 }

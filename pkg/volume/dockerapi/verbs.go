@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
 // foreign begins options that kubelet gives to FlexVolume drivers. From Docker's users they would be a lie, or a secret in argv.
@@ -201,8 +202,15 @@ func (s *Server) mount(ctx context.Context, q request) (a answer, err error) {
 func (s *Server) bring(ctx context.Context, name string, rec record) (record, error) {
 	dir := s.dir(name)
 	table, err := s.config.table()
-	if err != nil || len(table.At(dir)) > 0 {
+	if err != nil {
 		return rec, err
+	}
+	if len(table.At(dir)) > 0 {
+		if stale, err := s.config.probe(ctx, dir); err == nil {
+			return rec, nil
+		} else if rec, err = s.revive(ctx, name, rec, table, stale, err); err != nil {
+			return rec, err
+		}
 	}
 	if rec.State == Recovered {
 		return rec, volume.Errorf(volume.ErrNotFound, "volume %s: the journal was lost and it is not mounted any more: docker volume create --driver %s %s with its options", name, s.config.Name, name)
@@ -240,6 +248,23 @@ func (s *Server) bring(ctx context.Context, name string, rec record) (record, er
 	if len(table.At(dir)) == 0 {
 		return rec, fmt.Errorf("driver %s says that it mounted %s at %s, and the mount table does not show it: if the driver or this process has a mount namespace of its own (PrivateTmp, ProtectHome …), take that away", s.config.Name, name, dir)
 	}
+	return rec, nil
+}
+
+// revive takes away a mount that is stale, so that it can be made anew. Who has the old one would not have the new one: unless the volume's options say that
+// this is wanted, it is an error that names them.
+func (s *Server) revive(ctx context.Context, name string, rec record, table mounts.Table, stale bool, cause error) (record, error) {
+	if !stale {
+		return rec, fmt.Errorf("volume %s is mounted at %s, and its server does not answer: %w", name, s.dir(name), cause)
+	}
+	if who := s.holders(table, name); len(who) > 0 && rec.Options["onHang"] != "lazy" {
+		return rec, volume.Errorf(volume.ErrInUse, "volume %s is mounted at %s and stale (%w), and in use by %s: end these, or create the volume with onHang=lazy", name, s.dir(name), cause, strings.Join(who, ", "))
+	}
+	s.config.Log.Warn("the mount is stale: it is made anew", "volume", name, "error", cause)
+	if err := s.takeAway(ctx, name, rec); err != nil {
+		return rec, fmt.Errorf("volume %s is mounted at %s and stale (%w), and %w", name, s.dir(name), cause, err)
+	}
+	rec.Attached, rec.ByDevice, rec.Device = false, false, ""
 	return rec, nil
 }
 

@@ -165,6 +165,26 @@ func Alive(ctx context.Context, dir string, within time.Duration) bool {
 	return !unanswered(err)
 }
 
+// Patience is how long a mount that is there is waited for before it is used again.
+const Patience = 5 * time.Second
+
+// Probe asks the server of what is mounted at a folder, in a child. nil: it answers. Stale says that the error is final: the server does not know the
+// volume any more, or the mount has no server any more. Otherwise nobody has answered, and somebody may yet.
+func Probe(ctx context.Context, dir string) (stale bool, err error) {
+	within, cancel := context.WithTimeoutCause(ctx, part(ctx, 4, Patience), volume.Timeout(Patience))
+	defer cancel()
+	_, err = doProbe(within, dir)
+	for _, final := range []error{unix.ESTALE, unix.ENOTCONN, unix.EIO, unix.ESHUTDOWN} {
+		if errors.Is(err, final) {
+			return true, err
+		}
+	}
+	if unanswered(err) {
+		return false, err
+	}
+	return false, nil // a refusal is an answer
+}
+
 // errRestartSys is ERESTARTSYS (linux/errno.h), which no program should ever see: it is what a call that waits for an NFS server ends with
 // when another mount of the same export is unmounted by force, and no signal is there to restart it after.
 const errRestartSys = unix.Errno(512)
@@ -315,6 +335,44 @@ func inUse(dir string, cause error) error {
 		return volume.Errorf(volume.ErrInUse, "%s is in use: %w", dir, cause)
 	}
 	return volume.Errorf(volume.ErrInUse, "%s is in use by %s: %w", dir, strings.Join(who, ", "), cause)
+}
+
+// Holders are processes in whose mount namespaces a mount is in use, as "name (pid) at folder", at most five: a container's, above all. The place of the mount
+// itself is in every copy of the host's namespace, also below a folder where a container has the host's root, so it does not count.
+func Holders(top Entry, place func(point string) bool) (who []string) {
+	below := strings.TrimSuffix(top.Root, "/") + "/"
+	seen := map[string]bool{}
+	procs, _ := os.ReadDir("/proc")
+	for _, p := range procs {
+		if p.Name()[0] < '0' || p.Name()[0] > '9' {
+			continue
+		}
+		ns, err := os.Readlink("/proc/" + p.Name() + "/ns/mnt")
+		if err != nil || seen[ns] {
+			continue
+		}
+		seen[ns] = true
+		data, err := os.ReadFile("/proc/" + p.Name() + "/mountinfo")
+		if err != nil {
+			delete(seen, ns) // it ended; another may be there
+			continue
+		}
+		theirs, err := Parse(data)
+		if err != nil {
+			continue
+		}
+		for _, m := range theirs {
+			if m.Device == top.Device && m.Source == top.Source && (m.Root == top.Root || strings.HasPrefix(m.Root, below)) && !place(m.Point) {
+				comm, _ := os.ReadFile("/proc/" + p.Name() + "/comm")
+				who = append(who, fmt.Sprintf("%s (%s) at %s", strings.TrimSpace(string(comm)), p.Name(), m.Point))
+				break
+			}
+		}
+		if len(who) == 5 {
+			break
+		}
+	}
+	return who
 }
 
 // Users are processes that have something below a folder open or as their working folder, as "name (pid)", at most five. Mount

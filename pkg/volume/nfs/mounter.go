@@ -54,7 +54,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	defer unlock()
 
 	rec := mountRecord{Volume: v, BootID: volume.BootID(), Pod: strings.Trim(pod.Namespace+"/"+pod.Name, "/"), Time: time.Now().UTC()}
-	shown, err := m.shown(dir, v)
+	shown, err := m.reuse(ctx, dir, v)
 	if err != nil {
 		return err
 	}
@@ -111,14 +111,53 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	return nil
 }
 
-// has says whether a volume is mounted at a folder already. What else is mounted there is an ErrConflict.
-func (m *Mounter) has(dir string, v Volume) (bool, error) {
+// has says whether a volume is mounted at a folder already, as reuse does.
+func (m *Mounter) has(ctx context.Context, dir string, v Volume) (bool, error) {
 	dir, err := mounts.Resolve(dir)
 	if err != nil {
 		return false, err
 	}
-	shown, err := m.shown(dir, v)
+	unlock, err := m.Locks.LockAll(ctx, "mount", v.Name, dir)
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	shown, err := m.reuse(ctx, dir, v)
 	return shown != nil, err
+}
+
+// reuse is the volume if it is mounted at a folder and its server answers. A mount that is stale, because the server or the folder on it was made anew, is
+// taken away; one that somebody uses only if the volume says so. The locks are held.
+func (m *Mounter) reuse(ctx context.Context, dir string, v Volume) (*Volume, error) {
+	shown, err := m.shown(dir, v)
+	if err != nil || shown == nil {
+		return nil, err
+	}
+	stale, cause := mounts.Probe(ctx, dir)
+	if cause == nil {
+		return shown, nil
+	}
+	if !stale {
+		return nil, fmt.Errorf("%s is mounted at %s, and the NFS server does not answer: %w", v, dir, cause)
+	}
+	table, err := mounts.Read()
+	if err != nil {
+		return nil, err
+	}
+	var who []string
+	if stack := table.At(dir); len(stack) > 0 {
+		who = append(mounts.Users(dir), mounts.Holders(stack[len(stack)-1], func(point string) bool { return strings.HasSuffix(point, dir) })...)
+	}
+	if len(who) > 0 && v.OnHang != Lazy {
+		return nil, volume.Errorf(volume.ErrInUse, "%s is mounted at %s and stale (%w), and in use by %s: end these, or set onHang=lazy", v, dir, cause, strings.Join(who, ", "))
+	}
+	m.log.Warn("the mount is stale: it is made anew", "volume", v.Name, "dir", dir, "error", cause)
+	within, cancel := volume.Before(ctx)
+	defer cancel()
+	if err := mounts.UnmountAll(within, dir, mounts.Policy{Remote: true, Lazy: v.OnHang == Lazy}, m.log, "an NFS volume", isNFS); err != nil {
+		return nil, fmt.Errorf("%s is mounted at %s and stale (%w), and %w", v, dir, cause, err)
+	}
+	return nil, m.mounts.Remove(dir)
 }
 
 // shown is the volume, as it was mounted, if the mount table shows it and nothing else at a folder; nil if there is nothing. All else is an ErrConflict.

@@ -318,7 +318,7 @@ func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) err
 
 // mountThat mounts the volume with an identity, and no other.
 func (d *Driver) mountThat(ctx context.Context, dir string, v Volume, pod volume.Pod, want string) error {
-	if there, err := d.mounter.has(dir, v); err != nil || there {
+	if there, err := d.mounter.has(ctx, dir, v); err != nil || there {
 		if err == nil {
 			err = d.mounter.Mount(ctx, dir, v, pod, nil)
 		}

@@ -506,8 +506,11 @@ func TestF159ServerGone(t *testing.T) {
 		t.Errorf("another server's volume took %s", d)
 	}
 	wg.Wait()
-	// A mount that is there is found without asking the server.
-	ok(t, "mount", free, below("gone"))
+	// A mount that is there is not handed out as long as its server does not answer, and it is left as it is.
+	fails(t, short, "is mounted at "+free+", and the NFS server does not answer", "mount", free, below("gone"))
+	if len(at(t, free)) != 1 {
+		t.Error("it is not mounted any more")
+	}
 	wg.Go(func() {
 		if d := took(func() {
 			if r := play(t, short, "unmount", free); r.Status != flex.Success {
