@@ -24,6 +24,8 @@ func (c *Cloud) attachVolume(p *params) (any, *apiError) {
 		return nil, fail("VolumeInUse", "%s is already attached to an instance", v.ID)
 	case state != "available":
 		return nil, fail("IncorrectState", "%s is not 'available'.", v.ID)
+	case v.change != nil && v.change.truth() == "modifying":
+		return nil, fail("OperationNotPermitted", "Cannot attach volume %s when it is in modification state: MODIFYING", v.ID)
 	case in.State != "running" && in.State != "stopped" && in.State != "stopping":
 		return nil, fail("IncorrectState", "Instance '%s' is not 'running'.", in.ID)
 	case v.Zone != in.Zone:

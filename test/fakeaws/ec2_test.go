@@ -313,8 +313,8 @@ func TestDevices(t *testing.T) {
 	want(t, "attach without room", code(b.attach(id, "i-1", "/dev/xvdba")), "InternalError")
 	want(t, "it is", b.states(id, 2), "available available")
 	r.refuse, r.asked = "", nil
-	try[*ec2.ModifyVolumeOutput](t)(b.ModifyVolume(t.Context(), &ec2.ModifyVolumeInput{VolumeId: &id, Size: aws.Int32(2)}))
 	want(t, "attach", code(b.attach(id, "i-1", "/dev/xvdba")), "<nil>")
+	try[*ec2.ModifyVolumeOutput](t)(b.ModifyVolume(t.Context(), &ec2.ModifyVolumeInput{VolumeId: &id, Size: aws.Int32(2)}))
 	b.states(id, 3)
 	want(t, "detach", code(b.detach(id, "i-1", false)), "<nil>")
 	want(t, "force what goes already", code(b.detach(id, "i-1", true)), "<nil>")

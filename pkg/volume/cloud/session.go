@@ -48,6 +48,12 @@ const (
 	maxBackoff = 5 * time.Second
 )
 
+// passing are codes of EC2 and EFS that their documentation says to try again, beside throttling and all answers with a status of 5xx, which the SDK
+// knows. What passes only with the state of a volume is for drivers, which look at that state.
+var passing = map[string]struct{}{
+	"ConcurrentTagAccess": {}, "DependencyTimeout": {}, "InsufficientThroughputCapacity": {}, "InsufficientVolumeCapacity": {}, "InternalServerError": {}, "RequestResourceCountExceeded": {}, "TooManyRequests": {},
+}
+
 // Open prepares a session in a region, or the configured one if region is "". The network is asked only for the region of an instance that
 // nothing else tells.
 func Open(ctx context.Context, region string) (*Session, error) {
@@ -57,7 +63,10 @@ func Open(ctx context.Context, region string) (*Session, error) {
 		config.WithRegion(region),
 		config.WithLogger(logging.Nop{}), // what it would say belongs to nobody's log: requests have signatures
 		config.WithRetryer(func() aws.Retryer {
-			return retry.NewStandard(func(o *retry.StandardOptions) { o.MaxAttempts, o.MaxBackoff = attempts, maxBackoff })
+			return retry.NewStandard(func(o *retry.StandardOptions) {
+				o.MaxAttempts, o.MaxBackoff = attempts, maxBackoff
+				o.Retryables = append(o.Retryables, retry.RetryableErrorCode{Codes: passing})
+			})
 		}),
 		config.WithEC2RoleCredentialOptions(func(o *ec2rolecreds.Options) {
 			if meta != nil {

@@ -7,6 +7,7 @@ import (
 	"hash/fnv"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/ec2"
@@ -94,7 +95,8 @@ func (a *attachment) step(ctx context.Context) (done bool, seen string, err erro
 		if a.asked {
 			return false, "AWS has accepted it, and does not show it", nil
 		}
-		return false, "AWS does not show it", a.ask(ctx)
+		seen, err := a.ask(ctx)
+		return false, seen, err
 	}
 	at := f.Attachments[0]
 	switch id := aws.ToString(at.InstanceId); {
@@ -140,21 +142,23 @@ func (a *attachment) elsewhere(ctx context.Context, id string, at types.VolumeAt
 	return false, "it is being detached from " + name, a.r.release(ctx, a.f.id(), id, force)
 }
 
-// ask calls AttachVolume, after a look at what AWS would refuse.
-func (a *attachment) ask(ctx context.Context) error {
+// ask calls AttachVolume, after a look at what AWS would refuse. What passes by itself is no error: seen says what it is.
+func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 	i, err := a.r.one(ctx, a.to)
 	if err != nil {
-		return err
+		return "", err
 	}
 	there, here := aws.ToString(a.f.AvailabilityZone), zone(i)
 	switch {
+	case state(i) == types.InstanceStateNamePending, state(i) == types.InstanceStateNameStopping:
+		return fmt.Sprintf("the instance is %s", state(i)), nil
 	case state(i) != types.InstanceStateNameRunning && state(i) != types.InstanceStateNameStopped:
-		return fmt.Errorf("the instance is %s", state(i))
+		return "", fmt.Errorf("the instance is %s", state(i))
 	case there != here:
-		return volume.Errorf(volume.ErrConflict, "the volume is in zone %s and the instance in %s, and volumes never leave their zone: use a node in %s, or make a snapshot of it and a volume of that (snapshotID) in %s", there, here, there, here)
+		return "", volume.Errorf(volume.ErrConflict, "the volume is in zone %s and the instance in %s, and volumes never leave their zone: use a node in %s, or make a snapshot of it and a volume of that (snapshotID) in %s", there, here, there, here)
 	}
 	if err := a.d.room(ctx, a.r, i); err != nil {
-		return err
+		return "", err
 	}
 	used := slices.Clone(a.bad)
 	for _, m := range i.BlockDeviceMappings {
@@ -162,7 +166,7 @@ func (a *attachment) ask(ctx context.Context) error {
 	}
 	device := freeName(a.f.id(), used)
 	if device == "" {
-		return volume.Errorf(volume.ErrInUse, "the instance uses all device names")
+		return "", volume.Errorf(volume.ErrInUse, "the instance uses all device names")
 	}
 	_, err = a.r.ec2.AttachVolume(ctx, &ec2.AttachVolumeInput{VolumeId: aws.String(a.f.id()), InstanceId: aws.String(a.to), Device: aws.String(device)})
 	volume.Step("attach-asked")
@@ -170,17 +174,35 @@ func (a *attachment) ask(ctx context.Context) error {
 	case err == nil:
 		a.asked = true
 		a.d.log.Info("attaching", "volume", a.v.Name, "id", a.f.id(), "instance", a.to, "device", device)
-		return nil
+		return "AWS does not show it", nil
 	case cloud.Is(err, "InvalidDevice.InUse"), cloud.Is(err, "InvalidParameterValue") && strings.Contains(err.Error(), "in use"):
 		a.bad = append(a.bad, device)
-		return nil
-	case cloud.Is(err, "VolumeInUse", "IncorrectState"):
-		// By the earlier call, whose answer was lost, or by somebody else. The next look shows it.
-		return nil
+		return "AWS says that the instance uses the device name " + device, nil
+	case cloud.Is(err, "VolumeInUse", "IncorrectState", "IncorrectInstanceState", "InvalidVolume.NotFound", "InvalidInstanceID.NotFound"):
+		// By the earlier call, whose answer was lost, or by somebody else; or one part of AWS does not know yet what another has shown. The next look shows it.
+		return cloud.Explain(ctx, err).Error(), nil
+	case cloud.Is(err, "OperationNotPermitted", "IncorrectModificationState"):
+		m, merr := a.r.modification(ctx, a.f.id())
+		if merr != nil {
+			return "", merr
+		}
+		// Optimizing goes on for hours, and does not keep a volume from being attached.
+		if m != nil && m.ModificationState == types.VolumeModificationStateModifying || strings.Contains(err.Error(), "modification state") {
+			return "AWS attaches no volume that is being modified: " + describe(m), nil
+		}
 	case cloud.Is(err, "AttachmentLimitExceeded"):
-		return volume.Errorf(volume.ErrInUse, "%w; detach a volume, or use another node or instance type", cloud.Explain(ctx, err))
+		return "", volume.Errorf(volume.ErrInUse, "%w; detach a volume, or use another node or instance type", cloud.Explain(ctx, err))
 	}
-	return cloud.Invalid(cloud.Explain(ctx, err))
+	return "", cloud.Invalid(cloud.Explain(ctx, err))
+}
+
+// describe says what a modification is, for messages.
+func describe(m *types.VolumeModification) string {
+	if m == nil {
+		return "AWS does not say to what"
+	}
+	return fmt.Sprintf("from %d GiB %s to %d GiB %s, begun at %s, %d %% done", aws.ToInt32(m.OriginalSize), m.OriginalVolumeType, aws.ToInt32(m.TargetSize), m.TargetVolumeType,
+		aws.ToTime(m.StartTime).UTC().Format(time.RFC3339), aws.ToInt64(m.Progress))
 }
 
 // freeName is a device name that is not used: /dev/xvdba to /dev/xvddz, which every kind of instance takes. Each volume begins to search at another, so

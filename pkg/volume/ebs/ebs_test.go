@@ -270,6 +270,65 @@ func TestF106Attach(t *testing.T) {
 	l.says(err, volume.ErrNotFound, "there is no vol-0000000000000000b in region eu-test-1")
 }
 
+// F106: a volume that is being modified is attached as soon as AWS allows that; the time ends with a word about the modification. An instance that starts is waited for.
+func TestF106AttachWhileModified(t *testing.T) {
+	l := newLab(t, 4, Config{})
+	r := request("v", "size", "1")
+	_, err := l.d.Create(l.ctx, r)
+	l.ok(err)
+	modify := func(size int64) {
+		t.Helper()
+		ctx, cancel := context.WithCancel(l.ctx)
+		volume.OnStep = func(name string) {
+			if name == "modify-asked" {
+				cancel()
+			}
+		}
+		defer func() { volume.OnStep = nil }()
+		if _, err := l.d.Expand(ctx, r, volume.Expansion{Size: size << 30}); err == nil {
+			t.Fatal("expanded already")
+		}
+	}
+	modify(2)
+	ctx, cancel := context.WithCancelCause(l.ctx)
+	asked := 0
+	volume.OnStep = func(name string) {
+		if name == "attach-asked" {
+			if asked++; asked == 2 {
+				cancel(volume.Timeout(time.Second))
+			}
+		}
+	}
+	defer func() { volume.OnStep = nil }()
+	_, err = l.d.Attach(ctx, r, "")
+	l.says(err, context.DeadlineExceeded, "AWS attaches no volume that is being modified: from 1 GiB gp3 to 2 GiB gp3, begun at ")
+	_, err = l.d.Attach(l.ctx, r, "")
+	l.ok(err)
+	if v := l.only(); v.Attachment.State != "attached" || v.Size != 2 {
+		t.Errorf("%+v", v)
+	}
+	l.ok(l.d.Detach(l.ctx, "v", ""))
+
+	l.Fail("CreateTags", "ConcurrentTagAccess", 2)
+	l.Fail("AttachVolume", "InvalidVolume.NotFound", 1)
+	l.Fail("AttachVolume", "IncorrectInstanceState", 1)
+	l.SetInstanceState(self, "pending")
+	volume.OnStep = nil
+	done := make(chan error, 1)
+	calls := l.Calls("DescribeInstances")
+	r.DetachAs = "else"
+	go func() { _, err := l.d.Attach(l.ctx, r, self); done <- err }()
+	for l.Calls("DescribeInstances") < calls+2 {
+		select {
+		case err := <-done:
+			t.Fatalf("an instance that starts: %v", err)
+		case <-time.After(time.Millisecond):
+		}
+	}
+	l.SetInstanceState(self, "running")
+	l.ok(<-done)
+}
+
 // F106: wrong zone and limit are explained before AWS is asked.
 func TestF106ZoneAndLimit(t *testing.T) {
 	l := newLab(t, 1, Config{})

@@ -76,9 +76,9 @@ type exportArgs struct {
 	Mount    mounts.Spec // of the base
 	RunDir   string
 	Name     string
-	OnRemove OnRemove
-	Want     string // identity of the only volume that may be touched; "": the name is all that is known
-	Legacy   *mark  // Want is not known, because an older version wrote the record: host and time of the latest mark that can be meant
+	OnRemove OnRemove `json:",omitempty"` // "" is not a word that can be read
+	Want     string   // identity of the only volume that may be touched; "": the name is all that is known
+	Legacy   *mark    // Want is not known, because an older version wrote the record: host and time of the latest mark that can be meant
 }
 
 // created is what a folder is, as the base shows it.
@@ -87,7 +87,7 @@ type created struct {
 	New      bool   // now
 	Identity string // "": there is no folder
 	Inode    uint64
-	OnRemove OnRemove // as the creator wants it
+	OnRemove OnRemove `json:",omitempty"` // as the creator wants it; "" is not a word that can be read
 	Made     string   // by whom and when, for messages
 	NoFolder bool     // what has the name is a file, or the like
 }

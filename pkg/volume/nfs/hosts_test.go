@@ -57,19 +57,35 @@ func newField(t *testing.T) *field {
 	c, l2, r, h := createOn, lookOn, removeOn, hostname
 	t.Cleanup(func() { createOn, lookOn, removeOn, hostname, volume.OnStep = c, l2, r, h, nil })
 	hostname = func() (string, error) { return f.current.name, nil }
-	createOn = func(_ context.Context, a exportArgs) (c created, err error) {
-		err = f.open(func(root *os.Root) error { c, err = create(root, a); return err })
-		return c, err
-	}
-	lookOn = func(_ context.Context, a exportArgs) (c created, err error) {
-		err = f.open(func(root *os.Root) error { c, err = look(root, a.Name); return err })
-		return c, err
-	}
-	removeOn = func(_ context.Context, a exportArgs) (gone removed, err error) {
-		err = f.open(func(root *os.Root) error { gone, err = remove(root, a); return err })
-		return gone, err
-	}
+	createOn = onField(f, create)
+	lookOn = onField(f, func(root *os.Root, a exportArgs) (created, error) { return look(root, a.Name) })
+	removeOn = onField(f, remove)
 	return f
+}
+
+// onField does a child's work here, with all that would pass between the processes.
+func onField[R any](f *field, work func(*os.Root, exportArgs) (R, error)) func(context.Context, exportArgs) (R, error) {
+	return func(_ context.Context, a exportArgs) (reply R, err error) {
+		var args exportArgs
+		if err := through(a, &args); err != nil {
+			return reply, err
+		}
+		root, err := os.OpenRoot(f.dir)
+		if err != nil {
+			return reply, err
+		}
+		defer root.Close()
+		said, err := work(root, args)
+		return reply, errors.Join(err, through(said, &reply))
+	}
+}
+
+func through(from, to any) error {
+	data, err := json.Marshal(from)
+	if err != nil {
+		return err
+	}
+	return json.Unmarshal(data, to)
 }
 
 // memory is a folder where fsync costs nothing: nothing here is about power failures.
