@@ -84,7 +84,7 @@ func writeIPs(w *writer, list []ipRow) {
 		if !r.Created.IsZero() {
 			since = r.Created.Local().Format(time.DateTime)
 		}
-		rows = append(rows, []cell{txt(r.Address.String()), txt(r.Network), txt(r.Host), txt(shortContainer(r.ContainerID) + "/" + r.IfName), txt(r.Name), txt(since)})
+		rows = append(rows, []cell{txt(r.Address.String()), txt(r.Network), txt(r.Host), txt(metadata.ShortID(r.ContainerID) + "/" + r.IfName), txt(r.Name), txt(since)})
 	}
 	w.columns([]string{"ADDRESS", "NETWORK", "HOST", "ATTACHMENT", "NAME", "SINCE"}, rows)
 }
@@ -228,7 +228,7 @@ func (a *app) completeAddresses(c *cobra.Command, args []string, _ string) ([]co
 	}
 	var out []cobra.Completion
 	for _, r := range list {
-		out = append(out, cobra.CompletionWithDesc(r.Address.String(), cmp.Or(r.Name, shortContainer(r.ContainerID))))
+		out = append(out, cobra.CompletionWithDesc(r.Address.String(), cmp.Or(r.Name, metadata.ShortID(r.ContainerID))))
 	}
 	return safe(out), cobra.ShellCompDirectiveNoFileComp
 }
@@ -259,7 +259,7 @@ A container's id may be cut short as long as it is unambiguous.`,
 				return err
 			}
 			first := held[0]
-			who := shortContainer(first.ContainerID) + "/" + first.IfName
+			who := metadata.ShortID(first.ContainerID) + "/" + first.IfName
 			if first.Name != "" {
 				who += " (" + first.Name + ")"
 			}

@@ -502,16 +502,9 @@ func holders(list []metadata.Allocation) string {
 		if len(out) == 5 {
 			return strings.Join(out, ", ") + fmt.Sprintf(" and %d more", len(list)-5)
 		}
-		out = append(out, fmt.Sprintf("%s by %s/%s on %s", al.Address, shortContainer(al.ContainerID), al.IfName, al.Host))
+		out = append(out, fmt.Sprintf("%s by %s/%s on %s", al.Address, metadata.ShortID(al.ContainerID), al.IfName, al.Host))
 	}
 	return strings.Join(out, ", ")
-}
-
-func shortContainer(id string) string {
-	if len(id) > 12 {
-		return id[:12]
-	}
-	return id
 }
 
 // elsewhere says what to do about addresses that other hosts hold: each host releases its own.

@@ -8,7 +8,6 @@ import (
 	"encoding/base32"
 	"net/netip"
 	"slices"
-	"strings"
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -114,12 +113,4 @@ func zero(a netip.Addr) netip.Addr {
 		return netip.IPv4Unspecified()
 	}
 	return netip.IPv6Unspecified()
-}
-
-// ShortID is a container id as people write it.
-func ShortID(id string) string {
-	if len(id) > 12 && strings.Trim(id, "0123456789abcdef") == "" {
-		return id[:12]
-	}
-	return id
 }

@@ -117,11 +117,3 @@ func TestNames(t *testing.T) {
 		t.Error("a/bc and ab/c share a name")
 	}
 }
-
-func TestShortID(t *testing.T) {
-	for in, want := range map[string]string{"": "", "c0ffee": "c0ffee", "0123456789abcdef0123": "0123456789ab", "my-long-container-name": "my-long-container-name"} {
-		if got := attach.ShortID(in); got != want {
-			t.Errorf("%q: %q, want %q", in, got, want)
-		}
-	}
-}

@@ -365,6 +365,36 @@ func TestF11_F131_WhatTheCallerAsksFor(t *testing.T) {
 	}
 }
 
+// TestNames: who a container is, for people and for service discovery, by what its runtime says.
+func TestNames(t *testing.T) {
+	const alloc = "153ff1d7-8e2a-4b6f-9c11-2f6e0c7d9a10"
+	for _, tc := range []struct{ args, name, uuid, labels string }{
+		{"IgnoreUnknown=true;NOMAD_REGION=global;NOMAD_NAMESPACE=default;NOMAD_JOB_ID=five;NOMAD_GROUP_NAME=grp;NOMAD_ALLOC_ID=" + alloc, "five/grp/153ff1d7", alloc,
+			"nomad.alloc=" + alloc + " nomad.group=grp nomad.job=five nomad.namespace=default nomad.region=global"},
+		{"NOMAD_JOB_ID=five;NOMAD_GROUP_NAME=grp", "five/grp", "", "nomad.group=grp nomad.job=five"},
+		{"NOMAD_GROUP_NAME=grp;NOMAD_ALLOC_ID=" + alloc, "grp/153ff1d7", alloc, "nomad.alloc=" + alloc + " nomad.group=grp"}, // a job's id with a semicolon
+		{"NOMAD_ALLOC_ID=" + alloc, "153ff1d7", alloc, "nomad.alloc=" + alloc},
+		{"K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web-0;K8S_POD_UID=u", "ns/web-0", "u", "io.kubernetes.pod.name=web-0 io.kubernetes.pod.namespace=ns io.kubernetes.pod.uid=u"},
+		{"CONTAINER_NAME=web", "web", "", ""},
+	} {
+		var got []string
+		p := plugin{do: func(r *cni.Request) error {
+			name, uuid, labels := r.Owner()
+			if name != tc.name || uuid != tc.uuid {
+				t.Errorf("%s: name %q, uuid %q, want %q, %q", tc.args, name, uuid, tc.name, tc.uuid)
+			}
+			shown := metadata.PublicLabels(labels, nil)
+			for _, k := range slices.Sorted(maps.Keys(shown)) {
+				got = append(got, k+"="+shown[k])
+			}
+			return nil
+		}}
+		if doc, _, code := p.run(env("ADD", "CNI_ARGS="+tc.args), config("1.1.0", "")); code != 0 || strings.Join(got, " ") != tc.labels {
+			t.Errorf("%s: exit %d, %v: %q, want %q", tc.args, code, doc, got, tc.labels)
+		}
+	}
+}
+
 // TestAnnotations: those of services become labels, and those that the configuration names. Others may hold secrets.
 func TestAnnotations(t *testing.T) {
 	const annotations = `"runtimeConfig":{"io.kubernetes.cri.pod-annotations":{"lariat.service":"web","team":"red","example.org/a":"1",` +

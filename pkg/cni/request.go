@@ -339,6 +339,7 @@ func (r *Request) Owner() (name, uuid string, labels map[string]string) {
 	for arg, label := range map[string]string{
 		"K8S_POD_NAMESPACE": metadata.LabelPodNamespace, "K8S_POD_NAME": metadata.LabelPodName, "K8S_POD_UID": metadata.LabelPodUID,
 		"NOMAD_JOB_ID": metadata.LabelNomadJob, "NOMAD_GROUP_NAME": metadata.LabelNomadGroup, "NOMAD_NAMESPACE": metadata.LabelNomadNamespace,
+		"NOMAD_REGION": metadata.LabelNomadRegion, "NOMAD_ALLOC_ID": metadata.LabelNomadAlloc,
 	} {
 		if v := r.Args[arg]; v != "" {
 			labels[label] = v
@@ -350,8 +351,10 @@ func (r *Request) Owner() (name, uuid string, labels map[string]string) {
 		if ns := r.Args["K8S_POD_NAMESPACE"]; ns != "" {
 			name = ns + "/" + name
 		}
-	case r.Args["NOMAD_JOB_ID"] != "":
-		name = r.Args["NOMAD_JOB_ID"] + "/" + r.Args["NOMAD_GROUP_NAME"]
+	case r.Args["NOMAD_JOB_ID"] != "" || r.Args["NOMAD_ALLOC_ID"] != "":
+		// Nomad leaves out what holds a semicolon. The allocation tells those of one group apart.
+		parts := []string{r.Args["NOMAD_JOB_ID"], r.Args["NOMAD_GROUP_NAME"], metadata.ShortID(r.Args["NOMAD_ALLOC_ID"])}
+		name = strings.Join(slices.DeleteFunc(parts, func(p string) bool { return p == "" }), "/")
 	default:
 		name = r.Arg("CONTAINER_NAME")
 	}

@@ -246,13 +246,7 @@ func (n *network) subnets() string { return joined(n.Subnets, ", ") }
 
 // title is a container's name for people.
 func title(c metadata.Container) string {
-	switch {
-	case c.Name != "":
-		return c.Name
-	case len(c.ID) > 12:
-		return c.ID[:12]
-	}
-	return c.ID
+	return cmp.Or(c.Name, metadata.ShortID(c.ID))
 }
 
 func joined[T fmt.Stringer](list []T, sep string) string {

@@ -18,10 +18,13 @@ const (
 	LabelNomadJob       = "nomad.job"
 	LabelNomadGroup     = "nomad.group"
 	LabelNomadNamespace = "nomad.namespace"
+	LabelNomadRegion    = "nomad.region"
+	LabelNomadAlloc     = "nomad.alloc"
 )
 
 var publicLabels = []string{LabelStack, LabelService, LabelRancherStack, LabelRancherMember,
-	LabelPodNamespace, LabelPodName, LabelPodUID, LabelNomadJob, LabelNomadGroup, LabelNomadNamespace}
+	LabelPodNamespace, LabelPodName, LabelPodUID, LabelNomadJob, LabelNomadGroup, LabelNomadNamespace,
+	LabelNomadRegion, LabelNomadAlloc}
 
 // PublicLabels returns those of all that everybody may read: the ones by which a container is found, and what more names. A name that ends in
 // an asterisk stands for all that begin so. Anything else may hold a secret: a pod's annotations often do.

@@ -39,6 +39,7 @@ func TestPathsAndForms(t *testing.T) {
 		{"/latest/self/container/name", "", 200, "app-web-1"},
 		{"/latest/self/container/name/", "", 200, "app-web-1"},
 		{"/2016-07-29/self/container/primary_ip", "*/*", 200, "10.42.0.2"},
+		{"/latest/self/container/hostname", "", 200, "app-web-1"},
 		{"/latest/self/host/agent_ip", "", 200, "192.0.2.11"},
 		{"/latest/self/container/service_index", "", 200, "1"},
 		{"/latest/self/container/start_count", "", 200, "0"},
