@@ -12,7 +12,6 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/mtu"
@@ -556,7 +555,7 @@ func (e *examination) ports() {
 		return
 	}
 	for _, p := range wrong {
-		e.add(Error, "port "+p.Want.Name, remedy, "the port of container %s lacks %s", attach.ShortID(p.Want.Alias.ContainerID), strings.Join(p.Lacks, "; "))
+		e.add(Error, "port "+p.Want.Name, remedy, "the port of container %s lacks %s", metadata.ShortID(p.Want.Alias.ContainerID), strings.Join(p.Lacks, "; "))
 	}
 }
 

@@ -71,7 +71,7 @@ func (m *Manager) ports(ctx context.Context) (changed []string, err error) {
 	errs := []error{err}
 	for _, f := range faults {
 		if err := m.Kernel.MendPort(ctx, f.Want); err != nil {
-			errs = append(errs, fmt.Errorf("mend the port %s of container %s: %w", f.Want.Name, attach.ShortID(f.Want.Alias.ContainerID), err))
+			errs = append(errs, fmt.Errorf("mend the port %s of container %s: %w", f.Want.Name, metadata.ShortID(f.Want.Alias.ContainerID), err))
 			continue
 		}
 		changed = append(changed, f.Lacks...)

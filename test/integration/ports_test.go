@@ -117,7 +117,7 @@ var _ = Describe("A container's port", func() {
 		Expect(out).To(ContainSubstring("+ " + lost))
 		out, err = host(0).Lariat(ctx, "doctor", "ports")
 		Expect(err).To(HaveOccurred())
-		Expect(out).To(SatisfyAll(ContainSubstring("the port of container "+attach.ShortID(c.ID)), ContainSubstring(lost)))
+		Expect(out).To(SatisfyAll(ContainSubstring("the port of container "+metadata.ShortID(c.ID)), ContainSubstring(lost)))
 		Expect(host(0).StartManager(ctx)).To(Succeed())
 		Eventually(func() string { return whole(host(0)) }).Should(BeEmpty())
 	})
