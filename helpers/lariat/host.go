@@ -151,7 +151,8 @@ func (d *hostDetails) write(w *writer) {
 	rows = nil
 	for _, c := range d.Containing {
 		for _, i := range interfaces(c) {
-			rows = append(rows, []cell{txt(metadata.ShortID(c.ID)), txt(c.Name), txt(i.Network), txt(joined(i.Addresses, ",")), txt(c.State)})
+			rows = append(rows, []cell{txt(metadata.ShortID(c.ID)), txt(c.Name), txt(i.Network),
+				txt(joined(i.Addresses, ",")), txt(c.State)})
 		}
 	}
 	w.columns([]string{"CONTAINER", "NAME", "NETWORK", "ADDRESSES", "STATE"}, rows)

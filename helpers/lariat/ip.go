@@ -68,7 +68,8 @@ func (a *app) allocations(ctx context.Context, network string) ([]ipRow, *metada
 			return nil, nil, err
 		}
 		for _, al := range list {
-			out = append(out, ipRow{al, title[metadata.ContainerKey(metadata.Container{Host: al.Host, ID: al.ContainerID})]})
+			key := metadata.ContainerKey(metadata.Container{Host: al.Host, ID: al.ContainerID})
+			out = append(out, ipRow{al, title[key]})
 		}
 	}
 	slices.SortFunc(out, func(x, y ipRow) int {
@@ -84,7 +85,8 @@ func writeIPs(w *writer, list []ipRow) {
 		if !r.Created.IsZero() {
 			since = r.Created.Local().Format(time.DateTime)
 		}
-		rows = append(rows, []cell{txt(r.Address.String()), txt(r.Network), txt(r.Host), txt(metadata.ShortID(r.ContainerID) + "/" + r.IfName), txt(r.Name), txt(since)})
+		rows = append(rows, []cell{txt(r.Address.String()), txt(r.Network), txt(r.Host),
+			txt(metadata.ShortID(r.ContainerID) + "/" + r.IfName), txt(r.Name), txt(since)})
 	}
 	w.columns([]string{"ADDRESS", "NETWORK", "HOST", "ATTACHMENT", "NAME", "SINCE"}, rows)
 }

@@ -97,14 +97,16 @@ func (p Plugin) Run(getenv func(string) string, stdin io.Reader, stdout, stderr 
 // variables are those of the specification beside CNI_COMMAND.
 var variables = []string{"CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS", "CNI_PATH"}
 
-// about prints what the reference plugins print when they are started with nothing: name, version, and versions of the specification. Nomad
-// takes the first word that is a semantic version for the plugin's.
+// about prints what the reference plugins print when they are started with nothing: name, version,
+// and versions of the specification. Nomad takes the first word that is a semantic version for the
+// plugin's.
 func (p Plugin) about(w io.Writer) {
-	fmt.Fprintf(w, "CNI %s plugin %s\nCNI protocol versions supported: %s\n", p.Name, semantic(p.Version), strings.Join(Versions, ", "))
+	fmt.Fprintf(w, "CNI %s plugin %s\nCNI protocol versions supported: %s\n",
+		p.Name, semantic(p.Version), strings.Join(Versions, ", "))
 }
 
-// semantic returns the version of a build as a semantic version. A build between releases may have only a commit for a version, which becomes
-// build metadata of version 0.0.0.
+// semantic returns the version of a build as a semantic version. A build between releases may have
+// only a commit for a version, which becomes build metadata of version 0.0.0.
 func semantic(version string) string {
 	s := strings.TrimPrefix(version, "v")
 	core, _, _ := strings.Cut(s, "-")

@@ -201,8 +201,9 @@ func TestF6_DELForgives(t *testing.T) {
 	}
 }
 
-// TestArguments: keys of other plugins in the list are none of our business, with or without IgnoreUnknown. What is no pair keeps an ADD
-// from asking for less than the caller meant, and no other verb from anything.
+// TestArguments: keys of other plugins in the list are none of our business, with or without
+// IgnoreUnknown. What is no pair keeps an ADD from asking for less than the caller meant, and no
+// other verb from anything.
 func TestArguments(t *testing.T) {
 	for _, tc := range []struct {
 		verb, args string
@@ -229,15 +230,19 @@ func TestArguments(t *testing.T) {
 	}
 }
 
-// TestNothingSet: started with nothing, as by Nomad's client, a plugin says what it is. A runtime that forgot the verb is told so.
+// TestNothingSet: started with nothing, as by Nomad's client, a plugin says what it is. A runtime
+// that forgot the verb gets an error.
 func TestNothingSet(t *testing.T) {
-	stdin := iotest.ErrReader(errors.New("a terminal, at which nobody types anything"))
+	stdin := iotest.ErrReader(errors.New("a terminal without input"))
 	semver := regexp.MustCompile(`^v(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?$`)
-	for version, want := range map[string]string{"v1.2.3": "v1.2.3", "1.2.3-4-gabc-dirty": "v1.2.3-4-gabc-dirty", "b918f6a-dirty": "v0.0.0+b918f6a-dirty",
-		"1234567": "v0.0.0+1234567", "devel": "v0.0.0+devel", "01.2.3": "v0.0.0+01-2-3", "": "v0.0.0"} {
+	for version, want := range map[string]string{"v1.2.3": "v1.2.3", "1.2.3-4-gabc-dirty": "v1.2.3-4-gabc-dirty",
+		"b918f6a-dirty": "v0.0.0+b918f6a-dirty", "1234567": "v0.0.0+1234567", "devel": "v0.0.0+devel",
+		"01.2.3": "v0.0.0+01-2-3", "": "v0.0.0"} {
 		var stdout, stderr bytes.Buffer
-		code := cni.Plugin{Name: "lariat-test", Version: version}.Run(func(string) string { return "" }, stdin, &stdout, &stderr)
-		if text := "CNI lariat-test plugin " + want + "\nCNI protocol versions supported: 0.3.1, 0.4.0, 1.0.0, 1.1.0\n"; code != 0 || stdout.Len() > 0 || stderr.String() != text {
+		p := cni.Plugin{Name: "lariat-test", Version: version}
+		code := p.Run(func(string) string { return "" }, stdin, &stdout, &stderr)
+		text := "CNI lariat-test plugin " + want + "\nCNI protocol versions supported: 0.3.1, 0.4.0, 1.0.0, 1.1.0\n"
+		if code != 0 || stdout.Len() > 0 || stderr.String() != text {
 			t.Errorf("%q: exit %d, %q, %q", version, code, &stdout, &stderr)
 		}
 		if !semver.MatchString(want) {
@@ -246,8 +251,9 @@ func TestNothingSet(t *testing.T) {
 	}
 	for _, name := range []string{"CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS", "CNI_PATH"} {
 		var stdout, stderr bytes.Buffer
-		code := cni.Plugin{Name: "lariat-test"}.Run(func(n string) string { return map[string]string{name: "x"}[n] }, stdin, &stdout, &stderr)
-		if code != 1 || !strings.Contains(stdout.String(), `"code":4`) || !strings.Contains(stdout.String(), "CNI_COMMAND") {
+		getenv := func(n string) string { return map[string]string{name: "x"}[n] }
+		code := cni.Plugin{Name: "lariat-test"}.Run(getenv, stdin, &stdout, &stderr)
+		if out := stdout.String(); code != 1 || !strings.Contains(out, `"code":4`) || !strings.Contains(out, "CNI_COMMAND") {
 			t.Errorf("%s: exit %d, %s", name, code, &stdout)
 		}
 	}
@@ -369,12 +375,16 @@ func TestF11_F131_WhatTheCallerAsksFor(t *testing.T) {
 func TestNames(t *testing.T) {
 	const alloc = "153ff1d7-8e2a-4b6f-9c11-2f6e0c7d9a10"
 	for _, tc := range []struct{ args, name, uuid, labels string }{
-		{"IgnoreUnknown=true;NOMAD_REGION=global;NOMAD_NAMESPACE=default;NOMAD_JOB_ID=five;NOMAD_GROUP_NAME=grp;NOMAD_ALLOC_ID=" + alloc, "five/grp/153ff1d7", alloc,
+		{"IgnoreUnknown=true;NOMAD_REGION=global;NOMAD_NAMESPACE=default;NOMAD_JOB_ID=five;" +
+			"NOMAD_GROUP_NAME=grp;NOMAD_ALLOC_ID=" + alloc,
+			"five/grp/153ff1d7", alloc,
 			"nomad.alloc=" + alloc + " nomad.group=grp nomad.job=five nomad.namespace=default nomad.region=global"},
 		{"NOMAD_JOB_ID=five;NOMAD_GROUP_NAME=grp", "five/grp", "", "nomad.group=grp nomad.job=five"},
-		{"NOMAD_GROUP_NAME=grp;NOMAD_ALLOC_ID=" + alloc, "grp/153ff1d7", alloc, "nomad.alloc=" + alloc + " nomad.group=grp"}, // a job's id with a semicolon
+		{"NOMAD_GROUP_NAME=grp;NOMAD_ALLOC_ID=" + alloc, "grp/153ff1d7", alloc, // the job's id has a semicolon
+			"nomad.alloc=" + alloc + " nomad.group=grp"},
 		{"NOMAD_ALLOC_ID=" + alloc, "153ff1d7", alloc, "nomad.alloc=" + alloc},
-		{"K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web-0;K8S_POD_UID=u", "ns/web-0", "u", "io.kubernetes.pod.name=web-0 io.kubernetes.pod.namespace=ns io.kubernetes.pod.uid=u"},
+		{"K8S_POD_NAMESPACE=ns;K8S_POD_NAME=web-0;K8S_POD_UID=u", "ns/web-0", "u",
+			"io.kubernetes.pod.name=web-0 io.kubernetes.pod.namespace=ns io.kubernetes.pod.uid=u"},
 		{"CONTAINER_NAME=web", "web", "", ""},
 	} {
 		var got []string
@@ -389,7 +399,8 @@ func TestNames(t *testing.T) {
 			}
 			return nil
 		}}
-		if doc, _, code := p.run(env("ADD", "CNI_ARGS="+tc.args), config("1.1.0", "")); code != 0 || strings.Join(got, " ") != tc.labels {
+		doc, _, code := p.run(env("ADD", "CNI_ARGS="+tc.args), config("1.1.0", ""))
+		if code != 0 || strings.Join(got, " ") != tc.labels {
 			t.Errorf("%s: exit %d, %v: %q, want %q", tc.args, code, doc, got, tc.labels)
 		}
 	}

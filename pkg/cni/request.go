@@ -144,8 +144,8 @@ func (r *Request) environment(getenv func(string) string) error {
 	if r.IfName != "" && !validIfName(r.IfName) {
 		return Errorf(ErrEnvironment, "CNI_IFNAME %q is no interface name: want 1 to 15 characters without / : and space, and not . or ..", r.IfName)
 	}
-	// What is no pair costs a DEL nothing: container id and interface name tell what it frees. The other verbs but ADD and CHECK
-	// do not look at the arguments.
+	// What is no pair costs a DEL nothing: container id and interface name tell what it frees. The
+	// other verbs but ADD and CHECK do not look at the arguments.
 	var err error
 	if r.Args, err = parseArgs(getenv("CNI_ARGS")); err != nil && (r.Command == "ADD" || r.Command == "CHECK") {
 		return err
@@ -172,7 +172,8 @@ func validIfName(s string) bool {
 	return len(s) <= 15 && s != "." && s != ".." && !strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c == '/' || c == ':' || c == 0x7f })
 }
 
-// parseArgs returns the pairs, beside the error too. Unknown keys are for other plugins of the list, see docs/design/cni.md.
+// parseArgs returns the pairs, beside the error too. Unknown keys are for other plugins of the
+// list, see docs/design/cni.md.
 func parseArgs(s string) (args map[string]string, err error) {
 	args = map[string]string{}
 	for _, pair := range strings.Split(s, ";") {

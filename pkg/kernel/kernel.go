@@ -26,16 +26,18 @@ type Kernel interface {
 	// every change, and joins the errors; each names its change. Repeating an Apply is harmless.
 	Apply(ctx context.Context, d *delta.Difference) error
 
-	// PortFree reports why AddPort would not make a port of that host end: a container runs with it in another network namespace or on
-	// another network, or the other end was renamed and its name is taken. The error wraps ErrExists. Nothing is changed.
+	// PortFree reports why AddPort would not make a port of that host end: a container runs with it
+	// in another network namespace or on another network, or the other end was renamed and its name
+	// is taken. The error wraps ErrExists. Nothing is changed.
 	PortFree(ctx context.Context, netns, hostName, ifName, network string) error
 
-	// PortNetwork returns the network of a host end; empty when there is no such port, or it has no alias yet.
+	// PortNetwork returns the network of a host end; empty when there is no such port, or it has no
+	// alias yet.
 	PortNetwork(ctx context.Context, hostName string) (string, error)
 
-	// AddPort makes a container's port, or leaves nothing of it behind. A host end of the same name that is left over is
-	// replaced, one that PortFree objects to is not; an interface IfName inside of the container that already exists is an
-	// error that wraps ErrExists.
+	// AddPort makes a container's port, or leaves nothing of it behind. A host end of the same name
+	// that is left over is replaced, one that PortFree objects to is not; an interface IfName
+	// inside of the container that already exists is an error that wraps ErrExists.
 	AddPort(ctx context.Context, netns string, p delta.Port) error
 
 	// DelPort removes a port by its host end. Both ends and all routes go with it. It is no error when it is gone.

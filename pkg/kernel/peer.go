@@ -36,8 +36,9 @@ func (n *Netns) PortNetwork(ctx context.Context, hostName string) (string, error
 	return alias.Network, nil
 }
 
-// portFree looks where the other end of an existing host end is. It is left over when that is in no container, when its namespace
-// is being taken down, or when it is this very interface of the container.
+// portFree looks where the other end of an existing host end is. It is left over when that is in no
+// container, when its namespace is being taken down, or when it is this very interface of the
+// container.
 func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) error {
 	if _, err := n.index(hostName); errors.Is(err, unix.ENODEV) {
 		return nil
@@ -51,7 +52,7 @@ func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) erro
 	case at < 0:
 		return nil
 	}
-	name, err := n.nameAt(at, func(m *message) { m.rawU32(peer) }, "")
+	name, err := n.nameAt(at, peer, "")
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
 		return nil // the namespace or the link is being removed
 	}
@@ -63,7 +64,8 @@ func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) erro
 		return fmt.Errorf("identify the network namespace: %w", err)
 	}
 	if target != at {
-		return fmt.Errorf("the port %s leads to %s in another network namespace, which is in use: %w; DEL the attachment first", hostName, name, ErrExists)
+		return fmt.Errorf("the port %s leads to %s in another network namespace in use: %w; DEL it first",
+			hostName, name, ErrExists)
 	}
 	if alias, ok := delta.ParsePortAlias(f.link.Alias); ok && alias.Network != network {
 		return fmt.Errorf("interface %s in the container: %w; it is connected to network %s", name, ErrExists, alias.Network)
@@ -71,7 +73,7 @@ func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) erro
 	if name == ifName {
 		return nil
 	}
-	switch _, err := n.nameAt(at, func(m *message) { m.rawU32(0) }, ifName); {
+	switch _, err := n.nameAt(at, 0, ifName); {
 	case err == nil:
 		return fmt.Errorf("interface %s in the container: %w; the port's end is called %s there", ifName, ErrExists, name)
 	case !errors.Is(err, unix.ENODEV):
@@ -80,8 +82,8 @@ func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) erro
 	return nil
 }
 
-// veth returns a veth device, the index of its peer, and the id of the peer's network namespace: negative when the peer is in
-// this namespace, or in one that is being removed.
+// veth returns a veth device, the index of its peer, and the id of the peer's network namespace:
+// negative when the peer is in this namespace, or in one that is being removed.
 func (n *Netns) veth(name string) (f foundLink, peer uint32, at int32, err error) {
 	at = -1
 	err = n.rt.get(unix.RTM_GETLINK, func(m *message) {
@@ -101,11 +103,12 @@ func (n *Netns) veth(name string) (f foundLink, peer uint32, at int32, err error
 	return f, peer, at, err
 }
 
-// nameAt looks for a link in another network namespace, by index or by name. The kernel answers EINVAL for a namespace that is gone.
-func (n *Netns) nameAt(nsid int32, index func(m *message), name string) (found string, err error) {
+// nameAt looks for a link in another network namespace, by index or by name. The kernel answers
+// EINVAL for a namespace that does not exist any more.
+func (n *Netns) nameAt(nsid int32, index uint32, name string) (found string, err error) {
 	err = n.rt.get(unix.RTM_GETLINK, func(m *message) {
 		m.raw(0, 0, 0, 0)
-		index(m)
+		m.rawU32(index)
 		m.raw(make([]byte, unix.SizeofIfInfomsg-8)...)
 		m.u32(unix.IFLA_TARGET_NETNSID, uint32(nsid))
 		if name != "" {

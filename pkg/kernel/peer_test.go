@@ -15,8 +15,15 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TestPortOfARunningContainerStays: an ADD that cannot succeed, or is not for the container that runs, does not take its port away. What is
-// really left over is replaced.
+// portOf plans the port of one container on a network.
+func portOf(network string) delta.Port {
+	addresses := []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.5")}}
+	return attach.Plan(&metadata.Attachment{Network: network, MTU: 1450, Addresses: addresses},
+		attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
+}
+
+// TestPortOfARunningContainerStays: an ADD that cannot succeed, or is not for the container that
+// runs, does not take its port away. What is really left over is replaced.
 func TestPortOfARunningContainerStays(t *testing.T) {
 	host, first, second, taken := netnstest.New(t), netnstest.New(t), netnstest.New(t), netnstest.New(t)
 	bridge := func(name string) func() {
@@ -33,11 +40,7 @@ func TestPortOfARunningContainerStays(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer k.Close()
-		plan := func(network string) delta.Port {
-			return attach.Plan(&metadata.Attachment{Network: network, MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.5")}}},
-				attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
-		}
-		p := plan("n")
+		p := portOf("n")
 		add := func(ns *netnstest.NS, p delta.Port) error { return k.AddPort(t.Context(), ns.Path(), p) }
 		if err := add(first, p); err != nil {
 			t.Fatal(err)
@@ -54,7 +57,7 @@ func TestPortOfARunningContainerStays(t *testing.T) {
 		}
 		refused(taken, p, "in another network namespace")
 		refused(second, p, "in another network namespace")
-		refused(first, plan("m"), "network n")
+		refused(first, portOf("m"), "network n")
 		rename := func(from, to string) {
 			first.Do(t, func() {
 				l, err := netlink.LinkByName(from)
@@ -93,8 +96,8 @@ func TestPortOfARunningContainerStays(t *testing.T) {
 	})
 }
 
-// TestPortOfADyingNamespaceIsReplaced: the kernel takes a namespace down some time after its last process. Until then the host's end of its
-// veth stands, and is in nobody's use.
+// TestPortOfADyingNamespaceIsReplaced: the kernel takes a namespace down some time after its last
+// process. Until then the host's end of its veth stands, and no container uses it.
 func TestPortOfADyingNamespaceIsReplaced(t *testing.T) {
 	host, next := netnstest.New(t), netnstest.New(t)
 	host.Do(t, func() {
@@ -103,8 +106,7 @@ func TestPortOfADyingNamespaceIsReplaced(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer k.Close()
-		p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.5")}}},
-			attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
+		p := portOf("n")
 		for range 20 {
 			ns := netnstest.New(t)
 			if err := k.AddPort(t.Context(), ns.Path(), p); err != nil {

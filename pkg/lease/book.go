@@ -68,7 +68,8 @@ func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRe
 	return a, nil
 }
 
-// elsewhere fails when the attachment is that of another network namespace, which is there still: its container would share its addresses.
+// elsewhere fails when the attachment is that of another network namespace, which is there still:
+// its container would share its addresses.
 func (b Book) elsewhere(network string, id metadata.AttachmentID, ns Netns) error {
 	old, known, err := b.Journal.Get(network, id)
 	if err != nil || !known || old.State == Released || old.Leaving || old.NetnsInode == ns.Inode {
@@ -77,7 +78,7 @@ func (b Book) elsewhere(network string, id metadata.AttachmentID, ns Netns) erro
 	if inode, err := cni.NetnsInode(old.Netns); err != nil || inode != old.NetnsInode {
 		return nil
 	}
-	return cni.Errorf(cni.ErrKernel, "%s is connected to network %s in the network namespace %s, which is in use", id, network, old.Netns).
+	return cni.Errorf(cni.ErrKernel, "%s is connected in the network namespace %s, which is in use", id, old.Netns).
 		WithDetails("DEL the attachment first")
 }
 

@@ -208,14 +208,14 @@ type Container struct {
 	Interfaces  []ContainerInterface `json:"interfaces,omitempty"`
 	PreAssigned bool                 `json:"preAssigned,omitempty"`
 
-	// Written is kept by the metadata service: a PUT wrote the object. An object without it was made by an ADD and ends with its
-	// last attachment.
+	// Written is kept by the metadata service: a PUT wrote the object. An object without it was
+	// made by an ADD and ends with its last attachment.
 	Written bool `json:"written,omitempty"`
 }
 
-// IsWritten reports whether a PUT wrote the object. Objects of versions without Written are told apart by what an ADD leaves: no
-// object without attachments, and none that is pre-assigned, except by moving another ADD's object, with its UUID and creation
-// time, to a new id.
+// IsWritten reports whether a PUT wrote the object. Objects of versions without Written are
+// recognized by what an ADD leaves: no object without attachments, and none that is pre-assigned,
+// except by moving another ADD's object, with its UUID and creation time, to a new id.
 func (c Container) IsWritten() bool {
 	if c.PreAssigned {
 		return c.Written || c.UUID == "" || c.Created.IsZero()
@@ -223,7 +223,8 @@ func (c Container) IsWritten() bool {
 	return c.Written || len(c.Interfaces) == 0
 }
 
-// Holds returns the addresses of the container's interfaces. Without any it returns those that the object names.
+// Holds returns the addresses of the container's interfaces. Without any it returns those that the
+// object names.
 func (c Container) Holds() []netip.Addr {
 	if len(c.Interfaces) == 0 {
 		return c.Addresses
@@ -319,9 +320,10 @@ func (s *Snapshot) Network(name string) (Network, bool) {
 	return Network{}, false
 }
 
-// Holders returns which of the snapshot's containers has an address, by its place in the list. Several objects can name the same one: what a
-// scheduler assigned, what a dead host left, what a host wrote by mistake. An attachment counts more than an object without, then the
-// host that the address leads to, then the newer object.
+// Holders returns which of the snapshot's containers has an address, by its place in the list.
+// Several objects can name the same one: what a scheduler assigned, what a dead host left, what a
+// host wrote by mistake. An attachment counts more than an object without, then the host that the
+// address leads to, then the newer object.
 func (s *Snapshot) Holders() map[netip.Addr]int {
 	single, blocks, lengths := map[netip.Addr]string{}, map[netip.Prefix]string{}, map[int]bool{}
 	for _, e := range s.Endpoints {
@@ -343,10 +345,11 @@ func (s *Snapshot) Holders() map[netip.Addr]int {
 	}
 	out := map[netip.Addr]int{}
 	better := func(a netip.Addr, x, y Container) bool {
-		for _, ranks := range [][2]bool{{len(x.Interfaces) > 0, len(y.Interfaces) > 0}, {leadsTo(a, x.Host), leadsTo(a, y.Host)}} {
-			if ranks[0] != ranks[1] {
-				return ranks[0]
-			}
+		if xs, ys := len(x.Interfaces) > 0, len(y.Interfaces) > 0; xs != ys {
+			return xs
+		}
+		if xs, ys := leadsTo(a, x.Host), leadsTo(a, y.Host); xs != ys {
+			return xs
 		}
 		return x.Created.After(y.Created)
 	}

@@ -8,9 +8,11 @@ import (
 
 func TestShortID(t *testing.T) {
 	for in, want := range map[string]string{
-		"": "", "c0ffee": "c0ffee", "0123456789abcdef0123": "0123456789ab", "my-long-container-name": "my-long-container-name",
+		"": "", "c0ffee": "c0ffee", "0123456789abcdef0123": "0123456789ab",
+		"my-long-container-name":               "my-long-container-name",
 		strings.Repeat("0a", 32):               "0a0a0a0a0a0a",
-		"153ff1d7-8e2a-4b6f-9c11-2f6e0c7d9a10": "153ff1d7", "153ff1d7-8e2a-4b6f-9c11-2f6e0c7d9a1g": "153ff1d7-8e2a-4b6f-9c11-2f6e0c7d9a1g",
+		"153ff1d7-8e2a-4b6f-9c11-2f6e0c7d9a10": "153ff1d7",
+		"153ff1d7-8e2a-4b6f-9c11-2f6e0c7d9a1g": "153ff1d7-8e2a-4b6f-9c11-2f6e0c7d9a1g",
 	} {
 		if got := ShortID(in); got != want {
 			t.Errorf("%q: %q, want %q", in, got, want)

@@ -164,7 +164,7 @@ func (c Container) Check(key string) error {
 	case c.Network != "" && ValidName(c.Network) != nil:
 		return ValidName(c.Network)
 	case len(c.Interfaces) == 0 && !c.IsWritten():
-		return errors.New("an ADD of an earlier version left it: none of its attachments is left, and nobody assigned its addresses")
+		return errors.New("an ADD of an earlier version left it: it has no attachment and no assigned address")
 	}
 	return cmp.Or(ValidName(c.Host), ValidContainerID(c.ID), named(key, ContainerKey(c)))
 }

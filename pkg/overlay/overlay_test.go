@@ -145,7 +145,8 @@ func (b *bench) run(verb string, more map[string]any) (string, error) {
 	}
 	data, err := json.Marshal(conf)
 	must(b.t, err)
-	env := map[string]string{"CNI_COMMAND": verb, "CNI_CONTAINERID": b.c.ID, "CNI_NETNS": b.c.Path, "CNI_IFNAME": "eth0", "CNI_PATH": os.Getenv("CNI_PATH"), "CNI_ARGS": os.Getenv("CNI_ARGS")}
+	env := map[string]string{"CNI_COMMAND": verb, "CNI_CONTAINERID": b.c.ID, "CNI_NETNS": b.c.Path, "CNI_IFNAME": "eth0",
+		"CNI_PATH": os.Getenv("CNI_PATH"), "CNI_ARGS": os.Getenv("CNI_ARGS")}
 	var stdout, stderr bytes.Buffer
 	p := overlay.Plugin{
 		Name: "lariat-" + b.encapsulation, Encapsulation: b.encapsulation,
@@ -549,7 +550,8 @@ func script(t *testing.T, b *bench, add string) (calls func() string) {
 	}
 }
 
-// TestDELWithSpoiltArguments: what is no pair in CNI_ARGS does not keep a DEL from anything, nor another IPAM plugin that would refuse it.
+// TestDELWithSpoiltArguments: what is no pair in CNI_ARGS does not keep a DEL from anything, nor
+// another IPAM plugin that would refuse it.
 func TestDELWithSpoiltArguments(t *testing.T) {
 	for _, own := range []bool{true, false} {
 		b := newBench(t)
@@ -557,7 +559,8 @@ func TestDELWithSpoiltArguments(t *testing.T) {
 		before := b.world()
 		calls := func() string { return "ADD me\nDEL me" }
 		if !own {
-			calls = script(t, b, `echo '{"cniVersion":"1.1.0","ips":[{"address":"10.99.0.9/24"}]}';; DEL) case "$CNI_ARGS" in "A=1;B=2=3") ;; *) exit 1;; esac`)
+			calls = script(t, b, `echo '{"cniVersion":"1.1.0","ips":[{"address":"10.99.0.9/24"}]}';;
+				DEL) case "$CNI_ARGS" in "A=1;B=2=3") ;; *) exit 1;; esac`)
 		}
 		_, err := b.run("ADD", nil)
 		must(t, err)
@@ -716,8 +719,9 @@ func TestF3_FailedRepetitionKeepsTheContainer(t *testing.T) {
 	b.same("at the end", before)
 }
 
-// TestADDInAnotherNamespace: the id of a running container with another namespace, or on another network, costs that container nothing:
-// neither its port, nor its address, nor its record, without which it would be taken for dead.
+// TestADDInAnotherNamespace: the id of a running container with another namespace, or on another
+// network, costs that container nothing: neither its port, nor its address, nor its record, without
+// which it would be taken for dead.
 func TestADDInAnotherNamespace(t *testing.T) {
 	b := newBench(t)
 	b.setUp()
@@ -735,8 +739,9 @@ func TestADDInAnotherNamespace(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 		b.same(what, added)
-		if now, _, err := journal.Get("overlay", id); err != nil || now.Netns != record.Netns || now.NetnsInode != record.NetnsInode {
-			t.Errorf("%s: the record says %s (%d), was %s (%d): %v", what, now.Netns, now.NetnsInode, record.Netns, record.NetnsInode, err)
+		now, _, err := journal.Get("overlay", id)
+		if err != nil || now.Netns != record.Netns || now.NetnsInode != record.NetnsInode {
+			t.Errorf("%s: the record is %+v, was %+v: %v", what, now, record, err)
 		}
 	}
 	other, err := b.host.NewContainer(b.c.ID + "-other")
@@ -748,7 +753,7 @@ func TestADDInAnotherNamespace(t *testing.T) {
 	refused("in another namespace that has such an interface")
 	b.k.RemoveNetns(own) // the journal alone knows
 	added = b.world()
-	refused("in another namespace, with the port gone")
+	refused("in another namespace, without a port")
 	b.c.Path = own
 	if _, err := b.run("ADD", nil); err != nil {
 		t.Error(err)

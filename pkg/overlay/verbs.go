@@ -108,7 +108,8 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 		return nil, cni.Errorf(cni.ErrKernel, "%w", err)
 	}
 	defer k.Close()
-	// Before anything is changed: a container that runs with this id keeps its port, its address and its record.
+	// Before anything is changed: a container that runs with this id keeps its port, its address
+	// and its record.
 	if err := k.PortFree(ctx, r.Netns, attach.HostName(r.ID()), r.IfName, r.Conf.Name); err != nil {
 		return nil, cni.Errorf(cni.ErrKernel, "connect %s: %w", r.ID(), err)
 	}
@@ -332,10 +333,11 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	return join(errs)
 }
 
-// disconnect removes the port, unless it is that of another network. It asks the manager to, who waits for the kernel's house-keeping in our place and for many at once.
-// Whatever came of that, the port is then removed here: that of one which is gone costs nothing, and a manager may be down, or
-// serve another network namespace. Where the journal could not note that a DEL has begun (a full disk) nobody is asked: what was asked
-// for outlives the one who asked.
+// disconnect removes the port, unless it is that of another network. It asks the manager to, who
+// waits for the kernel's house-keeping in our place and for many at once. Whatever came of that,
+// the port is then removed here: that of one which is gone costs nothing, and a manager may be
+// down, or serve another network namespace. Where the journal could not note that a DEL has begun
+// (a full disk) nobody is asked: what was asked for outlives the one who asked.
 func (c *call) disconnect(ctx context.Context, hostName string, noted bool) error {
 	k, err := c.Kernel()
 	if err != nil {

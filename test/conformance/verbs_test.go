@@ -102,7 +102,8 @@ func TestF2_F3_F6_F7_EveryVerbInEveryVersion(t *testing.T) {
 	}
 }
 
-// TestADDInAnotherNamespace: a container's addresses and interface are not given to another namespace while its own is there.
+// TestADDInAnotherNamespace: a container's addresses and interface are not given to another
+// namespace while its own is there.
 func TestADDInAnotherNamespace(t *testing.T) {
 	needs(t)
 	for _, exe := range []string{vxlan, ipam} {
@@ -112,7 +113,8 @@ func TestADDInAnotherNamespace(t *testing.T) {
 		conf := text(t, configuration(h, exe, "1.1.0"))
 		succeeds(t, h, exe, conf, environment("ADD", c, nil))
 		added := world(t, h)
-		fails(t, h, exe, conf, environment("ADD", c, map[string]string{"CNI_NETNS": other.Path}), cni.ErrKernel, c.ID+"/eth0", "in use")
+		moved := environment("ADD", c, map[string]string{"CNI_NETNS": other.Path})
+		fails(t, h, exe, conf, moved, cni.ErrKernel, c.ID+"/eth0", "in use")
 		unchanged(t, h, added)
 		succeeds(t, h, exe, conf, environment("DEL", c, nil))
 		unchanged(t, h, before)

@@ -128,7 +128,8 @@ func New(t testing.TB) *NS {
 // Path opens as the namespace in any process for as long as the test runs.
 func (ns *NS) Path() string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), ns.f.Fd()) }
 
-// Close gives the namespace up before the test ends. The kernel takes it down when nothing else holds it.
+// Close gives the namespace up before the test ends. The kernel takes it down when nothing else
+// holds it.
 func (ns *NS) Close(t testing.TB) {
 	t.Helper()
 	if err := ns.f.Close(); err != nil {

@@ -580,11 +580,11 @@ func (b *book) mend(ctx context.Context, net metadata.Network) error {
 		}
 	}
 	for id, addrs := range b.s.containers.attachments(b.network) {
-		unknown := slices.ContainsFunc(addrs, func(a netip.Addr) bool { l := b.tables[tableFor(net, a)]; return l == nil || l.spoilt != nil })
-		if unknown || len(b.held[id]) > 0 {
+		unread := func(a netip.Addr) bool { l := b.tables[tableFor(net, a)]; return l == nil || l.spoilt != nil }
+		if slices.ContainsFunc(addrs, unread) || len(b.held[id]) > 0 {
 			continue
 		}
-		b.s.log.Info("attachment removed from the model: no address table knows it", "network", b.network, "attachment", id)
+		b.s.log.Info("attachment removed: no address table has it", "network", b.network, "attachment", id)
 		err := b.s.changeContainer(ctx, b.s.cfg.HostName+"/"+id.ContainerID, func(c *metadata.Container) bool {
 			return detachContainer(c, b.network, id.IfName)
 		})
@@ -707,8 +707,8 @@ func (p *batch) plan(ctx context.Context, out *outcome) error {
 	return nil
 }
 
-// planRelease frees entries of an attachment. With its last one the container's object loses the interface, also when a kill kept an earlier
-// release from writing both.
+// planRelease frees entries of an attachment. With its last one the container's object loses the
+// interface, also when a kill kept an earlier release from writing both.
 func (p *batch) planRelease(out *outcome, id metadata.AttachmentID, entries []allocate.Entry, sequence uint64) {
 	for _, e := range entries {
 		if sequence != 0 && e.Sequence > sequence {
@@ -726,7 +726,8 @@ func (p *batch) planRelease(out *outcome, id metadata.AttachmentID, entries []al
 	p.changeContainer(out, key, func(c *metadata.Container) bool { return detachContainer(c, p.b.network, id.IfName) })
 }
 
-// container returns a container's object as the batch has it so far, nil when there is none, and its revision in the store.
+// container returns a container's object as the batch has it so far, nil when there is none, and
+// its revision in the store.
 func (p *batch) container(key string) (*metadata.Container, int64) {
 	if c, seen := p.containers[key]; seen {
 		return c, p.revisions[key]
@@ -836,7 +837,8 @@ func (p *batch) planAttach(ctx context.Context, out *outcome) error {
 	base := metadata.Container{ID: o.req.ContainerID, Created: p.now.UTC().Truncate(time.Second)}
 	from := metadata.ContainerKey(h.Container)
 	if c, _ := p.container(from); known && h.ID != o.req.ContainerID && c != nil && len(c.Interfaces) == 0 {
-		// A scheduler wrote the object for the UUID, before the container had an id: it moves. One with attachments stays with them.
+		// A scheduler wrote the object for the UUID, before the container had an id: it moves. One
+		// with attachments stays with them.
 		base = *c
 		base.ID, base.Written = o.req.ContainerID, true
 		p.changeContainer(out, from, func(c *metadata.Container) bool { return len(c.Interfaces) > 0 })

@@ -85,8 +85,8 @@ func (c *containers) set(e store.Entry) error {
 	}
 	h := held{Container: o, revision: e.Revision}
 	c.objects[key] = h
-	// Only what a scheduler wrote is for whoever comes with the UUID. What an ADD made is its attachment's alone: a pod may come back
-	// with its UUID before its old attachment is released.
+	// Only what a scheduler wrote is for whoever comes with the UUID. What an ADD made is its
+	// attachment's alone: a pod may come back with its UUID before its old attachment is released.
 	if h.UUID != "" && h.Host == c.self && h.IsWritten() && (h.PreAssigned || len(h.Interfaces) == 0) {
 		c.uuids[h.UUID] = key
 	}
@@ -214,10 +214,13 @@ func detachContainer(c *metadata.Container, network, ifname string) (keep bool) 
 
 // attached reports whether a container's object lists an interface.
 func attached(c *metadata.Container, network, ifname string) bool {
-	return slices.ContainsFunc(c.Interfaces, func(i metadata.ContainerInterface) bool { return i.Network == network && i.IfName == ifname })
+	return slices.ContainsFunc(c.Interfaces, func(i metadata.ContainerInterface) bool {
+		return i.Network == network && i.IfName == ifname
+	})
 }
 
-// normalize makes of an object what this version would have written, and reports whether it is to be kept.
+// normalize makes of an object what this version would have written, and reports whether it is to
+// be kept.
 func normalize(c *metadata.Container) (keep bool) {
 	if c.Written = c.IsWritten(); !c.Written {
 		c.PreAssigned = false
@@ -228,7 +231,7 @@ func normalize(c *metadata.Container) (keep bool) {
 
 // putContainer is what a client's PUT makes of the stored object: what the service keeps itself is not the client's to change.
 func putContainer(old *metadata.Container, c metadata.Container) metadata.Container {
-	c.Interfaces, c.PreAssigned, c.Written = nil, false, true
+	c.Interfaces, c.PreAssigned = nil, false
 	if old == nil || len(old.Interfaces) == 0 {
 		return c
 	}
@@ -275,8 +278,8 @@ func (s *Server) changeContainer(ctx context.Context, key string, change func(*m
 	}
 }
 
-// cleanContainers takes back the addresses that earlier versions pinned to a UUID without anybody having assigned them: they moved an ADD's
-// object to the next container with the UUID.
+// cleanContainers takes back the addresses that earlier versions pinned to a UUID without anybody
+// having assigned them: they moved an ADD's object to the next container with the UUID.
 func (s *Server) cleanContainers(ctx context.Context) error {
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
@@ -290,15 +293,13 @@ func (s *Server) cleanContainers(ctx context.Context) error {
 		if json.Unmarshal(e.Value, &c) != nil || c.IsWritten() || !c.PreAssigned {
 			continue
 		}
-		ch := store.Change{Key: e.Key, Revision: e.Revision}
-		if pinned := c.Addresses; normalize(&c) {
+		ch, stale := store.Change{Key: e.Key, Revision: e.Revision}, c.Addresses
+		if normalize(&c) {
 			if ch.Value, err = json.Marshal(c); err != nil {
 				return err
 			}
-			s.log.Info("assignment removed that an ADD of an earlier version left", "container", c.ID, "uuid", c.UUID, "addresses", pinned)
-		} else {
-			s.log.Info("container removed that an ADD of an earlier version left", "container", c.ID, "uuid", c.UUID, "addresses", pinned)
 		}
+		s.log.Info("assignment of an earlier version's ADD removed", "container", c.ID, "uuid", c.UUID, "addresses", stale)
 		changes = append(changes, ch)
 	}
 	var errs []error

@@ -156,6 +156,7 @@ func (s *Server) API() *service.Server {
 			return nil, err
 		}
 		err := errors.Join(sameName(&c.Host, r.PathValue("host")), sameName(&c.ID, r.PathValue("id")))
+		c.Written = true
 		if err = cmp.Or(err, c.Check(metadata.ContainerKey(c))); err != nil {
 			return nil, metadata.Errorf(metadata.CodeInvalid, "%s", err)
 		}

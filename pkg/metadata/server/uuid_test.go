@@ -26,8 +26,9 @@ func listed(t testing.TB, n *node) map[string]metadata.Container {
 	return out
 }
 
-// TestPodReturnsWithItsUID: a pod comes back with its UID while its old attachment is still held. Each container has an object of its own,
-// which ends with its attachment, and nothing is kept for the UID: also when the host booted in between.
+// TestPodReturnsWithItsUID: a pod comes back with its UID while its old attachment is still held.
+// Each container has an object of its own, which ends with its attachment, and nothing is kept for
+// the UID: also when the host booted in between.
 func TestPodReturnsWithItsUID(t *testing.T) {
 	ctx := t.Context()
 	st := openStore(t, t.TempDir())
@@ -54,7 +55,8 @@ func TestPodReturnsWithItsUID(t *testing.T) {
 	all := listed(t, n)
 	for _, id := range []string{"a1", "b1"} {
 		c := all[id]
-		if len(all) != 2 || c.Name != "default/web" || c.PreAssigned || c.Written || !slices.Equal(c.Addresses, []netip.Addr{held[id]}) || len(c.Interfaces) != 1 {
+		if len(all) != 2 || c.Name != "default/web" || c.PreAssigned || c.Written || len(c.Interfaces) != 1 ||
+			!slices.Equal(c.Addresses, []netip.Addr{held[id]}) {
 			t.Errorf("%s: %+v", id, c)
 		}
 	}
@@ -71,12 +73,14 @@ func TestPodReturnsWithItsUID(t *testing.T) {
 	attach(t, n, "lan", pod("c1"))
 }
 
-// TestAssignmentIsNotTakenFromARunningContainer: what a scheduler wrote for a UUID stays with the container that holds it, until that is gone.
+// TestAssignmentIsNotTakenFromARunningContainer: what a scheduler wrote for a UUID stays with the
+// container that holds it, until that ends.
 func TestAssignmentIsNotTakenFromARunningContainer(t *testing.T) {
 	ctx := t.Context()
 	n, _ := one(t, overlay("10.42.0.0/16"))
 	define(t, n, "wan", overlay("10.43.0.0/16"))
-	if err := n.Client.Put(ctx, "containers", "a/u", metadata.Container{UUID: "u", Network: "lan", Addresses: []netip.Addr{addr("10.42.3.9")}}); err != nil {
+	assigned := metadata.Container{UUID: "u", Network: "lan", Addresses: []netip.Addr{addr("10.42.3.9")}}
+	if err := n.Client.Put(ctx, "containers", "a/u", assigned); err != nil {
 		t.Fatal(err)
 	}
 	pod := func(id string) metadata.AttachRequest {
@@ -106,7 +110,8 @@ func TestAssignmentIsNotTakenFromARunningContainer(t *testing.T) {
 	}
 }
 
-// TestContainersOfEarlierVersions: what their ADDs left is removed, by the host whose it is or by hand, and what somebody assigned stays.
+// TestContainersOfEarlierVersions: what their ADDs left is removed, by the host whose it is or by
+// hand, and what somebody assigned stays.
 func TestContainersOfEarlierVersions(t *testing.T) {
 	ctx := t.Context()
 	st := openStore(t, t.TempDir())
@@ -123,7 +128,7 @@ func TestContainersOfEarlierVersions(t *testing.T) {
 		{ID: "ended", Host: "a", UUID: "u1", Addresses: pinned, PreAssigned: true, Created: made},
 		{ID: "elsewhere", Host: "b", UUID: "u2", Addresses: pinned, PreAssigned: true, Created: made},
 		{ID: "live", Host: "a", UUID: "u3", Addresses: pinned, PreAssigned: true, Created: made, Interfaces: iface(live)},
-		{ID: "killed", Host: "a", UUID: "u4", Addresses: []netip.Addr{addr("10.42.0.50")}, Created: made, Interfaces: iface(addr("10.42.0.50"))},
+		{ID: "killed", Host: "a", UUID: "u4", Created: made, Interfaces: iface(addr("10.42.0.50"))},
 		{ID: "assigned", Host: "a", UUID: "u5", Addresses: []netip.Addr{addr("10.42.3.10")}, PreAssigned: true},
 		{ID: "new", Host: "a", UUID: "u6", Addresses: []netip.Addr{addr("10.42.3.11")}, Created: made},
 	} {
@@ -131,12 +136,15 @@ func TestContainersOfEarlierVersions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := store.One(ctx, st, store.Change{Key: containerPrefix + metadata.ContainerKey(c), Value: data, Revision: store.Any}); err != nil {
+		ch := store.Change{Key: containerPrefix + metadata.ContainerKey(c), Value: data, Revision: store.Any}
+		if _, err := store.One(ctx, st, ch); err != nil {
 			t.Fatal(err)
 		}
 	}
 	n = startNode(t, st, hostConfig("a", "192.0.2.1/24"))
-	if problems, err := n.Client.Problems(ctx); err != nil || !slices.ContainsFunc(problems, func(p metadata.Problem) bool { return p.Key == "containers/b/elsewhere" }) {
+	problems, err := n.Client.Problems(ctx)
+	named := func(p metadata.Problem) bool { return p.Key == "containers/b/elsewhere" }
+	if err != nil || !slices.ContainsFunc(problems, named) {
 		t.Errorf("%v %v", problems, err)
 	}
 	if err := n.Client.RemoveEntry(ctx, "containers/b/elsewhere"); err != nil {

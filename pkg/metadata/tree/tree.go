@@ -118,7 +118,8 @@ func container(c metadata.Container, labels []string, index map[string]int) map[
 		stack, service = first(stack, rs), first(service, rv)
 	}
 	stack = first(stack, c.Labels[metadata.LabelRancherStack])
-	n := map[string]any{"name": strings.ToLower(name), "uuid": uuid, "external_id": c.ID, "host_uuid": c.Host, "hostname": c.HostName(),
+	n := map[string]any{"name": strings.ToLower(name), "uuid": uuid, "external_id": c.ID, "host_uuid": c.Host,
+		"hostname":     c.HostName(),
 		"network_uuid": nullable(c.Network), "labels": strs(metadata.PublicLabels(c.Labels, labels)), "links": strs(c.Links), "state": first(c.State, "stopped"),
 		"health_state": nullable(c.Health), "start_count": float64(c.StartCount), "stack_name": nullable(strings.ToLower(stack)),
 		"service_name": nullable(strings.ToLower(service)), "primary_ip": nil, "primary_mac_address": nil}

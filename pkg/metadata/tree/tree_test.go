@@ -98,8 +98,9 @@ func TestWhoIsAnswered(t *testing.T) {
 	}
 }
 
-// TestHolderOfAnAddress: a caller is the container that has its address now, and no other shows that address, whatever was written before,
-// elsewhere, or about a host's own address, and in whichever order.
+// TestHolderOfAnAddress: a caller is the container that has its address now, and no other shows
+// that address, whatever was written before, elsewhere, or about a host's own address, and in
+// whichever order.
 func TestHolderOfAnAddress(t *testing.T) {
 	mine, old := netip.MustParseAddr("10.42.0.2"), netip.MustParseAddr("10.42.0.3")
 	iface := func(a netip.Addr) []metadata.ContainerInterface {
@@ -111,9 +112,10 @@ func TestHolderOfAnAddress(t *testing.T) {
 		{ID: "m", Name: "holder", Host: "a", Addresses: []netip.Addr{mine}, Interfaces: iface(mine), State: "running"},
 		{ID: "a", Name: "assigned", Host: "a", Addresses: []netip.Addr{mine}},
 		{ID: "z", Name: "assigned-too", Host: "a", Addresses: []netip.Addr{mine}, Created: time.Unix(1<<31, 0)},
-		{ID: "y", Name: "moved", Host: "a", Addresses: []netip.Addr{mine}, PreAssigned: true, Interfaces: iface(old), State: "running"},
-		{ID: "x", Name: "elsewhere", Host: "b", Addresses: []netip.Addr{mine}, Interfaces: iface(mine), State: "running"},
-		{ID: "w", Name: "on-the-gateway", Host: "a", Addresses: []netip.Addr{netip.MustParseAddr("10.42.0.1"), netip.MustParseAddr("192.0.2.11")}},
+		{ID: "y", Name: "moved", Host: "a", Addresses: []netip.Addr{mine}, PreAssigned: true, Interfaces: iface(old)},
+		{ID: "x", Name: "elsewhere", Host: "b", Addresses: []netip.Addr{mine}, Interfaces: iface(mine)},
+		{ID: "w", Name: "on-the-gateway", Host: "a",
+			Addresses: []netip.Addr{netip.MustParseAddr("10.42.0.1"), netip.MustParseAddr("192.0.2.11")}},
 		{ID: "n", Name: "borrower", Host: "a", Interfaces: iface(netip.MustParseAddr("10.42.0.70"))},
 		{ID: "o", Name: "lender", Host: "b", Interfaces: iface(netip.MustParseAddr("10.42.0.70"))},
 	}
@@ -125,7 +127,8 @@ func TestHolderOfAnAddress(t *testing.T) {
 				t.Errorf("%s is %d %q, want %s", caller, a.Status, a.Body, want)
 			}
 		}
-		for path, want := range map[string]string{"holder": "10.42.0.2", "moved": "10.42.0.3", "assigned": "", "assigned-too": "", "elsewhere": ""} {
+		for path, want := range map[string]string{"holder": "10.42.0.2", "moved": "10.42.0.3",
+			"assigned": "", "assigned-too": "", "elsewhere": ""} {
 			if a := tr.Get("/latest/containers/"+path+"/primary_ip", "", mine); string(a.Body) != want {
 				t.Errorf("%s has %d %q, want %q", path, a.Status, a.Body, want)
 			}
