@@ -48,9 +48,7 @@ var builtIn = map[string]struct {
 }{
 	"nfs": {"global", func(getenv func(string) string, log *slog.Logger) (volume.Driver, error) {
 		conf, err := nfs.FromEnvironment(getenv)
-		if err != nil {
-			return nil, err
-		}
+		warn(log, err)
 		return nfs.New(conf, log), nil
 	}},
 	"efs": {"global", func(getenv func(string) string, log *slog.Logger) (volume.Driver, error) {
@@ -59,11 +57,17 @@ var builtIn = map[string]struct {
 	// A name is one volume in the whole region, though one host at a time can have it.
 	"ebs": {"global", func(getenv func(string) string, log *slog.Logger) (volume.Driver, error) {
 		conf, err := ebs.FromEnvironment(getenv)
-		if err != nil {
-			return nil, err
-		}
+		warn(log, err)
 		return ebs.New(conf, log), nil
 	}},
+}
+
+// warn tells the log of an environment that is wrong. It does not keep the process from its start: volumes that are mounted must be listed and unmounted all the
+// same, and drivers say what is wrong to who creates or mounts.
+func warn(log *slog.Logger, err error) {
+	if err != nil {
+		log.Error("the driver's environment is wrong: volumes can be unmounted, and not be created or mounted", "error", err)
+	}
 }
 
 // builtInNames are theirs, for a sentence.

@@ -139,6 +139,7 @@ func Understand(r volume.Request) (Volume, error) {
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}
+	o.Export, o.BasePath = nfs.Trimmed(o.Export), nfs.Trimmed(o.BasePath)
 	known := r.Options[volume.Identity]
 	if known != "" && known == o.FSID {
 		o.FSID = "" // Create's answer, given back: it is the volume's own

@@ -119,13 +119,23 @@ func kernelMount(s Spec) error {
 			data = append(data, o)
 		}
 	}
+	versions := []string{""}
 	if s.Address != "" {
 		data = append(data, "addr="+s.Address)
-		if s.FSType == "nfs" && !slices.ContainsFunc(data, func(o string) bool { return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=") }) {
-			s.FSType, data = "nfs4", append(data, "vers=4.2") // mount.nfs would have found out
+		open := func(o string) bool { return o == "vers=4" || o == "nfsvers=4" }
+		if s.FSType == "nfs" && !slices.ContainsFunc(data, func(o string) bool { return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=") }) || slices.ContainsFunc(data, open) {
+			// As mount.nfs does: the highest that both sides speak. To the kernel, 4 is 4.0.
+			s.FSType, data, versions = "nfs4", slices.DeleteFunc(data, open), []string{",vers=4.2", ",vers=4.1", ",vers=4.0"}
 		}
 	}
-	if err := unix.Mount(s.Source, s.Dir, s.FSType, bits, strings.Join(data, ",")); err != nil {
+	var err error
+	for _, version := range versions {
+		err = unix.Mount(s.Source, s.Dir, s.FSType, bits, strings.Join(data, ",")+version)
+		if !errors.Is(err, unix.EPROTONOSUPPORT) && !errors.Is(err, unix.EINVAL) {
+			break
+		}
+	}
+	if err != nil {
 		why := ""
 		switch {
 		case errors.Is(err, unix.ENODEV):

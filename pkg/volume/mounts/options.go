@@ -24,6 +24,9 @@ func Valued(group string, check func(string) bool) Rule { return Rule{Group: gro
 // AdminFlag is described with Flag.
 func AdminFlag(group string) Rule { return Rule{Group: group, Admin: true} }
 
+// idle are words that people copy from fstab and that mean nothing to who mounts by a call.
+var idle = map[string]bool{"defaults": true, "_netdev": true, "auto": true, "noauto": true, "nofail": true, "intr": true, "nointr": true, "bg": true, "fg": true}
+
 // Rules are all mount options that a driver takes, by name. What is not here is refused: bind, remount, context=, helper programs, credentials …
 type Rules map[string]Rule
 
@@ -40,26 +43,34 @@ func Words(allowed ...string) func(string) bool {
 	return func(s string) bool { return slices.Contains(allowed, s) }
 }
 
-// Parse reads a list with commas and refuses what is not among the rules. What is where the list comes from, such as MOUNT_OPTS, which is admin's.
+// Parse reads a list with commas and refuses what is not among the rules, all of it at once. What is where the list comes from, such as MOUNT_OPTS, which is admin's.
 func (r Rules) Parse(what, text string, admin bool) (list []string, err error) {
 	if text == "" {
 		return nil, nil
 	}
+	var wrong []string
 	for _, o := range strings.Split(text, ",") {
-		if o = strings.TrimSpace(o); o == "" {
+		if o = strings.TrimSpace(o); o == "" || idle[o] {
 			continue
 		}
 		key, value, has := strings.Cut(o, "=")
 		rule, ok := r[key]
 		switch {
 		case !ok:
-			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s is not among the mount options that are allowed", what, volume.Excerpt(o))
+			wrong = append(wrong, volume.Excerpt(o)+" is not among the mount options that are allowed")
 		case rule.Admin && !admin:
-			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s is allowed only in the administrator's MOUNT_OPTS", what, o)
+			wrong = append(wrong, o+" is allowed only in the administrator's MOUNT_OPTS")
 		case has != (rule.Value != nil), has && !rule.Value(value):
-			return nil, volume.Errorf(volume.ErrInvalid, "%s: %s does not have a value that is allowed", what, volume.Excerpt(o))
+			wrong = append(wrong, volume.Excerpt(o)+" does not have a value that is allowed")
 		}
 		list = append(list, o)
+	}
+	const most = 10
+	if n := len(wrong); n > most {
+		wrong = append(wrong[:most], "and "+strconv.Itoa(n-most)+" more")
+	}
+	if len(wrong) > 0 {
+		return nil, volume.Errorf(volume.ErrInvalid, "%s: %s", what, strings.Join(wrong, "; "))
 	}
 	return list, nil
 }

@@ -95,17 +95,17 @@ func FromEnvironment(getenv func(string) string) (Config, error) {
 func (c Config) check() error {
 	var errs []error
 	if c.Server != "" {
-		errs = append(errs, checkHost("NFS_SERVER", c.Server))
+		errs = append(errs, checkHost("NFS_SERVER", bare(c.Server)))
 	}
 	if c.Base != "" {
-		errs = append(errs, CheckPath("MOUNT_DIR", c.Base))
+		errs = append(errs, CheckPath("MOUNT_DIR", Trimmed(c.Base)))
 	}
 	if c.OnRemove != "" {
 		if err := new(OnRemove).UnmarshalText([]byte(c.OnRemove)); err != nil {
 			errs = append(errs, volume.Errorf(volume.ErrInvalid, "ON_REMOVE: %w", err))
 		}
 	}
-	if _, err := rules.Parse("MOUNT_OPTS", c.MountOpts, true); err != nil {
+	if _, err := parse("MOUNT_OPTS", c.MountOpts, true); err != nil {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
@@ -190,6 +190,7 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}
+	c.Server, c.Base, o.Host, o.Export, o.ExportBase = bare(c.Server), Trimmed(c.Base), bare(o.Host), Trimmed(o.Export), Trimmed(o.ExportBase)
 	v := Volume{Name: r.Name, Host: o.Host, OnRemove: o.OnRemove, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly, FSGroup: r.FSGroup}
 	if o.FSGroup >= 0 {
 		v.FSGroup = &o.FSGroup
@@ -226,16 +227,31 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	if v.Base == "" {
 		v.FSGroup = nil // somebody else's folder
 	}
-	all, err := rules.Parse("MOUNT_OPTS", c.MountOpts, true)
+	all, err := parse("MOUNT_OPTS", c.MountOpts, true)
 	if err != nil {
 		return v, err
 	}
 	return v, v.SetOptions(all, o.MntOptions)
 }
 
+// parse reads mount options. A minor version by itself, or beside its major one, is written as one version, which later words can replace.
+func parse(what, text string, admin bool) ([]string, error) {
+	list, err := rules.Parse(what, text, admin)
+	minor := value(list, "minorversion")
+	if err != nil || minor == "" {
+		return list, err
+	}
+	switch vers := value(list, "vers", "nfsvers"); vers {
+	case "", "4", "4." + minor:
+		return rules.Merge(slices.DeleteFunc(list, func(o string) bool { return strings.HasPrefix(o, "minorversion=") }), []string{"vers=4." + minor}), nil
+	default:
+		return nil, volume.Errorf(volume.ErrInvalid, "%s: minorversion=%s and version %s contradict each other", what, minor, vers)
+	}
+}
+
 // SetOptions gives a volume its mount options: the defaults, then the user's own, which are checked here.
 func (v *Volume) SetOptions(defaults []string, mntOptions string) error {
-	own, err := rules.Parse("mntOptions", mntOptions, false)
+	own, err := parse("mntOptions", mntOptions, false)
 	if err != nil {
 		return err
 	}
@@ -251,14 +267,33 @@ func (v *Volume) SetOptions(defaults []string, mntOptions string) error {
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*\.?$`)
 
+// zoneName is what an interface can be called, as far as it cannot mean anything else to a kernel or a program.
+var zoneName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$`)
+
 func checkHost(what, host string) error {
-	if a, err := netip.ParseAddr(host); err == nil && a.Zone() == "" {
+	if a, err := netip.ParseAddr(host); err == nil && (a.Zone() == "" || a.IsLinkLocalUnicast() && zoneName.MatchString(a.Zone())) {
 		return nil
 	}
 	if len(host) > 253 || !hostName.MatchString(host) {
 		return volume.Errorf(volume.ErrInvalid, "%s %s is neither an address nor a host name", what, volume.Excerpt(host))
 	}
 	return nil
+}
+
+// bare is a host without the brackets that addresses of IPv6 have in URLs and in fstab.
+func bare(host string) string {
+	if inner, ok := strings.CutPrefix(host, "["); ok && strings.HasSuffix(inner, "]") && strings.Contains(inner, ":") {
+		return strings.TrimSuffix(inner, "]")
+	}
+	return host
+}
+
+// Trimmed is a path without the slash at its end, which means nothing.
+func Trimmed(p string) string {
+	if len(p) > 1 {
+		return strings.TrimSuffix(p, "/")
+	}
+	return p
 }
 
 // CheckPath refuses what is not plainly a path on a server.
@@ -272,7 +307,8 @@ func CheckPath(what, p string) error {
 // rules are all mount options that there are. What is not here is refused: bind, remount, context=, helper programs, credentials …
 var rules = mounts.Rules{
 	"vers": mounts.Valued("vers", mounts.Words("3", "4", "4.0", "4.1", "4.2")), "nfsvers": mounts.Valued("vers", mounts.Words("3", "4", "4.0", "4.1", "4.2")),
-	"hard": mounts.Flag("hard"), "soft": mounts.Flag("hard"), "softerr": mounts.Flag("hard"),
+	"minorversion": mounts.Valued("minorversion", mounts.Words("0", "1", "2")),
+	"hard":         mounts.Flag("hard"), "soft": mounts.Flag("hard"), "softerr": mounts.Flag("hard"),
 	"timeo": mounts.Valued("timeo", mounts.Number(1, 6000)), "retrans": mounts.Valued("retrans", mounts.Number(0, 100)), "retry": mounts.Valued("retry", mounts.Number(0, 10000)),
 	"rsize": mounts.Valued("rsize", mounts.Number(1024, 1<<20)), "wsize": mounts.Valued("wsize", mounts.Number(1024, 1<<20)),
 	"ac": mounts.Flag("ac"), "noac": mounts.Flag("ac"), "actimeo": mounts.Valued("actimeo", mounts.Number(0, 86400)),
