@@ -62,8 +62,9 @@ var builtIn = map[string]struct {
 	}},
 }
 
-// warn tells the log of an environment that is wrong. It does not keep the process from its start: volumes that are mounted must be listed and unmounted all the
-// same, and drivers say what is wrong to who creates or mounts.
+// warn tells the log of an environment that is wrong. It does not keep the process from its start:
+// volumes that are mounted must be listed and unmounted all the same, and drivers say what is wrong
+// to who creates or mounts.
 func warn(log *slog.Logger, err error) {
 	if err != nil {
 		log.Error("the driver's environment is wrong: volumes can be unmounted, and not be created or mounted", "error", err)

@@ -7,7 +7,8 @@ import (
 	"testing"
 )
 
-// F105: a wrong word in the environment does not keep the process from its start, for volumes are to be unmounted; it is logged.
+// F105: a wrong word in the environment does not keep the process from its start, for volumes are
+// to be unmounted; it is logged.
 func TestF105WrongEnvironment(t *testing.T) {
 	for driver, pair := range map[string][2]string{"nfs": {"MOUNT_OPTS", "bind"}, "ebs": {"LARIAT_EBS_CLUSTER", "../x"}} {
 		t.Setenv(pair[0], pair[1])

@@ -48,10 +48,12 @@ const (
 	maxBackoff = 5 * time.Second
 )
 
-// passing are codes of EC2 and EFS that their documentation says to try again, beside throttling and all answers with a status of 5xx, which the SDK
-// knows. What passes only with the state of a volume is for drivers, which look at that state.
+// passing are codes of EC2 and EFS that their documentation says to try again, beside throttling
+// and all answers with a status of 5xx, which the SDK knows. What passes only with the state of a
+// volume is for drivers, which look at that state.
 var passing = map[string]struct{}{
-	"ConcurrentTagAccess": {}, "DependencyTimeout": {}, "InsufficientThroughputCapacity": {}, "InsufficientVolumeCapacity": {}, "InternalServerError": {}, "RequestResourceCountExceeded": {}, "TooManyRequests": {},
+	"ConcurrentTagAccess": {}, "DependencyTimeout": {}, "InsufficientThroughputCapacity": {},
+	"InsufficientVolumeCapacity": {}, "InternalServerError": {}, "RequestResourceCountExceeded": {}, "TooManyRequests": {},
 }
 
 // Open prepares a session in a region, or the configured one if region is "". The network is asked only for the region of an instance that

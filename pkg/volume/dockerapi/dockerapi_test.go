@@ -177,7 +177,8 @@ func refused(t *testing.T, s *Server, call, body, want string) {
 	}
 }
 
-// F104, F159: a mount that is there is not handed out when it is dead. A stale one that no container has is made anew, and counts as before.
+// F104, F159: a mount that is there is not handed out when it is dead. A stale one that no
+// container has is made anew, and counts as before.
 func TestF104F159DeadMount(t *testing.T) {
 	w, dir := newWorld(), t.TempDir()
 	s := serve(t, w, dir)
@@ -235,7 +236,8 @@ func TestF103Volumes(t *testing.T) {
 		t.Error(got)
 	}
 
-	// What is remembered is verified: Create asks the driver, which makes anew what another host has removed. What is mounted is there.
+	// What is remembered is verified: Create asks the driver, which makes anew what another host
+	// has removed. What is mounted is there.
 	ok(t, s, "Create", `{"Name":"gone"}`)
 	delete(w.volumes, "gone")
 	w.fail["mount"] = volume.Errorf(volume.ErrNotFound, "it does not exist any more")

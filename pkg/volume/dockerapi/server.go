@@ -296,5 +296,7 @@ func (s *Server) holders(table mounts.Table, name string) (who []string) {
 	if len(stack) == 0 {
 		return nil
 	}
-	return mounts.Holders(stack[len(stack)-1], func(point string) bool { return strings.Contains(point, s.config.MountDir+"/") })
+	return mounts.Holders(stack[len(stack)-1], func(point string) bool {
+		return strings.Contains(point, s.config.MountDir+"/")
+	})
 }

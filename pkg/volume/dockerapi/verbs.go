@@ -107,8 +107,10 @@ func (s *Server) create(ctx context.Context, q request) (answer, error) {
 	return answer{}, err
 }
 
-// verify has the driver look whether a volume that was created is still there, and make it anew if it is gone. What is mounted is there. The driver gets the
-// user's options alone: which volume it was the driver's own record says, which changes with what the driver makes, at whatever moment this process is killed.
+// verify has the driver look whether a volume that was created is still there, and make it anew if
+// it is gone. What is mounted is there. The driver gets the user's options alone: which volume it
+// was the driver's own record says, which changes with what the driver makes, at whatever moment
+// this process is killed.
 func (s *Server) verify(ctx context.Context, name string, rec record) error {
 	table, err := s.config.table()
 	if err != nil || len(table.At(s.dir(name))) > 0 {
@@ -251,14 +253,19 @@ func (s *Server) bring(ctx context.Context, name string, rec record) (record, er
 	return rec, nil
 }
 
-// revive takes away a mount that is stale, so that it can be made anew. Who has the old one would not have the new one: unless the volume's options say that
-// this is wanted, it is an error that names them.
-func (s *Server) revive(ctx context.Context, name string, rec record, table mounts.Table, stale bool, cause error) (record, error) {
+// revive takes away a mount that is stale, so that it can be made anew. Who has the old one would
+// not have the new one: unless the volume's options say that this is wanted, it is an error that
+// names them.
+func (s *Server) revive(
+	ctx context.Context, name string, rec record, table mounts.Table, stale bool, cause error,
+) (record, error) {
 	if !stale {
 		return rec, fmt.Errorf("volume %s is mounted at %s, and its server does not answer: %w", name, s.dir(name), cause)
 	}
 	if who := s.holders(table, name); len(who) > 0 && rec.Options["onHang"] != "lazy" {
-		return rec, volume.Errorf(volume.ErrInUse, "volume %s is mounted at %s and stale (%w), and in use by %s: end these, or create the volume with onHang=lazy", name, s.dir(name), cause, strings.Join(who, ", "))
+		return rec, volume.Errorf(volume.ErrInUse,
+			"volume %s is mounted at %s and stale (%w), and in use by %s: end these, or create the "+
+				"volume with onHang=lazy", name, s.dir(name), cause, strings.Join(who, ", "))
 	}
 	s.config.Log.Warn("the mount is stale: it is made anew", "volume", name, "error", cause)
 	if err := s.takeAway(ctx, name, rec); err != nil {

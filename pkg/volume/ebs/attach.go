@@ -142,7 +142,8 @@ func (a *attachment) elsewhere(ctx context.Context, id string, at types.VolumeAt
 	return false, "it is being detached from " + name, a.r.release(ctx, a.f.id(), id, force)
 }
 
-// ask calls AttachVolume, after a look at what AWS would refuse. What passes by itself is no error: seen says what it is.
+// ask calls AttachVolume, after a look at what AWS would refuse. What passes by itself is no error:
+// seen says what it is.
 func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 	i, err := a.r.one(ctx, a.to)
 	if err != nil {
@@ -155,7 +156,9 @@ func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 	case state(i) != types.InstanceStateNameRunning && state(i) != types.InstanceStateNameStopped:
 		return "", fmt.Errorf("the instance is %s", state(i))
 	case there != here:
-		return "", volume.Errorf(volume.ErrConflict, "the volume is in zone %s and the instance in %s, and volumes never leave their zone: use a node in %s, or make a snapshot of it and a volume of that (snapshotID) in %s", there, here, there, here)
+		return "", volume.Errorf(volume.ErrConflict,
+			"the volume is in zone %s and the instance in %s, and volumes never leave their zone: "+
+				"use a node in %s, or make a snapshot of it and a volume of that (snapshotID) in %s", there, here, there, here)
 	}
 	if err := a.d.room(ctx, a.r, i); err != nil {
 		return "", err
@@ -178,8 +181,10 @@ func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 	case cloud.Is(err, "InvalidDevice.InUse"), cloud.Is(err, "InvalidParameterValue") && strings.Contains(err.Error(), "in use"):
 		a.bad = append(a.bad, device)
 		return "AWS says that the instance uses the device name " + device, nil
-	case cloud.Is(err, "VolumeInUse", "IncorrectState", "IncorrectInstanceState", "InvalidVolume.NotFound", "InvalidInstanceID.NotFound"):
-		// By the earlier call, whose answer was lost, or by somebody else; or one part of AWS does not know yet what another has shown. The next look shows it.
+	case cloud.Is(err, "VolumeInUse", "IncorrectState", "IncorrectInstanceState",
+		"InvalidVolume.NotFound", "InvalidInstanceID.NotFound"):
+		// By the earlier call, whose answer was lost, or by somebody else; or one part of AWS does
+		// not know yet what another has shown. The next look shows it.
 		return cloud.Explain(ctx, err).Error(), nil
 	case cloud.Is(err, "OperationNotPermitted", "IncorrectModificationState"):
 		m, merr := a.r.modification(ctx, a.f.id())
@@ -187,11 +192,13 @@ func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 			return "", merr
 		}
 		// Optimizing goes on for hours, and does not keep a volume from being attached.
-		if m != nil && m.ModificationState == types.VolumeModificationStateModifying || strings.Contains(err.Error(), "modification state") {
+		if m != nil && m.ModificationState == types.VolumeModificationStateModifying ||
+			strings.Contains(err.Error(), "modification state") {
 			return "AWS attaches no volume that is being modified: " + describe(m), nil
 		}
 	case cloud.Is(err, "AttachmentLimitExceeded"):
-		return "", volume.Errorf(volume.ErrInUse, "%w; detach a volume, or use another node or instance type", cloud.Explain(ctx, err))
+		return "", volume.Errorf(volume.ErrInUse,
+			"%w; detach a volume, or use another node or instance type", cloud.Explain(ctx, err))
 	}
 	return "", cloud.Invalid(cloud.Explain(ctx, err))
 }
@@ -201,7 +208,9 @@ func describe(m *types.VolumeModification) string {
 	if m == nil {
 		return "AWS does not say to what"
 	}
-	return fmt.Sprintf("from %d GiB %s to %d GiB %s, begun at %s, %d %% done", aws.ToInt32(m.OriginalSize), m.OriginalVolumeType, aws.ToInt32(m.TargetSize), m.TargetVolumeType,
+	return fmt.Sprintf(
+		"from %d GiB %s to %d GiB %s, begun at %s, %d %% done",
+		aws.ToInt32(m.OriginalSize), m.OriginalVolumeType, aws.ToInt32(m.TargetSize), m.TargetVolumeType,
 		aws.ToTime(m.StartTime).UTC().Format(time.RFC3339), aws.ToInt64(m.Progress))
 }
 

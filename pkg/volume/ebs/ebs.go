@@ -1,14 +1,16 @@
-// Package ebs is the volume driver for EBS volumes of Amazon EC2: it creates, attaches, formats, mounts, enlarges, detaches and deletes them.
+// Package ebs is the volume driver for EBS volumes of Amazon EC2: it creates, attaches, formats,
+// mounts, enlarges, detaches and deletes them.
 //
 //	volumeID              a volume that exists; it is never deleted
 //	name, with size …     the volume that has the name as a tag; Create makes it, Delete removes what Create made
 //
-// What Lariat created is known by tags on the volume, which all hosts see. A host whose Create has made or found a volume remembers its id, for another host may
-// delete the volume and make one of the same name. The host's journal knows what was mounted where, so that Unmount and
-// Detach need no options; without it the mount table and the tags do.
+// What Lariat created is known by tags on the volume, which all hosts see. A host whose Create has
+// made or found a volume remembers its id, for another host may delete the volume and make one of
+// the same name. The host's journal knows what was mounted where, so that Unmount and Detach need
+// no options; without it the mount table and the tags do.
 //
-// A device is known by the volume's id, which NVMe devices of EBS have as their serial number, and never by its name, which changes.
-// It is formatted only if it is proven blank: see format.go.
+// A device is known by the volume's id, which NVMe devices of EBS have as their serial number, and
+// never by its name, which changes. It is formatted only if it is proven blank: see format.go.
 package ebs
 
 import (
@@ -44,13 +46,17 @@ var _ volume.Driver = (*Driver)(nil)
 
 // record of a volume that this host created or attached.
 type record struct {
-	ID       string    `json:"id"`
-	Region   string    `json:"region"`
-	Cluster  string    `json:"cluster,omitempty"`
-	Created  bool      `json:"created,omitempty"` // Create has made or found it: the name means this volume here until Delete; otherwise until Detach
-	Deleting bool      `json:"deleting,omitempty"`
-	Lost     bool      `json:"lost,omitempty"` // Delete found another volume of the name and has touched nothing, and so does the next; Create forgets it
-	Time     time.Time `json:"time"`
+	ID      string `json:"id"`
+	Region  string `json:"region"`
+	Cluster string `json:"cluster,omitempty"`
+	// Create has made or found it: the name means this volume here until Delete; otherwise until
+	// Detach
+	Created  bool `json:"created,omitempty"`
+	Deleting bool `json:"deleting,omitempty"`
+	// Delete found another volume of the name and has touched nothing, and so does the next; Create
+	// forgets it
+	Lost bool      `json:"lost,omitempty"`
+	Time time.Time `json:"time"`
 }
 
 // understand reads a request, and what this host remembers of the volume's name.

@@ -270,7 +270,8 @@ func TestF106Attach(t *testing.T) {
 	l.says(err, volume.ErrNotFound, "there is no vol-0000000000000000b in region eu-test-1")
 }
 
-// F106: a volume that is being modified is attached as soon as AWS allows that; the time ends with a word about the modification. An instance that starts is waited for.
+// F106: a volume that is being modified is attached as soon as AWS allows that; the time ends with
+// a word about the modification. An instance that starts is waited for.
 func TestF106AttachWhileModified(t *testing.T) {
 	l := newLab(t, 4, Config{})
 	r := request("v", "size", "1")

@@ -65,7 +65,8 @@ func (h *host) remove() (volume.Reply, error) {
 	return r, err
 }
 
-// F106: a name that another host has given to another volume: neither Delete, nor Attach, nor Create of the first host touches that one, and each says so.
+// F106: a name that another host has given to another volume: neither Delete, nor Attach, nor
+// Create of the first host touches that one, and each says so.
 func TestF106ReplacedElsewhere(t *testing.T) {
 	for _, facts := range []bool{true, false} {
 		l := newLab(t, 1, Config{})
@@ -117,7 +118,8 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 
 type kill struct{}
 
-// F106, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by a kill. No volume is deleted but by who knew it and may.
+// F106, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by
+// a kill. No volume is deleted but by who knew it and may.
 func TestF106F158TwoHostsAnyOrder(t *testing.T) {
 	l := newLab(t, -1, Config{})
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 10*time.Minute, volume.Timeout(10*time.Minute))

@@ -140,7 +140,10 @@ type replaced struct {
 }
 
 func (e *replaced) Error() string {
-	return fmt.Sprintf("volume %s that this host knows was %s and does not exist any more, and %s of the same name is another, created at %s: delete the volume on this host, which touches nothing, and create it again to use that one",
+	return fmt.Sprintf(
+		"volume %s that this host knows was %s and does not exist any more, and %s of the same name "+
+			"is another, created at %s: delete the volume on this host, which touches nothing, and "+
+			"create it again to use that one",
 		e.v.Name, e.v.Known, e.other.id(), aws.ToTime(e.other.CreateTime).UTC().Format(time.RFC3339))
 }
 
@@ -151,7 +154,9 @@ func (d *Driver) must(ctx context.Context, r *region, v Volume) (*found, error) 
 	f, err := d.find(ctx, r, v)
 	switch {
 	case err == nil && f == nil && v.Known != "":
-		err = volume.Errorf(volume.ErrNotFound, "volume %s that this host knows was %s and does not exist any more: create makes a new one", v.Name, v.Known)
+		err = volume.Errorf(volume.ErrNotFound,
+			"volume %s that this host knows was %s and does not exist any more: create makes a new "+
+				"one", v.Name, v.Known)
 	case err == nil && f == nil:
 		err = volume.Errorf(volume.ErrNotFound, "volume %s: no volume in region %s has the tag %s=%s: create makes one, or the option volumeID names one", v.Name, r.Config.Region, tagVolume, v.Name)
 	}
@@ -200,8 +205,8 @@ func (d *Driver) Create(ctx context.Context, req volume.Request) (volume.Reply, 
 // retained says that the creator wants the data kept.
 func (f *found) retained() bool { return f.tags[tagOnRemove] == string(cloud.Retain) }
 
-// ensure finds the volume, or makes it. One that this host knows and that is gone is made anew by Create alone: who attaches it wants its data. The lock
-// is held.
+// ensure finds the volume, or makes it. One that this host knows and that is gone is made anew by
+// Create alone: who attaches it wants its data. The lock is held.
 func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (*found, error) {
 	find := d.find
 	if v.Known != "" && !create {
@@ -240,7 +245,8 @@ func (d *Driver) remember(v Volume, r *region, f *found, create bool) error {
 	if err != nil || same && !old.Deleting && !old.Lost && (old.Created || !create) {
 		return err
 	}
-	err = d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Cluster: d.config.Cluster, Created: create || same && old.Created, Time: time.Now().UTC()})
+	err = d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Cluster: d.config.Cluster,
+		Created: create || same && old.Created, Time: time.Now().UTC()})
 	volume.Step("volume-recorded")
 	return err
 }
@@ -436,7 +442,8 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 	if err != nil {
 		return volume.Reply{}, err
 	}
-	elsewhere := v.Region != "" && old.Region != v.Region || old.Cluster != d.config.Cluster && old.Created // the record is about another volume
+	// The record is about another volume.
+	elsewhere := v.Region != "" && old.Region != v.Region || old.Cluster != d.config.Cluster && old.Created
 	if elsewhere {
 		old = record{}
 	}
@@ -477,9 +484,13 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 	case v.OnRemove == cloud.Retain && !(old.Deleting && old.ID == f.id()):
 		reply.Message = fmt.Sprintf("volume %s is kept, as onRemove=retain says", f.id())
 	case f.retained() && !(old.Deleting && old.ID == f.id()):
-		reply.Message = fmt.Sprintf("volume %s is kept, as onRemove=retain of its creator says; to change that, set its tag %s to purge", f.id(), tagOnRemove)
+		reply.Message = fmt.Sprintf(
+			"volume %s is kept, as onRemove=retain of its creator says; to change that, set its tag "+
+				"%s to purge", f.id(), tagOnRemove)
 	default:
-		if err := d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Cluster: d.config.Cluster, Created: old.Created, Deleting: true, Time: time.Now().UTC()}); err != nil {
+		err := d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Cluster: d.config.Cluster,
+			Created: old.Created, Deleting: true, Time: time.Now().UTC()})
+		if err != nil {
 			return reply, err
 		}
 		volume.Step("delete-journalled")

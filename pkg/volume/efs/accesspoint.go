@@ -72,7 +72,8 @@ func (a *account) askAccessPoint(ctx context.Context, v Volume) (asked bool, err
 		info.OwnerUid, info.OwnerGid = v.Folder.UID, v.Folder.GID
 	}
 	out, err := a.efs.CreateAccessPoint(ctx, in)
-	// One of the same token with other parameters: the next look shows which. One that is just going, or a file system that is being changed: the next look asks again.
+	// One of the same token with other parameters: the next look shows which. One that is just
+	// going, or a file system that is being changed: the next look asks again.
 	if cloud.Is(err, "AccessPointAlreadyExists", "IncorrectFileSystemLifeCycleState") {
 		return false, nil
 	}

@@ -40,7 +40,11 @@ const ownerTag = "lariat:volume"
 const removeTag = "lariat:on-remove"
 
 func (v Volume) awsTags() []types.Tag {
-	all := []types.Tag{{Key: aws.String("Name"), Value: &v.Name}, {Key: aws.String(ownerTag), Value: &v.Name}, {Key: aws.String(removeTag), Value: aws.String(string(v.OnRemove))}}
+	all := []types.Tag{
+		{Key: aws.String("Name"), Value: &v.Name},
+		{Key: aws.String(ownerTag), Value: &v.Name},
+		{Key: aws.String(removeTag), Value: aws.String(string(v.OnRemove))},
+	}
 	for _, t := range v.Tags {
 		all = append(all, types.Tag{Key: &t.Key, Value: &t.Value})
 	}
@@ -64,11 +68,15 @@ func (v Volume) other(id string) bool { return v.Known != "" && v.Known != id }
 
 // replaced is the error for that.
 func (v Volume) replaced(id string) error {
-	return volume.Errorf(volume.ErrConflict, "volume %s that this host knows was %s and does not exist any more, and %s of the same name is another: delete the volume on this host, which touches nothing, and create it again to use that one",
+	return volume.Errorf(volume.ErrConflict,
+		"volume %s that this host knows was %s and does not exist any more, and %s of the same name "+
+			"is another: delete the volume on this host, which touches nothing, and create it again to "+
+			"use that one",
 		v.Name, v.Known, id)
 }
 
-// there says whether what this host knows of a volume, or another of its name, exists. If nothing is known it says so, too.
+// there says whether what this host knows of a volume, or another of its name, exists. If nothing
+// is known it says so, too.
 func (a *account) there(ctx context.Context, v Volume) (bool, error) {
 	switch {
 	case v.Known == "", v.Folder == nil && v.FileSystem != "":
@@ -83,7 +91,8 @@ func (a *account) there(ctx context.Context, v Volume) (bool, error) {
 
 // gone is the error for a volume that is known and of whose name there is none any more.
 func (v Volume) gone() error {
-	return volume.Errorf(volume.ErrNotFound, "volume %s that this host knows was %s and does not exist any more: create makes a new one", v.Name, v.Known)
+	return volume.Errorf(volume.ErrNotFound,
+		"volume %s that this host knows was %s and does not exist any more: create makes a new one", v.Name, v.Known)
 }
 
 // refused gives an error of the SDK its words and its kind.

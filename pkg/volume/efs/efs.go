@@ -53,8 +53,9 @@ type record struct {
 	Time        time.Time `json:"time"`
 }
 
-// lost is the state of a record whose volume another host has replaced. Delete was called for it and has touched nothing. The record stays, so that the same
-// call again touches nothing either; the next Create forgets it.
+// lost is the state of a record whose volume another host has replaced. Delete was called for it
+// and has touched nothing. The record stays, so that the same call again touches nothing either;
+// the next Create forgets it.
 const lost = "lost"
 
 // identity is the id of what Create has made or found of a volume's own; "" if it has nothing of its own.
@@ -107,7 +108,8 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	if known && !old.is(v) {
 		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name, old.Volume, v)
 	}
-	rec := record{Volume: v, State: "creating", FileSystem: cmp.Or(v.FileSystem, old.FileSystem), AccessPoint: cmp.Or(v.AccessPoint, old.AccessPoint), Created: old.Created, Time: time.Now().UTC()}
+	rec := record{Volume: v, State: "creating", Created: old.Created, Time: time.Now().UTC(),
+		FileSystem: cmp.Or(v.FileSystem, old.FileSystem), AccessPoint: cmp.Or(v.AccessPoint, old.AccessPoint)}
 	if err := d.volumes.Put(v.Name, rec); err != nil {
 		return volume.Reply{}, err
 	}
@@ -192,7 +194,8 @@ func (d *Driver) provision(ctx context.Context, of *Volume, rec *record) (kept b
 			return false, refused(ctx, err)
 		}
 		if len(out.AccessPoints) == 0 || aws.ToString(out.AccessPoints[0].FileSystemId) != v.FileSystem {
-			return false, volume.Errorf(volume.ErrInvalid, "access point %s is not one of file system %s", v.AccessPoint, v.FileSystem)
+			return false, volume.Errorf(volume.ErrInvalid,
+				"access point %s is not one of file system %s", v.AccessPoint, v.FileSystem)
 		}
 	default:
 		rec.Created, kept = own, own && retained(fs.Tags)
@@ -226,7 +229,8 @@ func (r record) is(v Volume) bool {
 func (r record) about(v Volume) bool {
 	o := r.Volume
 	fs := v.FileSystem == "" || v.FileSystem == o.FileSystem || v.FileSystem == r.FileSystem
-	folder := v.FileSystem == "" || (v.Folder == nil) == (o.Folder == nil) && (v.Folder == nil || v.Folder.Path == o.Folder.Path)
+	folder := v.FileSystem == "" ||
+		(v.Folder == nil) == (o.Folder == nil) && (v.Folder == nil || v.Folder.Path == o.Folder.Path)
 	return fs && folder && (v.Region == "" || o.Region == "" || v.Region == o.Region)
 }
 
@@ -287,7 +291,8 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 	return reply, d.volumes.Remove(v.Name)
 }
 
-// purge removes what Create made of a volume, and says what it removed or kept. Other is when the name is another volume's by now.
+// purge removes what Create made of a volume, and says what it removed or kept. Other is when the
+// name is another volume's by now.
 func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (message string, other bool, err error) {
 	a, err := open(ctx, v.Region, d.log)
 	if err != nil {
@@ -329,7 +334,8 @@ func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (m
 			return "", false, err
 		}
 		d.log.Info("removed", "volume", v.Name, "accessPoint", id)
-		return fmt.Sprintf("access point %s is removed; the folder %s and all data in it stay on %s", id, v.Folder.Path, v.FileSystem), false, nil
+		return fmt.Sprintf(
+			"access point %s is removed; the folder %s and all data in it stay on %s", id, v.Folder.Path, v.FileSystem), false, nil
 	}
 	fs, err := a.fileSystem(ctx, v)
 	if err != nil || fs == nil {

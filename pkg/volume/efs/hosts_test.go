@@ -97,8 +97,8 @@ func owned(c *fakeaws.Cloud, name string) map[string]string {
 	return all
 }
 
-// F106: a name that another host has given to another file system or access point: neither Delete, nor Mount, nor Create of the first host touches that
-// one, and each says so.
+// F106: a name that another host has given to another file system or access point: neither Delete,
+// nor Mount, nor Create of the first host touches that one, and each says so.
 func TestF106ReplacedElsewhere(t *testing.T) {
 	c, _ := cloudOf(t)
 	fs := create(t, driver(t), "shared", nil).Options["fsid"]
@@ -179,7 +179,8 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 
 type kill struct{}
 
-// F106, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by a kill. Nothing is deleted but by who knew it and may.
+// F106, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by
+// a kill. Nothing is deleted but by who knew it and may.
 func TestF106F158TwoHostsAnyOrder(t *testing.T) {
 	c, _ := cloudOf(t)
 	fs := create(t, driver(t), "shared", nil).Options["fsid"]

@@ -93,7 +93,9 @@ type Volume struct {
 	OnRemove    cloud.OnRemove `json:"onRemove"`
 	Tags        []Tag          `json:"tags,omitempty"` // sorted
 	Mount       nfs.Volume     `json:"mount"`          // without host and ID
-	Known       string         `json:"-"`              // id of the only file system or access point of its own that the name may mean here; "": the token says
+	// id of the only file system or access point of its own that the name may mean here; "": the
+	// token says
+	Known string `json:"-"`
 }
 
 // Folder is what an access point of a volume's own leads to.

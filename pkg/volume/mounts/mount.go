@@ -123,7 +123,8 @@ func kernelMount(s Spec) error {
 	if s.Address != "" {
 		data = append(data, "addr="+s.Address)
 		open := func(o string) bool { return o == "vers=4" || o == "nfsvers=4" }
-		if s.FSType == "nfs" && !slices.ContainsFunc(data, func(o string) bool { return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=") }) || slices.ContainsFunc(data, open) {
+		said := func(o string) bool { return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=") }
+		if s.FSType == "nfs" && !slices.ContainsFunc(data, said) || slices.ContainsFunc(data, open) {
 			// As mount.nfs does: the highest that both sides speak. To the kernel, 4 is 4.0.
 			s.FSType, data, versions = "nfs4", slices.DeleteFunc(data, open), []string{",vers=4.2", ",vers=4.1", ",vers=4.0"}
 		}
@@ -178,8 +179,9 @@ func Alive(ctx context.Context, dir string, within time.Duration) bool {
 // Patience is how long a mount that is there is waited for before it is used again.
 const Patience = 5 * time.Second
 
-// Probe asks the server of what is mounted at a folder, in a child. nil: it answers. Stale says that the error is final: the server does not know the
-// volume any more, or the mount has no server any more. Otherwise nobody has answered, and somebody may yet.
+// Probe asks the server of what is mounted at a folder, in a child. nil: it answers. Stale says
+// that the error is final: the server does not know the volume any more, or the mount has no server
+// any more. Otherwise nobody has answered, and somebody may yet.
 func Probe(ctx context.Context, dir string) (stale bool, err error) {
 	within, cancel := context.WithTimeoutCause(ctx, part(ctx, 4, Patience), volume.Timeout(Patience))
 	defer cancel()
@@ -347,8 +349,9 @@ func inUse(dir string, cause error) error {
 	return volume.Errorf(volume.ErrInUse, "%s is in use by %s: %w", dir, strings.Join(who, ", "), cause)
 }
 
-// Holders are processes in whose mount namespaces a mount is in use, as "name (pid) at folder", at most five: a container's, above all. The place of the mount
-// itself is in every copy of the host's namespace, also below a folder where a container has the host's root, so it does not count.
+// Holders are processes in whose mount namespaces a mount is in use, as "name (pid) at folder", at
+// most five: a container's, above all. The place of the mount itself is in every copy of the host's
+// namespace, also below a folder where a container has the host's root, so it does not count.
 func Holders(top Entry, place func(point string) bool) (who []string) {
 	below := strings.TrimSuffix(top.Root, "/") + "/"
 	seen := map[string]bool{}
@@ -372,7 +375,8 @@ func Holders(top Entry, place func(point string) bool) (who []string) {
 			continue
 		}
 		for _, m := range theirs {
-			if m.Device == top.Device && m.Source == top.Source && (m.Root == top.Root || strings.HasPrefix(m.Root, below)) && !place(m.Point) {
+			same := m.Device == top.Device && m.Source == top.Source
+			if same && (m.Root == top.Root || strings.HasPrefix(m.Root, below)) && !place(m.Point) {
 				comm, _ := os.ReadFile("/proc/" + p.Name() + "/comm")
 				who = append(who, fmt.Sprintf("%s (%s) at %s", strings.TrimSpace(string(comm)), p.Name(), m.Point))
 				break

@@ -25,7 +25,10 @@ func Valued(group string, check func(string) bool) Rule { return Rule{Group: gro
 func AdminFlag(group string) Rule { return Rule{Group: group, Admin: true} }
 
 // idle are words that people copy from fstab and that mean nothing to who mounts by a call.
-var idle = map[string]bool{"defaults": true, "_netdev": true, "auto": true, "noauto": true, "nofail": true, "intr": true, "nointr": true, "bg": true, "fg": true}
+var idle = map[string]bool{
+	"defaults": true, "_netdev": true, "auto": true, "noauto": true, "nofail": true,
+	"intr": true, "nointr": true, "bg": true, "fg": true,
+}
 
 // Rules are all mount options that a driver takes, by name. What is not here is refused: bind, remount, context=, helper programs, credentials …
 type Rules map[string]Rule
@@ -43,7 +46,8 @@ func Words(allowed ...string) func(string) bool {
 	return func(s string) bool { return slices.Contains(allowed, s) }
 }
 
-// Parse reads a list with commas and refuses what is not among the rules, all of it at once. What is where the list comes from, such as MOUNT_OPTS, which is admin's.
+// Parse reads a list with commas and refuses what is not among the rules, all of it at once. What
+// is where the list comes from, such as MOUNT_OPTS, which is admin's.
 func (r Rules) Parse(what, text string, admin bool) (list []string, err error) {
 	if text == "" {
 		return nil, nil

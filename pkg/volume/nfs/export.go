@@ -31,10 +31,12 @@ const (
 
 // mark says which folder was created by us: its identity on the server, not its name, for somebody may have put another there.
 type mark struct {
-	Name     string    `json:"name"`
-	ID       string    `json:"id,omitempty"` // of the volume; "": an older version wrote the mark, see identity
-	Inode    uint64    `json:"inode"`
-	Handle   string    `json:"handle,omitempty"`   // of the file on the server, where the client tells; it does not come back when an inode's number does
+	Name  string `json:"name"`
+	ID    string `json:"id,omitempty"` // of the volume; "": an older version wrote the mark, see identity
+	Inode uint64 `json:"inode"`
+	// of the file on the server, where the client tells; it does not come back when an inode's
+	// number does
+	Handle   string    `json:"handle,omitempty"`
 	OnRemove OnRemove  `json:"onRemove,omitempty"` // as the creator wants it; "": the creator did not say
 	Deleting bool      `json:"deleting,omitempty"`
 	Host     string    `json:"host,omitempty"`
@@ -47,7 +49,8 @@ func (m mark) is(of mark) bool {
 	return m.Inode == of.Inode && (m.Handle == of.Handle || m.Handle == "" || of.Handle == "")
 }
 
-// identity is the same on all hosts, and no other volume ever has it. Marks of older versions have none written: theirs follows from the rest.
+// identity is the same on all hosts, and no other volume ever has it. Marks of older versions have
+// none written: theirs follows from the rest.
 func (m mark) identity() string {
 	if m.ID != "" {
 		return m.ID
@@ -78,7 +81,9 @@ type exportArgs struct {
 	Name     string
 	OnRemove OnRemove `json:",omitempty"` // "" is not a word that can be read
 	Want     string   // identity of the only volume that may be touched; "": the name is all that is known
-	Legacy   *mark    // Want is not known, because an older version wrote the record: host and time of the latest mark that can be meant
+	// Want is not known, because an older version wrote the record: host and time of the latest
+	// mark that can be meant
+	Legacy *mark
 }
 
 // created is what a folder is, as the base shows it.
@@ -219,7 +224,8 @@ func create(root *os.Root, a exportArgs) (created, error) {
 		if err != nil {
 			return created{}, err
 		}
-		// Hosts that are at it at the same time find the same folder, and with it the same identity, before anybody writes to the folder.
+		// Hosts that are at it at the same time find the same folder, and with it the same
+		// identity, before anybody writes to the folder.
 		id.ID = digest(name, id.Inode, id.Handle, id.born)
 		id.Name, id.OnRemove, id.Time = name, a.OnRemove, time.Now().UTC().Truncate(time.Second)
 		if marked && m.ID == id.ID {
@@ -279,10 +285,14 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 	case c.Identity == unmarked:
 		return removed{Message: fmt.Sprintf("folder %s is kept: Lariat did not create it", name)}, nil
 	case a.Want != "" && a.Want != c.Identity:
-		return removed{Other: true, Message: fmt.Sprintf("folder %s is kept: volume %s, identity %s, that this host knows does not exist any more, and this one is another (identity %s, %s)",
+		return removed{Other: true, Message: fmt.Sprintf(
+			"folder %s is kept: volume %s, identity %s, that this host knows does not exist any "+
+				"more, and this one is another (identity %s, %s)",
 			name, name, a.Want, c.Identity, c.Made)}, nil
 	case a.Want == "" && a.Legacy != nil && !m.Deleting && !a.Legacy.covers(m):
-		return removed{Other: true, Message: fmt.Sprintf("folder %s is kept: this host's record is of an older version and does not prove that it is about this folder (%s); create and delete it again to remove it",
+		return removed{Other: true, Message: fmt.Sprintf(
+			"folder %s is kept: this host's record is of an older version and does not prove that it"+
+				" is about this folder (%s); create and delete it again to remove it",
 			name, c.Made)}, nil
 	}
 	how := cautious(m.OnRemove, a.OnRemove)
@@ -290,7 +300,9 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 		how = Purge
 	}
 	if how == Retain {
-		return removed{Message: fmt.Sprintf("folder %s is kept, as onRemove=retain of its creator says (%s); to change that, change onRemove in %s on the server", name, c.Made, markFile(name))}, nil
+		return removed{Message: fmt.Sprintf(
+			"folder %s is kept, as onRemove=retain of its creator says (%s); to change that, change "+
+				"onRemove in %s on the server", name, c.Made, markFile(name))}, nil
 	}
 	bin := m.bin()
 	if !m.Deleting {
@@ -326,7 +338,8 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 	return removed{Message: "purged " + n.String()}, dropMark(root, m)
 }
 
-// covers says whether a mark can be the one that an older version's record, which has no identity, is about: this host wrote it, not later than that record.
+// covers says whether a mark can be the one that an older version's record, which has no identity,
+// is about: this host wrote it, not later than that record.
 func (l *mark) covers(m mark) bool { return m.ID == "" && m.Host == l.Host && !m.Time.After(l.Time) }
 
 // bin is where a folder is moved to be emptied. Older versions had one for each name.
@@ -340,7 +353,8 @@ func (m mark) bin() string {
 // errOvertaken is when another host has changed a volume since this one looked.
 var errOvertaken = volume.Errorf(volume.ErrInUse, "another host has just changed the volume: try again")
 
-// move gives the marked folder another name. A rename goes by the old name alone, so the folder is looked at afterwards, and given back if it is another.
+// move gives the marked folder another name. A rename goes by the old name alone, so the folder is
+// looked at afterwards, and given back if it is another.
 func move(root *os.Root, m mark, to string) error {
 	if err := root.Rename(m.Name, to); err != nil {
 		return err
@@ -353,7 +367,8 @@ func move(root *os.Root, m mark, to string) error {
 	return err
 }
 
-// putBack gives a marked folder its name again if a removal of another volume took it and was killed before it could give the folder back.
+// putBack gives a marked folder its name again if a removal of another volume took it and was
+// killed before it could give the folder back.
 func putBack(root *os.Root, m mark) bool {
 	f, err := root.Open(hidden)
 	if err != nil {

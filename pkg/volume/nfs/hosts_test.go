@@ -20,8 +20,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// field is an export that several hosts share, each with a driver and a journal of its own. The export is a folder of this machine: the children's work is
-// done in this process, so that a test can let one host act between any two steps of another.
+// field is an export that several hosts share, each with a driver and a journal of its own. The
+// export is a folder of this machine: the children's work is done in this process, so that a test
+// can let one host act between any two steps of another.
 type field struct {
 	*testing.T
 	dir     string
@@ -36,10 +37,12 @@ type field struct {
 type word struct{ onRemove OnRemove }
 
 type host struct {
-	f     *field
-	name  string
-	d     *Driver
-	facts bool              // the caller gives back what Create answered, as Docker's door does; otherwise the driver's journal must do
+	f    *field
+	name string
+	d    *Driver
+	// the caller gives back what Create answered, as Docker's door does; otherwise the driver's
+	// journal must do
+	facts bool
 	knows string            // identity that this host's caller was told
 	how   OnRemove          // what the caller said at Create
 	opts  map[string]string // Create's answer
@@ -167,7 +170,8 @@ func (f *field) noteAll() {
 	}
 }
 
-// mount does what Mount does before and after it asks the kernel, and writes to the folder that it holds, as a container would.
+// mount does what Mount does before and after it asks the kernel, and writes to the folder that it
+// holds, as a container would.
 func (h *host) mount() error {
 	return h.as("mount", func() error {
 		v, err := h.d.config.Volume(h.request(h.how))
@@ -249,7 +253,8 @@ func (f *field) check() {
 	}
 }
 
-// F105: a name that another host has given to another volume: neither Remove, nor Mount, nor Create of the first host touches that one, and each says so.
+// F105: a name that another host has given to another volume: neither Remove, nor Mount, nor Create
+// of the first host touches that one, and each says so.
 func TestF105ReplacedElsewhere(t *testing.T) {
 	for _, facts := range []bool{true, false} {
 		f := newField(t)
@@ -305,8 +310,8 @@ func TestF105ReplacedElsewhere(t *testing.T) {
 	}
 }
 
-// F105, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by a kill. No byte of a volume is lost that nobody who
-// knew that volume has removed.
+// F105, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by
+// a kill. No byte of a volume is lost that nobody who knew that volume has removed.
 func TestF105F158TwoHostsAnyOrder(t *testing.T) {
 	const runs = 300
 	steps := map[string]int{}

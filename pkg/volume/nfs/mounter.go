@@ -126,8 +126,9 @@ func (m *Mounter) has(ctx context.Context, dir string, v Volume) (bool, error) {
 	return shown != nil, err
 }
 
-// reuse is the volume if it is mounted at a folder and its server answers. A mount that is stale, because the server or the folder on it was made anew, is
-// taken away; one that somebody uses only if the volume says so. The locks are held.
+// reuse is the volume if it is mounted at a folder and its server answers. A mount that is stale,
+// because the server or the folder on it was made anew, is taken away; one that somebody uses only
+// if the volume says so. The locks are held.
 func (m *Mounter) reuse(ctx context.Context, dir string, v Volume) (*Volume, error) {
 	shown, err := m.shown(dir, v)
 	if err != nil || shown == nil {
@@ -146,15 +147,18 @@ func (m *Mounter) reuse(ctx context.Context, dir string, v Volume) (*Volume, err
 	}
 	var who []string
 	if stack := table.At(dir); len(stack) > 0 {
-		who = append(mounts.Users(dir), mounts.Holders(stack[len(stack)-1], func(point string) bool { return strings.HasSuffix(point, dir) })...)
+		own := func(point string) bool { return strings.HasSuffix(point, dir) }
+		who = append(mounts.Users(dir), mounts.Holders(stack[len(stack)-1], own)...)
 	}
 	if len(who) > 0 && v.OnHang != Lazy {
-		return nil, volume.Errorf(volume.ErrInUse, "%s is mounted at %s and stale (%w), and in use by %s: end these, or set onHang=lazy", v, dir, cause, strings.Join(who, ", "))
+		return nil, volume.Errorf(volume.ErrInUse,
+			"%s is mounted at %s and stale (%w), and in use by %s: end these, or set onHang=lazy", v, dir, cause, strings.Join(who, ", "))
 	}
 	m.log.Warn("the mount is stale: it is made anew", "volume", v.Name, "dir", dir, "error", cause)
 	within, cancel := volume.Before(ctx)
 	defer cancel()
-	if err := mounts.UnmountAll(within, dir, mounts.Policy{Remote: true, Lazy: v.OnHang == Lazy}, m.log, "an NFS volume", isNFS); err != nil {
+	policy := mounts.Policy{Remote: true, Lazy: v.OnHang == Lazy}
+	if err := mounts.UnmountAll(within, dir, policy, m.log, "an NFS volume", isNFS); err != nil {
 		return nil, fmt.Errorf("%s is mounted at %s and stale (%w), and %w", v, dir, cause, err)
 	}
 	return nil, m.mounts.Remove(dir)

@@ -1,15 +1,18 @@
-// Package nfs is the volume driver for NFS: exports, and folders on exports that it makes and removes.
+// Package nfs is the volume driver for NFS: exports, and folders on exports that it makes and
+// removes.
 //
 //	host + export                  the export itself is the volume; it is mounted, and never changed
 //	host + exportBase + name       a folder on the export is the volume; Create makes it, Delete removes what Create made
 //	NFS_SERVER, MOUNT_DIR + name   the same, by the environment
 //
-// What Lariat created is known by a mark on the export beside the folder, which all hosts see, and which tells the folder's identity and not only its
-// name. A host that has created or found a volume remembers that identity, for another host may remove the volume and make one of the same name.
-// The host's journal says which volume was mounted where and how; without it the mount table does.
+// What Lariat created is known by a mark on the export beside the folder, which all hosts see, and
+// which tells the folder's identity and not only its name. A host that has created or found a
+// volume remembers that identity, for another host may remove the volume and make one of the same
+// name. The host's journal says which volume was mounted where and how; without it the mount table
+// does.
 //
-// Whatever touches the export happens in children with a deadline (pkg/volume/mounts). The base is mounted in a mount namespace of the child's
-// own, so nothing is left of one that was killed.
+// Whatever touches the export happens in children with a deadline (pkg/volume/mounts). The base is
+// mounted in a mount namespace of the child's own, so nothing is left of one that was killed.
 package nfs
 
 import (
@@ -38,15 +41,17 @@ var _ volume.Driver = (*Driver)(nil)
 
 // record of a volume that Create was asked for on this host.
 type record struct {
-	Volume   Volume    `json:"volume"`
-	State    string    `json:"state"`              // creating, ready, deleting or lost
-	Identity string    `json:"identity,omitempty"` // of the folder that Create made or found; "": none yet, or an older version wrote the record
+	Volume Volume `json:"volume"`
+	State  string `json:"state"` // creating, ready, deleting or lost
+	// of the folder that Create made or found; "": none yet, or an older version wrote the record
+	Identity string    `json:"identity,omitempty"`
 	Created  bool      `json:"created"`
 	Time     time.Time `json:"time"`
 }
 
-// lost is the state of a record whose volume another host has replaced. Delete was called for it and has touched nothing. The record stays, so that the same
-// call again touches nothing either; the next Create forgets it.
+// lost is the state of a record whose volume another host has replaced. Delete was called for it
+// and has touched nothing. The record stays, so that the same call again touches nothing either;
+// the next Create forgets it.
 const lost = "lost"
 
 // want is the identity of the only volume that Create or Mount may be about.
@@ -101,7 +106,8 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 		case !errors.Is(err, volume.ErrNotFound):
 			return volume.Reply{}, err
 		}
-		// One that is gone is made anew, and forgotten first: after a kill the next call must know as its own what this one makes.
+		// One that is gone is made anew, and forgotten first: after a kill the next call must know
+		// as its own what this one makes.
 	}
 	if err := d.volumes.Put(v.Name, rec); err != nil {
 		return volume.Reply{}, err
@@ -145,7 +151,10 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 
 // replaced says that a volume's name is another volume's by now.
 func replaced(v Volume, want string, c created) error {
-	return volume.Errorf(volume.ErrConflict, "volume %s, identity %s, that this host knows does not exist any more, and folder %s is another (identity %s, %s): delete the volume on this host, which touches nothing, and create it again to use that one",
+	return volume.Errorf(volume.ErrConflict,
+		"volume %s, identity %s, that this host knows does not exist any more, and folder %s is "+
+			"another (identity %s, %s): delete the volume on this host, which touches nothing, and "+
+			"create it again to use that one",
 		v.Name, want, v.Source(), c.Identity, c.Made)
 }
 
@@ -168,7 +177,8 @@ func (d *Driver) provision(ctx context.Context, v Volume, how OnRemove) (created
 	return c, nil
 }
 
-// verify says whether a volume's folder is still the one with an identity. The inode is for who looks at the mount later.
+// verify says whether a volume's folder is still the one with an identity. The inode is for who
+// looks at the mount later.
 func (d *Driver) verify(ctx context.Context, v Volume, want string) (inode uint64, err error) {
 	a, err := d.export(ctx, v)
 	if err != nil {
@@ -181,7 +191,9 @@ func (d *Driver) verify(ctx context.Context, v Volume, want string) (inode uint6
 	case err != nil:
 		return 0, explain(ctx, fmt.Sprintf("look at folder %s", v.Source()), err)
 	case c.Identity == "":
-		return 0, volume.Errorf(volume.ErrNotFound, "volume %s, identity %s, does not exist any more: there is no folder %s; create makes a new one", v.Name, want, v.Source())
+		return 0, volume.Errorf(volume.ErrNotFound,
+			"volume %s, identity %s, does not exist any more: there is no folder %s; create makes a "+
+				"new one", v.Name, want, v.Source())
 	case c.Identity != want:
 		return 0, replaced(v, want, c)
 	}
@@ -283,8 +295,9 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 	return reply, d.volumes.Remove(r.Name)
 }
 
-// Mount implements volume.Driver. A folder below exportBase that does not exist yet is created, because kubelet has no verb for that. On a host that has
-// created or found the volume that would be an empty volume in the place of one with data: there it is an error.
+// Mount implements volume.Driver. A folder below exportBase that does not exist yet is created,
+// because kubelet has no verb for that. On a host that has created or found the volume that would
+// be an empty volume in the place of one with data: there it is an error.
 func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -340,7 +353,8 @@ func (d *Driver) mountThat(ctx context.Context, dir string, v Volume, pod volume
 	} else if is, ierr := rootInode(within, resolved); ierr != nil {
 		err = fmt.Errorf("look at %s: %w", dir, ierr)
 	} else if is != inode {
-		err = volume.Errorf(volume.ErrConflict, "folder %s has just been replaced by another host: it is not volume %s, identity %s", v.Source(), v.Name, want)
+		err = volume.Errorf(volume.ErrConflict,
+			"folder %s has just been replaced by another host: it is not volume %s, identity %s", v.Source(), v.Name, want)
 	}
 	if err != nil {
 		return errors.Join(err, d.mounter.Unmount(ctx, dir))

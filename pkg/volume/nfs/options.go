@@ -190,7 +190,8 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}
-	c.Server, c.Base, o.Host, o.Export, o.ExportBase = bare(c.Server), Trimmed(c.Base), bare(o.Host), Trimmed(o.Export), Trimmed(o.ExportBase)
+	c.Server, c.Base = bare(c.Server), Trimmed(c.Base)
+	o.Host, o.Export, o.ExportBase = bare(o.Host), Trimmed(o.Export), Trimmed(o.ExportBase)
 	v := Volume{Name: r.Name, Host: o.Host, OnRemove: o.OnRemove, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly, FSGroup: r.FSGroup}
 	if o.FSGroup >= 0 {
 		v.FSGroup = &o.FSGroup
@@ -234,7 +235,8 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	return v, v.SetOptions(all, o.MntOptions)
 }
 
-// parse reads mount options. A minor version by itself, or beside its major one, is written as one version, which later words can replace.
+// parse reads mount options. A minor version by itself, or beside its major one, is written as one
+// version, which later words can replace.
 func parse(what, text string, admin bool) ([]string, error) {
 	list, err := rules.Parse(what, text, admin)
 	minor := value(list, "minorversion")
@@ -243,9 +245,11 @@ func parse(what, text string, admin bool) ([]string, error) {
 	}
 	switch vers := value(list, "vers", "nfsvers"); vers {
 	case "", "4", "4." + minor:
-		return rules.Merge(slices.DeleteFunc(list, func(o string) bool { return strings.HasPrefix(o, "minorversion=") }), []string{"vers=4." + minor}), nil
+		list = slices.DeleteFunc(list, func(o string) bool { return o == "minorversion="+minor })
+		return rules.Merge(list, []string{"vers=4." + minor}), nil
 	default:
-		return nil, volume.Errorf(volume.ErrInvalid, "%s: minorversion=%s and version %s contradict each other", what, minor, vers)
+		return nil, volume.Errorf(volume.ErrInvalid,
+			"%s: minorversion=%s and version %s contradict each other", what, minor, vers)
 	}
 }
 
@@ -271,7 +275,8 @@ var hostName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A
 var zoneName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$`)
 
 func checkHost(what, host string) error {
-	if a, err := netip.ParseAddr(host); err == nil && (a.Zone() == "" || a.IsLinkLocalUnicast() && zoneName.MatchString(a.Zone())) {
+	a, err := netip.ParseAddr(host)
+	if err == nil && (a.Zone() == "" || a.IsLinkLocalUnicast() && zoneName.MatchString(a.Zone())) {
 		return nil
 	}
 	if len(host) > 253 || !hostName.MatchString(host) {

@@ -11,8 +11,9 @@ import (
 	"github.com/lariat-net/lariat/test/guest/nfsd"
 )
 
-// F105: two hosts, with journals of their own, and one export. The one removes the volume and makes another one of its name, also while the other mounts: nothing
-// that the other host does then touches it.
+// F105: two hosts, with journals of their own, and one export. The one removes the volume and makes
+// another one of its name, also while the other mounts: nothing that the other host does then
+// touches it.
 func TestF105ReplacedElsewhere(t *testing.T) {
 	nfsd.Serve(t)
 	dir, dir2 := place(t, "data"), place(t, "data-2")
@@ -85,7 +86,8 @@ func TestF105ReplacedElsewhere(t *testing.T) {
 	noLeftovers(t)
 }
 
-// F159: another host has purged the volume under a mount, and made another one: the dead mount is not handed out. Unused it is made anew; who uses it is named.
+// F159: another host has purged the volume under a mount, and made another one: the dead mount is
+// not handed out. Unused it is made anew; who uses it is named.
 func TestF159StaleMount(t *testing.T) {
 	nfsd.Serve(t)
 	dir := place(t, "data")
