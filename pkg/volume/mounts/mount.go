@@ -165,7 +165,19 @@ var doUnmount = Task("unmount", func(a unmountArgs) (struct{}, error) {
 
 var doProbe = Task("probe", func(dir string) (struct{}, error) {
 	var st unix.Statfs_t
-	return struct{}{}, unix.Statfs(dir, &st)
+	if err := unix.Statfs(dir, &st); err != nil {
+		return struct{}{}, err
+	}
+	// Who has a file open keeps a folder alive that was removed on the server. The server is asked, not the cache.
+	var x unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, dir, unix.AT_SYMLINK_NOFOLLOW|unix.AT_STATX_FORCE_SYNC, unix.STATX_NLINK, &x)
+	if err == nil && x.Mask&unix.STATX_NLINK != 0 && x.Nlink == 0 {
+		return struct{}{}, unix.ESTALE
+	}
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EINVAL) {
+		err = nil
+	}
+	return struct{}{}, err
 })
 
 // Alive says whether what is mounted at a folder answers within a time.

@@ -276,7 +276,9 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 		return removed{}, err
 	case c.Identity == "" && !marked:
 		return removed{}, nil
-	case c.Identity == "": // the mark is all that is left, or the folder is on its way
+	}
+	gone := c.Identity == "" // the mark is all that is left, or the folder is on its way
+	if gone {
 		c.Identity, c.Made = m.identity(), m.maker()
 	}
 	switch {
@@ -295,6 +297,10 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 				" is about this folder (%s); create and delete it again to remove it",
 			name, c.Made)}, nil
 	}
+	if gone && !m.Deleting && !putBack(root, m) {
+		_ = root.Remove(filepath.Join(hidden, made+name)) // of a creation that was killed
+		return removed{}, dropMark(root, m)
+	}
 	how := cautious(m.OnRemove, a.OnRemove)
 	if m.Deleting {
 		how = Purge
@@ -306,10 +312,6 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 	}
 	bin := m.bin()
 	if !m.Deleting {
-		if _, err := root.Lstat(name); errors.Is(err, fs.ErrNotExist) && !putBack(root, m) {
-			_ = root.Remove(filepath.Join(hidden, made+name)) // of a creation that was killed
-			return removed{}, dropMark(root, m)
-		}
 		if how == Archive {
 			to := "archived-" + name + "-" + time.Now().UTC().Format("20060102T150405.000Z")
 			if err := move(root, m, to); err != nil {
@@ -340,7 +342,9 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 
 // covers says whether a mark can be the one that an older version's record, which has no identity,
 // is about: this host wrote it, not later than that record.
-func (l *mark) covers(m mark) bool { return m.ID == "" && m.Host == l.Host && !m.Time.After(l.Time) }
+func (m mark) covers(other mark) bool {
+	return other.ID == "" && other.Host == m.Host && !other.Time.After(m.Time)
+}
 
 // bin is where a folder is moved to be emptied. Older versions had one for each name.
 func (m mark) bin() string {
