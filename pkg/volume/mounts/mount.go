@@ -224,7 +224,10 @@ func unanswered(err error) bool {
 // Policy is how far Unmount goes.
 type Policy struct {
 	Remote bool // there is a server that may be gone: its waiting calls may be aborted then (MNT_FORCE)
-	Lazy   bool // if even that does not help, detach: processes that still use the volume keep it, out of sight
+	// Dead says that the mount is known to be stale though its server answers. Nothing is aborted by
+	// force then: that would hit other mounts of the server, too. Lazy alone can help.
+	Dead bool
+	Lazy bool // if even that does not help, detach: processes that still use the volume keep it, out of sight
 }
 
 // forceTries is how often a dead server's volume is asked to go. Each try aborts the calls that wait for the server; the processes that made them
@@ -305,6 +308,14 @@ func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) 
 	done, cause := try("umount", 0, 3, 15*time.Second)
 	if done {
 		return "umount", nil
+	}
+	if p.Dead {
+		if p.Lazy {
+			if done, cause = try("lazy", unix.MNT_DETACH, 2, 5*time.Second); done {
+				return "lazy", nil
+			}
+		}
+		return "", inUse(dir, cause)
 	}
 	late := unanswered(cause)
 	if !p.Remote || !late && !errors.Is(cause, unix.EBUSY) {

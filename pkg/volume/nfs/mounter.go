@@ -157,7 +157,7 @@ func (m *Mounter) reuse(ctx context.Context, dir string, v Volume) (*Volume, err
 	m.log.Warn("the mount is stale: it is made anew", "volume", v.Name, "dir", dir, "error", cause)
 	within, cancel := volume.Before(ctx)
 	defer cancel()
-	policy := mounts.Policy{Remote: true, Lazy: v.OnHang == Lazy}
+	policy := mounts.Policy{Dead: true, Lazy: v.OnHang == Lazy}
 	if err := mounts.UnmountAll(within, dir, policy, m.log, "an NFS volume", isNFS); err != nil {
 		return nil, fmt.Errorf("%s is mounted at %s and stale (%w), and %w", v, dir, cause, err)
 	}
