@@ -415,6 +415,9 @@ func TestTreeListens(t *testing.T) {
 	start(t, dir, "a", "--listen-tree", "127.0.0.1:"+port).ready(t)
 	for method, want := range map[string]string{"GET": "200 OK", "POST": "405 Method Not Allowed"} {
 		c, err := net.Dial("tcp", "127.0.0.1:"+port)
+		for deadline := time.Now().Add(10 * time.Second); err != nil && time.Now().Before(deadline); { // the socket's readiness is not the tree's
+			c, err = net.Dial("tcp", "127.0.0.1:"+port)
+		}
 		if err != nil {
 			t.Fatal(err)
 		}

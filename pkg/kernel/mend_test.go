@@ -205,6 +205,24 @@ func TestF1_PortSendsAtOnce(t *testing.T) {
 	}
 }
 
+// TestF1_HostWithoutItsAddress: a device that somebody deletes takes the host's address along, and the manager needs a moment. An ADD that comes
+// meanwhile succeeds, and its port is told apart from one that has all.
+func TestF1_HostWithoutItsAddress(t *testing.T) {
+	host, inside := netnstest.New(t), netnstest.New(t)
+	k := openKernel(t, host)
+	p := attach.Plan(&metadata.Attachment{Network: "n", Device: "own", MTU: 1450, Addresses: []metadata.AttachmentAddress{
+		{Address: netip.MustParseAddr("10.42.0.5"), Gateway: netip.MustParseAddr("10.42.0.1")},
+		{Address: netip.MustParseAddr("fd42::5"), Gateway: netip.MustParseAddr("fd42::1")}}},
+		attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
+	if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+		t.Fatal(err)
+	}
+	ports, err := k.Ports(t.Context())
+	if err != nil || len(ports) != 1 || len(ports[0].Routes) != 2 || len(ports[0].Faults(p.Host())) != 2 {
+		t.Errorf("want two routes that lack their source: %+v, %v", ports, err)
+	}
+}
+
 // TestF1_LoopbackIsUp: a list without the loopback plugin is a list all the same.
 func TestF1_LoopbackIsUp(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)

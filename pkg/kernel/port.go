@@ -46,7 +46,15 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 	if err != nil {
 		return err
 	}
-	if err := n.hostEnd(ctx, index, p.Host(), func(m *message) { m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias)) }); err != nil {
+	alias := func(m *message) { m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias)) }
+	err = n.hostEnd(ctx, index, p.Host(), alias)
+	if errors.Is(err, unix.EINVAL) && len(p.Sources) > 0 {
+		// The host has lost its address, to somebody who deleted the device that has it. The network manager
+		// gives it back, and then the route its source; a container need not wait for that.
+		p.Sources = nil
+		err = n.hostEnd(ctx, index, p.Host(), alias)
+	}
+	if err != nil {
 		return err
 	}
 	if err := insideEnd(inside, path, p); err != nil {
