@@ -262,10 +262,11 @@ func run(ctx context.Context, image Image, o Options, c Command) (res Result, er
 		return fail(ready, err)
 	}
 
-	// The machine powers itself off now. Only its end says that all output has come.
+	// The machine powers itself off now. Only its end says that all output has come, and a busy host may need
+	// as long for that as for the boot.
 	select {
 	case <-q.ended:
-	case <-time.After(20 * time.Second):
+	case <-time.After(boot):
 	case <-ctx.Done():
 	}
 	q.stop()
