@@ -38,7 +38,8 @@ The status is 1 when it found an error, else 2 when something could not be check
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, cancel := a.bounded(c)
 			defer cancel()
-			g := doctor.Gatherer{Client: a.client(), ManagerSocket: a.managerSocket, Want: desired, Observe: observe, PortFaults: a.portFaults,
+			g := doctor.Gatherer{Client: a.client(), ManagerSocket: a.managerSocket,
+				Want: desired, Observe: observe, PortFaults: a.portFaults,
 				Features: features, Timeout: within,
 				Probe: !noProbe && (len(args) == 0 || slices.ContainsFunc(args, func(s string) bool {
 					return slices.Contains([]string{"reach", "tunnel", "mtu", "clock"}, s)

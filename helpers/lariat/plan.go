@@ -33,8 +33,8 @@ entries, routes, nftables, each as an operator would type it. It changes nothing
 tunnels of encrypted networks as IKE has to keep them, with the ids of secrets, never a secret.
 
 With --diff it compares with this host's kernel and prints what the network manager would change: "+" is added, "~"
-replaced, "-" removed. That includes what the ports of this host's containers lack. It then ends with status 1 when something is to
-change, as diff(1) does.`,
+replaced, "-" removed. That includes what the ports of this host's containers lack. It then ends with status 1 when
+something is to change, as diff(1) does.`,
 		Example: `  lariat plan
   lariat plan --diff
   lariat plan --metadata testdata/three.json --host h2`,

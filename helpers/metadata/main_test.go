@@ -415,7 +415,8 @@ func TestTreeListens(t *testing.T) {
 	start(t, dir, "a", "--listen-tree", "127.0.0.1:"+port).ready(t)
 	for method, want := range map[string]string{"GET": "200 OK", "POST": "405 Method Not Allowed"} {
 		c, err := net.Dial("tcp", "127.0.0.1:"+port)
-		for deadline := time.Now().Add(10 * time.Second); err != nil && time.Now().Before(deadline); { // the socket's readiness is not the tree's
+		// The socket's readiness is not the tree's.
+		for deadline := time.Now().Add(10 * time.Second); err != nil && time.Now().Before(deadline); {
 			c, err = net.Dial("tcp", "127.0.0.1:"+port)
 		}
 		if err != nil {

@@ -85,7 +85,8 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	f.StringVar(&c.socket, "socket", "", "unix socket for Docker; empty: /run/docker/plugins/NAME.sock")
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/lariat/storage", "the journal of volumes and their users, in a folder for each name")
 	f.StringVar(&c.mountDir, "mount-dir", "/run/lariat/storage", "where volumes are mounted: MOUNT-DIR/NAME/VOLUME")
-	f.StringVar(&c.scope, "scope", "", "what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs, efs and ebs, else local")
+	f.StringVar(&c.scope, "scope", "",
+		"what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs, efs and ebs, else local")
 	f.StringVar(&c.listen, "listen-metrics", "", "TCP address for /metrics, /healthz and /readyz, such as 127.0.0.1:9477; empty: the unix socket alone")
 	f.StringVar(&c.metadata, "metadata-socket", metadata.DefaultSocket, "lariat-metadata's unix socket, to list volumes there whenever it answers; empty: never")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")

@@ -26,7 +26,7 @@ type Port struct {
 	MTU         int
 	Addrs       []netip.Addr
 	Gateways    []netip.Addr // one for each family of Addrs: on-link, with a permanent neighbour HostMAC
-	Sources     []netip.Addr // of families in which the host has an address of its own: from which it speaks to the container
+	Sources     []netip.Addr // the host's own addresses, one for each family: from which it speaks to the container
 	Routes      []PortRoute  // inside of the container
 }
 
@@ -97,7 +97,8 @@ type HostPort struct {
 // Host is the host's end of the port.
 func (p Port) Host() HostPort {
 	h := HostPort{Name: p.HostName, Alias: PortAlias{Network: p.Network, ContainerID: p.ContainerID, IfName: p.IfName},
-		Up: true, Group: InsideGroup, MAC: p.HostMAC, MTU: p.MTU, Routes: map[netip.Prefix]Route{}, RPFilter: 1, Forwarding: true, NoIPv6: true}
+		Up: true, Group: InsideGroup, MAC: p.HostMAC, MTU: p.MTU, Routes: map[netip.Prefix]Route{},
+		RPFilter: 1, Forwarding: true, NoIPv6: true}
 	for _, a := range p.Addrs {
 		r := Route{Dev: p.HostName}
 		for _, src := range p.Sources {
@@ -113,8 +114,8 @@ func (p Port) Host() HostPort {
 	return h
 }
 
-// Faults returns what a port lacks of what it should be, in the words that State has for such things. A port that is being
-// removed is in a link group of its own, and has none.
+// Faults returns what a port lacks of what it should be, in the words that State has for such things. A port
+// that is being removed is in a link group of its own, and has none.
 func (p HostPort) Faults(want HostPort) (out []string) {
 	if p.Group>>24 == Protocol {
 		return nil

@@ -91,7 +91,8 @@ type TooBig struct {
 	Below uint16
 }
 
-// NoReverse matches a packet, or an IPv6 packet alone, whose source has no route back by the interface on which it arrived.
+// NoReverse matches a packet, or an IPv6 packet alone, whose source has no route back by the interface on
+// which it arrived.
 type NoReverse struct{ V6 bool }
 
 // Reverse matches a packet whose source has a route back by the interface on which the packet arrived.

@@ -431,7 +431,8 @@ func (e *examination) rpFilter() {
 	}
 	const key = "sysctl net.ipv4.conf.all.rp_filter"
 	remedy := "sysctl -w net.ipv4.conf.all.rp_filter=0 (each device's own value then counts), and look in /etc/sysctl.d for what sets it"
-	e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices, which overrides the ports' strict one; only Lariat's own nftables rule keeps containers from using each other's IPv4 addresses")
+	e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices, which overrides the ports' strict one; "+
+		"only Lariat's own nftables rule keeps containers from using each other's IPv4 addresses")
 }
 
 func (e *examination) forwardPolicy() {
@@ -537,8 +538,9 @@ func (e *examination) devices() {
 	}
 }
 
-// What a container's port loses on the host, nothing but the network manager gives back: its routes, without which the container is cut off, and
-// the settings that keep it from using others' addresses and from giving its host routes (CVE-2020-10749).
+// What a container's port loses on the host, nothing but the network manager gives back: its routes, without
+// which the container is cut off, and the settings that keep it from using others' addresses and from giving
+// its host routes (CVE-2020-10749).
 func (e *examination) ports() {
 	if !e.needs("kernel", e.Kernel != nil) || !e.needsSnapshot() {
 		return
@@ -547,15 +549,17 @@ func (e *examination) ports() {
 		e.skip("%s", why)
 		return
 	}
-	const remedy = "start lariat-network-manager, which mends it, and look for what took it away: a file in /etc/sysctl.d, or an interface manager that does " +
-		"not leave lrt* alone (NetworkManager, networkd, dhcpcd)"
+	const remedy = "start lariat-network-manager, which mends it, and look for what took it away: " +
+		"a file in /etc/sysctl.d, or an interface manager that does not leave lrt* alone (NetworkManager, networkd, dhcpcd)"
 	wrong := e.Kernel.Ports
 	if len(wrong) > oneFindingFor {
-		e.add(Error, "port "+wrong[0].Want.Name, remedy, "%d containers' ports are not what they should be: the first lacks %s", len(wrong), wrong[0].Lacks[0])
+		e.add(Error, "port "+wrong[0].Want.Name, remedy,
+			"%d containers' ports are not what they should be: the first lacks %s", len(wrong), wrong[0].Lacks[0])
 		return
 	}
 	for _, p := range wrong {
-		e.add(Error, "port "+p.Want.Name, remedy, "the port of container %s lacks %s", metadata.ShortID(p.Want.Alias.ContainerID), strings.Join(p.Lacks, "; "))
+		e.add(Error, "port "+p.Want.Name, remedy,
+			"the port of container %s lacks %s", metadata.ShortID(p.Want.Alias.ContainerID), strings.Join(p.Lacks, "; "))
 	}
 }
 

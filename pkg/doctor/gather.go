@@ -40,7 +40,8 @@ type Gatherer struct {
 	Want    func(*metadata.Snapshot, string) *delta.State
 	Observe func(context.Context, *delta.State) (*delta.State, error)
 
-	// PortFaults compares containers' ports with the plugins' journals, and returns what they lack. nil: they are not looked at.
+	// PortFaults compares containers' ports with the plugins' journals, and returns what they lack. nil: they are
+	// not looked at.
 	PortFaults func(context.Context, *metadata.Snapshot) ([]delta.PortFault, error)
 
 	// Features tells what the kernel can do of what the model needs; the snapshot is nil when it is not known.

@@ -227,7 +227,8 @@ func TestF137RealSysctls(t *testing.T) {
 	p.respond(t, echo.Server{})
 	p.sysctl(t, "net/ipv4/conf/all/rp_filter", "2")
 	p.examine(t, "rp-filter warning: the reverse path check is loose (2)",
-		"rules error: rules that keep containers, networks and the underlay apart are not as they should be: chain from-port") // no manager runs here
+		// No manager runs here.
+		"rules error: rules that keep containers, networks and the underlay apart are not as they should be: chain from-port")
 	p.sysctl(t, "net/ipv4/conf/all/rp_filter", "0")
 	p.sysctl(t, "net/ipv4/ip_forward", "0")
 	p.examine(t, "forwarding error: the host does not forward IPv4")

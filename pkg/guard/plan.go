@@ -7,9 +7,9 @@
 //	forward     isolation  what crosses from one network to another
 //	output      untracked  this host's own tunnel packets
 //
-// Every packet that comes for this host or passes it goes through guard once, so what there is most of leaves it first: VXLAN packets on
-// the wire, then those that such a packet brought, then those of containers. The rules name networks, and sets name hosts: a peer
-// that comes or goes changes no rule.
+// Every packet that comes for this host or passes it goes through guard once, so what there is most of leaves
+// it first: VXLAN packets on the wire, then those that such a packet brought, then those of containers. The
+// rules name networks, and sets name hosts: a peer that comes or goes changes no rule.
 //
 // Pure: no kernel, no clock.
 package guard
@@ -75,9 +75,10 @@ type plan struct {
 	loose    bool               // the kernel cannot be trusted to check IPv4 sources by itself
 }
 
-// Plan returns the rules of a host. They stand as long as there is any encapsulated network, also on a host that nothing else
-// can be planned for: it may have containers. A port has the kernel's strict reverse-path check for IPv4, which makes a rule for that
-// family's sources unnecessary, unless loose says that something on the host overrides it.
+// Plan returns the rules of a host. They stand as long as there is any encapsulated network, also on a host
+// that nothing else can be planned for: it may have containers. A port has the kernel's strict reverse-path
+// check for IPv4, which makes a rule for that family's sources unnecessary, unless loose says that something
+// on the host overrides it.
 func Plan(snap *metadata.Snapshot, self string, loose bool) *delta.State {
 	snap = snap.Sane()
 	p := plan{s: delta.NewState(), snap: snap, loose: loose}
@@ -139,9 +140,10 @@ func (p *plan) hosts() {
 	p.s.Sets[StorePorts] = delta.Set{Ports: metadata.StorePorts}
 }
 
-// fromPort is what a container must not send: to the store and to the ends of tunnels; with an address that is not its own; with one of the
-// link alone (nothing needs it: a port's neighbours are known on both ends); to this host's loopback addresses (which a port with
-// route_localnet would let in). Whatever else guard forbids, a port's packet cannot be.
+// fromPort is what a container must not send: to the store and to the ends of tunnels; with an address that is
+// not its own; with one of the link alone (nothing needs it: a port's neighbours are known on both ends); to
+// this host's loopback addresses (which a port with route_localnet would let in). Whatever else guard forbids,
+// a port's packet cannot be.
 func (p *plan) fromPort() {
 	c := delta.Chain{Rules: []delta.Rule{
 		{delta.DportIn{Proto: protoUDP, Set: TunnelPorts}, delta.Jump(ToHost)},
@@ -209,27 +211,30 @@ func (p *plan) guard() {
 	p.s.Chains[Chain] = c
 }
 
-// tooBig drops lies: whoever says that a tunnel's path takes less than its network needs. Where it is true, the network's MTU is wrong;
-// lariat doctor measures it.
+// tooBig drops lies: whoever says that a tunnel's path takes less than its network needs. Where it is true,
+// the network's MTU is wrong; lariat doctor measures it.
 func (p *plan) tooBig() []delta.Rule {
 	if !p.local.IsValid() {
 		return nil
 	}
-	return []delta.Rule{{delta.TooBig{From: p.local, To: HostSet(p.local.Is6()), Below: uint16(min(p.size, math.MaxUint16))}, drop}}
+	below := uint16(min(p.size, math.MaxUint16))
+	return []delta.Rule{{delta.TooBig{From: p.local, To: HostSet(p.local.Is6()), Below: below}, drop}}
 }
 
-// tunnels takes VXLAN packets without tracking: from listed hosts, and at the underlay address alone, because the kernel's socket listens on
-// every address. No container's packet is one of them, whatever source it claims.
+// tunnels takes VXLAN packets without tracking: from listed hosts, and at the underlay address alone, because
+// the kernel's socket listens on every address. No container's packet is one of them, whatever source it
+// claims.
 func (p *plan) tunnels(add func(...delta.Statement)) {
 	v6 := p.local.Is6()
 	for _, port := range p.vxlanPorts() {
-		add(port, delta.IifGroup{Group: delta.InsideGroup, Not: true}, p.toHere(), delta.InSet{Field: "saddr", Set: VTEPSet(v6), V6: v6}, delta.Notrack{}, accept)
+		add(port, delta.IifGroup{Group: delta.InsideGroup, Not: true}, p.toHere(),
+			delta.InSet{Field: "saddr", Set: VTEPSet(v6), V6: v6}, delta.Notrack{}, accept)
 	}
 }
 
-// wire drops what has one of our VNIs all the same (another overlay on the same port is not ours to filter), and takes IKE, ESP and the
-// probe without tracking. Without connection tracking, fragments are put together behind this hook, and a first one may end before the
-// VNI: strangers' are dropped.
+// wire drops what has one of our VNIs all the same (another overlay on the same port is not ours to filter),
+// and takes IKE, ESP and the probe without tracking. Without connection tracking, fragments are put together
+// behind this hook, and a first one may end before the VNI: strangers' are dropped.
 func (p *plan) wire(add func(...delta.Statement)) {
 	for _, port := range p.vxlanPorts() {
 		add(port, delta.Fragment{V6: p.local.Is6()}, delta.ToLocal{}, drop)

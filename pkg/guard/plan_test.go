@@ -103,11 +103,13 @@ func TestF37_F144_RulesKnowNoPeers(t *testing.T) {
 	}
 }
 
-// TestF45_LooseReversePath: where the kernel's check of IPv4 sources may be loose, the rule is for both families, and nothing else differs.
+// TestF45_LooseReversePath: where the kernel's check of IPv4 sources may be loose, the rule is for both
+// families, and nothing else differs.
 func TestF45_LooseReversePath(t *testing.T) {
 	snap := &metadata.Snapshot{Hosts: hosts("192.0.2.1/24"), Networks: []metadata.Network{red}}
 	strict, loose := guard.Plan(snap, "a", false).String(), guard.Plan(snap, "a", true).String()
-	if want := strings.Replace(strict, "meta nfproto ipv6 fib saddr . iif oif missing drop", "fib saddr . iif oif missing drop", 1); want == strict || loose != want {
+	want := strings.Replace(strict, "meta nfproto ipv6 fib saddr . iif oif missing drop", "fib saddr . iif oif missing drop", 1)
+	if want == strict || loose != want {
 		t.Errorf("with a loose check:\n%s\nwithout:\n%s", loose, strict)
 	}
 }

@@ -171,10 +171,7 @@ func (a *application) create(name string, l delta.Link) error {
 	if errors.Is(err, unix.EEXIST) {
 		// Another process of ours may have been faster. Anything else of that name, or on that VNI, is not ours.
 		var f foundLink
-		gerr := a.n.rt.get(unix.RTM_GETLINK, func(m *message) {
-			m.raw(make([]byte, unix.SizeofIfInfomsg)...)
-			m.string(unix.IFLA_IFNAME, name)
-		}, func(_ uint16, body []byte) { f = parseLink(body) })
+		gerr := a.n.rt.link(0, name, func(body []byte) { f = parseLink(body) })
 		switch {
 		case gerr != nil:
 			return fmt.Errorf("another device has %s: %w", identity(l), err)
@@ -219,7 +216,7 @@ func (a *application) adjust(name string, l, old delta.Link) error {
 		return err // those three are a kernel or device without IPv6
 	}
 	if l.NoIPv6 != old.NoIPv6 || l.AcceptRA != old.AcceptRA {
-		if err := a.n.SetSysctls(context.Background(), ipv6Settings(name, l.NoIPv6)); err != nil {
+		if err := a.n.setSysctls(ipv6Settings(name, l.NoIPv6)); err != nil {
 			return err
 		}
 	}
@@ -282,7 +279,8 @@ func (a *application) addr(m *message, typ, flags uint16, k delta.Addr) bool {
 		scope = unix.RT_SCOPE_LINK
 	}
 	if k.Dev == "lo" && ip.Is4() {
-		// The first address of the first device is what the kernel takes for packets, also masqueraded ones, by devices that have none.
+		// The first address of the first device is what the kernel takes for packets, also masqueraded ones, by
+		// devices that have none.
 		scope = unix.RT_SCOPE_HOST
 	}
 	m.raw(family, byte(k.Prefix.Bits()), noDAD, scope)

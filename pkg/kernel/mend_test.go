@@ -19,8 +19,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TestF29_PortLosesWhatItsADDMade: whatever a port loses on its host is an event, a fault that names it, and mended by one call. The
-// container's end is not touched.
+// TestF29_PortLosesWhatItsADDMade: whatever a port loses on its host is an event, a fault that names it, and
+// mended by one call. The container's end is not touched.
 func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 	addresses := func(list ...string) (out []metadata.AttachmentAddress) {
 		for _, s := range list {
@@ -46,7 +46,8 @@ func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 			host, inside := netnstest.New(t), netnstest.New(t)
 			host.Command(t, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
 			// What the host has for new devices is not what a port is to have.
-			host.Command(t, "sh", "-c", "cd /proc/sys/net; echo 0 > ipv4/conf/default/forwarding; echo 1 > ipv6/conf/default/disable_ipv6")
+			host.Command(t, "sh", "-c", "echo 0 > /proc/sys/net/ipv4/conf/default/forwarding")
+			host.Command(t, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6")
 			host.Command(t, "ip", "link", "add", "own", "type", "veth", "peer", "name", "owm")
 			host.Command(t, "sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/own/disable_ipv6")
 			host.Command(t, "ip", "addr", "add", "10.42.0.1/32", "dev", "own")
@@ -113,7 +114,8 @@ func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 				command := strings.ReplaceAll(tc.command, "D", want.Name)
 				host.Command(t, "sh", "-ec", command)
 				// All IPv6 on the host went with it, and with it the address from which it speaks.
-				host.Command(t, "sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/own/disable_ipv6; ip addr replace fd42::1/128 dev own nodad")
+				host.Command(t, "sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/own/disable_ipv6")
+				host.Command(t, "ip", "addr", "replace", "fd42::1/128", "dev", "own", "nodad")
 				got := faults()
 				for _, lack := range tc.lacks {
 					lack = strings.ReplaceAll(lack, "D", want.Name)
@@ -173,8 +175,8 @@ func TestF29_PortsThatComeAreNoNews(t *testing.T) {
 	}
 }
 
-// TestF1_PortSendsAtOnce: what is sent as soon as ADD has returned must not meet a device that has no queue yet. A list of all devices, unlike a
-// question for one, does not make the kernel catch up.
+// TestF1_PortSendsAtOnce: what is sent as soon as ADD has returned must not meet a device that has no queue
+// yet. A list of all devices, unlike a question for one, does not make the kernel catch up.
 func TestF1_PortSendsAtOnce(t *testing.T) {
 	host := netnstest.New(t)
 	k := openKernel(t, host)
@@ -205,8 +207,8 @@ func TestF1_PortSendsAtOnce(t *testing.T) {
 	}
 }
 
-// TestF1_HostWithoutItsAddress: a device that somebody deletes takes the host's address along, and the manager needs a moment. An ADD that comes
-// meanwhile succeeds, and its port is told apart from one that has all.
+// TestF1_HostWithoutItsAddress: a device that somebody deletes takes the host's address along, and the manager
+// needs a moment. An ADD that comes meanwhile succeeds, and its port is told apart from one that has all.
 func TestF1_HostWithoutItsAddress(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	k := openKernel(t, host)
@@ -251,12 +253,14 @@ func TestF1_LoopbackIsUp(t *testing.T) {
 		t.Error(err)
 	}
 	inside.Command(t, "ip", "link", "set", "lo", "down")
-	if err := k.CheckPort(t.Context(), inside.Path(), p); err == nil || !strings.Contains(err.Error(), "lo in the container is down") {
+	err := k.CheckPort(t.Context(), inside.Path(), p)
+	if err == nil || !strings.Contains(err.Error(), "lo in the container is down") {
 		t.Errorf("CheckPort of a container whose lo is down: %v", err)
 	}
 }
 
-// TestHostPortLeavingHasNoFaults: a port that is being removed is in a group of its own, and must not be taken out of it.
+// TestHostPortLeavingHasNoFaults: a port that is being removed is in a group of its own, and must not be taken
+// out of it.
 func TestHostPortLeavingHasNoFaults(t *testing.T) {
 	if f := (delta.HostPort{Group: delta.Protocol<<24 | 5}).Faults(delta.HostPort{Up: true, Group: delta.InsideGroup}); len(f) > 0 {
 		t.Errorf("faults %q", f)

@@ -86,10 +86,7 @@ func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) erro
 // negative when the peer is in this namespace, or in one that is being removed.
 func (n *Netns) veth(name string) (f foundLink, peer uint32, at int32, err error) {
 	at = -1
-	err = n.rt.get(unix.RTM_GETLINK, func(m *message) {
-		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
-		m.string(unix.IFLA_IFNAME, name)
-	}, func(_ uint16, body []byte) {
+	err = n.rt.link(0, name, func(body []byte) {
 		f = parseLink(body)
 		for a := newAttrs(body[min(len(body), unix.SizeofIfInfomsg):]); a.next(); {
 			switch a.typ {
@@ -107,13 +104,8 @@ func (n *Netns) veth(name string) (f foundLink, peer uint32, at int32, err error
 // EINVAL for a namespace that does not exist any more.
 func (n *Netns) nameAt(nsid int32, index uint32, name string) (found string, err error) {
 	err = n.rt.get(unix.RTM_GETLINK, func(m *message) {
-		m.raw(0, 0, 0, 0)
-		m.rawU32(index)
-		m.raw(make([]byte, unix.SizeofIfInfomsg-8)...)
+		askLink(m, index, name)
 		m.u32(unix.IFLA_TARGET_NETNSID, uint32(nsid))
-		if name != "" {
-			m.string(unix.IFLA_IFNAME, name)
-		}
 	}, func(_ uint16, body []byte) { found = parseLink(body).name })
 	return found, err
 }

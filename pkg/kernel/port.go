@@ -47,12 +47,12 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 		return err
 	}
 	alias := func(m *message) { m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias)) }
-	err = n.hostEnd(ctx, index, p.Host(), alias)
+	err = n.hostEnd(index, p.Host(), alias)
 	if errors.Is(err, unix.EINVAL) && len(p.Sources) > 0 {
 		// The host has lost its address, to somebody who deleted the device that has it. The network manager
 		// gives it back, and then the route its source; a container need not wait for that.
 		p.Sources = nil
-		err = n.hostEnd(ctx, index, p.Host(), alias)
+		err = n.hostEnd(index, p.Host(), alias)
 	}
 	if err != nil {
 		return err
@@ -63,19 +63,15 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 	return n.operational(ctx, index)
 }
 
-// operational waits until a device with a carrier sends. The kernel attaches its queue a little after the carrier came, in a work of its own, and
-// what is sent before is dropped: a container's first ARP request or answer, which is repeated after a second. Kernels since 6.8 do that work when
-// they are asked for the device (linkwatch_sync_dev in rtnl_getlink), older ones announce its end. A device that does not come to it in a second
-// is no error here: nothing more can be done about it.
+// operational waits until a device with a carrier sends. The kernel attaches its queue a little after the
+// carrier came, in a work of its own, and what is sent before is dropped: a container's first ARP request or
+// answer, which is repeated after a second. Kernels since 6.8 do that work when they are asked for the device
+// (linkwatch_sync_dev in rtnl_getlink), older ones announce its end. A device that does not come to it in a
+// second is no error here: nothing more can be done about it.
 func (n *Netns) operational(ctx context.Context, index uint32) error {
 	up := false
 	look := func() error {
-		return n.rt.get(unix.RTM_GETLINK, func(m *message) {
-			m.raw(0, 0, 0, 0)
-			m.rawU32(index)
-			m.rawU32(0)
-			m.rawU32(0)
-		}, func(_ uint16, body []byte) { up = parseLink(body).up })
+		return n.rt.link(index, "", func(body []byte) { up = parseLink(body).up })
 	}
 	if err := look(); err != nil || up {
 		return err
@@ -175,8 +171,8 @@ func createVeth(m *message, netnsFD int, p delta.Port) {
 
 // hostEnd makes a device the host's end of a port; more sets what else the caller has to say of the link. The two
 // settings that no message carries are written before it is up.
-func (n *Netns) hostEnd(ctx context.Context, index uint32, h delta.HostPort, more func(m *message)) error {
-	if err := n.SetSysctls(ctx, ipv6Settings(h.Name, h.NoIPv6)); err != nil {
+func (n *Netns) hostEnd(index uint32, h delta.HostPort, more func(m *message)) error {
+	if err := n.setSysctls(ipv6Settings(h.Name, h.NoIPv6)); err != nil {
 		return err
 	}
 	var list []step
@@ -190,7 +186,9 @@ func (n *Netns) hostEnd(ctx context.Context, index uint32, h delta.HostPort, mor
 		forwarding(m)
 	}})
 	if h.Gateway6 {
-		list = append(list, step{"give " + h.Name + " the gateway address", func(m *message) { newAddr(m, index, delta.GatewayAddress6) }})
+		list = append(list, step{"give " + h.Name + " the gateway address", func(m *message) {
+			newAddr(m, index, delta.GatewayAddress6)
+		}})
 	}
 	for dst, r := range h.Routes {
 		list = append(list, step{"route " + dst.String() + " to " + h.Name, func(m *message) {
@@ -209,7 +207,7 @@ func (n *Netns) MendPort(ctx context.Context, want delta.HostPort) error {
 	defer n.mu.Unlock()
 	have, err := n.port(want.Name)
 	if err == nil {
-		err = n.hostEnd(ctx, uint32(have.Index), want, func(m *message) {
+		err = n.hostEnd(uint32(have.Index), want, func(m *message) {
 			if have.MAC != want.MAC {
 				m.bytes(unix.IFLA_ADDRESS, want.MAC[:])
 			}
@@ -227,8 +225,9 @@ func (n *Netns) MendPort(ctx context.Context, want delta.HostPort) error {
 	return err
 }
 
-// forwarding sets, without a write to /proc, the device's forwarding to 1, whatever the host has for new devices, and its rp_filter
-// to 1: what arrives must have its route back by the device, so that no container can use another's address.
+// forwarding sets, without a write to /proc, the device's forwarding to 1, whatever the host has for new
+// devices, and its rp_filter to 1: what arrives must have its route back by the device, so that no container
+// can use another's address.
 func forwarding(m *message) {
 	const inetConf = 1 // IFLA_INET_CONF
 	spec := m.nest(unix.IFLA_AF_SPEC)
@@ -267,7 +266,8 @@ func insideEnd(inside *os.File, path string, p delta.Port) error {
 
 func portSteps(index uint32, p delta.Port) []step {
 	const lo = 1 // of every network namespace
-	// Not every runtime has a loopback plugin in its lists, and who serves 127.0.0.1 inside does not ask. An own address goes by lo, too.
+	// Not every runtime has a loopback plugin in its lists, and who serves 127.0.0.1 inside does not ask. An own
+	// address goes by lo, too.
 	list := []step{{"set lo up in the container", func(m *message) { changeLink(m, lo, unix.IFF_UP, unix.IFF_UP) }}}
 	for _, a := range p.Addrs {
 		list = append(list, step{"give " + p.IfName + " the address " + a.String(), func(m *message) {
@@ -482,10 +482,7 @@ func (n *Netns) Joined(ctx context.Context, device string, addrs []netip.Addr) (
 	defer n.mu.Unlock()
 	if device != "" {
 		var f foundLink
-		err := n.rt.get(unix.RTM_GETLINK, func(m *message) {
-			m.raw(make([]byte, unix.SizeofIfInfomsg)...)
-			m.string(unix.IFLA_IFNAME, device)
-		}, func(_ uint16, body []byte) { f = parseLink(body) })
+		err := n.rt.link(0, device, func(body []byte) { f = parseLink(body) })
 		if errors.Is(err, unix.ENODEV) {
 			return false, nil
 		}
@@ -558,7 +555,8 @@ func (n *Netns) ports() (out []delta.HostPort, err error) {
 			}
 		}
 	})
-	o := observation{names: names, lookup: func(uint32) string { return "" }, s: delta.NewState(), ports: map[string]map[netip.Prefix]delta.Route{}}
+	o := observation{names: names, lookup: func(uint32) string { return "" }, s: delta.NewState(),
+		ports: map[string]map[netip.Prefix]delta.Route{}}
 	for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
 		dump("routes", unix.RTM_GETROUTE, func(m *message) { ownRoutes(m, family) }, o.route)
 	}
@@ -573,7 +571,8 @@ func (n *Netns) ports() (out []delta.HostPort, err error) {
 
 // port is a device that is the host's end of one.
 func (f foundLink) port(alias delta.PortAlias) delta.HostPort {
-	return delta.HostPort{Name: f.name, Index: int(f.index), Alias: alias, Up: !f.link.Down, Group: f.group, MAC: f.link.MAC, MTU: f.link.MTU,
+	return delta.HostPort{Name: f.name, Index: int(f.index), Alias: alias,
+		Up: !f.link.Down, Group: f.group, MAC: f.link.MAC, MTU: f.link.MTU,
 		RPFilter: f.rpFilter, Forwarding: f.forwarding, AcceptRA: f.link.AcceptRA, NoIPv6: f.link.NoIPv6}
 }
 
@@ -592,10 +591,7 @@ func RetryDump[T any](dump func() ([]T, error)) ([]T, error) {
 
 // port asks for the device of one host end; its addresses and routes are left out.
 func (n *Netns) port(name string) (p delta.HostPort, err error) {
-	err = n.rt.get(unix.RTM_GETLINK, func(m *message) {
-		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
-		m.string(unix.IFLA_IFNAME, name)
-	}, func(_ uint16, body []byte) { p = parseLink(body).port(delta.PortAlias{}) })
+	err = n.rt.link(0, name, func(body []byte) { p = parseLink(body).port(delta.PortAlias{}) })
 	return p, err
 }
 
@@ -625,7 +621,8 @@ func (n *Netns) CheckPort(ctx context.Context, path string, p delta.Port) error 
 	return errors.Join(errs...)
 }
 
-// checkHost asks for the routes that packets take, and not for those that are ours: any may be more specific, or another rule come first.
+// checkHost asks for the routes that packets take, and not for those that are ours: any may be more specific,
+// or another rule come first.
 func (n *Netns) checkHost(host *netlink.Handle, want delta.HostPort) error {
 	n.mu.Lock()
 	have, err := n.port(want.Name)
@@ -642,7 +639,9 @@ func (n *Netns) checkHost(host *netlink.Handle, want delta.HostPort) error {
 		if err != nil {
 			differ("addresses of %s: %w", want.Name, err)
 		}
-		have.Gateway6 = slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return a.IPNet.String() == delta.GatewayAddress6.String() })
+		have.Gateway6 = slices.ContainsFunc(addrs, func(a netlink.Addr) bool {
+			return a.IPNet.String() == delta.GatewayAddress6.String()
+		})
 	}
 	have.Routes = want.Routes
 	for _, fault := range have.Faults(want) {

@@ -1,7 +1,6 @@
 package kernel
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -13,9 +12,10 @@ import (
 
 const sysctlRoot = "/proc/sys/"
 
-// LooseReversePath reports whether settings of this network namespace override the strict reverse-path check of a container's port, or may do
-// so behind Lariat's back: the kernel takes the larger of a device's value and that of all devices, and where new devices are meant to be loose
-// (2, as systemd's own sysctl.d has it), udev writes that into each port a moment after its ADD.
+// LooseReversePath reports whether settings of this network namespace override the strict reverse-path check
+// of a container's port, or may do so behind Lariat's back: the kernel takes the larger of a device's value
+// and that of all devices, and where new devices are meant to be loose (2, as systemd's own sysctl.d has it),
+// udev writes that into each port a moment after its ADD.
 func LooseReversePath() bool {
 	for _, of := range []string{"all", "default"} {
 		b, err := os.ReadFile(sysctlRoot + "net/ipv4/conf/" + of + "/rp_filter")
@@ -73,8 +73,8 @@ func (a *application) sysctls(ofNewDevices bool) {
 	}
 }
 
-// SetSysctls writes settings of single devices. One whose device is gone is no error.
-func (n *Netns) SetSysctls(ctx context.Context, list []delta.Sysctl) error {
+// setSysctls writes settings of single devices. One whose device is gone is no error.
+func (n *Netns) setSysctls(list []delta.Sysctl) error {
 	return n.do(func() error {
 		var errs []error
 		for _, s := range list {

@@ -60,6 +60,21 @@ func parseLink(body []byte) foundLink {
 	return f
 }
 
+// link asks for one link, by its index or, where that is 0, by its name.
+func (s *socket) link(index uint32, name string, each func(body []byte)) error {
+	ask := func(m *message) { askLink(m, index, name) }
+	return s.get(unix.RTM_GETLINK, ask, func(_ uint16, body []byte) { each(body) })
+}
+
+func askLink(m *message, index uint32, name string) {
+	m.raw(0, 0, 0, 0)
+	m.rawU32(index)
+	m.raw(make([]byte, unix.SizeofIfInfomsg-8)...)
+	if name != "" {
+		m.string(unix.IFLA_IFNAME, name)
+	}
+}
+
 // deviceConf is what a link's message says of the settings that are otherwise below /proc/sys/net/{ipv4,ipv6}/conf.
 type deviceConf struct {
 	rpFilter, acceptRA      int

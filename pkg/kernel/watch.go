@@ -31,7 +31,7 @@ const (
 	EventNft     EventKind = "nft"
 	EventBridge  EventKind = "bridge" // of somebody else's
 	EventPort    EventKind = "port"   // the host's end of a container's port lost something
-	EventSysctl  EventKind = "sysctl" // a setting of all devices, or of new ones, was changed: forwarding, or the reverse-path check
+	EventSysctl  EventKind = "sysctl" // forwarding or the reverse-path check of all devices, or of new ones, was changed
 	EventResync  EventKind = "resync" // anything may have happened: the kernel had more to tell than was read in time
 )
 
@@ -47,9 +47,10 @@ func (e Event) String() string { return strings.TrimSpace(string(e.Kind) + " " +
 // quiet is how long events are gathered before they are passed on: whatever touches one object mostly touches many.
 const quiet = 10 * time.Millisecond
 
-// Watch reports what touches something of Lariat's in the current network namespace, and changes of links and addresses of
-// others, for the underlay is one of them. Containers' ports that come and go are no news, but what they lose in between is. Equal
-// events within some milliseconds are one. The channel is closed when ctx ends.
+// Watch reports what touches something of Lariat's in the current network namespace, and changes of links and
+// addresses of others, for the underlay is one of them. Containers' ports that come and go are no news, but
+// what they lose in between is. Equal events within some milliseconds are one. The channel is closed when ctx
+// ends.
 //
 // Lariat's own changes are reported as well; the pass that follows finds nothing to do.
 func Watch(ctx context.Context) (<-chan Event, error) {
@@ -66,7 +67,8 @@ func Watch(ctx context.Context) (<-chan Event, error) {
 	_ = raw.Control(func(fd uintptr) {
 		_ = unix.SetsockoptInt(int(fd), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_NEXTHOP)
 	})
-	w := &watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1), owned: map[uint32]string{}, macs: map[uint32]delta.MAC{}}
+	w := &watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1),
+		owned: map[uint32]string{}, macs: map[uint32]delta.MAC{}}
 	if err := w.learn(); err != nil {
 		rt.Close()
 		return nil, fmt.Errorf("watch the kernel: %w", err)
@@ -215,10 +217,12 @@ func (w *watcher) route(typ uint16, body []byte) {
 		}
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		if len(body) >= unix.SizeofIfAddrmsg {
-			name := w.device(binary.NativeEndian.Uint32(body[4:]))
-			if !strings.HasPrefix(name, delta.PortPrefix) {
+			index, addr := parseAddr(body)
+			// An ADD gives its port this address and no other.
+			lost := (typ == unix.RTM_DELADDR) == (addr == delta.GatewayAddress6)
+			if name := w.device(index); !strings.HasPrefix(name, delta.PortPrefix) {
 				w.add(EventAddr, name)
-			} else if _, addr := parseAddr(body); typ == unix.RTM_DELADDR && addr == delta.GatewayAddress6 || typ == unix.RTM_NEWADDR && addr != delta.GatewayAddress6 {
+			} else if lost {
 				w.add(EventPort, name)
 			}
 		}
@@ -229,7 +233,8 @@ func (w *watcher) route(typ uint16, body []byte) {
 			}
 		}
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		o := observation{names: map[uint32]string{}, s: delta.NewState(), lookup: w.device, ports: map[string]map[netip.Prefix]delta.Route{}}
+		o := observation{names: map[uint32]string{}, s: delta.NewState(), lookup: w.device,
+			ports: map[string]map[netip.Prefix]delta.Route{}}
 		o.route(body)
 		if typ == unix.RTM_DELROUTE {
 			for name := range o.ports {
@@ -251,8 +256,8 @@ func (w *watcher) route(typ uint16, body []byte) {
 	}
 }
 
-// netconf reports a setting of IPv4 that somebody changed for the worse, of a port, or at all, of all or new devices. A new device's message, which
-// has all settings, is no such news.
+// netconf reports a setting of IPv4 that somebody changed for the worse, of a port, or at all, of all or new
+// devices. A new device's message, which has all settings, is no such news.
 func (w *watcher) netconf(body []byte) {
 	const ( // include/uapi/linux/netconf.h
 		header     = 4 // struct netconfmsg, aligned
@@ -286,7 +291,8 @@ func (w *watcher) netconf(body []byte) {
 	}
 }
 
-// port reports a port that somebody set down, or gave another group or MAC. Its own ADD and DEL set it up, and tell of a new device (~0).
+// port reports a port that somebody set down, or gave another group or MAC. Its own ADD and DEL set it up, and
+// tell of a new device (~0).
 func (w *watcher) port(typ uint16, change uint32, f foundLink) {
 	if typ == unix.RTM_DELLINK {
 		delete(w.macs, f.index)
@@ -295,7 +301,8 @@ func (w *watcher) port(typ uint16, change uint32, f foundLink) {
 	mac, known := w.macs[f.index]
 	w.macs[f.index] = f.link.MAC
 	_, ours := delta.ParsePortAlias(f.link.Alias)
-	if ours && change != math.MaxUint32 && (f.link.Down && change&unix.IFF_UP != 0 || f.group != delta.InsideGroup || known && mac != f.link.MAC) {
+	down := f.link.Down && change&unix.IFF_UP != 0
+	if ours && change != math.MaxUint32 && (down || f.group != delta.InsideGroup || known && mac != f.link.MAC) {
 		w.add(EventPort, f.name)
 	}
 }

@@ -350,7 +350,8 @@ func (c *call) disconnect(ctx context.Context, hostName string, noted bool) erro
 	if index := kernel.PortIndex(hostName); index != 0 && noted {
 		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
-		_ = metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}.Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
+		manager := metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}
+		_ = manager.Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
 	}
 	return k.DelPort(ctx, hostName)
 }

@@ -10,10 +10,10 @@ import (
 	"github.com/lariat-net/lariat/pkg/vxlan"
 )
 
-// Desired is all that Lariat wants of host self's kernel, apart from containers' ports, which their own ADD makes. It is
-// a pure function of the snapshot and of one fact of the host, whether its settings make a port's reverse-path check loose (see
-// guard.Plan). "lariat plan" prints it, and the network manager applies it. Whatever the snapshot holds, it plans from what is sane of
-// it; the rest is told in Problems.
+// Desired is all that Lariat wants of host self's kernel, apart from containers' ports, which their own ADD
+// makes. It is a pure function of the snapshot and of one fact of the host, whether its settings make a port's
+// reverse-path check loose (see guard.Plan). "lariat plan" prints it, and the network manager applies it.
+// Whatever the snapshot holds, it plans from what is sane of it; the rest is told in Problems.
 func Desired(snap *metadata.Snapshot, self string, loose bool) *delta.State {
 	snap = snap.Sane()
 	left := &delta.State{}

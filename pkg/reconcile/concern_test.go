@@ -126,7 +126,8 @@ func TestConcernTriggerCutsTheBackOffShort(t *testing.T) {
 	})
 }
 
-// TestConcernWaitsForTheFirstViewInSilence: a manager is mostly started beside the metadata service; that is no failure.
+// TestConcernWaitsForTheFirstViewInSilence: a manager is mostly started beside the metadata service; that is
+// no failure.
 func TestConcernWaitsForTheFirstViewInSilence(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())

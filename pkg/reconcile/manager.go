@@ -47,8 +47,9 @@ type Manager struct {
 	metadata Health // of the watch
 }
 
-// settle is how long a port that lost something is given to vanish altogether, as it does when its container ends. It is longer than a
-// device takes to be removed, and far shorter than the second in which a port should be whole again.
+// settle is how long a port that lost something is given to vanish altogether, as it does when its container
+// ends. It is longer than a device takes to be removed, and far shorter than the second in which a port should
+// be whole again.
 const settle = 100 * time.Millisecond
 
 // errNoView is told until the metadata service has answered once. Nothing is changed before that: an empty view would mean
@@ -97,7 +98,8 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 						}
 					})
 					continue
-				case kernel.EventAddr: // a route to a container went with the address that it has as its source; that comes back first
+				case kernel.EventAddr:
+					// A route to a container went with the address that is its source. That comes back first.
 					time.AfterFunc(settle, ports.Trigger)
 				case kernel.EventResync:
 					ports.Trigger()

@@ -12,9 +12,12 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// PortFaults compares the host's end of every port with what its ADD made, by the first journal that has a record of it. Ports are found
-// in the kernel: one that is not there is nothing that could be mended, and one that is being removed is left alone.
-func PortFaults(ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, journals ...lease.Journal) (out []delta.PortFault, err error) {
+// PortFaults compares the host's end of every port with what its ADD made, by the first journal that has a
+// record of it. Ports are found in the kernel: one that is not there is nothing that could be mended, and one
+// that is being removed is left alone.
+func PortFaults(
+	ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, journals ...lease.Journal,
+) (out []delta.PortFault, err error) {
 	ports, err := k.Ports(ctx)
 	if err != nil {
 		return nil, err
@@ -44,8 +47,8 @@ func PortFaults(ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, jour
 	return out, errors.Join(errs...)
 }
 
-// wantedPort is what a port should be. Without a record, which may be in another runtime's state directory, its addresses are not known: then
-// what protects the host and other containers is all that is wanted.
+// wantedPort is what a port should be. Without a record, which may be in another runtime's state directory,
+// its addresses are not known: then what protects the host and other containers is all that is wanted.
 func wantedPort(have delta.HostPort, r lease.Record, known bool, s *metadata.Snapshot) delta.HostPort {
 	if known {
 		want := attach.Plan(&r.Attachment, attach.Config{ID: r.AttachmentID}).Host()
@@ -60,8 +63,9 @@ func wantedPort(have delta.HostPort, r lease.Record, known bool, s *metadata.Sna
 	return want
 }
 
-// ports mends the host's ends of containers' ports. An interface manager that does not know them, a sysctl file, or a flush takes away what no
-// ADD will make again, and the container stays cut off, or its addresses open to others.
+// ports mends the host's ends of containers' ports. An interface manager that does not know them, a sysctl
+// file, or a flush takes away what no ADD will make again, and the container stays cut off, or its addresses
+// open to others.
 func (m *Manager) ports(ctx context.Context) (changed []string, err error) {
 	s := m.view.Load()
 	if s == nil {
@@ -71,7 +75,8 @@ func (m *Manager) ports(ctx context.Context) (changed []string, err error) {
 	errs := []error{err}
 	for _, f := range faults {
 		if err := m.Kernel.MendPort(ctx, f.Want); err != nil {
-			errs = append(errs, fmt.Errorf("mend the port %s of container %s: %w", f.Want.Name, metadata.ShortID(f.Want.Alias.ContainerID), err))
+			id := metadata.ShortID(f.Want.Alias.ContainerID)
+			errs = append(errs, fmt.Errorf("mend the port %s of container %s: %w", f.Want.Name, id, err))
 			continue
 		}
 		changed = append(changed, f.Lacks...)

@@ -52,21 +52,22 @@ func whole(h *lab.Host) string {
 	return out
 }
 
-// disturbances are what other programs do to a port, D, in the belief that it is theirs: dhcpcd, NetworkManager, networkd, sysctl.d, a reset
-// by hand.
+// disturbances are what other programs do to a port, D, in the belief that it is theirs: dhcpcd,
+// NetworkManager, networkd, sysctl.d, a reset by hand.
 var disturbances = []string{
 	"ip link set D down",
 	"ip link set D down; ip link set D up",
 	"ip route flush dev D",
 	"ip -6 route flush dev D",
-	"ip route flush proto 76 || true; ip -6 route flush proto 76 || true", // which end as soon as they find nothing, or after ten rounds
+	// They end as soon as they find nothing, or after ten rounds.
+	"ip route flush proto 76 || true; ip -6 route flush proto 76 || true",
 	"ip -6 addr flush dev D",
 	"ip link set D group 0",
 	"ip link set D address 02:00:00:00:00:99",
 	"echo 0 > /proc/sys/net/ipv4/conf/D/rp_filter",
 	"echo 0 > /proc/sys/net/ipv4/conf/D/forwarding",
 	"echo 1 > /proc/sys/net/ipv6/conf/D/disable_ipv6",
-	"echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; echo 0 > /proc/sys/net/ipv6/conf/all/disable_ipv6; ip addr replace 2001:db8::1/64 dev eth0 nodad",
+	"cd /proc/sys/net/ipv6/conf/all; echo 1 > disable_ipv6; echo 0 > disable_ipv6; ip addr replace 2001:db8::1/64 dev eth0 nodad",
 	"ip addr flush dev vtep1042",
 	"ip link set vtep1042 down",
 	"echo 0 > /proc/sys/net/ipv4/ip_forward",
@@ -161,7 +162,8 @@ table ip published {
 }
 .`, c.Addr(false)))
 		published := netip.AddrPortFrom(host(0).Addr.Addr(), 8080)
-		// What others masquerade has an address that the kernel chooses: of the host, on its first device that has one for all.
+		// What others masquerade has an address that the kernel chooses: of the host, on its first device that has
+		// one for all.
 		at, underlay := netip.AddrPortFrom(c.Addr(false), 8080), host(0).Addr.Addr()
 		Expect(heardAt(c, at, published, bridge)).To(Equal(underlay), "a bridge of the host, masqueraded")
 		Expect(heardAt(c, at, published, c.Netns)).To(Equal(underlay), "the container itself, by its published port")

@@ -319,8 +319,9 @@ func (m *member) status(st *Status) {
 	}
 }
 
-// close ends the member: what was answered is on disk, and the leadership is handed over where there are others. etcd then waits 7 s for the
-// watches of other hosts, which never end by themselves. They end with the process, and their hosts look for the store again.
+// close ends the member: what was answered is on disk, and the leadership is handed over where there are
+// others. etcd then waits 7 s for the watches of other hosts, which never end by themselves. They end with the
+// process, and their hosts look for the store again.
 func (m *member) close() error {
 	m.closing.Store(true)
 	m.etcd.Server.Stop()

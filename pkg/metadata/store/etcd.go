@@ -52,10 +52,12 @@ type External struct {
 	Log       *slog.Logger
 }
 
-// reconnect is how a lost store is looked for. gRPC's own pauses grow to two minutes, which a host would wait for after a long outage, and its tries
-// last 20 s, where a machine is gone that could say that nobody listens.
+// reconnect is how a lost store is looked for. gRPC's own pauses grow to two minutes, which a host would wait
+// for after a long outage, and its tries last 20 s, where a machine is gone that could say that nobody
+// listens.
 var reconnect = grpc.ConnectParams{
-	Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+	Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2,
+		MaxDelay: 2 * time.Second},
 	MinConnectTimeout: 3 * time.Second,
 }
 

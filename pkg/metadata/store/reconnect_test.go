@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// TestALostStoreIsLookedForAgainAndAgain: however long it was away, the next try is seconds off. gRPC's own pauses are two minutes long by the
-// time of the tenth.
+// TestALostStoreIsLookedForAgainAndAgain: however long it was away, the next try is seconds off. gRPC's own
+// pauses are two minutes long by the time of the tenth.
 func TestALostStoreIsLookedForAgainAndAgain(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -2,18 +2,17 @@ package ebs
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/test/fakeaws"
+	"github.com/lariat-net/lariat/test/flextest"
 )
 
 // host is one of several with a journal of its own, in one cloud.
@@ -116,8 +115,6 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 	}
 }
 
-type kill struct{}
-
 // F106, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by
 // a kill. No volume is deleted but by who knew it and may.
 func TestF106F158TwoHostsAnyOrder(t *testing.T) {
@@ -143,64 +140,45 @@ func TestF106F158TwoHostsAnyOrder(t *testing.T) {
 			}
 			return all
 		}
-		do := func(h *host) {
-			what, err := "", error(nil)
-			defer func() {
-				if r := recover(); r != nil {
-					if _, killed := r.(kill); !killed {
-						panic(r)
-					}
-					err = errors.New("killed")
-				}
-				story = append(story, fmt.Sprintf("%s %s: %v", h.node[len(h.node)-1:], what, err))
-			}()
+		do := func(n int) {
+			h, what := hosts[n], ""
 			now := note()
-			switch n := rnd.IntN(10); {
-			case h.knows == "" || n < 2:
-				how := []string{"purge", "purge", "retain"}[rnd.IntN(3)]
-				what = "create " + how
-				err = h.create(how)
-				what += " " + h.knows
-			case n < 4:
-				what = "attach"
-				if err = h.attach(); err == nil {
-					for id, v := range note() {
-						if v.Attachment.Instance == h.node && id != h.knows {
-							t.Errorf("%s was attached, and the caller was told %s", id, h.knows)
+			err := flextest.Survive(func() (err error) {
+				switch n := rnd.IntN(10); {
+				case h.knows == "" || n < 2:
+					how := []string{"purge", "purge", "retain"}[rnd.IntN(3)]
+					what = "create " + how
+					err = h.create(how)
+					what += " " + h.knows
+				case n < 4:
+					what = "attach"
+					if err = h.attach(); err == nil {
+						for id, v := range note() {
+							if v.Attachment.Instance == h.node && id != h.knows {
+								t.Errorf("%s was attached, and the caller was told %s", id, h.knows)
+							}
 						}
 					}
+				case n < 6:
+					what = "detach"
+					err = h.d.Detach(l.ctx, name, h.node)
+				default:
+					what = "remove " + h.knows
+					if v := now[h.knows]; h.how == "purge" && v.Tags[tagOnRemove] == "purge" {
+						free[h.knows] = true
+					}
+					if _, err = h.remove(); err == nil {
+						h.knows, h.opts, h.how = "", nil, ""
+					}
 				}
-			case n < 6:
-				what = "detach"
-				err = h.d.Detach(l.ctx, name, h.node)
-			default:
-				what = "remove " + h.knows
-				if v := now[h.knows]; h.how == "purge" && v.Tags[tagOnRemove] == "purge" {
-					free[h.knows] = true
-				}
-				if _, err = h.remove(); err == nil {
-					h.knows, h.opts, h.how = "", nil, ""
-				}
-			}
+				return err
+			})
+			story = append(story, fmt.Sprintf("%s %s: %v", h.node[len(h.node)-1:], what, err))
 		}
+		cuts := flextest.Cuts{Rand: rnd, Act: do, Steps: 8, Most: 3, Reached: steps,
+			Tell: func(line string) { story = append(story, line) }}
 		for range 10 {
-			h, at, dies := rnd.IntN(2), rnd.IntN(8), rnd.IntN(3) == 0
-			volume.OnStep = func(step string) {
-				steps[step]++
-				if at--; at >= 0 {
-					return
-				}
-				volume.OnStep = nil
-				for range 1 + rnd.IntN(3) {
-					do(hosts[1-h])
-				}
-				story = append(story, "… at "+step)
-				if dies {
-					panic(kill{})
-				}
-			}
-			do(hosts[h])
-			volume.OnStep = nil
+			cuts.Next()
 			now := note()
 			for id := range alive {
 				if _, there := now[id]; !there && !free[id] {
@@ -212,9 +190,6 @@ func TestF106F158TwoHostsAnyOrder(t *testing.T) {
 			}
 		}
 	}
-	for _, step := range []string{"before-create", "created", "volume-recorded", "before-attach", "attached", "before-detach", "delete-journalled", "deleted", "delete-done"} {
-		if steps[step] == 0 {
-			t.Errorf("no call was cut at %s: %v", step, slices.Sorted(maps.Keys(steps)))
-		}
-	}
+	flextest.WantReached(t, steps, "before-create", "created", "volume-recorded", "before-attach", "attached",
+		"before-detach", "delete-journalled", "deleted", "delete-done")
 }

@@ -335,7 +335,8 @@ func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (m
 		}
 		d.log.Info("removed", "volume", v.Name, "accessPoint", id)
 		return fmt.Sprintf(
-			"access point %s is removed; the folder %s and all data in it stay on %s", id, v.Folder.Path, v.FileSystem), false, nil
+			"access point %s is removed; the folder %s and all data in it stay on %s",
+			id, v.Folder.Path, v.FileSystem), false, nil
 	}
 	fs, err := a.fileSystem(ctx, v)
 	if err != nil || fs == nil {

@@ -6,13 +6,13 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/test/fakeaws"
+	"github.com/lariat-net/lariat/test/flextest"
 )
 
 // host is one of several with a journal of its own, in one account.
@@ -177,8 +177,6 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 	}
 }
 
-type kill struct{}
-
 // F106, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by
 // a kill. Nothing is deleted but by who knew it and may.
 func TestF106F158TwoHostsAnyOrder(t *testing.T) {
@@ -192,65 +190,48 @@ func TestF106F158TwoHostsAnyOrder(t *testing.T) {
 		if seed%2 == 0 {
 			o = options{"fsid": fs, "basePath": "/vols"}
 		}
-		hosts := []*host{{t: t, short: true, d: driver(t), facts: rnd.IntN(2) == 0, name: name, o: o}, {t: t, short: true, d: driver(t), facts: rnd.IntN(2) == 0, name: name, o: o}}
+		var hosts []*host
+		for range 2 {
+			hosts = append(hosts, &host{t: t, short: true, d: driver(t), facts: rnd.IntN(2) == 0, name: name, o: o})
+		}
 		var story []string
 		seen, free := map[string]bool{}, map[string]bool{}
 		do := func(n int) {
-			h := hosts[n]
-			what, err := "", error(nil)
-			defer func() {
-				if r := recover(); r != nil {
-					if _, killed := r.(kill); !killed {
-						panic(r)
-					}
-					err = errors.New("killed")
-				}
-				story = append(story, fmt.Sprintf("%d %s: %v", n, what, err))
-			}()
+			h, what := hosts[n], ""
 			now := owned(c, name)
 			for id := range now {
 				seen[id] = true
 			}
-			switch n := rnd.IntN(10); {
-			case h.knows == "" || n < 2:
-				how := []string{"purge", "purge", "retain"}[rnd.IntN(3)]
-				what = "create " + how
-				err = h.create(how)
-				what += " " + h.knows
-			case n < 5:
-				what = "mount"
-				var id string
-				if id, err = h.mount(); err == nil && id != h.knows {
-					t.Errorf("%s would be mounted, and the caller was told %s", id, h.knows)
+			err := flextest.Survive(func() (err error) {
+				switch n := rnd.IntN(10); {
+				case h.knows == "" || n < 2:
+					how := []string{"purge", "purge", "retain"}[rnd.IntN(3)]
+					what = "create " + how
+					err = h.create(how)
+					what += " " + h.knows
+				case n < 5:
+					what = "mount"
+					var id string
+					if id, err = h.mount(); err == nil && id != h.knows {
+						t.Errorf("%s would be mounted, and the caller was told %s", id, h.knows)
+					}
+				default:
+					what = "remove " + h.knows
+					if h.how == "purge" && now[h.knows] == "purge" {
+						free[h.knows] = true
+					}
+					if _, err = h.remove(); err == nil {
+						h.knows, h.opts, h.how = "", nil, ""
+					}
 				}
-			default:
-				what = "remove " + h.knows
-				if h.how == "purge" && now[h.knows] == "purge" {
-					free[h.knows] = true
-				}
-				if _, err = h.remove(); err == nil {
-					h.knows, h.opts, h.how = "", nil, ""
-				}
-			}
+				return err
+			})
+			story = append(story, fmt.Sprintf("%d %s: %v", n, what, err))
 		}
+		cuts := flextest.Cuts{Rand: rnd, Act: do, Steps: 7, Most: 3, Reached: steps,
+			Tell: func(line string) { story = append(story, line) }}
 		for range 8 {
-			h, at, dies := rnd.IntN(2), rnd.IntN(7), rnd.IntN(3) == 0
-			volume.OnStep = func(step string) {
-				steps[step]++
-				if at--; at >= 0 {
-					return
-				}
-				volume.OnStep = nil
-				for range 1 + rnd.IntN(3) {
-					do(1 - h)
-				}
-				story = append(story, "… at "+step)
-				if dies {
-					panic(kill{})
-				}
-			}
-			do(h)
-			volume.OnStep = nil
+			cuts.Next()
 			now := owned(c, name)
 			for id := range seen {
 				if _, there := now[id]; !there && !free[id] {
@@ -262,9 +243,6 @@ func TestF106F158TwoHostsAnyOrder(t *testing.T) {
 			}
 		}
 	}
-	for _, step := range []string{"create-journalled", "create-recorded", "file-system-asked", "access-point-asked", "delete-journalled", "file-system-removed", "access-point-removed", "delete-done"} {
-		if steps[step] == 0 {
-			t.Errorf("no call was cut at %s: %v", step, slices.Sorted(maps.Keys(steps)))
-		}
-	}
+	flextest.WantReached(t, steps, "create-journalled", "create-recorded", "file-system-asked", "access-point-asked",
+		"delete-journalled", "file-system-removed", "access-point-removed", "delete-done")
 }

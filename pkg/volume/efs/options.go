@@ -146,7 +146,8 @@ func Understand(r volume.Request) (Volume, error) {
 	if known != "" && known == o.FSID {
 		o.FSID = "" // Create's answer, given back: it is the volume's own
 	}
-	v := Volume{Name: r.Name, Known: known, Region: o.Region, FileSystem: o.FSID, AccessPoint: o.AccessPoint, Address: o.MountTargetIP, IAM: o.IAM, OnRemove: o.OnRemove,
+	v := Volume{Name: r.Name, Known: known, Region: o.Region, FileSystem: o.FSID, AccessPoint: o.AccessPoint,
+		Address: o.MountTargetIP, IAM: o.IAM, OnRemove: o.OnRemove,
 		Make:  Make{o.PerformanceMode, o.ThroughputMode, o.ProvisionedThroughput, o.Encrypted, o.KMSKeyID},
 		Mount: nfs.Volume{Name: r.Name, Path: o.Export, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly, FSGroup: r.FSGroup}}
 	bad := func(format string, args ...any) (Volume, error) {
@@ -218,7 +219,8 @@ func Understand(r volume.Request) (Volume, error) {
 		}
 	}
 	if known != "" && strings.HasPrefix(known, "fsap-") != (o.BasePath != "") {
-		return bad("%s %s: an access point goes with basePath, and a file system with neither that nor another fsid", volume.Identity, known)
+		return bad("%s %s: an access point goes with basePath, and a file system with neither that nor another fsid",
+			volume.Identity, known)
 	}
 	if o.BasePath != "" {
 		if err := nfs.CheckPath("basePath", o.BasePath); err != nil {

@@ -12,12 +12,12 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/volume"
+	"github.com/lariat-net/lariat/test/flextest"
 )
 
 // field is an export that several hosts share, each with a driver and a journal of its own. The
@@ -129,23 +129,12 @@ func (h *host) request(how OnRemove) volume.Request {
 func (h *host) as(what string, act func() error) (err error) {
 	before := h.f.current
 	h.f.current = h
-	defer func() {
-		h.f.current = before
-		r := recover()
-		if _, killed := r.(kill); r != nil && !killed {
-			panic(r)
-		} else if killed {
-			err = errKilled
-		}
-		h.f.story = append(h.f.story, fmt.Sprintf("%s: %s: %v", h.name, what, err))
-	}()
+	defer func() { h.f.current = before }()
 	h.f.story = append(h.f.story, h.name+": "+what)
-	return act()
+	err = flextest.Survive(act)
+	h.f.story = append(h.f.story, fmt.Sprintf("%s: %s: %v", h.name, what, err))
+	return err
 }
-
-type kill struct{}
-
-var errKilled = errors.New("killed")
 
 func (h *host) create(how OnRemove) error {
 	return h.as("create "+string(how), func() error {
@@ -320,7 +309,8 @@ func TestF105F158TwoHostsAnyOrder(t *testing.T) {
 		f := newField(t)
 		f.story = append(f.story, fmt.Sprint("seed ", seed))
 		hosts := []*host{f.host("one", rnd.IntN(2) == 0), f.host("two", rnd.IntN(2) == 0)}
-		act := func(h *host) {
+		act := func(n int) {
+			h := hosts[n]
 			switch n := rnd.IntN(10); {
 			case h.knows == "" || n < 2:
 				_ = h.create([]OnRemove{Purge, Purge, Retain}[rnd.IntN(3)])
@@ -330,35 +320,18 @@ func TestF105F158TwoHostsAnyOrder(t *testing.T) {
 				_ = h.remove()
 			}
 		}
+		cuts := flextest.Cuts{Rand: rnd, Act: act, Steps: 14, Most: 4, Reached: steps,
+			Tell: func(line string) { f.story = append(f.story, line) }}
 		for range 12 {
-			h, at, dies := rnd.IntN(2), rnd.IntN(14), rnd.IntN(3) == 0
-			volume.OnStep = func(name string) {
-				steps[name]++
-				if at--; at >= 0 {
-					return
-				}
-				volume.OnStep = nil
-				for range 1 + rnd.IntN(4) {
-					act(hosts[1-h])
-				}
-				f.story = append(f.story, "… at "+name)
-				if dies {
-					panic(kill{})
-				}
-			}
-			act(hosts[h])
-			volume.OnStep = nil
+			cuts.Next()
 			f.check()
 		}
 		if t.Failed() {
 			t.Fatal(strings.Join(f.story, "\n"))
 		}
 	}
-	for _, step := range []string{"hidden-made", "folder-made-aside", "mark-written", "folder-marked", "folder-named", "removal-marked", "moved", "moved-to-trash", "trash-cleared", "delete-done", "mount-verified"} {
-		if steps[step] == 0 {
-			t.Errorf("no call was cut at %s: %v", step, slices.Sorted(maps.Keys(steps)))
-		}
-	}
+	flextest.WantReached(t, steps, "hidden-made", "folder-made-aside", "mark-written", "folder-marked", "folder-named",
+		"removal-marked", "moved", "moved-to-trash", "trash-cleared", "delete-done", "mount-verified")
 }
 
 // F105: journals and marks of older versions, which have no identity: removed is only what this host provably made.

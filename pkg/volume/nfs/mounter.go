@@ -152,7 +152,8 @@ func (m *Mounter) reuse(ctx context.Context, dir string, v Volume) (*Volume, err
 	}
 	if len(who) > 0 && v.OnHang != Lazy {
 		return nil, volume.Errorf(volume.ErrInUse,
-			"%s is mounted at %s and stale (%w), and in use by %s: end these, or set onHang=lazy", v, dir, cause, strings.Join(who, ", "))
+			"%s is mounted at %s and stale (%w), and in use by %s: end these, or set onHang=lazy",
+			v, dir, cause, strings.Join(who, ", "))
 	}
 	m.log.Warn("the mount is stale: it is made anew", "volume", v.Name, "dir", dir, "error", cause)
 	within, cancel := volume.Before(ctx)
