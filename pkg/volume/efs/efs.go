@@ -512,10 +512,14 @@ func (v Volume) through(m nfs.Volume, fs, point string) *nfs.Through {
 	if v.Region != "" {
 		options = append(options, "region="+v.Region)
 	}
+	const byAddress = "mounttargetip"
+	t := &nfs.Through{FSType: "efs", Source: fs + ":" + m.Path, Options: options}
 	if _, err := netip.ParseAddr(m.Host); err == nil {
-		options = append(options, "mounttargetip="+m.Host)
+		t.Options = append(t.Options, byAddress+"="+m.Host)
+	} else {
+		t.Pin = byAddress
 	}
-	return &nfs.Through{FSType: "efs", Source: fs + ":" + m.Path, Options: options}
+	return t
 }
 
 // Unmount implements volume.Driver. The proxy of a mount with TLS is ended by amazon-efs-utils' own watchdog.

@@ -29,6 +29,9 @@ type Spec struct {
 	FSType  string
 	Options []string // all checked; words such as ro and nodev among them
 	Address string   // of the server, for a kernel that gets no help by a program
+	// The server's name has other addresses, which may be dead. The kernel mounts from Address then, for mount.nfs takes no address and tries
+	// all of them in an order of its own, a minute each.
+	Pinned bool
 }
 
 // flags are the options that mount(2) takes as bits.
@@ -40,7 +43,7 @@ var flags = map[string]struct{ set, clear uintptr }{
 	"sync": {unix.MS_SYNCHRONOUS, 0}, "async": {0, unix.MS_SYNCHRONOUS},
 	"dirsync": {unix.MS_DIRSYNC, 0}, "lazytime": {unix.MS_LAZYTIME, 0}, "nolazytime": {0, unix.MS_LAZYTIME},
 	"noatime": {unix.MS_NOATIME, 0}, "relatime": {unix.MS_RELATIME, unix.MS_NOATIME}, "strictatime": {unix.MS_STRICTATIME, unix.MS_NOATIME},
-	"nodiratime": {unix.MS_NODIRATIME, 0}, "diratime": {0, unix.MS_NODIRATIME},
+	"nodiratime": {unix.MS_NODIRATIME, 0}, "diratime": {0, unix.MS_NODIRATIME}, "atime": {0, unix.MS_NOATIME},
 }
 
 var doMount = Task("mount", func(s Spec) (struct{}, error) { return struct{}{}, MountHere(s, true) })
@@ -86,8 +89,8 @@ func MountHere(s Spec, become bool) error {
 	}
 	volume.Step("before-mount")
 	program := helper(s.FSType)
-	if program == "" {
-		return kernelMount(s)
+	if program == "" || s.Pinned {
+		return kernelMount(s, program != "")
 	}
 	// The source cannot begin with a dash: it is a host and a path, or a device's path. The folder is absolute.
 	argv := []string{program, s.Source, s.Dir, "-o", strings.Join(s.Options, ",")}
@@ -110,7 +113,8 @@ func MountHere(s Spec, become bool) error {
 	return err
 }
 
-func kernelMount(s Spec) error {
+// kernelMount mounts without the file system's program, though it may be installed.
+func kernelMount(s Spec, installed bool) error {
 	bits, data := uintptr(0), []string{}
 	for _, o := range s.Options {
 		if f, ok := flags[o]; ok {
@@ -119,19 +123,29 @@ func kernelMount(s Spec) error {
 			data = append(data, o)
 		}
 	}
-	versions := []string{""}
+	type try struct{ fstype, version string }
+	tries := []try{{s.FSType, ""}}
 	if s.Address != "" {
 		data = append(data, "addr="+s.Address)
 		open := func(o string) bool { return o == "vers=4" || o == "nfsvers=4" }
-		said := func(o string) bool { return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=") }
-		if s.FSType == "nfs" && !slices.ContainsFunc(data, said) || slices.ContainsFunc(data, open) {
+		said := slices.ContainsFunc(data, func(o string) bool { return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=") })
+		if s.FSType == "nfs" && !said || slices.ContainsFunc(data, open) {
 			// As mount.nfs does: the highest that both sides speak. To the kernel, 4 is 4.0.
-			s.FSType, data, versions = "nfs4", slices.DeleteFunc(data, open), []string{",vers=4.2", ",vers=4.1", ",vers=4.0"}
+			data = slices.DeleteFunc(data, open)
+			tries = []try{{"nfs4", ",vers=4.2"}, {"nfs4", ",vers=4.1"}, {"nfs4", ",vers=4.0"}}
+			if !said && installed { // and with it what version 3 needs
+				tries = append(tries, try{"nfs", ",vers=3"})
+			}
 		}
 	}
 	var err error
-	for _, version := range versions {
-		err = unix.Mount(s.Source, s.Dir, s.FSType, bits, strings.Join(data, ",")+version)
+	for _, t := range tries {
+		if t.fstype == "nfs" && !slices.Contains(data, "nolock") {
+			if err = startStatd(); err != nil {
+				break
+			}
+		}
+		err = unix.Mount(s.Source, s.Dir, t.fstype, bits, strings.Join(data, ",")+t.version)
 		if !errors.Is(err, unix.EPROTONOSUPPORT) && !errors.Is(err, unix.EINVAL) {
 			break
 		}
@@ -147,6 +161,26 @@ func kernelMount(s Spec) error {
 			why = fmt.Sprintf(" (mount.%s is not installed, and without it the kernel does not take these options; for NFS it needs version 4)", s.FSType)
 		}
 		return fmt.Errorf("mount %s: %w%s", s.Source, err, why)
+	}
+	return nil
+}
+
+// startStatd starts the program that locks of NFS 3 need, as mount.nfs does: by the script that comes with it, which does nothing if the
+// program is running. Without the script locks are the kernel's affair.
+func startStatd() error {
+	script := Program("start-statd")
+	if script == "" {
+		return nil
+	}
+	var words limited
+	cmd := exec.Command(script)
+	cmd.Stdout, cmd.Stderr = &words, &words
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.WaitDelay = time.Second
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := cmd.Run(); err != nil && !errors.Is(err, exec.ErrWaitDelay) {
+		return fmt.Errorf("locks of NFS 3 need rpc.statd, and %s fails: %w (%s): start it, or add nolock to the mount options", script, err, words.String())
 	}
 	return nil
 }

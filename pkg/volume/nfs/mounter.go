@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -62,7 +63,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 		rec.Volume.Host, rec.Volume.Through = shown.Host, shown.Through
 		return m.mounts.Put(dir, rec)
 	}
-	addr, err := v.reach(ctx)
+	at, err := v.reach(ctx)
 	if err != nil {
 		return err
 	}
@@ -70,7 +71,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 		return err
 	}
 	volume.Step("mount-journalled")
-	s := v.spec(dir, addr)
+	s := v.spec(dir, at)
 	within, cancelMount := volume.Before(ctx)
 	defer cancelMount()
 	err = mounts.Mount(within, s)
@@ -241,32 +242,120 @@ func (m *Mounter) Mounted() (map[string]Volume, error) {
 	return found, nil
 }
 
-// reach finds out in a few seconds what mount.nfs would try for minutes and then not say: whether there is a server at all. It returns the
-// server's address. A server that does not answer is a context.DeadlineExceeded.
-func (v Volume) reach(ctx context.Context) (string, error) {
+// server is where a volume is mounted from.
+type server struct {
+	addr    string
+	several bool // the name has other addresses, too, of which this one has answered first
+}
+
+// stagger is how long an address is waited for before the next one is tried beside it.
+const stagger = 200 * time.Millisecond
+
+// reach finds out in a few seconds what mount.nfs would try for minutes and then not say: whether there is a server at all. Of several
+// addresses the first that answers is taken. A server that does not answer is a context.DeadlineExceeded.
+func (v Volume) reach(ctx context.Context) (server, error) {
 	end, _ := ctx.Deadline()
 	ctx, cancel := context.WithTimeout(ctx, min(time.Until(end)/3, 5*time.Second))
 	defer cancel()
-	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", v.Host)
+	network, port := v.dialed()
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, network, v.Host)
 	if err != nil {
-		return "", fmt.Errorf("NFS server %s: its name has no address: %w", v.Host, err)
+		return server{}, fmt.Errorf("NFS server %s: its name has no address: %w", v.Host, err)
 	}
-	to := v.dialed()
-	if to == "" {
-		return addrs[0].Unmap().String(), nil
+	var all []string
+	for _, a := range addrs {
+		if text := a.Unmap().String(); !slices.Contains(all, text) {
+			all = append(all, text)
+		}
 	}
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", to)
+	if port == "" {
+		return server{addr: all[0]}, nil
+	}
+	addr, errs := race(ctx, all, port)
+	if addr == "" {
+		return server{}, silent(net.JoinHostPort(v.Host, port), all, errs)
+	}
+	return server{addr, len(all) > 1}, nil
+}
+
+// race connects to addresses, each a moment after the one before, and returns the first that answers; "": none does, and the errors of
+// all of them.
+func race(ctx context.Context, addrs []string, port string) (string, []error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type end struct {
+		of  int
+		err error
+	}
+	ends := make(chan end, len(addrs))
+	next := make(chan struct{}, len(addrs)) // one has failed: no reason to wait any more
+	go func() {
+		tick := time.NewTicker(stagger)
+		defer tick.Stop()
+		for i, addr := range addrs {
+			go func() {
+				conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort(addr, port))
+				if err == nil {
+					conn.Close()
+				}
+				ends <- end{i, err}
+				next <- struct{}{}
+			}()
+			select {
+			case <-tick.C:
+			case <-next:
+			}
+		}
+	}()
+	errs := make([]error, len(addrs))
+	for range addrs {
+		e := <-ends
+		if e.err == nil {
+			return addrs[e.of], nil
+		}
+		errs[e.of] = e.err
+	}
+	return "", errs
+}
+
+// silent says why no address of a server took a connection.
+func silent(to string, addrs []string, errs []error) error {
+	const refuses, quiet = "refuses connections", "does not answer"
+	var kind error
+	said := make([]string, len(errs))
+	for i, err := range errs {
+		switch {
+		case errors.Is(err, syscall.ECONNREFUSED):
+			said[i] = refuses
+		case errors.Is(err, context.DeadlineExceeded), isTimeout(err):
+			said[i], kind = quiet, context.DeadlineExceeded
+		default:
+			said[i] = err.Error()
+		}
+	}
+	which := ""
+	if len(addrs) > 1 {
+		which = " (" + strings.Join(addrs, ", ") + ")"
+	}
+	same := !slices.ContainsFunc(said, func(s string) bool { return s != said[0] })
+	var err error
 	switch {
-	case err == nil:
-		defer conn.Close()
-		host, _, _ := net.SplitHostPort(conn.RemoteAddr().String())
-		return host, nil
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return "", fmt.Errorf("NFS server %s refuses connections: is nfsd running there?", to)
-	case errors.Is(err, context.DeadlineExceeded), isTimeout(err):
-		return "", volume.Errorf(context.DeadlineExceeded, "NFS server %s does not answer: is the host up, and no firewall between?", to)
+	case same && said[0] == refuses:
+		err = fmt.Errorf("NFS server %s%s refuses connections: is nfsd running there?", to, which)
+	case same && said[0] == quiet:
+		err = fmt.Errorf("NFS server %s%s does not answer: is the host up, and no firewall between?", to, which)
+	case len(addrs) == 1:
+		err = fmt.Errorf("NFS server %s: %w", to, errs[0])
+	default:
+		for i := range said {
+			said[i] = addrs[i] + ": " + said[i]
+		}
+		err = fmt.Errorf("NFS server %s has no address that answers: %s", to, strings.Join(said, "; "))
 	}
-	return "", fmt.Errorf("NFS server %s: %w", to, err)
+	if kind != nil {
+		return volume.Errorf(kind, "%w", err)
+	}
+	return err
 }
 
 func isTimeout(err error) bool {

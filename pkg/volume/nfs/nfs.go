@@ -202,13 +202,13 @@ func (d *Driver) verify(ctx context.Context, v Volume, want string) (inode uint6
 
 // export is how children get at a volume's base.
 func (d *Driver) export(ctx context.Context, v Volume) (exportArgs, error) {
-	addr, err := v.reach(ctx)
+	at, err := v.reach(ctx)
 	if err != nil {
 		return exportArgs{}, err
 	}
 	// Nothing cached, nothing shared with other mounts of the export: decisions are made by what is on the server now.
 	options := rules.Merge(v.Options, []string{"rw", "noac", "lookupcache=none", "nosharecache", "nosuid", "nodev", "noexec"})
-	return exportArgs{Mount: spec(v.Host, v.Base, "", options, addr), RunDir: d.config.RunDir, Name: v.Name, OnRemove: v.OnRemove}, nil
+	return exportArgs{Mount: spec(v.Host, v.Base, "", options, at), RunDir: d.config.RunDir, Name: v.Name, OnRemove: v.OnRemove}, nil
 }
 
 // Delete implements volume.Driver. Without options the journal says where the volume is.

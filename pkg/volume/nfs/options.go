@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"path"
 	"regexp"
@@ -134,6 +133,7 @@ type Through struct {
 	FSType  string   `json:"fsType"`
 	Source  string   `json:"source"`
 	Options []string `json:"options"`
+	Pin     string   `json:"pin,omitempty"` // the option by which it is told one of several addresses
 }
 
 // Source is what the mount table calls it.
@@ -153,19 +153,23 @@ func (v Volume) String() string {
 }
 
 // spec is how it is mounted at a folder.
-func (v Volume) spec(dir, addr string) mounts.Spec {
+func (v Volume) spec(dir string, at server) mounts.Spec {
 	if v.Through != nil {
-		return mounts.Spec{Source: v.Through.Source, Shown: v.Source(), Dir: dir, FSType: v.Through.FSType, Options: v.Through.Options}
+		options := v.Through.Options
+		if v.Through.Pin != "" && at.several {
+			options = append(slices.Clone(options), v.Through.Pin+"="+at.addr)
+		}
+		return mounts.Spec{Source: v.Through.Source, Shown: v.Source(), Dir: dir, FSType: v.Through.FSType, Options: options}
 	}
-	return spec(v.Host, v.Path, dir, v.Options, addr)
+	return spec(v.Host, v.Path, dir, v.Options, at)
 }
 
-func spec(host, path, dir string, options []string, addr string) mounts.Spec {
+func spec(host, path, dir string, options []string, at server) mounts.Spec {
 	fstype := "nfs"
 	if strings.HasPrefix(value(options, "vers", "nfsvers"), "4") {
 		fstype = "nfs4"
 	}
-	return mounts.Spec{Source: source(host, path), Dir: dir, FSType: fstype, Options: options, Address: addr}
+	return mounts.Spec{Source: source(host, path), Dir: dir, FSType: fstype, Options: options, Address: at.addr, Pinned: at.several}
 }
 
 func source(host, path string) string {
@@ -349,15 +353,20 @@ func value(options []string, keys ...string) string {
 	return ""
 }
 
-// dialed is the address whose silence shows that the server is away; "" where a connection proves nothing.
-func (v Volume) dialed() string {
+// dialed is the port whose silence shows that the server is away, "" where a connection proves nothing, and the kind of addresses that the
+// server may be mounted from.
+func (v Volume) dialed() (network, port string) {
 	proto := value(v.Options, "proto")
+	switch {
+	case strings.HasSuffix(proto, "6"):
+		network = "ip6"
+	case proto != "":
+		network = "ip4" // so mount.nfs and the kernel mean it
+	default:
+		network = "ip"
+	}
 	if slices.Contains(v.Options, "udp") || proto != "" && !strings.HasPrefix(proto, "tcp") {
-		return ""
+		return network, ""
 	}
-	port := value(v.Options, "port")
-	if port == "" {
-		port = "2049"
-	}
-	return net.JoinHostPort(v.Host, port)
+	return network, cmp.Or(value(v.Options, "port"), "2049")
 }

@@ -287,3 +287,29 @@ func TestF159ServerGone(t *testing.T) {
 	h.gone(t)
 	h.noLeftovers(t)
 }
+
+// F159: the file system's name has two addresses, of which the first is dead: what answers is mounted, at once, by the name.
+func TestF159FirstAddressDead(t *testing.T) {
+	h := newHost(t, -1)
+	dir := h.Place(t, "data")
+	quick := []string{flex.TimeoutVariable + "=30s"}
+	j := options("name", "pair", "onRemove", "purge", "export", nfsd.Export)
+	name := h.OK(t, "create", j).Options["fsid"] + ".efs.eu-test-1.amazonaws.com"
+	nfsd.Pair(t, name)
+	for _, mnt := range []string{"", "vers=4.0"} {
+		j := options("name", "pair", "onRemove", "purge", "export", nfsd.Export, "mntOptions", mnt)
+		for range 2 {
+			if r := h.Play(t, quick, "mount", dir, j); r.Status != flex.Success {
+				t.Fatalf("%+v", r)
+			}
+		}
+		if m := at(t, dir); len(m) != 1 || m[0].Source != name+":"+nfsd.Export || !strings.Contains(m[0].Super, "addr="+nfsd.Server) {
+			t.Errorf("mounted: %+v", m)
+		}
+		h.Fails(t, nil, "is mounted at "+dir, "delete", j)
+		h.OK(t, "unmount", dir)
+	}
+	h.OK(t, "delete", j)
+	h.gone(t)
+	h.noLeftovers(t)
+}

@@ -3,7 +3,9 @@ package nfsd
 
 import (
 	"fmt"
+	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"testing"
 )
@@ -13,6 +15,7 @@ const (
 	Server = "192.168.9.1" // its address
 	Other  = "192.168.9.2" // another one, which clients take for another server
 	Export = "/srv/export" // what it exports, for writing by root
+	Dead   = "192.168.9.7" // where packets for NFS are dropped; see Pair
 )
 
 // Serve starts the server, once for all tests of a package. NFS 2 is all that it does not speak.
@@ -43,3 +46,38 @@ var start = sync.OnceValue(func() error {
 	}
 	return nil
 })
+
+// Name gives a name addresses, in this order, for as long as a test runs.
+func Name(t testing.TB, name string, addrs ...string) {
+	t.Helper()
+	const hosts = "/etc/hosts"
+	before, err := os.ReadFile(hosts)
+	if err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.WriteFile(hosts, before, 0o644); err != nil {
+			t.Error(err)
+		}
+	})
+	text := strings.TrimSuffix(string(before), "\n") + "\n"
+	for _, a := range addrs {
+		text += a + " " + name + "\n"
+	}
+	if err := os.WriteFile(hosts, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Pair gives a name two addresses: first one that is dead, then the server's.
+func Pair(t testing.TB, name string) {
+	t.Helper()
+	sh := func(line string) {
+		if out, err := exec.Command("sh", "-c", line).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v %s", line, err, out)
+		}
+	}
+	sh("ip addr replace " + Dead + "/32 dev lo; iptables -A INPUT -d " + Dead + " -p tcp -j DROP")
+	t.Cleanup(func() { sh("iptables -D INPUT -d " + Dead + " -p tcp -j DROP; ip addr del " + Dead + "/32 dev lo") })
+	Name(t, name, Dead, Server)
+}

@@ -137,3 +137,55 @@ func TestF159StaleMount(t *testing.T) {
 	must(t, os.Remove(export+"/.lariat/stale.json"))
 	noLeftovers(t)
 }
+
+// F159: the server's name has several addresses, of which the first is dead. Mounts, and all work on the export, take the one that
+// answers, with mount.nfs and without it, and the mount table shows the name.
+func TestF159FirstAddressDead(t *testing.T) {
+	nfsd.Serve(t)
+	dir := place(t, "data")
+	const pair = "pair.test"
+	nfsd.Pair(t, pair)
+	quick := []string{flex.TimeoutVariable + "=30s"} // mount.nfs alone takes 37 seconds, and longer for NFS 3
+	try := func(t *testing.T, mnt, shows string) {
+		t.Helper()
+		j := options("name", "pair", "host", pair, "exportBase", export, "mntOptions", mnt, "onRemove", "purge")
+		for _, args := range [][]string{{"create", j}, {"mount", dir, j}, {"mount", dir, j}} {
+			if r := play(t, quick, args...); r.Status != flex.Success {
+				t.Fatalf("%v: %+v", args, r)
+			}
+		}
+		m := at(t, dir)
+		if len(m) != 1 || m[0].Source != pair+":"+export+"/pair" || !strings.Contains(m[0].Super, shows) || !strings.Contains(m[0].Super, "addr="+server) {
+			t.Errorf("mounted: %+v", m)
+		}
+		must(t, os.WriteFile(dir+"/f", []byte("data"), 0o644))
+		if data, err := os.ReadFile(export + "/pair/f"); err != nil || string(data) != "data" {
+			t.Errorf("on the server: %q %v", data, err)
+		}
+		fails(t, quick, "is mounted at "+dir, "delete", j)
+		for _, args := range [][]string{{"unmount", dir}, {"delete", j}} {
+			if r := play(t, quick, args...); r.Status != flex.Success {
+				t.Fatalf("%v: %+v", args, r)
+			}
+		}
+		noLeftovers(t)
+	}
+	all := func(t *testing.T) {
+		t.Helper()
+		for mnt, shows := range map[string]string{"": "vers=4.2", "vers=4.1,atime": "vers=4.1", "vers=3,nolock": "vers=3"} {
+			t.Run(mnt, func(t *testing.T) { try(t, mnt, shows) })
+		}
+	}
+	t.Run("with mount.nfs", all)
+	t.Run("without it", func(t *testing.T) {
+		hideMountNFS(t)
+		all(t)
+	})
+	// All are dead: each is named.
+	const gone = "gone.test"
+	nfsd.Name(t, gone, nfsd.Dead, "192.168.9.9")
+	fails(t, quick, "NFS server "+gone+":2049", "mount", dir, options("name", "x", "host", gone, "export", export))
+	fails(t, quick, nfsd.Dead, "mount", dir, options("name", "x", "host", gone, "export", export))
+	nothingAt(t, dir)
+	noLeftovers(t)
+}

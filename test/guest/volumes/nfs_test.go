@@ -292,22 +292,28 @@ func TestF110F109Refused(t *testing.T) {
 	noLeftovers(t)
 }
 
-// F105: without nfs-common on the host, the kernel alone mounts NFS 4.
-func TestF105WithoutMountNFS(t *testing.T) {
-	nfsd.Serve(t)
-	dir := place(t, "data")
+// hideMountNFS makes mount.nfs a file that cannot be executed, for as long as a test runs.
+func hideMountNFS(t *testing.T) {
+	t.Helper()
 	nothing := filepath.Join(t.TempDir(), "nothing")
-	must(t, os.WriteFile(nothing, nil, 0o644)) // which cannot be executed
+	must(t, os.WriteFile(nothing, nil, 0o644))
 	programs, _ := filepath.Glob("/usr/sbin/mount.nfs*")
 	if len(programs) == 0 {
 		t.Fatal("no mount.nfs to hide")
 	}
 	for _, p := range programs {
-		if p, err := filepath.EvalSymlinks(p); err != nil || unix.Mount(nothing, p, "", unix.MS_BIND, "") != nil {
-			t.Fatal("cannot hide ", p)
-		}
-		defer unix.Unmount(p, unix.MNT_DETACH)
+		p, err := filepath.EvalSymlinks(p)
+		must(t, err)
+		must(t, unix.Mount(nothing, p, "", unix.MS_BIND, ""))
+		t.Cleanup(func() { unix.Unmount(p, unix.MNT_DETACH) })
 	}
+}
+
+// F105: without nfs-common on the host, the kernel alone mounts NFS 4.
+func TestF105WithoutMountNFS(t *testing.T) {
+	nfsd.Serve(t)
+	dir := place(t, "data")
+	hideMountNFS(t)
 	for _, vers := range []string{"", "vers=4.1"} {
 		ok(t, "mount", dir, below("bare", "mntOptions", vers))
 		if m := at(t, dir); len(m) != 1 || m[0].FSType != "nfs4" || !strings.Contains(m[0].Options, "nosuid") || !strings.Contains(m[0].Super, vers) {
