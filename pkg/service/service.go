@@ -19,7 +19,7 @@ import (
 
 // Listen listens on a unix socket that only its owner may open. What a killed process left there is replaced; a socket that
 // somebody serves is not, and the error says who. A file beside it (path + ".lock") decides, so that of two processes which start at
-// once one gives up. Closing takes the socket away.
+// once one gives up. Closing takes both away.
 func Listen(path string) (*Socket, error) {
 	l, err := listen(path)
 	if err != nil {
@@ -32,24 +32,15 @@ func listen(path string) (_ *Socket, err error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
-	lock, err := os.OpenFile(path+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	lock, err := hold(path + ".lock")
 	if err != nil {
 		return nil, err
 	}
 	defer func() {
 		if err != nil {
-			lock.Close()
+			release(lock)
 		}
 	}()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
-		holder, _ := io.ReadAll(io.LimitReader(lock, 200)) // only for the message
-		if len(holder) == 0 {
-			holder = []byte("another process")
-		}
-		return nil, fmt.Errorf("%s serves it already; stop that one, or give this one another --socket", holder)
-	} else if err != nil {
-		return nil, fmt.Errorf("lock %s: %w", lock.Name(), err)
-	}
 	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
 		c.Close()
 		return nil, errors.New("another program serves it; stop that one, or give this one another --socket")
@@ -76,6 +67,39 @@ func listen(path string) (_ *Socket, err error) {
 	return &Socket{Listener: l, path: path, lock: lock}, nil
 }
 
+// hold locks a file, which the holder before may just have removed: then it is made anew.
+func hold(path string) (*os.File, error) {
+	for {
+		lock, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+			holder, _ := io.ReadAll(io.LimitReader(lock, 200)) // only for the message
+			lock.Close()
+			if len(holder) == 0 {
+				holder = []byte("another process")
+			}
+			return nil, fmt.Errorf("%s serves it already; stop that one, or give this one another --socket", holder)
+		} else if err != nil {
+			lock.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		mine, err := lock.Stat()
+		if err != nil {
+			lock.Close()
+			return nil, err
+		}
+		if named, err := os.Stat(path); err == nil && os.SameFile(mine, named) {
+			return lock, nil
+		}
+		lock.Close()
+	}
+}
+
+// release removes the lock's file while it is held, so that nobody holds a file without a name.
+func release(lock *os.File) error { return errors.Join(os.Remove(lock.Name()), lock.Close()) }
+
 // Socket is a unix socket that only its owner may open. It holds the lock for as long as it listens.
 type Socket struct {
 	net.Listener
@@ -87,7 +111,7 @@ type Socket struct {
 
 // Close implements net.Listener.
 func (l *Socket) Close() error {
-	l.once.Do(func() { l.err = errors.Join(os.Remove(l.path), l.Listener.Close(), l.lock.Close()) })
+	l.once.Do(func() { l.err = errors.Join(os.Remove(l.path), l.Listener.Close(), release(l.lock)) })
 	return l.err
 }
 

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -66,10 +67,42 @@ func TestOneAtATime(t *testing.T) {
 		} else if err := got[0].Close(); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := os.Stat(path); (err == nil) != (round%2 == 0) {
-			t.Errorf("round %d: %v", round, err)
+		for _, file := range []string{path, path + ".lock"} { // a clean end leaves neither
+			if _, err := os.Stat(file); (err == nil) != (round%2 == 0) {
+				t.Errorf("round %d: %s: %v", round, file, err)
+			}
 		}
 	}
+}
+
+// TestHandedOver: a socket goes from hand to hand, and at no time do two have it.
+func TestHandedOver(t *testing.T) {
+	path := filepath.Join(folder(t), "x")
+	var have atomic.Int32
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for got := 0; got < 50; {
+				l, err := Listen(path)
+				if err != nil {
+					if !strings.Contains(err.Error(), "serves it") {
+						t.Error(err)
+						return
+					}
+					continue
+				}
+				got++
+				if n := have.Add(1); n != 1 {
+					t.Errorf("%d have it", n)
+				}
+				have.Add(-1)
+				if err := l.Close(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // TestForeignSocket: what another program serves is left alone, and a second Close takes nothing from who came next.
@@ -88,6 +121,9 @@ func TestForeignSocket(t *testing.T) {
 	first.Close()
 	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "another program serves it") {
 		t.Error(err)
+	}
+	if _, err := os.Stat(path + ".lock"); err == nil {
+		t.Error("the lock's file stays of one that gave up")
 	}
 	if c, err := net.Dial("unix", path); err != nil {
 		t.Error(err)

@@ -3,7 +3,6 @@ package fakeaws
 import (
 	"reflect"
 	"regexp"
-	"strings"
 )
 
 // AccessPoint is a folder of a file system under a name and, maybe, a user of its own.
@@ -74,6 +73,9 @@ func (c *Cloud) accessPoint(id string) (*accessPoint, *apiError) {
 	return find(c.efs.accessPoints, bare(id), "AccessPointNotFound", func(p *accessPoint) (string, *progress) { return p.ID, &p.life })
 }
 
+// rootPath is the pattern of RootDirectory's path in AWS's documentation.
+var rootPath = regexp.MustCompile(`^(/|(/[^.$#<>;` + "`" + `|&?{}^*/\n][^$#<>;` + "`" + `|&?{}^*/\n]*){1,4})$`)
+
 var permissions = regexp.MustCompile(`^[0-7]{3,4}$`)
 
 func (c *Cloud) createAccessPoint(r *efsRequest) (any, *apiError) {
@@ -106,8 +108,9 @@ func (c *Cloud) createAccessPoint(r *efsRequest) (any, *apiError) {
 	switch info := root.CreationInfo; {
 	case in.ClientToken == "" || len(in.ClientToken) > 64:
 		return nil, fail("BadRequest", "ClientToken must have 1 to 64 characters")
-	case !strings.HasPrefix(root.Path, "/") || len(root.Path) > 100 || strings.Count(strings.TrimSuffix(root.Path, "/"), "/") > 4:
-		return nil, fail("BadRequest", "RootDirectory '%s' must be absolute, of at most 100 characters and four folders", root.Path)
+	case len(root.Path) > 100 || !rootPath.MatchString(root.Path):
+		return nil, fail("BadRequest", "Value '%s' at 'rootDirectory.path' failed to satisfy constraint: Member must satisfy regular expression pattern: "+
+			`^(\/|(\/(?!\.)+[^$#<>;`+"`"+`|&?{}^*/\n]+){1,4})$`, root.Path)
 	case info != nil && !permissions.MatchString(info.Permissions):
 		return nil, fail("BadRequest", "Permissions '%s' must be octal, of three or four digits", info.Permissions)
 	}

@@ -129,7 +129,9 @@ var (
 	groupID       = regexp.MustCompile(`^sg-[0-9a-z]{1,32}$`)
 	regionName    = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$`)
 	permissions   = regexp.MustCompile(`^[0-7]{3,4}$`)
-	keyID         = regexp.MustCompile(`^[A-Za-z0-9:/_-]+$`)
+	// what AWS's documentation gives for the path of RootDirectory
+	accessPointPath = regexp.MustCompile(`^(/[^.$#<>;` + "`" + `|&?{}^*/\n][^$#<>;` + "`" + `|&?{}^*/\n]*){1,4}$`)
+	keyID           = regexp.MustCompile(`^[A-Za-z0-9:/_-]+$`)
 )
 
 // Understand reads a request. It reads nothing else, and is where all input is checked.
@@ -227,9 +229,9 @@ func Understand(r volume.Request) (Volume, error) {
 			return v, err
 		}
 		f := Folder{Path: path.Join(o.BasePath, v.Name), Perms: "0755"}
-		// AWS's own limits.
-		if len(f.Path) > 100 || strings.Count(f.Path, "/") > 4 {
-			return bad("AWS takes access points of at most 100 octets and four folders, and %s is longer", f.Path)
+		if len(f.Path) > 100 || !accessPointPath.MatchString(f.Path) {
+			return bad("%s: AWS takes paths of access points of at most 100 octets and four folders, whose names do not begin "+
+				"with a dot and have none of $ # < > ; ` | & ? { } ^ *", f.Path)
 		}
 		if o.DirectoryPerms != "" {
 			f.Perms = o.DirectoryPerms
