@@ -26,9 +26,9 @@ func host() *delta.State {
 	s.Neighs[delta.Neigh{Dev: "vtep1042", Addr: addr("192.0.2.2")}] = peer
 	s.FDB[delta.FDB{Dev: "vtep1042", MAC: peer, Dst: addr("192.0.2.2")}] = struct{}{}
 	s.Nexthops[5] = delta.Nexthop{Via: addr("192.0.2.2"), Dev: "vtep1042", Onlink: true}
-	s.Routes[block("10.42.2.0/26")] = delta.Route{NH: 5, Src: addr("10.42.1.1")}
-	s.Routes[block("10.42.1.0/26")] = delta.Route{Type: "blackhole"}
-	s.Routes[block("10.42.3.0/26")] = delta.Route{Via: addr("192.0.2.3"), Dev: "eth0", Src: addr("10.42.1.1"), MTU: 1400}
+	s.Routes[delta.To(block("10.42.2.0/26"))] = delta.Route{NH: 5, Src: addr("10.42.1.1")}
+	s.Routes[delta.To(block("10.42.1.0/26"))] = delta.Route{Type: "blackhole"}
+	s.Routes[delta.To(block("10.42.3.0/26"))] = delta.Route{Via: addr("192.0.2.3"), Dev: "eth0", Src: addr("10.42.1.1"), MTU: 1400}
 	s.Sets["vteps4"] = delta.Set{Elements: []netip.Prefix{block("192.0.2.1/32"), block("192.0.2.2/32")}}
 	s.Sets["nat6"] = delta.Set{V6: true, Interval: true, Elements: []netip.Prefix{block("fd42::/64")}}
 	s.Chains["vtep-sources"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
@@ -83,7 +83,7 @@ func TestDifferenceSaysWhatIsLeftToDo(t *testing.T) {
 			clear(have.Neighs)
 			clear(have.FDB)
 			clear(have.Nexthops)
-			delete(have.Routes, block("10.42.2.0/26"))
+			delete(have.Routes, delta.To(block("10.42.2.0/26")))
 		}, `+ neigh 192.0.2.2 dev vtep1042 lladdr 0e:00:c0:00:02:02 permanent
 + fdb   0e:00:c0:00:02:02 dev vtep1042 dst 192.0.2.2
 + nexthop id 5 via 192.0.2.2 dev vtep1042 onlink proto 76
@@ -93,14 +93,14 @@ func TestDifferenceSaysWhatIsLeftToDo(t *testing.T) {
 			clear(want.Neighs)
 			clear(want.FDB)
 			clear(want.Nexthops)
-			delete(want.Routes, block("10.42.2.0/26"))
+			delete(want.Routes, delta.To(block("10.42.2.0/26")))
 		}, `- route 10.42.2.0/26 nhid 5 src 10.42.1.1 proto 76
 - nexthop id 5 via 192.0.2.2 dev vtep1042 onlink proto 76
 - fdb   0e:00:c0:00:02:02 dev vtep1042 dst 192.0.2.2
 - neigh 192.0.2.2 dev vtep1042 lladdr 0e:00:c0:00:02:02 permanent
 `},
 		{"a block that moves is replaced and never absent", func(want, _ *delta.State) {
-			want.Routes[block("10.42.3.0/26")] = delta.Route{NH: 5, Src: addr("10.42.1.1")}
+			want.Routes[delta.To(block("10.42.3.0/26"))] = delta.Route{NH: 5, Src: addr("10.42.1.1")}
 		}, `~ route 10.42.3.0/26 nhid 5 src 10.42.1.1 proto 76 # was route 10.42.3.0/26 via 192.0.2.3 dev eth0 src 10.42.1.1 mtu 1400 proto 76
 `},
 		{"a peer with another underlay address is there twice for a moment", func(want, have *delta.State) {
@@ -194,7 +194,7 @@ func random(r *rand.Rand) *delta.State {
 		s.Neighs[delta.Neigh{Dev: "eth0", Addr: ip()}] = delta.MAC{5: byte(r.IntN(2))}
 		s.FDB[delta.FDB{Dev: "eth0", MAC: delta.MAC{5: byte(r.IntN(2))}, Dst: ip()}] = struct{}{}
 		s.Nexthops[uint32(r.IntN(4))] = delta.Nexthop{Via: ip(), Dev: "eth0"}
-		s.Routes[netip.PrefixFrom(ip(), 32)] = delta.Route{Via: ip(), Dev: "eth0"}
+		s.Routes[delta.To(netip.PrefixFrom(ip(), 32))] = delta.Route{Via: ip(), Dev: "eth0"}
 		s.Sets[fmt.Sprint(r.IntN(3))] = delta.Set{Interval: r.IntN(2) == 0, Elements: []netip.Prefix{netip.PrefixFrom(ip(), 32)}}
 		s.Chains[fmt.Sprint(r.IntN(3))] = delta.Chain{Type: "filter", Hook: "input", Rules: []delta.Rule{{delta.Verdict([]string{"accept", "drop"}[r.IntN(2)])}}}
 	}
@@ -237,8 +237,8 @@ func TestTheDifferenceLeadsFromAnyStateToAnyOther(t *testing.T) {
 
 func TestMergeKeepsTheFirstOfAConflictAndSaysSo(t *testing.T) {
 	a, b := host(), delta.NewState()
-	b.Routes[block("10.42.2.0/26")] = delta.Route{NH: 6}
-	b.Routes[block("10.42.1.0/26")] = delta.Route{Type: "blackhole"} // the same: no conflict
+	b.Routes[delta.To(block("10.42.2.0/26"))] = delta.Route{NH: 6}
+	b.Routes[delta.To(block("10.42.1.0/26"))] = delta.Route{Type: "blackhole"} // the same: no conflict
 	b.Sysctls["net/ipv4/ip_forward"] = "0"
 	b.Problemf("host c has no address")
 	got := delta.Merge(a, nil, b)
@@ -276,7 +276,7 @@ func peers(n int) *delta.State {
 		s.Neighs[delta.Neigh{Dev: "vtep1042", Addr: via}] = mac
 		s.FDB[delta.FDB{Dev: "vtep1042", MAC: mac, Dst: via}] = struct{}{}
 		s.Nexthops[uint32(i+1)] = delta.Nexthop{Via: via, Dev: "vtep1042", Onlink: true}
-		s.Routes[netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 10), byte(i >> 2), byte(i << 6)}), 26)] = delta.Route{NH: uint32(i + 1)}
+		s.Routes[delta.To(netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 10), byte(i >> 2), byte(i << 6)}), 26))] = delta.Route{NH: uint32(i + 1)}
 	}
 	return s
 }

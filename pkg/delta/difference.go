@@ -34,7 +34,7 @@ type Difference struct {
 	Neighs   Changes[Neigh, MAC]
 	FDB      Changes[FDB, struct{}]
 	Nexthops Changes[uint32, Nexthop]
-	Routes   Changes[netip.Prefix, Route]
+	Routes   Changes[RouteKey, Route]
 	Sets     Changes[string, Set]
 	Chains   Changes[string, Chain]
 }
@@ -62,7 +62,7 @@ func Between(desired, observed *State) *Difference {
 	diff(&d.Neighs, desired.Neighs, observed.Neighs, equal, compareNeigh)
 	diff(&d.FDB, desired.FDB, observed.FDB, equal, compareFDB)
 	diff(&d.Nexthops, desired.Nexthops, observed.Nexthops, equal, cmp.Compare)
-	diff(&d.Routes, desired.Routes, observed.Routes, equal, comparePrefix)
+	diff(&d.Routes, desired.Routes, observed.Routes, equal, compareRoute)
 	diff(&d.Sets, desired.Sets, observed.Sets, Set.Equal, cmp.Compare)
 	diff(&d.Chains, desired.Chains, observed.Chains, Chain.Equal, cmp.Compare)
 	return d
@@ -139,14 +139,14 @@ func survivors(links *Changes[string, Link], observed *State) *State {
 		}
 	}
 	nexthops := filter(observed.Nexthops, func(_ uint32, n Nexthop) bool { return !gone[n.Dev] })
-	routes := filter(observed.Routes, func(_ netip.Prefix, r Route) bool {
+	routes := filter(observed.Routes, func(_ RouteKey, r Route) bool {
 		_, held := nexthops[r.NH]
 		return !gone[r.Dev] && (r.NH == 0 || held) && !(r.Src.Is4() && sources[r.Src])
 	})
-	for dst, r := range routes {
+	for key, r := range routes {
 		if sources[r.Src] { // IPv6 routes stay and lose their source
 			r.Src = netip.Addr{}
-			routes[dst] = r
+			routes[key] = r
 		}
 	}
 	return &State{

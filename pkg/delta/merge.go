@@ -2,7 +2,6 @@ package delta
 
 import (
 	"cmp"
-	"net/netip"
 )
 
 // Merge puts the states of several planners together. Two that want the same object differently cannot both have it: the
@@ -20,7 +19,7 @@ func Merge(states ...*State) *State {
 		merge(out, &out.Neighs, s.Neighs, equal, compareNeigh, appendNeigh)
 		merge(out, &out.FDB, s.FDB, equal, compareFDB, func(b []byte, f FDB, _ struct{}) []byte { return appendFDB(b, f) })
 		merge(out, &out.Nexthops, s.Nexthops, equal, cmp.Compare, appendNexthop)
-		merge(out, &out.Routes, s.Routes, equal, func(a, b netip.Prefix) int { return comparePrefix(a, b) }, appendRoute)
+		merge(out, &out.Routes, s.Routes, equal, compareRoute, appendRoute)
 		merge(out, &out.Sets, s.Sets, Set.Equal, cmp.Compare, appendSet)
 		merge(out, &out.Chains, s.Chains, Chain.Equal, cmp.Compare, func(b []byte, name string, c Chain) []byte {
 			b = appendChainBase(b, name, c)

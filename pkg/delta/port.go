@@ -142,7 +142,7 @@ func (p HostPort) Faults(want HostPort) (out []string) {
 	wrong(!p.Gateway6 && want.Gateway6, "addr  %s dev %s", GatewayAddress6, want.Name)
 	for _, dst := range slices.SortedFunc(maps.Keys(want.Routes), netip.Prefix.Compare) {
 		r, ok := p.Routes[dst]
-		wrong(!ok || r != want.Routes[dst], "%s", RouteString(dst, want.Routes[dst]))
+		wrong(!ok || r != want.Routes[dst], "%s", RouteString(To(dst), want.Routes[dst]))
 	}
 	return out
 }

@@ -113,7 +113,19 @@ type Nexthop struct {
 	Onlink bool
 }
 
-// Route is a route of protocol Protocol in the main table, keyed by its destination.
+// RouteKey is what the kernel tells a table's routes apart by. Of routes to one prefix the smallest metric is taken.
+type RouteKey struct {
+	Dst    netip.Prefix
+	Metric uint32 // 0: none, which for IPv6 the kernel calls 1024
+}
+
+// To is the key of a route without a metric.
+func To(dst netip.Prefix) RouteKey { return RouteKey{Dst: dst} }
+
+// LastMetric is of routes that every other one of the same prefix comes before, whoever made it.
+const LastMetric = Protocol << 24
+
+// Route is a route of protocol Protocol in the main table.
 type Route struct {
 	Type   string     // "" (unicast), blackhole or unreachable; an observed one may have other words of ip's
 	NH     uint32     // id of a nexthop object; 0: by Via and Dev
@@ -164,7 +176,7 @@ type State struct {
 	Neighs   map[Neigh]MAC
 	FDB      map[FDB]struct{}
 	Nexthops map[uint32]Nexthop
-	Routes   map[netip.Prefix]Route
+	Routes   map[RouteKey]Route
 	Sysctls  map[string]string
 	Sets     map[string]Set
 	Chains   map[string]Chain
@@ -182,7 +194,7 @@ func NewState() *State {
 		Neighs:   map[Neigh]MAC{},
 		FDB:      map[FDB]struct{}{},
 		Nexthops: map[uint32]Nexthop{},
-		Routes:   map[netip.Prefix]Route{},
+		Routes:   map[RouteKey]Route{},
 		Sysctls:  map[string]string{},
 		Sets:     map[string]Set{},
 		Chains:   map[string]Chain{},

@@ -98,12 +98,12 @@ func appendVia(b []byte, via netip.Addr, dev string, onlink bool) []byte {
 	return b
 }
 
-func appendRoute(b []byte, dst netip.Prefix, r Route) []byte {
+func appendRoute(b []byte, k RouteKey, r Route) []byte {
 	b = append(b, "route "...)
 	if r.Type != "" {
 		b = append(append(b, r.Type...), ' ')
 	}
-	b = dst.AppendTo(b)
+	b = k.Dst.AppendTo(b)
 	if r.NH != 0 {
 		b = strconv.AppendUint(append(b, " nhid "...), uint64(r.NH), 10)
 	}
@@ -114,7 +114,11 @@ func appendRoute(b []byte, dst netip.Prefix, r Route) []byte {
 	if r.MTU != 0 {
 		b = strconv.AppendInt(append(b, " mtu "...), int64(r.MTU), 10)
 	}
-	return append(b, " proto 76"...)
+	b = append(b, " proto 76"...)
+	if k.Metric != 0 {
+		b = strconv.AppendUint(append(b, " metric "...), uint64(k.Metric), 10)
+	}
+	return b
 }
 
 func appendElements(b []byte, elements []netip.Prefix) []byte {
@@ -212,6 +216,10 @@ func comparePrefix(a, b netip.Prefix) int {
 	return cmp.Compare(a.Bits(), b.Bits())
 }
 
+func compareRoute(a, b RouteKey) int {
+	return cmp.Or(comparePrefix(a.Dst, b.Dst), cmp.Compare(a.Metric, b.Metric))
+}
+
 func sortedKeys[K comparable, V any](m map[K]V, compare func(a, b K) int) []K {
 	keys := make([]K, 0, len(m))
 	for k := range m {
@@ -254,7 +262,7 @@ func (s *State) String() string {
 		b = appendNexthop(b, k, s.Nexthops[k])
 		line()
 	}
-	for _, k := range sortedKeys(s.Routes, comparePrefix) {
+	for _, k := range sortedKeys(s.Routes, compareRoute) {
 		b = appendRoute(b, k, s.Routes[k])
 		line()
 	}
@@ -298,4 +306,4 @@ func (f FDB) String() string { return string(appendFDB(nil, f)) }
 func NexthopString(id uint32, n Nexthop) string { return string(appendNexthop(nil, id, n)) }
 
 // RouteString is the object's line in String.
-func RouteString(dst netip.Prefix, r Route) string { return string(appendRoute(nil, dst, r)) }
+func RouteString(k RouteKey, r Route) string { return string(appendRoute(nil, k, r)) }

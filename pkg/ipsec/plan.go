@@ -49,14 +49,12 @@ func Alias(network, peer string) string {
 // the snapshot.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	s, snap := delta.NewState(), snap.Sane()
+	me, _ := snap.Host(self)
 	var all []metadata.Network
 	for _, n := range snap.Networks {
 		if n.Encapsulation == metadata.EncapIPsec {
 			all = append(all, n)
-			for _, subnet := range n.Subnets {
-				// Beneath all blocks: what no host owns is refused here and does not follow the default route.
-				s.Routes[subnet] = delta.Route{Type: "unreachable"}
-			}
+			underlay.Enclose(s, me, n)
 		}
 	}
 	if len(all) == 0 {
@@ -160,11 +158,7 @@ func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Net
 			src6 = g
 		}
 	}
-	for _, p := range prefixes[l.me.Name] {
-		if !p.IsSingleIP() {
-			s.Routes[p] = delta.Route{Type: "blackhole"}
-		}
-	}
+	underlay.Own(s, l.me, prefixes[l.me.Name])
 	for _, p := range l.peers {
 		dev := link(l.ids[[2]string{n.Name, p.Name}], p.Name)
 		for _, prefix := range prefixes[p.Name] {
@@ -172,7 +166,7 @@ func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Net
 			if prefix.Addr().Is6() {
 				src = src6
 			}
-			s.Routes[prefix] = delta.Route{Dev: dev, Src: src}
+			s.Routes[delta.To(prefix)] = delta.Route{Dev: dev, Src: src}
 		}
 	}
 }

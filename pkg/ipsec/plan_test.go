@@ -173,7 +173,7 @@ func TestF37_FailsClosed(t *testing.T) {
 		t.Helper()
 		for _, subnet := range subnets {
 			p := netip.MustParsePrefix(subnet)
-			if s.Routes[p].Type != "unreachable" {
+			if s.Routes[delta.RouteKey{Dst: p, Metric: delta.LastMetric}].Type != "unreachable" {
 				t.Errorf("%s: no unreachable route for %s", what, subnet)
 			}
 			text := s.String()

@@ -298,11 +298,46 @@ func TestF32ForeignRouteToOurDestinationIsNamedAndKept(t *testing.T) {
 	}
 }
 
+// Another program's route to a network's whole subnet stays in force, and a refusing one of an earlier version, which had no
+// metric, is replaced.
+func TestF32TheLastMetricComesBehindEveryOtherRoute(t *testing.T) {
+	ns, k := newKernel(t)
+	want := overlay(1)
+	subnets := []string{"10.42.0.0/16", "fd42::/48"}
+	for _, p := range subnets {
+		want.Routes[delta.RouteKey{Dst: netip.MustParsePrefix(p), Metric: delta.LastMetric}] = delta.Route{Type: "unreachable"}
+	}
+	ns.Command(t, "sh", "-ec", "ip link add x type veth peer name y; ip link set y up; ip link set x up")
+	for _, p := range subnets {
+		ns.Command(t, "ip", "route", "add", p, "dev", "x", "proto", "static")
+	}
+	taken := func(what string) {
+		t.Helper()
+		for _, to := range []string{"10.42.200.1", "fd42:0:0:200::1"} {
+			if got := ns.Command(t, "sh", "-c", "ip route get "+to+" 2>&1 || true"); !strings.Contains(got, what) {
+				t.Errorf("the way to %s is %q, want %q", to, got, what)
+			}
+		}
+	}
+	reconcile(t, k, want)
+	wantText(t, observe(t, k, want).String(), want.String())
+	taken("dev x")
+	for _, p := range subnets {
+		ns.Command(t, "ip", "route", "del", p, "dev", "x")
+		ns.Command(t, "ip", "route", "add", "unreachable", p, "proto", "76")
+	}
+	if d := reconcile(t, k, want); d.Routes.Len() != 2 || len(d.Routes.Remove) != 2 {
+		t.Errorf("done:\n%s", d)
+	}
+	wantText(t, observe(t, k, want).String(), want.String())
+	taken("No route to host") // and not: Network is unreachable
+}
+
 func TestApplyTwiceIsHarmless(t *testing.T) {
 	_, k := newKernel(t)
 	reconcile(t, k, overlay(2))
 	want := overlay(4)
-	delete(want.Routes, netip.MustParsePrefix("10.43.0.64/26"))
+	delete(want.Routes, delta.To(netip.MustParsePrefix("10.43.0.64/26")))
 	delete(want.Nexthops, 0x4c000001)
 	l := want.Links["vtep1042"]
 	l.MTU = 1400
@@ -377,16 +412,16 @@ func TestDirectRoutesNeedNoTunnel(t *testing.T) {
 	dev, _ := netnstest.Veth(t, ns, "192.0.2.1/24", other, "192.0.2.2/24")
 	want := overlay(1)
 	want.Nexthops[0x4c00ffff] = delta.Nexthop{Via: netip.MustParseAddr("192.0.2.2"), Dev: dev}
-	want.Routes[netip.MustParsePrefix("10.60.0.0/26")] = delta.Route{NH: 0x4c00ffff, Src: netip.MustParseAddr("10.42.0.1")}
-	want.Routes[netip.MustParsePrefix("10.61.0.0/26")] = delta.Route{Via: netip.MustParseAddr("192.0.2.2"), Dev: dev, MTU: 1400}
-	want.Routes[netip.MustParsePrefix("10.62.0.0/26")] = delta.Route{Type: "unreachable"}
-	want.Routes[netip.MustParsePrefix("10.63.0.0/26")] = delta.Route{Dev: dev}
+	want.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c00ffff, Src: netip.MustParseAddr("10.42.0.1")}
+	want.Routes[delta.To(netip.MustParsePrefix("10.61.0.0/26"))] = delta.Route{Via: netip.MustParseAddr("192.0.2.2"), Dev: dev, MTU: 1400}
+	want.Routes[delta.To(netip.MustParsePrefix("10.62.0.0/26"))] = delta.Route{Type: "unreachable"}
+	want.Routes[delta.To(netip.MustParsePrefix("10.63.0.0/26"))] = delta.Route{Dev: dev}
 	// IPv4 by a nexthop of IPv6, as over an IPv6 underlay.
 	ll := netip.MustParseAddr("fe80::c00:c6ff:fe12:1")
 	want.Nexthops[0x4c00fffe] = delta.Nexthop{Via: ll, Dev: "vtep1042", Onlink: true}
 	want.Neighs[delta.Neigh{Dev: "vtep1042", Addr: ll}] = delta.MAC{0x0e, 0, 198, 18, 0, 1}
-	want.Routes[netip.MustParsePrefix("10.64.0.0/26")] = delta.Route{NH: 0x4c00fffe, Src: netip.MustParseAddr("10.42.0.1")}
-	want.Routes[netip.MustParsePrefix("fd64::/64")] = delta.Route{NH: 0x4c00fffe, Src: netip.MustParseAddr("fd42::1")}
+	want.Routes[delta.To(netip.MustParsePrefix("10.64.0.0/26"))] = delta.Route{NH: 0x4c00fffe, Src: netip.MustParseAddr("10.42.0.1")}
+	want.Routes[delta.To(netip.MustParsePrefix("fd64::/64"))] = delta.Route{NH: 0x4c00fffe, Src: netip.MustParseAddr("fd42::1")}
 	reconcile(t, k, want)
 	wantText(t, observe(t, k, want).String(), want.String())
 	if d := reconcile(t, k, want); !d.Empty() {

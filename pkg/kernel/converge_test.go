@@ -17,12 +17,12 @@ func worlds(underlay string) map[string]*delta.State {
 		ll := netip.MustParseAddr("fe80::c00:c6ff:fe12:1")
 		s.Neighs[delta.Neigh{Dev: "vtep1042", Addr: ll}] = delta.MAC{0x0e, 0, 198, 18, 0, 1}
 		s.Nexthops[0x4c00fffe] = delta.Nexthop{Via: ll, Dev: "vtep1042", Onlink: true}
-		s.Routes[netip.MustParsePrefix("fd43::/64")] = delta.Route{NH: 0x4c00fffe, Src: netip.MustParseAddr("fd42::1")}
+		s.Routes[delta.To(netip.MustParsePrefix("fd43::/64"))] = delta.Route{NH: 0x4c00fffe, Src: netip.MustParseAddr("fd42::1")}
 		// Direct routes: by the underlay, but from the address of the tunnel device.
 		s.Nexthops[0x4c00ffff] = delta.Nexthop{Via: netip.MustParseAddr("192.0.2.2"), Dev: underlay}
-		s.Routes[netip.MustParsePrefix("10.60.0.0/26")] = delta.Route{NH: 0x4c00ffff, Src: netip.MustParseAddr("10.42.0.1")}
-		s.Routes[netip.MustParsePrefix("10.61.0.0/26")] = delta.Route{Via: netip.MustParseAddr("192.0.2.2"), Dev: underlay, Src: netip.MustParseAddr("10.42.0.1")}
-		s.Routes[netip.MustParsePrefix("fd60::/64")] = delta.Route{Via: netip.MustParseAddr("2001:db8::2"), Dev: underlay, Src: netip.MustParseAddr("fd42::1")}
+		s.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c00ffff, Src: netip.MustParseAddr("10.42.0.1")}
+		s.Routes[delta.To(netip.MustParsePrefix("10.61.0.0/26"))] = delta.Route{Via: netip.MustParseAddr("192.0.2.2"), Dev: underlay, Src: netip.MustParseAddr("10.42.0.1")}
+		s.Routes[delta.To(netip.MustParsePrefix("fd60::/64"))] = delta.Route{Via: netip.MustParseAddr("2001:db8::2"), Dev: underlay, Src: netip.MustParseAddr("fd42::1")}
 		l := s.Links["vtep1042"]
 		change(s, &l)
 		if l.Kind != "" {
@@ -55,10 +55,10 @@ func worlds(underlay string) map[string]*delta.State {
 			}
 		}),
 		"another way": base(func(s *delta.State, _ *delta.Link) {
-			s.Routes[netip.MustParsePrefix("10.60.0.0/26")] = delta.Route{NH: 0x4c000001, Src: netip.MustParseAddr("10.42.0.1")}
-			s.Routes[netip.MustParsePrefix("fd43::/64")] = delta.Route{Type: "blackhole"}
-			s.Routes[netip.MustParsePrefix("10.43.0.64/26")] = delta.Route{Type: "blackhole"}
-			s.Routes[netip.MustParsePrefix("fd42::/122")] = delta.Route{NH: 0x4c00fffe}
+			s.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c000001, Src: netip.MustParseAddr("10.42.0.1")}
+			s.Routes[delta.To(netip.MustParsePrefix("fd43::/64"))] = delta.Route{Type: "blackhole"}
+			s.Routes[delta.To(netip.MustParsePrefix("10.43.0.64/26"))] = delta.Route{Type: "blackhole"}
+			s.Routes[delta.To(netip.MustParsePrefix("fd42::/122"))] = delta.Route{NH: 0x4c00fffe}
 			delete(s.Nexthops, 0x4c00ffff)
 		}),
 		"peers with other addresses": base(func(s *delta.State, _ *delta.Link) {
@@ -71,7 +71,7 @@ func worlds(underlay string) map[string]*delta.State {
 		"no device": base(func(s *delta.State, l *delta.Link) {
 			*s = *delta.NewState()
 			*l = delta.Link{}
-			s.Routes[netip.MustParsePrefix("10.42.0.0/26")] = delta.Route{Type: "unreachable"}
+			s.Routes[delta.To(netip.MustParsePrefix("10.42.0.0/26"))] = delta.Route{Type: "unreachable"}
 		}),
 	}
 }

@@ -26,8 +26,8 @@ func overlay(n int) *delta.State {
 	for _, p := range []string{"10.42.0.1/32", "fd42::1/128", "fe80::c00:c0ff:fe00:201/64"} {
 		s.Addrs[delta.Addr{Dev: dev, Prefix: netip.MustParsePrefix(p)}] = struct{}{}
 	}
-	s.Routes[netip.MustParsePrefix("10.42.0.0/26")] = delta.Route{Type: "blackhole"}
-	s.Routes[netip.MustParsePrefix("fd42::/122")] = delta.Route{Type: "blackhole"}
+	s.Routes[delta.To(netip.MustParsePrefix("10.42.0.0/26"))] = delta.Route{Type: "blackhole"}
+	s.Routes[delta.To(netip.MustParsePrefix("fd42::/122"))] = delta.Route{Type: "blackhole"}
 	for i := 1; i <= n; i++ {
 		hi, lo := byte(i>>8), byte(i)
 		via := netip.AddrFrom4([4]byte{198, 18 + byte(i>>16), hi, lo})
@@ -36,7 +36,7 @@ func overlay(n int) *delta.State {
 		s.FDB[delta.FDB{Dev: dev, MAC: mac, Dst: via}] = struct{}{}
 		s.Nexthops[0x4c000000+uint32(i)] = delta.Nexthop{Via: via, Dev: dev, Onlink: true}
 		dst := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 43 + byte(i>>10), byte(i >> 2), byte(i << 6)}), 26)
-		s.Routes[dst] = delta.Route{NH: 0x4c000000 + uint32(i), Src: netip.MustParseAddr("10.42.0.1")}
+		s.Routes[delta.To(dst)] = delta.Route{NH: 0x4c000000 + uint32(i), Src: netip.MustParseAddr("10.42.0.1")}
 	}
 	return s
 }

@@ -58,7 +58,7 @@ func sized(want *delta.State) *delta.State {
 		Neighs:   make(map[delta.Neigh]delta.MAC, len(want.Neighs)),
 		FDB:      make(map[delta.FDB]struct{}, len(want.FDB)),
 		Nexthops: make(map[uint32]delta.Nexthop, len(want.Nexthops)),
-		Routes:   make(map[netip.Prefix]delta.Route, len(want.Routes)),
+		Routes:   make(map[delta.RouteKey]delta.Route, len(want.Routes)),
 		Sysctls:  make(map[string]string, len(want.Sysctls)),
 		Sets:     map[string]delta.Set{},
 		Chains:   map[string]delta.Chain{},
@@ -409,7 +409,7 @@ func (o *observation) route(body []byte) {
 		dst = netip.IPv6Unspecified()
 	}
 	r := delta.Route{Type: routeTypes[body[7]], Onlink: flags&unix.RTNH_F_ONLINK != 0}
-	var oif uint32
+	var oif, metric uint32
 	for a := newAttrs(body[unix.SizeofRtMsg:]); a.next(); {
 		switch a.typ {
 		case unix.RTA_DST:
@@ -426,6 +426,8 @@ func (o *observation) route(body []byte) {
 			r.Src = a.addr()
 		case rtaNHID:
 			r.NH = a.u32()
+		case unix.RTA_PRIORITY:
+			metric = a.u32()
 		case unix.RTA_METRICS:
 			for m := newAttrs(a.value); m.next(); {
 				if m.typ == unix.RTAX_MTU {
@@ -451,5 +453,8 @@ func (o *observation) route(body []byte) {
 			return
 		}
 	}
-	o.s.Routes[netip.PrefixFrom(dst, int(body[1]))] = r
+	if dst.Is6() && metric == metric6 {
+		metric = 0
+	}
+	o.s.Routes[delta.RouteKey{Dst: netip.PrefixFrom(dst, int(body[1])), Metric: metric}] = r
 }

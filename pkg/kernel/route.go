@@ -3,7 +3,6 @@ package kernel
 import (
 	"encoding/binary"
 	"errors"
-	"net/netip"
 
 	"golang.org/x/sys/unix"
 
@@ -12,7 +11,7 @@ import (
 
 type (
 	nexthopEntry = delta.Entry[uint32, delta.Nexthop]
-	routeEntry   = delta.Entry[netip.Prefix, delta.Route]
+	routeEntry   = delta.Entry[delta.RouteKey, delta.Route]
 )
 
 // collisions collects what EEXIST refused: an object of that key is there, and Observe did not see it. Either it is ours, made by
@@ -68,7 +67,7 @@ func (a *application) routes() {
 			}
 			continue
 		}
-		a.fail("set %s: the destination has a route that is not the overlay's and is left alone (see: ip route show %s): %w", routeName(&e), e.Key, errors.Join(unix.EEXIST, c.failed))
+		a.fail("set %s: the destination has a route that is not the overlay's and is left alone (see: ip route show %s): %w", routeName(&e), e.Key.Dst, errors.Join(unix.EEXIST, c.failed))
 	}
 	send(a, "set", ours, a.setRoute, routeName)
 }
@@ -153,7 +152,11 @@ func routeType(word string) (kind byte, known bool) {
 	return unix.RTN_UNICAST, false
 }
 
-func (a *application) route(m *message, typ, flags uint16, dst netip.Prefix, r delta.Route) bool {
+// metric6 is what IPv6 calls a route's metric when there is none (IP6_RT_PRIO_USER).
+const metric6 = 1024
+
+func (a *application) route(m *message, typ, flags uint16, k delta.RouteKey, r delta.Route) bool {
+	dst, metric := k.Dst, k.Metric
 	var index uint32
 	if r.Dev != "" {
 		if index = a.index(r.Dev); index == 0 {
@@ -161,6 +164,9 @@ func (a *application) route(m *message, typ, flags uint16, dst netip.Prefix, r d
 		}
 	}
 	v6 := dst.Addr().Is6()
+	if v6 && metric == 0 {
+		metric = metric6 // without one a removal would take any
+	}
 	m.begin(typ, flags)
 	kind, known := routeType(r.Type)
 	scope := byte(unix.RT_SCOPE_UNIVERSE)
@@ -180,6 +186,9 @@ func (a *application) route(m *message, typ, flags uint16, dst netip.Prefix, r d
 	}
 	m.rawU32(rtFlags)
 	m.addr(unix.RTA_DST, dst.Addr())
+	if metric != 0 {
+		m.u32(unix.RTA_PRIORITY, metric)
+	}
 	if r.NH != 0 {
 		m.u32(rtaNHID, r.NH)
 	}

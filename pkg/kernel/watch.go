@@ -241,10 +241,10 @@ func (w *watcher) route(typ uint16, body []byte) {
 				w.add(EventPort, name)
 			}
 		}
-		for dst, r := range o.s.Routes {
+		for key, r := range o.s.Routes {
 			// Without a name for its device, it was a port that is gone.
 			if r.NH != 0 || r.Type != "" || r.Dev != "" {
-				w.add(EventRoute, dst.String())
+				w.add(EventRoute, key.Dst.String())
 			}
 		}
 	case unix.RTM_NEWNETCONF:

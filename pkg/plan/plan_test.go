@@ -21,7 +21,8 @@ import (
 func check(t *testing.T, snap *metadata.Snapshot, s *delta.State) {
 	t.Helper()
 	sane := snap.Sane()
-	for p := range s.Routes {
+	for k := range s.Routes {
+		p := k.Dst
 		inside := slices.ContainsFunc(sane.Networks, func(n metadata.Network) bool {
 			return slices.ContainsFunc(n.Subnets, func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) })
 		})

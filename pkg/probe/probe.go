@@ -70,7 +70,7 @@ var tries = map[Feature]func() error{
 			// A namespace without any IPv4 address takes no gateway at all.
 			s.Addrs[delta.Addr{Dev: dev, Prefix: netip.MustParsePrefix("203.0.113.1/32")}] = struct{}{}
 			s.Nexthops[1] = delta.Nexthop{Via: netip.MustParseAddr("192.0.2.2"), Dev: dev, Onlink: true}
-			s.Routes[netip.MustParsePrefix("198.51.100.0/24")] = delta.Route{NH: 1}
+			s.Routes[delta.To(netip.MustParsePrefix("198.51.100.0/24"))] = delta.Route{NH: 1}
 		})
 	},
 	ESP: func() error { return remedy(esp("192.0.2.1", "192.0.2.2", ciphers...), "module esp4, CONFIG_INET_ESP") },

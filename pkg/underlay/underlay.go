@@ -63,6 +63,25 @@ func address(h metadata.Host, local netip.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
+// Enclose keeps a network's packets on the overlay: what goes to an address of it that no block holds is refused, and
+// does not follow the default route, from containers under their own addresses. The routes have the last metric, so that
+// another program's route to the same prefix is neither replaced nor overruled. Lariat's own, to the blocks, are
+// more specific.
+func Enclose(s *delta.State, me metadata.Host, n metadata.Network) {
+	for _, p := range n.Subnets {
+		s.Routes[delta.RouteKey{Dst: p, Metric: delta.LastMetric}] = delta.Route{Type: "unreachable"}
+	}
+}
+
+// Own ends what goes to an address of an own block that no container has.
+func Own(s *delta.State, me metadata.Host, prefixes []netip.Prefix) {
+	for _, p := range prefixes {
+		if !p.IsSingleIP() {
+			s.Routes[delta.To(p)] = delta.Route{Type: "blackhole"}
+		}
+	}
+}
+
 // Prefixes is network to host to prefixes: the host's blocks, and the endpoints that none of its blocks cover.
 func Prefixes(snap *metadata.Snapshot) map[string]map[string][]netip.Prefix {
 	out := map[string]map[string][]netip.Prefix{}

@@ -37,15 +37,16 @@ func LinkLocal(m metadata.MAC) netip.Addr {
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	s, snap := delta.NewState(), snap.Sane()
 	me, ok := snap.Host(self)
-	if !ok {
-		s.Problemf("host %s is not in the metadata; is lariat-metadata running on it under that name?", self)
-		return s
-	}
 	var networks []metadata.Network
 	for _, n := range snap.Networks {
 		if n.Encapsulation == metadata.EncapVXLAN {
 			networks = append(networks, n)
+			underlay.Enclose(s, me, n)
 		}
+	}
+	if !ok {
+		s.Problemf("host %s is not in the metadata; is lariat-metadata running on it under that name?", self)
+		return s
 	}
 	if len(networks) == 0 {
 		return s
@@ -115,12 +116,7 @@ func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me
 			src6 = g
 		}
 	}
-	// What falls into an own block and belongs to no container must not wander off by the default route.
-	for _, p := range prefixes[me.Name] {
-		if !p.IsSingleIP() {
-			s.Routes[p] = delta.Route{Type: "blackhole"}
-		}
-	}
+	underlay.Own(s, me, prefixes[me.Name])
 	for _, p := range peers {
 		own := prefixes[p.name]
 		if len(own) == 0 {
@@ -143,7 +139,7 @@ func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me
 			if nh[family] == 0 {
 				nh[family] = planNexthop(s, n.Name, dev, me, p, ids, direct, family == 1)
 			}
-			s.Routes[prefix] = delta.Route{NH: nh[family], Src: src}
+			s.Routes[delta.To(prefix)] = delta.Route{NH: nh[family], Src: src}
 		}
 	}
 }

@@ -87,7 +87,7 @@ func TestF27_MovedBlockChangesOneRoute(t *testing.T) {
 		}
 	}
 	d := delta.Between(vxlan.Plan(snap, "a"), before)
-	if len(d.Routes.Set) != 1 || d.Routes.Set[0].Key.String() != "10.42.0.192/26" || len(d.Routes.Remove) != 0 || d.Len() != 1 {
+	if len(d.Routes.Set) != 1 || d.Routes.Set[0].Key.Dst.String() != "10.42.0.192/26" || len(d.Routes.Remove) != 0 || d.Len() != 1 {
 		t.Fatalf("want one route replaced, got:\n%s", d)
 	}
 }

@@ -210,6 +210,21 @@ var _ = Describe("The overlay", func() {
 		})
 	})
 
+	It("F32: refuses what goes to an address that no block holds, whatever the default gateway is", func() {
+		c := connected(host(0), "overlay")
+		sh(host(0), "ip route add default via 192.0.2.250; ip -6 route add default dev eth0")
+		DeferCleanup(func() { sh(host(0), "ip route del default; ip -6 route del default") })
+		// The default routes would end otherwise: in silence, or, for IPv6, with no such neighbour.
+		for to, answer := range map[string]error{"10.42.250.1:80": unix.EHOSTUNREACH, "[fd42:0:0:ffff::1]:80": unix.ENETUNREACH} {
+			Expect(c.Do(func() error {
+				short, cancel := context.WithTimeout(ctx, 5*time.Second)
+				defer cancel()
+				_, err := new(net.Dialer).DialContext(short, "tcp", to)
+				return err
+			})).To(MatchError(answer), to)
+		}
+	})
+
 	It("F34: serves the metadata address to containers and to the host", func() {
 		c := connected(host(1), "overlay")
 		for _, from := range []lab.Netns{c.Netns, host(1).Netns} {

@@ -368,7 +368,7 @@ func (k *Kernel) flush(dev string) {
 // dropNexthop takes the routes of a nexthop that is gone with it.
 func (k *Kernel) dropNexthop(id uint32) {
 	if _, still := k.world.Nexthops[id]; !still {
-		maps.DeleteFunc(k.world.Routes, func(_ netip.Prefix, r delta.Route) bool { return r.NH == id })
+		maps.DeleteFunc(k.world.Routes, func(_ delta.RouteKey, r delta.Route) bool { return r.NH == id })
 	}
 }
 

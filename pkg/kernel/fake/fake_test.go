@@ -22,7 +22,7 @@ func world(peers, gen int) *delta.State {
 	s.Sysctls["net/ipv4/conf/vtep1042/rp_filter"] = "1"
 	s.Links[dev] = delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"), MAC: delta.MAC{0x0e, 0, 192, 0, 2, byte(gen)}, MTU: 1450 - gen, Alias: "lariat:vxlan:overlay"}
 	s.Addrs[delta.Addr{Dev: dev, Prefix: netip.MustParsePrefix("10.42.0.1/32")}] = struct{}{}
-	s.Routes[netip.MustParsePrefix("10.42.0.0/26")] = delta.Route{Type: "blackhole"}
+	s.Routes[delta.To(netip.MustParsePrefix("10.42.0.0/26"))] = delta.Route{Type: "blackhole"}
 	s.Sets["vteps4"] = delta.Set{}
 	for i := range peers {
 		via := netip.AddrFrom4([4]byte{198, 18, byte(gen), byte(i)})
@@ -30,7 +30,7 @@ func world(peers, gen int) *delta.State {
 		s.Neighs[delta.Neigh{Dev: dev, Addr: via}] = mac
 		s.FDB[delta.FDB{Dev: dev, MAC: mac, Dst: via}] = struct{}{}
 		s.Nexthops[uint32(i+1)] = delta.Nexthop{Via: via, Dev: dev, Onlink: true}
-		s.Routes[netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 43, byte(i), 0}), 24)] = delta.Route{NH: uint32(i + 1), Src: netip.MustParseAddr("10.42.0.1")}
+		s.Routes[delta.To(netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 43, byte(i), 0}), 24))] = delta.Route{NH: uint32(i + 1), Src: netip.MustParseAddr("10.42.0.1")}
 		set := s.Sets["vteps4"]
 		set.Elements = append(set.Elements, netip.PrefixFrom(via, 32))
 		s.Sets["vteps4"] = set

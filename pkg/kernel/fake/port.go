@@ -124,7 +124,7 @@ func (m *port) plan() []portStep {
 		host("addr  fe80::1/64 dev " + p.HostName)
 	}
 	for _, a := range p.Addrs {
-		host(delta.RouteString(netip.PrefixFrom(a, a.BitLen()), delta.Route{Dev: p.HostName}))
+		host(delta.RouteString(delta.To(netip.PrefixFrom(a, a.BitLen())), delta.Route{Dev: p.HostName}))
 	}
 	for _, a := range p.Addrs {
 		inside(delta.Addr{Dev: p.IfName, Prefix: netip.PrefixFrom(a, a.BitLen())}.String())
@@ -277,7 +277,7 @@ func (k *Kernel) Ports(ctx context.Context) ([]delta.HostPort, error) {
 		port := p.p.Host()
 		port.Index, port.Alias, port.Routes = i+2, alias, map[netip.Prefix]delta.Route{}
 		for dst, r := range p.p.Host().Routes {
-			if slices.Contains(p.host, delta.RouteString(dst, delta.Route{Dev: name})) {
+			if slices.Contains(p.host, delta.RouteString(delta.To(dst), delta.Route{Dev: name})) {
 				port.Routes[dst] = r
 			}
 		}
