@@ -173,11 +173,13 @@ func freeVNI(s *metadata.Snapshot) uint32 {
 
 func (a *app) networkCreate() *cobra.Command {
 	var flags networkFlags
+	var force bool
 	c := &cobra.Command{
 		Use:   "create NAME --subnet PREFIX",
 		Short: "Make a network",
 		Long: `Makes a network. Hosts take part as soon as their network managers hear of it, within a second; CNI configurations name it.
-A network that is there already is not touched: see network update.`,
+A network that is there already is not touched: see network update. It refuses addresses to which a host has another way: a link of
+its own, such as Docker's bridge, or a route.`,
 		Example: `  lariat network create overlay --subnet 10.42.0.0/16
   lariat network create backend --subnet 10.43.0.0/16,fd43::/48 --mtu 1400 --direct-routing
   lariat network create shop --subnet 10.44.0.0/16 --allow-from backend,192.0.2.0/24
@@ -207,7 +209,7 @@ A network that is there already is not touched: see network update.`,
 			if err := errors.Join(check.Validate(), conflicts(check, snap)); err != nil {
 				return err
 			}
-			made, err := a.put(ctx, n, "?create=true")
+			made, err := a.put(ctx, n, fmt.Sprintf("?create=true&force=%t", force))
 			if err != nil {
 				return err
 			}
@@ -220,6 +222,7 @@ A network that is there already is not touched: see network update.`,
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
 	flags.register(c.Flags())
+	c.Flags().BoolVar(&force, "force", false, "take addresses to which hosts have other ways")
 	a.completeNetworkFlags(c)
 	return c
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata/server"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 	"github.com/lariat-net/lariat/pkg/mtu"
@@ -90,6 +91,10 @@ func serve(args []string, stdout, stderr io.Writer) error {
 	if err != nil {
 		return err
 	}
+	foreign, err := kernel.Foreign(underlay)
+	if err != nil {
+		return err
+	}
 
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
@@ -116,7 +121,7 @@ func serve(args []string, stdout, stderr io.Writer) error {
 			s.ObserveStore(op, took, err)
 		}
 	}
-	s, err = server.New(start, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay,
+	s, err = server.New(start, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay, Foreign: foreign,
 		Labels: c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, Device: plan.Device, AllContainers: c.ListenTree != "",
 		TreeLabels: c.TreeLabels, TreeOrigin: c.TreeOrigin, LeaseTTL: c.LeaseTTL, Log: log}, st)
 	if err != nil {

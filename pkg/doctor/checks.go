@@ -328,6 +328,7 @@ func (e *examination) networks() {
 		if n.Encapsulation == metadata.EncapNone {
 			continue
 		}
+		e.crossed(n)
 		for _, h := range s.Hosts {
 			for _, u := range h.Underlay {
 				for _, p := range n.Subnets {
@@ -338,6 +339,30 @@ func (e *examination) networks() {
 				}
 			}
 		}
+	}
+}
+
+// crossed finds hosts that have another way to addresses of a network.
+func (e *examination) crossed(n metadata.Network) {
+	hosts := map[metadata.Foreign][]string{}
+	for _, h := range e.Metadata.Snapshot.Hosts {
+		for _, f := range n.Crosses(h) {
+			hosts[f] = append(hosts[f], h.Name)
+		}
+	}
+	for _, f := range slices.SortedFunc(maps.Keys(hosts), func(a, b metadata.Foreign) int { return strings.Compare(a.String(), b.String()) }) {
+		names := hosts[f]
+		slices.Sort(names)
+		if len(names) > oneFindingFor {
+			names = append(names[:oneFindingFor:oneFindingFor], fmt.Sprintf("and %d more", len(names)-oneFindingFor))
+		}
+		severity, what := Error, "is a link"
+		if f.Via.IsValid() {
+			severity, what = Warning, "is a route"
+		}
+		e.add(severity, "network "+n.Name, fmt.Sprintf("give the link or route other addresses (ip route show %s), or make the network anew with another subnet", f.Prefix),
+			"%s %s of host %s, and network %s has its addresses, too: who is there does not reach those containers, or they do not reach it",
+			f, what, strings.Join(names, ", "), n.Name)
 	}
 }
 

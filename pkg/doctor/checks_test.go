@@ -121,6 +121,9 @@ func TestF137Findings(t *testing.T) {
 			f.Metadata.Snapshot.Hosts[2].Underlay[0].Address = pfx("10.42.9.9/24")
 			f.Peers = f.Peers[:1]
 		}, "networks error: subnet 10.42.0.0/16 overlaps the underlay 10.42.9.9/24 of host h3", "another subnet"},
+		{"a link with a network's addresses", func(f *Facts) {
+			f.Metadata.Snapshot.Hosts[2].Foreign = []metadata.Foreign{{Prefix: netip.MustParsePrefix("10.42.0.0/24"), Device: "docker0"}}
+		}, "networks error: 10.42.0.0/24 dev docker0 is a link of host h3, and network overlay has its addresses", "another subnet"},
 		{"no address left", func(f *Facts) {
 			f.Metadata.Status[0].Usage[0] = metadata.SubnetUsage{Subnet: pfx("10.42.0.0/24"), Used: 250}
 			f.Metadata.Status[0].Ready = false

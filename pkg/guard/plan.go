@@ -68,6 +68,7 @@ const (
 type plan struct {
 	s        *delta.State
 	snap     *metadata.Snapshot
+	me       metadata.Host
 	local    netip.Addr         // end of this host's tunnels; invalid when it has none
 	networks []metadata.Network // encapsulated ones, by name
 	vxlan    []metadata.Network // those of them that are VXLAN's
@@ -83,7 +84,7 @@ func Plan(snap *metadata.Snapshot, self string, loose bool) *delta.State {
 	snap = snap.Sane()
 	p := plan{s: delta.NewState(), snap: snap, loose: loose}
 	me, _ := snap.Host(self)
-	p.local = me.UnderlayAddr()
+	p.me, p.local = me, me.UnderlayAddr()
 	for _, n := range snap.Networks {
 		switch n.Encapsulation {
 		case metadata.EncapNone:
@@ -190,6 +191,13 @@ func (p *plan) guard() {
 	for _, n := range p.networks {
 		for _, subnet := range n.Subnets {
 			from, to := delta.InPrefix{Field: "saddr", Prefix: subnet}, delta.InPrefix{Field: "daddr", Prefix: subnet}
+			for _, f := range p.me.On(subnet) { // somebody asked for both
+				from := from
+				if f.Prefix.Bits() > subnet.Bits() {
+					from.Prefix = f.Prefix
+				}
+				add(from, delta.Iif{Name: f.Device}, accept)
+			}
 			if n.DirectRouting { // from where the source's own block is routed to: a host on this link
 				add(from, to, delta.Reverse{}, accept)
 			}

@@ -64,6 +64,10 @@ func TestF174_Golden(t *testing.T) {
 		{"exempt", metadata.Snapshot{Hosts: two, Networks: []metadata.Network{with(blue, func(n *metadata.Network) {
 			n.HostNAT, n.AllowFrom, n.HostNATExempt = true, []string{"198.51.100.0/25"}, prefixes("198.51.100.0/24", "10.42.0.0/15", "2001:db8::/32")
 		})}}},
+		{"on-its-link", metadata.Snapshot{Hosts: []metadata.Host{{Name: "a", Underlay: two[0].Underlay, Foreign: []metadata.Foreign{
+			{Prefix: netip.MustParsePrefix("10.42.128.0/17"), Device: "docker0"},
+			{Prefix: netip.MustParsePrefix("10.43.0.0/24"), Device: "eth0", Via: netip.MustParseAddr("192.0.2.254")}}}},
+			Networks: []metadata.Network{red, blue}}},
 		{"direct-routing", metadata.Snapshot{Hosts: two, Networks: []metadata.Network{with(red, func(n *metadata.Network) { n.DirectRouting, n.Port = true, 8472 })}}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

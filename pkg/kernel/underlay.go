@@ -2,6 +2,7 @@ package kernel
 
 import (
 	"cmp"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -57,6 +58,100 @@ func Underlays() ([]metadata.Underlay, error) {
 		return cmp.Or(cmp.Compare(a.Device, b.Device), a.Address.Addr().Compare(b.Address.Addr()))
 	})
 	return out, nil
+}
+
+// foreignProtocols are those of routes that somebody set up. Routing daemons' come and go by the thousand.
+var foreignProtocols = []byte{unix.RTPROT_KERNEL, unix.RTPROT_BOOT, unix.RTPROT_STATIC, unix.RTPROT_RA, unix.RTPROT_DHCP}
+
+// Foreign lists the links that the current network namespace is on, and its routes by gateways, in the main table:
+// addresses that no network of ours should have. The underlay's own links, default routes (and what is as wide), single
+// addresses and the links' own addresses are left out. Links come first, and what exceeds metadata.MaxForeign is cut.
+func Foreign(underlay []metadata.Underlay) ([]metadata.Foreign, error) {
+	s, err := openSocket(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	defer s.close()
+	name := func(index uint32) string { return deviceName(s.fd, index) }
+	out, err := RetryDump(func() (list []metadata.Foreign, err error) {
+		for _, family := range []byte{unix.AF_INET, unix.AF_INET6} {
+			for _, protocol := range foreignProtocols {
+				derr := s.dump(unix.RTM_GETROUTE, func(m *message) {
+					m.raw(family, 0, 0, 0, unix.RT_TABLE_MAIN, protocol, 0, 0)
+					m.rawU32(0)
+				}, func(_ uint16, body []byte) {
+					f, ok := parseForeign(body, name)
+					ours := slices.ContainsFunc(underlay, func(u metadata.Underlay) bool {
+						return !f.Via.IsValid() && f.Prefix == u.Address.Masked() && f.Device == u.Device
+					})
+					if ok && !ours && !slices.Contains(list, f) {
+						list = append(list, f)
+					}
+				})
+				switch {
+				case errors.Is(derr, errInterrupted):
+					err = netlink.ErrDumpInterrupted
+				case derr != nil && !errors.Is(derr, unix.ENOENT) && !errors.Is(derr, unix.EOPNOTSUPP):
+					return nil, derr
+				}
+			}
+		}
+		return list, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list routes: %w", err)
+	}
+	slices.SortFunc(out, func(a, b metadata.Foreign) int {
+		if a.Via.IsValid() != b.Via.IsValid() {
+			return map[bool]int{false: -1, true: 1}[a.Via.IsValid()]
+		}
+		return cmp.Or(a.Prefix.Compare(b.Prefix), cmp.Compare(a.Device, b.Device), a.Via.Compare(b.Via))
+	})
+	return out[:min(len(out), metadata.MaxForeign)], nil
+}
+
+func parseForeign(body []byte, name func(index uint32) string) (f metadata.Foreign, ok bool) {
+	if len(body) < unix.SizeofRtMsg || body[4] != unix.RT_TABLE_MAIN || body[7] != unix.RTN_UNICAST ||
+		!slices.Contains(foreignProtocols, body[5]) || binary.NativeEndian.Uint32(body[8:])&unix.RTM_F_CLONED != 0 {
+		return f, false
+	}
+	var dst netip.Addr
+	var oif uint32
+	read := func(in []byte) {
+		for a := newAttrs(in); a.next(); {
+			switch a.typ {
+			case unix.RTA_DST:
+				dst = a.addr()
+			case unix.RTA_GATEWAY:
+				f.Via = a.addr()
+			case unix.RTA_VIA:
+				if len(a.value) > 2 {
+					f.Via, _ = netip.AddrFromSlice(a.value[2:])
+				}
+			case unix.RTA_OIF:
+				oif = a.u32()
+			}
+		}
+	}
+	read(body[unix.SizeofRtMsg:])
+	for a := newAttrs(body[unix.SizeofRtMsg:]); a.next(); {
+		if a.typ == unix.RTA_MULTIPATH && len(a.value) >= unix.SizeofRtNexthop { // the first stands for all
+			oif = binary.NativeEndian.Uint32(a.value[4:])
+			n := int(binary.NativeEndian.Uint16(a.value))
+			read(a.value[unix.SizeofRtNexthop:max(unix.SizeofRtNexthop, min(n, len(a.value)))])
+		}
+	}
+	bits := int(body[1])
+	if !dst.IsValid() || bits < 8 || bits == dst.BitLen() || dst.IsLinkLocalUnicast() || dst.IsMulticast() || dst.IsLoopback() {
+		return f, false
+	}
+	f.Prefix, f.Device = netip.PrefixFrom(dst, bits), name(oif)
+	for _, own := range []string{delta.PortPrefix, delta.TunnelPrefix, delta.VTEPPrefix} {
+		if strings.HasPrefix(f.Device, own) {
+			return f, false
+		}
+	}
+	return f, f.Device != ""
 }
 
 // Forwarding says whether the current network namespace forwards packets of each family.

@@ -2,12 +2,16 @@ package kernel_test
 
 import (
 	"context"
+	"fmt"
+	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
+	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
@@ -109,6 +113,32 @@ func TestUnderlaysListWhatMayCarryTunnels(t *testing.T) {
 		}
 		if len(got) != 2 || got[0].Address.String() != "192.0.2.1/24" || got[1].Address.String() != "2001:db8::1/64" || got[0].MTU != 9000 || got[1].Device != dev {
 			t.Errorf("got %v, want both addresses of %s", got, dev)
+		}
+	})
+}
+
+// A host's links and routes are told apart from what is Lariat's, from the underlay, and from what no network could have.
+func TestForeignListsWhatANetworkMustNotHave(t *testing.T) {
+	ns, k := newKernel(t)
+	other := netnstest.New(t)
+	dev, _ := netnstest.Veth(t, ns, "192.0.2.1/24", other, "192.0.2.2/24")
+	reconcile(t, k, overlay(2))
+	ns.Command(t, "ip", "link", "add", "docker0", "type", "bridge")
+	ns.Up(t, "docker0", "172.17.0.1/16")
+	ns.Up(t, "docker0", "fd17::1/64")
+	for _, route := range []string{"default via 192.0.2.2", "128.0.0.0/1 via 192.0.2.2", "10.0.0.0/8 via 192.0.2.2", "10.9.9.9/32 via 192.0.2.2",
+		"10.10.0.0/16 via 192.0.2.2 proto bird", "10.11.0.0/16 via 192.0.2.2 proto dhcp", "10.12.0.0/16 nexthop via 192.0.2.2 nexthop via 192.0.2.3"} {
+		ns.Command(t, "ip", append([]string{"route", "add"}, strings.Fields(route)...)...)
+	}
+	ns.Do(t, func() {
+		got, err := kernel.Foreign([]metadata.Underlay{{Address: netip.MustParsePrefix("192.0.2.1/24"), Device: dev}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := strings.ReplaceAll("[172.17.0.0/16 dev docker0 fd17::/64 dev docker0 10.0.0.0/8 via 192.0.2.2 dev D "+
+			"10.11.0.0/16 via 192.0.2.2 dev D 10.12.0.0/16 via 192.0.2.2 dev D]", "D", dev)
+		if fmt.Sprint(got) != want {
+			t.Errorf("got  %v\nwant %s", got, want)
 		}
 	})
 }

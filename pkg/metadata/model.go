@@ -72,6 +72,25 @@ type Underlay struct {
 	MTU     int          `json:"mtu"`     // of that interface, in octets
 }
 
+// Foreign is a host's way to addresses that are not Lariat's: a link that it is on, or somebody's route.
+type Foreign struct {
+	Prefix netip.Prefix `json:"prefix"`
+	Device string       `json:"device,omitempty"`
+	Via    netip.Addr   `json:"via,omitzero"` // the gateway; invalid: the host is on the link itself
+}
+
+// String is the route as ip prints it.
+func (f Foreign) String() string {
+	s := f.Prefix.String()
+	if f.Via.IsValid() {
+		s += " via " + f.Via.String()
+	}
+	if f.Device != "" {
+		s += " dev " + f.Device
+	}
+	return s
+}
+
 // Host is one machine of the cluster. The first underlay address is the one tunnels use.
 type Host struct {
 	Name         string            `json:"name"`
@@ -83,6 +102,7 @@ type Host struct {
 	IKEIdentity  string            `json:"ikeIdentity,omitempty"` // default: the name
 	IKEKeys      []string          `json:"ikeKeys,omitempty"`     // ids of the secrets of encrypted networks that this host has loaded
 	AgentVersion string            `json:"agentVersion,omitempty"`
+	Foreign      []Foreign         `json:"foreign,omitempty"` // at most MaxForeign; the underlay's own link is not among them
 	Joined       time.Time         `json:"joined,omitzero"`
 
 	// Live is derived, never stored: the host's metadata service holds its lease.
@@ -95,6 +115,16 @@ func (h Host) UnderlayAddr() netip.Addr {
 		return netip.Addr{}
 	}
 	return h.Underlay[0].Address.Addr()
+}
+
+// On returns the links of the host that have addresses of the prefix.
+func (h Host) On(p netip.Prefix) (out []Foreign) {
+	for _, f := range h.Foreign {
+		if !f.Via.IsValid() && f.Prefix.Overlaps(p) {
+			out = append(out, f)
+		}
+	}
+	return out
 }
 
 // Network is one address space that spans hosts.
@@ -155,6 +185,19 @@ func (n Network) HasIPv6() bool {
 // Allows reports whether containers of another network may reach this one's.
 func (n Network) Allows(network string) bool {
 	return slices.Contains(n.AllowFrom, AllowAll) || slices.Contains(n.AllowFrom, network)
+}
+
+// Crosses returns the ways of a host to addresses that the network has, too. Flat networks are such ways themselves.
+func (n Network) Crosses(h Host) (out []Foreign) {
+	if n.Encapsulation == EncapNone {
+		return nil
+	}
+	for _, f := range h.Foreign {
+		if slices.ContainsFunc(n.Subnets, f.Prefix.Overlaps) {
+			out = append(out, f)
+		}
+	}
+	return out
 }
 
 // AllowedPrefixes are the sources outside of all networks from which this one's containers may be reached, without a published port.

@@ -110,7 +110,14 @@ func (h Host) Check(key string) error {
 			return fmt.Errorf("underlay mtu %d: want %d to 65536, or 0 for the default", u.MTU, minMTU)
 		}
 	}
+	for _, f := range h.Foreign {
+		if !f.Prefix.IsValid() || f.Prefix != f.Prefix.Masked() || f.Prefix.Bits() < minPrefix || !validDevice(f.Device) {
+			return fmt.Errorf("foreign route %s is not one", show(f.String()))
+		}
+	}
 	switch {
+	case len(h.Foreign) > MaxForeign:
+		return fmt.Errorf("%d foreign routes: want at most %d", len(h.Foreign), MaxForeign)
 	case h.MAC[0]&1 != 0:
 		return fmt.Errorf("mac %s is that of a group", h.MAC)
 	case !plain(h.IKEIdentity):
@@ -178,6 +185,7 @@ func (v Volume) Check(key string) error {
 const (
 	minPrefix   = 8                  // the length of the widest subnet or link
 	minMTU      = 576                // RFC 791
+	MaxForeign  = 64                 // of a host: more come from a routing daemon, and change all the time
 	maxCooldown = 365 * 24 * 60 * 60 // a year
 )
 

@@ -257,7 +257,8 @@ func blocksForAll(s *metadata.Snapshot, n metadata.Network) bool {
 	return true
 }
 
-// underlay tells the metadata when the link that carries the tunnels got another MTU or address.
+// underlay tells the metadata when the link that carries the tunnels got another MTU or address, and when the host got on
+// other links, or other routes, whose addresses no network should have.
 func (m *Manager) underlay(ctx context.Context) ([]string, error) {
 	s := m.view.Load()
 	if s == nil {
@@ -272,10 +273,17 @@ func (m *Manager) underlay(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	now, changed := follow(me.Underlay, links)
+	foreign, err := kernel.Foreign(now)
+	if err != nil {
+		return nil, err
+	}
+	if !slices.Equal(foreign, me.Foreign) {
+		changed = append(changed, fmt.Sprintf("foreign routes %v are now %v", me.Foreign, foreign))
+	}
 	if len(changed) == 0 {
 		return nil, nil
 	}
-	me.Underlay, me.Live = now, false
+	me.Underlay, me.Foreign, me.Live = now, foreign, false
 	if err := m.Client.Put(ctx, metadata.KindHost, me.Name, me); err != nil {
 		return nil, fmt.Errorf("tell the metadata about the underlay: %w", err)
 	}

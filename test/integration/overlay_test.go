@@ -225,6 +225,43 @@ var _ = Describe("The overlay", func() {
 		}
 	})
 
+	It("F32: leaves a link alone that has a network's addresses: names it, and refuses another such network", func() {
+		h, n := host(0), metadata.Network{Name: "wide", Subnets: prefixes("172.17.0.0/16"), VNI: 1717, Encapsulation: metadata.EncapVXLAN}
+		create(n)
+		DeferCleanup(func() { dropNetwork("wide") })
+		Eventually(func() string { return whole(h) }).Should(BeEmpty())
+		// Docker comes later.
+		docker, err := lab.NewNetns("docker")
+		Expect(err).NotTo(HaveOccurred())
+		DeferCleanup(func() { docker.Remove() })
+		sh(h, `ip link add docker0 type bridge; ip addr add 172.17.0.1/16 dev docker0; ip link set docker0 up
+			ip link add veth9 type veth peer name eth0 netns docker; ip link set veth9 master docker0 up`)
+		DeferCleanup(func() { sh(h, "ip link del docker0; ip link del veth9") })
+		_, err = docker.Output(ctx, "sh", "-ec", "ip addr add 172.17.0.9/16 dev eth0; ip link set eth0 up; ip route add default via 172.17.0.1")
+		Expect(err).NotTo(HaveOccurred())
+		Eventually(func() (string, error) { return h.Output(ctx, "ip", "route", "show", "type", "blackhole") }).ShouldNot(ContainSubstring("172.17."))
+		Eventually(func() string { return whole(h) }).Should(BeEmpty())
+		pings(h.Netns, netip.MustParseAddr("172.17.0.9"))
+		pings(docker, h.Addr.Addr())
+		out, err := h.Lariat(ctx, "doctor", "networks")
+		Expect(err).To(HaveOccurred())
+		Expect(out).To(ContainSubstring("172.17.0.0/16 dev docker0 is a link of host " + h.Name))
+		sh(h, "ip addr add 172.18.0.1/16 dev docker0")
+		Eventually(func() (ways string) {
+			s, err := host(1).Client().View(ctx)
+			Expect(err).NotTo(HaveOccurred())
+			for _, o := range s.Hosts {
+				ways += fmt.Sprint(o.Foreign)
+			}
+			return ways
+		}).Should(ContainSubstring("172.18.0.0/16 dev docker0"))
+		_, err = host(1).Lariat(ctx, "network", "create", "later", "--subnet", "172.18.9.0/24")
+		Expect(err).To(MatchError(ContainSubstring("172.18.0.0/16 dev docker0 on host " + h.Name)))
+		_, err = host(1).Lariat(ctx, "network", "create", "later", "--subnet", "172.18.9.0/24", "--force")
+		Expect(err).NotTo(HaveOccurred())
+		dropNetwork("later")
+	})
+
 	It("F34: serves the metadata address to containers and to the host", func() {
 		c := connected(host(1), "overlay")
 		for _, from := range []lab.Netns{c.Netns, host(1).Netns} {

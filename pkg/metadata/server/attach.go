@@ -451,7 +451,7 @@ func (s *Server) networkOrCreate(ctx context.Context, name string, create *metad
 	}
 	n = *create
 	n.Name = name
-	return s.PutNetwork(ctx, n, true)
+	return s.PutNetwork(ctx, n, true, false)
 }
 
 func (s *Server) unknownNetwork(name string) error {

@@ -45,7 +45,7 @@ func (s *Server) register(ctx context.Context) error {
 			}
 		}
 		h.Underlay, h.MachineID, h.BootID, h.MAC = s.cfg.Underlay, s.cfg.MachineID, s.bootID, mac
-		h.AgentVersion, h.Live = s.cfg.Version, false
+		h.Foreign, h.AgentVersion, h.Live = s.cfg.Foreign, s.cfg.Version, false
 		labels := maps.Clone(h.Labels)
 		if labels == nil {
 			labels = map[string]string{}

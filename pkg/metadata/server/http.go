@@ -93,8 +93,10 @@ func (s *Server) API() *service.Server {
 		if err := sameName(&n.Name, r.PathValue("network")); err != nil {
 			return nil, err
 		}
-		// ?create=true leaves a network that is there as it is, and returns it.
-		return s.PutNetwork(r.Context(), n, r.URL.Query().Get("create") == "true")
+		// ?create=true leaves a network that is there as it is, and returns it; ?force=true takes addresses that hosts have
+		// other ways to.
+		q := r.URL.Query()
+		return s.PutNetwork(r.Context(), n, q.Get("create") == "true", q.Get("force") == "true")
 	})
 	write("DELETE /v1/networks/{network}", func(r *http.Request) (any, error) {
 		return nil, s.DeleteNetwork(r.Context(), r.PathValue("network"))

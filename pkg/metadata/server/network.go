@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -16,8 +17,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// PutNetwork creates or replaces a network. With onlyCreate an existing one is left as it is and returned.
-func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate bool) (metadata.Network, error) {
+// PutNetwork creates or replaces a network. With onlyCreate an existing one is left as it is and returned. With force it
+// may have addresses to which hosts have other ways.
+func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate, force bool) (metadata.Network, error) {
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
 	for {
@@ -37,7 +39,7 @@ func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate 
 				return *old, s.seen(ctx, e.Revision)
 			}
 		}
-		next, reserved, err := s.prepareNetwork(ctx, n, old)
+		next, reserved, err := s.prepareNetwork(ctx, n, old, force)
 		if err != nil {
 			return n, err
 		}
@@ -74,8 +76,27 @@ func (s *Server) seen(ctx context.Context, revision int64) error {
 	return nil
 }
 
+// crossed returns an error that names the hosts' own ways to addresses of the network.
+func (s *Server) crossed(n metadata.Network) error {
+	var ways []string
+	for _, h := range s.view.hostList() {
+		for _, f := range n.Crosses(h) {
+			ways = append(ways, fmt.Sprintf("%s on host %s", f, h.Name))
+		}
+	}
+	if len(ways) == 0 {
+		return nil
+	}
+	const most = 5
+	if len(ways) > most {
+		ways = append(ways[:most], fmt.Sprintf("and %d more", len(ways)-most))
+	}
+	return metadata.Errorf(metadata.CodeConflict, "network %s: hosts have other ways to its addresses: %s; take another subnet, or, if containers shall have these addresses all the same: lariat network create %s --force",
+		n.Name, strings.Join(ways, ", "), n.Name)
+}
+
 // prepareNetwork fills in defaults, checks, and reserves the VNI.
-func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *metadata.Network) (_ metadata.Network, reserved bool, err error) {
+func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *metadata.Network, force bool) (_ metadata.Network, reserved bool, err error) {
 	if n.Encapsulation == "" {
 		n.Encapsulation = metadata.EncapVXLAN
 	}
@@ -103,6 +124,11 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 					return n, false, metadata.Errorf(metadata.CodeConflict, "subnet %s overlaps %s of network %s: a host could not tell which of them an address belongs to", q, p, other.Name)
 				}
 			}
+		}
+	}
+	if !force && (old == nil || !slices.Equal(old.Subnets, n.Subnets)) {
+		if err := s.crossed(n); err != nil {
+			return n, false, err
 		}
 	}
 	if old != nil && old.Encapsulation == metadata.EncapIPsec && n.Encapsulation != old.Encapsulation {

@@ -31,6 +31,7 @@ type Config struct {
 	MachineID string
 	BootID    string
 	Underlay  []metadata.Underlay
+	Foreign   []metadata.Foreign
 	Labels    map[string]string
 	Version   string
 

@@ -3,12 +3,52 @@ package server
 import (
 	"context"
 	"fmt"
+	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
+
+// A network must not have addresses to which a host has another way, unless somebody insists; one that is there can be
+// changed in everything else.
+func TestANetworkThatCrossesHostsWaysIsRefused(t *testing.T) {
+	st := openStore(t, t.TempDir())
+	defer st.Close()
+	cfg := hostConfig("a", "192.0.2.1/24")
+	cfg.Foreign = []metadata.Foreign{{Prefix: netip.MustParsePrefix("172.17.0.0/16"), Device: "docker0"},
+		{Prefix: netip.MustParsePrefix("10.0.0.0/8"), Device: "eth0", Via: addr("192.0.2.254")}}
+	a := startNode(t, st, cfg)
+	ctx := t.Context()
+	for subnet, way := range map[string]string{"172.17.3.0/24": "172.17.0.0/16 dev docker0 on host a", "10.42.0.0/16": "10.0.0.0/8 via 192.0.2.254 dev eth0 on host a"} {
+		n := *overlay(subnet)
+		n.Name = "crossing"
+		for _, create := range []bool{false, true} {
+			if _, err := a.PutNetwork(ctx, n, create, false); !metadata.IsCode(err, metadata.CodeConflict) || !strings.Contains(err.Error(), way) ||
+				!strings.Contains(err.Error(), "lariat network create crossing --force") {
+				t.Errorf("%s: %v", subnet, err)
+			}
+		}
+	}
+	n := *overlay("172.17.3.0/24")
+	n.Name = "wanted"
+	got, err := a.PutNetwork(ctx, n, true, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.MTU = 1400
+	if _, err := a.PutNetwork(ctx, got, false, false); err != nil {
+		t.Errorf("another MTU: %v", err)
+	}
+	flat := *overlay("172.17.0.0/16")
+	flat.Name, flat.Encapsulation, flat.HostNAT = "lan", metadata.EncapNone, false
+	flat.Gateways = []netip.Addr{addr("172.17.0.1")}
+	if _, err := a.PutNetwork(ctx, flat, true, false); err != nil {
+		t.Errorf("a flat network is such a link itself: %v", err)
+	}
+}
 
 func TestThinPath(t *testing.T) {
 	ctx := t.Context()

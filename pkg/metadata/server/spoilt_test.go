@@ -169,7 +169,7 @@ func TestF163_SpoiltEntriesHarmNobody(t *testing.T) {
 	}
 	define(t, a, "more", overlay("10.44.0.0/16")) // over a spoilt reservation of the next VNI
 	startNode(t, st, hostConfig("c", "192.0.2.3/24"))
-	if _, err := a.PutNetwork(ctx, metadata.Network{Name: "broken", Subnets: []netip.Prefix{netip.MustParsePrefix("10.45.0.0/16")}}, true); err == nil || !strings.Contains(err.Error(), "lariat entry remove networks/broken") {
+	if _, err := a.PutNetwork(ctx, metadata.Network{Name: "broken", Subnets: []netip.Prefix{netip.MustParsePrefix("10.45.0.0/16")}}, true, false); err == nil || !strings.Contains(err.Error(), "lariat entry remove networks/broken") {
 		t.Errorf("a network over a spoilt one: %v", err)
 	}
 
