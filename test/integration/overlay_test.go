@@ -225,6 +225,37 @@ var _ = Describe("The overlay", func() {
 		}
 	})
 
+	It("works on a host whose new devices have no IPv6, and says nothing else", func() {
+		h := host(0)
+		sh(h, "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6")
+		DeferCleanup(func() { sh(h, "echo 0 > /proc/sys/net/ipv6/conf/default/disable_ipv6") })
+		sh(h, "ip link del vtep1042")
+		Eventually(func() string { return whole(h) }).Should(BeEmpty())
+		far := connected(host(1), "overlay")
+		for range 2 {
+			c := connected(h, "overlay")
+			pings(far.Netns, c.Addr(true))
+			pings(h.Netns, c.Addr(true))
+			Expect(c.Check(ctx, call(h, "overlay", nil))).To(Succeed())
+			// And where the manager does not, ADD makes the device.
+			Expect(h.Manager.Stop()).To(Succeed())
+			sh(h, "ip link del vtep1042")
+			DeferCleanup(func() {
+				if h.Manager == nil || CurrentSpecReport().Failed() {
+					_ = h.StartManager(ctx)
+				}
+			})
+			c = connected(h, "overlay")
+			pings(far.Netns, c.Addr(true))
+			Expect(h.StartManager(ctx)).To(Succeed())
+			Eventually(func() string { return whole(h) }).Should(BeEmpty())
+			sh(h, "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; echo 0 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6; ip addr replace 2001:db8::1/64 dev eth0 nodad")
+			Eventually(func() string { return whole(h) }).Should(BeEmpty())
+		}
+		sh(h, "echo 0 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
+		Eventually(func() string { return whole(h) }).Should(BeEmpty())
+	})
+
 	It("F32: leaves a link alone that has a network's addresses: names it, and refuses another such network", func() {
 		h, n := host(0), metadata.Network{Name: "wide", Subnets: prefixes("172.17.0.0/16"), VNI: 1717, Encapsulation: metadata.EncapVXLAN}
 		create(n)
