@@ -173,6 +173,20 @@ func TestF106Delete(t *testing.T) {
 	_, err = l.d.Delete(l.ctx, r)
 	l.ok(err)
 	l.only()
+	// One part of AWS does not know yet what another has shown: it passes.
+	_, err = l.d.Create(l.ctx, r)
+	l.ok(err)
+	l.Fail("CreateTags", "InvalidVolume.NotFound", 1)
+	detachedAs := r
+	detachedAs.DetachAs = "else"
+	_, err = l.d.Attach(l.ctx, detachedAs, "")
+	l.ok(err)
+	l.ok(l.d.Detach(l.ctx, "else", ""))
+	l.Fail("DeleteVolume", "VolumeInUse", 1)
+	l.Fail("DeleteVolume", "IncorrectState", 1)
+	_, err = l.d.Delete(l.ctx, r)
+	l.ok(err)
+	l.only()
 }
 
 // F106: attach is repeatable over lost answers and throttling, finds a free name, and knows nodes by their names.

@@ -393,10 +393,16 @@ func tagList(tags map[string]string) (list []types.Tag) {
 	return list
 }
 
-// tag changes one tag.
+// tag changes one tag of a volume that AWS has shown. One part of AWS may not know it yet.
 func (r *region) tag(ctx context.Context, id, key, value string) error {
-	_, err := r.ec2.CreateTags(ctx, &ec2.CreateTagsInput{Resources: []string{id}, Tags: tagList(map[string]string{key: value})})
-	return cloud.Explain(ctx, err)
+	start := time.Now()
+	return pauses.Poll(ctx, func() (bool, string, error) {
+		_, err := r.ec2.CreateTags(ctx, &ec2.CreateTagsInput{Resources: []string{id}, Tags: tagList(map[string]string{key: value})})
+		if cloud.Is(err, "InvalidVolume.NotFound") && time.Since(start) <= appearance {
+			return false, cloud.Explain(ctx, err).Error(), nil
+		}
+		return err == nil, "", cloud.Explain(ctx, err)
+	})
 }
 
 // ready waits until a volume is there.
@@ -509,17 +515,31 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 
 // remove deletes a volume, and returns when AWS does not show it any more as one that could be used: a volume of the same name made now would be found.
 func (r *region) remove(ctx context.Context, id string) error {
-	_, err := r.ec2.DeleteVolume(ctx, &ec2.DeleteVolumeInput{VolumeId: aws.String(id)})
-	volume.Step("deleted")
-	seen := id + " is still there"
-	switch {
-	case cloud.Is(err, "IncorrectState"): // if that is because it is being deleted, it soon shows
-		seen = cloud.Explain(ctx, err).Error()
-	case err != nil && !cloud.Is(err, "InvalidVolume.NotFound"):
-		return cloud.Explain(ctx, err)
-	}
-	return pauses.Poll(ctx, func() (bool, string, error) {
+	asked := false
+	return pauses.Poll(ctx, func() (done bool, seen string, err error) {
+		seen = id + " is still there"
+		if !asked {
+			_, err = r.ec2.DeleteVolume(ctx, &ec2.DeleteVolumeInput{VolumeId: aws.String(id)})
+			volume.Step("deleted")
+			switch {
+			case cloud.Is(err, "IncorrectState", "VolumeInUse"):
+				// It is being deleted, or changed, or one part of AWS does not know yet that it was detached: the look shows.
+				seen = cloud.Explain(ctx, err).Error()
+			case err != nil && !cloud.Is(err, "InvalidVolume.NotFound"):
+				return false, "", cloud.Explain(ctx, err)
+			default:
+				asked = true
+			}
+		}
 		f, err := r.describe(ctx, id)
-		return err == nil && (f == nil || f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted), seen, err
+		switch {
+		case err != nil:
+			return false, "", err
+		case f == nil || f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted:
+			return true, "", nil
+		case !asked && len(f.Attachments) > 0:
+			return false, "", volume.Errorf(volume.ErrInUse, "it is attached to instance %s", aws.ToString(f.Attachments[0].InstanceId))
+		}
+		return false, seen, nil
 	})
 }
