@@ -180,7 +180,7 @@ func Understand(r volume.Request) (Volume, error) {
 		return v, err
 	}
 	if o.MountTargetIP != "" {
-		a, err := netip.ParseAddr(o.MountTargetIP)
+		a, err := netip.ParseAddr(nfs.Bare(o.MountTargetIP))
 		if err != nil || a.Zone() != "" {
 			return bad("mountTargetIp %s is no address", volume.Excerpt(o.MountTargetIP))
 		}

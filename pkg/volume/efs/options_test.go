@@ -21,6 +21,7 @@ func TestF106Options(t *testing.T) {
 		{"its own", options{}, "a file system of its own", recommendedRW, false},
 		{"a file system", options{"fsid": "fs-0123456789abcdef0", "export": "/data"}, "fs-0123456789abcdef0:/data", recommendedRW, false},
 		{"an access point", options{"fsid": "fs-01234567", "accessPoint": "fsap-01234567"}, "fs-01234567 by access point fsap-01234567", recommendedRW, true},
+		{"an address in brackets", options{"mountTargetIp": "[fd00::1]"}, "fd00::1", recommendedRW, false},
 		{"a folder", options{"fsid": "fs-01234567", "basePath": "/"}, "fs-01234567:/v by an access point of its own", recommendedRW, true},
 		{"an address", options{"mountTargetIp": "10.0.0.1", "readOnly": "true"}, "10.0.0.1", strings.TrimSuffix(recommendedRW, "rw") + "ro", false},
 		{"iam", options{"fsid": "fs-01234567", "iam": "true"}, "fs-01234567", recommendedRW, true},

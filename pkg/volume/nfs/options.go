@@ -94,7 +94,7 @@ func FromEnvironment(getenv func(string) string) (Config, error) {
 func (c Config) check() error {
 	var errs []error
 	if c.Server != "" {
-		errs = append(errs, checkHost("NFS_SERVER", bare(c.Server)))
+		errs = append(errs, checkHost("NFS_SERVER", Bare(c.Server)))
 	}
 	if c.Base != "" {
 		errs = append(errs, CheckPath("MOUNT_DIR", Trimmed(c.Base)))
@@ -194,8 +194,8 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}
-	c.Server, c.Base = bare(c.Server), Trimmed(c.Base)
-	o.Host, o.Export, o.ExportBase = bare(o.Host), Trimmed(o.Export), Trimmed(o.ExportBase)
+	c.Server, c.Base = Bare(c.Server), Trimmed(c.Base)
+	o.Host, o.Export, o.ExportBase = Bare(o.Host), Trimmed(o.Export), Trimmed(o.ExportBase)
 	v := Volume{Name: r.Name, Host: o.Host, OnRemove: o.OnRemove, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly, FSGroup: r.FSGroup}
 	if o.FSGroup >= 0 {
 		v.FSGroup = &o.FSGroup
@@ -289,8 +289,8 @@ func checkHost(what, host string) error {
 	return nil
 }
 
-// bare is a host without the brackets that addresses of IPv6 have in URLs and in fstab.
-func bare(host string) string {
+// Bare is a host without the brackets that addresses of IPv6 have in URLs and in fstab.
+func Bare(host string) string {
 	if inner, ok := strings.CutPrefix(host, "["); ok && strings.HasSuffix(inner, "]") && strings.Contains(inner, ":") {
 		return strings.TrimSuffix(inner, "]")
 	}
