@@ -194,6 +194,15 @@ func (h *host) mount() error {
 		if h.knows != want {
 			h.f.Errorf("%s got %s, and its caller was told %s", h.name, want, h.knows)
 		}
+		entries, err := fs.ReadDir(root.FS(), ".")
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			if e.Name() != "data-"+want {
+				h.f.Errorf("%s got a volume with %s, and wanted %s", h.name, e.Name(), want)
+			}
+		}
 		if err := root.WriteFile("data-"+want, []byte(want), 0o600); err != nil {
 			return err
 		}
