@@ -34,8 +34,8 @@ func Merge(states ...*State) *State {
 }
 
 func merge[K comparable, V any](out *State, to *map[K]V, from map[K]V, same func(a, b V) bool, compare func(a, b K) int, line func([]byte, K, V) []byte) {
-	if *to == nil {
-		*to = make(map[K]V, len(from))
+	if len(*to) == 0 {
+		*to = make(map[K]V, len(from)) // the first brings nearly all
 	}
 	conflicts := map[K]V{}
 	for k, v := range from {

@@ -266,6 +266,14 @@ func (n Network) Outside(a netip.Addr) bool {
 	return !slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
+// announces returns why one of the network's endpoints cannot be announced, or nil.
+func (n Network) announces(e Endpoint, networks []Network, links []netip.Prefix) error {
+	if !n.Outside(e.Address) {
+		return nil
+	}
+	return Announceable(e.Address, networks, links)
+}
+
 func joined(list []netip.Prefix) string {
 	words := make([]string, len(list))
 	for i, p := range list {
@@ -484,10 +492,7 @@ func (s *Snapshot) Sane() *Snapshot {
 		if n == nil {
 			return false, nil
 		}
-		if n.Outside(e.Address) {
-			return true, Announceable(e.Address, networks, links)
-		}
-		return true, nil
+		return true, n.announces(e, networks, links)
 	})
 	out.Containers = keep(s.Containers, KindContainer, ContainerKey, tell, nil)
 	return &out

@@ -42,7 +42,7 @@ func NewConcern(name string, every time.Duration, run func(ctx context.Context) 
 	return &Concern{Name: name, Every: every, Run: run, trigger: make(chan struct{}, 1), ask: make(chan chan error), health: Health{Concern: name, Error: "has not run yet"}}
 }
 
-// Trigger asks for a pass soon. Triggers that come while a pass runs are folded into the next one.
+// Trigger asks for a pass soon. Triggers that come while a pass runs, or shortly after, are folded into the next one.
 func (c *Concern) Trigger() {
 	select {
 	case c.trigger <- struct{}{}:
@@ -93,6 +93,9 @@ func (c *Concern) Health() Health {
 // Loop runs the concern until the context ends. The first pass is at once.
 func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 	const firstRetry, lastRetry = 250 * time.Millisecond, 30 * time.Second
+	// After a pass triggers wait for four times as long as it took: a storm of them has a fifth of a processor, and one that comes
+	// at rest is served at once. What others break is mended within a second all the same.
+	const restFactor, longestRest = 4, 250 * time.Millisecond
 	retry := firstRetry
 	var asked chan error
 	for {
@@ -104,7 +107,9 @@ func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 		if ctx.Err() != nil {
 			return
 		}
-		c.note(breaks, len(changed), time.Since(start), err, log)
+		took := time.Since(start)
+		rested := time.NewTimer(min(restFactor*took, longestRest))
+		c.note(breaks, len(changed), took, err, log)
 		if asked != nil {
 			asked <- err
 			asked = nil
@@ -121,13 +126,19 @@ func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 		timer := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
-			timer.Stop()
-			return
 		case <-timer.C:
 		case <-c.trigger:
-			timer.Stop()
+			select {
+			case <-ctx.Done():
+			case <-rested.C:
+			case asked = <-c.ask:
+			}
 		case asked = <-c.ask:
-			timer.Stop()
+		}
+		timer.Stop()
+		rested.Stop()
+		if ctx.Err() != nil {
+			return
 		}
 	}
 }

@@ -100,6 +100,46 @@ func TestConcernFoldsTriggers(t *testing.T) {
 	})
 }
 
+// TestConcernRestsInAStorm: a burst of changes does not keep a processor busy, and a change at rest waits for nothing.
+func TestConcernRestsInAStorm(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var passes atomic.Int32
+		var last atomic.Int64
+		c := NewConcern("test", time.Hour, func(context.Context) ([]string, error) {
+			passes.Add(1)
+			last.Store(time.Now().UnixNano())
+			time.Sleep(50 * time.Millisecond) //nolint:forbidigo // a pass takes its time, by the bubble's clock
+			return nil, nil
+		})
+		go c.Loop(ctx, discard())
+		for range 1000 { // ten seconds
+			c.Trigger()
+			time.Sleep(10 * time.Millisecond) //nolint:forbidigo // the bubble's clock
+		}
+		if n := passes.Load(); n > 41 || n < 39 {
+			t.Errorf("%d passes of 50 ms in 10 s, want one each 250 ms", n)
+		}
+		time.Sleep(time.Minute) //nolint:forbidigo // the bubble's clock
+		before := passes.Load()
+		now := time.Now()
+		c.Trigger()
+		synctest.Wait()
+		if passes.Load() != before+1 || last.Load() != now.UnixNano() {
+			t.Errorf("a trigger at rest: %d passes", passes.Load()-before)
+		}
+		// Whoever waits for the answer does not wait for the rest.
+		time.Sleep(51 * time.Millisecond) //nolint:forbidigo // the bubble's clock
+		c.Trigger()
+		synctest.Wait()
+		now = time.Now()
+		if err := c.Do(ctx); err != nil || last.Load() != now.UnixNano() {
+			t.Errorf("an order waited %s: %v", time.Unix(0, last.Load()).Sub(now), err)
+		}
+	})
+}
+
 // TestConcernTriggerCutsTheBackOffShort: what just changed may be what was missing.
 func TestConcernTriggerCutsTheBackOffShort(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

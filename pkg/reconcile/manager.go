@@ -115,15 +115,7 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 		}
 	})
 	err := m.Client.Watch(ctx, func(s *metadata.Snapshot) error {
-		first := m.view.Swap(s) == nil
-		m.watched(nil)
-		if m.OnView != nil {
-			m.OnView(s)
-		}
-		overlay.Trigger()
-		forward.Trigger()
-		tunnels.Trigger()
-		if first {
+		if m.viewed(s, overlay, forward, tunnels) {
 			underlay.Trigger()
 			gc.Trigger()
 			ports.Trigger()
@@ -135,6 +127,22 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 		return nil
 	}
 	return err
+}
+
+// viewed puts a view into force, and reports whether it is the first. Concerns that plan from it run when something
+// that planners read is new.
+func (m *Manager) viewed(s *metadata.Snapshot, planning ...*Concern) (first bool) {
+	before := m.view.Swap(s)
+	m.watched(nil)
+	if m.OnView != nil {
+		m.OnView(s)
+	}
+	if before == nil || !plan.Same(before, s) {
+		for _, c := range planning {
+			c.Trigger()
+		}
+	}
+	return before == nil
 }
 
 // watched notes how the watch fares; what was learned stays in force while it is broken.

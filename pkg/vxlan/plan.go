@@ -41,8 +41,13 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	for _, n := range snap.Networks {
 		if n.Encapsulation == metadata.EncapVXLAN {
 			networks = append(networks, n)
-			underlay.Enclose(s, me, n)
 		}
+	}
+	if len(networks) > 0 {
+		s.Routes = make(map[delta.RouteKey]delta.Route, len(snap.Blocks)+len(snap.Endpoints)) // most of them are this planner's
+	}
+	for _, n := range networks {
+		underlay.Enclose(s, me, n)
 	}
 	if !ok {
 		s.Problemf("host %s is not in the metadata; is lariat-metadata running on it under that name?", self)
