@@ -157,7 +157,8 @@ func status(ctx context.Context, r *cni.Request) error {
 	if err != nil {
 		return err
 	}
-	return lease.Status(ctx, c.book, c.network, c.conf.Definition)
+	_, err = lease.Status(ctx, c.book, c.network, c.conf.Definition, c.conf.StrictStatus)
+	return err
 }
 
 func gc(ctx context.Context, r *cni.Request) error {

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -129,18 +130,7 @@ func (a *app) statusFacts(ctx context.Context, file string) (*doctor.Facts, map[
 		}
 		f.Self, f.Metadata = s.Self, &doctor.Metadata{Snapshot: s}
 		for _, n := range s.Networks {
-			for _, p := range n.Subnets {
-				used[p] = 0
-				for _, c := range s.Containers {
-					for _, i := range interfaces(c) {
-						for _, addr := range i.Addresses {
-							if i.Network == n.Name && p.Contains(addr) {
-								used[p]++
-							}
-						}
-					}
-				}
-			}
+			countUsed(used, s, n)
 		}
 		return f, used, 0, nil
 	}
@@ -154,6 +144,10 @@ func (a *app) statusFacts(ctx context.Context, file string) (*doctor.Facts, map[
 	}
 	for _, n := range f.Metadata.Snapshot.Networks {
 		list, err := a.client().Allocations(ctx, n.Name, true)
+		if errors.Is(err, metadata.ErrUnreachable) && f.Metadata.Snapshot.Away != "" {
+			countUsed(used, f.Metadata.Snapshot, n)
+			continue
+		}
 		if err != nil {
 			return nil, nil, 0, fmt.Errorf("addresses of network %s: %w", n.Name, err)
 		}
@@ -167,6 +161,22 @@ func (a *app) statusFacts(ctx context.Context, file string) (*doctor.Facts, map[
 		}
 	}
 	return f, used, took, nil
+}
+
+// countUsed counts a network's addresses in use as the known containers tell.
+func countUsed(used map[netip.Prefix]int64, s *metadata.Snapshot, n metadata.Network) {
+	for _, p := range n.Subnets {
+		used[p] = 0
+		for _, c := range s.Containers {
+			for _, i := range interfaces(c) {
+				for _, addr := range i.Addresses {
+					if i.Network == n.Name && p.Contains(addr) {
+						used[p]++
+					}
+				}
+			}
+		}
+	}
 }
 
 // interfaces of a container; one that was written by someone else than the service has addresses alone.

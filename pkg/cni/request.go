@@ -368,6 +368,9 @@ func FromMetadata(err error) error {
 	var e *metadata.Error
 	if errors.Is(err, metadata.ErrUnreachable) || !errors.As(err, &e) {
 		if errors.Is(err, metadata.ErrUnreachable) {
+			if metadata.IsCode(err, metadata.CodeUnavailable) { // the service of this host is well
+				return Errorf(ErrTryAgain, "%w", err).WithDetails("check the store and the way to it: lariat doctor; journalctl -u lariat-metadata")
+			}
 			return Errorf(ErrTryAgain, "%w", err).WithDetails("check: systemctl status lariat-metadata; lariat doctor")
 		}
 		return err

@@ -80,10 +80,13 @@ func Unreachable(err error, socket string) (what, remedy string) {
 	case errors.Is(err, context.DeadlineExceeded):
 		return fmt.Sprintf("the metadata service on %s does not answer in time", socket), "look at journalctl -u lariat-metadata; a store that lost its majority answers nobody"
 	case metadata.IsCode(err, metadata.CodeUnavailable):
-		return fmt.Sprintf("the metadata service has no store: %v", err), "look at journalctl -u lariat-metadata; with external etcd: etcdctl endpoint health"
+		return fmt.Sprintf("the metadata service has no store: %v", err), storeRemedy
 	}
 	return fmt.Sprintf("the metadata service gave no proper answer: %v", err), "look at journalctl -u lariat-metadata"
 }
+
+// storeRemedy is what helps when the store does not answer, or refuses.
+const storeRemedy = "on the store's host: systemctl status lariat-metadata; with external etcd: etcdctl endpoint health; here: journalctl -u lariat-metadata"
 
 func (e *examination) store() {
 	if e.Metadata == nil || e.Metadata.Err != nil || e.Metadata.Store == nil {
@@ -92,7 +95,7 @@ func (e *examination) store() {
 	}
 	s := e.Metadata.Store
 	if s.Reason != "" {
-		e.add(Error, e.Metadata.Socket, "look at journalctl -u lariat-metadata; with external etcd: etcdctl endpoint health", "the store is not healthy: %s", s.Reason)
+		e.add(Error, e.Metadata.Socket, storeRemedy, "the store is not healthy: %s", s.Reason)
 	}
 	if s.Quota <= 0 {
 		return
@@ -391,7 +394,7 @@ func (e *examination) addresses() {
 				e.add(Warning, where, "a host that joins now must borrow addresses one by one; make a wider network, or smaller blocks in a new one", "subnet %s has no free block left", u.Subnet)
 			}
 		}
-		if !st.Ready && !full {
+		if !st.Ready && !full && (e.Metadata.Snapshot == nil || st.Reason != e.Metadata.Snapshot.Away) { // "store" tells of that one
 			e.add(Error, where, "see the reason", "no container can be attached to network %s on this host: %s", st.Network, st.Reason)
 		}
 	}

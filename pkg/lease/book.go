@@ -110,7 +110,8 @@ func (b Book) Release(ctx context.Context, network string, id metadata.Attachmen
 	if known && old.State == Unregistered {
 		return b.forget(network, id) // the service never knew
 	}
-	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	// The service itself answers within two seconds.
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	err := b.Client.Release(ctx, network, id, old.Sequence())
 	if err == nil || metadata.IsCode(err, metadata.CodeNotFound) {

@@ -25,6 +25,7 @@ type IPAM struct {
 	SubnetPrefixSize string        `json:"subnetPrefixSize,omitempty"` // "/24": length of the address in the result; default: the subnet's
 	Routes           []types.Route `json:"routes,omitempty"`
 	DNS              *types.DNS    `json:"dns,omitempty"`
+	StrictStatus     bool          `json:"strictStatus,omitempty"` // STATUS fails also without a store, and without free addresses
 	Definition
 }
 

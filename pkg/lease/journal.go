@@ -11,12 +11,15 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
@@ -81,10 +84,11 @@ func (j Journal) path(network string, id metadata.AttachmentID) string {
 	return filepath.Join(j.Dir, network, id.ContainerID+":"+id.IfName)
 }
 
-// Lock serialises the verbs of one attachment across processes; the kernel drops it with the process. It costs two
-// system calls: a fixed number of lock files is shared by hash, and they are never removed.
+// Lock serialises the verbs of one attachment across processes; the kernel drops it with the process. Attachments
+// never wait for each other: a verb that waits for the store keeps its lock. Each locks a byte of its own in one
+// file per network.
 func (j Journal) Lock(network string, id metadata.AttachmentID) (unlock func(), err error) {
-	return j.lock(network, id, syscall.LOCK_EX)
+	return j.lock(network, id, unix.F_OFD_SETLKW)
 }
 
 // LockIfPossible is Lock for who takes away. On a disk that is full or read-only no lock file can be made; a runtime must be able to remove
@@ -97,25 +101,49 @@ func (j Journal) LockIfPossible(network string, id metadata.AttachmentID) (unloc
 	return unlock
 }
 
+const lockFile = ".lock"
+
 func (j Journal) lock(network string, id metadata.AttachmentID, how int) (unlock func(), err error) {
-	h := fnv.New32a()
-	h.Write([]byte(network + "\x00" + id.String()))
-	name := filepath.Join(j.Dir, network, fmt.Sprintf(".lock-%02x", h.Sum32()&0xff))
-	f, err := j.create(name, os.O_RDWR|os.O_CREATE)
+	h := fnv.New64a()
+	h.Write([]byte(id.String()))
+	unlock, err = j.lockBytes(network, int64(h.Sum64()>>2), 1, how)
 	if err != nil {
 		return nil, fmt.Errorf("lock attachment %s of network %s: %w", id, network, err)
 	}
-	for {
-		err = syscall.Flock(int(f.Fd()), how)
-		if !errors.Is(err, syscall.EINTR) {
-			break
+	return unlock, nil
+}
+
+// lockBytes locks a range of a network's lock file; a length of 0 is all of it.
+func (j Journal) lockBytes(network string, start, length int64, how int) (unlock func(), err error) {
+	name := filepath.Join(j.Dir, network, lockFile)
+	for try := 0; ; try++ {
+		f, err := j.create(name, os.O_RDWR|os.O_CREATE)
+		if (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrExist)) && try < 100 {
+			continue // RemoveNetwork has removed the directory just now
 		}
+		if err != nil {
+			return nil, err
+		}
+		for {
+			// Locks of a file description, not of a process: also two threads of one process exclude each other.
+			err = unix.FcntlFlock(f.Fd(), how, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: start, Len: length})
+			if !errors.Is(err, unix.EINTR) {
+				break
+			}
+		}
+		var held, there unix.Stat_t
+		if err == nil {
+			err = unix.Fstat(int(f.Fd()), &held)
+		}
+		if err != nil {
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", name, err)
+		}
+		if unix.Stat(name, &there) == nil && there.Ino == held.Ino && there.Dev == held.Dev {
+			return func() { f.Close() }, nil
+		}
+		f.Close() // RemoveNetwork was faster
 	}
-	if err != nil {
-		f.Close()
-		return nil, fmt.Errorf("lock %s: %w", name, err)
-	}
-	return func() { f.Close() }, nil
 }
 
 func (j Journal) create(name string, flag int) (*os.File, error) {
@@ -227,6 +255,49 @@ func (j Journal) Joining(network string) bool {
 
 func (j Journal) joining(network string) string { return filepath.Join(j.Dir, network, ".joining") }
 
+// RemoveNetwork removes the directory of a network that has no records. It reports whether there was one to remove;
+// a directory that has records, or that somebody works in, stays.
+func (j Journal) RemoveNetwork(network string) (bool, error) {
+	dir := filepath.Join(j.Dir, network)
+	if entries, err := os.ReadDir(dir); err != nil || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !strings.HasPrefix(e.Name(), ".") }) {
+		if errors.Is(err, fs.ErrNotExist) {
+			err = nil
+		}
+		return false, err
+	}
+	unlock, err := j.lockBytes(network, 0, 0, unix.F_OFD_SETLK)
+	if errors.Is(err, unix.EAGAIN) || errors.Is(err, unix.EACCES) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("journal: %w", err)
+	}
+	defer unlock()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return false, fmt.Errorf("journal: %w", err)
+	}
+	for _, e := range entries {
+		if !strings.HasPrefix(e.Name(), ".") { // it came meanwhile
+			return false, nil
+		}
+	}
+	// The lock file last: until it is gone, whoever comes waits for it, and then begins anew.
+	for _, e := range entries {
+		if e.Name() != lockFile {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, e.Name())))
+		}
+	}
+	if err = errors.Join(err, os.Remove(filepath.Join(dir, lockFile))); err != nil {
+		return false, fmt.Errorf("journal: %w", err)
+	}
+	// Somebody may have begun anew meanwhile, or even have come to an end.
+	if err := os.Remove(dir); err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("journal: %w", err)
+	}
+	return true, nil
+}
+
 // Networks lists the networks that have records.
 func (j Journal) Networks() ([]string, error) {
 	entries, err := os.ReadDir(j.Dir)
@@ -285,7 +356,7 @@ func (j Journal) removeStale(network, record string) {
 		return
 	}
 	id := metadata.AttachmentID{ContainerID: container, IfName: ifname}
-	if unlock, err := j.lock(network, id, syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+	if unlock, err := j.lock(network, id, unix.F_OFD_SETLK); err == nil {
 		os.Remove(temporary(j.path(network, id)))
 		unlock()
 	}

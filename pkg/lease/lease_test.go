@@ -84,7 +84,7 @@ func files(t *testing.T, j lease.Journal) (out []string) {
 		t.Fatal(err)
 	}
 	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), ".lock-") {
+		if !strings.HasPrefix(e.Name(), ".lock") {
 			out = append(out, e.Name())
 		}
 	}
@@ -270,6 +270,82 @@ func TestF132_LockGoesWithItsProcess(t *testing.T) {
 	}
 }
 
+// TestAttachmentsDoNotWaitForEachOther: a thousand others are locked, as by ADDs that wait for the store.
+func TestAttachmentsDoNotWaitForEachOther(t *testing.T) {
+	j := lease.NewJournal(t.TempDir())
+	for i := range 1000 {
+		locked := make(chan error, 1)
+		go func() {
+			_, err := j.Lock("overlay", id(fmt.Sprint("c", i)))
+			locked <- err
+		}()
+		select {
+		case err := <-locked:
+			must(t, err)
+		case <-time.After(time.Minute):
+			t.Fatalf("attachment %d waits for another one", i)
+		}
+	}
+}
+
+// TestRemoveNetwork: a directory goes with its network, but never with a record, and never from under a verb.
+func TestRemoveNetwork(t *testing.T) {
+	j := lease.NewJournal(t.TempDir())
+	removes := func(what string, want bool) {
+		t.Helper()
+		got, err := j.RemoveNetwork("overlay")
+		if err != nil || got != want {
+			t.Errorf("%s: removed %t, %v", what, got, err)
+		}
+	}
+	removes("there is none", false)
+	must(t, j.Put(record("c1", "10.42.0.9")))
+	removes("it has a record", false)
+	must(t, j.Remove("overlay", id("c1")))
+	unlock, err := j.Lock("overlay", id("c1"))
+	must(t, err)
+	removes("a verb is under way", false)
+	waits := make(chan func())
+	go func() {
+		again, err := j.Lock("overlay", id("c1"))
+		if err != nil {
+			t.Error(err)
+		}
+		waits <- again
+	}()
+	must(t, j.BeginJoin("overlay"))
+	must(t, os.WriteFile(filepath.Join(j.Dir, "overlay", ".lock-07"), nil, 0o600)) // of an earlier version
+	unlock()
+	(<-waits)()
+	removes("nobody uses it", true)
+	if list, err := j.Networks(); err != nil || len(list) != 0 {
+		t.Errorf("%q %v", list, err)
+	}
+	// Whoever comes while it is removed locks what the next one locks.
+	var inside atomic.Int32
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 200 {
+				unlock, err := j.Lock("overlay", id("c1"))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if inside.Add(1) != 1 {
+					t.Error("two at once")
+				}
+				inside.Add(-1)
+				unlock()
+				if _, err := j.RemoveNetwork("overlay"); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
 func TestLockOnADiskThatTakesNoFiles(t *testing.T) {
 	j := lease.Journal{Dir: "/proc/nowhere"}
 	if _, err := j.Lock("overlay", id("c1")); err == nil || !strings.Contains(err.Error(), "/proc/nowhere") {
@@ -445,6 +521,49 @@ func TestBookWithTheService(t *testing.T) {
 	}
 	must(t, b.Collect(ctx, "nowhere", nil)) // a network that nobody created holds nothing
 	must(t, b.Collect(ctx, "overlay", nil))
+}
+
+// TestStatus: exhaustion is an error of ADD, not of STATUS, unless the configuration is strict about it.
+func TestStatus(t *testing.T) {
+	c := service(t)
+	must(t, c.Put(ctx, metadata.KindNetwork, "tiny", metadata.Network{Name: "tiny", Encapsulation: metadata.EncapVXLAN, VNI: 1043, BlockSizeV4: 30,
+		Subnets: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/30")}}))
+	b := lease.Book{Client: c, Journal: lease.NewJournal(t.TempDir()), Type: "lariat-ipam"}
+	for i := 0; ; i++ {
+		_, err := c.Attach(ctx, "tiny", request(fmt.Sprint("t", i)))
+		if metadata.IsCode(err, metadata.CodeExhausted) {
+			break
+		}
+		must(t, err)
+	}
+	t.Cleanup(func() {
+		if _, err := c.GC(ctx, "tiny", nil); err != nil {
+			t.Error(err)
+		}
+		if err := c.Delete(ctx, metadata.KindNetwork, "tiny"); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, tc := range []struct {
+		name, network string
+		book          lease.Book
+		d             lease.Definition
+		strict        bool
+		want          string // in the error; empty: none
+	}{
+		{"room", "overlay", b, lease.Definition{}, true, ""},
+		{"no address", "tiny", b, lease.Definition{}, false, ""},
+		{"no address, strict", "tiny", b, lease.Definition{}, true, "no address left"},
+		{"no network", "nowhere", b, lease.Definition{}, false, "nowhere"},
+		{"no network yet", "nowhere", b, lease.Definition{Subnet: "10.1.0.0/16"}, false, ""},
+		{"no service", "overlay", away(t), lease.Definition{}, false, "metadata service unreachable"},
+	} {
+		_, err := lease.Status(ctx, tc.book, tc.network, tc.d, tc.strict)
+		var e *cni.Error
+		if tc.want == "" && err != nil || tc.want != "" && (!errors.As(err, &e) || e.Code != cni.ErrNotAvailable || !strings.Contains(e.Error(), tc.want)) {
+			t.Errorf("%s: %v", tc.name, err)
+		}
+	}
 }
 
 func TestDefinition(t *testing.T) {

@@ -2,25 +2,40 @@ package lease
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Status asks whether an ADD on the network would find an address; an error carries code 50 and the remedy. A network that
-// its configuration defines and nobody has used yet is ready.
-func Status(ctx context.Context, b Book, network string, d Definition) error {
+// Status returns an error with code 50 and the remedy when no ADD on the network can be served here for a reason of
+// this host that waiting does not cure. A kubelet evicts healthy pods after such an answer, so an absent store and a
+// network without free addresses are errors of an ADD alone. strict reports these too. A network that its
+// configuration defines and nobody has used yet is ready; its status is nil.
+func Status(ctx context.Context, b Book, network string, d Definition, strict bool) (*metadata.NetworkStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	s, err := b.Client.Status(ctx, network)
 	switch {
 	case metadata.IsCode(err, metadata.CodeNotFound) && (d.Subnet != "" || len(d.Subnets) > 0):
-		return nil
-	case err != nil:
-		return cni.Errorf(cni.ErrNotAvailable, "network %s: %w", network, err).WithDetails("check: systemctl status lariat-metadata; lariat doctor")
-	case !s.Ready:
-		return cni.Errorf(cni.ErrNotAvailable, "network %s: %s", network, s.Reason)
+		return nil, nil
+	case metadata.IsCode(err, metadata.CodeNotFound):
+		return nil, cni.Errorf(cni.ErrNotAvailable, "network %s: %w", network, err).WithDetails("lariat network create %s", network)
+	case err == nil && !s.Ready && (s.Local || strict):
+		return s, cni.Errorf(cni.ErrNotAvailable, "network %s: %s", network, s.Reason)
+	case err == nil:
+		return s, nil
+	case !answered(err):
+		return nil, cni.Errorf(cni.ErrNotAvailable, "network %s: %w", network, err).WithDetails("check: systemctl status lariat-metadata; lariat doctor")
+	case strict:
+		return nil, cni.Errorf(cni.ErrNotAvailable, "network %s: %w", network, err).WithDetails("check: lariat doctor")
 	}
-	return nil
+	return nil, nil
+}
+
+// answered reports whether an error is the service's own word.
+func answered(err error) bool {
+	var e *metadata.Error
+	return errors.As(err, &e)
 }

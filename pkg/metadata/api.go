@@ -89,6 +89,7 @@ type NetworkStatus struct {
 	Network  string        `json:"network"`
 	Ready    bool          `json:"ready"`
 	Reason   string        `json:"reason,omitempty"` // why not, with a remedy
+	Local    bool          `json:"local,omitempty"`  // the reason is this host's, and waiting does not cure it
 	Usage    []SubnetUsage `json:"usage"`            // one per subnet
 	Device   string        `json:"device,omitempty"` // that ADD expects on this host
 	Revision int64         `json:"revision"`
@@ -111,6 +112,7 @@ type Event struct {
 	Key      string          `json:"key,omitempty"` // within the kind, as in the API's path
 	Revision int64           `json:"revision"`
 	Object   json.RawMessage `json:"object,omitempty"`
+	Away     string          `json:"away,omitempty"` // of a bookmark: as that of a Snapshot
 }
 
 // Event types and kinds.

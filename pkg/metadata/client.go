@@ -23,8 +23,18 @@ type Client struct {
 	Socket string
 }
 
-// ErrUnreachable is wrapped by every error that means the service did not answer, whatever it would have said.
+// ErrUnreachable is in every error that means that the service could not do what was asked of it now: it did not
+// answer, or it answered that its store is away. IsCode with CodeUnavailable tells the latter.
 var ErrUnreachable = errors.New("metadata service unreachable")
+
+// unavailableError is the service's own word that it cannot serve now. Its text blames what the service blames.
+type unavailableError struct{ answer *Error }
+
+func (e unavailableError) Error() string { return e.answer.Error() }
+
+func (e unavailableError) Unwrap() error { return e.answer }
+
+func (e unavailableError) Is(target error) bool { return target == ErrUnreachable }
 
 // maxBody bounds an answer, so that a confused peer cannot fill memory. A view of 16 000 blocks is 2 MiB.
 const maxBody = 256 << 20
@@ -152,9 +162,9 @@ func escapeKey(key string) string {
 	return strings.Join(parts, "/")
 }
 
-// Watch calls fn with a first snapshot of the network view and again after each change of it, until the context ends or
-// fn returns an error. It reconnects by itself with back-off and resumes where it was; what it hands out never goes
-// back to empty while the service is away. The snapshot is fn's to keep: it is never changed afterwards.
+// Watch calls fn with a first snapshot of the network view and again after each change of it and each reconnection,
+// until the context ends or fn returns an error. It reconnects by itself with back-off and resumes where it was; what it
+// hands out never goes back to empty while the service is away. The snapshot is fn's to keep: it is never changed afterwards.
 // onError, when not nil, hears of each failed connection.
 func (c Client) Watch(ctx context.Context, fn func(*Snapshot) error, onError func(error)) error {
 	var view viewState
@@ -171,6 +181,7 @@ func (c Client) Watch(ctx context.Context, fn func(*Snapshot) error, onError fun
 		if onError != nil {
 			onError(err)
 		}
+		view.dirty = view.hosts != nil
 		t := time.NewTimer(backoff)
 		select {
 		case <-ctx.Done():
@@ -290,7 +301,7 @@ func (c Client) roundTrip(ctx context.Context, method, path string, payload []by
 		e = Error{Code: CodeInternal, Message: fmt.Sprintf("metadata %s %s: status %d: %s", method, path, status, clip(data))}
 	}
 	if e.Code == CodeUnavailable {
-		return nil, nil, fmt.Errorf("%w: %w", ErrUnreachable, &e)
+		return nil, nil, unavailableError{&e}
 	}
 	return nil, nil, &e
 }

@@ -340,6 +340,9 @@ type Snapshot struct {
 	// Problems are entries that are left out of the lists above.
 	Problems []Problem `json:"problems,omitempty"`
 
+	// Away says why the store does not answer: what is here was known before. Empty: it answers.
+	Away string `json:"away,omitempty"`
+
 	sane bool // it comes from Sane
 }
 

@@ -35,6 +35,7 @@ type viewState struct {
 	blocks    *listed[Block]
 	endpoints *listed[Endpoint]
 	problems  map[string]string // what the service could not use, or this client, by key
+	away      string            // as in a Snapshot
 
 	// What can be used together; see settle.
 	unsettled bool
@@ -59,7 +60,9 @@ func (v *viewState) apply(ev Event) (bool, error) {
 	}
 	v.revision = max(v.revision, ev.Revision)
 	if ev.Type == EventBookmark {
-		return false, nil
+		changed := v.away != ev.Away
+		v.away = ev.Away
+		return changed, nil
 	}
 	switch ev.Kind {
 	case KindHost:
@@ -114,7 +117,7 @@ func changeText(m map[string]string, ev Event) {
 }
 
 func (v *viewState) load(s *Snapshot) {
-	*v = viewState{revision: s.Revision, self: s.Self, unsettled: true, problems: map[string]string{}}
+	*v = viewState{revision: s.Revision, self: s.Self, away: s.Away, unsettled: true, problems: map[string]string{}}
 	v.hosts = list(v, KindHost, s.Hosts, func(h Host) string { return h.Name })
 	v.networks = list(v, KindNetwork, s.Networks, func(n Network) string { return n.Name })
 	v.blocks = list(v, KindBlock, s.Blocks, BlockKey)
@@ -188,7 +191,7 @@ func (v *viewState) snapshot() *Snapshot {
 	if v.unsettled {
 		v.settle()
 	}
-	s := &Snapshot{Revision: v.revision, Self: v.self, sane: true,
+	s := &Snapshot{Revision: v.revision, Self: v.self, Away: v.away, sane: true,
 		Hosts: v.hosts.used(), Networks: v.networks.used(), Blocks: v.blocks.used(), Endpoints: v.endpoints.used()}
 	for _, k := range slices.Sorted(maps.Keys(v.problems)) {
 		s.Problems = append(s.Problems, Problem{Key: k, What: v.problems[k]})

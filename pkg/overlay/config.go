@@ -23,6 +23,7 @@ type Config struct {
 	MTU             int             `json:"mtu,omitempty"`             // of the container's interface; default: the network's
 	LinkMTUOverhead *int            `json:"linkMTUOverhead,omitempty"` // octets below the underlay's MTU; default: the encapsulation's
 	DefaultRoute    *bool           `json:"defaultRoute,omitempty"`    // false: only the network's subnets go by this interface
+	StrictStatus    bool            `json:"strictStatus,omitempty"`    // STATUS fails also for what waiting or other hosts may cure
 	lease.Definition
 }
 

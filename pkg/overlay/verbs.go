@@ -448,14 +448,16 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 			return err
 		}
 	}
-	if err := lease.Status(ctx, c.book, r.Conf.Name, c.ipam.Definition); err != nil {
+	strict := c.conf.StrictStatus || c.ipam.StrictStatus
+	s, err := lease.Status(ctx, c.book, r.Conf.Name, c.ipam.Definition, strict)
+	if err != nil {
 		return err
 	}
-	if err := c.ready(ctx); err != nil {
+	var e *cni.Error
+	if err := c.ready(ctx); err != nil && (strict || !errors.As(err, &e) || e.Code != cni.ErrLimited) {
 		return err
 	}
-	s, err := c.book.Client.Status(ctx, r.Conf.Name)
-	if err != nil || s.Device == "" {
+	if s == nil || s.Device == "" {
 		return nil // not in use yet: the first ADD makes it
 	}
 	if v, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err == nil && strings.TrimSpace(string(v)) == "0" {
@@ -466,6 +468,9 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 		return cni.Errorf(cni.ErrNotAvailable, "%w", err)
 	}
 	defer k.Close()
+	if !strict {
+		return nil // a device that is missing is made by the manager, or by the next ADD
+	}
 	if ok, err := k.Joined(ctx, s.Device, nil); err != nil || !ok {
 		return cni.Errorf(cni.ErrLimited, "network %s: device %s is missing on this host", r.Conf.Name, s.Device).WithDetails("check: systemctl status lariat-network-manager; lariat plan --diff")
 	}

@@ -56,21 +56,47 @@ func (l *Leftovers) Run(ctx context.Context) (changed []string, err error) {
 		return time.Since(since) >= grace
 	}
 	known := map[string]map[metadata.AttachmentID]bool{}
+	waiting := 0 // for a service that could not do the first of them
 	for _, network := range networks {
 		known[network] = map[metadata.AttachmentID]bool{}
 		records, err := l.Journal.List(network)
 		errs = append(errs, err)
 		for _, r := range records {
 			known[network][r.AttachmentID] = true
+			if waiting > 0 && r.State != lease.Held {
+				waiting++
+				continue
+			}
 			line, err := l.record(ctx, network, r, alive, suspect)
+			if r.State != lease.Held && errors.Is(err, metadata.ErrUnreachable) {
+				waiting = 1
+			}
 			if line != "" {
 				changed = append(changed, line)
 			}
 			errs = append(errs, err)
 		}
 	}
-	lines, err := l.allocations(ctx, known, alive, suspect)
-	return append(changed, lines...), errors.Join(append(errs, err)...)
+	if waiting > 1 {
+		errs = append(errs, fmt.Errorf("%d more wait for it", waiting-1))
+	}
+	view, err := l.Client.View(ctx)
+	if err != nil {
+		return changed, errors.Join(append(errs, err)...)
+	}
+	lines, err := l.allocations(ctx, view, known, alive, suspect)
+	changed, errs = append(changed, lines...), append(errs, err)
+	for _, network := range networks {
+		if _, ok := view.Network(network); ok {
+			continue
+		}
+		removed, err := l.Journal.RemoveNetwork(network)
+		if removed {
+			changed = append(changed, "removed the journal of network "+network+", which is deleted")
+		}
+		errs = append(errs, err)
+	}
+	return changed, errors.Join(errs...)
 }
 
 func (l *Leftovers) record(ctx context.Context, network string, r lease.Record, alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (string, error) {
@@ -157,11 +183,9 @@ func (l *Leftovers) locked(network string, r lease.Record, do func(now lease.Rec
 
 // allocations finds addresses that the service holds for this host and no record and no port vouches for. Only those count whose record
 // would be in this journal.
-func (l *Leftovers) allocations(ctx context.Context, known map[string]map[metadata.AttachmentID]bool, alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (changed []string, err error) {
-	view, err := l.Client.View(ctx)
-	if err != nil {
-		return nil, err
-	}
+func (l *Leftovers) allocations(ctx context.Context, view *metadata.Snapshot, known map[string]map[metadata.AttachmentID]bool, alive map[metadata.AttachmentID]bool,
+	suspect func(string, time.Duration) bool,
+) (changed []string, err error) {
 	var errs []error
 	for _, n := range view.Networks {
 		held, err := l.Client.Allocations(ctx, n.Name, false)

@@ -279,7 +279,7 @@ func TestF127_Replay(t *testing.T) {
 	must(t, a.Journal.Put(r))
 	changed, err := a.Run(ctx)
 	must(t, err)
-	if len(changed) != 2 {
+	if len(changed) != 3 || !strings.Contains(changed[2], "removed the journal of network dropped") {
 		t.Errorf("changed %q", changed)
 	}
 	if n, err := a.Journal.List("dropped"); err != nil || len(n) > 0 || a.recorded("never-was") {

@@ -115,13 +115,16 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 		}
 	})
 	err := m.Client.Watch(ctx, func(s *metadata.Snapshot) error {
-		if m.viewed(s, overlay, forward, tunnels) {
+		first, back := m.viewed(s, overlay, forward, tunnels)
+		if first {
 			underlay.Trigger()
-			gc.Trigger()
 			ports.Trigger()
 		}
+		if first || back {
+			gc.Trigger()
+		}
 		return nil
-	}, m.watched)
+	}, func(err error) { m.watched(err) })
 	wg.Wait()
 	if ctx.Err() != nil {
 		return nil
@@ -129,29 +132,37 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	return err
 }
 
-// viewed puts a view into force, and reports whether it is the first. Concerns that plan from it run when something
-// that planners read is new.
-func (m *Manager) viewed(s *metadata.Snapshot, planning ...*Concern) (first bool) {
+// viewed puts a view into force. Concerns that plan from it run when something that planners read is new. It reports whether the
+// view is the first, and whether the service or its store is back, or a network deleted: what DELs could not tell, and what the
+// network left, goes then.
+func (m *Manager) viewed(s *metadata.Snapshot, planning ...*Concern) (first, back bool) {
 	before := m.view.Swap(s)
-	m.watched(nil)
+	began := m.watched(nil)
 	if m.OnView != nil {
 		m.OnView(s)
 	}
-	if before == nil || !plan.Same(before, s) {
+	first = before == nil
+	if first || !plan.Same(before, s) {
 		for _, c := range planning {
 			c.Trigger()
 		}
 	}
-	return before == nil
+	return first, began || !first && (before.Away != "" && s.Away == "" || lost(before, s))
 }
 
-// watched notes how the watch fares; what was learned stays in force while it is broken.
-func (m *Manager) watched(err error) {
+// lost reports whether a network has been deleted.
+func lost(before, now *metadata.Snapshot) bool {
+	return slices.ContainsFunc(before.Networks, func(n metadata.Network) bool { _, ok := now.Network(n.Name); return !ok })
+}
+
+// watched notes how the watch fares, and reports whether it has begun to work. What was learned stays in force
+// while it is broken.
+func (m *Manager) watched(err error) (began bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	switch {
 	case err == nil:
-		if !m.metadata.OK {
+		if began = !m.metadata.OK; began {
 			m.Log.Info("metadata service answers", "socket", m.Client.Socket)
 		}
 		m.metadata.OK, m.metadata.Error, m.metadata.LastSuccess = true, "", time.Now().UTC()
@@ -166,6 +177,7 @@ func (m *Manager) watched(err error) {
 		m.metadata.Failures++
 	}
 	m.metadata.Passes++
+	return began
 }
 
 // Reload runs a pass of every concern, from the files that they read on, and returns what came of it.

@@ -34,7 +34,7 @@ func TestViewedPlansWhatIsNew(t *testing.T) {
 		next.Hosts, next.Blocks = slices.Clone(s.Hosts), slices.Clone(s.Blocks)
 		step.change(&next)
 		s = &next
-		if first := m.viewed(s, c); first != (i == 0) || m.View() != s || told != i+1 {
+		if first, _ := m.viewed(s, c); first != (i == 0) || m.View() != s || told != i+1 {
 			t.Errorf("%s: first %t, told %d times", step.name, first, told)
 		}
 		if runs := len(c.trigger) == 1; runs != step.runs {

@@ -301,6 +301,8 @@ var _ = Describe("An attachment", func() {
 			return netlink.LinkDel(l)
 		})).To(Succeed())
 		_, err = raw(h, "STATUS", "", conf)
+		Expect(err).NotTo(HaveOccurred(), "the next ADD makes the device")
+		_, err = raw(h, "STATUS", "", conf+`,"strictStatus":true`)
 		Expect(code(err)).To(BeEquivalentTo(51))
 		Expect(err).To(MatchError(ContainSubstring("vtep1042")))
 		Expect(h.Metadata.Stop()).To(Succeed())

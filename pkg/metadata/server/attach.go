@@ -166,7 +166,8 @@ func (s *Server) Release(ctx context.Context, network string, id metadata.Attach
 	if _, _, ok := s.view.network(network); !ok {
 		return nil // its addresses went with it
 	}
-	ctx, cancel := s.timeout(ctx)
+	// A DEL waits less than an ADD: what it could not tell, the network manager tells later.
+	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeout*2/5)
 	defer cancel()
 	return s.book(network).do(&op{ctx: ctx, kind: opRelease, id: id, sequence: sequence})
 }
@@ -328,17 +329,51 @@ func decodeTable(e store.Entry) (*allocate.Table, error) {
 	return allocate.Decode(cidr, e.Value)
 }
 
-// Status says whether an ADD could be served now.
+// Status says whether an ADD could be served now. It answers from memory: what it must ask the store for, it
+// does without when the store is away or slow.
 func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkStatus, error) {
-	b, n, err := s.loaded(ctx, network)
-	if err != nil {
-		return nil, err
+	n, _, ok := s.view.network(network)
+	if !ok {
+		return nil, s.unknownNetwork(network)
 	}
-	st := &metadata.NetworkStatus{Network: network, Ready: true, Usage: []metadata.SubnetUsage{}}
+	st := &metadata.NetworkStatus{Network: network, Ready: true, Usage: []metadata.SubnetUsage{}, Device: s.cfg.Device(n)}
 	s.view.mu.RLock()
 	st.Revision = s.view.revision
 	s.view.mu.RUnlock()
-	st.Device = s.cfg.Device(n)
+	lost, _ := s.store.Lost()
+	refuse := func(reason string, local bool) {
+		if st.Ready || local && !st.Local {
+			st.Ready, st.Reason, st.Local = false, reason, local
+		}
+	}
+	if lost != nil {
+		refuse(lost.Error(), false)
+	}
+	s.mu.Lock()
+	problem := s.problem
+	s.mu.Unlock()
+	if problem != nil {
+		refuse(problem.Error(), true)
+	}
+	if m, ok := s.store.Store.(interface{ Problem() string }); ok && m.Problem() != "" {
+		refuse(m.Problem(), true)
+	}
+	ctx, cancel := context.WithTimeout(ctx, statusPatience)
+	defer cancel()
+	b := s.book(network)
+	b.mu.Lock()
+	loaded := b.loaded
+	b.mu.Unlock()
+	if !loaded {
+		if lost != nil {
+			return st, nil
+		}
+		if _, _, err := s.loaded(ctx, network); errors.Is(err, store.ErrUnavailable) || ctx.Err() != nil {
+			return st, nil
+		} else if err != nil {
+			return nil, err
+		}
+	}
 	for _, p := range n.Subnets {
 		u := b.usage(n, p)
 		perBlock := 1 << min(p.Addr().BitLen()-n.BlockSize(p), 30)
@@ -347,41 +382,68 @@ func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkS
 		} else {
 			u.Free += u.BlocksFree * perBlock
 		}
+		sure := true
 		if !n.StrictAffinity {
 			// What others have left is worth reading only where it is few, or all there is.
 			if others := s.view.blocksOf(network, func(x metadata.Block) bool { return x.Host != s.cfg.HostName && p.Contains(x.CIDR.Addr()) }); u.Free == 0 || len(others) <= 64 {
-				left, err := s.leftWithOthers(ctx, n, p, others)
-				if err != nil {
-					return nil, err
-				}
-				u.Free += left
+				left, known := s.leftWithOthers(ctx, n, p, others)
+				u.Free, sure = u.Free+left, known
 			}
 		}
 		st.Usage = append(st.Usage, u)
-		if u.Free == 0 && st.Ready {
-			st.Ready = false
-			st.Reason = fmt.Sprintf("no address left in subnet %s: %d used in this host's blocks, %d blocks claimed by all hosts, 0 free; widen the network or release what is unused (`lariat ip list`)",
-				p, u.Used, u.Blocks)
+		if u.Free == 0 && sure {
+			refuse(fmt.Sprintf("no address left in subnet %s: %d used in this host's blocks, %d blocks claimed by all hosts, 0 free; widen the network or release what is unused (`lariat ip list`)",
+				p, u.Used, u.Blocks), false)
 		}
-	}
-	if cause := s.unready(ctx); cause != nil && st.Ready {
-		st.Ready, st.Reason = false, cause.Error()
 	}
 	return st, nil
 }
 
-// leftWithOthers counts free addresses in other hosts' blocks; the count may be some seconds old.
-func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet netip.Prefix, blocks []metadata.Block) (int, error) {
+// statusPatience bounds what the status of a network waits for the store, where that is not known to be away.
+const statusPatience = time.Second
+
+// leftWithOthers returns how many free addresses other hosts' blocks have, as they were counted some seconds ago,
+// or longer ago while the store does not answer. It returns false when nothing was counted yet.
+func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet netip.Prefix, blocks []metadata.Block) (int, bool) {
 	if len(blocks) == 0 {
-		return 0, nil
+		return 0, true
 	}
 	key := n.Name + " " + subnet.String()
+	lost, _ := s.store.Lost()
 	s.mu.Lock()
-	c, ok := s.left[key]
-	s.mu.Unlock()
-	if ok && time.Since(c.when) < leftoverAge {
-		return c.free, nil
+	c := s.left[key]
+	if c == nil {
+		c = &leftover{}
+		s.left[key] = c
 	}
+	counting := c.counting
+	if counting == nil && lost == nil && time.Since(c.when) >= leftoverAge && s.ctx.Err() == nil {
+		counting = make(chan struct{})
+		c.counting = counting
+		s.wg.Go(func() {
+			free, err := s.countLeft(s.ctx, n, subnet, blocks)
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if err == nil {
+				c.free, c.when = free, time.Now()
+			}
+			c.counting = nil
+			close(counting)
+		})
+	}
+	s.mu.Unlock()
+	if counting != nil {
+		select {
+		case <-counting:
+		case <-ctx.Done():
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return c.free, !c.when.IsZero()
+}
+
+func (s *Server) countLeft(ctx context.Context, n metadata.Network, subnet netip.Prefix, blocks []metadata.Block) (int, error) {
 	rules := (&batch{b: s.book(n.Name), net: n}).rules(subnet)
 	seen := map[netip.Prefix]bool{}
 	free := 0
@@ -408,9 +470,6 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 			}
 		}
 	}
-	s.mu.Lock()
-	s.left[key] = leftover{free, time.Now()}
-	s.mu.Unlock()
 	return free, nil
 }
 
@@ -418,8 +477,9 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 const leftoverAge = 2 * time.Second
 
 type leftover struct {
-	free int
-	when time.Time
+	free     int
+	when     time.Time     // zero: never counted
+	counting chan struct{} // closed when it is counted anew; nil: it is not
 }
 
 // networkOrCreate finds a network, or makes it as the request defines it.

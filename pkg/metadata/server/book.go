@@ -133,7 +133,7 @@ func (b *book) do(o *op) error {
 	case <-o.done:
 		return o.err
 	case <-o.ctx.Done():
-		return fmt.Errorf("%w: network %s: %w", store.ErrUnavailable, b.network, context.Cause(o.ctx))
+		return fmt.Errorf("%w: network %s in %s: %w", store.ErrUnavailable, b.network, b.s.store.Where(), context.Cause(o.ctx))
 	}
 }
 

@@ -145,7 +145,7 @@ func (s *Server) keepName() {
 			return
 		case <-lease.Lost():
 		}
-		for wait := 100 * time.Millisecond; s.ctx.Err() == nil; wait = min(2*wait, 5*time.Second) {
+		for wait := 100 * time.Millisecond; s.ctx.Err() == nil; {
 			ctx, cancel := s.timeout(s.ctx)
 			err := s.takeName(ctx)
 			if err == nil {
@@ -156,17 +156,15 @@ func (s *Server) keepName() {
 				}
 			}
 			cancel()
-			s.setProblem(err)
 			if err == nil {
+				s.setProblem(nil)
 				s.log.Info("lease taken again", "host", s.cfg.HostName)
 				break
 			}
-			t := time.NewTimer(wait)
-			select {
-			case <-s.ctx.Done():
-			case <-t.C:
+			if !errors.Is(err, store.ErrUnavailable) { // a store that is away is known already, and no fault of this host's
+				s.setProblem(err)
 			}
-			t.Stop()
+			wait = s.pause(wait, 5*time.Second)
 		}
 	}
 }

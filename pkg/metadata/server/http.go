@@ -197,7 +197,14 @@ func (s *Server) API() *service.Server {
 
 	read("/v1/snapshot", func(r *http.Request) (any, error) {
 		snap := s.view.snapshot().Sane()
+		if lost, _ := s.store.Lost(); lost != nil {
+			snap.Away = lost.Error()
+		}
 		if r.URL.Query().Get("view") == "network" {
+			return snap, nil
+		}
+		if snap.Away != "" { // at least this host's
+			snap.Containers = s.containers.list()
 			return snap, nil
 		}
 		var err error
@@ -306,8 +313,16 @@ func (s *Server) serveWatch(w http.ResponseWriter, r *http.Request) {
 		}
 		return rc.Flush() == nil
 	}
+	lost, storeChanged := s.store.Lost()
+	away := func() string {
+		if lost, storeChanged = s.store.Lost(); lost != nil {
+			return lost.Error()
+		}
+		return ""
+	}
 	snapshot := func() (uint64, bool) {
 		snap, index := s.view.position()
+		snap.Away = away()
 		data, err := json.Marshal(snap)
 		if err != nil {
 			return 0, false
@@ -329,10 +344,7 @@ func (s *Server) serveWatch(w http.ResponseWriter, r *http.Request) {
 	t := time.NewTicker(s.cfg.Bookmark)
 	defer t.Stop()
 	bookmark := func() bool {
-		s.view.mu.RLock()
-		now := s.view.revision
-		s.view.mu.RUnlock()
-		line, _ := json.Marshal(metadata.Event{Type: metadata.EventBookmark, Revision: now})
+		line, _ := json.Marshal(metadata.Event{Type: metadata.EventBookmark, Revision: s.view.upTo(index), Away: away()})
 		return send(append(line, '\n'))
 	}
 	if revision > 0 && !bookmark() { // the head of the answer leaves at once
@@ -359,6 +371,10 @@ func (s *Server) serveWatch(w http.ResponseWriter, r *http.Request) {
 		}
 		select {
 		case <-changed:
+		case <-storeChanged:
+			if !bookmark() {
+				return
+			}
 		case <-t.C:
 			if !bookmark() {
 				return
@@ -377,7 +393,7 @@ func (s *Server) serveBackup(w http.ResponseWriter, r *http.Request) {
 		service.Forbid(w, "a backup is for root only")
 		return
 	}
-	b, ok := s.store.(interface {
+	b, ok := s.store.Store.(interface {
 		Backup(context.Context, io.Writer) error
 	})
 	if !ok {

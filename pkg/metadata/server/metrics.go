@@ -27,6 +27,7 @@ var (
 	descSize     = prometheus.NewDesc("lariat_store_size_bytes", "Size of the store's data file.", nil, nil)
 	descInUse    = prometheus.NewDesc("lariat_store_in_use_bytes", "Of it, what holds data.", nil, nil)
 	descQuota    = prometheus.NewDesc("lariat_store_quota_bytes", "What the embedded store may grow to.", nil, nil)
+	descStoreUp  = prometheus.NewDesc("lariat_store_up", "0 while the store does not answer this host.", nil, nil)
 	descReady    = prometheus.NewDesc("lariat_ready", "1 when allocations can be served.", nil, nil)
 )
 
@@ -50,7 +51,7 @@ func (s *Server) ObserveStore(op string, took time.Duration, err error) {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descUsed, descFree, descBlocks, descHosts, descLag, descRevision, descLeader, descSize, descInUse, descQuota, descReady} {
+	for _, d := range []*prometheus.Desc{descUsed, descFree, descBlocks, descHosts, descLag, descRevision, descLeader, descSize, descInUse, descQuota, descStoreUp, descReady} {
 		ch <- d
 	}
 }
@@ -97,7 +98,10 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	s.view.mu.RUnlock()
 	gauge(descLag, lag.Seconds())
 	gauge(descRevision, float64(revision))
-	if st, err := s.store.Status(ctx); err == nil {
+	lost, _ := s.store.Lost()
+	if lost != nil {
+		// It would not answer.
+	} else if st, err := s.store.Status(ctx); err == nil {
 		gauge(descLeader, truth(st.Leader))
 		gauge(descSize, float64(st.Size))
 		gauge(descInUse, float64(st.InUse))
@@ -105,5 +109,6 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 			gauge(descQuota, float64(st.Quota))
 		}
 	}
+	gauge(descStoreUp, truth(lost == nil))
 	gauge(descReady, truth(s.unready(ctx) == nil))
 }

@@ -63,7 +63,7 @@ type Config struct {
 // Server is the metadata service of one host.
 type Server struct {
 	cfg        Config
-	store      store.Store
+	store      *store.Breaker
 	bootID     string
 	log        *slog.Logger
 	view       *view
@@ -78,7 +78,7 @@ type Server struct {
 
 	mu      sync.Mutex
 	books   map[string]*book
-	left    map[string]leftover
+	left    map[string]*leftover
 	lease   *store.Lease
 	problem error // why it is not ready
 }
@@ -116,13 +116,14 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	if cfg.Device == nil {
 		cfg.Device = func(metadata.Network) string { return "" }
 	}
-	s := &Server{cfg: cfg, store: st, bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
-		books: map[string]*book{}, left: map[string]leftover{}}
+	s := &Server{cfg: cfg, store: store.NewBreaker(st, cfg.Timeout, cfg.Log), bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
+		books: map[string]*book{}, left: map[string]*leftover{}}
 	s.metrics = newMetrics(s)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.stopping, s.stop = context.WithCancel(s.ctx)
 	if err := s.register(ctx); err != nil {
 		s.cancel()
+		s.store.Stop()
 		return nil, err
 	}
 	prefix := containerPrefix + cfg.HostName + "/"
@@ -187,6 +188,7 @@ func (s *Server) Close() {
 	if lease != nil {
 		lease.Close()
 	}
+	s.store.Stop()
 }
 
 // follow keeps a part of the store in memory: list, watch from there, and again from the start when history is gone. What is
@@ -231,15 +233,27 @@ func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, ap
 			revision = 0
 			continue
 		}
-		s.log.Warn("the store is away, going on with what is known", "error", err)
-		t := time.NewTimer(wait)
-		select {
-		case <-s.ctx.Done():
-		case <-t.C:
-		}
-		t.Stop()
-		wait = min(2*wait, 2*time.Second)
+		s.log.Debug("following the store broke off", "prefix", prefix, "error", err)
+		wait = s.pause(wait, 2*time.Second)
 	}
+}
+
+// pause waits before something is tried again, and returns how long the next pause is. While the store is away
+// it waits for the store alone.
+func (s *Server) pause(wait, longest time.Duration) time.Duration {
+	if lost, _ := s.store.Lost(); lost != nil {
+		_ = s.store.Wait(s.ctx) // whoever tries again looks at the context
+		return 50 * time.Millisecond
+	}
+	t := time.NewTimer(wait)
+	defer t.Stop()
+	_, changed := s.store.Lost()
+	select {
+	case <-s.ctx.Done():
+	case <-t.C:
+	case <-changed:
+	}
+	return min(2*wait, longest)
 }
 
 // housekeeping gives empty blocks back, and first of all cleans up after earlier versions.
@@ -315,6 +329,9 @@ func (s *Server) unready(ctx context.Context) error {
 	s.mu.Unlock()
 	if problem != nil {
 		return problem
+	}
+	if lost, _ := s.store.Lost(); lost != nil {
+		return lost
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()

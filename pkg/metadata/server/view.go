@@ -597,6 +597,17 @@ func (v *view) next(index uint64) (lines []event, next uint64, changed <-chan st
 	return slices.Clone(v.events[index-v.first:]), end, v.changed, true
 }
 
+// upTo returns the revision that a watcher has come to who has seen all events before an index; 0 when there are
+// further ones.
+func (v *view) upTo(index uint64) int64 {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	if index != v.first+uint64(len(v.events)) {
+		return 0
+	}
+	return v.revision
+}
+
 // position is a snapshot together with the index from which its changes follow.
 func (v *view) position() (*metadata.Snapshot, uint64) {
 	for {

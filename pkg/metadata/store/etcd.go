@@ -18,6 +18,7 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/keepalive"
 )
 
@@ -57,7 +58,7 @@ type External struct {
 // listens.
 var reconnect = grpc.ConnectParams{
 	Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2,
-		MaxDelay: 2 * time.Second},
+		MaxDelay: time.Second},
 	MinConnectTimeout: 3 * time.Second,
 }
 
@@ -91,6 +92,25 @@ func newEtcd(client *clientv3.Client, prefix, where string, log *slog.Logger) *E
 	e := &Etcd{client: client, prefix: prefix, where: where, log: log, repair: make(chan struct{}, 1)}
 	e.done, e.cancel = context.WithCancel(context.Background())
 	return e
+}
+
+// Where names the store for messages: its endpoints, or its directory.
+func (e *Etcd) Where() string { return e.where }
+
+// Connected calls fn whenever a connection to the store is made or lost, until the context ends. An embedded
+// store has no connection.
+func (e *Etcd) Connected(ctx context.Context, fn func(bool)) {
+	conn := e.client.ActiveConnection()
+	if e.member != nil || conn == nil {
+		return
+	}
+	for {
+		s := conn.GetState()
+		fn(s == connectivity.Ready)
+		if !conn.WaitForStateChange(ctx, s) {
+			return
+		}
+	}
 }
 
 // fault translates etcd's errors.
@@ -383,14 +403,20 @@ func (e *Etcd) Hold(ctx context.Context, ttl time.Duration) (*Lease, error) {
 	return l, nil
 }
 
-// Status implements Store.
-func (e *Etcd) Status(ctx context.Context) (Status, error) {
-	var st Status
-	for _, p := range []*string{e.problem.Load(), e.full.Load()} {
+// Problem returns why this host's own store refuses writes, and the remedy. It is empty when it does not, and of
+// a store elsewhere.
+func (e *Etcd) Problem() string {
+	for _, p := range []*string{e.full.Load(), e.problem.Load()} {
 		if p != nil {
-			st.Problem = *p
+			return *p
 		}
 	}
+	return ""
+}
+
+// Status implements Store.
+func (e *Etcd) Status(ctx context.Context) (Status, error) {
+	st := Status{Problem: e.Problem()}
 	if e.member != nil {
 		e.member.status(&st)
 		return st, nil

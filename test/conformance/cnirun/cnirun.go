@@ -165,7 +165,7 @@ func Journal(stateDir string) (out []string, err error) {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil
 		}
-		if err == nil && !d.IsDir() && !strings.HasPrefix(d.Name(), ".lock-") {
+		if err == nil && !d.IsDir() && !strings.HasPrefix(d.Name(), ".lock") {
 			out = append(out, strings.TrimPrefix(path, stateDir+"/"))
 		}
 		return err

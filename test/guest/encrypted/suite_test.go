@@ -214,6 +214,14 @@ func callOf(h *lab.Host, network, plugin string) lab.Call {
 	return lab.Call{Conf: conf}
 }
 
+// strict is call with a STATUS that fails also for what does not keep an ADD from its work.
+func strict(h *lab.Host) lab.Call {
+	GinkgoHelper()
+	conf, err := h.Conf(network, map[string]any{"type": "lariat-ipsec", "strictStatus": true})
+	Expect(err).NotTo(HaveOccurred())
+	return lab.Call{Conf: conf}
+}
+
 // pings waits until to answers from, in all families that it has.
 func pings(from *lab.Container, to *lab.Container) {
 	GinkgoHelper()
