@@ -13,7 +13,10 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/doctor"
+	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -242,8 +245,8 @@ func (a *app) ipRelease() *cobra.Command {
 		Use:   "release ADDRESS|CONTAINER/INTERFACE",
 		Short: "Free the addresses of an attachment that is gone",
 		Long: `Frees the addresses that an interface of a container holds: all of them, for they were given together. This is for attachments
-that are gone and were never told to be; a container that still runs would share its address with the next one. The network manager
-finds such leftovers by itself. Each host releases its own: for those of a host that is gone see host remove.
+that are gone and were never told to be; a container that still runs would share its address with the next one, so it is refused.
+The network manager finds such leftovers by itself. Each host releases its own: for those of a host that is gone see host remove.
 
 A container's id may be cut short as long as it is unambiguous.`,
 		Example: `  lariat ip release 10.42.0.5
@@ -268,6 +271,10 @@ A container's id may be cut short as long as it is unambiguous.`,
 			if first.Host != snap.Self {
 				return fmt.Errorf("%s of %s is held by host %s; %s", first.Address, who, first.Host, elsewhere(snap, []metadata.Allocation{first.Allocation}))
 			}
+			id := metadata.AttachmentID{ContainerID: first.ContainerID, IfName: first.IfName}
+			if err := inUse(first.Network, first.StateDir, id); err != nil {
+				return err
+			}
 			addresses := strings.Join(names(held, func(r ipRow) string { return r.Address.String() }), " and ")
 			if !sure {
 				if err := a.confirm(fmt.Sprintf("Release %s of %s on host %s, network %s?", addresses, who, first.Host, first.Network)); err != nil {
@@ -276,7 +283,7 @@ A container's id may be cut short as long as it is unambiguous.`,
 			}
 			// The newest sequence: what was handed out since then stays.
 			newest := slices.MaxFunc(held, func(x, y ipRow) int { return cmp.Compare(x.Sequence, y.Sequence) })
-			if err := a.client().Release(ctx, first.Network, metadata.AttachmentID{ContainerID: first.ContainerID, IfName: first.IfName}, newest.Sequence); err != nil {
+			if err := a.client().Release(ctx, first.Network, id, newest.Sequence); err != nil {
 				return err
 			}
 			return a.print(held, func(w *writer) { w.line("released %s of %s", addresses, who) })
@@ -287,6 +294,22 @@ A container's id may be cut short as long as it is unambiguous.`,
 	c.Flags().BoolVar(&sure, "yes", false, "do not ask")
 	_ = c.RegisterFlagCompletionFunc("network", a.completeFlag(networkNames))
 	return c
+}
+
+// inUse reports that an attachment of this host lives: its port is there, or the namespace that the plugin noted.
+func inUse(network, stateDir string, id metadata.AttachmentID) error {
+	const remedy = "end the container, or have its runtime disconnect it"
+	if name := attach.HostName(id); kernel.PortIndex(name) != 0 {
+		return remedied{fmt.Errorf("%s is in use: its interface %s is on this host", id, name), remedy}
+	}
+	r, known, err := lease.NewJournal(stateDir).Get(network, id)
+	if err != nil {
+		return err
+	}
+	if known && r.State != lease.Released && !r.Gone("") {
+		return remedied{fmt.Errorf("%s is in use: its network namespace %s is there", id, r.Netns), remedy}
+	}
+	return nil
 }
 
 // selectHeld finds all addresses of the one attachment that a person means.

@@ -182,6 +182,31 @@ func (a *app) portFaults(ctx context.Context, snap *metadata.Snapshot) ([]delta.
 	return reconcile.PortFaults(ctx, k, snap, journals...)
 }
 
+// living lists what containers that run have, by the plugins' journals.
+func living(stateDirs []string) ([]metadata.Allocation, error) {
+	out := []metadata.Allocation{}
+	var errs []error
+	for _, dir := range stateDirs {
+		j := lease.NewJournal(dir)
+		networks, err := j.Networks()
+		errs = append(errs, err)
+		for _, network := range networks {
+			records, err := j.List(network)
+			errs = append(errs, err)
+			for _, r := range records {
+				if r.State == lease.Released || r.Leaving || r.Gone("") {
+					continue
+				}
+				for _, a := range r.Attachment.Addresses {
+					out = append(out, metadata.Allocation{Address: a.Address, Network: network, ContainerID: r.ContainerID,
+						IfName: r.IfName, BootID: r.BootID, StateDir: dir, Created: r.Created})
+				}
+			}
+		}
+	}
+	return out, errors.Join(errs...)
+}
+
 func names[T any](list []T, name func(T) string) []string {
 	out := make([]string, len(list))
 	for i, v := range list {

@@ -36,6 +36,7 @@ var checks = []struct {
 	{"entries", "every entry of the store that was read can be used", (*examination).entries},
 	{"manager", "the network manager runs, and all that it keeps is true", (*examination).manager},
 	{"journal", "the network manager looks where the plugins keep their records", (*examination).journal},
+	{"attachments", "the metadata service knows every address that a container of this host has", (*examination).attachments},
 	{"hosts", "all hosts are live", (*examination).hosts},
 	{"duplicates", "no two hosts share an identity, an address or a MAC", (*examination).duplicates},
 	{"networks", "networks are well defined and do not overlap", (*examination).networks},
@@ -188,6 +189,48 @@ func (e *examination) journal() {
 	}
 }
 
+// What runs and is not known has an address that others can get, and no other host finds it.
+func (e *examination) attachments() {
+	if !e.needs("journal", e.Own != nil) || !e.needs("attachments", e.Living != nil) || !e.needsSnapshot() {
+		return
+	}
+	type claim struct {
+		network, container, ifname string
+		address                    netip.Addr
+	}
+	of := func(a metadata.Allocation) claim { return claim{a.Network, a.ContainerID, a.IfName, a.Address} }
+	known := map[claim]bool{}
+	for _, a := range e.Own {
+		known[of(a)] = true
+	}
+	s := e.Metadata.Snapshot
+	holders := s.Holders()
+	var lost []string
+	for _, a := range e.Living {
+		if known[of(a)] {
+			continue
+		}
+		where := "container " + metadata.ShortID(a.ContainerID)
+		_, defined := s.Network(a.Network)
+		switch i, held := holders[a.Address]; {
+		case !defined:
+			e.add(Error, where, "make the network anew with the same subnets: lariat network create "+a.Network+". Or restart the container on another network",
+				"container %s has %s of network %s, which is not in the metadata", metadata.ShortID(a.ContainerID), a.Address, a.Network)
+		case held:
+			other := s.Containers[i]
+			e.add(Error, where, "restart one of the two: it gets another address", "container %s has %s of network %s, and so has container %s of host %s",
+				metadata.ShortID(a.ContainerID), a.Address, a.Network, metadata.ShortID(other.ID), other.Host)
+		default:
+			lost = append(lost, fmt.Sprintf("container %s has %s of network %s", metadata.ShortID(a.ContainerID), a.Address, a.Network))
+		}
+	}
+	if len(lost) > 0 {
+		e.add(Error, "host "+e.Self, "start lariat-network-manager, which registers them; if it runs, it tells what is in the way: lariat doctor manager",
+			"the metadata service does not know %s of this host, and may give them to others: %s",
+			plural(len(lost), "address", "addresses"), strings.Join(lost[:min(len(lost), oneFindingFor)], "; "))
+	}
+}
+
 func (e *examination) hosts() {
 	if !e.needsSnapshot() {
 		return
@@ -229,11 +272,13 @@ func holds(s *metadata.Snapshot, host string) string {
 	return ""
 }
 
-func count(n int, what string) string {
+func count(n int, what string) string { return plural(n, what, what+"s") }
+
+func plural(n int, one, many string) string {
 	if n == 1 {
-		return "1 " + what
+		return "1 " + one
 	}
-	return fmt.Sprintf("%d %ss", n, what)
+	return fmt.Sprintf("%d %s", n, many)
 }
 
 func (e *examination) duplicates() {

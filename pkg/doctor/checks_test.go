@@ -36,6 +36,7 @@ func healthy(t testing.TB) *Facts {
 			{Network: "overlay", Ready: true, Usage: []metadata.SubnetUsage{{Subnet: pfx("10.42.0.0/16"), Blocks: 4, BlocksFree: 1020, Used: 3, Free: 65000}}}}},
 		Manager: &Manager{Socket: "/run/lariat/network-manager.sock", Concerns: []Concern{{Name: "overlay", OK: true}}, StateDir: "/var/lib/lariat"},
 		Own:     []metadata.Allocation{{StateDir: "/var/lib/lariat"}},
+		Living:  []metadata.Allocation{{StateDir: "/var/lib/lariat"}},
 		Kernel: &Kernel{
 			Sysctls: map[string]string{"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1", "net/ipv4/conf/all/rp_filter": "1"},
 			Links:   map[string]Link{"eth0": {MTU: 1500, Up: true, Addrs: []netip.Prefix{pfx("192.0.2.1/24")}}},
@@ -98,6 +99,17 @@ func TestF137Findings(t *testing.T) {
 		{"plugins keep their records elsewhere", func(f *Facts) {
 			f.Own = []metadata.Allocation{{StateDir: "/var/lib/lariat"}, {StateDir: "/srv/cni"}, {StateDir: "/srv/cni"}}
 		}, "journal warning: plugins with the stateDir /srv/cni gave 2 of this host's addresses, and the network manager looks in /var/lib/lariat alone", "--state-dir"},
+		{"a container that the service does not know", func(f *Facts) {
+			f.Living = append(f.Living, metadata.Allocation{Network: "overlay", ContainerID: "lost", IfName: "eth0", Address: netip.MustParseAddr("10.42.1.99")})
+		}, "attachments error: the metadata service does not know 1 address of this host, and may give them to others: container lost has 10.42.1.99 of network overlay",
+			"start lariat-network-manager"},
+		{"a container of a network that is gone", func(f *Facts) {
+			f.Living = append(f.Living, metadata.Allocation{Network: "gone", ContainerID: "lost", IfName: "eth0", Address: netip.MustParseAddr("10.99.1.99")})
+		}, "attachments error: container lost has 10.99.1.99 of network gone, which is not in the metadata", "lariat network create gone"},
+		{"two containers with one address", func(f *Facts) {
+			c := f.Metadata.Snapshot.Containers[0]
+			f.Living = append(f.Living, metadata.Allocation{Network: "overlay", ContainerID: "lost", IfName: "eth0", Address: c.Holds()[0]})
+		}, "attachments error: container lost has ", "restart one of the two"},
 		{"manager is stuck", func(f *Facts) { f.Manager.Concerns[0] = Concern{Name: "overlay", Error: "boom"} }, "manager error: the network manager cannot keep overlay true: boom", "journalctl"},
 		{"dead host", func(f *Facts) { f.Metadata.Snapshot.Hosts[2].Live = false },
 			"hosts warning: host h3 does not answer: its metadata service has not been heard of; it has 3 blocks and 2 containers", "lariat host remove h3"},

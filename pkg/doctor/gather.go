@@ -44,6 +44,10 @@ type Gatherer struct {
 	// not looked at.
 	PortFaults func(context.Context, *metadata.Snapshot) ([]delta.PortFault, error)
 
+	// Living lists what containers that run have, by the plugins' journals in these state directories. nil: they are
+	// not looked at.
+	Living func(stateDirs []string) ([]metadata.Allocation, error)
+
 	// Features tells what the kernel can do of what the model needs; the snapshot is nil when it is not known.
 	Features func(*metadata.Snapshot) ([]Feature, error)
 
@@ -126,6 +130,20 @@ func (g Gatherer) journalFacts(ctx context.Context, f *Facts) {
 		own = append(own, list...)
 	}
 	f.Own = own
+	if g.Living == nil {
+		f.NotLooked["attachments"] = "this build cannot read the plugins' journal"
+		return
+	}
+	dirs := []string{f.Manager.StateDir}
+	for _, a := range own {
+		if !slices.Contains(dirs, a.StateDir) {
+			dirs = append(dirs, a.StateDir)
+		}
+	}
+	var err error
+	if f.Living, err = g.Living(dirs); err != nil {
+		f.Living, f.NotLooked["attachments"] = nil, err.Error()
+	}
 }
 
 // Gather collects everything.

@@ -16,6 +16,10 @@ import (
 // ErrExists is wrapped when a container already has an interface of the name that a port is to get.
 var ErrExists = errors.New("interface exists")
 
+// ErrTaken is wrapped when an address that a port is to get has a route that is not to be replaced: to another
+// container that runs, or to something that is not Lariat's.
+var ErrTaken = errors.New("the address is in use on this host")
+
 // Kernel is one network namespace. New gives the real one; package fake has one that prints itself and fails on request.
 type Kernel interface {
 	// Observe reads what carries Lariat's mark. Sysctls and addresses on devices of others carry no mark: of them it
@@ -37,7 +41,8 @@ type Kernel interface {
 
 	// AddPort makes a container's port, or leaves nothing of it behind. A host end of the same name
 	// that is left over is replaced, one that PortFree objects to is not; an interface IfName
-	// inside of the container that already exists is an error that wraps ErrExists.
+	// inside of the container that already exists is an error that wraps ErrExists. A route that leads
+	// one of the addresses elsewhere is not replaced, unless it is the overlay's: the error wraps ErrTaken.
 	AddPort(ctx context.Context, netns string, p delta.Port) error
 
 	// DelPort removes a port by its host end. Both ends and all routes go with it. It is no error when it is gone.
@@ -57,6 +62,7 @@ type Kernel interface {
 	Ports(ctx context.Context) ([]delta.HostPort, error)
 
 	// MendPort makes a port's host end what it should be. It makes no port: one that is gone is no error.
+	// Routes are replaced as by AddPort.
 	MendPort(ctx context.Context, want delta.HostPort) error
 
 	// Close frees the sockets.

@@ -1,6 +1,7 @@
 package kernel_test
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -222,6 +223,69 @@ func TestF1_HostWithoutItsAddress(t *testing.T) {
 	ports, err := k.Ports(t.Context())
 	if err != nil || len(ports) != 1 || len(ports[0].Routes) != 2 || len(ports[0].Faults(p.Host())) != 2 {
 		t.Errorf("want two routes that lack their source: %+v, %v", ports, err)
+	}
+}
+
+// TestF172_AddressOfAnotherPort: an address that leads to a container that runs, or that somebody else routes, is not taken
+// over, neither by an ADD nor by the manager. The overlay's own route gives way: the address was on another host.
+func TestF172_AddressOfAnotherPort(t *testing.T) {
+	for _, address := range []string{"10.42.0.5", "fd42::5"} {
+		t.Run(address, func(t *testing.T) {
+			host, one, two := netnstest.New(t), netnstest.New(t), netnstest.New(t)
+			k := openKernel(t, host)
+			port := func(container string) delta.Port {
+				return attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450,
+					Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address)}}},
+					attach.Config{ID: metadata.AttachmentID{ContainerID: container, IfName: "eth0"}})
+			}
+			running, thief := port("running"), port("thief")
+			leads := func(dev string) {
+				t.Helper()
+				if out := host.Command(t, "ip", "route", "get", address); !strings.Contains(out, " dev "+dev+" ") {
+					t.Errorf("%s leads to %s, want %s", address, out, dev)
+				}
+			}
+			if err := k.AddPort(t.Context(), one.Path(), running); err != nil {
+				t.Fatal(err)
+			}
+			err := k.AddPort(t.Context(), two.Path(), thief)
+			if !errors.Is(err, kernel.ErrTaken) || !strings.Contains(err.Error(), address) || !strings.Contains(err.Error(), "running") {
+				t.Errorf("a second port with the address: %v", err)
+			}
+			leads(running.HostName)
+			if out := host.Command(t, "ip", "-o", "link"); strings.Contains(out, thief.HostName) {
+				t.Errorf("the port that failed is there:\n%s", out)
+			}
+			// The manager finds two, as an earlier version left them.
+			if err := k.AddPort(t.Context(), two.Path(), attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450},
+				attach.Config{ID: metadata.AttachmentID{ContainerID: "thief", IfName: "eth0"}})); err != nil {
+				t.Fatal(err)
+			}
+			if err := k.MendPort(t.Context(), thief.Host()); !errors.Is(err, kernel.ErrTaken) {
+				t.Errorf("mended: %v", err)
+			}
+			leads(running.HostName)
+			if err := k.MendPort(t.Context(), running.Host()); err != nil {
+				t.Errorf("a port's own route: %v", err)
+			}
+
+			// Of others.
+			if err := k.DelPort(t.Context(), running.HostName); err != nil {
+				t.Fatal(err)
+			}
+			host.Command(t, "ip", "link", "add", "other", "type", "veth", "peer", "name", "rehto")
+			host.Command(t, "ip", "link", "set", "other", "up")
+			host.Command(t, "ip", "route", "add", address, "dev", "other")
+			if err := k.MendPort(t.Context(), thief.Host()); !errors.Is(err, kernel.ErrTaken) {
+				t.Errorf("over a route of others: %v", err)
+			}
+			leads("other")
+			host.Command(t, "ip", "route", "replace", address, "dev", "other", "proto", "76")
+			if err := k.MendPort(t.Context(), thief.Host()); err != nil {
+				t.Errorf("over the overlay's: %v", err)
+			}
+			leads(thief.HostName)
+		})
 	}
 }
 

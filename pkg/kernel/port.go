@@ -190,15 +190,63 @@ func (n *Netns) hostEnd(index uint32, h delta.HostPort, more func(m *message)) e
 			newAddr(m, index, delta.GatewayAddress6)
 		}})
 	}
+	replace := uint16(unix.NLM_F_EXCL)
 	for dst, r := range h.Routes {
 		list = append(list, step{"route " + dst.String() + " to " + h.Name, func(m *message) {
-			newRoute(m, index, delta.PortRoute{Dst: dst}, delta.Protocol)
+			newRoute(m, index, delta.PortRoute{Dst: dst}, delta.Protocol, replace)
 			if r.Src.IsValid() {
 				m.addr(unix.RTA_PREFSRC, r.Src)
 			}
 		}})
 	}
+	err := n.rt.steps(list)
+	if !errors.Is(err, unix.EEXIST) {
+		return err
+	}
+	for dst := range h.Routes {
+		if err := n.routeFree(dst, index); err != nil {
+			return err
+		}
+	}
+	replace = unix.NLM_F_REPLACE
 	return n.rt.steps(list)
+}
+
+// routeFree reports why a route to a container's address must not be replaced: it leads to another container, or
+// it is not Lariat's. One of the overlay gives way: the address was on another host, and moved here.
+func (n *Netns) routeFree(dst netip.Prefix, index uint32) error {
+	var bits, protocol byte
+	var oif uint32
+	err := n.rt.get(unix.RTM_GETROUTE, func(m *message) {
+		m.raw(family(dst.Addr().Is6()), byte(dst.Bits()), 0, 0, 0, 0, 0, 0)
+		m.rawU32(unix.RTM_F_FIB_MATCH)
+		m.addr(unix.RTA_DST, dst.Addr())
+	}, func(_ uint16, body []byte) {
+		bits, protocol = body[1], body[5]
+		for a := newAttrs(body[unix.SizeofRtMsg:]); a.next(); {
+			if a.typ == unix.RTA_OIF {
+				oif = a.u32()
+			}
+		}
+	})
+	if err != nil || int(bits) != dst.Bits() || oif == index {
+		return nil // none by now, or this port's
+	}
+	var at foundLink
+	if oif != 0 {
+		if err := n.rt.link(oif, "", func(body []byte) { at = parseLink(body) }); err != nil {
+			return nil // it went away, and the route with it
+		}
+	}
+	alias, port := delta.ParsePortAlias(at.link.Alias)
+	switch {
+	case port:
+		return fmt.Errorf("%s leads to %s, the port of container %s (%s) of network %s, which runs: %w",
+			dst.Addr(), at.name, alias.ContainerID, alias.IfName, alias.Network, ErrTaken)
+	case protocol != delta.Protocol:
+		return fmt.Errorf("%s has a route that is not Lariat's (see: ip route show %s): %w", dst.Addr(), dst, ErrTaken)
+	}
+	return nil
 }
 
 // MendPort implements Kernel.
@@ -284,12 +332,12 @@ func portSteps(index uint32, p delta.Port) []step {
 		}})
 		if g.Is4() {
 			list = append(list, step{"route to the gateway " + g.String(), func(m *message) {
-				newRoute(m, index, delta.PortRoute{Dst: netip.PrefixFrom(g, 32)}, unix.RTPROT_BOOT)
+				newRoute(m, index, delta.PortRoute{Dst: netip.PrefixFrom(g, 32)}, unix.RTPROT_BOOT, unix.NLM_F_REPLACE)
 			}})
 		}
 	}
 	for _, r := range p.Routes {
-		list = append(list, step{fmt.Sprintf("route %s via %s", r.Dst, r.Via), func(m *message) { newRoute(m, index, r, unix.RTPROT_BOOT) }})
+		list = append(list, step{fmt.Sprintf("route %s via %s", r.Dst, r.Via), func(m *message) { newRoute(m, index, r, unix.RTPROT_BOOT, unix.NLM_F_REPLACE) }})
 	}
 	return list
 }
@@ -312,8 +360,9 @@ func newAddr(m *message, index uint32, p netip.Prefix) {
 	m.addr(unix.IFA_ADDRESS, ip)
 }
 
-// newRoute adds or replaces a route by the device; without Via it is on-link.
-func newRoute(m *message, index uint32, r delta.PortRoute, protocol byte) {
+// newRoute adds a route by the device; without Via it is on-link. One that is there is replaced with NLM_F_REPLACE as
+// exists, and an error with NLM_F_EXCL.
+func newRoute(m *message, index uint32, r delta.PortRoute, protocol byte, exists uint16) {
 	v6 := r.Dst.Addr().Is6()
 	table, scope, flags := r.Table, byte(unix.RT_SCOPE_UNIVERSE), uint32(0)
 	if table == 0 {
@@ -324,7 +373,7 @@ func newRoute(m *message, index uint32, r delta.PortRoute, protocol byte) {
 	} else if !v6 {
 		scope = unix.RT_SCOPE_LINK
 	}
-	m.begin(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
+	m.begin(unix.RTM_NEWROUTE, unix.NLM_F_CREATE|exists)
 	m.raw(family(v6), byte(r.Dst.Bits()), 0, 0, byte(min(table, unix.RT_TABLE_COMPAT)), protocol, scope, unix.RTN_UNICAST)
 	m.rawU32(flags)
 	if r.Dst.Bits() > 0 {

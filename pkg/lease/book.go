@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -66,6 +67,60 @@ func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRe
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	return a, nil
+}
+
+// Register tells the service which addresses an attachment holds: they were given while it was away, or its store has
+// lost them since. It gives exactly these, or fails with who has one of them; the others are registered then. The caller holds the attachment's lock.
+func (b Book) Register(ctx context.Context, network string, r Record) error {
+	// Foreign: whatever chose the addresses, nobody else is asked for others, and a strict affinity is no reason.
+	req := metadata.AttachRequest{ContainerID: r.ContainerID, IfName: r.IfName, Foreign: true, MAC: r.Attachment.MAC,
+		Name: r.Name, UUID: r.UUID, Labels: r.Labels, StateDir: b.Journal.StateDir()}
+	for _, a := range r.Attachment.Addresses {
+		req.Requested = append(req.Requested, a.Address)
+	}
+	a, err := b.Client.Attach(ctx, network, req)
+	if metadata.IsCode(err, metadata.CodeHeld) && len(req.Requested) > 1 {
+		// Another has one of them. The rest must not go the same way.
+		for _, one := range r.Attachment.Addresses {
+			req.Requested = []netip.Addr{one.Address}
+			_, _ = b.Client.Attach(ctx, network, req)
+		}
+	}
+	if err != nil {
+		return err
+	}
+	r.State, r.Attachment = Held, *a
+	return b.Journal.Put(r)
+}
+
+// RegisterAll registers what lives on this host and the service does not know. It leaves out what a verb works at;
+// the caller may hold one attachment's lock.
+func (b Book) RegisterAll(ctx context.Context, network, bootID string) error {
+	records, err := b.Journal.List(network)
+	if err != nil {
+		return err
+	}
+	known, err := b.Client.Allocations(ctx, network, false)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, r := range Lost(records, known) {
+		if r.BootID != bootID || r.Gone(bootID) {
+			continue
+		}
+		unlock, err := b.Journal.TryLock(network, r.AttachmentID)
+		if err != nil {
+			continue
+		}
+		if now, ok, _ := b.Journal.Get(network, r.AttachmentID); ok && now.State == r.State && !now.Leaving {
+			if err := b.Register(ctx, network, now); err != nil {
+				errs = append(errs, fmt.Errorf("register %s: %w", r.AttachmentID, err))
+			}
+		}
+		unlock()
+	}
+	return errors.Join(errs...)
 }
 
 // elsewhere fails when the attachment is that of another network namespace, which is there still:

@@ -13,6 +13,7 @@ import (
 	"hash/fnv"
 	"io"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -21,6 +22,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -62,6 +64,43 @@ func (r Record) Sequence() uint64 {
 	return seq
 }
 
+// Gone reports whether the attachment's network namespace exists no more. Of a record without a path the boot
+// alone tells.
+func (r Record) Gone(bootID string) bool {
+	if r.Netns == "" {
+		return r.BootID != bootID
+	}
+	inode, err := cni.NetnsInode(r.Netns)
+	if err != nil {
+		return errors.Is(err, fs.ErrNotExist)
+	}
+	return inode != r.NetnsInode
+}
+
+// Lost returns the records whose addresses the service does not know to be theirs; allocations is all that it
+// knows of this host. The records must have been read before the allocations were.
+func Lost(records []Record, allocations []metadata.Allocation) (out []Record) {
+	type claim struct {
+		metadata.AttachmentID
+		address netip.Addr
+	}
+	known := make(map[claim]bool, len(allocations))
+	for _, a := range allocations {
+		known[claim{metadata.AttachmentID{ContainerID: a.ContainerID, IfName: a.IfName}, a.Address}] = true
+	}
+	for _, r := range records {
+		if r.State == Released || r.Leaving {
+			continue
+		}
+		if slices.ContainsFunc(r.Attachment.Addresses, func(a metadata.AttachmentAddress) bool {
+			return !known[claim{r.AttachmentID, a.Address}]
+		}) {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
 // Journal is the folder of records.
 type Journal struct{ Dir string }
 
@@ -89,6 +128,11 @@ func (j Journal) path(network string, id metadata.AttachmentID) string {
 // file per network.
 func (j Journal) Lock(network string, id metadata.AttachmentID) (unlock func(), err error) {
 	return j.lock(network, id, unix.F_OFD_SETLKW)
+}
+
+// TryLock is Lock for who holds another attachment's lock: it fails when a verb is at work.
+func (j Journal) TryLock(network string, id metadata.AttachmentID) (unlock func(), err error) {
+	return j.lock(network, id, unix.F_OFD_SETLK)
 }
 
 // LockIfPossible is Lock for who takes away. On a disk that is full or read-only no lock file can be made; a runtime must be able to remove
@@ -356,7 +400,7 @@ func (j Journal) removeStale(network, record string) {
 		return
 	}
 	id := metadata.AttachmentID{ContainerID: container, IfName: ifname}
-	if unlock, err := j.lock(network, id, unix.F_OFD_SETLK); err == nil {
+	if unlock, err := j.TryLock(network, id); err == nil {
 		os.Remove(temporary(j.path(network, id)))
 		unlock()
 	}

@@ -228,8 +228,9 @@ func follow(body *bufio.Reader, view *viewState, fn func(*Snapshot) error, progr
 			view.dirty = true
 		}
 		if view.dirty && body.Buffered() == 0 {
-			view.dirty = false
-			if err := fn(view.snapshot()); err != nil {
+			snap := view.snapshot()
+			view.dirty, view.anew = false, false
+			if err := fn(snap); err != nil {
 				return &stopError{err}
 			}
 		}

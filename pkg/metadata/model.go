@@ -343,6 +343,9 @@ type Snapshot struct {
 	// Away says why the store does not answer: what is here was known before. Empty: it answers.
 	Away string `json:"away,omitempty"`
 
+	// Anew is set by a watch: the snapshot was read whole, and what was between it and the one before is not known.
+	Anew bool `json:"-"`
+
 	sane bool // it comes from Sane
 }
 

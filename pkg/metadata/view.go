@@ -30,6 +30,7 @@ type viewState struct {
 	revision  int64
 	self      string
 	dirty     bool
+	anew      bool
 	hosts     *listed[Host]
 	networks  *listed[Network]
 	blocks    *listed[Block]
@@ -117,7 +118,7 @@ func changeText(m map[string]string, ev Event) {
 }
 
 func (v *viewState) load(s *Snapshot) {
-	*v = viewState{revision: s.Revision, self: s.Self, away: s.Away, unsettled: true, problems: map[string]string{}}
+	*v = viewState{revision: s.Revision, self: s.Self, away: s.Away, anew: true, unsettled: true, problems: map[string]string{}}
 	v.hosts = list(v, KindHost, s.Hosts, func(h Host) string { return h.Name })
 	v.networks = list(v, KindNetwork, s.Networks, func(n Network) string { return n.Name })
 	v.blocks = list(v, KindBlock, s.Blocks, BlockKey)
@@ -191,7 +192,7 @@ func (v *viewState) snapshot() *Snapshot {
 	if v.unsettled {
 		v.settle()
 	}
-	s := &Snapshot{Revision: v.revision, Self: v.self, Away: v.away, sane: true,
+	s := &Snapshot{Revision: v.revision, Self: v.self, Away: v.away, Anew: v.anew, sane: true,
 		Hosts: v.hosts.used(), Networks: v.networks.used(), Blocks: v.blocks.used(), Endpoints: v.endpoints.used()}
 	for _, k := range slices.Sorted(maps.Keys(v.problems)) {
 		s.Problems = append(s.Problems, Problem{Key: k, What: v.problems[k]})

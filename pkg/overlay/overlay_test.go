@@ -792,3 +792,42 @@ func TestADDAfterADELThatCouldNotBeTold(t *testing.T) {
 	b.k.FailAt(0, nil)
 	b.same("after the failed ADD", before)
 }
+
+// TestF170_AddressThatRuns: the service has forgotten a container and gives its address to another: that one's ADD gets it
+// registered, and takes what the service gives then.
+func TestF170_AddressThatRuns(t *testing.T) {
+	b := newBench(t)
+	b.setUp()
+	_, err := b.run("ADD", nil)
+	must(t, err)
+	client := b.host.Client()
+	id := metadata.AttachmentID{ContainerID: b.c.ID, IfName: "eth0"}
+	held, err := client.Attachment(ctx, b.network, id)
+	must(t, err)
+	must(t, client.Release(ctx, b.network, id, 0))
+
+	// By name: the service says no then, and who has it.
+	running := b.c
+	b.c, err = b.host.NewContainer(running.ID[:8] + "-next")
+	must(t, err)
+	t.Cleanup(func() { b.c.Netns.Remove() })
+	_, err = b.run("ADD", map[string]any{"args": map[string]any{"cni": map[string]any{"ips": []string{held.Addresses[0].Address.String()}}}})
+	var e *types.Error
+	if !errors.As(err, &e) || e.Code != cni.ErrAddressHeld || !strings.Contains(e.Msg, running.ID) {
+		t.Errorf("%v", err)
+	}
+	now, err := client.Attachment(ctx, b.network, id)
+	if err != nil || now.Addresses[0].Address != held.Addresses[0].Address || len(now.Addresses) != len(held.Addresses) {
+		t.Errorf("registered: %+v, %v, want %+v", now, err, held)
+	}
+	if _, err := client.Attachment(ctx, b.network, metadata.AttachmentID{ContainerID: b.c.ID, IfName: "eth0"}); !metadata.IsCode(err, metadata.CodeNotFound) {
+		t.Errorf("the one that failed: %v", err)
+	}
+	_, err = b.run("ADD", nil)
+	must(t, err)
+	_, err = b.run("DEL", nil)
+	must(t, err)
+	b.c = running
+	_, err = b.run("DEL", nil)
+	must(t, err)
+}

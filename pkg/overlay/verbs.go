@@ -57,6 +57,7 @@ type call struct {
 	ipam  lease.IPAM
 	owned bool // the ipam block is ours, and its work is done in-process
 	book  lease.Book
+	boot  string // id of this host's boot, as the metadata service says
 }
 
 func (p Plugin) open(r *cni.Request) (*call, error) {
@@ -124,29 +125,51 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 			err = errors.Join(err, c.book.Journal.Put(earlier))
 		}
 	}()
-	a, fromIPAM, err := c.addresses(ctx, again, &undo)
-	if err != nil {
-		return nil, err
-	}
-	if a.Encapsulation != p.Encapsulation {
-		return nil, cni.Errorf(cni.ErrConfig, "network %s uses the encapsulation %s, which is not this plugin's", r.Conf.Name, a.Encapsulation).WithDetails("use the plugin lariat-%s", a.Encapsulation)
-	}
-	if err := c.join(ctx, k, a); err != nil {
-		return nil, err
-	}
-	port, err := c.port(a, fromIPAM)
-	if err != nil {
-		return nil, err
-	}
-	if !again || k.CheckPort(ctx, r.Netns, port) != nil {
-		if err := k.AddPort(ctx, r.Netns, port); err != nil {
-			return nil, cni.Errorf(cni.ErrKernel, "connect %s: %w", r.ID(), err)
+	port, fromIPAM, err := c.connect(ctx, k, again, &undo)
+	if errors.Is(err, kernel.ErrTaken) && !again && c.owned {
+		// The service gave an address that a container of this host has: its store has lost it, and the network
+		// manager has not told it yet. What runs is registered, and the service chooses again.
+		for _, f := range slices.Backward(undo) {
+			err = errors.Join(err, f())
 		}
+		undo = nil
+		if rerr := c.book.RegisterAll(ctx, r.Conf.Name, c.boot); rerr != nil {
+			return nil, cni.FromMetadata(errors.Join(err, rerr))
+		}
+		port, fromIPAM, err = c.connect(ctx, k, again, &undo)
+	}
+	if err != nil {
+		return nil, err
 	}
 	if earlier.Leaving {
 		_ = c.book.Journal.SetLeaving(r.Conf.Name, r.ID(), false) // if it stays, the next ADD makes the interface anew, and no harm is done
 	}
 	return cni.After(r.Prev, c.result(port, fromIPAM)), nil
+}
+
+// connect gets the interface's addresses and makes its port.
+func (c *call) connect(ctx context.Context, k kernel.Kernel, again bool, undo *[]func() error) (port delta.Port, fromIPAM *current.Result, err error) {
+	a, fromIPAM, err := c.addresses(ctx, again, undo)
+	if err != nil {
+		return port, nil, err
+	}
+	c.boot = a.BootID
+	if a.Encapsulation != c.Encapsulation {
+		return port, nil, cni.Errorf(cni.ErrConfig, "network %s uses the encapsulation %s, which is not this plugin's",
+			c.Conf.Name, a.Encapsulation).WithDetails("use the plugin lariat-%s", a.Encapsulation)
+	}
+	if err := c.join(ctx, k, a); err != nil {
+		return port, nil, err
+	}
+	if port, err = c.port(a, fromIPAM); err != nil {
+		return port, nil, err
+	}
+	if !again || k.CheckPort(ctx, c.Netns, port) != nil {
+		if err := k.AddPort(ctx, c.Netns, port); err != nil {
+			return port, nil, cni.Errorf(cni.ErrKernel, "connect %s: %w", c.ID(), err)
+		}
+	}
+	return port, fromIPAM, nil
 }
 
 func (c *call) ready(ctx context.Context) error {

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
+	"maps"
+	"slices"
+	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/attach"
-	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -16,7 +18,7 @@ import (
 
 // Leftovers gives back what nobody uses any more: attachments of an earlier boot, of containers whose runtime died
 // between two steps or never sends GC, and allocations that a killed ADD did not come to note. It also tells the metadata
-// service what could not be told when it was away.
+// service what could not be told when it was away, and what it has forgotten.
 //
 // A live container's attachment is never touched. The proof of life is the container's network namespace: while it exists, so
 // does its end of the port, and the host's end with it.
@@ -31,6 +33,8 @@ type Leftovers struct {
 	Grace time.Duration
 
 	suspects map[string]time.Time // by what, since when; monotonic
+
+	settled atomic.Pointer[map[string]bool] // of the last pass, by incarnation
 }
 
 // Run makes one pass.
@@ -45,6 +49,11 @@ func (l *Leftovers) Run(ctx context.Context) (changed []string, err error) {
 	}
 	networks, err := l.Journal.Networks()
 	errs := []error{err}
+	records := map[string][]lease.Record{}
+	for _, network := range networks {
+		records[network], err = l.Journal.List(network)
+		errs = append(errs, err)
+	}
 	before := l.suspects
 	l.suspects = map[string]time.Time{}
 	suspect := func(key string, grace time.Duration) bool {
@@ -55,14 +64,15 @@ func (l *Leftovers) Run(ctx context.Context) (changed []string, err error) {
 		l.suspects[key] = since
 		return time.Since(since) >= grace
 	}
-	known := map[string]map[metadata.AttachmentID]bool{}
+	view, err := l.Client.View(ctx)
+	if err == nil {
+		// What lives comes first: until the service knows its addresses it may give them to others.
+		changed, err = l.allocations(ctx, view, records, alive, suspect)
+	}
+	errs = append(errs, err)
 	waiting := 0 // for a service that could not do the first of them
 	for _, network := range networks {
-		known[network] = map[metadata.AttachmentID]bool{}
-		records, err := l.Journal.List(network)
-		errs = append(errs, err)
-		for _, r := range records {
-			known[network][r.AttachmentID] = true
+		for _, r := range records[network] {
 			if waiting > 0 && r.State != lease.Held {
 				waiting++
 				continue
@@ -80,13 +90,10 @@ func (l *Leftovers) Run(ctx context.Context) (changed []string, err error) {
 	if waiting > 1 {
 		errs = append(errs, fmt.Errorf("%d more wait for it", waiting-1))
 	}
-	view, err := l.Client.View(ctx)
-	if err != nil {
-		return changed, errors.Join(append(errs, err)...)
-	}
-	lines, err := l.allocations(ctx, view, known, alive, suspect)
-	changed, errs = append(changed, lines...), append(errs, err)
 	for _, network := range networks {
+		if view == nil {
+			break
+		}
 		if _, ok := view.Network(network); ok {
 			continue
 		}
@@ -111,20 +118,9 @@ func (l *Leftovers) record(ctx context.Context, network string, r lease.Record, 
 			return "replayed the release of " + what, l.Journal.Remove(network, r.AttachmentID)
 		})
 	case lease.Unregistered:
-		return l.locked(network, r, func(now lease.Record) (string, error) {
-			req := metadata.AttachRequest{ContainerID: r.ContainerID, IfName: r.IfName, Foreign: true, Name: r.Name, UUID: r.UUID, Labels: r.Labels, StateDir: l.Journal.StateDir()}
-			for _, a := range r.Attachment.Addresses {
-				req.Requested = append(req.Requested, a.Address)
-			}
-			a, err := l.Client.Attach(ctx, network, req)
-			if err != nil {
-				return "", fmt.Errorf("register %s, which got its address while the metadata service was away: %w", what, err)
-			}
-			now.State, now.Attachment = lease.Held, *a
-			return "registered " + what, l.Journal.Put(now)
-		})
+		return "", nil // register has seen to it
 	}
-	if alive[r.AttachmentID] || !l.gone(r) {
+	if alive[r.AttachmentID] || !r.Gone(l.BootID) {
 		return "", nil
 	}
 	grace := l.Grace
@@ -135,7 +131,7 @@ func (l *Leftovers) record(ctx context.Context, network string, r lease.Record, 
 		return "", nil
 	}
 	return l.locked(network, r, func(now lease.Record) (string, error) {
-		if !l.gone(now) {
+		if !now.Gone(l.BootID) {
 			return "", nil
 		}
 		if err := l.Kernel.DelPort(ctx, attach.HostName(r.AttachmentID)); err != nil {
@@ -147,18 +143,6 @@ func (l *Leftovers) record(ctx context.Context, network string, r lease.Record, 
 		}
 		return fmt.Sprintf("released %s: its network namespace %s is gone", what, r.Netns), nil
 	})
-}
-
-// gone reports whether the record's namespace exists no more. Without a path there is no proof of death.
-func (l *Leftovers) gone(r lease.Record) bool {
-	if r.Netns == "" {
-		return r.BootID != l.BootID
-	}
-	inode, err := cni.NetnsInode(r.Netns)
-	if err != nil {
-		return errors.Is(err, fs.ErrNotExist)
-	}
-	return inode != r.NetnsInode
 }
 
 // locked does something about a record that is still the same once its lock is held.
@@ -181,44 +165,150 @@ func (l *Leftovers) locked(network string, r lease.Record, do func(now lease.Rec
 	return do(now)
 }
 
-// allocations finds addresses that the service holds for this host and no record and no port vouches for. Only those count whose record
-// would be in this journal.
-func (l *Leftovers) allocations(ctx context.Context, view *metadata.Snapshot, known map[string]map[metadata.AttachmentID]bool, alive map[metadata.AttachmentID]bool,
-	suspect func(string, time.Duration) bool,
+// allocations compares what the journal and the service hold, network by network. Addresses that no record and no port vouches for
+// are given back; only those count whose record would be in this journal. Attachments that live and are not known are registered.
+func (l *Leftovers) allocations(ctx context.Context, view *metadata.Snapshot, records map[string][]lease.Record,
+	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool,
 ) (changed []string, err error) {
 	var errs []error
+	settled := map[string]bool{}
+	me, _ := view.Host(view.Self)
 	for _, n := range view.Networks {
 		held, err := l.Client.Allocations(ctx, n.Name, false)
-		errs = append(errs, err)
-		for _, a := range held {
-			id := metadata.AttachmentID{ContainerID: a.ContainerID, IfName: a.IfName}
-			if known[n.Name][id] || alive[id] || a.Host != view.Self {
-				continue
-			}
-			grace := l.Grace
-			switch {
-			case a.BootID != l.BootID:
-				grace = 0
-			case a.StateDir != l.Journal.StateDir():
-				continue // its record, if there is one, is in a journal that is not ours: a bridge's container may well be alive
-			}
-			if !suspect(fmt.Sprintf("allocation\x00%s\x00%s\x00%d", n.Name, a.Address, a.Sequence), grace) {
-				continue
-			}
-			line, err := l.locked(n.Name, lease.Record{AttachmentID: id}, func(now lease.Record) (string, error) {
-				if now.State != "" { // an ADD came in between
-					return "", nil
-				}
-				if err := l.Client.Release(ctx, n.Name, id, a.Sequence); err != nil {
-					return "", fmt.Errorf("release %s of network %s: %w", a.Address, n.Name, err)
-				}
-				return fmt.Sprintf("released %s of network %s: attachment %s was never finished", a.Address, n.Name, id), nil
-			})
-			if line != "" {
-				changed = append(changed, line)
-			}
+		if err != nil {
 			errs = append(errs, err)
+			continue
 		}
+		lines, err := l.register(ctx, n.Name, lease.Lost(records[n.Name], held), alive)
+		changed, errs = append(changed, lines...), append(errs, err)
+		settled[incarnation(me, n)] = true
+		lines, err = l.unfinished(ctx, n.Name, view.Self, held, records[n.Name], alive, suspect)
+		changed, errs = append(changed, lines...), append(errs, err)
+	}
+	for _, network := range slices.Sorted(maps.Keys(records)) {
+		if _, known := view.Network(network); !known {
+			errs = append(errs, l.homeless(network, records[network], alive))
+		}
+	}
+	l.settled.Store(&settled)
+	return changed, errors.Join(errs...)
+}
+
+// incarnation tells a network, and this host's part in it, from those of the same name before: the store may have been lost, or
+// this host removed.
+func incarnation(me metadata.Host, n metadata.Network) string {
+	return fmt.Sprint(n.Name, "\x00", n.Created.Unix(), "\x00", me.Joined.Unix())
+}
+
+// Settled reports whether a pass has registered what lives on the network, as far as it could be. Before that this host must not
+// take part in handing out its addresses. me is this host.
+func (l *Leftovers) Settled(me metadata.Host, n metadata.Network) bool {
+	settled := l.settled.Load()
+	return settled != nil && (*settled)[incarnation(me, n)]
+}
+
+// lives reports whether an attachment has a container that runs.
+func (l *Leftovers) lives(r lease.Record, alive map[metadata.AttachmentID]bool) bool {
+	return alive[r.AttachmentID] || r.BootID == l.BootID && !r.Gone(l.BootID)
+}
+
+// register tells the service of attachments that live and that it does not know: their addresses were given while it was away, its
+// store has been lost, or this host was removed while it was suspended. Who has such an address by now keeps it, and
+// both are named: nobody but a person can tell which of the two containers is to go.
+func (l *Leftovers) register(ctx context.Context, network string, lost []lease.Record, alive map[metadata.AttachmentID]bool) (changed []string, err error) {
+	book := lease.Book{Client: l.Client, Journal: l.Journal}
+	var errs []error
+	for _, r := range lost {
+		if r.State == lease.Held && !l.lives(r, alive) {
+			continue
+		}
+		what := fmt.Sprintf("attachment %s of network %s", r.AttachmentID, network)
+		line, err := l.locked(network, r, func(now lease.Record) (string, error) {
+			if now.Leaving {
+				return "", nil
+			}
+			if err := book.Register(ctx, network, now); err != nil {
+				return "", fmt.Errorf("register %s, which has %s and which the metadata service does not know: %w", what, addresses(now), err)
+			}
+			return "registered " + what, nil
+		})
+		if line != "" {
+			changed = append(changed, line)
+		}
+		errs = append(errs, err)
+	}
+	return changed, few(errs)
+}
+
+// homeless is the error of containers that run on a network that is not there.
+func (l *Leftovers) homeless(network string, records []lease.Record, alive map[metadata.AttachmentID]bool) error {
+	n := 0
+	for _, r := range records {
+		if r.State != lease.Released && !r.Leaving && l.lives(r, alive) {
+			n++
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	return fmt.Errorf("%d attachments of this host are on network %s, which the metadata service does not know: make it anew "+
+		"under the same name and with the same subnets, or remove their containers", n, network)
+}
+
+// few joins errors; of many alike it keeps the first.
+func few(errs []error) error {
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
+	const most = 5
+	if len(errs) > most {
+		errs = append(errs[:most:most], fmt.Errorf("and %d more", len(errs)-most))
+	}
+	return errors.Join(errs...)
+}
+
+func addresses(r lease.Record) string {
+	var list []string
+	for _, a := range r.Attachment.Addresses {
+		list = append(list, a.Address.String())
+	}
+	return strings.Join(list, " and ")
+}
+
+// unfinished finds addresses that the service holds for this host and nobody vouches for.
+func (l *Leftovers) unfinished(ctx context.Context, network, self string, held []metadata.Allocation, records []lease.Record,
+	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (changed []string, err error) {
+	known := make(map[metadata.AttachmentID]bool, len(records))
+	for _, r := range records {
+		known[r.AttachmentID] = true
+	}
+	var errs []error
+	for _, a := range held {
+		id := metadata.AttachmentID{ContainerID: a.ContainerID, IfName: a.IfName}
+		if known[id] || alive[id] || a.Host != self {
+			continue
+		}
+		grace := l.Grace
+		switch {
+		case a.BootID != l.BootID:
+			grace = 0
+		case a.StateDir != l.Journal.StateDir():
+			continue // its record, if there is one, is in a journal that is not ours: a bridge's container may well be alive
+		}
+		if !suspect(fmt.Sprintf("allocation\x00%s\x00%s\x00%d", network, a.Address, a.Sequence), grace) {
+			continue
+		}
+		line, err := l.locked(network, lease.Record{AttachmentID: id}, func(now lease.Record) (string, error) {
+			if now.State != "" { // an ADD came in between
+				return "", nil
+			}
+			if err := l.Client.Release(ctx, network, id, a.Sequence); err != nil {
+				return "", fmt.Errorf("release %s of network %s: %w", a.Address, network, err)
+			}
+			return fmt.Sprintf("released %s of network %s: attachment %s was never finished", a.Address, network, id), nil
+		})
+		if line != "" {
+			changed = append(changed, line)
+		}
+		errs = append(errs, err)
 	}
 	return changed, errors.Join(errs...)
 }

@@ -374,3 +374,67 @@ func TestKernelThatDoesNotLetGo(t *testing.T) {
 type blind struct{ *fake.Kernel }
 
 func (blind) Ports(context.Context) ([]delta.HostPort, error) { return nil, nil }
+
+// TestF170_TheServiceForgot: what lives and is not known is registered again, exactly as it is; what is dead is not. An
+// address that another has by now stays his, and both are named at each pass.
+func TestF170_TheServiceForgot(t *testing.T) {
+	a := newAttic(t)
+	a.connected("port", true)
+	a.connected("bridged", false)
+	must(t, a.connected("dead", false).Remove())
+	must(t, a.connected("unnamed", true).Remove()) // its port shows that it lives
+	forget := func(container string) lease.Record {
+		t.Helper()
+		r, _, err := a.Journal.Get("overlay", attachment(container))
+		must(t, err)
+		must(t, a.Client.Release(ctx, "overlay", attachment(container), 0))
+		return r
+	}
+	before := map[string]lease.Record{}
+	for _, c := range []string{"port", "bridged", "dead", "unnamed"} {
+		before[c] = forget(c)
+	}
+	a.Grace = time.Hour
+	a.pass("registered attachment bridged", "registered attachment port", "registered attachment unnamed")
+	for _, c := range []string{"port", "bridged", "unnamed"} {
+		now, err := a.Client.Attachment(ctx, "overlay", attachment(c))
+		must(t, err)
+		r, _, err := a.Journal.Get("overlay", attachment(c))
+		must(t, err)
+		if !lease.Same(now, []string{addresses(before[c])}) || r.Sequence() != now.Addresses[0].Sequence || r.Netns != before[c].Netns {
+			t.Errorf("%s had %s, now %+v, recorded %+v", c, addresses(before[c]), now, r)
+		}
+	}
+	if a.held("dead") {
+		t.Error("one that is dead was registered")
+	}
+	a.pass()
+
+	taken := before["port"].Attachment.Addresses[0].Address
+	forget("port")
+	_, err := a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "heir", IfName: "eth0", Requested: []netip.Addr{taken}})
+	must(t, err)
+	for range 2 {
+		if _, err := a.Run(ctx); err == nil || !strings.Contains(err.Error(), "port/eth0") || !strings.Contains(err.Error(), "heir/eth0") {
+			t.Errorf("%v", err)
+		}
+	}
+	if !a.recorded("port") || !a.held("heir") {
+		t.Error("one of the two was given up")
+	}
+	must(t, a.Client.Release(ctx, "overlay", attachment("heir"), 0))
+	a.pass("registered attachment port")
+
+	// A DEL is at work.
+	forget("port")
+	must(t, a.Journal.SetLeaving("overlay", attachment("port"), true))
+	a.pass()
+
+	// The network is gone.
+	r := before["bridged"]
+	r.Attachment.Network = "lost"
+	must(t, a.Journal.Put(r))
+	if _, err := a.Run(ctx); err == nil || !strings.Contains(err.Error(), "1 attachments of this host are on network lost") {
+		t.Errorf("%v", err)
+	}
+}

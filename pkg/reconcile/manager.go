@@ -41,10 +41,11 @@ type Manager struct {
 	// OnView, when not nil, is called with each view as it comes into force.
 	OnView func(*metadata.Snapshot)
 
-	view     atomic.Pointer[metadata.Snapshot]
-	mu       sync.Mutex
-	concerns []*Concern
-	metadata Health // of the watch
+	view      atomic.Pointer[metadata.Snapshot]
+	leftovers *Leftovers
+	mu        sync.Mutex
+	concerns  []*Concern
+	metadata  Health // of the watch
 }
 
 // settle is how long a port that lost something is given to vanish altogether, as it does when its container
@@ -61,8 +62,15 @@ var errNoView = errors.New("the metadata service has not answered yet")
 func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	overlay := NewConcern("overlay", m.Every, m.overlay)
 	underlay := NewConcern("underlay", m.Every, m.underlay)
-	leftovers := &Leftovers{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID, Grace: m.Grace}
-	gc := NewConcern("leftovers", m.Every, leftovers.Run)
+	m.leftovers = &Leftovers{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID, Grace: m.Grace}
+	gc := NewConcern("leftovers", m.Every, func(ctx context.Context) ([]string, error) {
+		waiting := m.waiting()
+		changed, err := m.leftovers.Run(ctx)
+		if waiting && !m.waiting() {
+			overlay.Trigger() // it could not join before
+		}
+		return changed, err
+	})
 	forward := NewConcern("forward", m.Every, m.forward)
 	ports := NewConcern("ports", m.Every, m.ports)
 	m.mu.Lock()
@@ -120,7 +128,7 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 			underlay.Trigger()
 			ports.Trigger()
 		}
-		if first || back {
+		if first || back || s.Anew || m.waiting() {
 			gc.Trigger()
 		}
 		return nil
@@ -153,6 +161,16 @@ func (m *Manager) viewed(s *metadata.Snapshot, planning ...*Concern) (first, bac
 // lost reports whether a network has been deleted.
 func lost(before, now *metadata.Snapshot) bool {
 	return slices.ContainsFunc(before.Networks, func(n metadata.Network) bool { _, ok := now.Network(n.Name); return !ok })
+}
+
+// waiting reports whether some network of the view is not settled.
+func (m *Manager) waiting() bool {
+	s := m.view.Load()
+	if s == nil {
+		return false
+	}
+	me, _ := s.Host(s.Self)
+	return slices.ContainsFunc(s.Networks, func(n metadata.Network) bool { return !m.leftovers.Settled(me, n) })
 }
 
 // watched notes how the watch fares, and reports whether it has begun to work. What was learned stays in force
@@ -244,9 +262,13 @@ func (m *Manager) overlay(ctx context.Context) ([]string, error) {
 // has an overlay address of its own, and its processes can reach containers on other hosts before it runs any.
 func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 	var errs []error
+	me, _ := s.Host(s.Self)
 	for _, n := range s.Networks {
 		if n.Encapsulation == metadata.EncapNone || len(s.Gateways(n.Name, s.Self)) > 0 {
 			continue
+		}
+		if !m.leftovers.Settled(me, n) {
+			continue // what runs here gets the block of its addresses first
 		}
 		if !blocksForAll(s, n) {
 			continue // containers need them more

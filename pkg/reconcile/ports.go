@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
+	"slices"
 
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
@@ -23,6 +25,7 @@ func PortFaults(
 		return nil, err
 	}
 	var errs []error
+	own := map[string][]netip.Addr{} // by network
 	for _, p := range ports {
 		id := metadata.AttachmentID{ContainerID: p.Alias.ContainerID, IfName: p.Alias.IfName}
 		var r lease.Record
@@ -39,7 +42,10 @@ func PortFaults(
 		if known && (r.Leaving || r.State == lease.Released) {
 			continue
 		}
-		want := wantedPort(p, r, known, s)
+		if _, ok := own[p.Alias.Network]; !ok {
+			own[p.Alias.Network] = s.Gateways(p.Alias.Network, s.Self)
+		}
+		want := wantedPort(p, r, known, s, own[p.Alias.Network])
 		if lacks := p.Faults(want); len(lacks) > 0 {
 			out = append(out, delta.PortFault{Want: want, Lacks: lacks})
 		}
@@ -48,10 +54,22 @@ func PortFaults(
 }
 
 // wantedPort is what a port should be. Without a record, which may be in another runtime's state directory,
-// its addresses are not known: then what protects the host and other containers is all that is wanted.
-func wantedPort(have delta.HostPort, r lease.Record, known bool, s *metadata.Snapshot) delta.HostPort {
+// its addresses are not known: then what protects the host and other containers is all that is wanted. own are the
+// host's addresses on the network: it may have others than at the time of the ADD, and speaks from those.
+func wantedPort(have delta.HostPort, r lease.Record, known bool, s *metadata.Snapshot, own []netip.Addr) delta.HostPort {
 	if known {
-		want := attach.Plan(&r.Attachment, attach.Config{ID: r.AttachmentID}).Host()
+		a := r.Attachment
+		a.Addresses = slices.Clone(a.Addresses)
+		for i, x := range a.Addresses {
+			if slices.Contains(own, x.Gateway) {
+				continue
+			}
+			a.Addresses[i].Gateway = netip.Addr{}
+			if j := slices.IndexFunc(own, func(o netip.Addr) bool { return o.BitLen() == x.Address.BitLen() }); j >= 0 {
+				a.Addresses[i].Gateway = own[j]
+			}
+		}
+		want := attach.Plan(&a, attach.Config{ID: r.AttachmentID}).Host()
 		want.MTU = 0 // the configuration of the ADD may say another one
 		return want
 	}

@@ -35,6 +35,13 @@ func (k *Kernel) AddPort(ctx context.Context, netns string, p delta.Port) (err e
 	if k.taken(netns, p.IfName) {
 		return fmt.Errorf("interface %s in the container: %w", p.IfName, kernel.ErrExists)
 	}
+	for name, o := range k.ports {
+		for _, a := range p.Addrs {
+			if slices.Contains(o.p.Addrs, a) {
+				return fmt.Errorf("%s leads to %s: %w", a, name, kernel.ErrTaken)
+			}
+		}
+	}
 	made := &port{p: p, netns: netns}
 	plan := made.plan()
 	if err := k.step(plan[0].line); err != nil {

@@ -226,14 +226,34 @@ func (s *Server) loaded(ctx context.Context, network string) (*book, metadata.Ne
 	if done {
 		return b, n, nil
 	}
+	return b, n, s.load(ctx, b)
+}
+
+// current is loaded for who must not be told of what is gone: blocks that this host has lost since took their tables with them.
+func (s *Server) current(ctx context.Context, network string) (*book, metadata.Network, error) {
+	n, gen, ok := s.view.network(network)
+	if !ok {
+		return nil, n, s.unknownNetwork(network)
+	}
+	b := s.book(network)
+	b.mu.Lock()
+	done := b.loaded && b.gen == gen
+	b.mu.Unlock()
+	if done {
+		return b, n, nil
+	}
+	return b, n, s.load(ctx, b)
+}
+
+func (s *Server) load(ctx context.Context, b *book) error {
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	return b, n, b.do(&op{ctx: ctx, kind: opRelease, id: metadata.AttachmentID{}}) // releases nothing
+	return b.do(&op{ctx: ctx, kind: opRelease, id: metadata.AttachmentID{}}) // releases nothing
 }
 
 // Attachment returns what an interface holds.
 func (s *Server) Attachment(ctx context.Context, network string, id metadata.AttachmentID) (*metadata.Attachment, error) {
-	b, n, err := s.loaded(ctx, network)
+	b, n, err := s.current(ctx, network)
 	if err != nil {
 		return nil, err
 	}
@@ -263,7 +283,7 @@ func (s *Server) Attachment(ctx context.Context, network string, id metadata.Att
 
 // Allocations lists addresses in use: this host's, or all hosts' by reading every table of the network.
 func (s *Server) Allocations(ctx context.Context, network string, all bool) ([]metadata.Allocation, error) {
-	b, _, err := s.loaded(ctx, network)
+	b, _, err := s.current(ctx, network)
 	if err != nil {
 		return nil, err
 	}

@@ -27,15 +27,15 @@ type book struct {
 	s       *Server
 	network string
 
-	mu      sync.Mutex // queue, running; tables and held are written by the runner under it, and read by others under it
+	mu      sync.Mutex // queue, running; tables, held, loaded and gen are written by the runner under it, and read by others under it
 	queue   []*op
 	running bool
 	tables  map[netip.Prefix]*ledger
 	held    map[metadata.AttachmentID][]netip.Prefix // tables with entries of this host's attachment
 	loaded  bool
+	gen     uint64 // of the view that it followed last
 
 	// Of the runner alone.
-	gen      uint64
 	spoilt   bool // some ledger is stale
 	sequence uint64
 	full     time.Time // other hosts' blocks were all looked through and found full
@@ -547,6 +547,8 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 			return err
 		}
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	b.loaded, b.gen = true, gen
 	return nil
 }

@@ -194,7 +194,7 @@ func (s *Server) Close() {
 // follow keeps a part of the store in memory: list, watch from there, and again from the start when history is gone. What is
 // in memory stays in use while the store is away.
 func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, apply func(store.Update) error, ready chan struct{}) {
-	var revision int64
+	var revision, last int64
 	wait := 50 * time.Millisecond
 	for s.ctx.Err() == nil {
 		var err error
@@ -208,7 +208,11 @@ func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, ap
 				if lerr := load(list, at); lerr != nil {
 					s.log.Error("object not understood, left out", "error", lerr)
 				}
-				revision = at
+				if at < last {
+					s.log.Warn("the store was lost, and began anew", "revision", at, "before", last)
+					s.dropBooks()
+				}
+				revision, last = at, at
 				if ready != nil {
 					close(ready)
 					ready = nil
@@ -223,6 +227,7 @@ func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, ap
 					s.log.Error("object not understood, left out", "revision", u.Revision, "error", aerr)
 				}
 				revision = max(revision, u.Revision)
+				last = revision
 				return nil
 			})
 		}
@@ -311,6 +316,13 @@ func (s *Server) dropBook(network string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.books, network)
+}
+
+// dropBooks forgets all tables: none of them is stored any more.
+func (s *Server) dropBooks() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	clear(s.books)
 }
 
 func (s *Server) setProblem(err error) {

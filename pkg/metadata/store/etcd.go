@@ -34,6 +34,8 @@ type Etcd struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 
+	clock clock
+
 	writes  atomic.Int64           // finished, for "is it busy?"
 	problem atomic.Pointer[string] // the disk is nearly full
 	full    atomic.Pointer[string] // the quota is used up by data in use
@@ -43,6 +45,40 @@ type Etcd struct {
 
 	// Observe, when set before use, hears how long each call took.
 	Observe func(op string, took time.Duration, err error)
+}
+
+// clock notices that the store is another one than before: it was lost and made anew, and counts revisions from the
+// beginning. Nothing that is known of the old one counts then. The id of the cluster does not tell: it is a hash of
+// the members' addresses.
+type clock struct {
+	mu       sync.Mutex
+	revision int64         // the highest that was seen
+	anew     chan struct{} // closed when the store is another one
+}
+
+// now returns the highest revision that was seen, and a channel that is closed when the store is another one.
+func (c *clock) now() (int64, <-chan struct{}) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.anew == nil {
+		c.anew = make(chan struct{})
+	}
+	return c.revision, c.anew
+}
+
+// answered takes the revision of an answer to what was asked when revision before had been seen.
+func (c *clock) answered(revision, before int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if revision >= before {
+		c.revision = max(c.revision, revision)
+		return
+	}
+	c.revision = revision
+	if c.anew != nil {
+		close(c.anew)
+		c.anew = nil
+	}
 }
 
 // External says where an existing etcd is.
@@ -158,6 +194,7 @@ func (e *Etcd) observe(op string, start time.Time, err *error) {
 func (e *Etcd) Get(ctx context.Context, key string) (_ Entry, err error) {
 	defer e.observe("get", time.Now(), &err)
 	var r *clientv3.GetResponse
+	seen, _ := e.clock.now()
 	err = patient(ctx, func() error {
 		r, err = e.client.Get(ctx, e.prefix+key)
 		return err
@@ -165,6 +202,7 @@ func (e *Etcd) Get(ctx context.Context, key string) (_ Entry, err error) {
 	if err != nil {
 		return Entry{}, e.fault("read", key, err)
 	}
+	e.clock.answered(r.Header.Revision, seen)
 	if len(r.Kvs) == 0 {
 		return Entry{Key: key}, fmt.Errorf("%s: %w", key, ErrNotFound)
 	}
@@ -188,6 +226,7 @@ func (e *Etcd) List(ctx context.Context, prefix string) (_ []Entry, _ int64, err
 			opts = append(opts, clientv3.WithRev(revision))
 		}
 		var r *clientv3.GetResponse
+		seen, _ := e.clock.now()
 		err = patient(ctx, func() error {
 			r, err = e.client.Get(ctx, from, opts...)
 			return err
@@ -195,6 +234,7 @@ func (e *Etcd) List(ctx context.Context, prefix string) (_ []Entry, _ int64, err
 		if err != nil {
 			return nil, 0, e.fault("list", prefix, err)
 		}
+		e.clock.answered(r.Header.Revision, seen)
 		if revision == 0 {
 			revision = r.Header.Revision
 		}
@@ -296,6 +336,7 @@ func (e *Etcd) txn(ctx context.Context, changes []Change) (ok, unsure bool, revi
 			try, cancel = context.WithTimeout(ctx, limit)
 		}
 		var r *clientv3.TxnResponse
+		seen, _ := e.clock.now()
 		err = patient(try, func() error {
 			r, err = e.client.Txn(try).If(cmps...).Then(ops...).Commit()
 			return err
@@ -314,6 +355,7 @@ func (e *Etcd) txn(ctx context.Context, changes []Change) (ok, unsure bool, revi
 		if err != nil {
 			return false, unsure, 0, e.fault("write", changes[0].Key, err)
 		}
+		e.clock.answered(r.Header.Revision, seen)
 		return r.Succeeded, unsure, r.Header.Revision, nil
 	}
 }
@@ -322,7 +364,10 @@ func (e *Etcd) txn(ctx context.Context, changes []Change) (ok, unsure bool, revi
 func (e *Etcd) Watch(ctx context.Context, prefix string, after int64, fn func(Update) error) error {
 	ctx, cancel := context.WithCancel(clientv3.WithRequireLeader(ctx))
 	defer cancel()
-	ch := e.client.Watch(ctx, e.prefix+prefix, clientv3.WithPrefix(), clientv3.WithRev(after+1), clientv3.WithProgressNotify())
+	// The client goes on with a watch by itself when it finds the store again, whichever that is by then.
+	_, anew := e.clock.now()
+	ch := e.client.Watch(ctx, e.prefix+prefix, clientv3.WithPrefix(), clientv3.WithRev(after+1),
+		clientv3.WithProgressNotify(), clientv3.WithCreatedNotify())
 	if e.member == nil {
 		// The embedded member tells every ten seconds that it is there; another etcd is asked to.
 		go func() {
@@ -340,12 +385,27 @@ func (e *Etcd) Watch(ctx context.Context, prefix string, after int64, fn func(Up
 			}
 		}()
 	}
-	for r := range ch {
+	for {
+		var r clientv3.WatchResponse
+		open := true
+		select {
+		case r, open = <-ch:
+		case <-anew:
+			return fmt.Errorf("%w: watch %s: %s was made anew", ErrCompacted, prefix, e.where)
+		}
+		if !open {
+			break
+		}
 		if r.CompactRevision != 0 {
 			return fmt.Errorf("watch %s from revision %d: %w", prefix, after, ErrCompacted)
 		}
 		if err := r.Err(); err != nil {
 			return e.fault("watch", prefix, err)
+		}
+		// A store that was made anew counts from the beginning, and would be silent until it came to where the old one was.
+		// A member that lags looks the same, and then everything is read once too often.
+		if r.Created && r.Header.Revision < after {
+			return fmt.Errorf("%w: watch %s: %s is at revision %d, and was at %d", ErrCompacted, prefix, e.where, r.Header.Revision, after)
 		}
 		// One answer may hold several revisions, but never part of one.
 		for i := 0; i < len(r.Events); {
@@ -355,6 +415,7 @@ func (e *Etcd) Watch(ctx context.Context, prefix string, after int64, fn func(Up
 				u.Entries = append(u.Entries, Entry{Key: string(ev.Kv.Key[len(e.prefix):]), Value: ev.Kv.Value,
 					Revision: ev.Kv.ModRevision, Created: ev.Kv.CreateRevision, Deleted: ev.Type == clientv3.EventTypeDelete, Held: ev.Kv.Lease != 0})
 			}
+			e.clock.answered(u.Revision, 0)
 			if err := fn(u); err != nil {
 				return err
 			}
