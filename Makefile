@@ -78,6 +78,11 @@ bench: build peers ## measure against bridge, ptp and host-local, and a VXLAN ma
 	@mkdir -p .cache
 	@$(GO) run ./test/bench -json .cache/bench.json $(BENCH)
 
+.PHONY: bench/scale
+bench/scale: build ## many hosts on one store: join, idle, propagation, herd, outage, a big view; BENCH='-n 25,100,200'
+	@mkdir -p .cache
+	@$(GO) run ./test/bench/scale -json .cache/scale.json $(BENCH)
+
 .PHONY: bench/guest
 bench/guest: ## in a guest: an encrypted network against the same tunnel made with swanctl, VXLAN and no tunnel
 	@CGO_ENABLED=0 LARIAT_GUEST_KEEP=1 $(GO) test -run '^$$' -bench . -timeout 60m ./test/guest/bench $(BENCH)
