@@ -63,7 +63,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringArrayVar(&c.TreeLabels, "tree-label", nil, "name of a container's label that the tree shows to all containers, or prefix*, repeated; those of services are always shown")
 	f.StringVar(&c.TreeOrigin, "tree-allow-origin", "", "origin whose web pages may read the tree (Access-Control-Allow-Origin), or *; empty: none")
 	f.StringVar(&c.ListenMetrics, "listen-metrics", "", "IP:port of /metrics, /healthz and /readyz, beside the socket")
-	f.DurationVar(&c.StartTimeout, "start-timeout", time.Minute, "give up when the store is not ready until then")
+	f.DurationVar(&c.StartTimeout, "start-timeout", time.Minute, "give up when the store was silent for so long")
 	f.DurationVar(&c.LeaseTTL, "lease", 30*time.Second, "a host that is silent for so long counts as gone")
 	c.storeFlags(f)
 }

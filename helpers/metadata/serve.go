@@ -121,9 +121,10 @@ func serve(args []string, stdout, stderr io.Writer) error {
 			s.ObserveStore(op, took, err)
 		}
 	}
-	s, err = server.New(start, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay, Foreign: foreign,
+	s, err = server.New(ctx, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay, Foreign: foreign,
 		Labels: c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, Device: plan.Device, AllContainers: c.ListenTree != "",
-		TreeLabels: c.TreeLabels, TreeOrigin: c.TreeOrigin, LeaseTTL: c.LeaseTTL, Log: log}, st)
+		TreeLabels: c.TreeLabels, TreeOrigin: c.TreeOrigin, LeaseTTL: c.LeaseTTL, Log: log,
+		Start: c.StartTimeout, Progress: func() { service.Starting(c.StartTimeout) }}, st)
 	if err != nil {
 		return err
 	}

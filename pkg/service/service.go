@@ -139,6 +139,11 @@ func Ready(ctx context.Context, alive func() bool) {
 	}()
 }
 
+// Starting tells systemd that the start goes on, and that it must wait for at least so long from now.
+func Starting(patience time.Duration) {
+	notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", patience.Microseconds()))
+}
+
 // Stopping tells systemd that the service ends in good order.
 func Stopping() { notify(daemon.SdNotifyStopping) }
 

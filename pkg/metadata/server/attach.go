@@ -315,9 +315,7 @@ func (s *Server) Allocations(ctx context.Context, network string, all bool) ([]m
 
 // eachTable reads all tables of a network. It returns those that cannot be used as problems.
 func (s *Server) eachTable(ctx context.Context, network string, fn func(*allocate.Table, int64) error) ([]metadata.Problem, error) {
-	ctx, cancel := s.timeout(ctx)
-	defer cancel()
-	list, _, err := s.store.List(ctx, tablePrefix+network+"/")
+	list, _, err := s.list(ctx, tablePrefix+network+"/")
 	if err != nil {
 		return nil, err
 	}

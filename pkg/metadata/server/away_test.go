@@ -42,11 +42,11 @@ func (c *cable) Get(ctx context.Context, key string) (store.Entry, error) {
 	return c.Store.Get(ctx, key)
 }
 
-func (c *cable) List(ctx context.Context, prefix string) ([]store.Entry, int64, error) {
-	if err := c.pass(ctx, prefix); err != nil {
-		return nil, 0, err
+func (c *cable) Page(ctx context.Context, l *store.Listing) error {
+	if err := c.pass(ctx, l.Prefix); err != nil {
+		return err
 	}
-	return c.Store.List(ctx, prefix)
+	return c.Store.Page(ctx, l)
 }
 
 func (c *cable) Write(ctx context.Context, changes ...store.Change) []store.Result {

@@ -281,12 +281,12 @@ func (s *Server) changeContainer(ctx context.Context, key string, change func(*m
 // cleanContainers takes back the addresses that earlier versions pinned to a UUID without anybody
 // having assigned them: they moved an ADD's object to the next container with the UUID.
 func (s *Server) cleanContainers(ctx context.Context) error {
-	ctx, cancel := s.timeout(ctx)
-	defer cancel()
-	list, _, err := s.store.List(ctx, containerPrefix+s.cfg.HostName+"/")
+	list, _, err := s.list(ctx, containerPrefix+s.cfg.HostName+"/")
 	if err != nil {
 		return err
 	}
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
 	var changes []store.Change
 	for _, e := range list {
 		var c metadata.Container

@@ -685,7 +685,7 @@ func TestNetworks(t *testing.T) {
 		}
 		vnis[n.VNI] = n.Name
 	}
-	reserved, _, err := st.List(ctx, vniPrefix)
+	reserved, _, err := store.List(ctx, st, vniPrefix, 0)
 	if err != nil || len(reserved) != 21 {
 		t.Errorf("%d VNIs reserved for 21 networks: %v", len(reserved), err)
 	}
@@ -714,7 +714,7 @@ func TestNetworks(t *testing.T) {
 		return !ok && !slices.ContainsFunc(s.Blocks, func(b metadata.Block) bool { return b.Network == "n0" })
 	})
 	for _, p := range []string{tablePrefix + "n0/", blockPrefix + "n0/"} {
-		if left, _, err := st.List(ctx, p); err != nil || len(left) != 0 {
+		if left, _, err := store.List(ctx, st, p, 0); err != nil || len(left) != 0 {
 			t.Errorf("%s: %+v %v", p, left, err)
 		}
 	}
@@ -864,7 +864,7 @@ func TestEmptyBlocksAreGivenBack(t *testing.T) {
 	if len(v.Blocks) != 2 || !v.Blocks[0].Gateway.IsValid() {
 		t.Errorf("%+v: the one with the gateway and the one in use stay", v.Blocks)
 	}
-	if left, _, err := st.List(ctx, tablePrefix); err != nil || len(left) != 2 {
+	if left, _, err := store.List(ctx, st, tablePrefix, 0); err != nil || len(left) != 2 {
 		t.Errorf("%d tables %v", len(left), err)
 	}
 	seen := map[uint64]bool{}

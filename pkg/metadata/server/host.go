@@ -307,7 +307,7 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 	if err != nil {
 		s.log.Warn("the entry of the host that is removed was spoilt", "host", name, "error", err)
 	}
-	entries, _, err := s.store.List(ctx, viewPrefix)
+	entries, _, err := s.list(ctx, viewPrefix)
 	if err != nil {
 		return err
 	}
@@ -331,11 +331,11 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 			}
 		}
 	}
-	containers, _, err := s.store.List(ctx, containerPrefix+name+"/")
+	containers, _, err := s.list(ctx, containerPrefix+name+"/")
 	if err != nil {
 		return err
 	}
-	volumes, _, err := s.store.List(ctx, volumePrefix+name+"/")
+	volumes, _, err := s.list(ctx, volumePrefix+name+"/")
 	if err != nil {
 		return err
 	}

@@ -233,9 +233,7 @@ func sameName(field *string, path string) error {
 }
 
 func (s *Server) listContainers(ctx context.Context, prefix string) ([]metadata.Container, error) {
-	ctx, cancel := s.timeout(ctx)
-	defer cancel()
-	list, _, err := s.store.List(ctx, containerPrefix+prefix)
+	list, _, err := s.list(ctx, containerPrefix+prefix)
 	if err != nil {
 		return nil, err
 	}

@@ -246,9 +246,11 @@ func (s *Server) freeVNI(ctx context.Context, vni uint32, network string) {
 
 // DeleteNetwork removes a network that nothing uses.
 func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
-	ctx, cancel := s.timeout(ctx)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute) // it may have many tables
 	defer cancel()
-	e, err := s.store.Get(ctx, networkPrefix+name)
+	first, cancelFirst := s.timeout(ctx)
+	defer cancelFirst()
+	e, err := s.store.Get(first, networkPrefix+name)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
@@ -260,11 +262,11 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 		s.log.Warn("the entry of the network that is removed was spoilt", "network", name, "error", err)
 	}
 	used := 0
-	var first allocate.Entry
+	var user allocate.Entry
 	var changes []store.Change
 	bad, err := s.eachTable(ctx, name, func(t *allocate.Table, revision int64) error {
 		if used == 0 && len(t.Entries) > 0 {
-			first = t.Entries[0]
+			user = t.Entries[0]
 		}
 		used += len(t.Entries)
 		changes = append(changes, store.Change{Key: tableKey(name, t.CIDR), Revision: revision})
@@ -278,7 +280,7 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 	}
 	if used > 0 {
 		return metadata.Errorf(metadata.CodeConflict, "network %s has %d addresses in use, among them %s by %s on host %s; stop those containers first",
-			name, used, first.Address, first.ID, first.Owner.Host)
+			name, used, user.Address, user.ID, user.Owner.Host)
 	}
 	// Tables on condition of their revisions: an address given out meanwhile keeps the network.
 	for _, r := range s.store.Write(ctx, changes...) {
@@ -294,7 +296,7 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 	}
 	changes = nil
 	for _, prefix := range []string{blockPrefix, endpointPrefix} {
-		list, _, err := s.store.List(ctx, prefix+name+"/")
+		list, _, err := s.list(ctx, prefix+name+"/")
 		if err != nil {
 			return err
 		}

@@ -34,10 +34,8 @@ var outside = []outsider{
 // Problems returns the entries of the store that cannot be used. It reads all that the view does not hold.
 func (s *Server) Problems(ctx context.Context) ([]metadata.Problem, error) {
 	out := append([]metadata.Problem{}, s.view.snapshot().Sane().Problems...)
-	ctx, cancel := s.timeout(ctx)
-	defer cancel()
 	for _, o := range outside {
-		list, _, err := s.store.List(ctx, o.prefix)
+		list, _, err := s.list(ctx, o.prefix)
 		if err != nil {
 			return nil, err
 		}

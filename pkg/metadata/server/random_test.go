@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
 // Three hosts fight for a network that is too small for them: they claim, borrow, request, collide, release and restart.
@@ -133,7 +134,7 @@ func TestRandomUseByThreeHosts(t *testing.T) {
 			t.Errorf("round %d: not released: %v", round, holders)
 		}
 		eventually(t, nodes[0], func(s *metadata.Snapshot) bool { return len(s.Endpoints) == 0 })
-		if list, _, err := st.List(ctx, containerPrefix); err != nil || len(list) != 0 {
+		if list, _, err := store.List(ctx, st, containerPrefix, 0); err != nil || len(list) != 0 {
 			t.Errorf("round %d: %d containers left: %v", round, len(list), err)
 		}
 	}

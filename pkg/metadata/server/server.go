@@ -14,10 +14,13 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -50,10 +53,14 @@ type Config struct {
 	// TreeOrigin is the tree's Access-Control-Allow-Origin; empty: none.
 	TreeOrigin string
 
-	Timeout    time.Duration // of one request's work in the store: 5 s
+	Timeout    time.Duration // of one request's work in the store, and of each page of a list: 5 s
+	Start      time.Duration // New gives up when the store was silent for so long; 0: when its context ends
 	LeaseTTL   time.Duration // a silent host is dead after it: 30 s
 	Bookmark   time.Duration // between signs of life on a watch: 10 s
 	BlockGrace time.Duration // an empty block is given back after it: 10 min
+
+	// Progress, when not nil, is told of each page that New reads of the model.
+	Progress func()
 
 	// Now is the clock for what is recorded; nil: time.Now.
 	Now func() time.Time
@@ -70,6 +77,8 @@ type Server struct {
 	containers *containers
 	metrics    *metrics
 
+	paged chan struct{} // gets a word with each page of a list that follow reads
+
 	ctx      context.Context
 	cancel   context.CancelFunc
 	stopping context.Context // ends before ctx: watches and waits are over
@@ -84,7 +93,8 @@ type Server struct {
 }
 
 // New registers the host and loads its view. It fails when another live machine has the name, or the store does not answer
-// within the context. The caller keeps the store and closes it after the server.
+// within the context. A big view may take long to read when many hosts read it at the same time, so each page of it gives New
+// Config.Start anew. The caller keeps the store and closes it after the server.
 func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	if err := metadata.ValidName(cfg.HostName); err != nil {
 		return nil, fmt.Errorf("--host-name: %w", err)
@@ -117,11 +127,15 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 		cfg.Device = func(metadata.Network) string { return "" }
 	}
 	s := &Server{cfg: cfg, store: store.NewBreaker(st, cfg.Timeout, cfg.Log), bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
-		books: map[string]*book{}, left: map[string]*leftover{}}
+		books: map[string]*book{}, left: map[string]*leftover{}, paged: make(chan struct{}, 1)}
 	s.metrics = newMetrics(s)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.stopping, s.stop = context.WithCancel(s.ctx)
-	if err := s.register(ctx); err != nil {
+	silent, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	patience := time.AfterFunc(cmp.Or(cfg.Start, math.MaxInt64), func() { cancel(context.DeadlineExceeded) })
+	defer patience.Stop()
+	if err := s.register(silent); err != nil {
 		s.cancel()
 		s.store.Stop()
 		return nil, err
@@ -137,11 +151,19 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 			func(u store.Update) error { return s.containers.apply(u.Entries) }, containersReady)
 	})
 	for _, ready := range []chan struct{}{viewReady, containersReady} {
-		select {
-		case <-ready:
-		case <-ctx.Done():
-			s.Close()
-			return nil, fmt.Errorf("%w: reading the model: %w", store.ErrUnavailable, ctx.Err())
+		for read := false; !read; {
+			select {
+			case <-ready:
+				read = true
+			case <-s.paged:
+				patience.Reset(cmp.Or(cfg.Start, math.MaxInt64))
+				if cfg.Progress != nil {
+					cfg.Progress()
+				}
+			case <-silent.Done():
+				s.Close()
+				return nil, fmt.Errorf("%w: reading the model: %w", store.ErrUnavailable, context.Cause(silent))
+			}
 		}
 	}
 	s.wg.Go(s.keepName)
@@ -191,38 +213,49 @@ func (s *Server) Close() {
 	s.store.Stop()
 }
 
+// firstWait is the pause after a first failure of the store.
+const firstWait = 50 * time.Millisecond
+
+// jitter is a pause of half to one and a half of the given length: hosts that failed together do not come back together.
+func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d) }
+
 // follow keeps a part of the store in memory: list, watch from there, and again from the start when history is gone. What is
-// in memory stays in use while the store is away.
+// in memory stays in use while the store is away. A page that does not come is asked for again, with those before it kept: many
+// hosts may read at the same time, and would never get to the end of it together.
 func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, apply func(store.Update) error, ready chan struct{}) {
 	var revision, last int64
-	wait := 50 * time.Millisecond
+	list := store.Listing{Prefix: prefix}
+	wait := firstWait
 	for s.ctx.Err() == nil {
 		var err error
-		if revision == 0 {
-			var list []store.Entry
-			var at int64
-			ctx, cancel := s.timeout(s.ctx)
-			list, at, err = s.store.List(ctx, prefix)
-			cancel()
-			if err == nil {
-				if lerr := load(list, at); lerr != nil {
-					s.log.Error("object not understood, left out", "error", lerr)
+		for revision == 0 && err == nil {
+			if !list.Done {
+				if err = store.NextPage(s.ctx, s.store, &list, s.cfg.Timeout); err == nil {
+					wait = firstWait
+					select {
+					case s.paged <- struct{}{}:
+					default:
+					}
 				}
-				if at < last {
-					s.log.Warn("the store was lost, and began anew", "revision", at, "before", last)
-					s.dropBooks()
-				}
-				revision, last = at, at
-				if ready != nil {
-					close(ready)
-					ready = nil
-				}
+				continue
+			}
+			if lerr := load(list.Entries, list.Revision); lerr != nil {
+				s.log.Error("object not understood, left out", "error", lerr)
+			}
+			if list.Revision < last {
+				s.log.Warn("the store was lost, and began anew", "revision", list.Revision, "before", last)
+				s.dropBooks()
+			}
+			revision, last, list = list.Revision, list.Revision, store.Listing{Prefix: prefix}
+			if ready != nil {
+				close(ready)
+				ready = nil
 			}
 		}
 		if err == nil {
-			wait = 50 * time.Millisecond
+			wait = firstWait
 			err = s.store.Watch(s.ctx, prefix, revision, func(u store.Update) error {
-				wait = 50 * time.Millisecond
+				wait = firstWait
 				if aerr := apply(u); aerr != nil {
 					s.log.Error("object not understood, left out", "revision", u.Revision, "error", aerr)
 				}
@@ -235,7 +268,7 @@ func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, ap
 			return
 		}
 		if errors.Is(err, store.ErrCompacted) {
-			revision = 0
+			revision, list = 0, store.Listing{Prefix: prefix}
 			continue
 		}
 		s.log.Debug("following the store broke off", "prefix", prefix, "error", err)
@@ -248,9 +281,9 @@ func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, ap
 func (s *Server) pause(wait, longest time.Duration) time.Duration {
 	if lost, _ := s.store.Lost(); lost != nil {
 		_ = s.store.Wait(s.ctx) // whoever tries again looks at the context
-		return 50 * time.Millisecond
+		return firstWait
 	}
-	t := time.NewTimer(wait)
+	t := time.NewTimer(jitter(wait))
 	defer t.Stop()
 	_, changed := s.store.Lost()
 	select {
@@ -259,6 +292,11 @@ func (s *Server) pause(wait, longest time.Duration) time.Duration {
 	case <-changed:
 	}
 	return min(2*wait, longest)
+}
+
+// list reads all objects below a prefix at one revision. Each page may take the time of a request, for there may be many.
+func (s *Server) list(ctx context.Context, prefix string) ([]store.Entry, int64, error) {
+	return store.List(ctx, s.store, prefix, s.cfg.Timeout)
 }
 
 // housekeeping gives empty blocks back, and first of all cleans up after earlier versions.

@@ -154,7 +154,7 @@ func TestContainersOfEarlierVersions(t *testing.T) {
 	defer cancel()
 	for {
 		changed := n.containers.watch()
-		entries, _, err := st.List(ctx, containerPrefix)
+		entries, _, err := store.List(ctx, st, containerPrefix, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

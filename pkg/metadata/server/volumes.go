@@ -47,13 +47,11 @@ func (s *Server) DeleteVolume(ctx context.Context, driver, name string) error {
 
 // Volumes lists those of all hosts, or of this one, by host, driver and name.
 func (s *Server) Volumes(ctx context.Context, self bool) ([]metadata.Volume, error) {
-	ctx, cancel := s.timeout(ctx)
-	defer cancel()
 	prefix := volumePrefix
 	if self {
 		prefix += s.cfg.HostName + "/"
 	}
-	list, _, err := s.store.List(ctx, prefix)
+	list, _, err := s.list(ctx, prefix)
 	if err != nil {
 		return nil, err
 	}

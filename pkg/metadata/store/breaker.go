@@ -196,15 +196,15 @@ func (b *Breaker) Get(ctx context.Context, key string) (Entry, error) {
 	return e, err
 }
 
-// List implements Store.
-func (b *Breaker) List(ctx context.Context, prefix string) ([]Entry, int64, error) {
+// Page implements Store.
+func (b *Breaker) Page(ctx context.Context, l *Listing) error {
 	end, err := b.begin(ctx)
 	if err != nil {
-		return nil, 0, err
+		return err
 	}
-	list, revision, err := b.Store.List(ctx, prefix)
+	err = b.Store.Page(ctx, l)
 	end(err)
-	return list, revision, err
+	return err
 }
 
 // Write implements Store.

@@ -210,42 +210,43 @@ func (e *Etcd) Get(ctx context.Context, key string) (_ Entry, err error) {
 	return Entry{Key: key, Value: kv.Value, Revision: kv.ModRevision, Created: kv.CreateRevision, Held: kv.Lease != 0}, nil
 }
 
-// page bounds one answer of a list; an address table has about 8 KiB.
-const page = 4096
+// Pages of a list, in objects: the first is large, for etcd counts all that is left for each. What does not come in time is
+// asked for in smaller ones. An address table has about 8 KiB.
+const (
+	pageMost  = 4096
+	pageLeast = 1024
+)
 
-// List implements Store.
-func (e *Etcd) List(ctx context.Context, prefix string) (_ []Entry, _ int64, err error) {
+// Page implements Store.
+func (e *Etcd) Page(ctx context.Context, l *Listing) (err error) {
 	defer e.observe("list", time.Now(), &err)
-	var out []Entry
-	var revision int64
-	from := e.prefix + prefix
-	for {
-		opts := []clientv3.OpOption{clientv3.WithRange(clientv3.GetPrefixRangeEnd(e.prefix + prefix)), clientv3.WithLimit(page),
-			clientv3.WithSort(clientv3.SortByKey, clientv3.SortAscend)}
-		if revision != 0 {
-			opts = append(opts, clientv3.WithRev(revision))
-		}
-		var r *clientv3.GetResponse
-		seen, _ := e.clock.now()
-		err = patient(ctx, func() error {
-			r, err = e.client.Get(ctx, from, opts...)
-			return err
-		})
-		if err != nil {
-			return nil, 0, e.fault("list", prefix, err)
-		}
-		e.clock.answered(r.Header.Revision, seen)
-		if revision == 0 {
-			revision = r.Header.Revision
-		}
-		for _, kv := range r.Kvs {
-			out = append(out, Entry{Key: string(kv.Key[len(e.prefix):]), Value: kv.Value, Revision: kv.ModRevision, Created: kv.CreateRevision, Held: kv.Lease != 0})
-		}
-		if !r.More || len(r.Kvs) == 0 {
-			return out, revision, nil
-		}
-		from = string(r.Kvs[len(r.Kvs)-1].Key) + "\x00"
+	if l.limit == 0 {
+		l.limit, l.from = pageMost, e.prefix+l.Prefix
 	}
+	opts := []clientv3.OpOption{clientv3.WithRange(clientv3.GetPrefixRangeEnd(e.prefix + l.Prefix)), clientv3.WithLimit(l.limit),
+		clientv3.WithSort(clientv3.SortByKey, clientv3.SortAscend), clientv3.WithRev(l.Revision)}
+	var r *clientv3.GetResponse
+	seen, _ := e.clock.now()
+	err = patient(ctx, func() error {
+		r, err = e.client.Get(ctx, l.from, opts...)
+		return err
+	})
+	if err != nil {
+		l.limit = max(l.limit/2, pageLeast)
+		return e.fault("list", l.Prefix, err)
+	}
+	e.clock.answered(r.Header.Revision, seen)
+	if l.Revision == 0 {
+		l.Revision = r.Header.Revision
+	}
+	for _, kv := range r.Kvs {
+		l.Entries = append(l.Entries, Entry{Key: string(kv.Key[len(e.prefix):]), Value: kv.Value, Revision: kv.ModRevision,
+			Created: kv.CreateRevision, Held: kv.Lease != 0})
+	}
+	if l.Done = !r.More || len(r.Kvs) == 0; !l.Done {
+		l.from = string(r.Kvs[len(r.Kvs)-1].Key) + "\x00"
+	}
+	return nil
 }
 
 // Limits of one etcd transaction, below its defaults of 128 operations and 1.5 MiB.

@@ -54,6 +54,17 @@ type Update struct {
 	Entries  []Entry
 }
 
+// Listing is a list under way: what came stays when the next page does not.
+type Listing struct {
+	Prefix   string
+	Entries  []Entry // so far, sorted by key
+	Revision int64   // of all of them; 0: no page came yet
+	Done     bool    // that is all
+
+	from  string // key of the next page in the store
+	limit int64  // objects of the next page
+}
+
 // Lease keeps the keys written with it alive for as long as its holder renews it, which it does by itself.
 type Lease struct {
 	id    int64
@@ -81,8 +92,9 @@ type Status struct {
 type Store interface {
 	// Get reads one object, as of now: never an older state than a finished write. ErrNotFound, ErrUnavailable.
 	Get(ctx context.Context, key string) (Entry, error)
-	// List reads all objects below a prefix at one revision, sorted by key.
-	List(ctx context.Context, prefix string) ([]Entry, int64, error)
+	// Page reads the next page of a list. When it fails the list stays as it was, and the page can be asked for again.
+	// ErrCompacted: the list's revision is history, begin anew.
+	Page(ctx context.Context, l *Listing) error
 	// Write makes changes; results come in the same order. Changes of one call have distinct keys and cost one durable
 	// write together when no condition fails; a failed condition stops no other change.
 	Write(ctx context.Context, changes ...Change) []Result
@@ -95,6 +107,28 @@ type Store interface {
 	Status(ctx context.Context) (Status, error)
 	// Close stops it; what was acknowledged is on disk already.
 	Close() error
+}
+
+// List reads all objects below a prefix at one revision, sorted by key. Each page may take as long as perPage says; 0: as the
+// context says.
+func List(ctx context.Context, s Store, prefix string, perPage time.Duration) ([]Entry, int64, error) {
+	l := Listing{Prefix: prefix}
+	for !l.Done {
+		if err := NextPage(ctx, s, &l, perPage); err != nil {
+			return nil, 0, err
+		}
+	}
+	return l.Entries, l.Revision, nil
+}
+
+// NextPage reads a page that may take as long as perPage says.
+func NextPage(ctx context.Context, s Store, l *Listing, perPage time.Duration) error {
+	if perPage > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, perPage)
+		defer cancel()
+	}
+	return s.Page(ctx, l)
 }
 
 // One makes a single change.

@@ -79,7 +79,7 @@ func TestConditionalWrites(t *testing.T) {
 		One(ctx, s, Change{Key: fmt.Sprint("k", i), Value: make([]byte, 4000)})
 	}
 	t.Logf("%v per write", time.Since(start)/200)
-	list, rev, err := s.List(ctx, "k")
+	list, rev, err := List(ctx, s, "k", 0)
 	if err != nil || len(list) != 200 || rev == 0 {
 		t.Fatal(len(list), rev, err)
 	}
@@ -163,7 +163,7 @@ func TestManyChangesInOneCall(t *testing.T) {
 			t.Fatal(i, r.Err)
 		}
 	}
-	if list, _, err := s.List(ctx, "k"); err != nil || len(list) != 1000 || list[999].Key != "k999" {
+	if list, _, err := List(ctx, s, "k", 0); err != nil || len(list) != 1000 || list[999].Key != "k999" {
 		t.Error(len(list), err)
 	}
 }
