@@ -315,9 +315,12 @@ func (m *member) status(st *Status) {
 	st.Size, st.InUse, st.Quota = s.Backend().Size(), s.Backend().SizeInUse(), s.Cfg.QuotaBackendBytes
 	st.Revision = s.KV().Rev()
 	if st.Problem == "" && s.Leader() == 0 {
-		st.Problem = "the cluster has no leader: a majority of its members must be up and reach each other"
+		st.Problem = noLeader
 	}
 }
+
+// noLeader is why nothing can be written, whichever member says so.
+const noLeader = "the cluster has no leader: a majority of its members must be up and reach each other"
 
 // close ends the member: what was answered is on disk, and the leadership is handed over where there are
 // others. etcd then waits 7 s for the watches of other hosts, which never end by themselves. They end with the

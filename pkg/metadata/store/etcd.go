@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	pb "go.etcd.io/etcd/api/v3/etcdserverpb"
 	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"google.golang.org/grpc"
@@ -483,11 +484,15 @@ func (e *Etcd) Status(ctx context.Context) (Status, error) {
 		e.member.status(&st)
 		return st, nil
 	}
-	r, err := e.client.Status(ctx, e.client.Endpoints()[0])
+	// Over the connections that are there, of any member: a dead one is passed over.
+	r, err := pb.NewMaintenanceClient(e.client.ActiveConnection()).Status(ctx, &pb.StatusRequest{})
 	if err != nil {
 		return st, e.fault("ask", "status", err)
 	}
 	st.Size, st.InUse, st.Revision = r.DbSize, r.DbSizeInUse, r.Header.Revision
+	if st.Problem == "" && r.Leader == 0 {
+		st.Problem = noLeader
+	}
 	return st, nil
 }
 
