@@ -333,13 +333,14 @@ func (a *app) networkList() *cobra.Command {
 
 func writeNetworks(w *writer, snap *metadata.Snapshot) {
 	var rows [][]cell
-	for _, n := range snap.Networks {
-		hosts := map[string]bool{}
-		for _, b := range snap.Blocks {
-			if b.Network == n.Name {
-				hosts[b.Host] = true
-			}
+	members := map[string]map[string]bool{}
+	for _, b := range snap.Blocks {
+		if members[b.Network] == nil {
+			members[b.Network] = map[string]bool{}
 		}
+		members[b.Network][b.Host] = true
+	}
+	for _, n := range snap.Networks {
 		vni, mtu := "", "auto"
 		if n.VNI != 0 {
 			vni = fmt.Sprint(n.VNI)
@@ -347,7 +348,7 @@ func writeNetworks(w *writer, snap *metadata.Snapshot) {
 		if n.MTU != 0 {
 			mtu = fmt.Sprint(n.MTU)
 		}
-		rows = append(rows, []cell{txt(n.Name), txt(joined(n.Subnets, ",")), txt(n.Encapsulation), {text: vni, right: true}, {text: mtu, right: true}, num(len(hosts)), txt(yes(n.IsDefault)), txt(yes(n.HostNAT)), txt(yes(n.DirectRouting))})
+		rows = append(rows, []cell{txt(n.Name), txt(joined(n.Subnets, ",")), txt(n.Encapsulation), {text: vni, right: true}, {text: mtu, right: true}, num(len(members[n.Name])), txt(yes(n.IsDefault)), txt(yes(n.HostNAT)), txt(yes(n.DirectRouting))})
 	}
 	w.columns([]string{"NAME", "SUBNETS", "ENCAP", "VNI", "MTU", "HOSTS", "DEFAULT", "HOST-NAT", "DIRECT"}, rows)
 }

@@ -212,7 +212,24 @@ func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
 		return r
 	}
 	r.Revision = s.Revision
+	// One look at each block: hosts × networks × blocks would be billions.
+	type subnet struct {
+		network string
+		prefix  netip.Prefix
+	}
+	subnets := map[string][]netip.Prefix{}
+	for _, n := range s.Networks {
+		subnets[n.Name] = n.Subnets
+	}
+	usage := map[subnet]metadata.SubnetUsage{}
+	for _, st := range f.Metadata.Status {
+		for _, u := range st.Usage {
+			usage[subnet{st.Network, u.Subnet}] = u
+		}
+	}
 	blocks, containers := map[string]int{}, map[string]int{}
+	inSubnet := map[subnet]int64{}
+	gateways := s.AllGateways()
 	members := map[string]map[string]bool{}
 	for _, b := range s.Blocks {
 		blocks[b.Host]++
@@ -220,6 +237,11 @@ func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
 			members[b.Network] = map[string]bool{}
 		}
 		members[b.Network][b.Host] = true
+		for _, p := range subnets[b.Network] {
+			if p.Contains(b.CIDR.Addr()) {
+				inSubnet[subnet{b.Network, p}]++
+			}
+		}
 	}
 	for _, c := range s.Containers {
 		containers[c.Host]++
@@ -227,10 +249,8 @@ func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
 	for _, h := range s.Hosts {
 		row := hostRow{Name: h.Name, Self: h.Name == s.Self, Live: h.Live, Underlay: h.Underlay, BootID: h.BootID, MachineID: h.MachineID,
 			AgentVersion: h.AgentVersion, Blocks: blocks[h.Name], Containers: containers[h.Name], Gateways: map[string][]netip.Addr{}, Joined: h.Joined}
-		for _, n := range s.Networks {
-			if g := s.Gateways(n.Name, h.Name); len(g) > 0 {
-				row.Gateways[n.Name] = g
-			}
+		for network, g := range gateways[h.Name] {
+			row.Gateways[network] = g
 		}
 		r.Hosts = append(r.Hosts, row)
 	}
@@ -239,18 +259,9 @@ func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
 	for _, n := range s.Networks {
 		row := networkRow{Name: n.Name, Encapsulation: n.Encapsulation, VNI: n.VNI, MTU: mtu.Container(n, me), MTUFixed: n.MTU != 0, Default: n.IsDefault, Hosts: len(members[n.Name])}
 		for _, p := range n.Subnets {
-			sub := subnetRow{Subnet: p, Used: used[p], Free: -1, BlocksFree: -1}
-			for _, b := range s.Blocks {
-				if b.Network == n.Name && p.Contains(b.CIDR.Addr()) {
-					sub.Blocks++
-				}
-			}
-			for _, st := range f.Metadata.Status {
-				for _, u := range st.Usage {
-					if st.Network == n.Name && u.Subnet == p {
-						sub.Free, sub.BlocksFree = int64(u.Free), int64(u.BlocksFree)
-					}
-				}
+			sub := subnetRow{Subnet: p, Used: used[p], Blocks: inSubnet[subnet{n.Name, p}], Free: -1, BlocksFree: -1}
+			if u, ok := usage[subnet{n.Name, p}]; ok {
+				sub.Free, sub.BlocksFree = int64(u.Free), int64(u.BlocksFree)
 			}
 			row.Subnets = append(row.Subnets, sub)
 		}

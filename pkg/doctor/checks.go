@@ -241,28 +241,24 @@ func (e *examination) hosts() {
 			e.add(Error, "host "+e.Self, "restart lariat-metadata on this host; it registers itself", "this host is not in the metadata")
 		}
 	}
+	blocks, containers := map[string]int{}, map[string]int{}
+	for _, b := range s.Blocks {
+		blocks[b.Host]++
+	}
+	for _, c := range s.Containers {
+		containers[c.Host]++
+	}
 	for _, h := range s.Hosts {
 		if h.Live {
 			continue
 		}
 		e.add(Warning, "host "+h.Name, fmt.Sprintf("on %s: systemctl status lariat-metadata. When the host is gone for good: lariat host remove %s", h.Name, h.Name),
-			"host %s does not answer: its metadata service has not been heard of%s", h.Name, holds(s, h.Name))
+			"host %s does not answer: its metadata service has not been heard of%s", h.Name, holds(blocks[h.Name], containers[h.Name]))
 	}
 }
 
 // holds says what a host has that others wait for.
-func holds(s *metadata.Snapshot, host string) string {
-	blocks, containers := 0, 0
-	for _, b := range s.Blocks {
-		if b.Host == host {
-			blocks++
-		}
-	}
-	for _, c := range s.Containers {
-		if c.Host == host {
-			containers++
-		}
-	}
+func holds(blocks, containers int) string {
 	switch {
 	case containers > 0:
 		return fmt.Sprintf("; it has %s and %s", count(blocks, "block"), count(containers, "container"))

@@ -341,6 +341,7 @@ func (g Gatherer) peers(ctx context.Context, s *metadata.Snapshot) []Peer {
 	if !ok || !me.UnderlayAddr().IsValid() {
 		return out
 	}
+	gateways := s.AllGateways()
 	for _, h := range s.Hosts {
 		i := slices.IndexFunc(h.Underlay, func(u metadata.Underlay) bool { return u.Address.Addr().Is4() == me.UnderlayAddr().Is4() })
 		if h.Name == s.Self || !h.Live || i < 0 {
@@ -355,7 +356,7 @@ func (g Gatherer) peers(ctx context.Context, s *metadata.Snapshot) []Peer {
 			case n.Encapsulation != metadata.EncapVXLAN || n.DirectRouting && me.Underlay[0].Address.Masked().Contains(p.Addr):
 				continue
 			}
-			own, other := s.Gateways(n.Name, me.Name), s.Gateways(n.Name, h.Name)
+			own, other := gateways[me.Name][n.Name], gateways[h.Name][n.Name]
 			if len(other) > 0 {
 				p.WantMTU = max(p.WantMTU, outer(n, me))
 			}

@@ -108,10 +108,11 @@ func build(s *metadata.Snapshot, o Options) *picture {
 	}
 	hosts := map[string]*host{}
 	parts := map[[2]string]*part{}
+	gateways := s.AllGateways()
 	share := func(hostName, netName string) *part {
 		key := [2]string{hostName, netName}
 		if parts[key] == nil && hosts[hostName] != nil && byName[netName] != nil {
-			parts[key] = &part{net: byName[netName], gateways: s.Gateways(netName, hostName)}
+			parts[key] = &part{net: byName[netName], gateways: gateways[hostName][netName]}
 		}
 		return parts[key]
 	}

@@ -412,7 +412,24 @@ func (s *Snapshot) Holders() map[netip.Addr]int {
 	return out
 }
 
-// Gateways returns a host's own overlay addresses on a network, IPv4 before IPv6.
+// AllGateways returns what Gateways does for all hosts and their networks.
+func (s *Snapshot) AllGateways() map[string]map[string][]netip.Addr {
+	out := map[string]map[string][]netip.Addr{}
+	for _, v6 := range []bool{false, true} {
+		for _, b := range s.Blocks {
+			if !b.Gateway.IsValid() || b.Gateway.Is6() != v6 {
+				continue
+			}
+			if out[b.Host] == nil {
+				out[b.Host] = map[string][]netip.Addr{}
+			}
+			out[b.Host][b.Network] = append(out[b.Host][b.Network], b.Gateway)
+		}
+	}
+	return out
+}
+
+// Gateways returns a host's own overlay addresses on a network, IPv4 before IPv6. It looks at all blocks.
 func (s *Snapshot) Gateways(network, host string) []netip.Addr {
 	var v4, v6 []netip.Addr
 	for _, b := range s.Blocks {

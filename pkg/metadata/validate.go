@@ -408,33 +408,46 @@ func Compatible(all []Network) ([]Network, []Problem) {
 // drop what comes from the underlay and claims an address of a network: with both, they would cut each other off. The one that was there
 // first is kept, and the host where that is not known.
 func apart(hosts []Host, networks []Network) ([]Host, []Network, []Problem) {
+	// Networks that can be used together overlap nowhere, so an address lies in one of them at most.
+	in, lengths := map[netip.Prefix]int{}, map[int]bool{}
+	for i, n := range networks {
+		for _, p := range n.Subnets {
+			if n.Encapsulation != EncapNone {
+				in[p], lengths[p.Bits()] = i, true
+			}
+		}
+	}
+	type clash struct {
+		h, n int
+		a    netip.Addr
+	}
+	var clashes []clash
+	for i, h := range hosts {
+		from := len(clashes)
+		for _, u := range h.Underlay {
+			for bits := range lengths {
+				p, err := u.Address.Addr().Prefix(bits)
+				n, ok := in[p]
+				if err == nil && ok && !slices.ContainsFunc(clashes[from:], func(c clash) bool { return c.n == n }) {
+					clashes = append(clashes, clash{i, n, u.Address.Addr()})
+				}
+			}
+		}
+		slices.SortFunc(clashes[from:], func(a, b clash) int { return cmp.Compare(a.n, b.n) })
+	}
 	var problems []Problem
 	late, bad := map[string]bool{}, map[string]bool{}
-	clash := func(h Host, n Network) (netip.Addr, bool) {
-		if n.Encapsulation == EncapNone || bad[n.Name] {
-			return netip.Addr{}, false
-		}
-		i := slices.IndexFunc(h.Underlay, func(u Underlay) bool { return !n.Outside(u.Address.Addr()) })
-		if i < 0 {
-			return netip.Addr{}, false
-		}
-		return h.Underlay[i].Address.Addr(), true
-	}
 	after := func(h Host, n Network) bool { return !n.Created.IsZero() && h.Joined.After(n.Created) }
-	for _, h := range hosts {
-		for _, n := range networks {
-			if a, ok := clash(h, n); ok && !after(h, n) {
-				bad[n.Name] = true
-				problems = append(problems, problem(KindNetwork, n.Name, fmt.Errorf("host %s has the address %s of it on its underlay", h.Name, a)))
-			}
+	for _, c := range clashes {
+		if h, n := hosts[c.h], networks[c.n]; !bad[n.Name] && !after(h, n) {
+			bad[n.Name] = true
+			problems = append(problems, problem(KindNetwork, n.Name, fmt.Errorf("host %s has the address %s of it on its underlay", h.Name, c.a)))
 		}
 	}
-	for _, h := range hosts {
-		for _, n := range networks {
-			if a, ok := clash(h, n); ok && !late[h.Name] {
-				late[h.Name] = true
-				problems = append(problems, problem(KindHost, h.Name, fmt.Errorf("its underlay address %s is one of network %s, which was first", a, n.Name)))
-			}
+	for _, c := range clashes {
+		if h, n := hosts[c.h], networks[c.n]; !bad[n.Name] && !late[h.Name] {
+			late[h.Name] = true
+			problems = append(problems, problem(KindHost, h.Name, fmt.Errorf("its underlay address %s is one of network %s, which was first", c.a, n.Name)))
 		}
 	}
 	if len(problems) == 0 {

@@ -403,8 +403,8 @@ func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkS
 		sure := true
 		if !n.StrictAffinity {
 			// What others have left is worth reading only where it is few, or all there is.
-			if others := s.view.blocksOf(network, func(x metadata.Block) bool { return x.Host != s.cfg.HostName && p.Contains(x.CIDR.Addr()) }); u.Free == 0 || len(others) <= 64 {
-				left, known := s.leftWithOthers(ctx, n, p, others)
+			if all, own := s.view.blockCount(network, p); all > own && (u.Free == 0 || all-own <= 64) {
+				left, known := s.leftWithOthers(ctx, n, p)
 				u.Free, sure = u.Free+left, known
 			}
 		}
@@ -422,10 +422,7 @@ const statusPatience = time.Second
 
 // leftWithOthers returns how many free addresses other hosts' blocks have, as they were counted some seconds ago,
 // or longer ago while the store does not answer. It returns false when nothing was counted yet.
-func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet netip.Prefix, blocks []metadata.Block) (int, bool) {
-	if len(blocks) == 0 {
-		return 0, true
-	}
+func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet netip.Prefix) (int, bool) {
 	key := n.Name + " " + subnet.String()
 	lost, _ := s.store.Lost()
 	s.mu.Lock()
@@ -439,7 +436,7 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 		counting = make(chan struct{})
 		c.counting = counting
 		s.wg.Go(func() {
-			free, err := s.countLeft(s.ctx, n, subnet, blocks)
+			free, err := s.countLeft(s.ctx, n, subnet)
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			if err == nil {
@@ -461,13 +458,18 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 	return c.free, !c.when.IsZero()
 }
 
-func (s *Server) countLeft(ctx context.Context, n metadata.Network, subnet netip.Prefix, blocks []metadata.Block) (int, error) {
+func (s *Server) countLeft(ctx context.Context, n metadata.Network, subnet netip.Prefix) (int, error) {
 	rules := (&batch{b: s.book(n.Name), net: n}).rules(subnet)
-	seen := map[netip.Prefix]bool{}
+	unread := map[netip.Prefix]bool{} // tables of others' blocks
+	for _, blk := range s.view.blocksOf(n.Name, func(x metadata.Block) bool { return x.Host != s.cfg.HostName && subnet.Contains(x.CIDR.Addr()) }) {
+		for _, cidr := range allocate.TablesOf(blk.CIDR) {
+			unread[cidr] = true
+		}
+	}
 	free := 0
 	bad, err := s.eachTable(ctx, n.Name, func(t *allocate.Table, _ int64) error {
-		seen[t.CIDR] = true
-		if slices.ContainsFunc(blocks, func(b metadata.Block) bool { return b.CIDR.Contains(t.CIDR.Addr()) }) {
+		if unread[t.CIDR] {
+			delete(unread, t.CIDR)
 			free += t.Usage(rules.Usable).Free()
 		}
 		return nil
@@ -477,16 +479,12 @@ func (s *Server) countLeft(ctx context.Context, n metadata.Network, subnet netip
 	}
 	for _, p := range bad {
 		if cidr, err := netip.ParsePrefix(strings.TrimPrefix(p.Key, tablePrefix+n.Name+"/")); err == nil {
-			seen[cidr] = true // nothing of it can be handed out
+			delete(unread, cidr) // nothing of it can be handed out
 		}
 	}
-	for _, blk := range blocks {
-		for _, cidr := range allocate.TablesOf(blk.CIDR) {
-			if !seen[cidr] {
-				t := allocate.Table{CIDR: cidr}
-				free += t.Usage(rules.Usable).Free()
-			}
-		}
+	for cidr := range unread { // nothing was handed out of it yet
+		t := allocate.Table{CIDR: cidr}
+		free += t.Usage(rules.Usable).Free()
 	}
 	return free, nil
 }
@@ -533,7 +531,7 @@ func (s *Server) networkOrCreate(ctx context.Context, name string, create *metad
 }
 
 func (s *Server) unknownNetwork(name string) error {
-	if err := s.view.problem(metadata.KindNetwork, name); err != nil {
+	if err := s.view.networkProblem(name); err != nil {
 		return err
 	}
 	e := metadata.Errorf(metadata.CodeNotFound, "there is no network %s", name)

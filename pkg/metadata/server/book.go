@@ -478,7 +478,7 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 	revision := b.s.view.revision
 	b.s.view.mu.RUnlock()
 	want := map[netip.Prefix]bool{}
-	for _, blk := range b.s.view.blocksOf(b.network, func(x metadata.Block) bool { return x.Host == b.s.cfg.HostName }) {
+	for _, blk := range b.s.view.ownBlocks(b.network) {
 		for _, cidr := range allocate.TablesOf(blk.CIDR) {
 			want[cidr] = true
 		}
@@ -1220,15 +1220,17 @@ func (b *book) usage(net metadata.Network, subnet netip.Prefix) metadata.SubnetU
 		u.Used += l.usage.Used
 		u.Free += l.usage.Free()
 	}
-	u.Blocks = len(b.s.view.blocksOf(b.network, func(x metadata.Block) bool { return subnet.Contains(x.CIDR.Addr()) }))
+	u.Blocks, _ = b.s.view.blockCount(b.network, subnet)
 	u.BlocksFree = max(0, allocate.Blocks(subnet, net.BlockSize(subnet))-u.Blocks)
 	return u
 }
 
 // tidy gives empty blocks back.
 func (b *book) tidy(ctx context.Context, net metadata.Network, before time.Time, p *batch) error {
-	own := b.s.view.blocksOf(b.network, func(x metadata.Block) bool { return x.Host == b.s.cfg.HostName && !x.Gateway.IsValid() })
-	for _, blk := range own {
+	for _, blk := range b.s.view.ownBlocks(b.network) {
+		if blk.Gateway.IsValid() {
+			continue
+		}
 		var empty []*ledger
 		for _, c := range allocate.TablesOf(blk.CIDR) {
 			l := b.tables[c]

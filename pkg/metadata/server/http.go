@@ -77,7 +77,7 @@ func (s *Server) API() *service.Server {
 	})
 	read("/v1/networks/{network}/status", func(r *http.Request) (any, error) { return s.Status(r.Context(), r.PathValue("network")) })
 
-	read("/v1/networks", func(*http.Request) (any, error) { return s.view.snapshot().Sane().Networks, nil })
+	read("/v1/networks", func(*http.Request) (any, error) { return s.view.topology().Sane().Networks, nil })
 	read("/v1/networks/{network}", func(r *http.Request) (any, error) {
 		n, _, ok := s.view.network(r.PathValue("network"))
 		if !ok {

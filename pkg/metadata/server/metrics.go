@@ -83,16 +83,9 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 			gauge(descBlocks, float64(u.Blocks), name, p.String())
 		}
 	}
-	live, dead := 0, 0
-	for _, h := range s.view.hostList() {
-		if h.Live {
-			live++
-		} else {
-			dead++
-		}
-	}
+	live, all := s.view.liveCount()
 	gauge(descHosts, float64(live), "true")
-	gauge(descHosts, float64(dead), "false")
+	gauge(descHosts, float64(all-live), "false")
 	s.view.mu.RLock()
 	lag, revision := time.Since(s.view.updated), s.view.revision
 	s.view.mu.RUnlock()

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"reflect"
 	"slices"
@@ -117,7 +118,8 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 	if err := check.Validate(); err != nil {
 		return n, false, metadata.Errorf(metadata.CodeInvalid, "%s", err)
 	}
-	for _, other := range s.view.snapshot().Networks { // those too that are not in force
+	defined := s.view.definitions() // those too that are not in force
+	for _, other := range defined {
 		for _, p := range other.Subnets {
 			for _, q := range n.Subnets {
 				if other.Name != n.Name && p.Overlaps(q) && other.Encapsulation != metadata.EncapNone && n.Encapsulation != metadata.EncapNone {
@@ -158,8 +160,12 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 		}
 		return n, err == nil, err
 	}
-	for vni = metadata.DefaultVNI; vni < 1<<24; vni++ {
-		if slices.ContainsFunc(s.view.snapshot().Networks, func(o metadata.Network) bool { return o.VNI == vni }) {
+	used := make(map[uint32]bool, len(defined))
+	for _, other := range defined {
+		used[other.VNI] = true
+	}
+	for vni, try := uint32(metadata.DefaultVNI), 1; vni < 1<<24; vni++ {
+		if used[vni] {
 			continue
 		}
 		holder, err := s.reserveVNI(ctx, vni, n.Name)
@@ -170,6 +176,9 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 			n.VNI = vni
 			return n, true, nil
 		}
+		// Others create networks too, and all begin at the same number.
+		vni += rand.Uint32N(1 << min(try, 8))
+		try++
 	}
 	return n, false, metadata.Errorf(metadata.CodeExhausted, "no VNI left")
 }

@@ -21,6 +21,7 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -325,7 +326,7 @@ func (s *Server) housekeeping() {
 
 // Tidy gives back this host's blocks of a network that have been empty for the grace time.
 func (s *Server) Tidy(ctx context.Context, network string) error {
-	if len(s.view.blocksOf(network, func(b metadata.Block) bool { return b.Host == s.cfg.HostName && !b.Gateway.IsValid() })) == 0 {
+	if !slices.ContainsFunc(s.view.ownBlocks(network), func(b metadata.Block) bool { return !b.Gateway.IsValid() }) {
 		return nil
 	}
 	ctx, cancel := s.timeout(ctx)

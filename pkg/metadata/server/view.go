@@ -69,8 +69,10 @@ type view struct {
 	networks  map[string]metadata.Network
 	blocks    map[string]map[netip.Prefix]metadata.Block
 	endpoints map[string]map[netip.Addr]metadata.Endpoint
-	gateways  map[string]map[netip.Addr]string // by network: whose
-	own       map[string][]netip.Addr          // this host's gateways by network
+	gateways  map[string]map[netip.Addr]string           // by network: whose
+	own       map[string][]netip.Addr                    // this host's gateways by network
+	mine      map[string]map[netip.Prefix]metadata.Block // this host's blocks
+	counts    map[string]map[netip.Prefix]int            // blocks by network and subnet
 
 	loading bool          // what can be used together is found out at the end
 	spoilt  chan struct{} // gets a word when an entry of this host's own was spoilt
@@ -106,6 +108,7 @@ func (v *view) clear() {
 	v.claimed, v.blocks = map[string]map[netip.Prefix]metadata.Block{}, map[string]map[netip.Prefix]metadata.Block{}
 	v.announced, v.endpoints = map[string]map[netip.Addr]metadata.Endpoint{}, map[string]map[netip.Addr]metadata.Endpoint{}
 	v.gateways, v.own = map[string]map[netip.Addr]string{}, map[string][]netip.Addr{}
+	v.mine, v.counts = map[string]map[netip.Prefix]metadata.Block{}, map[string]map[netip.Prefix]int{}
 	v.problems = map[string]string{}
 }
 
@@ -361,6 +364,8 @@ func (v *view) place(changed ...string) {
 		delete(v.endpoints, name)
 		delete(v.gateways, name)
 		delete(v.own, name)
+		delete(v.mine, name)
+		delete(v.counts, name)
 		for _, b := range v.claimed[name] {
 			v.placeBlock(b)
 		}
@@ -376,6 +381,10 @@ func (v *view) placeBlock(b metadata.Block) {
 		return
 	}
 	put(v.blocks, b.Network, b.CIDR, b)
+	v.count(b, 1)
+	if b.Host == v.self {
+		put(v.mine, b.Network, b.CIDR, b)
+	}
 	if b.Gateway.IsValid() {
 		put(v.gateways, b.Network, b.Gateway, b.Host)
 		if b.Host == v.self {
@@ -385,11 +394,26 @@ func (v *view) placeBlock(b metadata.Block) {
 }
 
 func (v *view) unplaceBlock(network string, p netip.Prefix) {
-	if old := v.blocks[network][p]; old.Gateway.IsValid() {
+	old, ok := v.blocks[network][p]
+	if !ok {
+		return
+	}
+	if old.Gateway.IsValid() {
 		delete(v.gateways[network], old.Gateway)
 		v.own[network] = slices.DeleteFunc(v.own[network], func(a netip.Addr) bool { return a == old.Gateway })
 	}
 	delete(v.blocks[network], p)
+	delete(v.mine[network], p)
+	v.count(old, -1)
+}
+
+// count keeps how many blocks of each subnet are in force.
+func (v *view) count(b metadata.Block, by int) {
+	for _, p := range v.networks[b.Network].Subnets {
+		if p.Contains(b.CIDR.Addr()) {
+			put(v.counts, b.Network, p, v.counts[b.Network][p]+by)
+		}
+	}
 }
 
 // placeEndpoint puts an endpoint in force if its network is there. Whether it can be announced is for those who route to it.
@@ -428,16 +452,7 @@ func (v *view) wait(ctx context.Context, revision int64) error {
 func (v *view) snapshot() *metadata.Snapshot {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	s := &metadata.Snapshot{Revision: v.revision, Self: v.self,
-		Hosts: []metadata.Host{}, Networks: []metadata.Network{}, Blocks: []metadata.Block{}}
-	for _, name := range slices.Sorted(maps.Keys(v.hosts)) {
-		h := v.hosts[name]
-		_, h.Live = v.live[name]
-		s.Hosts = append(s.Hosts, h)
-	}
-	for _, name := range slices.Sorted(maps.Keys(v.defined)) {
-		s.Networks = append(s.Networks, v.defined[name])
-	}
+	s := v.topologyLocked()
 	for _, network := range slices.Sorted(maps.Keys(v.claimed)) {
 		for _, p := range slices.SortedFunc(maps.Keys(v.claimed[network]), comparePrefix) {
 			s.Blocks = append(s.Blocks, v.claimed[network][p])
@@ -448,10 +463,36 @@ func (v *view) snapshot() *metadata.Snapshot {
 			s.Endpoints = append(s.Endpoints, v.announced[network][a])
 		}
 	}
+	return s
+}
+
+// topology is a snapshot without blocks and endpoints, of which there are many.
+func (v *view) topology() *metadata.Snapshot {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.topologyLocked()
+}
+
+func (v *view) topologyLocked() *metadata.Snapshot {
+	s := &metadata.Snapshot{Revision: v.revision, Self: v.self,
+		Hosts: v.hostsLocked(), Networks: []metadata.Network{}, Blocks: []metadata.Block{}}
+	for _, name := range slices.Sorted(maps.Keys(v.defined)) {
+		s.Networks = append(s.Networks, v.defined[name])
+	}
 	for _, at := range slices.Sorted(maps.Keys(v.problems)) {
 		s.Problems = append(s.Problems, metadata.Problem{Key: at, What: v.problems[at]})
 	}
 	return s
+}
+
+func (v *view) hostsLocked() []metadata.Host {
+	out := make([]metadata.Host, 0, len(v.hosts))
+	for _, name := range slices.Sorted(maps.Keys(v.hosts)) {
+		h := v.hosts[name]
+		_, h.Live = v.live[name]
+		out = append(out, h)
+	}
+	return out
 }
 
 func comparePrefix(a, b netip.Prefix) int {
@@ -482,14 +523,41 @@ func (v *view) host(name string) (metadata.Host, bool) {
 	return h, ok
 }
 
-func (v *view) hostList() []metadata.Host {
-	return v.snapshot().Hosts
+func (v *view) hostCount() int {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return len(v.hosts)
 }
 
-// problem returns why an entry is not used, as an error for who asks for it; nil when nothing is wrong with it.
-func (v *view) problem(kind, key string) error {
-	for _, p := range v.snapshot().Sane().Problems {
-		if p.Key == kind+"/"+key {
+func (v *view) hostList() []metadata.Host {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.hostsLocked()
+}
+
+// liveCount counts the hosts that are live, and all.
+func (v *view) liveCount() (live, all int) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	for name := range v.live {
+		if _, ok := v.hosts[name]; ok {
+			live++
+		}
+	}
+	return live, len(v.hosts)
+}
+
+// definitions are the networks that are valid by themselves, by name.
+func (v *view) definitions() map[string]metadata.Network {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return maps.Clone(v.defined)
+}
+
+// networkProblem returns why a network is not used, as an error for who asks for it; nil when nothing is wrong with it.
+func (v *view) networkProblem(name string) error {
+	for _, p := range v.topology().Sane().Problems {
+		if p.Key == metadata.KindNetwork+"/"+name {
 			return metadata.Errorf(metadata.CodeConflict, "%s; %s", p, p.Remedy())
 		}
 	}
@@ -504,7 +572,26 @@ func (v *view) block(network string, p netip.Prefix) (metadata.Block, bool) {
 	return b, ok
 }
 
-// blocksOf lists a network's blocks that match, sorted.
+// ownBlocks lists this host's blocks of a network, sorted.
+func (v *view) ownBlocks(network string) []metadata.Block {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return slices.SortedFunc(maps.Values(v.mine[network]), func(a, b metadata.Block) int { return comparePrefix(a.CIDR, b.CIDR) })
+}
+
+// blockCount counts the blocks of a subnet, and those of them that are this host's.
+func (v *view) blockCount(network string, subnet netip.Prefix) (all, own int) {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	for p := range v.mine[network] {
+		if subnet.Contains(p.Addr()) {
+			own++
+		}
+	}
+	return v.counts[network][subnet], own
+}
+
+// blocksOf lists a network's blocks that match, sorted. It looks at all of them.
 func (v *view) blocksOf(network string, match func(metadata.Block) bool) []metadata.Block {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
@@ -565,7 +652,7 @@ func (v *view) holder(network string, a netip.Addr) string {
 
 // announceable returns why an address outside of its network's subnets cannot be announced, or nil.
 func (v *view) announceable(a netip.Addr) error {
-	s := v.snapshot().Sane()
+	s := v.topology().Sane()
 	return metadata.Announceable(a, s.Networks, metadata.Links(s.Hosts))
 }
 
