@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"time"
 )
@@ -119,7 +120,8 @@ func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 		}
 		wait := c.Every
 		if err != nil {
-			wait, retry = min(retry, c.Every), min(2*retry, lastRetry)
+			// Hosts that failed together, as when the store was away, do not try again together.
+			wait, retry = min(retry/2+rand.N(retry), c.Every), min(2*retry, lastRetry)
 		} else {
 			retry = firstRetry
 		}

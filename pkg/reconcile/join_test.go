@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
@@ -48,5 +49,48 @@ func TestBlocksForAll(t *testing.T) {
 		if got := blocksForAll(s, n); got != tc.want {
 			t.Errorf("%s: %t, want %t", tc.name, got, tc.want)
 		}
+	}
+}
+
+// TestTurns: the first claims of many hosts are spread over a time that grows with their number, and each host's turn comes once. A
+// host that comes to a cluster alone waits for nothing.
+func TestTurns(t *testing.T) {
+	start := time.Unix(1e9, 0)
+	const hosts, slices = 1000, 10
+	spread := hosts * eachFor
+	var due [slices]int
+	for range hosts {
+		var t1 turns
+		wait := t1.wait(start, "overlay", hosts)
+		if wait < 0 || wait >= spread {
+			t.Fatalf("%s, want less than %s", wait, spread)
+		}
+		due[wait*slices/spread]++
+		if got := t1.wait(start.Add(wait/2), "overlay", hosts/2); got != wait-wait/2 {
+			t.Fatalf("after half of %s another %s", wait, got)
+		}
+		if got := t1.wait(start.Add(wait), "overlay", hosts/2); got > 0 {
+			t.Fatalf("its turn has come, and it waits for %s", got)
+		}
+	}
+	for i, n := range due {
+		if n < hosts/slices/2 || n > hosts/slices*2 {
+			t.Errorf("%d of %d hosts come in part %d of %d", n, hosts, i, slices)
+		}
+	}
+	var few turns
+	if wait := few.wait(start, "overlay", atOnce); wait > 0 {
+		t.Errorf("%d hosts wait for %s", atOnce, wait)
+	}
+}
+
+// TestWithout: hosts that are away claim nothing, and another network's blocks do not count.
+func TestWithout(t *testing.T) {
+	s := &metadata.Snapshot{
+		Hosts:  []metadata.Host{{Name: "a", Live: true}, {Name: "b", Live: true}, {Name: "c"}, {Name: "d", Live: true}},
+		Blocks: []metadata.Block{{Network: "overlay", Host: "a"}, {Network: "other", Host: "b"}},
+	}
+	if got := without(s, metadata.Network{Name: "overlay"}); got != 2 {
+		t.Errorf("%d hosts have no block yet, want 2", got)
 	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -46,6 +47,8 @@ type Manager struct {
 	mu        sync.Mutex
 	concerns  []*Concern
 	metadata  Health // of the watch
+	turns     turns  // of the overlay pass
+	again     func() // asks for an overlay pass
 }
 
 // settle is how long a port that lost something is given to vanish altogether, as it does when its container
@@ -62,6 +65,7 @@ var errNoView = errors.New("the metadata service has not answered yet")
 func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	overlay := NewConcern("overlay", m.Every, m.overlay)
 	underlay := NewConcern("underlay", m.Every, m.underlay)
+	m.again = overlay.Trigger
 	m.leftovers = &Leftovers{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID, Grace: m.Grace}
 	gc := NewConcern("leftovers", m.Every, func(ctx context.Context) ([]string, error) {
 		waiting := m.waiting()
@@ -273,11 +277,59 @@ func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 		if !blocksForAll(s, n) {
 			continue // containers need them more
 		}
+		if wait := m.turns.wait(time.Now(), n.Name, without(s, n)); wait > 0 {
+			time.AfterFunc(wait, m.again)
+			continue
+		}
 		if err := m.Client.Join(ctx, n.Name); err != nil {
 			errs = append(errs, fmt.Errorf("join network %s: %w", n.Name, err))
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// Hosts that need their first block of a network at the same time, as all do when it is created, claim one after the other. Every
+// host hears of each claim, so all at once is more than a store can tell within a request's deadline. A container that starts meanwhile
+// waits for nothing: its host claims the block then.
+const (
+	atOnce  = 8                    // so few hosts claim together
+	eachFor = 5 * time.Millisecond // on average
+)
+
+// turns is when this host claims its first block of each network.
+type turns map[string]time.Time
+
+// wait returns how long this host still waits when so many hosts have no block of the network, itself among them.
+func (t *turns) wait(now time.Time, network string, without int) time.Duration {
+	if without <= atOnce {
+		return 0
+	}
+	if *t == nil {
+		*t = turns{}
+	}
+	due, ok := (*t)[network]
+	if !ok {
+		due = now.Add(rand.N(time.Duration(without) * eachFor))
+		(*t)[network] = due
+	}
+	return due.Sub(now)
+}
+
+// without counts the live hosts that have no block of the network.
+func without(s *metadata.Snapshot, n metadata.Network) int {
+	have := map[string]bool{}
+	for _, b := range s.Blocks {
+		if b.Network == n.Name {
+			have[b.Host] = true
+		}
+	}
+	count := 0
+	for _, h := range s.Hosts {
+		if h.Live && !have[h.Name] {
+			count++
+		}
+	}
+	return count
 }
 
 // blocksForAll reports whether in each of the network's subnets every host that has no block yet could get one.

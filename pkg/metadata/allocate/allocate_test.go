@@ -92,34 +92,75 @@ func TestFreeBlocks(t *testing.T) {
 	claimed := map[netip.Prefix]bool{}
 	is := func(p netip.Prefix) bool { return claimed[p] }
 	r := Rules{Subnet: prefix("10.0.0.0/24")}
+	first := func(r Rules) netip.Addr { return Place(r.Subnet, 26, 0) }
 	for i := range 4 {
-		p, ok := r.FreeBlock(26, 0, is)
+		p, ok := r.FreeBlock(26, first(r), is)
 		if !ok || p.Addr() != netip.AddrFrom4([4]byte{10, 0, 0, byte(i * 64)}) {
 			t.Fatalf("%d: %s %t", i, p, ok)
 		}
 		claimed[p] = true
 	}
-	if p, ok := r.FreeBlock(26, 0, is); ok {
+	if p, ok := r.FreeBlock(26, first(r), is); ok {
 		t.Fatalf("a fifth block %s of four", p)
 	}
 	clear(claimed)
-	if p, _ := r.FreeBlock(26, 99, is); p != prefix("10.0.0.192/26") {
-		t.Errorf("skipping more than there are gives the last: %s", p)
+	for _, want := range []string{"10.0.0.128/26", "10.0.0.192/26", "10.0.0.0/26", "10.0.0.64/26"} {
+		p, ok := r.FreeBlock(26, Place(r.Subnet, 26, 2), is)
+		if !ok || p != prefix(want) {
+			t.Errorf("from the third on, and then from the start: %s, want %s", p, want)
+		}
+		claimed[p] = true
 	}
+	if p, ok := r.FreeBlock(26, Place(r.Subnet, 26, 2), is); ok {
+		t.Fatalf("a fifth block %s of four", p)
+	}
+	clear(claimed)
 	x, _ := metadata.ParseRange("10.0.0.0-10.200.3.70")
 	wide := Rules{Subnet: prefix("10.0.0.0/8"), Exclude: []metadata.Range{x}}
-	if p, _ := wide.FreeBlock(26, 0, is); p != prefix("10.200.3.64/26") {
+	if p, _ := wide.FreeBlock(26, first(wide), is); p != prefix("10.200.3.64/26") {
 		t.Errorf("the first block that an exclusion leaves something of: %s", p)
 	}
+	if p, _ := wide.FreeBlock(26, addr("10.90.0.0"), is); p != prefix("10.200.3.64/26") {
+		t.Errorf("begun in the exclusion: %s", p)
+	}
+	x, _ = metadata.ParseRange("10.100.0.0-10.255.255.255")
+	wide.Exclude = []metadata.Range{x}
+	if p, _ := wide.FreeBlock(26, addr("10.200.0.0"), is); p != prefix("10.0.0.0/26") {
+		t.Errorf("begun in an exclusion that reaches to the end: %s", p)
+	}
 	x, _ = metadata.ParseRange("10.0.0.0/8")
-	if p, ok := (Rules{Subnet: prefix("10.0.0.0/8"), Exclude: []metadata.Range{x}}).FreeBlock(26, 0, is); ok {
+	if p, ok := (Rules{Subnet: prefix("10.0.0.0/8"), Exclude: []metadata.Range{x}}).FreeBlock(26, addr("10.200.0.0"), is); ok {
 		t.Errorf("%s is excluded", p)
 	}
 	if n := Blocks(prefix("fd42::/48"), 122); n <= 1<<60 {
 		t.Errorf("%d", n)
 	}
-	if p, _ := (Rules{Subnet: prefix("fd42::/64")}).FreeBlock(122, 0, is); p != prefix("fd42::/122") {
+	if p, _ := (Rules{Subnet: prefix("fd42::/64")}).FreeBlock(122, addr("fd42::"), is); p != prefix("fd42::/122") {
 		t.Errorf("%s", p)
+	}
+}
+
+func TestPlaces(t *testing.T) {
+	for _, c := range []struct {
+		subnet string
+		bits   int
+		number uint64
+		want   string
+	}{
+		{"10.0.0.0/16", 26, 0, "10.0.0.0"},
+		{"10.0.0.0/16", 26, 1023, "10.0.255.192"},
+		{"10.0.0.0/16", 26, 1024 + 5, "10.0.1.64"},
+		{"10.0.0.0/26", 26, 77, "10.0.0.0"},
+		{"10.0.0.0/30", 32, 3, "10.0.0.3"},
+		{"10.0.0.0/8", 16, 0x1ff, "10.255.0.0"},
+		{"fd42::/64", 122, 1<<58 - 1, "fd42::ffff:ffff:ffff:ffc0"},
+		{"fd42::/48", 112, 1<<64 - 1, "fd42::ffff:ffff:ffff:ffff:0"},
+		{"fd42::/32", 122, 1<<64 - 1, "fd42::3f:ffff:ffff:ffff:ffc0"},
+		{"fd42::/64", 128, 9, "fd42::9"},
+	} {
+		if got := Place(prefix(c.subnet), c.bits, c.number); got != addr(c.want) {
+			t.Errorf("block %d of %s is at %s, want %s", c.number, c.subnet, got, c.want)
+		}
 	}
 }
 

@@ -1,6 +1,7 @@
 package allocate
 
 import (
+	"encoding/binary"
 	"hash/fnv"
 	"math"
 	"net/netip"
@@ -64,13 +65,35 @@ func Blocks(subnet netip.Prefix, bits int) int {
 	return math.MaxInt
 }
 
-// FreeBlock finds a block that nobody has claimed and that has a usable address: the lowest, so that the blocks of a small
-// cluster read like a list. Hosts that claim at the same time would all choose the same one; whoever lost passes skip, a
-// chance number of free blocks to pass over. Fewer free ones than that: the last of them.
-func (r Rules) FreeBlock(bits, skip int, claimed func(netip.Prefix) bool) (netip.Prefix, bool) {
-	var found netip.Prefix
-	last := metadata.LastAddr(r.Subnet)
-	for a := r.Subnet.Masked().Addr(); a.IsValid() && a.Compare(last) <= 0; {
+// Place is the first address of one of the subnet's blocks: of the one with that number, counted around as often as need be.
+func Place(subnet netip.Prefix, bits int, number uint64) netip.Addr {
+	if n := bits - subnet.Bits(); n < 64 {
+		number &= 1<<max(n, 0) - 1
+	}
+	shift := subnet.Addr().BitLen() - bits // at most 16, as a block is
+	hi, low := number>>(64-shift), number<<shift
+	b := subnet.Masked().Addr().As16()
+	binary.BigEndian.PutUint64(b[8:], binary.BigEndian.Uint64(b[8:])|low)
+	if subnet.Addr().Is4() {
+		return netip.AddrFrom16(b).Unmap()
+	}
+	binary.BigEndian.PutUint64(b[:8], binary.BigEndian.Uint64(b[:8])|hi)
+	return netip.AddrFrom16(b)
+}
+
+// FreeBlock finds a block that nobody has claimed and that has a usable address: the first from a Place of the subnet on, and
+// then from its start. Hosts that claim at the same time must not all begin at the same place.
+func (r Rules) FreeBlock(bits int, from netip.Addr, claimed func(netip.Prefix) bool) (netip.Prefix, bool) {
+	p, ok := r.freeBlock(bits, from, metadata.LastAddr(r.Subnet), claimed)
+	if first := r.Subnet.Masked().Addr(); !ok && first != from {
+		p, ok = r.freeBlock(bits, first, from.Prev(), claimed)
+	}
+	return p, ok
+}
+
+// freeBlock is FreeBlock for the blocks that begin between two addresses, both included.
+func (r Rules) freeBlock(bits int, first, last netip.Addr, claimed func(netip.Prefix) bool) (netip.Prefix, bool) {
+	for a := first; a.IsValid() && a.Compare(last) <= 0; {
 		p := BlockOf(a, bits)
 		end := metadata.LastAddr(p)
 		if x := slices.IndexFunc(r.Exclude, func(x metadata.Range) bool { return x.Contains(p.Addr()) && x.Contains(end) }); x >= 0 {
@@ -82,16 +105,12 @@ func (r Rules) FreeBlock(bits, skip int, claimed func(netip.Prefix) bool) (netip
 			}
 		} else if !claimed(p) {
 			if _, ok := r.FirstUsable(p, nil); ok {
-				found = p
-				if skip == 0 {
-					return found, true
-				}
-				skip--
+				return p, true
 			}
 		}
 		a = end.Next()
 	}
-	return found, found.IsValid()
+	return netip.Prefix{}, false
 }
 
 // BorrowOrder sorts other hosts' blocks in the order in which a host should ask them for a single address: each host another

@@ -64,7 +64,7 @@ func TestAnswersDoNotCostTheWholeView(t *testing.T) {
 		"an unknown network": func() { _ = a.unknownNetwork("nothing") },
 		"a release":          func() { must(t, a.Server.Release(t.Context(), "lan", aid("nothing"), 0)) },
 		"another network": func() {
-			_, _, err := a.prepareNetwork(t.Context(), metadata.Network{Name: "next", Subnets: []netip.Prefix{netip.MustParsePrefix("172.31.0.0/24")}}, nil)
+			_, _, err := a.prepareNetwork(t.Context(), metadata.Network{Name: "next", Subnets: []netip.Prefix{netip.MustParsePrefix("172.31.0.0/24")}}, nil, false)
 			must(t, err)
 		},
 	}

@@ -2,10 +2,11 @@ package server
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"sync"
@@ -1040,15 +1041,21 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 		subnet, b.network, b.s.cfg.HostName, u.Used, u.Free, u.Blocks, allocate.Blocks(subnet, p.net.BlockSize(subnet)))
 }
 
+// inOrder is how many hosts a cluster may have for its blocks to be claimed from the start of the subnet on, so that they read
+// like a list. Of more hosts each begins at a place of its own: when all claim at once, as on a new network, they would all
+// compete for the same block, and each but one for the next.
+const inOrder = 8
+
 // fresh claims a free block of a subnet; the zero Prefix when there is none.
 func (p *batch) fresh(ctx context.Context, subnet netip.Prefix) (netip.Prefix, error) {
-	rules := p.rules(subnet)
+	rules, bits := p.rules(subnet), p.net.BlockSize(subnet)
 	for try := 0; ; try++ {
-		skip := 0
-		if try > 0 {
-			skip = rand.IntN(1 << min(try+1, 12)) // others claim too
+		from := subnet.Masked().Addr()
+		if p.b.s.view.hostCount() > inOrder {
+			h := sha256.Sum256(fmt.Appendf(nil, "%s %s %d", p.b.s.cfg.HostName, subnet, try))
+			from = allocate.Place(subnet, bits, binary.BigEndian.Uint64(h[:]))
 		}
-		cidr, ok := rules.FreeBlock(p.net.BlockSize(subnet), skip, func(c netip.Prefix) bool {
+		cidr, ok := rules.FreeBlock(bits, from, func(c netip.Prefix) bool {
 			_, claimed := p.b.s.view.block(p.b.network, c)
 			return claimed
 		})

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -20,14 +21,14 @@ import (
 // register writes this host's object and takes the lease that makes it live.
 func (s *Server) register(ctx context.Context) error {
 	name := s.cfg.HostName
-	if err := s.takeName(ctx); err != nil {
+	if err := s.nameFree(ctx); err != nil {
 		return err
 	}
 	mac, err := s.overlayMAC(ctx)
 	if err != nil {
 		return err
 	}
-	for {
+	for named := false; ; {
 		e, err := s.store.Get(ctx, hostPrefix+name)
 		if err != nil && !errors.Is(err, store.ErrNotFound) {
 			return err
@@ -61,14 +62,23 @@ func (s *Server) register(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if string(data) == string(e.Value) {
-			return nil
+		change := store.Change{Key: hostPrefix + name, Value: data, Revision: e.Revision}
+		switch {
+		case !named && e.Value == nil:
+			// A new host: one write, of which the others hear once. Whoever registers the name meanwhile makes both fail.
+			err = s.takeName(ctx, change)
+		case !named:
+			if err = s.takeName(ctx); err == nil && string(data) != string(e.Value) {
+				_, err = store.One(ctx, s.store, change)
+			}
+		case string(data) != string(e.Value):
+			_, err = store.One(ctx, s.store, change)
 		}
-		_, err = store.One(ctx, s.store, store.Change{Key: hostPrefix + name, Value: data, Revision: e.Revision})
 		if errors.Is(err, store.ErrConflict) {
+			named = true
 			continue
 		}
-		if err == nil {
+		if err == nil && string(data) != string(e.Value) {
 			s.log.Info("host registered", "host", name, "machine", s.cfg.MachineID, "boot", s.bootID, "underlay", fmt.Sprint(addresses(s.cfg.Underlay)), "mac", mac)
 		}
 		return err
@@ -83,14 +93,45 @@ func addresses(list []metadata.Underlay) []string {
 	return out
 }
 
-// takeName makes this machine the holder of its host's name, or says who is.
-func (s *Server) takeName(ctx context.Context) error {
+// nameHolder returns the claim of this host's name, which may be none, or says which other machine has it.
+func (s *Server) nameHolder(ctx context.Context) (store.Entry, error) {
 	name := s.cfg.HostName
-	me := presence{Host: name, MachineID: s.cfg.MachineID, BootID: s.bootID, Since: s.now().UTC()}
+	e, err := s.store.Get(ctx, livePrefix+name)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return e, err
+	}
+	if e.Value != nil {
+		var other presence
+		if other, err = metadata.Decode[presence](name, e.Value); err != nil {
+			s.log.Error("the claim of this host's name was spoilt and is written anew", "host", name, "error", err)
+		} else if me := s.presence(); other.MachineID != me.MachineID {
+			return e, fmt.Errorf("host name %s is taken: a live machine with id %s at %s has it, this machine is %s at %s; give this one another --host-name, "+
+				"or, when its machine id is a copy of a cloned disk image, a new /etc/machine-id", name, other.MachineID, other.Address, me.MachineID, me.Address)
+		}
+		// The same machine: its former process's lease has not run out yet. The key can be taken over at once.
+	}
+	return e, nil
+}
+
+// nameFree says which other machine has this host's name, before anything is written.
+func (s *Server) nameFree(ctx context.Context) error {
+	_, err := s.nameHolder(ctx)
+	return err
+}
+
+// presence is what this host's lease holds.
+func (s *Server) presence() presence {
+	me := presence{Host: s.cfg.HostName, MachineID: s.cfg.MachineID, BootID: s.bootID, Since: s.now().UTC()}
 	if len(s.cfg.Underlay) > 0 {
 		me.Address = s.cfg.Underlay[0].Address.Addr().String()
 	}
-	data, err := json.Marshal(me)
+	return me
+}
+
+// takeName makes this machine the holder of its host's name, or says who is. What shall be written with it is written in the same
+// transaction when nothing is in the way of either; ErrConflict: the name is this machine's, and that was not written.
+func (s *Server) takeName(ctx context.Context, with ...store.Change) error {
+	data, err := json.Marshal(s.presence())
 	if err != nil {
 		return err
 	}
@@ -99,29 +140,18 @@ func (s *Server) takeName(ctx context.Context) error {
 		return err
 	}
 	for {
-		e, err := s.store.Get(ctx, livePrefix+name)
-		if err != nil && !errors.Is(err, store.ErrNotFound) {
-			lease.Close()
-			return err
-		}
-		if e.Value != nil {
-			var other presence
-			if other, err = metadata.Decode[presence](name, e.Value); err != nil {
-				s.log.Error("the claim of this host's name was spoilt and is written anew", "host", name, "error", err)
-			} else if other.MachineID != s.cfg.MachineID {
-				lease.Close()
-				return fmt.Errorf("host name %s is taken: a live machine with id %s at %s has it, this machine is %s at %s; give this one another --host-name, "+
-					"or, when its machine id is a copy of a cloned disk image, a new /etc/machine-id", name, other.MachineID, other.Address, s.cfg.MachineID, me.Address)
-			}
-			// The same machine: its former process's lease has not run out yet. Take the key over at once.
-		}
-		_, err = store.One(ctx, s.store, store.Change{Key: livePrefix + name, Value: data, Revision: e.Revision, Lease: lease})
-		if errors.Is(err, store.ErrConflict) {
-			continue
-		}
+		e, err := s.nameHolder(ctx)
 		if err != nil {
 			lease.Close()
 			return err
+		}
+		results := s.store.Write(ctx, append([]store.Change{{Key: livePrefix + s.cfg.HostName, Value: data, Revision: e.Revision, Lease: lease}}, with...)...)
+		if errors.Is(results[0].Err, store.ErrConflict) {
+			continue
+		}
+		if results[0].Err != nil {
+			lease.Close()
+			return results[0].Err
 		}
 		s.mu.Lock()
 		old := s.lease
@@ -130,7 +160,10 @@ func (s *Server) takeName(ctx context.Context) error {
 		if old != nil {
 			old.Close()
 		}
-		return nil
+		for _, r := range results[1:] {
+			err = cmp.Or(err, r.Err)
+		}
+		return err
 	}
 }
 
@@ -200,39 +233,33 @@ func (s *Server) overlayMAC(ctx context.Context) (metadata.MAC, error) {
 	for round := 0; round < 100; round++ {
 		mac := OverlayMAC(a, round)
 		ch := store.Change{Key: macPrefix + mac.String(), Value: data}
-		for {
-			_, err := store.One(ctx, s.store, ch)
-			if err == nil {
-				return mac, nil
-			}
-			if !errors.Is(err, store.ErrConflict) {
-				return mac, err
-			}
+		for taken := false; !taken; {
 			e, err := s.store.Get(ctx, ch.Key)
-			if errors.Is(err, store.ErrNotFound) {
-				ch.Revision = 0
-				continue
-			}
-			if err != nil {
+			if err != nil && !errors.Is(err, store.ErrNotFound) {
 				return mac, err
 			}
-			var holder string
-			if err := json.Unmarshal(e.Value, &holder); err != nil {
-				holder = "" // nobody's
-			}
-			if holder == s.cfg.HostName {
-				return mac, nil
-			}
-			// A reservation whose host has moved to another MAC, or is gone, is free.
-			if o, err := s.store.Get(ctx, hostPrefix+holder); err == nil {
-				if h, err := metadata.Decode[metadata.Host](holder, o.Value); err == nil && h.MAC == mac {
-					if round == 0 && h.UnderlayAddr() == a {
-						s.log.Error("another host has the same underlay address; tunnels to both cannot work", "address", a, "host", holder)
+			if ch.Revision = e.Revision; e.Value != nil {
+				var holder string
+				if err := json.Unmarshal(e.Value, &holder); err != nil {
+					holder = "" // nobody's
+				}
+				if holder == s.cfg.HostName {
+					return mac, nil
+				}
+				// A reservation whose host has moved to another MAC, or is gone, is free.
+				if o, err := s.store.Get(ctx, hostPrefix+holder); err == nil {
+					h, err := metadata.Decode[metadata.Host](holder, o.Value)
+					if taken = err == nil && h.MAC == mac; taken {
+						if round == 0 && h.UnderlayAddr() == a {
+							s.log.Error("another host has the same underlay address; tunnels to both cannot work", "address", a, "host", holder)
+						}
+						continue
 					}
-					break
 				}
 			}
-			ch.Revision = e.Revision
+			if _, err := store.One(ctx, s.store, ch); !errors.Is(err, store.ErrConflict) {
+				return mac, err
+			}
 		}
 	}
 	return metadata.MAC{}, fmt.Errorf("host %s: no overlay MAC is free", s.cfg.HostName)

@@ -156,6 +156,7 @@ func (v *view) apply(u store.Update) error {
 		errs = append(errs, err)
 		out = append(out, ev...)
 	}
+	out = fold(out)
 	for i, ev := range out {
 		// Only the last change of a revision carries it: whoever resumes from there has seen the others too.
 		ev.Revision = u.Revision
@@ -179,6 +180,23 @@ func (v *view) apply(u store.Update) error {
 	return errors.Join(errs...)
 }
 
+// fold keeps the last event of each object: a new host's entry and its lease come at one revision, and are one host to those
+// who watch.
+func fold(list []metadata.Event) []metadata.Event {
+	type object struct{ kind, key string }
+	last := make(map[object]int, len(list))
+	for i, ev := range list {
+		last[object{ev.Kind, ev.Key}] = i
+	}
+	out := list[:0]
+	for i, ev := range list {
+		if last[object{ev.Kind, ev.Key}] == i && (ev.Type != metadata.EventBookmark || len(last) == 1) {
+			out = append(out, ev)
+		}
+	}
+	return out
+}
+
 // change applies one entry and returns what those who watch are to be told. An entry that cannot be used is told as a problem
 // and as the error, and changes nothing else: what was known of it stays in force.
 func (v *view) change(e store.Entry) ([]metadata.Event, error) {
@@ -199,17 +217,18 @@ func (v *view) change(e store.Entry) ([]metadata.Event, error) {
 	case metadata.KindLive:
 		var p presence
 		if p, err = decodeEntry[presence](key, e); err == nil {
+			_, was := v.live[key]
 			if e.Deleted {
 				delete(v.live, key)
 			} else {
 				v.live[key] = p
 			}
 			h, ok := v.hosts[key]
-			if ok {
+			if ok && was == e.Deleted {
 				h.Live = !e.Deleted
 				ev = metadata.Event{Type: metadata.EventPut, Kind: metadata.KindHost, Key: key}
 				err = encode(&ev, h)
-			} else { // registered in a moment, or removed just now
+			} else { // registered in a moment, removed just now, or its service began anew within its lease
 				ev = metadata.Event{Type: metadata.EventBookmark}
 			}
 		}

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	"math/rand/v2"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -441,11 +442,6 @@ func (e *Etcd) Hold(ctx context.Context, ttl time.Duration) (*Lease, error) {
 		return nil, e.fault("grant", "lease", err)
 	}
 	keep, stop := context.WithCancel(e.done)
-	ch, err := e.client.KeepAlive(keep, g.ID)
-	if err != nil {
-		stop()
-		return nil, e.fault("renew", "lease", err)
-	}
 	l := &Lease{id: int64(g.ID), lost: make(chan struct{})}
 	var once sync.Once
 	l.close = func() {
@@ -459,11 +455,50 @@ func (e *Etcd) Hold(ctx context.Context, ttl time.Duration) (*Lease, error) {
 		})
 	}
 	e.wg.Go(func() {
-		for range ch { //nolint:revive // renewals carry no news
+		defer close(l.lost)
+		for e.renew(keep, g.ID) {
 		}
-		close(l.lost)
 	})
 	return l, nil
+}
+
+// renew keeps a lease until the store was silent for its duration, and reports whether it is there all the same. A store that was
+// away gives every lease its time anew when it is back: its hosts need not write all their claims once more.
+func (e *Etcd) renew(ctx context.Context, id clientv3.LeaseID) bool {
+	ch, err := e.client.KeepAlive(ctx, id)
+	for range ch { //nolint:revive // renewals carry no news
+	}
+	if err != nil || e.member != nil {
+		return false
+	}
+	for ctx.Err() == nil {
+		there, err := e.renewOnce(ctx, id)
+		if err == nil {
+			return there
+		}
+		t := time.NewTimer(time.Second/2 + rand.N(time.Second))
+		select {
+		case <-ctx.Done():
+		case <-t.C:
+		}
+		t.Stop()
+	}
+	return false
+}
+
+// renewOnce waits for the store, where etcd's client would ask it in a loop without a pause.
+func (e *Etcd) renewOnce(ctx context.Context, id clientv3.LeaseID) (there bool, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	stream, err := pb.NewLeaseClient(e.client.ActiveConnection()).LeaseKeepAlive(ctx, grpc.WaitForReady(true))
+	if err != nil {
+		return false, err
+	}
+	if err := stream.Send(&pb.LeaseKeepAliveRequest{ID: int64(id)}); err != nil {
+		return false, err
+	}
+	r, err := stream.Recv()
+	return err == nil && r.TTL > 0, err
 }
 
 // Problem returns why this host's own store refuses writes, and the remedy. It is empty when it does not, and of
