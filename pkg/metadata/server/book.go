@@ -1049,6 +1049,8 @@ const inOrder = 8
 // fresh claims a free block of a subnet; the zero Prefix when there is none.
 func (p *batch) fresh(ctx context.Context, subnet netip.Prefix) (netip.Prefix, error) {
 	rules, bits := p.rules(subnet), p.net.BlockSize(subnet)
+	// Who has them the view says, unless their entries cannot be used.
+	lost := map[netip.Prefix]bool{}
 	for try := 0; ; try++ {
 		from := subnet.Masked().Addr()
 		if p.b.s.view.hostCount() > inOrder {
@@ -1057,7 +1059,7 @@ func (p *batch) fresh(ctx context.Context, subnet netip.Prefix) (netip.Prefix, e
 		}
 		cidr, ok := rules.FreeBlock(bits, from, func(c netip.Prefix) bool {
 			_, claimed := p.b.s.view.block(p.b.network, c)
-			return claimed
+			return claimed || lost[c]
 		})
 		if !ok {
 			return cidr, nil
@@ -1065,6 +1067,7 @@ func (p *batch) fresh(ctx context.Context, subnet netip.Prefix) (netip.Prefix, e
 		if _, err := p.b.claim(ctx, p, subnet, cidr, nil); !errors.Is(err, store.ErrConflict) || ctx.Err() != nil {
 			return cidr, err
 		}
+		lost[cidr] = true
 	}
 }
 
