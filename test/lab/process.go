@@ -85,7 +85,7 @@ func (n Netns) Start(ctx context.Context, dir string, log io.Writer, args ...str
 		return nil, fmt.Errorf("start %s: %w", p.Name, err)
 	}
 	deadline := time.Now().Add(60 * time.Second)
-	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+	if d, ok := ctx.Deadline(); ok {
 		deadline = d
 	}
 	notify.SetReadDeadline(deadline)

@@ -168,7 +168,9 @@ func (c *cluster) dial(certDir string) error {
 
 // start waits until the host says that it is ready.
 func (c *cluster) start(h *host) (err error) {
-	h.p, err = c.ns.Start(c.ctx, h.dir, nil, h.args...)
+	ctx, cancel := context.WithTimeout(c.ctx, 4*time.Minute)
+	defer cancel()
+	h.p, err = c.ns.Start(ctx, h.dir, nil, h.args...)
 	return err
 }
 

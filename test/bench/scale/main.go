@@ -9,6 +9,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -99,9 +100,11 @@ func run(ctx context.Context, o options) error {
 		}
 	}
 	start := time.Now()
+	var failed error
 	for _, n := range o.sizes {
-		if err := measure(ctx, o, n, t); err != nil {
-			return fmt.Errorf("%d hosts: %w", n, err)
+		if failed = measure(ctx, o, n, t); failed != nil {
+			failed = fmt.Errorf("%d hosts: %w", n, failed)
+			break // what was measured is worth showing
 		}
 	}
 	load, err := os.ReadFile("/proc/loadavg")
@@ -111,13 +114,13 @@ func run(ctx context.Context, o options) error {
 	fmt.Printf("Lariat scale: %d CPUs, %s, load %s, %.0f s\n", runtime.NumCPU(), runtime.Version(), strings.Fields(string(load))[0], time.Since(start).Seconds())
 	t.print(os.Stdout)
 	if o.json == "" {
-		return nil
+		return failed
 	}
 	data, err := json.MarshalIndent(t.figures, "", "  ")
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(o.json, append(data, '\n'), 0o644)
+	return errors.Join(failed, os.WriteFile(o.json, append(data, '\n'), 0o644))
 }
 
 // measure runs all phases with n hosts on a store of their own.

@@ -5,8 +5,10 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/http"
 	"net/netip"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -41,7 +43,9 @@ func phaseNames() []string {
 }
 
 func (c *cluster) add(phase, what, unit string, value float64) {
-	c.t.add(len(c.hosts), phase, what, unit, value)
+	if !math.IsNaN(value) { // nobody came so far
+		c.t.add(len(c.hosts), phase, what, unit, value)
+	}
 }
 
 // define makes a network with a block for each of 16 000 hosts, and waits until all hosts that run know it.
@@ -396,16 +400,19 @@ func (c *cluster) view() error {
 		err := c.start(h)
 		mu.Lock()
 		defer mu.Unlock()
-		samples = append(samples, time.Since(start).Seconds())
+		if err == nil {
+			samples = append(samples, time.Since(start).Seconds())
+		}
 		return err
 	})
-	if failed == len(c.hosts) {
-		return first
-	}
 	slices.Sort(samples)
 	c.add("view", "all start at once, until half are ready", "s", quantile(samples, 0.5))
 	c.add("view", "all start at once, until all are ready", "s", quantile(samples, 1))
 	c.add("view", "hosts that failed", "", float64(failed))
+	if failed == len(c.hosts) {
+		fmt.Fprintln(os.Stderr, first)
+		return nil
+	}
 	h := c.hosts[slices.IndexFunc(c.hosts, func(h *host) bool { return h.p != nil })]
 	if _, resident, err := h.cpu(); err == nil {
 		c.add("view", "resident memory of a host", "MiB", resident)
