@@ -37,7 +37,8 @@ func TestAllGateways(t *testing.T) {
 	}
 }
 
-// TestHostsApartFromNetworks: which of a host and a network that hold one address is kept does not depend on how they are looked up.
+// TestHostsApartFromNetworks: which of a host and a network that hold one address is kept does not
+// depend on how they are looked up.
 func TestHostsApartFromNetworks(t *testing.T) {
 	at := func(s int) time.Time { return time.Unix(int64(1e9+s), 0) }
 	network := func(name, subnet string, created int) Network {

@@ -9,8 +9,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TestBlocksForAll: of four blocks a subnet three hosts get one each, in whatever order they come, and nobody claims the last ones
-// for a host that may never run a container. The subnets of a network are counted apart.
+// TestBlocksForAll: of four blocks a subnet three hosts get one each, in whatever order they come,
+// and nobody claims the last ones for a host that may never run a container. The subnets of a
+// network are counted apart.
 func TestBlocksForAll(t *testing.T) {
 	v4, v6 := netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")
 	n := metadata.Network{Name: "overlay", Subnets: []netip.Prefix{v4, v6}, BlockSizeV4: 18, BlockSizeV6: 50}
@@ -52,8 +53,8 @@ func TestBlocksForAll(t *testing.T) {
 	}
 }
 
-// TestTurns: the first claims of many hosts are spread over a time that grows with their number, and each host's turn comes once. A
-// host that comes to a cluster alone waits for nothing.
+// TestTurns: the first claims of many hosts are spread over a time that grows with their number,
+// and each host's turn comes once. A host that comes to a cluster alone waits for nothing.
 func TestTurns(t *testing.T) {
 	start := time.Unix(1e9, 0)
 	const hosts, slices = 1000, 10

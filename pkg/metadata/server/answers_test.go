@@ -40,7 +40,8 @@ func work(f func()) uint64 {
 	return after.TotalAlloc - before.TotalAlloc
 }
 
-// TestAnswersDoNotCostTheWholeView: what concerns one network, or the hosts alone, looks at no other network's blocks.
+// TestAnswersDoNotCostTheWholeView: what concerns one network, or the hosts alone, looks at no
+// other network's blocks.
 func TestAnswersDoNotCostTheWholeView(t *testing.T) {
 	st := openStore(t, t.TempDir())
 	t.Cleanup(func() { st.Close() })

@@ -84,8 +84,8 @@ func told(t *testing.T, st store.Store, n *node, from int64) (events []metadata.
 	return events, to - from - 1
 }
 
-// TestAStartIsToldOnce: all hosts hear of each change, so a host that starts makes one, and one that starts again within its
-// lease none.
+// TestAStartIsToldOnce: all hosts hear of each change, so a host that starts makes one, and one
+// that starts again within its lease none.
 func TestAStartIsToldOnce(t *testing.T) {
 	st := openStore(t, t.TempDir())
 	t.Cleanup(func() { st.Close() })

@@ -52,23 +52,25 @@ func proxied(t *testing.T, gate func(method string, request []byte) error) (dire
 	}
 	l, at := port()
 	l.Close()
-	direct, err := store.Open(t.Context(), store.Embedded{Dir: t.TempDir(), Prefix: "/lariat/v1/", ListenClient: "http://" + at, Log: testLog()})
+	direct, err := store.Open(t.Context(), store.Embedded{Dir: t.TempDir(), Prefix: "/lariat/v1/",
+		ListenClient: "http://" + at, Log: testLog()})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { direct.Close() })
-	conn, err := grpc.NewClient(at, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDefaultCallOptions(grpc.ForceCodec(raw{}),
-		grpc.MaxCallRecvMsgSize(1<<30)))
+	conn, err := grpc.NewClient(at, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.ForceCodec(raw{}), grpc.MaxCallRecvMsgSize(1<<30)))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	proxy := grpc.NewServer(grpc.ForceServerCodec(raw{}), grpc.MaxSendMsgSize(1<<30), grpc.UnknownServiceHandler(func(_ any, up grpc.ServerStream) error {
+	pass := func(_ any, up grpc.ServerStream) error {
 		method, _ := grpc.MethodFromServerStream(up)
 		ctx, cancel := context.WithCancel(up.Context())
 		defer cancel()
 		md, _ := grpcmeta.FromIncomingContext(ctx)
-		down, err := conn.NewStream(grpcmeta.NewOutgoingContext(ctx, md), &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, method)
+		both := &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}
+		down, err := conn.NewStream(grpcmeta.NewOutgoingContext(ctx, md), both, method)
 		if err != nil {
 			return err
 		}
@@ -99,11 +101,13 @@ func proxied(t *testing.T, gate func(method string, request []byte) error) (dire
 				return err
 			}
 		}
-	}))
+	}
+	proxy := grpc.NewServer(grpc.ForceServerCodec(raw{}), grpc.MaxSendMsgSize(1<<30), grpc.UnknownServiceHandler(pass))
 	pl, pat := port()
 	go proxy.Serve(pl) //nolint:errcheck // it ends with the test
 	t.Cleanup(proxy.Stop)
-	behind, err = store.Dial(t.Context(), store.External{Endpoints: []string{"http://" + pat}, Prefix: "/lariat/v1/", Log: testLog()})
+	behind, err = store.Dial(t.Context(), store.External{Endpoints: []string{"http://" + pat},
+		Prefix: "/lariat/v1/", Log: testLog()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,8 +150,8 @@ func big(network string, hosts, blocks int) map[string]any {
 	return out
 }
 
-// TestAViewIsReadOnWhereItStopped: with many hosts that read at once, a page may come too late. It alone is asked for again, not
-// those before it.
+// TestAViewIsReadOnWhereItStopped: with many hosts that read at once, a page may come too late. It
+// alone is asked for again, not those before it.
 func TestAViewIsReadOnWhereItStopped(t *testing.T) {
 	var mu sync.Mutex
 	late := map[string]bool{}

@@ -91,7 +91,8 @@ func newCluster(ctx context.Context, o options, n int, work string) (*cluster, e
 func underlay(n int) error {
 	l, err := netlink.LinkByName("u0")
 	if err != nil {
-		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "u0", MTU: 1500}, PeerName: "u1"}); err != nil {
+		veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "u0", MTU: 1500}, PeerName: "u1"}
+		if err := netlink.LinkAdd(veth); err != nil {
 			return fmt.Errorf("underlay: %w", err)
 		}
 		if l, err = netlink.LinkByName("u0"); err != nil {
@@ -132,11 +133,13 @@ func (c *cluster) newHost(i int, work, certDir string) (*host, error) {
 		return nil, err
 	}
 	h.client.Socket = filepath.Join(h.dir, "s")
-	h.http = &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", h.client.Socket)
-	}}}
-	h.args = []string{filepath.Join(c.o.bin, "lariat-metadata"), "--host-name", h.name, "--socket", h.client.Socket, "--machine-id-file", machine,
+	}
+	h.http = &http.Client{Transport: &http.Transport{DialContext: dial}}
+	h.args = []string{filepath.Join(c.o.bin, "lariat-metadata"), "--host-name", h.name,
+		"--socket", h.client.Socket, "--machine-id-file", machine,
 		"--underlay", netip.PrefixFrom(address(i), base.Bits()).String(), "--etcd-ca", filepath.Join(certDir, certs.CACert),
 		"--etcd-cert", filepath.Join(certDir, h.name+".crt"), "--etcd-key", filepath.Join(certDir, h.name+".key")}
 	if i == 0 {
@@ -157,11 +160,13 @@ func (c *cluster) dial(certDir string) error {
 	}
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(pem)
-	pair, err := tls.LoadX509KeyPair(filepath.Join(certDir, c.store.name+".crt"), filepath.Join(certDir, c.store.name+".key"))
+	own := filepath.Join(certDir, c.store.name)
+	pair, err := tls.LoadX509KeyPair(own+".crt", own+".key")
 	if err != nil {
 		return err
 	}
-	c.etcd, err = store.Dial(c.ctx, store.External{Endpoints: []string{endpoint}, Prefix: "/lariat/v1/", Log: slog.New(slog.DiscardHandler),
+	c.etcd, err = store.Dial(c.ctx, store.External{Endpoints: []string{endpoint}, Prefix: "/lariat/v1/",
+		Log: slog.New(slog.DiscardHandler),
 		TLS: &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12}})
 	return err
 }
@@ -183,8 +188,8 @@ func (c *cluster) close() {
 	}
 }
 
-// each does something at all hosts at once, and returns how many failed, the first error, and the seconds until the last
-// was done.
+// each does something at all hosts at once, and returns how many failed, the first error, and the
+// seconds until the last was done.
 func (c *cluster) each(do func(*host) error) (failed int, first error, took float64) {
 	start := time.Now()
 	var mu sync.Mutex
@@ -242,7 +247,8 @@ func (h *host) get(ctx context.Context, path string) (_ []byte, took time.Durati
 	return data, time.Since(start), err
 }
 
-// writes is how often the hosts asked the store to write something since they serve, and revision is how often the store did.
+// writes is how often the hosts asked the store to write something since they serve, and revision
+// is how often the store did.
 func (c *cluster) counts() (writes, revision float64, err error) {
 	var mu sync.Mutex
 	_, err, _ = c.each(func(h *host) error {
@@ -288,7 +294,8 @@ func (c *cluster) hostsCPU() (seconds, resident float64, err error) {
 	return seconds, resident, nil
 }
 
-// until asks again and again until there is no error or the time is over. It returns how often it asked in vain.
+// until asks again and again until there is no error or the time is over. It returns how often it
+// asked in vain.
 func until(ctx context.Context, limit time.Duration, check func(context.Context) error) (failures int, err error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()

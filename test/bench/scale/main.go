@@ -1,9 +1,10 @@
-// Command scale measures what many hosts do to one store: N lariat-metadata processes in one network namespace, joined over TLS
-// to the store of one more.
+// Command scale measures what many hosts do to one store: N lariat-metadata processes in one
+// network namespace, joined over TLS to the store of one more.
 //
-// It runs itself in a user, network and mount namespace, so it needs no privileges and leaves nothing behind. All hosts share
-// this machine's processors, so a figure at N hosts is an upper bound of what N machines would take: only ratios within one
-// machine mean anything. It never fails on a figure.
+// It runs itself in a user, network and mount namespace, so it needs no privileges and leaves
+// nothing behind. All hosts share this machine's processors, so a figure at N hosts is an upper
+// bound of what N machines would take: only ratios within one machine mean anything. It never fails
+// on a figure.
 package main
 
 import (
@@ -38,8 +39,9 @@ type options struct {
 func parse() (options, error) {
 	var o options
 	sizes := flag.String("n", "25", "numbers of hosts, comma-separated; the issue's are 25,100,200")
-	flag.StringVar(&o.phases, "phases", "", "phases to run beside join: "+strings.Join(phaseNames(), ", ")+" (comma-separated; default all)")
-	flag.DurationVar(&o.outage, "outage", 45*time.Second, "how long the store is away; longer than the lease of 30 s loses all of them")
+	flag.StringVar(&o.phases, "phases", "",
+		"phases to run beside join: "+strings.Join(phaseNames(), ", ")+" (comma-separated; default all)")
+	flag.DurationVar(&o.outage, "outage", 45*time.Second, "how long the store is away; a lease is 30 s long")
 	flag.DurationVar(&o.idle, "idle", 15*time.Second, "how long the idle cost is counted")
 	flag.IntVar(&o.changes, "changes", 50, "changes of which the propagation is measured")
 	flag.IntVar(&o.hosts, "view-hosts", 2000, "hosts of the big view")
@@ -111,7 +113,8 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	fmt.Printf("Lariat scale: %d CPUs, %s, load %s, %.0f s\n", runtime.NumCPU(), runtime.Version(), strings.Fields(string(load))[0], time.Since(start).Seconds())
+	fmt.Printf("Lariat scale: %d CPUs, %s, load %s, %.0f s\n", runtime.NumCPU(), runtime.Version(),
+		strings.Fields(string(load))[0], time.Since(start).Seconds())
 	t.print(os.Stdout)
 	if o.json == "" {
 		return failed

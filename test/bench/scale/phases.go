@@ -73,7 +73,8 @@ func (c *cluster) attach(ctx context.Context, h *host, network, id string) error
 	return err
 }
 
-// join starts all hosts at once. Each claims its first block as soon as it is ready, as the network manager would.
+// join starts all hosts at once. Each claims its first block as soon as it is ready, as the network
+// manager would.
 func (c *cluster) join() error {
 	if err := c.define("lan", "10.0.0.0/12"); err != nil {
 		return err
@@ -110,7 +111,8 @@ func (c *cluster) join() error {
 	c.add("join", "until all have a block", "s", took)
 	c.add("join", "hosts that failed", "", float64(failed))
 	c.add("join", "calls of join refused", "", float64(refused))
-	c.add("join", "revisions of the store for each host", "", float64(after.Revision-before.Revision)/float64(len(c.hosts)))
+	written := float64(after.Revision - before.Revision)
+	c.add("join", "revisions of the store for each host", "", written/float64(len(c.hosts)))
 	c.add("join", "processor time of each host", "ms", 1000*cpu/float64(len(c.hosts)))
 	return err
 }
@@ -219,7 +221,8 @@ func (c *cluster) propagation() error {
 		h := c.hosts[i%len(c.hosts)]
 		start := time.Now()
 		// A write answers when its host knows of it.
-		if err := h.client.Put(ctx, metadata.KindHost, probe, metadata.Host{Name: probe, Labels: map[string]string{"change": strconv.Itoa(i)}}); err != nil {
+		o := metadata.Host{Name: probe, Labels: map[string]string{"change": strconv.Itoa(i)}}
+		if err := h.client.Put(ctx, metadata.KindHost, probe, o); err != nil {
 			return err
 		}
 		for range c.hosts {
@@ -240,7 +243,8 @@ func (c *cluster) propagation() error {
 	slices.Sort(samples)
 	c.add("propagation", "p50", "ms", quantile(samples, 0.5))
 	c.add("propagation", "p99", "ms", quantile(samples, 0.99))
-	c.add("propagation", "processor time of each host for a change", "ms", 1000*(cpu2-cpu)/float64(c.o.changes*len(c.hosts)))
+	each := 1000 * (cpu2 - cpu) / float64(c.o.changes*len(c.hosts))
+	c.add("propagation", "processor time of each host for a change", "ms", each)
 	return c.store.client.Do(c.ctx, "DELETE", "/v1/hosts/"+probe, nil, nil)
 }
 
@@ -279,7 +283,8 @@ func (c *cluster) herd() error {
 	return err
 }
 
-// recovered measures from a moment on when each host allocates again, and returns the seconds until the median and the last.
+// recovered measures from a moment on when each host allocates again, and returns the seconds until
+// the median and the last.
 func (c *cluster) recovered(id string, since time.Time) (p50, last float64, err error) {
 	var mu sync.Mutex
 	var samples []float64
@@ -347,7 +352,8 @@ func (c *cluster) stop() error {
 		if err := c.attach(c.ctx, h, "lan", "-"+strconv.Itoa(int(sig))); err != nil {
 			return err
 		}
-		c.add("stop", map[bool]string{true: "kill -9", false: "SIGTERM"}[sig == syscall.SIGKILL]+" of a host, until it allocates", "s", time.Since(start).Seconds())
+		how := map[syscall.Signal]string{syscall.SIGKILL: "kill -9", syscall.SIGTERM: "SIGTERM"}[sig]
+		c.add("stop", how+" of a host, until it allocates", "s", time.Since(start).Seconds())
 	}
 	return nil
 }
@@ -364,9 +370,10 @@ func (c *cluster) view() error {
 		return err
 	}
 	for i := range c.o.hosts {
-		h := metadata.Host{Name: fmt.Sprintf("synthetic%05d", i), MachineID: fmt.Sprintf("%032d", i), BootID: fmt.Sprintf("%032d", i), Joined: time.Unix(1e9, 0).UTC(),
-			AgentVersion: "synthetic", MAC: metadata.MAC{0x0e, 0, 0xff, 0, byte(i >> 8), byte(i)}, Underlay: []metadata.Underlay{
-				{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 30, byte(i >> 8), byte(i)}), 16), Device: "eth0", MTU: 1500}}}
+		id, a := fmt.Sprintf("%032d", i), netip.AddrFrom4([4]byte{172, 30, byte(i >> 8), byte(i)})
+		h := metadata.Host{Name: fmt.Sprintf("synthetic%05d", i), MachineID: id, BootID: id, Joined: time.Unix(1e9, 0).UTC(),
+			AgentVersion: "synthetic", MAC: metadata.MAC{0x0e, 0, 0xff, 0, byte(i >> 8), byte(i)},
+			Underlay: []metadata.Underlay{{Address: netip.PrefixFrom(a, 16), Device: "eth0", MTU: 1500}}}
 		if err := put("view/hosts/"+h.Name, h); err != nil {
 			return err
 		}
@@ -417,7 +424,8 @@ func (c *cluster) view() error {
 	if _, resident, err := h.cpu(); err == nil {
 		c.add("view", "resident memory of a host", "MiB", resident)
 	}
-	for _, path := range []string{"/v1/hosts", "/v1/networks", "/v1/networks/lan/status", "/v1/networks/big/status", "/metrics", "/readyz"} {
+	paths := []string{"/v1/hosts", "/v1/networks", "/v1/networks/lan/status", "/v1/networks/big/status", "/metrics", "/readyz"}
+	for _, path := range paths {
 		var times []float64
 		for range 11 {
 			_, took, err := h.get(c.ctx, path)
@@ -431,13 +439,15 @@ func (c *cluster) view() error {
 	}
 	for _, args := range [][]string{{"status"}, {"host", "list"}} {
 		start := time.Now()
-		if _, err := c.ns.Output(c.ctx, append([]string{c.o.bin + "/lariat", "--socket", h.client.Socket}, args...)...); err != nil {
+		command := append([]string{c.o.bin + "/lariat", "--socket", h.client.Socket}, args...)
+		if _, err := c.ns.Output(c.ctx, command...); err != nil {
 			return err
 		}
 		c.add("view", "lariat "+strings.Join(args, " "), "ms", 1000*time.Since(start).Seconds())
 	}
 	start = time.Now()
-	if err := h.client.Put(c.ctx, metadata.KindNetwork, "last", metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("10.17.0.0/16")}}); err != nil {
+	last := metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("10.17.0.0/16")}}
+	if err := h.client.Put(c.ctx, metadata.KindNetwork, "last", last); err != nil {
 		return err
 	}
 	c.add("view", "a network is created", "ms", 1000*time.Since(start).Seconds())

@@ -25,7 +25,8 @@ func (t *table) add(hosts int, phase, what, unit string, value float64) {
 	t.figures = append(t.figures, figure{hosts, phase, what, unit, value})
 }
 
-// print writes a line for each figure and a column for each number of hosts, and the figures of before in front of each.
+// print writes a line for each figure and a column for each number of hosts, and the figures of
+// before in front of each.
 func (t *table) print(w io.Writer) {
 	var sizes []int
 	type row struct{ phase, what, unit string }
