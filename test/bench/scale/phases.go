@@ -216,6 +216,10 @@ func (c *cluster) propagation() error {
 	if err != nil {
 		return err
 	}
+	storeCPU, _, err := c.store.cpu()
+	if err != nil {
+		return err
+	}
 	var samples []float64
 	for i := range c.o.changes {
 		h := c.hosts[i%len(c.hosts)]
@@ -238,6 +242,10 @@ func (c *cluster) propagation() error {
 	if err != nil {
 		return err
 	}
+	storeCPU2, _, err := c.store.cpu()
+	if err != nil {
+		return err
+	}
 	cancel()
 	wg.Wait()
 	slices.Sort(samples)
@@ -245,6 +253,7 @@ func (c *cluster) propagation() error {
 	c.add("propagation", "p99", "ms", quantile(samples, 0.99))
 	each := 1000 * (cpu2 - cpu) / float64(c.o.changes*len(c.hosts))
 	c.add("propagation", "processor time of each host for a change", "ms", each)
+	c.add("propagation", "processor time of the store for a change", "ms", 1000*(storeCPU2-storeCPU)/float64(c.o.changes))
 	return c.store.client.Do(c.ctx, "DELETE", "/v1/hosts/"+probe, nil, nil)
 }
 
