@@ -226,9 +226,9 @@ func TestF1_HostWithoutItsAddress(t *testing.T) {
 	}
 }
 
-// TestF172_AddressOfAnotherPort: an address that leads to a container that runs, or that somebody else routes, is not taken
+// TestAddressOfAnotherPort: an address that leads to a container that runs, or that somebody else routes, is not taken
 // over, neither by an ADD nor by the manager. The overlay's own route gives way: the address was on another host.
-func TestF172_AddressOfAnotherPort(t *testing.T) {
+func TestAddressOfAnotherPort(t *testing.T) {
 	for _, address := range []string{"10.42.0.5", "fd42::5"} {
 		t.Run(address, func(t *testing.T) {
 			host, one, two := netnstest.New(t), netnstest.New(t), netnstest.New(t)

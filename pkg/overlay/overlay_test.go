@@ -793,9 +793,9 @@ func TestADDAfterADELThatCouldNotBeTold(t *testing.T) {
 	b.same("after the failed ADD", before)
 }
 
-// TestF170_AddressThatRuns: the service has forgotten a container and gives its address to another: that one's ADD gets it
+// TestAddressThatRuns: the service has forgotten a container and gives its address to another: that one's ADD gets it
 // registered, and takes what the service gives then.
-func TestF170_AddressThatRuns(t *testing.T) {
+func TestAddressThatRuns(t *testing.T) {
 	b := newBench(t)
 	b.setUp()
 	_, err := b.run("ADD", nil)

@@ -375,9 +375,9 @@ type blind struct{ *fake.Kernel }
 
 func (blind) Ports(context.Context) ([]delta.HostPort, error) { return nil, nil }
 
-// TestF170_TheServiceForgot: what lives and is not known is registered again, exactly as it is; what is dead is not. An
+// TestTheServiceForgot: what lives and is not known is registered again, exactly as it is; what is dead is not. An
 // address that another has by now stays his, and both are named at each pass.
-func TestF170_TheServiceForgot(t *testing.T) {
+func TestTheServiceForgot(t *testing.T) {
 	a := newAttic(t)
 	a.connected("port", true)
 	a.connected("bridged", false)

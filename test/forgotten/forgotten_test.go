@@ -164,7 +164,7 @@ func ready(h *lab.Host) func() string {
 }
 
 var _ = Describe("Containers that the service has forgotten", Ordered, func() {
-	It("F170: keep their addresses when the store is lost and the network is made anew", func() {
+	It("keep their addresses when the store is lost and the network is made anew", func() {
 		old := []*lab.Container{connected(a, "web"), connected(a, "web2"), connected(b, "db"), connected(b, "db2")}
 		Expect(a.Metadata.Stop()).To(Succeed())
 		Expect(os.RemoveAll(filepath.Join(a.Dir, "etcd"))).To(Succeed())
@@ -201,7 +201,7 @@ var _ = Describe("Containers that the service has forgotten", Ordered, func() {
 		}
 	})
 
-	It("F171: of a host that was removed while it was suspended are announced again, but for an address that another host uses now", func() {
+	It("of a host that was removed while it was suspended are announced again, but for an address that another host uses now", func() {
 		near := connected(a, "near")
 		kept, doubled := connected(c, "kept"), connected(c, "doubled")
 		for _, p := range []*lab.Process{c.Manager, c.Metadata} {

@@ -100,16 +100,27 @@ func (s *Server) nameHolder(ctx context.Context) (store.Entry, error) {
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return e, err
 	}
-	if e.Value != nil {
-		var other presence
-		if other, err = metadata.Decode[presence](name, e.Value); err != nil {
-			s.log.Error("the claim of this host's name was spoilt and is written anew", "host", name, "error", err)
-		} else if me := s.presence(); other.MachineID != me.MachineID {
-			return e, fmt.Errorf("host name %s is taken: a live machine with id %s at %s has it, this machine is %s at %s; give this one another --host-name, "+
-				"or, when its machine id is a copy of a cloned disk image, a new /etc/machine-id", name, other.MachineID, other.Address, me.MachineID, me.Address)
-		}
-		// The same machine: its former process's lease has not run out yet. The key can be taken over at once.
+	if e.Value == nil {
+		return e, nil
 	}
+	me := s.presence()
+	other, err := metadata.Decode[presence](name, e.Value)
+	switch {
+	case err != nil:
+		s.log.Error("the claim of this host's name was spoilt and is written anew", "host", name, "error", err)
+	case other.MachineID != me.MachineID:
+		return e, fmt.Errorf("host name %s is taken: a live machine with id %s at %s has it, this machine is %s at %s; give this one another --host-name, "+
+			"or, when its machine id is a copy of a cloned disk image, a new /etc/machine-id", name, other.MachineID, other.Address, me.MachineID, me.Address)
+	case other.BootID != me.BootID && other.Address != me.Address:
+		// The same machine after a reboot, with another address; or its clone, which must not take the blocks of a host
+		// that runs.
+		live, err := s.lives(ctx, livePrefix+name)
+		if err == nil && live {
+			err = s.twin(other)
+		}
+		return e, err
+	}
+	// The same machine: its former process's lease has not run out yet. The key can be taken over at once.
 	return e, nil
 }
 
@@ -119,9 +130,9 @@ func (s *Server) nameFree(ctx context.Context) error {
 	return err
 }
 
-// presence is what this host's lease holds.
+// presence is what this process writes under its host's name while it lives.
 func (s *Server) presence() presence {
-	me := presence{Host: s.cfg.HostName, MachineID: s.cfg.MachineID, BootID: s.bootID, Since: s.now().UTC()}
+	me := presence{Host: s.cfg.HostName, MachineID: s.cfg.MachineID, BootID: s.bootID, Since: s.started}
 	if len(s.cfg.Underlay) > 0 {
 		me.Address = s.cfg.Underlay[0].Address.Addr().String()
 	}
@@ -167,7 +178,83 @@ func (s *Server) takeName(ctx context.Context, with ...store.Change) error {
 	}
 }
 
-// keepName takes the name again whenever the lease was lost, which means that the store was away for longer than the lease.
+// twin is the error of a machine that has the name of another one that lives, with the same machine id.
+func (s *Server) twin(other presence) error {
+	me := s.presence()
+	return fmt.Errorf("host name %s is taken: the machine at %s (boot id %s) has it and is live, and this one at %s (boot id %s) has the same machine id %s. "+
+		"One is a clone of the other: give the clone a new /etc/machine-id (rm /etc/machine-id; systemd-machine-id-setup) and another --host-name",
+		me.Host, other.Address, other.BootID, me.Address, me.BootID, me.MachineID)
+}
+
+// lives reports whether the process that holds a key is alive: its lease is renewed every third of its time. One that died
+// leaves a lease that is not.
+func (s *Server) lives(ctx context.Context, key string) (bool, error) {
+	start, before := time.Now(), time.Duration(-1)
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		idle, ttl, err := s.store.Idle(ctx, key)
+		switch {
+		case errors.Is(err, store.ErrNotFound):
+			return false, nil
+		case err != nil:
+			return false, err
+		case idle < before:
+			return true, nil
+		case idle > ttl/2+time.Second:
+			return false, nil
+		case time.Since(start) > ttl/2+2*time.Second:
+			return true, nil // without a renewal it would have been idle for longer by now
+		}
+		before = idle
+		select {
+		case <-ctx.Done():
+			return false, fmt.Errorf("%w: who has the name %s: %w", store.ErrUnavailable, s.cfg.HostName, ctx.Err())
+		case <-tick.C:
+		}
+	}
+}
+
+// deposed returns why the name is this process' no more although it holds its lease: somebody wrote over its key, which
+// an earlier version of a clone's service does, or removed it. A key that was removed is written anew, unless the host was
+// removed with it.
+func (s *Server) deposed(ctx context.Context) error {
+	e, err := s.store.Get(ctx, livePrefix+s.cfg.HostName)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	if e.Value == nil {
+		s.log.Warn("somebody removed the key that says that this host is live; it is written anew", "host", s.cfg.HostName)
+		return s.takeBack(ctx)
+	}
+	other, err := metadata.Decode[presence](s.cfg.HostName, e.Value)
+	if err != nil || other == s.presence() {
+		return nil // keepEntry writes one that cannot be used
+	}
+	return s.twin(other)
+}
+
+// takeBack takes the name, and writes the host's object anew when it is gone or another machine's.
+func (s *Server) takeBack(ctx context.Context) error {
+	if err := s.takeName(ctx); err != nil {
+		return err
+	}
+	// Removed by an operator while it was away: it is a new host. Otherwise its object is as it was, or newer than
+	// what this process knew at its start; unless a clone wrote it.
+	e, err := s.store.Get(ctx, hostPrefix+s.cfg.HostName)
+	if err == nil {
+		h, derr := metadata.Decode[metadata.Host](s.cfg.HostName, e.Value)
+		if derr == nil && h.BootID == s.bootID {
+			return nil
+		}
+	} else if !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	return s.register(ctx)
+}
+
+// keepName takes the name again whenever the lease was lost, which means that the store was away for longer than the lease; and
+// says so when another process took it.
 func (s *Server) keepName() {
 	for {
 		s.mu.Lock()
@@ -176,18 +263,25 @@ func (s *Server) keepName() {
 		select {
 		case <-s.ctx.Done():
 			return
+		case <-s.view.renamed:
+			select {
+			case <-lease.Lost(): // that is why
+				continue
+			default:
+			}
+			ctx, cancel := s.timeout(s.ctx)
+			err := s.deposed(ctx)
+			cancel()
+			if s.ctx.Err() == nil {
+				s.setProblem(err)
+			}
+			continue
 		case <-lease.Lost():
 		}
 		for wait := 100 * time.Millisecond; s.ctx.Err() == nil; {
-			ctx, cancel := s.timeout(s.ctx)
-			err := s.takeName(ctx)
-			if err == nil {
-				// Removed by an operator while it was away: it is a new host. Otherwise its object is as it was, or newer than
-				// what this process knew at its start.
-				if _, gerr := s.store.Get(ctx, hostPrefix+s.cfg.HostName); errors.Is(gerr, store.ErrNotFound) {
-					err = s.register(ctx)
-				}
-			}
+			// To find out whether another one lives takes a part of its lease.
+			ctx, cancel := context.WithTimeout(s.ctx, s.cfg.Timeout+s.cfg.LeaseTTL)
+			err := s.takeBack(ctx)
 			cancel()
 			if err == nil {
 				s.setProblem(nil)

@@ -73,6 +73,7 @@ type Server struct {
 	cfg        Config
 	store      *store.Breaker
 	bootID     string
+	started    time.Time
 	log        *slog.Logger
 	view       *view
 	containers *containers
@@ -129,6 +130,8 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	}
 	s := &Server{cfg: cfg, store: store.NewBreaker(st, cfg.Timeout, cfg.Log), bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
 		books: map[string]*book{}, left: map[string]*leftover{}, paged: make(chan struct{}, 1)}
+	s.started = s.now().UTC().Round(0) // as it comes back from the store
+	s.view.claim = s.presence()
 	s.metrics = newMetrics(s)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.stopping, s.stop = context.WithCancel(s.ctx)

@@ -76,6 +76,8 @@ type view struct {
 
 	loading bool          // what can be used together is found out at the end
 	spoilt  chan struct{} // gets a word when an entry of this host's own was spoilt
+	claim   presence      // of this process
+	renamed chan struct{} // gets a word when another stands in its place, or none
 
 	gen map[string]uint64 // by network: grows with each change of its blocks, endpoints or definition
 
@@ -97,7 +99,7 @@ const (
 )
 
 func newView(self string) *view {
-	v := &view{self: self, changed: make(chan struct{}), spoilt: make(chan struct{}, 1), gen: map[string]uint64{}}
+	v := &view{self: self, changed: make(chan struct{}), spoilt: make(chan struct{}, 1), renamed: make(chan struct{}, 1), gen: map[string]uint64{}}
 	v.clear()
 	return v
 }
@@ -222,6 +224,12 @@ func (v *view) change(e store.Entry) ([]metadata.Event, error) {
 				delete(v.live, key)
 			} else {
 				v.live[key] = p
+			}
+			if key == v.self && p != v.claim {
+				select {
+				case v.renamed <- struct{}{}:
+				default:
+				}
 			}
 			h, ok := v.hosts[key]
 			if ok && was == e.Deleted {

@@ -462,6 +462,26 @@ func (e *Etcd) Hold(ctx context.Context, ttl time.Duration) (*Lease, error) {
 	return l, nil
 }
 
+// Idle implements Store.
+func (e *Etcd) Idle(ctx context.Context, key string) (idle, ttl time.Duration, err error) {
+	defer e.observe("get", time.Now(), &err)
+	r, err := e.client.Get(ctx, e.prefix+key)
+	if err != nil {
+		return 0, 0, e.fault("read", key, err)
+	}
+	if len(r.Kvs) == 0 || r.Kvs[0].Lease == 0 {
+		return 0, 0, fmt.Errorf("lease of %s: %w", key, ErrNotFound)
+	}
+	l, err := e.client.TimeToLive(ctx, clientv3.LeaseID(r.Kvs[0].Lease))
+	if err != nil {
+		return 0, 0, e.fault("ask about the lease of", key, err)
+	}
+	if l.TTL < 0 {
+		return 0, 0, fmt.Errorf("lease of %s: %w", key, ErrNotFound)
+	}
+	return time.Duration(l.GrantedTTL-l.TTL) * time.Second, time.Duration(l.GrantedTTL) * time.Second, nil
+}
+
 // renew keeps a lease until the store was silent for its duration, and reports whether it is there all the same. A store that was
 // away gives every lease its time anew when it is back: its hosts need not write all their claims once more.
 func (e *Etcd) renew(ctx context.Context, id clientv3.LeaseID) bool {

@@ -103,6 +103,9 @@ type Store interface {
 	Watch(ctx context.Context, prefix string, after int64, fn func(Update) error) error
 	// Hold grants a lease.
 	Hold(ctx context.Context, ttl time.Duration) (*Lease, error)
+	// Idle returns how long the holder of a key has not renewed its lease, in whole seconds, and what the lease lasts.
+	// ErrNotFound: nobody holds the key.
+	Idle(ctx context.Context, key string) (idle, ttl time.Duration, err error)
 	// Status asks this member. It is cheap and answers without a quorum.
 	Status(ctx context.Context) (Status, error)
 	// Close stops it; what was acknowledged is on disk already.
