@@ -24,6 +24,7 @@ type config struct {
 	HostName      string
 	Socket        string
 	DataDir       string
+	StateDir      string
 	MachineIDFile string
 	BootIDFile    string
 	Underlay      []string
@@ -56,6 +57,7 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.Socket, "socket", metadata.DefaultSocket, "unix socket of the control API")
 	f.StringVar(&c.MachineIDFile, "machine-id-file", "/etc/machine-id", "what tells a reinstalled host from a second one")
 	f.StringVar(&c.BootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "what tells one boot from the next")
+	f.StringVar(&c.StateDir, "state-dir", metadata.DefaultStateDir, "folder for the last valid values of entries that cannot be used any more")
 	f.StringArrayVar(&c.Underlay, "underlay", nil, "address/length by which the other hosts reach this one, repeated; default: of the default route")
 	f.StringToStringVar(&c.Labels, "label", nil, "label of this host, key=value, repeated")
 	f.StringVar(&c.LogLevel, "log-level", "info", "debug, info, warn or error")

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"syscall"
 	"time"
 
@@ -123,7 +124,7 @@ func serve(args []string, stdout, stderr io.Writer) error {
 	}
 	s, err = server.New(ctx, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay, Foreign: foreign,
 		Labels: c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, Device: plan.Device, AllContainers: c.ListenTree != "",
-		TreeLabels: c.TreeLabels, TreeOrigin: c.TreeOrigin, LeaseTTL: c.LeaseTTL, Log: log,
+		TreeLabels: c.TreeLabels, TreeOrigin: c.TreeOrigin, Kept: filepath.Join(c.StateDir, "entries.json"), LeaseTTL: c.LeaseTTL, Log: log,
 		Start: c.StartTimeout, Progress: func() { service.Starting(c.StartTimeout) }}, st)
 	if err != nil {
 		return err

@@ -54,6 +54,10 @@ type Config struct {
 	// TreeOrigin is the tree's Access-Control-Allow-Origin; empty: none.
 	TreeOrigin string
 
+	// Kept is the file in which the last valid values of entries stay that cannot be used any more; empty: none, and they are
+	// lost at the next start.
+	Kept string
+
 	Timeout    time.Duration // of one request's work in the store, and of each page of a list: 5 s
 	Start      time.Duration // New gives up when the store was silent for so long; 0: when its context ends
 	LeaseTTL   time.Duration // a silent host is dead after it: 30 s
@@ -132,6 +136,10 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 		books: map[string]*book{}, left: map[string]*leftover{}, paged: make(chan struct{}, 1)}
 	s.started = s.now().UTC().Round(0) // as it comes back from the store
 	s.view.claim = s.presence()
+	var err error
+	if s.view.kept, err = loadKept(cfg.Kept); err != nil {
+		s.log.Error("entries that cannot be used are left out", "error", err)
+	}
 	s.metrics = newMetrics(s)
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.stopping, s.stop = context.WithCancel(s.ctx)
@@ -169,6 +177,9 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 				return nil, fmt.Errorf("%w: reading the model: %w", store.ErrUnavailable, context.Cause(silent))
 			}
 		}
+	}
+	if cfg.Kept != "" {
+		s.wg.Go(s.writeKept)
 	}
 	s.wg.Go(s.keepName)
 	s.wg.Go(s.keepEntry)

@@ -5,7 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -257,6 +260,76 @@ func TestSpoiltOverGood(t *testing.T) {
 			})
 		}
 	}
+}
+
+// TestLastValidValueOutlivesARestart: what became invalid stays in force also when the service starts anew, until it is valid again
+// or gone. What was never valid is left out.
+func TestLastValidValueOutlivesARestart(t *testing.T) {
+	ctx := t.Context()
+	st := openStore(t, t.TempDir())
+	t.Cleanup(func() { st.Close() })
+	a := startNode(t, st, hostConfig("a", "192.0.2.1/24"))
+	define(t, a, "lan", overlay("10.42.0.0/16"))
+	attach(t, a, "lan", req("web"))
+	startNode(t, st, hostConfig("gone", "192.0.2.3/24")).stop()
+	good := map[string]string{}
+	for _, key := range []string{"view/networks/lan", "view/hosts/gone", "view/blocks/lan/10.42.0.0/26"} {
+		e, err := st.Get(ctx, key)
+		if err != nil {
+			t.Fatal(err)
+		}
+		good[key] = string(e.Value)
+	}
+	cfg := hostConfig("b", "192.0.2.2/24")
+	cfg.Kept = filepath.Join(t.TempDir(), "state", "entries.json")
+	for _, garbage := range []string{`{}`, `null`, `{not json`} {
+		b := startNode(t, st, cfg)
+		bad := map[string]string{}
+		for key := range good {
+			bad[key] = garbage
+		}
+		inject(t, st, bad)
+		inject(t, st, map[string]string{"view/networks/never": garbage})
+		whole := func(s *metadata.Snapshot) bool {
+			_, there := s.Host("gone")
+			for key := range good {
+				if !slices.ContainsFunc(s.Problems, func(p metadata.Problem) bool {
+					return "view/"+p.Key == key && strings.Contains(p.What, "its last valid value stays in force")
+				}) {
+					return false
+				}
+			}
+			return there && len(s.Hosts) == 3 && len(s.Networks) == 1 && len(s.Blocks) >= 1 && s.Blocks[0].Host == "a" && len(s.Problems) == len(good)+1
+		}
+		eventually(t, b, whole)
+		for range 2 {
+			b.stop()
+			b = startNode(t, st, cfg)
+			if s, err := b.View(ctx); err != nil || !whole(s) {
+				t.Fatalf("%s, after a restart: %+v %v", garbage, s, err)
+			}
+		}
+		if x := attach(t, b, "lan", req("here")).Addresses[0].Address; netip.MustParsePrefix("10.42.0.0/26").Contains(x) {
+			t.Errorf("%s lies in the block of a", x)
+		}
+		b.stop()
+		// Mended while nobody looks. A block is never written over, so it is made anew.
+		if _, err := store.One(ctx, st, store.Change{Key: "view/blocks/lan/10.42.0.0/26", Revision: store.Any}); err != nil {
+			t.Fatal(err)
+		}
+		inject(t, st, good)
+		b = startNode(t, st, cfg)
+		eventually(t, b, func(s *metadata.Snapshot) bool { return len(s.Problems) == 1 && len(s.Networks) == 1 })
+		b.stop()
+		if data, err := os.ReadFile(cfg.Kept); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("kept for nothing: %s %v", data, err)
+		}
+	}
+	// A file that cannot be read keeps nobody from starting.
+	if err := os.WriteFile(cfg.Kept, []byte("{not json"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	startNode(t, st, cfg)
 }
 
 // TestSpoiltTable: a table that cannot be read gives nothing out, for nobody knows what is in use, and other blocks serve.

@@ -76,6 +76,8 @@ type view struct {
 
 	loading bool          // what can be used together is found out at the end
 	spoilt  chan struct{} // gets a word when an entry of this host's own was spoilt
+	kept    kept          // last valid values of entries that cannot be used
+	keeping chan struct{} // gets a word when that changes
 	claim   presence      // of this process
 	renamed chan struct{} // gets a word when another stands in its place, or none
 
@@ -99,7 +101,8 @@ const (
 )
 
 func newView(self string) *view {
-	v := &view{self: self, changed: make(chan struct{}), spoilt: make(chan struct{}, 1), renamed: make(chan struct{}, 1), gen: map[string]uint64{}}
+	v := &view{self: self, changed: make(chan struct{}), spoilt: make(chan struct{}, 1), renamed: make(chan struct{}, 1),
+		kept: kept{}, keeping: make(chan struct{}, 1), gen: map[string]uint64{}}
 	v.clear()
 	return v
 }
@@ -126,6 +129,12 @@ func (v *view) load(entries []store.Entry, revision int64) error {
 		errs = append(errs, err)
 	}
 	v.loading = false
+	for at := range v.kept {
+		if _, bad := v.problems[at]; !bad { // it went while nobody looked
+			delete(v.kept, at)
+			v.noteKept()
+		}
+	}
 	v.place(slices.Collect(maps.Keys(v.defined))...)
 	// Everybody who watches starts over.
 	v.first += uint64(len(v.events)) + 1
@@ -202,9 +211,21 @@ func fold(list []metadata.Event) []metadata.Event {
 // change applies one entry and returns what those who watch are to be told. An entry that cannot be used is told as a problem
 // and as the error, and changes nothing else: what was known of it stays in force.
 func (v *view) change(e store.Entry) ([]metadata.Event, error) {
+	at := strings.TrimPrefix(e.Key, viewPrefix)
+	ev, err := v.set(e)
+	if ev.Kind == "" && ev.Type == "" {
+		return nil, nil // of a newer version
+	}
+	if v.keep(at, e, err) {
+		err = fmt.Errorf("%w; its last valid value stays in force", err)
+	}
+	return v.note(at, ev, err)
+}
+
+// set puts one entry in force and returns the event that tells of it. An entry of a kind that is not known gives none.
+func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 	kind, key, _ := strings.Cut(strings.TrimPrefix(e.Key, viewPrefix), "/")
-	ev := metadata.Event{Type: metadata.EventPut, Kind: kind, Key: key}
-	var err error
+	ev = metadata.Event{Type: metadata.EventPut, Kind: kind, Key: key}
 	if e.Deleted {
 		ev.Type = metadata.EventDelete
 	}
@@ -290,7 +311,7 @@ func (v *view) change(e store.Entry) ([]metadata.Event, error) {
 			err = encode(&ev, p)
 		}
 	default:
-		return nil, nil // of a newer version
+		return metadata.Event{}, nil
 	}
 	if err != nil && key == v.self && (kind == metadata.KindHost || kind == metadata.KindLive) {
 		select {
@@ -298,7 +319,7 @@ func (v *view) change(e store.Entry) ([]metadata.Event, error) {
 		default:
 		}
 	}
-	return v.note(kind+"/"+key, ev, err)
+	return ev, err
 }
 
 // note keeps the problems up to date.
