@@ -14,6 +14,7 @@ import (
 
 	"github.com/spf13/pflag"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -181,6 +182,7 @@ func (c *config) underlay() ([]metadata.Underlay, error) {
 		index int
 		auto  bool // may be chosen unasked
 	}
+	const passing = unix.IFA_F_TEMPORARY | unix.IFA_F_DEPRECATED
 	var list []candidate
 	var known []string
 	for _, a := range all {
@@ -192,7 +194,7 @@ func (c *config) underlay() ([]metadata.Underlay, error) {
 		ones, _ := a.Mask.Size()
 		u := metadata.Underlay{Address: netip.PrefixFrom(ip.Unmap(), ones), Device: l.Attrs().Name, MTU: l.Attrs().MTU}
 		auto := ip.IsGlobalUnicast() && l.Attrs().Flags&net.FlagUp != 0 && l.Attrs().Flags&net.FlagLoopback == 0 &&
-			!strings.HasPrefix(l.Attrs().Alias, "lariat:") && !virtual(l)
+			!strings.HasPrefix(l.Attrs().Alias, "lariat:") && !virtual(l) && (ip.Unmap().Is4() || a.Flags&passing == 0)
 		list = append(list, candidate{u, a.LinkIndex, auto})
 		known = append(known, u.Address.String())
 	}
@@ -218,37 +220,61 @@ func (c *config) underlay() ([]metadata.Underlay, error) {
 	}
 	var out []metadata.Underlay
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		var chosen *candidate
 		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, family) })
 		if err != nil {
 			return nil, fmt.Errorf("list routes: %w", err)
 		}
+		of := func(match func(candidate) bool) (us []metadata.Underlay) {
+			for _, x := range list {
+				if x.auto && x.u.Address.Addr().Is4() == (family == netlink.FAMILY_V4) && match(x) {
+					us = append(us, x.u)
+				}
+			}
+			return us
+		}
+		chosen := choose(of(func(candidate) bool { return true }), netip.Addr{})
 		metric := -1
 		for _, r := range routes {
 			if r.Dst != nil && !r.Dst.IP.IsUnspecified() || metric >= 0 && r.Priority >= metric {
 				continue
 			}
-			for i, x := range list {
-				a := x.u.Address.Addr()
-				if x.auto && x.index == r.LinkIndex && a.Is4() == (family == netlink.FAMILY_V4) && (r.Src == nil || r.Src.Equal(a.AsSlice())) {
-					chosen, metric = &list[i], r.Priority
-					break
-				}
+			there := of(func(x candidate) bool {
+				return x.index == r.LinkIndex && (r.Src == nil || r.Src.Equal(x.u.Address.Addr().AsSlice()))
+			})
+			if len(there) > 0 {
+				gateway, _ := netip.AddrFromSlice(r.Gw)
+				chosen, metric = choose(there, gateway.Unmap()), r.Priority
 			}
 		}
-		for i, x := range list {
-			if chosen == nil && x.auto && x.u.Address.Addr().Is4() == (family == netlink.FAMILY_V4) {
-				chosen = &list[i]
-			}
-		}
-		if chosen != nil {
-			out = append(out, chosen.u)
+		if chosen.Address.IsValid() {
+			out = append(out, chosen)
 		}
 	}
 	if len(out) == 0 {
 		return nil, fmt.Errorf("no address found by which other hosts could reach this one; give it with --underlay IP/len (this host has %s)", strings.Join(known, ", "))
 	}
 	return out, nil
+}
+
+// choose returns the address by which other hosts reach this one, of those that an interface has: the one from which the kernel
+// speaks to the gateway, because the gateway is in its subnet. An address without a subnet comes last: it may be a
+// virtual one, which moves between machines (VRRP), and may well be listed first.
+func choose(list []metadata.Underlay, gateway netip.Addr) (best metadata.Underlay) {
+	rank := func(u metadata.Underlay) int {
+		switch {
+		case u.Address.IsSingleIP():
+			return 2
+		case !u.Address.Contains(gateway):
+			return 1
+		}
+		return 0
+	}
+	for _, u := range list {
+		if !best.Address.IsValid() || rank(u) < rank(best) {
+			best = u
+		}
+	}
+	return best
 }
 
 // virtual interfaces carry containers, not hosts. A veth may be a host's uplink all the same, when the host is a namespace.

@@ -32,9 +32,13 @@ func TestF28_F139_Follow(t *testing.T) {
 		{"the address is there, and a second one beside it", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.0/24", "eth0", 1500), underlay("192.0.2.1/24", "eth0", 1500)}, nil},
 		{"two, one of which changed", list{underlay("192.0.2.1/24", "eth0", 1500), underlay("2001:db8::1/64", "eth0", 1500)}, list{underlay("192.0.2.1/24", "eth0", 1500), underlay("2001:db8::2/64", "eth0", 1500)},
 			list{underlay("192.0.2.1/24", "eth0", 1500), underlay("2001:db8::2/64", "eth0", 1500)}},
+		{"a virtual address is left", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.100/32", "eth0", 1500)}, nil},
+		{"another one beside a virtual address", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.100/32", "eth0", 1500), underlay("192.0.2.9/24", "eth0", 1500)},
+			list{underlay("192.0.2.9/24", "eth0", 1500)}},
+		{"a host whose address stands alone got another", list{underlay("192.0.2.1/32", "eth0", 1500)}, list{underlay("192.0.2.9/32", "eth0", 1500)}, list{underlay("192.0.2.9/32", "eth0", 1500)}},
 		{"none registered", nil, list{underlay("192.0.2.1/24", "eth0", 1500)}, nil},
 	} {
-		now, changed := follow(tc.registered, tc.seen)
+		now, changed := follow(tc.registered, tc.seen, map[netip.Addr]netip.Addr{})
 		want := tc.want
 		if want == nil {
 			want = tc.registered
@@ -43,12 +47,38 @@ func TestF28_F139_Follow(t *testing.T) {
 			t.Errorf("%s: %v, %q", tc.name, now, changed)
 		}
 		if tc.want != nil {
-			if again, changed := follow(now, tc.seen); len(changed) > 0 {
+			if again, changed := follow(now, tc.seen, map[netip.Addr]netip.Addr{}); len(changed) > 0 {
 				t.Errorf("%s: a second look changes it to %v", tc.name, again)
 			}
 			if fmt.Sprint(changed) == "[]" {
 				t.Errorf("%s: nothing is said", tc.name)
 			}
 		}
+	}
+}
+
+// TestFollowHome: what was adopted while the host's own address was away goes back with its return, also by way of another.
+func TestFollowHome(t *testing.T) {
+	own, vip, vip2 := underlay("192.0.2.1/24", "eth0", 1500), underlay("192.0.2.100/24", "eth0", 1500), underlay("192.0.2.101/24", "eth0", 1500)
+	home := map[netip.Addr]netip.Addr{}
+	now := []metadata.Underlay{own}
+	for i, step := range []struct {
+		links []metadata.Underlay
+		want  metadata.Underlay
+	}{
+		{[]metadata.Underlay{vip, own}, own},
+		{[]metadata.Underlay{vip}, vip},
+		{[]metadata.Underlay{vip2}, vip2},
+		{nil, vip2},
+		{[]metadata.Underlay{own, vip, vip2}, own},
+		{[]metadata.Underlay{vip2, own}, own},
+	} {
+		now, _ = follow(now, step.links, home)
+		if !slices.Equal(now, []metadata.Underlay{step.want}) {
+			t.Fatalf("step %d: %v, want %v", i, now, step.want)
+		}
+	}
+	if len(home) > 0 {
+		t.Errorf("remembered for nothing: %v", home)
 	}
 }

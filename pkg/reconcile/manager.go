@@ -44,6 +44,7 @@ type Manager struct {
 
 	view      atomic.Pointer[metadata.Snapshot]
 	leftovers *Leftovers
+	home      map[netip.Addr]netip.Addr // of the underlay: what an address stands in for
 	mu        sync.Mutex
 	concerns  []*Concern
 	metadata  Health // of the watch
@@ -64,6 +65,7 @@ var errNoView = errors.New("the metadata service has not answered yet")
 // without it.
 func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	overlay := NewConcern("overlay", m.Every, m.overlay)
+	m.home = map[netip.Addr]netip.Addr{}
 	underlay := NewConcern("underlay", m.Every, m.underlay)
 	m.again = overlay.Trigger
 	m.leftovers = &Leftovers{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID, Grace: m.Grace}
@@ -366,7 +368,7 @@ func (m *Manager) underlay(ctx context.Context) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	now, changed := follow(me.Underlay, links)
+	now, changed := follow(me.Underlay, links, m.home)
 	foreign, err := kernel.Foreign(now)
 	if err != nil {
 		return nil, err
@@ -385,23 +387,36 @@ func (m *Manager) underlay(ctx context.Context) ([]string, error) {
 }
 
 // follow returns the underlay as it is now: the MTU of each address's device, and for an address that is gone the only one of its
-// family that the device has.
-func follow(registered, links []metadata.Underlay) (now []metadata.Underlay, changed []string) {
+// family that the device has. That may be a gap of DHCP, and the one that is left a virtual address (VRRP): it moves between machines.
+// So an address that stands alone, a /32 or /128, does not take the place of one with a subnet, and home remembers what another
+// stands in for: as soon as that is back it is used again.
+func follow(registered, links []metadata.Underlay, home map[netip.Addr]netip.Addr) (now []metadata.Underlay, changed []string) {
+	at := func(a netip.Addr) int {
+		return slices.IndexFunc(links, func(l metadata.Underlay) bool { return l.Address.Addr() == a })
+	}
 	for _, u := range registered {
-		next := u
-		var same []metadata.Underlay
-		found := false
-		for _, l := range links {
-			if l.Address.Addr() == u.Address.Addr() {
-				next, found = l, true
-				break
+		next, addr := u, u.Address.Addr()
+		first, away := home[addr]
+		if i := at(first); away && i >= 0 {
+			next = links[i]
+			delete(home, addr)
+		} else if i := at(addr); i >= 0 {
+			next = links[i]
+		} else {
+			var same []metadata.Underlay
+			for _, l := range links {
+				if l.Device == u.Device && l.Address.Addr().Is4() == addr.Is4() && (!l.Address.IsSingleIP() || u.Address.IsSingleIP()) {
+					same = append(same, l)
+				}
 			}
-			if l.Device == u.Device && l.Address.Addr().Is4() == u.Address.Addr().Is4() {
-				same = append(same, l)
+			if len(same) == 1 {
+				next = same[0]
+				delete(home, addr)
+				if !away {
+					first = addr
+				}
+				home[next.Address.Addr()] = first
 			}
-		}
-		if !found && len(same) == 1 {
-			next = same[0]
 		}
 		if next != u {
 			changed = append(changed, fmt.Sprintf("underlay %s dev %s mtu %d is now %s dev %s mtu %d", u.Address, u.Device, u.MTU, next.Address, next.Device, next.MTU))
