@@ -80,6 +80,9 @@ func Watch(ctx context.Context) (<-chan Event, error) {
 		sockets = append(sockets, nf)
 		readers.Go(func() { w.read(nf, w.nft) })
 	}
+	if fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err == nil {
+		readers.Go(func() { w.legacy(ctx, fd) })
+	}
 	out := make(chan Event)
 	go func() {
 		defer close(out)
@@ -331,21 +334,32 @@ func (w *watcher) device(index uint32) string {
 	return deviceName(w.names.fd, index)
 }
 
-// nft reports all of our own table, and of others' the chains: the policy of one may be what drops all that is forwarded, as
-// Docker's does.
+// nft reports all of our own table, and of others' the chains and iptables' rules of FORWARD: the policy of one may be what drops
+// all that is forwarded, as Docker's does, and what lets ours through is a rule there.
 func (w *watcher) nft(typ uint16, body []byte) {
 	typ &= 0xff
 	if typ == unix.NFT_MSG_NEWGEN || len(body) < 4 {
 		return
 	}
+	var table, chain string
 	for a := newAttrs(body[4:]); a.next(); {
-		if a.typ != 1 { // in all messages of nftables, the table's name
-			continue
+		switch a.typ {
+		case 1: // in all messages of nftables, the table's name
+			table = cstring(a.value)
+		case unix.NFTA_RULE_CHAIN: // of rules
+			chain = cstring(a.value)
 		}
-		name := cstring(a.value)
-		if name == delta.Table || typ == unix.NFT_MSG_NEWCHAIN || typ == unix.NFT_MSG_DELCHAIN || typ == unix.NFT_MSG_DELTABLE {
-			w.add(EventNft, name)
-		}
-		return
 	}
+	switch typ {
+	case unix.NFT_MSG_NEWCHAIN, unix.NFT_MSG_DELCHAIN, unix.NFT_MSG_DELTABLE:
+	case unix.NFT_MSG_NEWRULE, unix.NFT_MSG_DELRULE:
+		if table != delta.Table && chain != "FORWARD" {
+			return
+		}
+	default:
+		if table != delta.Table {
+			return
+		}
+	}
+	w.add(EventNft, table)
 }

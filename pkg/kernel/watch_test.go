@@ -62,6 +62,8 @@ func TestF29WatchTellsWhatIsTouchedByHand(t *testing.T) {
 		{[]string{"ip", "addr", "del", "10.42.0.1/32", "dev", "vtep1042"}, kernel.Event{Kind: kernel.EventAddr, Name: "vtep1042"}},
 		{[]string{"ip", "link", "set", "vtep1042", "mtu", "1400"}, kernel.Event{Kind: kernel.EventLink, Name: "vtep1042"}},
 		{[]string{"nft", "flush set inet lariat vteps4"}, kernel.Event{Kind: kernel.EventNft, Name: delta.Table}},
+		{[]string{"nft", "add table ip filter; add chain ip filter FORWARD; add rule ip filter FORWARD reject"}, kernel.Event{Kind: kernel.EventNft, Name: "filter"}},
+		{[]string{"nft", "flush chain ip filter FORWARD"}, kernel.Event{Kind: kernel.EventNft, Name: "filter"}},
 		{[]string{"sh", "-c", "echo 2 > /proc/sys/net/ipv4/conf/all/rp_filter"}, kernel.Event{Kind: kernel.EventSysctl}},
 		{[]string{"sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter"}, kernel.Event{Kind: kernel.EventSysctl}},
 		{[]string{"sh", "-c", "echo 2 > /proc/sys/net/ipv4/conf/default/rp_filter"}, kernel.Event{Kind: kernel.EventSysctl}},

@@ -36,7 +36,7 @@ func rarely(h *lab.Host) {
 		Expect(h.Manager.Stop()).To(Succeed())
 		Expect(h.StartManager(ctx)).To(Succeed())
 	})
-	Eventually(func() string { return settled(h) }).Should(BeEmpty())
+	Eventually(func() string { return whole(h) }).Should(BeEmpty())
 }
 
 func portOf(c *lab.Container) string {

@@ -1,8 +1,9 @@
-// Package iptables lets Lariat's packets through where another program (Docker) set the policy of FORWARD to DROP.
+// Package iptables lets Lariat's packets through where another program (Docker, a firewall) drops or rejects all that is forwarded:
+// by the policy of FORWARD, or by a rule there that matches everything.
 //
 // An accept in our own nftables table would not help: a packet must pass every base chain. So this is the one place that adds to
-// a table of others: two chains of our own, and two jumps to them. It speaks the iptables command, because only
-// that knows which of the two back-ends the host uses.
+// a table of others: two chains of our own, and two jumps to them. It speaks the iptables command, because that
+// knows the back-end which the host's programs use by default; the other back-end's tables hold all the same, and are looked at too.
 package iptables
 
 import (
@@ -10,6 +11,8 @@ import (
 	"fmt"
 	"net/netip"
 	"os/exec"
+	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -27,8 +30,8 @@ const (
 	ForwardChain = "LARIAT-FORWARD"
 )
 
-// AcceptForward makes the chains where the policy is DROP, and takes them away where it is not (any more). It returns what it
-// changed. A host without iptables needs nothing.
+// AcceptForward makes the chains where nothing else would pass, and takes them away where that is not so (any more). It returns
+// what it changed. A host without iptables needs nothing.
 //
 // What leads to a container's port is accepted from everywhere: pkg/guard has dropped by then what must not. What comes from one is accepted to
 // everywhere but the bridges of others, such as Docker's, whose own rules then decide. underlay are the host's own addresses: a bridge that has
@@ -39,33 +42,63 @@ func AcceptForward(subnets []netip.Prefix, underlay []netip.Addr) (changed []str
 		return nil, fmt.Errorf("accept forwarded packets: %w", err)
 	}
 	var errs []error
-	for _, f := range []struct {
-		proto   iptables.Protocol
-		command string
-		v6      bool
-	}{{iptables.ProtocolIPv4, "iptables", false}, {iptables.ProtocolIPv6, "ip6tables", true}} {
-		if _, err := exec.LookPath(f.command); err != nil {
-			continue
-		}
+	for _, v6 := range []bool{false, true} {
 		var own []string
 		for _, s := range subnets {
-			if s.Addr().Is6() == f.v6 {
+			if s.Addr().Is6() == v6 {
 				own = append(own, s.String())
 			}
 		}
-		lines, err := family(f.proto, own, bridges)
-		for _, l := range lines {
-			changed = append(changed, f.command+" "+l)
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("%s: accept forwarded packets: %w", f.command, err))
+		for _, c := range Commands(v6) {
+			lines, err := family(c, v6, own, bridges)
+			for _, l := range lines {
+				changed = append(changed, c+" "+l)
+			}
+			if err != nil {
+				errs = append(errs, fmt.Errorf("%s: accept forwarded packets: %w", c, err))
+			}
 		}
 	}
 	return changed, errors.Join(errs...)
 }
 
-func family(proto iptables.Protocol, subnets, bridges []string) ([]string, error) {
-	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(5))
+// Commands returns the commands for the tables of one family that are in use: the host's own, and that of the other back-end.
+func Commands(v6 bool) (out []string) {
+	command := "iptables"
+	if v6 {
+		command = "ip6tables"
+	}
+	seen := map[string]bool{}
+	for _, suffix := range []string{"", "-nft", "-legacy"} {
+		path, err := exec.LookPath(command + suffix)
+		if err != nil {
+			continue
+		}
+		if target, err := filepath.EvalSymlinks(path); err == nil {
+			path = target // one executable per back-end
+		}
+		if seen[path] || suffix == "-legacy" && !kernel.LegacyFilter(v6) {
+			continue
+		}
+		seen[path] = true
+		out = append(out, command+suffix)
+	}
+	return out
+}
+
+// everything matches a rule of FORWARD behind which no packet comes.
+var everything = regexp.MustCompile(`^-A FORWARD(?: -m comment --comment (?:"[^"]*"|\S+))? -j (?:DROP|REJECT(?: .*)?)$`)
+
+// Stop returns the place of the rule, in the list of FORWARD's rules, that drops or rejects all that comes to it; -1 when there is
+// none.
+func Stop(rules []string) int { return slices.IndexFunc(rules, everything.MatchString) }
+
+func family(command string, v6 bool, subnets, bridges []string) ([]string, error) {
+	proto := iptables.ProtocolIPv4
+	if v6 {
+		proto = iptables.ProtocolIPv6
+	}
+	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(5), iptables.Path(command))
 	if err != nil {
 		return nil, err
 	}
@@ -73,11 +106,11 @@ func family(proto iptables.Protocol, subnets, bridges []string) ([]string, error
 	if err != nil {
 		return nil, err
 	}
-	dropping := slices.Contains(rules, "-P FORWARD DROP")
-	jumps := slices.Contains(rules, "-A FORWARD -j "+ForwardChain)
+	dropping := slices.Contains(rules, "-P FORWARD DROP") || Stop(rules) >= 0
 	if !dropping || len(subnets) == 0 {
-		if !jumps {
-			return nil, nil
+		// With the jump somebody may have taken away what asked for the chain.
+		if ok, err := ipt.ChainExists("filter", ForwardChain); err != nil || !ok {
+			return nil, err
 		}
 		return withdraw(ipt)
 	}
@@ -160,18 +193,35 @@ func provide(ipt *iptables.IPTables, forward, rules []string) (changed []string,
 			changed = append(changed, w)
 		}
 	}
-	// Behind Docker's own hook for users, before everything else. Only presence is looked at afterwards: Docker moves its jumps to
-	// the top at each start, and to fight about the order would be flapping.
+	// Behind Docker's own hook for users, before everything else, and the users' own before ours. Afterwards only that is looked at,
+	// that they are there in this order and that packets come to them: Docker moves its jumps to the top at each start, and to fight about the order would be flapping.
+	stop := Stop(forward)
+	if stop < 0 {
+		stop = len(forward)
+	}
+	jump := func(chain string) string { return "-A FORWARD -j " + chain }
+	user, own := slices.Index(forward, jump(UserChain)), slices.Index(forward, jump(ForwardChain))
+	if user >= 0 && user < own && own < stop {
+		return changed, nil
+	}
+	for _, chain := range []string{UserChain, ForwardChain} {
+		if slices.Contains(forward, jump(chain)) {
+			if err := ipt.Delete("filter", "FORWARD", "-j", chain); err != nil {
+				return changed, err
+			}
+			changed = append(changed, "-D FORWARD -j "+chain)
+		}
+	}
 	position := 1
-	for i, r := range forward[1:] {
-		if r == "-A FORWARD -j DOCKER-USER" {
-			position = i + 2
+	if i := slices.Index(forward[:stop], "-A FORWARD -j DOCKER-USER"); i > 0 {
+		position = i + 1
+		for _, r := range forward[1:i] {
+			if r == jump(UserChain) || r == jump(ForwardChain) {
+				position--
+			}
 		}
 	}
 	for _, chain := range []string{ForwardChain, UserChain} { // each lands in front of the one before
-		if slices.Contains(forward, "-A FORWARD -j "+chain) {
-			continue
-		}
 		if err := ipt.Insert("filter", "FORWARD", position, "-j", chain); err != nil {
 			return changed, err
 		}
@@ -183,7 +233,7 @@ func provide(ipt *iptables.IPTables, forward, rules []string) (changed []string,
 // withdraw removes the jump and the chain; the users' chain stays when there is something in it.
 func withdraw(ipt *iptables.IPTables) ([]string, error) {
 	changed := []string{"-X " + ForwardChain}
-	err := errors.Join(ipt.Delete("filter", "FORWARD", "-j", ForwardChain), ipt.ClearAndDeleteChain("filter", ForwardChain))
+	err := errors.Join(ipt.DeleteIfExists("filter", "FORWARD", "-j", ForwardChain), ipt.ClearAndDeleteChain("filter", ForwardChain))
 	if user, lerr := ipt.List("filter", UserChain); lerr == nil && len(user) == 1 {
 		err = errors.Join(err, ipt.DeleteIfExists("filter", "FORWARD", "-j", UserChain), ipt.ClearAndDeleteChain("filter", UserChain))
 		changed = append(changed, "-X "+UserChain)
