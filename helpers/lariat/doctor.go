@@ -24,7 +24,8 @@ func (a *app) doctor() *cobra.Command {
 		Use:   "doctor [CHECK...]",
 		Short: "Find out what is wrong, and say what helps",
 		Long: `Looks at the metadata, at this host's kernel, and at the other hosts, which it probes: by a small question on UDP 4788, by
-questions of full size that must not be fragmented, and by echo requests through the tunnels. It changes nothing.
+questions of full size that must not be fragmented, and by echo requests through the tunnels. It asks this host's containers, and
+sends a packet through this host's forward path, between two ports that it makes for that and that vanish with it. It changes nothing else.
 It looks from this host; run it on the other one too when the two of them do not reach each other. It wants to be root.
 
 The status is 1 when it found an error, else 2 when something could not be checked, else 0. Checks:
@@ -42,7 +43,7 @@ The status is 1 when it found an error, else 2 when something could not be check
 				Want: desired, Observe: observe, PortFaults: a.portFaults, Living: living,
 				Features: features, Timeout: within,
 				Probe: !noProbe && (len(args) == 0 || slices.ContainsFunc(args, func(s string) bool {
-					return slices.Contains([]string{"reach", "tunnel", "mtu", "clock"}, s)
+					return slices.Contains([]string{"reach", "tunnel", "mtu", "clock", "forward-policy", "containers"}, s)
 				}))}
 			r := doctor.Check(g.Gather(ctx), args...)
 			if err := a.print(r, func(w *writer) { writeReport(w, r) }); err != nil {
@@ -54,7 +55,7 @@ The status is 1 when it found an error, else 2 when something could not be check
 			return nil
 		},
 	}
-	c.Flags().BoolVar(&noProbe, "no-probe", false, "do not send anything to other hosts")
+	c.Flags().BoolVar(&noProbe, "no-probe", false, "send nothing: to other hosts, to containers, through the forward path")
 	c.Flags().DurationVar(&within, "answer-within", 400*time.Millisecond, "how long another host may take to answer; three tries are made")
 	return c
 }

@@ -44,7 +44,7 @@ var checks = []struct {
 	{"features", "the kernel can do all that is needed", (*examination).features},
 	{"forwarding", "the host forwards packets", (*examination).forwarding},
 	{"rp-filter", "the reverse path check is not loosened", (*examination).rpFilter},
-	{"forward-policy", "no firewall drops forwarded packets of the networks", (*examination).forwardPolicy},
+	{"forward-policy", "no firewall stops the networks' packets from port to port", (*examination).forwardPolicy},
 	{"underlay", "the underlay is as the metadata says, and large enough", (*examination).underlay},
 	{"devices", "tunnel devices are as they should be", (*examination).devices},
 	{"ports", "the ports of containers refuse forged sources and router advertisements", (*examination).ports},
@@ -504,7 +504,19 @@ func (e *examination) rpFilter() {
 		"only Lariat's own nftables rule keeps containers from using each other's IPv4 addresses")
 }
 
+// forwardPolicy goes by packets where some could be sent, and else by what the chains say.
 func (e *examination) forwardPolicy() {
+	if e.Kernel != nil && e.Kernel.Passages != nil {
+		for _, p := range e.Kernel.Passages {
+			if !p.Passed {
+				e.stopped(p)
+			}
+		}
+		if why := e.NotLooked["passages"]; why != "" {
+			e.skip("%s", why)
+		}
+		return
+	}
 	if e.Kernel == nil || e.NotLooked["forward"] != "" {
 		e.needs("forward", false)
 		return
@@ -523,6 +535,45 @@ func (e *examination) forwardPolicy() {
 		}
 		e.add(Error, c.Name, remedy, "forwarded packets are dropped by the policy of %s: containers reach nobody", c.Name)
 	}
+}
+
+// stopped tells of a packet that did not pass from one port to another, by what, and who can do something about it.
+func (e *examination) stopped(p Passage) {
+	family, v6 := "IPv4", p.Subnet.Addr().Is6()
+	if v6 {
+		family = "IPv6"
+	}
+	if key := map[bool]string{false: "net/ipv4/ip_forward", true: "net/ipv6/conf/all/forwarding"}[v6]; e.Kernel.Sysctls[key] == "0" {
+		return // the check forwarding tells
+	}
+	if p.Chain == "" {
+		e.add(Error, "network "+p.Network, "look at nft list ruleset and iptables-save for rules that drop or reject what is forwarded",
+			"%s packets of network %s do not pass from one container's port to another on this host; what stops them was not found", family, p.Network)
+		return
+	}
+	words := strings.Fields(p.Chain)
+	last := words[len(words)-1]
+	ipt := strings.HasPrefix(p.Chain, "ip")
+	var remedy string
+	switch {
+	case ipt && last == "LARIAT-USER":
+		remedy = "rules in LARIAT-USER are the administrator's, and come first; remove the rule if it is not meant"
+	case ipt:
+		remedy = "start lariat-network-manager, which lets the networks' packets through in front of such rules"
+	case strings.Contains(p.Chain, " lariat "):
+		remedy = "lariat plan --diff shows what is not as it should be; start lariat-network-manager"
+	case strings.Contains(p.Chain, " firewalld "):
+		remedy = fmt.Sprintf("firewall-cmd --permanent --zone=trusted --add-source=%s; firewall-cmd --reload", p.Subnet)
+	default:
+		ip := map[bool]string{false: "ip", true: "ip6"}[v6]
+		remedy = fmt.Sprintf("put accept rules in front of it, where the chain is made (now: nft insert rule %[1]s %[2]s daddr %[3]s accept; the same for saddr); "+
+			"an accept elsewhere does not help, for a packet must pass every chain", strings.TrimPrefix(p.Chain, "nft chain "), ip, p.Subnet)
+	}
+	by := "the policy of " + p.Chain
+	if p.Rule != "" {
+		by = fmt.Sprintf("a rule of %s: %s", p.Chain, p.Rule)
+	}
+	e.add(Error, p.Chain, remedy, "forwarded packets are dropped by %s; containers of network %s do not reach each other by %s", by, p.Network, family)
 }
 
 func (e *examination) underlay() {

@@ -76,6 +76,8 @@ type Kernel struct {
 	Ports   []delta.PortFault // containers' ports that lack something
 	Chains  []Device          // nftables chains that should be there, as text
 	Forward []ForwardChain
+
+	Passages []Passage // packets from port to port; nil: none was sent
 }
 
 // Link is an interface.

@@ -217,6 +217,17 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 	if f.Metadata.Snapshot == nil {
 		return
 	}
+	switch {
+	case !g.Probe:
+		f.NotLooked["passages"] = "no packet was sent (--no-probe)"
+	case os.Geteuid() != 0:
+		f.NotLooked["passages"] = "only root may send a packet from port to port"
+	default:
+		var why string
+		if k.Passages, why = g.passages(ctx, f.Metadata.Snapshot); why != "" {
+			f.NotLooked["passages"] = why
+		}
+	}
 	if g.PortFaults == nil {
 		f.NotLooked["ports"] = "this build cannot observe the kernel"
 	} else if k.Ports, err = g.PortFaults(ctx, f.Metadata.Snapshot); err != nil {

@@ -214,12 +214,50 @@ func TestF137RealForwardDrop(t *testing.T) {
 	// What the network manager does about it is enough.
 	p.a.Command(t, "iptables", "-w", "-N", "LARIAT-FORWARD")
 	p.a.Command(t, "iptables", "-w", "-A", "FORWARD", "-j", "LARIAT-FORWARD")
+	for _, way := range []string{"-i", "-o"} {
+		p.a.Command(t, "iptables", "-w", "-A", "LARIAT-FORWARD", way, "lrt+", "-j", "ACCEPT")
+	}
 	p.examine(t)
 	// Another firewall drops all the same, until it knows the subnet.
 	p.a.Command(t, "nft", "add table inet firewall; add chain inet firewall through { type filter hook forward priority 0; policy drop; }")
 	p.examine(t, "forward-policy error: forwarded packets are dropped by the policy of nft chain inet firewall through")
 	p.a.Command(t, "nft", "add rule inet firewall through ip saddr 10.42.0.0/16 accept")
 	p.examine(t)
+	// Rules that reject, in each of the places where firewalls have them.
+	const dropped = "forward-policy error: forwarded packets are dropped by a rule of "
+	p.a.Command(t, "iptables", "-w", "-I", "FORWARD", "-j", "REJECT")
+	p.examine(t, dropped+"iptables filter FORWARD: ")
+	p.a.Command(t, "iptables", "-w", "-D", "FORWARD", "1")
+	p.a.Command(t, "iptables", "-w", "-N", "LARIAT-USER")
+	p.a.Command(t, "iptables", "-w", "-I", "FORWARD", "-j", "LARIAT-USER")
+	p.a.Command(t, "iptables", "-w", "-A", "LARIAT-USER", "-s", "10.42.0.0/16", "-j", "DROP")
+	p.examine(t, dropped+"iptables filter LARIAT-USER: ")
+	p.a.Command(t, "iptables", "-w", "-F", "LARIAT-USER")
+	// As firewalld has it.
+	p.a.Command(t, "nft", `add table inet firewalld
+add chain inet firewalld filter_FWD_public
+add chain inet firewalld filter_FORWARD { type filter hook forward priority 10; policy accept; }
+add rule inet firewalld filter_FORWARD ct state established,related accept
+add rule inet firewalld filter_FORWARD jump filter_FWD_public
+add rule inet firewalld filter_FORWARD reject with icmpx admin-prohibited`)
+	r := p.examine(t, dropped+"nft chain inet firewalld filter_FORWARD: reject with icmpx admin-prohibited")
+	if len(r.Findings) == 1 && !strings.Contains(r.Findings[0].Remedy, "firewall-cmd --permanent --zone=trusted --add-source=10.42.0.0/16") {
+		t.Error(r.Findings[0].Remedy)
+	}
+	p.a.Command(t, "nft", "delete table inet firewalld")
+	p.examine(t)
+	if out := p.a.Command(t, "sh", "-c", "nft list tables; ip -o link"); strings.Contains(out, "lariat-doctor") || strings.Contains(out, "lrtp") {
+		t.Errorf("the check-up left something behind:\n%s", out)
+	}
+	// The older iptables, beside the newer.
+	if _, err := exec.LookPath("iptables-legacy"); err != nil {
+		t.Skip(err)
+	}
+	p.a.Command(t, "iptables-legacy", "-w", "-P", "FORWARD", "DROP")
+	p.examine(t, "forward-policy error: forwarded packets are dropped by the policy of iptables (legacy) filter FORWARD")
+	p.a.Command(t, "iptables-legacy", "-w", "-P", "FORWARD", "ACCEPT")
+	p.a.Command(t, "iptables-legacy", "-w", "-A", "FORWARD", "-j", "REJECT")
+	p.examine(t, dropped+"iptables (legacy) filter FORWARD: -A FORWARD -j REJECT")
 }
 
 func TestF137RealSysctls(t *testing.T) {

@@ -17,12 +17,12 @@ import (
 // a hundred rules takes some microseconds.
 const legacyEvery = 500 * time.Millisecond
 
-// LegacyFilter reports whether the older iptables has a filter table in the process's network namespace. To ask for the
+// LegacyFilter reports whether the older iptables has a filter table in the current network namespace. To ask for the
 // table itself would make one.
 func LegacyFilter(v6 bool) bool {
-	name := "/proc/self/net/ip_tables_names"
+	name := "/proc/thread-self/net/ip_tables_names"
 	if v6 {
-		name = "/proc/self/net/ip6_tables_names"
+		name = "/proc/thread-self/net/ip6_tables_names"
 	}
 	b, err := os.ReadFile(name)
 	return err == nil && slices.Contains(strings.Fields(string(b)), "filter")
