@@ -3,9 +3,7 @@ package ebs
 import (
 	"context"
 	"fmt"
-	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -149,14 +147,17 @@ func (d *Driver) enlargeFS(ctx context.Context, v Volume, f *found, dir string, 
 	if top.Device != dev.number {
 		return volume.Errorf(volume.ErrConflict, "%s is mounted at %s, and not volume %s (%s, %s)", top.Source, dir, v.Name, f.id(), dev.path)
 	}
-	program, on := "xfs_growfs", dir
-	if strings.HasPrefix(top.FSType, "ext") {
-		program, on = "resize2fs", filepath.Clean(dev.path)
+	if top.ReadOnly() {
+		i := slices.IndexFunc(table, func(m mounts.Entry) bool { return m.Device == dev.number && !m.ReadOnly() })
+		if i < 0 {
+			return fmt.Errorf("volume %s (%s) has %d octets now; its file system is mounted read-only at %s: the first mount that may write enlarges it", v.Name, f.id(), size, dir)
+		}
+		dir = table[i].Point
 	}
-	_, err = run(ctx, program, on)
+	err = growFS(ctx, top.FSType, dir, dev)
 	volume.Step("file-system-expanded")
 	if err != nil {
-		return fmt.Errorf("volume %s (%s): enlarge the file system of %s: %w", v.Name, f.id(), on, err)
+		return fmt.Errorf("volume %s (%s): %w", v.Name, f.id(), err)
 	}
 	d.log.Info("expanded", "volume", v.Name, "id", f.id(), "octets", size)
 	return nil

@@ -1,6 +1,7 @@
 package ebs
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -89,17 +90,24 @@ func (d *Driver) arrived(ctx context.Context, r *region, v Volume, f *found, as 
 	return dev, nil
 }
 
-// MountDevice implements volume.Driver.
+// MountDevice implements volume.Driver. kubelet has one folder for all pods of a node, and calls for any of them: what is mounted there is made
+// read-only, or read-write, as the last call wants it.
 func (d *Driver) MountDevice(ctx context.Context, dir, as string, req volume.Request) error {
-	return d.Mount(ctx, dir, as, req)
+	return d.mountAt(ctx, dir, as, req, true)
 }
 
 // UnmountDevice implements volume.Driver.
 func (d *Driver) UnmountDevice(ctx context.Context, dir string) error { return d.Unmount(ctx, dir) }
 
 // Mount implements volume.Driver. At a second folder the device is mounted once more, which is the same file system: so one verb serves
-// kubelet, which mounts for the node and then for each pod, as well as those who mount once. With Config.Attach=node it attaches first.
+// kubelet, which mounts for the node and then for each pod, as well as those who mount once. Each folder is read-only or not for itself. With
+// Config.Attach=node it attaches first.
 func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) error {
+	return d.mountAt(ctx, dir, as, req, false)
+}
+
+// mountAt is both. With switches a mount that is there may become read-only, or read-write.
+func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request, switches bool) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
 	v, err := d.understand(req)
@@ -127,7 +135,7 @@ func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) 
 	if err != nil {
 		return err
 	}
-	if err := d.mount(within, r, v, dir, as, rec); err != nil {
+	if err := d.mount(within, r, v, dir, as, rec, switches); err != nil {
 		// A mount whose end nobody saw stays on record.
 		if t, terr := mounts.Read(); terr == nil && len(t.At(dir)) == 0 && (!known || old.Name == v.Name) {
 			err = errors.Join(err, d.giveUp(ctx, r, dir))
@@ -160,8 +168,8 @@ func (d *Driver) giveUp(ctx context.Context, r *region, dir string) error {
 	return d.mounts.Remove(dir)
 }
 
-// mount is Mount with locks held.
-func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string, rec mountRecord) (err error) {
+// mount is mountAt with locks held.
+func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string, rec mountRecord, switches bool) (err error) {
 	table, err := mounts.Read()
 	if err != nil {
 		return err
@@ -204,20 +212,49 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	defer unix.Close(fd)
 	if len(stack) > 0 {
 		top := stack[len(stack)-1]
-		if len(stack) == 1 && top.Device == dev.number && top.ReadOnly() == v.ReadOnly {
-			return d.mounts.Put(dir, rec)
+		switch {
+		case len(stack) > 1 || top.Device != dev.number:
+			return volume.Errorf(volume.ErrConflict, "%s is mounted at %s already (%s, %s); volume %s (%s, %s) would hide it. Volumes of one name in two pods of a node share a folder of kubelet's: use PersistentVolumes, or names of their own",
+				top.Source, dir, top.FSType, top.Options, v.Name, f.id(), dev.path)
+		case top.ReadOnly() != v.ReadOnly && !switches:
+			return volume.Errorf(volume.ErrConflict, "volume %s (%s, %s) is mounted at %s already, %s, and is wanted %s: unmount it first",
+				v.Name, f.id(), dev.path, dir, mode(top.ReadOnly()), mode(v.ReadOnly))
 		}
-		return volume.Errorf(volume.ErrConflict, "%s is mounted at %s already (%s, %s); volume %s (%s, %s) would hide it. Volumes of one name in two pods of a node share a folder of kubelet's: use PersistentVolumes, or names of their own",
-			top.Source, dir, top.FSType, top.Options, v.Name, f.id(), dev.path)
+		if err := alive(ctx, v, f, dir); err != nil {
+			return err
+		}
+		if _, err := d.writable(ctx, r, v, f, dev, fd, d.having(table, dev)); err != nil {
+			return err
+		}
+		if readOnly(top.Options) != v.ReadOnly {
+			err = mounts.SetReadOnly(ctx, dir, v.ReadOnly)
+			volume.Step("switched")
+			if err != nil {
+				return fmt.Errorf("make the mount of volume %s (%s) at %s %s: %w", v.Name, f.id(), dir, mode(v.ReadOnly), err)
+			}
+		}
+		if !v.ReadOnly {
+			d.grow(ctx, v, f, dev, fd, top.FSType, dir)
+		}
+		return d.mounts.Put(dir, rec)
 	}
 	if err := d.torn(table, f.id()); err != nil {
 		return err
 	}
 	spec := mounts.Spec{Source: dev.path, Dir: dir, Options: v.Options}
-	i := slices.IndexFunc(table, func(m mounts.Entry) bool { return m.Device == dev.number })
-	if i >= 0 {
+	if others, err := d.others(ctx, table, dev); err != nil {
+		return fmt.Errorf("volume %s (%s): %w", v.Name, f.id(), err)
+	} else if len(others) > 0 {
 		// Mounted once more, it is the same file system with the same state; what is mounted is not examined.
-		spec.FSType = table[i].FSType
+		spec.FSType = others[0].FSType
+		if here := d.having(table, dev); len(here) > 0 {
+			if err := alive(ctx, v, f, here[0].Point); err != nil {
+				return err
+			}
+		}
+		if spec.Writable, err = d.writable(ctx, r, v, f, dev, fd, others); err != nil {
+			return err
+		}
 	} else if spec.FSType, err = d.prepare(ctx, r, v, f, dev); err != nil {
 		return err
 	}
@@ -230,10 +267,132 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	err = mounts.Mount(ctx, spec)
 	volume.Step("mounted")
 	if err != nil {
-		return fmt.Errorf("mount volume %s (%s) at %s: %w", v.Name, f.id(), dir, err)
+		return fmt.Errorf("mount volume %s (%s) at %s: %w", v.Name, f.id(), dir, d.refused(ctx, dev, spec.FSType, err))
+	}
+	if !v.ReadOnly {
+		d.grow(ctx, v, f, dev, fd, spec.FSType, dir)
 	}
 	d.log.Info("mounted", "volume", v.Name, "id", f.id(), "device", dev.path, "dir", dir, "pod", rec.Pod)
 	return nil
+}
+
+// mode is for messages.
+func mode(readOnly bool) string {
+	if readOnly {
+		return "read-only"
+	}
+	return "read-write"
+}
+
+// readOnly says whether a list of the mount table begins with ro, as it does then.
+func readOnly(options string) bool { return strings.HasPrefix(options+",", "ro,") }
+
+// having are the mounts of a device.
+func (d *Driver) having(table mounts.Table, dev device) (all []mounts.Entry) {
+	for _, m := range table {
+		if m.Device == dev.number {
+			all = append(all, m)
+		}
+	}
+	return all
+}
+
+// others are the mounts of a device, on this host or, if there are none, in the mount namespaces of its processes alone: a container keeps its
+// own after the host's is gone.
+func (d *Driver) others(ctx context.Context, table mounts.Table, dev device) ([]mounts.Entry, error) {
+	if all := d.having(table, dev); len(all) > 0 {
+		return all, nil
+	}
+	fd, err := unix.Open(dev.path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	if err == nil {
+		return nil, unix.Close(fd)
+	}
+	if !errors.Is(err, unix.EBUSY) {
+		return nil, fmt.Errorf("open %s: %w", dev.path, err)
+	}
+	if all, _ := mounts.Elsewhere(dev.number); len(all) > 0 {
+		return all, nil
+	}
+	return nil, d.refused(ctx, dev, "", err)
+}
+
+// writable says whether the file system of a device that has mounts can be written to. If only they are read-only, and the file system with them, and the
+// volume is wanted for writing, it is made so, which changes none of them.
+func (d *Driver) writable(ctx context.Context, r *region, v Volume, f *found, dev device, fd int, others []mounts.Entry) (bool, error) {
+	if !slices.ContainsFunc(others, func(m mounts.Entry) bool { return readOnly(m.Super) }) {
+		return true, nil
+	}
+	if v.ReadOnly {
+		return false, nil
+	}
+	fail := func(format string, args ...any) (bool, error) {
+		return false, volume.Errorf(volume.ErrInUse, "volume %s (%s) is wanted read-write, and is mounted read-only at %s: %w. It can be mounted read-write when it is unmounted there",
+			v.Name, f.id(), points(others), fmt.Errorf(format, args...))
+	}
+	if i := slices.IndexFunc(others, func(m mounts.Entry) bool { return !readOnly(m.Options) }); i >= 0 {
+		return fail("the kernel has taken the right to write from the mount at %s, after errors, as its log says", others[i].Point)
+	}
+	if s, err := readSuperblock(fd, others[0].FSType); err != nil || s.damaged {
+		return fail("the file system has errors (%w), which e2fsck repairs at the next mount of a volume that is mounted nowhere", cmp.Or(err, errors.New("its superblock says so")))
+	}
+	table, err := mounts.Read()
+	if err != nil {
+		return false, err
+	}
+	here := d.having(table, dev)
+	if len(here) == 0 {
+		_, who := mounts.Elsewhere(dev.number)
+		return fail("only %s has it", strings.Join(who, ", "))
+	}
+	if err := d.formatted(ctx, r, f); err != nil {
+		return false, err
+	}
+	if err := mounts.MakeWritable(ctx, here[0].Point); err != nil {
+		return fail("%w", err)
+	}
+	volume.Step("made-writable")
+	return true, nil
+}
+
+func points(all []mounts.Entry) string {
+	var list []string
+	for _, m := range all {
+		list = append(list, m.Point)
+	}
+	return strings.Join(list, ", ")
+}
+
+// refused adds to EBUSY who has the device, and to EINVAL which other one has the same UUID: the kernel says neither.
+func (d *Driver) refused(ctx context.Context, dev device, fs string, err error) error {
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		if _, who := mounts.Elsewhere(dev.number); len(who) > 0 {
+			return volume.Errorf(volume.ErrInUse, "%w: %s is mounted by %s", err, dev.path, strings.Join(who, ", "))
+		}
+		holders, _ := filepath.Glob(filepath.Join(d.devices.sys, "block", filepath.Base(dev.path), "holders", "*"))
+		for i := range holders {
+			holders[i] = filepath.Base(holders[i])
+		}
+		if len(holders) > 0 {
+			return volume.Errorf(volume.ErrInUse, "%w: %s is a part of %s", err, dev.path, strings.Join(holders, ", "))
+		}
+		return volume.Errorf(volume.ErrInUse, "%w: a program has %s for itself (%s)", err, dev.path, strings.Join(mounts.Users(dev.path), ", "))
+	case errors.Is(err, unix.EINVAL) && fs == "xfs":
+		table, terr := mounts.Read()
+		own := uuid(ctx, dev.path)
+		for _, m := range table {
+			if terr == nil && own != "" && m.FSType == "xfs" && m.Device != dev.number && uuid(ctx, m.Source) == own {
+				return volume.Errorf(volume.ErrConflict, "%w: it has the UUID of %s, which is mounted at %s: is it a copy? Then add nouuid to mntOptions", err, m.Source, m.Point)
+			}
+		}
+	}
+	return err
+}
+
+// uuid of the file system on a device, or "".
+func uuid(ctx context.Context, path string) string {
+	out, _ := run(ctx, "blkid", "-p", "-s", "UUID", "-o", "value", path)
+	return strings.TrimSpace(out)
 }
 
 // healthy says whether the device below a mount is still there. The file system of one that was torn away answers as if nothing had happened,
@@ -244,6 +403,14 @@ func (d *Driver) healthy(dir string, m mounts.Entry) error {
 	}
 	if _, alive := d.devices.numbered(m.Device); !alive {
 		return fmt.Errorf("the device of what is mounted at %s (%s, %s) is gone: it was detached while it was mounted, and what was not written yet is lost. End what uses it, and unmount it", dir, m.Source, m.Device)
+	}
+	return nil
+}
+
+// alive refuses a file system that the kernel has shut down, after errors of its device: it would be handed out as a success.
+func alive(ctx context.Context, v Volume, f *found, dir string) error {
+	if stale, err := mounts.Probe(ctx, dir); stale {
+		return fmt.Errorf("the file system of volume %s (%s), mounted at %s, is shut down: %w. The kernel's log says why; unmount it wherever it is mounted, and the next mount looks after it", v.Name, f.id(), dir, err)
 	}
 	return nil
 }

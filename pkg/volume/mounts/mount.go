@@ -32,6 +32,8 @@ type Spec struct {
 	// The server's name has other addresses, which may be dead. The kernel mounts from Address then, for mount.nfs takes no address and tries
 	// all of them in an order of its own, a minute each.
 	Pinned bool
+	// The file system of a device is writable, or mounted for writing elsewhere: ro among the options is for this mount alone.
+	Writable bool
 }
 
 // flags are the options that mount(2) takes as bits.
@@ -89,6 +91,9 @@ func MountHere(s Spec, become bool) error {
 	}
 	volume.Step("before-mount")
 	program := helper(s.FSType)
+	if program == "" && s.Address == "" {
+		return deviceMount(s)
+	}
 	if program == "" || s.Pinned {
 		return kernelMount(s, program != "")
 	}
@@ -411,38 +416,16 @@ func inUse(dir string, cause error) error {
 // namespace, also below a folder where a container has the host's root, so it does not count.
 func Holders(top Entry, place func(point string) bool) (who []string) {
 	below := strings.TrimSuffix(top.Root, "/") + "/"
-	seen := map[string]bool{}
-	procs, _ := os.ReadDir("/proc")
-	for _, p := range procs {
-		if p.Name()[0] < '0' || p.Name()[0] > '9' {
-			continue
-		}
-		ns, err := os.Readlink("/proc/" + p.Name() + "/ns/mnt")
-		if err != nil || seen[ns] {
-			continue
-		}
-		seen[ns] = true
-		data, err := os.ReadFile("/proc/" + p.Name() + "/mountinfo")
-		if err != nil {
-			delete(seen, ns) // it ended; another may be there
-			continue
-		}
-		theirs, err := Parse(data)
-		if err != nil {
-			continue
-		}
-		for _, m := range theirs {
+	namespaces(func(pid string, table Table) bool {
+		for _, m := range table {
 			same := m.Device == top.Device && m.Source == top.Source
 			if same && (m.Root == top.Root || strings.HasPrefix(m.Root, below)) && !place(m.Point) {
-				comm, _ := os.ReadFile("/proc/" + p.Name() + "/comm")
-				who = append(who, fmt.Sprintf("%s (%s) at %s", strings.TrimSpace(string(comm)), p.Name(), m.Point))
+				who = append(who, holder(pid, m))
 				break
 			}
 		}
-		if len(who) == 5 {
-			break
-		}
-	}
+		return len(who) < most
+	})
 	return who
 }
 
@@ -468,7 +451,7 @@ func Users(dir string) (who []string) {
 				break
 			}
 		}
-		if len(who) == 5 {
+		if len(who) == most {
 			break
 		}
 	}

@@ -1,0 +1,170 @@
+package mounts
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// attributes are the options that belong to one mount. All others belong to the file system, which all mounts of a device share.
+var attributes = map[string]struct{ set, clear int }{
+	"ro": {unix.MOUNT_ATTR_RDONLY, 0}, "rw": {0, unix.MOUNT_ATTR_RDONLY},
+	"nosuid": {unix.MOUNT_ATTR_NOSUID, 0}, "suid": {0, unix.MOUNT_ATTR_NOSUID},
+	"nodev": {unix.MOUNT_ATTR_NODEV, 0}, "dev": {0, unix.MOUNT_ATTR_NODEV},
+	"noexec": {unix.MOUNT_ATTR_NOEXEC, 0}, "exec": {0, unix.MOUNT_ATTR_NOEXEC},
+	"relatime": {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME}, "atime": {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME},
+	"noatime":     {unix.MOUNT_ATTR_NOATIME, unix.MOUNT_ATTR__ATIME},
+	"strictatime": {unix.MOUNT_ATTR_STRICTATIME, unix.MOUNT_ATTR__ATIME},
+	"nodiratime":  {unix.MOUNT_ATTR_NODIRATIME, 0}, "diratime": {0, unix.MOUNT_ATTR_NODIRATIME},
+}
+
+// deviceMount mounts a device. One call of mount(2) says ro for the mount and the file system at once, so that a device could not have both kinds
+// of mounts. The newer calls tell them apart; a kernel before 5.2 has none of them.
+func deviceMount(s Spec) error {
+	fs, err := unix.Fsopen(s.FSType, unix.FSOPEN_CLOEXEC)
+	if errors.Is(err, unix.ENOSYS) {
+		return kernelMount(s, false)
+	}
+	if errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("mount %s: %w (this kernel has no %s: modprobe %s)", s.Source, err, s.FSType, s.FSType)
+	}
+	if err != nil {
+		return fmt.Errorf("mount %s: %w", s.Source, err)
+	}
+	defer unix.Close(fs)
+	attr, errs := 0, []error{unix.FsconfigSetString(fs, "source", s.Source)}
+	for _, o := range s.Options {
+		a, own := attributes[o]
+		attr = attr&^a.clear | a.set
+		switch key, value, valued := strings.Cut(o, "="); {
+		case o == "ro" && s.Writable: // the mount's alone
+		case own && o != "ro" && o != "rw":
+		case valued:
+			errs = append(errs, unix.FsconfigSetString(fs, key, value))
+		default:
+			errs = append(errs, unix.FsconfigSetFlag(fs, key))
+		}
+	}
+	if err = errors.Join(errs...); err == nil {
+		err = unix.FsconfigCreate(fs)
+	}
+	if err != nil {
+		return fmt.Errorf("mount %s: %w%s", s.Source, err, told(fs))
+	}
+	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attr)
+	if err != nil {
+		return fmt.Errorf("mount %s: %w%s", s.Source, err, told(fs))
+	}
+	defer unix.Close(mount)
+	if err := unix.MoveMount(mount, "", unix.AT_FDCWD, s.Dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mount %s at %s: %w", s.Source, s.Dir, err)
+	}
+	return nil
+}
+
+// told is what the kernel says of a file system that it refuses.
+func told(fs int) string {
+	var words []string
+	buf := make([]byte, 1024)
+	for range 10 {
+		n, err := unix.Read(fs, buf)
+		if err != nil || n <= 0 {
+			break
+		}
+		words = append(words, strings.TrimSpace(string(buf[:n])))
+	}
+	if len(words) == 0 {
+		return " (the kernel's log, dmesg, may say more)"
+	}
+	return " (" + strings.Join(words, "; ") + ")"
+}
+
+// MakeWritable makes a file system that is mounted at a folder writable. No mount of it changes: who has it read-only keeps it so.
+func MakeWritable(ctx context.Context, dir string) error {
+	_, err := doMakeWritable(ctx, dir)
+	return err
+}
+
+var doMakeWritable = Task("make-writable", func(dir string) (struct{}, error) {
+	fs, err := unix.Fspick(unix.AT_FDCWD, dir, unix.FSPICK_CLOEXEC|unix.FSPICK_SYMLINK_NOFOLLOW|unix.FSPICK_NO_AUTOMOUNT)
+	if err != nil {
+		return struct{}{}, err
+	}
+	defer unix.Close(fs)
+	if err = unix.FsconfigSetFlag(fs, "rw"); err == nil {
+		err = unix.FsconfigReconfigure(fs)
+	}
+	if err != nil {
+		err = fmt.Errorf("%w%s", err, told(fs))
+	}
+	return struct{}{}, err
+})
+
+type modeArgs struct {
+	Dir      string
+	ReadOnly bool
+}
+
+var doSetMode = Task("set-mode", func(a modeArgs) (struct{}, error) {
+	attr := unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY}
+	if a.ReadOnly {
+		attr = unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
+	}
+	return struct{}{}, unix.MountSetattr(unix.AT_FDCWD, a.Dir, unix.AT_SYMLINK_NOFOLLOW, &attr)
+})
+
+// SetReadOnly makes the mount at a folder read-only, or read-write, and no other mount.
+func SetReadOnly(ctx context.Context, dir string, readOnly bool) error {
+	_, err := doSetMode(ctx, modeArgs{dir, readOnly})
+	return err
+}
+
+// Elsewhere are the mounts of a device in all mount namespaces, one for each, with who has it, as "name (pid) at folder".
+func Elsewhere(device string) (found []Entry, who []string) {
+	namespaces(func(pid string, table Table) bool {
+		for _, m := range table {
+			if m.Device == device {
+				found, who = append(found, m), append(who, holder(pid, m))
+				break
+			}
+		}
+		return len(who) < most
+	})
+	return found, who
+}
+
+// most are the processes that a message names.
+const most = 5
+
+func holder(pid string, m Entry) string {
+	comm, _ := os.ReadFile("/proc/" + pid + "/comm")
+	return fmt.Sprintf("%s (%s) at %s", strings.TrimSpace(string(comm)), pid, m.Point)
+}
+
+// namespaces shows the mount table of each mount namespace, with a process that is in it, until the visitor has seen enough.
+func namespaces(visit func(pid string, table Table) (more bool)) {
+	seen := map[string]bool{}
+	procs, _ := os.ReadDir("/proc")
+	for _, p := range procs {
+		if p.Name()[0] < '0' || p.Name()[0] > '9' {
+			continue
+		}
+		ns, err := os.Readlink("/proc/" + p.Name() + "/ns/mnt")
+		if err != nil || seen[ns] {
+			continue
+		}
+		seen[ns] = true
+		data, err := os.ReadFile("/proc/" + p.Name() + "/mountinfo")
+		if err != nil {
+			delete(seen, ns) // it ended; another may be there
+			continue
+		}
+		if table, err := Parse(data); err == nil && !visit(p.Name(), table) {
+			return
+		}
+	}
+}
