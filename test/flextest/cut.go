@@ -21,19 +21,28 @@ type Cuts struct {
 	Rand    *rand.Rand
 	Act     func(host int)    // a call by a host, which it makes within Survive
 	Tell    func(line string) // what was done, for a failure
-	Steps   int               // a call is cut at one of its first so many
+	Steps   int               // a call is cut at one of its first so many, or at one that has a name
 	Most    int               // calls of the other host in between
-	Reached map[string]int    // how often each step was, by its name
+	Reached map[string]int    // how often a call was cut at each step, by its name
 }
 
 // Next is a call by one of the hosts, and what comes in between.
 func (c Cuts) Next() {
 	host, at, dies := c.Rand.IntN(2), c.Rand.IntN(c.Steps), c.Rand.IntN(3) == 0
+	// By numbers alone, steps that few calls pass would hardly ever be cut.
+	name := ""
+	if known := slices.Sorted(maps.Keys(c.Reached)); len(known) > 0 && c.Rand.IntN(2) == 0 {
+		name = slices.MinFunc(known, func(a, b string) int { return c.Reached[a] - c.Reached[b] })
+		if c.Rand.IntN(2) == 0 {
+			name = known[c.Rand.IntN(len(known))]
+		}
+	}
 	volume.OnStep = func(step string) {
-		c.Reached[step]++
-		if at--; at >= 0 {
+		c.Reached[step] += 0
+		if at--; name == "" && at >= 0 || name != "" && name != step {
 			return
 		}
+		c.Reached[step]++
 		volume.OnStep = nil
 		for range 1 + c.Rand.IntN(c.Most) {
 			c.Act(1 - host)

@@ -53,8 +53,8 @@ type record struct {
 	// Detach
 	Created  bool `json:"created,omitempty"`
 	Deleting bool `json:"deleting,omitempty"`
-	// Delete found another volume of the name and has touched nothing, and so does the next; Create
-	// forgets it
+	// it is gone: Delete found another volume of the name and has touched nothing, or a Create has
+	// begun to make it anew; no Delete touches anything until a Create ends
 	Lost bool      `json:"lost,omitempty"`
 	Time time.Time `json:"time"`
 }

@@ -115,6 +115,32 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 	}
 }
 
+// F106: a Create that AWS has refused has not made this host forget what it knew: its Delete takes nothing that another host has made since.
+func TestF106RefusedCreate(t *testing.T) {
+	l := newLab(t, 1, Config{})
+	one, two := l.host(self, "v", false), l.host(other, "v", false)
+	l.ok(one.create("purge"))
+	l.ok(two.create("purge"))
+	_, err := two.remove()
+	l.ok(err)
+	l.Fail("CreateVolume", "VolumeLimitExceeded", 1)
+	l.says(one.create("purge"), nil, "VolumeLimitExceeded")
+	l.ok(two.create("purge"))
+	for range 2 {
+		r, err := one.remove()
+		l.ok(err)
+		if v := l.only(); v.ID != two.knows || !strings.Contains(r.Message, two.knows+" is kept") {
+			t.Errorf("%+v %+v", v, r)
+		}
+	}
+	l.ok(one.create("purge"))
+	_, err = one.remove()
+	l.ok(err)
+	if all := l.Volumes(); len(all) > 0 {
+		t.Errorf("%+v", all)
+	}
+}
+
 // F106, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by
 // a kill. No volume is deleted but by who knew it and may.
 func TestF106F158TwoHostsAnyOrder(t *testing.T) {

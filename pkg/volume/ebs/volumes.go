@@ -219,9 +219,11 @@ func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (
 	// Who attaches and says nothing has not decided that the data is to stay.
 	v.Said = v.Said || create
 	if f == nil {
-		// Forgotten first: after a kill the next call must know as its own what this one makes.
+		// Lost first: after a kill the next call must know as its own what this one makes, and no
+		// Delete may take what another host makes for it.
 		if v.Known != "" {
-			if err := d.volumes.Remove(v.Name); err != nil {
+			gone := record{ID: v.Known, Region: r.Config.Region, Cluster: d.config.Cluster, Created: true, Lost: true, Time: time.Now().UTC()}
+			if err := d.volumes.Put(v.Name, gone); err != nil {
 				return nil, err
 			}
 		}

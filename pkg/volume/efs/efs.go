@@ -53,9 +53,9 @@ type record struct {
 	Time        time.Time `json:"time"`
 }
 
-// lost is the state of a record whose volume another host has replaced. Delete was called for it
-// and has touched nothing. The record stays, so that the same call again touches nothing either;
-// the next Create forgets it.
+// lost is the state of a record whose volume is gone: another host has replaced it, and a Delete
+// has touched nothing, or a Create has begun to make it anew. The record stays until a Create ends,
+// so that no Delete takes what has the name by then for what this host knew.
 const lost = "lost"
 
 // identity is the id of what Create has made or found of a volume's own; "" if it has nothing of its own.
@@ -101,7 +101,8 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	if err != nil {
 		return volume.Reply{}, err
 	}
-	if old.State == lost {
+	wasLost := old.State == lost
+	if wasLost {
 		old, known = record{}, false
 	}
 	v.Known = cmp.Or(v.Known, old.identity())
@@ -110,12 +111,16 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	}
 	rec := record{Volume: v, State: "creating", Created: old.Created, Time: time.Now().UTC(),
 		FileSystem: cmp.Or(v.FileSystem, old.FileSystem), AccessPoint: cmp.Or(v.AccessPoint, old.AccessPoint)}
-	if err := d.volumes.Put(v.Name, rec); err != nil {
-		return volume.Reply{}, err
+	if !wasLost {
+		if err := d.volumes.Put(v.Name, rec); err != nil {
+			return volume.Reply{}, err
+		}
 	}
 	volume.Step("create-journalled")
 	kept, err := d.provision(ctx, &v, &rec)
 	switch {
+	case err != nil && wasLost:
+		return volume.Reply{}, err
 	case err != nil && !known && volume.IsFinal(err): // nobody goes on with it
 		return volume.Reply{}, errors.Join(err, d.volumes.Remove(v.Name))
 	case err != nil && volume.IsFinal(err): // it is what it was
@@ -159,15 +164,19 @@ func (d *Driver) provision(ctx context.Context, of *Volume, rec *record) (kept b
 	if is, err := a.there(ctx, *of); err != nil {
 		return false, err
 	} else if !is {
-		// Forgotten first: after a kill the next call must know as its own what this one makes.
-		if of.Known, rec.Created = "", false; of.Folder != nil {
-			rec.AccessPoint = ""
-		} else {
-			rec.FileSystem = ""
+		// Lost first: after a kill the next call must know as its own what this one makes, and no
+		// Delete may take what another host makes for it.
+		own := &rec.FileSystem
+		if of.Folder != nil {
+			own = &rec.AccessPoint
 		}
-		if err := d.volumes.Put(of.Name, *rec); err != nil {
+		*own = of.Known
+		gone := *rec
+		gone.State, gone.Created = lost, true
+		if err := d.volumes.Put(of.Name, gone); err != nil {
 			return false, err
 		}
+		of.Known, rec.Created, *own = "", false, ""
 	}
 	v := *of
 	fs, err := a.makeFileSystem(ctx, v)

@@ -30,10 +30,10 @@ type host struct {
 
 func (h *host) request() volume.Request {
 	o := maps.Clone(h.o)
-	o["onRemove"] = h.how
 	if h.facts {
 		maps.Copy(o, h.opts)
 	}
+	o["onRemove"] = h.how
 	return volume.Request{Name: h.name, Options: o}
 }
 
@@ -174,6 +174,50 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// F106: a Create that ran out of time has not made this host forget what it knew: its Delete takes nothing that another host has made since.
+func TestF106UnfinishedCreate(t *testing.T) {
+	c, _ := cloudOf(t)
+	one, two := &host{t: t, d: driver(t), name: "v", o: options{}}, &host{t: t, d: driver(t), name: "v", o: options{}}
+	ok := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	ok(one.create("purge"))
+	ok(two.create("purge"))
+	_, err := two.remove()
+	ok(err)
+	ctx, cancel := context.WithCancelCause(t.Context())
+	writes := 0
+	volume.OnStep = func(step string) {
+		if step == "journal-written" {
+			if writes++; writes == 2 { // the volume is gone, and nothing was asked for yet
+				cancel(volume.Timeout(time.Second))
+			}
+		}
+	}
+	t.Cleanup(func() { volume.OnStep = nil })
+	_, err = one.d.Create(ctx, one.request())
+	if volume.OnStep = nil; !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, context.Canceled) {
+		t.Fatalf("create: %v", err)
+	}
+	ok(two.create("purge"))
+	for range 2 {
+		r, err := one.remove()
+		ok(err)
+		if owned(c, "v")[two.knows] != "purge" || !strings.Contains(r.Message, two.knows+" is kept") {
+			t.Errorf("%+v %+v", owned(c, "v"), r)
+		}
+	}
+	ok(one.create("purge"))
+	_, err = one.remove()
+	ok(err)
+	if left := owned(c, "v"); len(left) > 0 {
+		t.Errorf("%v", left)
 	}
 }
 

@@ -1,6 +1,7 @@
 package nfs
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -44,6 +45,7 @@ type host struct {
 	// journal must do
 	facts bool
 	knows string            // identity that this host's caller was told
+	asked OnRemove          // of a Create that was killed: the caller repeats it before all else
 	how   OnRemove          // what the caller said at Create
 	opts  map[string]string // Create's answer
 }
@@ -137,7 +139,7 @@ func (h *host) as(what string, act func() error) (err error) {
 }
 
 func (h *host) create(how OnRemove) error {
-	return h.as("create "+string(how), func() error {
+	err := h.as("create "+string(how), func() error {
 		r, err := h.d.Create(h.f.Context(), h.request(how))
 		if err == nil {
 			h.opts, h.how = r.Options, how
@@ -146,6 +148,10 @@ func (h *host) create(how OnRemove) error {
 		}
 		return err
 	})
+	if h.asked = ""; errors.Is(err, flextest.ErrKilled) {
+		h.asked = how
+	}
+	return err
 }
 
 // noteAll learns what the creators of all volumes said.
@@ -308,6 +314,43 @@ func TestF105ReplacedElsewhere(t *testing.T) {
 	}
 }
 
+// F105: a Create that was refused has not made this host forget what it knew: its Delete takes nothing that another host has made since.
+func TestF105RefusedCreate(t *testing.T) {
+	f := newField(t)
+	one, two := f.host("one", false), f.host("two", false)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("%v\n%s", err, strings.Join(f.story, "\n"))
+		}
+	}
+	must(one.create(Purge))
+	must(two.create(Purge))
+	volume.OnStep = func(step string) {
+		if step == "moved-to-trash" {
+			volume.OnStep = nil
+			if err := one.create(Purge); !errors.Is(err, volume.ErrInUse) || !strings.Contains(err.Error(), "is being removed") {
+				t.Errorf("create: %v", err)
+			}
+		}
+	}
+	must(two.remove())
+	must(two.create(Purge))
+	must(two.mount())
+	for range 2 {
+		f.current = one
+		r, err := one.d.Delete(t.Context(), one.request(Purge))
+		if must(err); !strings.Contains(r.Message, "is kept") {
+			t.Errorf("remove: %+v", r)
+		}
+		f.check()
+	}
+	must(one.create(Purge))
+	must(one.remove())
+	f.free[two.knows] = true
+	f.check()
+}
+
 // F105, F158: two hosts, each call of the one cut at each of its steps by calls of the other, or by
 // a kill. No byte of a volume is lost that nobody who knew that volume has removed.
 func TestF105F158TwoHostsAnyOrder(t *testing.T) {
@@ -321,8 +364,11 @@ func TestF105F158TwoHostsAnyOrder(t *testing.T) {
 		act := func(n int) {
 			h := hosts[n]
 			switch n := rnd.IntN(10); {
-			case h.knows == "" || n < 2:
-				_ = h.create([]OnRemove{Purge, Purge, Retain}[rnd.IntN(3)])
+			case h.knows == "" || h.asked != "" || n < 2:
+				err := h.create(cmp.Or(h.asked, []OnRemove{Purge, Purge, Retain}[rnd.IntN(3)]))
+				if err == nil && rnd.IntN(2) == 0 {
+					_ = h.mount() // what nobody has written to, nobody can miss
+				}
 			case n < 5:
 				_ = h.mount()
 			default:

@@ -49,9 +49,9 @@ type record struct {
 	Time     time.Time `json:"time"`
 }
 
-// lost is the state of a record whose volume another host has replaced. Delete was called for it
-// and has touched nothing. The record stays, so that the same call again touches nothing either;
-// the next Create forgets it.
+// lost is the state of a record whose volume is gone: another host has replaced it, and a Delete
+// has touched nothing, or a Create has begun to make it anew. The record stays until a Create ends,
+// so that no Delete takes what has the name by then for what this host knew.
 const lost = "lost"
 
 // want is the identity of the only volume that Create or Mount may be about.
@@ -99,17 +99,24 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name, old.Volume.Source(), v.Source())
 	}
 	rec := record{Volume: v, State: "creating", Created: old.Created, Time: time.Now().UTC()}
+	begun := rec
+	if old.State == lost {
+		begun.State, begun.Identity = lost, old.Identity
+	}
 	if want := old.want(r); want != "" && v.Base != "" {
 		switch _, err := d.verify(ctx, v, want); {
 		case err == nil:
 			rec.Identity = want
+			begun = rec
 		case !errors.Is(err, volume.ErrNotFound):
 			return volume.Reply{}, err
+		default:
+			// One that is gone is made anew, and lost first: after a kill the next call must know as
+			// its own what this one makes.
+			begun.State, begun.Identity = lost, want
 		}
-		// One that is gone is made anew, and forgotten first: after a kill the next call must know
-		// as its own what this one makes.
 	}
-	if err := d.volumes.Put(v.Name, rec); err != nil {
+	if err := d.volumes.Put(v.Name, begun); err != nil {
 		return volume.Reply{}, err
 	}
 	volume.Step("create-journalled")

@@ -1,10 +1,13 @@
 package volumes_test
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 	"github.com/lariat-net/lariat/test/flextest"
@@ -172,11 +175,28 @@ func TestF159FirstAddressDead(t *testing.T) {
 	}
 	all := func(t *testing.T) {
 		t.Helper()
-		for mnt, shows := range map[string]string{"": "vers=4.2", "vers=4.1,atime": "vers=4.1", "vers=3,nolock": "vers=3"} {
-			t.Run(mnt, func(t *testing.T) { try(t, mnt, shows) })
+		for shows, mnt := range map[string]string{
+			"vers=4.2": "",
+			"vers=4.1": "vers=4.1,atime,softerr,timeo=100,actimeo=5,nosharecache,max_connect=2,local_lock=none,proto=tcp,sec=sys",
+			"vers=3": "vers=3,nolock,rsize=65536,wsize=65536,ac,acregmin=3,lookupcache=pos,nocto,noacl,nordirplus,noresvport,nconnect=2," +
+				"tcp,mountproto=tcp,mountvers=3,relatime,nodiratime,noexec",
+		} {
+			t.Run(shows, func(t *testing.T) { try(t, mnt, shows) })
 		}
 	}
 	t.Run("with mount.nfs", all)
+	t.Run("with locks of NFS 3", func(t *testing.T) { // whose program is started, as mount.nfs does
+		j := options("name", "locks", "host", pair, "export", export, "mntOptions", "vers=3")
+		if r := play(t, quick, "mount", dir, j); r.Status != flex.Success {
+			t.Fatalf("%+v", r)
+		}
+		sh(t, "pidof rpc.statd")
+		f, err := os.Create(dir + "/locked")
+		must(t, err)
+		must(t, unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK}))
+		must(t, errors.Join(f.Close(), os.Remove(dir+"/locked")))
+		ok(t, "unmount", dir)
+	})
 	t.Run("without it", func(t *testing.T) {
 		hideMountNFS(t)
 		all(t)
