@@ -97,7 +97,7 @@ func hold(path string) (*os.File, error) {
 	}
 }
 
-// release removes the lock's file while it is held, so that nobody holds a file without a name.
+// release removes the lock's file while it is held, so that no process holds a file without a name.
 func release(lock *os.File) error { return errors.Join(os.Remove(lock.Name()), lock.Close()) }
 
 // Socket is a unix socket that only its owner may open. It holds the lock for as long as it listens.

@@ -109,7 +109,8 @@ func (c *Cloud) createAccessPoint(r *efsRequest) (any, *apiError) {
 	case in.ClientToken == "" || len(in.ClientToken) > 64:
 		return nil, fail("BadRequest", "ClientToken must have 1 to 64 characters")
 	case len(root.Path) > 100 || !rootPath.MatchString(root.Path):
-		return nil, fail("BadRequest", "Value '%s' at 'rootDirectory.path' failed to satisfy constraint: Member must satisfy regular expression pattern: "+
+		return nil, fail("BadRequest", "Value '%s' at 'rootDirectory.path' failed to satisfy constraint: Member must "+
+			"satisfy regular expression pattern: "+
 			`^(\/|(\/(?!\.)+[^$#<>;`+"`"+`|&?{}^*/\n]+){1,4})$`, root.Path)
 	case info != nil && !permissions.MatchString(info.Permissions):
 		return nil, fail("BadRequest", "Permissions '%s' must be octal, of three or four digits", info.Permissions)

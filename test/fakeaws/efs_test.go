@@ -198,7 +198,9 @@ func TestAccessPoints(t *testing.T) {
 	if !errors.As(err, &exists) || *exists.AccessPointId != *first.AccessPointId {
 		t.Errorf("another with the same token: %v", err)
 	}
-	for path, info := range map[string]*types.CreationInfo{"relative": nil, "/1/2/3/4/5": nil, "/.x": nil, "/x/.y": nil, "/x$": nil, "/x//y": nil, "/x/": nil, "/x": {OwnerUid: aws.Int64(0), OwnerGid: aws.Int64(0), Permissions: aws.String("0789")}} {
+	for path, info := range map[string]*types.CreationInfo{"relative": nil, "/1/2/3/4/5": nil, "/.x": nil, "/x/.y": nil,
+		"/x$": nil, "/x//y": nil, "/x/": nil, "/x": {OwnerUid: aws.Int64(0), OwnerGid: aws.Int64(0),
+			Permissions: aws.String("0789")}} {
 		_, err := b.CreateAccessPoint(t.Context(), &efs.CreateAccessPointInput{ClientToken: aws.String(path), FileSystemId: &id, RootDirectory: &types.RootDirectory{Path: &path, CreationInfo: info}})
 		want(t, path, code(err), "BadRequest")
 	}

@@ -150,7 +150,8 @@ func (d *Driver) enlargeFS(ctx context.Context, v Volume, f *found, dir string, 
 	if top.ReadOnly() {
 		i := slices.IndexFunc(table, func(m mounts.Entry) bool { return m.Device == dev.number && !m.ReadOnly() })
 		if i < 0 {
-			return fmt.Errorf("volume %s (%s) has %d octets now; its file system is mounted read-only at %s: the first mount that may write enlarges it", v.Name, f.id(), size, dir)
+			return fmt.Errorf("volume %s (%s) has %d bytes now; its file system is mounted read-only at %s: the first "+
+				"mount that may write enlarges it", v.Name, f.id(), size, dir)
 		}
 		dir = table[i].Point
 	}

@@ -14,13 +14,13 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// superblock is what matters here of a file system's own description.
+// superblock is the part of a file system's own description that matters here.
 type superblock struct {
-	size    int64 // octets that the file system has
-	damaged bool  // the kernel has found errors; only ext says so
+	size    int64 // bytes
+	damaged bool  // the kernel has found errors; xfs does not say
 }
 
-// superblockSize is what has to be read of a device for it.
+// superblockSize is how many bytes of a device hold it.
 const superblockSize = 4096
 
 // parseSuperblock reads the beginning of a device.
@@ -48,16 +48,18 @@ func parseSuperblock(fs string, b []byte) (superblock, error) {
 func readSuperblock(fd int, fs string) (superblock, error) {
 	b := make([]byte, superblockSize)
 	if n, err := unix.Pread(fd, b, 0); err != nil || n < len(b) {
-		return superblock{}, fmt.Errorf("%d octets of the superblock could be read: %w", n, err)
+		return superblock{}, fmt.Errorf("%d bytes of the superblock could be read: %w", n, err)
 	}
 	return parseSuperblock(fs, b)
 }
 
-// slack is how much smaller than its device a file system may be: of a last piece that is too small for its own tables nothing is made.
+// slack is how much smaller than its device a file system may be. ext uses no last group that is too
+// small for its own tables.
 const slack = 64 << 20
 
-// grow enlarges a file system that is mounted for writing, if it is smaller than its device: the volume comes from a smaller snapshot, or was
-// enlarged while it was mounted nowhere. A volume that cannot be enlarged can be used all the same.
+// grow enlarges a file system that is mounted for writing, if it is smaller than its device: the
+// volume comes from a smaller snapshot, or was enlarged while it was mounted nowhere. A volume that
+// cannot be enlarged can be used all the same.
 func (d *Driver) grow(ctx context.Context, v Volume, f *found, dev device, fd int, fs, dir string) {
 	s, err := readSuperblock(fd, fs)
 	if err == nil && dev.size-s.size < slack {
@@ -68,14 +70,17 @@ func (d *Driver) grow(ctx context.Context, v Volume, f *found, dev device, fd in
 	}
 	volume.Step("grown")
 	if err != nil {
-		d.log.Warn("the file system is smaller than its volume, and cannot be enlarged", "volume", v.Name, "id", f.id(), "error", err)
+		d.log.Warn("the file system is smaller than its volume, and cannot be enlarged", "volume", v.Name, "id", f.id(),
+			"error", err)
 		return
 	}
-	d.log.Info("the file system was smaller than its volume, and was enlarged", "volume", v.Name, "id", f.id(), "from", s.size, "to", dev.size)
+	d.log.Info("the file system was smaller than its volume, and was enlarged", "volume", v.Name, "id", f.id(),
+		"from", s.size, "to", dev.size)
 }
 
-// growFS enlarges the file system that is mounted at a folder to all of its device. resize2fs is not asked: it would take the first mount
-// of the device that it finds, which may be read-only.
+// growFS enlarges the file system that is mounted at a directory to all of its device. It does
+// not call resize2fs, which takes the first mount of the device that it finds: that may be a read-only
+// one.
 func growFS(ctx context.Context, fs, dir string, dev device) (err error) {
 	if strings.HasPrefix(fs, "ext") {
 		_, err = growExt(ctx, growArgs{dir, dev.number, dev.size})

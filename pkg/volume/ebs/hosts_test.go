@@ -115,7 +115,8 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 	}
 }
 
-// F106: a Create that AWS has refused has not made this host forget what it knew: its Delete takes nothing that another host has made since.
+// F106: a Create that AWS has refused has not made this host forget what it knew: its Delete takes
+// nothing that another host has made since.
 func TestF106RefusedCreate(t *testing.T) {
 	l := newLab(t, 1, Config{})
 	one, two := l.host(self, "v", false), l.host(other, "v", false)

@@ -90,8 +90,8 @@ func (d *Driver) arrived(ctx context.Context, r *region, v Volume, f *found, as 
 	return dev, nil
 }
 
-// MountDevice implements volume.Driver. kubelet has one folder for all pods of a node, and calls for any of them: what is mounted there is made
-// read-only, or read-write, as the last call wants it.
+// MountDevice implements volume.Driver. kubelet has one directory for all pods of a node, and
+// calls for any of them. The last call decides whether the mount there is read-only.
 func (d *Driver) MountDevice(ctx context.Context, dir, as string, req volume.Request) error {
 	return d.mountAt(ctx, dir, as, req, true)
 }
@@ -99,14 +99,15 @@ func (d *Driver) MountDevice(ctx context.Context, dir, as string, req volume.Req
 // UnmountDevice implements volume.Driver.
 func (d *Driver) UnmountDevice(ctx context.Context, dir string) error { return d.Unmount(ctx, dir) }
 
-// Mount implements volume.Driver. At a second folder the device is mounted once more, which is the same file system: so one verb serves
-// kubelet, which mounts for the node and then for each pod, as well as those who mount once. Each folder is read-only or not for itself. With
-// Config.Attach=node it attaches first.
+// Mount implements volume.Driver. At a second folder the device is mounted once more, which is the
+// same file system: so one verb serves kubelet, which mounts for the node and then for each pod, as
+// well as those who mount once. Each mount is read-only or read-write by itself. With Config.Attach=node
+// it attaches first.
 func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) error {
 	return d.mountAt(ctx, dir, as, req, false)
 }
 
-// mountAt is both. With switches a mount that is there may become read-only, or read-write.
+// mountAt does the work of both. With switches, a mount that exists may become read-only, or read-write.
 func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request, switches bool) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -169,7 +170,8 @@ func (d *Driver) giveUp(ctx context.Context, r *region, dir string) error {
 }
 
 // mount is mountAt with locks held.
-func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string, rec mountRecord, switches bool) (err error) {
+func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string, rec mountRecord,
+	switches bool) (err error) {
 	table, err := mounts.Read()
 	if err != nil {
 		return err
@@ -214,10 +216,13 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 		top := stack[len(stack)-1]
 		switch {
 		case len(stack) > 1 || top.Device != dev.number:
-			return volume.Errorf(volume.ErrConflict, "%s is mounted at %s already (%s, %s); volume %s (%s, %s) would hide it. Volumes of one name in two pods of a node share a folder of kubelet's: use PersistentVolumes, or names of their own",
+			return volume.Errorf(volume.ErrConflict,
+				"%s is mounted at %s already (%s, %s); volume %s (%s, %s) would hide it. Volumes of one name in two pods of a "+
+					"node share a folder of kubelet's: use PersistentVolumes, or names of their own",
 				top.Source, dir, top.FSType, top.Options, v.Name, f.id(), dev.path)
 		case top.ReadOnly() != v.ReadOnly && !switches:
-			return volume.Errorf(volume.ErrConflict, "volume %s (%s, %s) is mounted at %s already, %s, and is wanted %s: unmount it first",
+			return volume.Errorf(volume.ErrConflict,
+				"volume %s (%s, %s) is mounted at %s already, %s, and is wanted %s: unmount it first",
 				v.Name, f.id(), dev.path, dir, mode(top.ReadOnly()), mode(v.ReadOnly))
 		}
 		if err := alive(ctx, v, f, dir); err != nil {
@@ -297,8 +302,8 @@ func (d *Driver) having(table mounts.Table, dev device) (all []mounts.Entry) {
 	return all
 }
 
-// others are the mounts of a device, on this host or, if there are none, in the mount namespaces of its processes alone: a container keeps its
-// own after the host's is gone.
+// others are the mounts of a device, on this host or, if there are none, in the mount namespaces of
+// its processes alone: a container keeps its own after the host's is gone.
 func (d *Driver) others(ctx context.Context, table mounts.Table, dev device) ([]mounts.Entry, error) {
 	if all := d.having(table, dev); len(all) > 0 {
 		return all, nil
@@ -316,9 +321,11 @@ func (d *Driver) others(ctx context.Context, table mounts.Table, dev device) ([]
 	return nil, d.refused(ctx, dev, "", err)
 }
 
-// writable says whether the file system of a device that has mounts can be written to. If only they are read-only, and the file system with them, and the
-// volume is wanted for writing, it is made so, which changes none of them.
-func (d *Driver) writable(ctx context.Context, r *region, v Volume, f *found, dev device, fd int, others []mounts.Entry) (bool, error) {
+// writable says whether the file system of a device that has mounts can be written to. If only they
+// are read-only, and the file system with them, and the volume is wanted for writing, it is made
+// so, which changes none of them.
+func (d *Driver) writable(ctx context.Context, r *region, v Volume, f *found, dev device, fd int,
+	others []mounts.Entry) (bool, error) {
 	if !slices.ContainsFunc(others, func(m mounts.Entry) bool { return readOnly(m.Super) }) {
 		return true, nil
 	}
@@ -326,14 +333,18 @@ func (d *Driver) writable(ctx context.Context, r *region, v Volume, f *found, de
 		return false, nil
 	}
 	fail := func(format string, args ...any) (bool, error) {
-		return false, volume.Errorf(volume.ErrInUse, "volume %s (%s) is wanted read-write, and is mounted read-only at %s: %w. It can be mounted read-write when it is unmounted there",
+		return false, volume.Errorf(volume.ErrInUse,
+			"volume %s (%s) is wanted read-write, and is mounted read-only at %s: %w. It can be mounted read-write when it "+
+				"is unmounted there",
 			v.Name, f.id(), points(others), fmt.Errorf(format, args...))
 	}
 	if i := slices.IndexFunc(others, func(m mounts.Entry) bool { return !readOnly(m.Options) }); i >= 0 {
-		return fail("the kernel has taken the right to write from the mount at %s, after errors, as its log says", others[i].Point)
+		return fail("the kernel has taken the right to write from the mount at %s, after errors, as its log says",
+			others[i].Point)
 	}
 	if s, err := readSuperblock(fd, others[0].FSType); err != nil || s.damaged {
-		return fail("the file system has errors (%w), which e2fsck repairs at the next mount of a volume that is mounted nowhere", cmp.Or(err, errors.New("its superblock says so")))
+		return fail("the file system has errors (%w), which e2fsck repairs at the next mount of a volume that is mounted "+
+			"nowhere", cmp.Or(err, errors.New("its superblock says so")))
 	}
 	table, err := mounts.Read()
 	if err != nil {
@@ -376,13 +387,16 @@ func (d *Driver) refused(ctx context.Context, dev device, fs string, err error) 
 		if len(holders) > 0 {
 			return volume.Errorf(volume.ErrInUse, "%w: %s is a part of %s", err, dev.path, strings.Join(holders, ", "))
 		}
-		return volume.Errorf(volume.ErrInUse, "%w: a program has %s for itself (%s)", err, dev.path, strings.Join(mounts.Users(dev.path), ", "))
+		return volume.Errorf(volume.ErrInUse, "%w: a program has %s for itself (%s)", err, dev.path,
+			strings.Join(mounts.Users(dev.path), ", "))
 	case errors.Is(err, unix.EINVAL) && fs == "xfs":
 		table, terr := mounts.Read()
 		own := uuid(ctx, dev.path)
 		for _, m := range table {
 			if terr == nil && own != "" && m.FSType == "xfs" && m.Device != dev.number && uuid(ctx, m.Source) == own {
-				return volume.Errorf(volume.ErrConflict, "%w: it has the UUID of %s, which is mounted at %s: is it a copy? Then add nouuid to mntOptions", err, m.Source, m.Point)
+				return volume.Errorf(volume.ErrConflict,
+					"%w: it has the UUID of %s, which is mounted at %s: is it a copy? Then add nouuid to mntOptions", err, m.Source,
+					m.Point)
 			}
 		}
 	}
@@ -407,10 +421,12 @@ func (d *Driver) healthy(dir string, m mounts.Entry) error {
 	return nil
 }
 
-// alive refuses a file system that the kernel has shut down, after errors of its device: it would be handed out as a success.
+// alive refuses a file system that the kernel has shut down, after errors of its device: it would
+// be handed out as a success.
 func alive(ctx context.Context, v Volume, f *found, dir string) error {
 	if stale, err := mounts.Probe(ctx, dir); stale {
-		return fmt.Errorf("the file system of volume %s (%s), mounted at %s, is shut down: %w. The kernel's log says why; unmount it wherever it is mounted, and the next mount looks after it", v.Name, f.id(), dir, err)
+		return fmt.Errorf("the file system of volume %s (%s), mounted at %s, is shut down: %w. The kernel's log says "+
+			"why; unmount it wherever it is mounted, and the next mount looks after it", v.Name, f.id(), dir, err)
 	}
 	return nil
 }

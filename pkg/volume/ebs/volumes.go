@@ -222,7 +222,8 @@ func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (
 		// Lost first: after a kill the next call must know as its own what this one makes, and no
 		// Delete may take what another host makes for it.
 		if v.Known != "" {
-			gone := record{ID: v.Known, Region: r.Config.Region, Cluster: d.config.Cluster, Created: true, Lost: true, Time: time.Now().UTC()}
+			gone := record{ID: v.Known, Region: r.Config.Region, Cluster: d.config.Cluster, Created: true, Lost: true,
+				Time: time.Now().UTC()}
 			if err := d.volumes.Put(v.Name, gone); err != nil {
 				return nil, err
 			}
@@ -399,7 +400,8 @@ func tagList(tags map[string]string) (list []types.Tag) {
 func (r *region) tag(ctx context.Context, id, key, value string) error {
 	start := time.Now()
 	return pauses.Poll(ctx, func() (bool, string, error) {
-		_, err := r.ec2.CreateTags(ctx, &ec2.CreateTagsInput{Resources: []string{id}, Tags: tagList(map[string]string{key: value})})
+		_, err := r.ec2.CreateTags(ctx, &ec2.CreateTagsInput{Resources: []string{id},
+			Tags: tagList(map[string]string{key: value})})
 		if cloud.Is(err, "InvalidVolume.NotFound") && time.Since(start) <= appearance {
 			return false, cloud.Explain(ctx, err).Error(), nil
 		}
@@ -540,7 +542,8 @@ func (r *region) remove(ctx context.Context, id string) error {
 		case f == nil || f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted:
 			return true, "", nil
 		case !asked && len(f.Attachments) > 0:
-			return false, "", volume.Errorf(volume.ErrInUse, "it is attached to instance %s", aws.ToString(f.Attachments[0].InstanceId))
+			return false, "", volume.Errorf(volume.ErrInUse, "it is attached to instance %s",
+				aws.ToString(f.Attachments[0].InstanceId))
 		}
 		return false, seen, nil
 	})

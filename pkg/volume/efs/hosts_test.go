@@ -177,7 +177,8 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 	}
 }
 
-// F106: a Create that ran out of time has not made this host forget what it knew: its Delete takes nothing that another host has made since.
+// F106: a Create that ran out of time has not made this host forget what it knew: its Delete takes
+// nothing that another host has made since.
 func TestF106UnfinishedCreate(t *testing.T) {
 	c, _ := cloudOf(t)
 	one, two := &host{t: t, d: driver(t), name: "v", o: options{}}, &host{t: t, d: driver(t), name: "v", o: options{}}

@@ -230,7 +230,7 @@ func Understand(r volume.Request) (Volume, error) {
 		}
 		f := Folder{Path: path.Join(o.BasePath, v.Name), Perms: "0755"}
 		if len(f.Path) > 100 || !accessPointPath.MatchString(f.Path) {
-			return bad("%s: AWS takes paths of access points of at most 100 octets and four folders, whose names do not begin "+
+			return bad("%s: AWS takes paths of access points of at most 100 bytes and four directories, whose names do not begin "+
 				"with a dot and have none of $ # < > ; ` | & ? { } ^ *", f.Path)
 		}
 		if o.DirectoryPerms != "" {

@@ -45,8 +45,11 @@ func TestF109Refused(t *testing.T) {
 	for _, o := range []options{
 		{"fsid": "-o"}, {"fsid": "fs-XYZ"}, {"fsid": "fs-0123456"}, {"fsid": "fs-01234567,x"}, {"accessPoint": "fsap-01234567"}, {"fsid": fs, "accessPoint": "fs-01234567"},
 		{"fsid": fs, "accessPoint": "fsap-01234567", "basePath": "/"}, {"basePath": "/a"}, {"fsid": fs, "basePath": "/a/../b"}, {"fsid": fs, "basePath": "a"},
-		{"fsid": fs, "basePath": "/a/b/c/d/e"}, {"fsid": fs, "basePath": "/a/b/c/d"}, {"fsid": fs, "basePath": "/.hidden"}, {"fsid": fs, "basePath": "/a/.b"},
-		{"fsid": fs, "basePath": "/a$b"}, {"fsid": fs, "basePath": "/a#"}, {"fsid": fs, "basePath": "/a`b`"}, {"fsid": fs, "basePath": "/{a}"}, {"fsid": fs, "basePath": "/a*"}, {"fsid": fs, "basePath": "/" + strings.Repeat("a", 99)}, {"fsid": fs, "basePath": "/", "uid": "1"}, {"uid": "1", "gid": "1"},
+		{"fsid": fs, "basePath": "/a/b/c/d/e"}, {"fsid": fs, "basePath": "/a/b/c/d"}, {"fsid": fs, "basePath": "/.hidden"},
+		{"fsid": fs, "basePath": "/a/.b"},
+		{"fsid": fs, "basePath": "/a$b"}, {"fsid": fs, "basePath": "/a#"}, {"fsid": fs, "basePath": "/a`b`"},
+		{"fsid": fs, "basePath": "/{a}"}, {"fsid": fs, "basePath": "/a*"}, {"fsid": fs, "basePath": "/" + strings.Repeat("a", 99)},
+		{"fsid": fs, "basePath": "/", "uid": "1"}, {"uid": "1", "gid": "1"},
 		{"fsid": fs, "basePath": "/", "directoryPerms": "999"}, {"fsid": fs, "basePath": "/", "tls": "false"}, {"iam": "true", "tls": "false"}, {"tls": "maybe"},
 		{"mountTargetIp": "host"}, {"mountTargetIp": "fe80::1%eth0"}, {"mountTargetIp": "10.0.0.1", "tls": "true"}, {"region": "a.b/c"}, {"region": "eu west"},
 		{"subnets": "subnet-1,sg-1"}, {"securityGroups": "0.0.0.0/0"}, {"export": "/a/../b"}, {"export": "x"}, {"onRemove": "archive"}, {"onHang": "wait"},

@@ -10,20 +10,23 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// attributes are the options that belong to one mount. All others belong to the file system, which all mounts of a device share.
+// attributes are the options that belong to one mount. All others belong to the file system, which
+// all mounts of a device share.
 var attributes = map[string]struct{ set, clear int }{
 	"ro": {unix.MOUNT_ATTR_RDONLY, 0}, "rw": {0, unix.MOUNT_ATTR_RDONLY},
 	"nosuid": {unix.MOUNT_ATTR_NOSUID, 0}, "suid": {0, unix.MOUNT_ATTR_NOSUID},
 	"nodev": {unix.MOUNT_ATTR_NODEV, 0}, "dev": {0, unix.MOUNT_ATTR_NODEV},
 	"noexec": {unix.MOUNT_ATTR_NOEXEC, 0}, "exec": {0, unix.MOUNT_ATTR_NOEXEC},
-	"relatime": {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME}, "atime": {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME},
+	"relatime":    {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME},
+	"atime":       {unix.MOUNT_ATTR_RELATIME, unix.MOUNT_ATTR__ATIME},
 	"noatime":     {unix.MOUNT_ATTR_NOATIME, unix.MOUNT_ATTR__ATIME},
 	"strictatime": {unix.MOUNT_ATTR_STRICTATIME, unix.MOUNT_ATTR__ATIME},
 	"nodiratime":  {unix.MOUNT_ATTR_NODIRATIME, 0}, "diratime": {0, unix.MOUNT_ATTR_NODIRATIME},
 }
 
-// deviceMount mounts a device. One call of mount(2) says ro for the mount and the file system at once, so that a device could not have both kinds
-// of mounts. The newer calls tell them apart; a kernel before 5.2 has none of them.
+// deviceMount mounts a device. mount(2) has one flag for the mount and the file system, so a device
+// cannot have a read-only and a read-write mount by it. fsmount separates the two. Kernels before 5.2
+// do not have fsmount.
 func deviceMount(s Spec) error {
 	fs, err := unix.Fsopen(s.FSType, unix.FSOPEN_CLOEXEC)
 	if errors.Is(err, unix.ENOSYS) {
@@ -53,11 +56,11 @@ func deviceMount(s Spec) error {
 		err = unix.FsconfigCreate(fs)
 	}
 	if err != nil {
-		return fmt.Errorf("mount %s: %w%s", s.Source, err, told(fs))
+		return fmt.Errorf("mount %s: %w%s", s.Source, err, kernelWords(fs))
 	}
 	mount, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, attr)
 	if err != nil {
-		return fmt.Errorf("mount %s: %w%s", s.Source, err, told(fs))
+		return fmt.Errorf("mount %s: %w%s", s.Source, err, kernelWords(fs))
 	}
 	defer unix.Close(mount)
 	if err := unix.MoveMount(mount, "", unix.AT_FDCWD, s.Dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
@@ -66,8 +69,8 @@ func deviceMount(s Spec) error {
 	return nil
 }
 
-// told is what the kernel says of a file system that it refuses.
-func told(fs int) string {
+// kernelWords returns what the kernel says of a file system that it refuses.
+func kernelWords(fs int) string {
 	var words []string
 	buf := make([]byte, 1024)
 	for range 10 {
@@ -83,7 +86,8 @@ func told(fs int) string {
 	return " (" + strings.Join(words, "; ") + ")"
 }
 
-// MakeWritable makes a file system that is mounted at a folder writable. No mount of it changes: who has it read-only keeps it so.
+// MakeWritable makes the file system that is mounted at a directory writable. Its mounts do not
+// change: read-only ones stay read-only.
 func MakeWritable(ctx context.Context, dir string) error {
 	_, err := doMakeWritable(ctx, dir)
 	return err
@@ -99,7 +103,7 @@ var doMakeWritable = Task("make-writable", func(dir string) (struct{}, error) {
 		err = unix.FsconfigReconfigure(fs)
 	}
 	if err != nil {
-		err = fmt.Errorf("%w%s", err, told(fs))
+		err = fmt.Errorf("%w%s", err, kernelWords(fs))
 	}
 	return struct{}{}, err
 })
@@ -117,13 +121,14 @@ var doSetMode = Task("set-mode", func(a modeArgs) (struct{}, error) {
 	return struct{}{}, unix.MountSetattr(unix.AT_FDCWD, a.Dir, unix.AT_SYMLINK_NOFOLLOW, &attr)
 })
 
-// SetReadOnly makes the mount at a folder read-only, or read-write, and no other mount.
+// SetReadOnly makes the mount at a directory read-only, or read-write. Other mounts do not change.
 func SetReadOnly(ctx context.Context, dir string, readOnly bool) error {
 	_, err := doSetMode(ctx, modeArgs{dir, readOnly})
 	return err
 }
 
-// Elsewhere are the mounts of a device in all mount namespaces, one for each, with who has it, as "name (pid) at folder".
+// Elsewhere returns the mounts of a device in all mount namespaces, one for each namespace, and a
+// process of each, as "name (pid) at directory".
 func Elsewhere(device string) (found []Entry, who []string) {
 	namespaces(func(pid string, table Table) bool {
 		for _, m := range table {
@@ -137,7 +142,7 @@ func Elsewhere(device string) (found []Entry, who []string) {
 	return found, who
 }
 
-// most are the processes that a message names.
+// most is the number of processes that a message names.
 const most = 5
 
 func holder(pid string, m Entry) string {
@@ -145,7 +150,8 @@ func holder(pid string, m Entry) string {
 	return fmt.Sprintf("%s (%s) at %s", strings.TrimSpace(string(comm)), pid, m.Point)
 }
 
-// namespaces shows the mount table of each mount namespace, with a process that is in it, until the visitor has seen enough.
+// namespaces calls visit with the mount table of each mount namespace, and a process in it, until
+// visit returns false.
 func namespaces(visit func(pid string, table Table) (more bool)) {
 	seen := map[string]bool{}
 	procs, _ := os.ReadDir("/proc")
@@ -160,7 +166,7 @@ func namespaces(visit func(pid string, table Table) (more bool)) {
 		seen[ns] = true
 		data, err := os.ReadFile("/proc/" + p.Name() + "/mountinfo")
 		if err != nil {
-			delete(seen, ns) // it ended; another may be there
+			delete(seen, ns) // it ended; another process may be there
 			continue
 		}
 		if table, err := Parse(data); err == nil && !visit(p.Name(), table) {

@@ -29,10 +29,11 @@ type Spec struct {
 	FSType  string
 	Options []string // all checked; words such as ro and nodev among them
 	Address string   // of the server, for a kernel that gets no help by a program
-	// The server's name has other addresses, which may be dead. The kernel mounts from Address then, for mount.nfs takes no address and tries
-	// all of them in an order of its own, a minute each.
+	// The server's name has other addresses, which may be dead. The kernel mounts from Address then,
+	// for mount.nfs takes no address and tries all of them in an order of its own, a minute each.
 	Pinned bool
-	// The file system of a device is writable, or mounted for writing elsewhere: ro among the options is for this mount alone.
+	// The file system of a device is writable, or mounted for writing elsewhere: ro among the options
+	// is for this mount alone.
 	Writable bool
 }
 
@@ -133,7 +134,9 @@ func kernelMount(s Spec, installed bool) error {
 	if s.Address != "" {
 		data = append(data, "addr="+s.Address)
 		open := func(o string) bool { return o == "vers=4" || o == "nfsvers=4" }
-		said := slices.ContainsFunc(data, func(o string) bool { return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=") })
+		said := slices.ContainsFunc(data, func(o string) bool {
+			return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=")
+		})
 		if s.FSType == "nfs" && !said || slices.ContainsFunc(data, open) {
 			// As mount.nfs does: the highest that both sides speak. To the kernel, 4 is 4.0.
 			data = slices.DeleteFunc(data, open)
@@ -170,8 +173,9 @@ func kernelMount(s Spec, installed bool) error {
 	return nil
 }
 
-// startStatd starts the program that locks of NFS 3 need, as mount.nfs does: by the script that comes with it, which does nothing if the
-// program is running. Without the script locks are the kernel's affair.
+// startStatd starts the program that locks of NFS 3 need, as mount.nfs does: by the script that
+// comes with it, which does nothing if the program is running. Without the script locks are the
+// kernel's affair.
 func startStatd() error {
 	script := Program("start-statd")
 	if script == "" {
@@ -185,7 +189,8 @@ func startStatd() error {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	if err := cmd.Run(); err != nil && !errors.Is(err, exec.ErrWaitDelay) {
-		return fmt.Errorf("locks of NFS 3 need rpc.statd, and %s fails: %w (%s): start it, or add nolock to the mount options", script, err, words.String())
+		return fmt.Errorf("locks of NFS 3 need rpc.statd, and %s fails: %w (%s): start it, or add nolock to the mount "+
+			"options", script, err, words.String())
 	}
 	return nil
 }

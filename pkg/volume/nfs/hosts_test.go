@@ -314,7 +314,8 @@ func TestF105ReplacedElsewhere(t *testing.T) {
 	}
 }
 
-// F105: a Create that was refused has not made this host forget what it knew: its Delete takes nothing that another host has made since.
+// F105: a Create that was refused has not made this host forget what it knew: its Delete takes
+// nothing that another host has made since.
 func TestF105RefusedCreate(t *testing.T) {
 	f := newField(t)
 	one, two := f.host("one", false), f.host("two", false)
@@ -367,7 +368,7 @@ func TestF105F158TwoHostsAnyOrder(t *testing.T) {
 			case h.knows == "" || h.asked != "" || n < 2:
 				err := h.create(cmp.Or(h.asked, []OnRemove{Purge, Purge, Retain}[rnd.IntN(3)]))
 				if err == nil && rnd.IntN(2) == 0 {
-					_ = h.mount() // what nobody has written to, nobody can miss
+					_ = h.mount() // only what was written can be missed
 				}
 			case n < 5:
 				_ = h.mount()

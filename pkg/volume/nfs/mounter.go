@@ -251,8 +251,9 @@ type server struct {
 // stagger is how long an address is waited for before the next one is tried beside it.
 const stagger = 200 * time.Millisecond
 
-// reach finds out in a few seconds what mount.nfs would try for minutes and then not say: whether there is a server at all. Of several
-// addresses the first that answers is taken. A server that does not answer is a context.DeadlineExceeded.
+// reach finds out in a few seconds what mount.nfs would try for minutes and then not say: whether
+// there is a server at all. Of several addresses the first that answers is taken. A server that
+// does not answer is a context.DeadlineExceeded.
 func (v Volume) reach(ctx context.Context) (server, error) {
 	end, _ := ctx.Deadline()
 	ctx, cancel := context.WithTimeout(ctx, min(time.Until(end)/3, 5*time.Second))
@@ -278,8 +279,8 @@ func (v Volume) reach(ctx context.Context) (server, error) {
 	return server{addr, len(all) > 1}, nil
 }
 
-// race connects to addresses, each a moment after the one before, and returns the first that answers; "": none does, and the errors of
-// all of them.
+// race connects to addresses, each a moment after the one before, and returns the first that
+// answers; "": none does, and the errors of all of them.
 func race(ctx context.Context, addrs []string, port string) (string, []error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()

@@ -215,7 +215,8 @@ func (d *Driver) export(ctx context.Context, v Volume) (exportArgs, error) {
 	}
 	// Nothing cached, nothing shared with other mounts of the export: decisions are made by what is on the server now.
 	options := rules.Merge(v.Options, []string{"rw", "noac", "lookupcache=none", "nosharecache", "nosuid", "nodev", "noexec"})
-	return exportArgs{Mount: spec(v.Host, v.Base, "", options, at), RunDir: d.config.RunDir, Name: v.Name, OnRemove: v.OnRemove}, nil
+	return exportArgs{Mount: spec(v.Host, v.Base, "", options, at), RunDir: d.config.RunDir, Name: v.Name,
+		OnRemove: v.OnRemove}, nil
 }
 
 // Delete implements volume.Driver. Without options the journal says where the volume is.

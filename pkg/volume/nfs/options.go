@@ -169,7 +169,8 @@ func spec(host, path, dir string, options []string, at server) mounts.Spec {
 	if strings.HasPrefix(value(options, "vers", "nfsvers"), "4") {
 		fstype = "nfs4"
 	}
-	return mounts.Spec{Source: source(host, path), Dir: dir, FSType: fstype, Options: options, Address: at.addr, Pinned: at.several}
+	return mounts.Spec{Source: source(host, path), Dir: dir, FSType: fstype, Options: options, Address: at.addr,
+		Pinned: at.several}
 }
 
 func source(host, path string) string {
@@ -353,8 +354,8 @@ func value(options []string, keys ...string) string {
 	return ""
 }
 
-// dialed is the port whose silence shows that the server is away, "" where a connection proves nothing, and the kind of addresses that the
-// server may be mounted from.
+// dialed is the port whose silence shows that the server is away, "" where a connection proves
+// nothing, and the kind of addresses that the server may be mounted from.
 func (v Volume) dialed() (network, port string) {
 	proto := value(v.Options, "proto")
 	switch {

@@ -30,7 +30,7 @@ func (l *lab) format(t *testing.T, name, id, mkfs string, has, volume int64) {
 // makers are the file systems of volumes.
 var makers = map[string]string{"ext4": "mkfs.ext4 -q -F", "ext3": "mkfs.ext3 -q -F", "xfs": "mkfs.xfs -q"}
 
-// size is that of the file system at a folder.
+// size returns the size of the file system at a directory.
 func size(t *testing.T, dir string) int64 {
 	t.Helper()
 	var st unix.Statfs_t
@@ -38,8 +38,8 @@ func size(t *testing.T, dir string) int64 {
 	return int64(st.Blocks) * st.Bsize
 }
 
-// F157, F158: a consumer that only reads and one that writes have a volume at the same time, whoever comes first and whoever goes first,
-// over kill -9 at each step.
+// F157, F158: a consumer that only reads and one that writes have a volume at the same time,
+// whoever comes first and whoever goes first, over kill -9 at each step.
 func TestF157ReadOnlyBesideReadWrite(t *testing.T) {
 	l := newLab(t, -1)
 	l.enter(t)
@@ -72,7 +72,8 @@ func TestF157ReadOnlyBesideReadWrite(t *testing.T) {
 					l.do(t, "", args...)
 				}
 				l.do(t, "", "mount", third, options("name", name, "readOnly", "true"))
-				if r, w := at(t, reader), at(t, writer); len(r) != 1 || len(w) != 1 || !r[0].ReadOnly() || w[0].ReadOnly() || !strings.Contains(w[0].Options, "nosuid,nodev") {
+				if r, w := at(t, reader), at(t, writer); len(r) != 1 || len(w) != 1 || !r[0].ReadOnly() || w[0].ReadOnly() ||
+					!strings.Contains(w[0].Options, "nosuid,nodev") {
 					t.Fatalf("mounted: %+v %+v", r, w)
 				}
 				must(t, os.WriteFile(writer+"/f", []byte("data"), 0o644))
@@ -84,8 +85,9 @@ func TestF157ReadOnlyBesideReadWrite(t *testing.T) {
 						t.Errorf("a reader writes: %v", err)
 					}
 				}
-				// What a folder is wanted to be is not changed by the way.
-				l.do(t, "is mounted at "+reader+" already, read-only, and is wanted read-write", "mount", reader, options("name", name))
+				// The mode of a mount does not change by the way.
+				l.do(t, "is mounted at "+reader+" already, read-only, and is wanted read-write",
+					"mount", reader, options("name", name))
 				l.do(t, "is mounted at", "detach", name, self)
 				first, second := reader, writer
 				if writerFirst {
@@ -146,7 +148,8 @@ func TestF105MountOptions(t *testing.T) {
 	}
 }
 
-// F157: kubelet's folder for all pods of the node, which is what the last call wants; and mounts as an older version made them.
+// F157: kubelet's directory for all pods of the node, which is what the last call wants; and mounts as
+// an older version made them.
 func TestF157NodesFolder(t *testing.T) {
 	l := newLab(t, -1)
 	l.format(t, "v", "vol-0000000000000000a", makers["ext4"], 1, 1)
@@ -179,7 +182,8 @@ func TestF157NodesFolder(t *testing.T) {
 	l.NoRecords(t)
 }
 
-// F110, F157: who has the device is named: a mount in a namespace of its own, a program; and which other file system has the same UUID.
+// F110, F157: who has the device is named: a mount in a namespace of its own, a program; and which
+// other file system has the same UUID.
 func TestF110WhoHasTheDevice(t *testing.T) {
 	l := newLab(t, -1)
 	l.format(t, "v", "vol-0000000000000000a", makers["xfs"], 1, 1)
@@ -238,8 +242,9 @@ func TestF110WhoHasTheDevice(t *testing.T) {
 	l.NoRecords(t)
 }
 
-// F106, F158: a file system that is smaller than its volume, of a smaller snapshot or enlarged while it was attached nowhere, is enlarged by
-// the first mount that may write, and never by one that may not.
+// F106, F158: a file system that is smaller than its volume, of a smaller snapshot or enlarged
+// while it was attached nowhere, is enlarged by the first mount that may write, and never by one
+// that may not.
 func TestF106GrownAtFirstMount(t *testing.T) {
 	l := newLab(t, -1)
 	l.enter(t)
@@ -255,7 +260,7 @@ func TestF106GrownAtFirstMount(t *testing.T) {
 			j := options("name", name)
 			l.do(t, "", "mount", ro, options("name", name, "readOnly", "true"))
 			if got := size(t, ro); got > small {
-				t.Errorf("read-only it has %d octets", got)
+				t.Errorf("read-only it has %d bytes", got)
 			}
 			l.do(t, "", "unmount", ro)
 			if fs != "xfs" && content(t, l.drives.Image(id)) != before { // xfs ends its log itself
@@ -267,7 +272,7 @@ func TestF106GrownAtFirstMount(t *testing.T) {
 			l.Killed(t)
 			l.do(t, "", "mount", dir, j) // goes on where the other was killed
 			if got := size(t, dir); got < large {
-				t.Errorf("it has %d octets", got)
+				t.Errorf("it has %d bytes", got)
 			}
 			must(t, os.WriteFile(dir+"/f", []byte("data"), 0o644))
 			l.do(t, "", "unmount", dir)
@@ -279,12 +284,12 @@ func TestF106GrownAtFirstMount(t *testing.T) {
 			l.do(t, "", "mount", ro, options("name", name, "readOnly", "true"))
 			l.do(t, "", "mount", second, j)
 			if got := size(t, second); got < large+1<<30-1<<27 {
-				t.Errorf("enlarged it has %d octets", got)
+				t.Errorf("enlarged it has %d bytes", got)
 			}
 			if data, err := os.ReadFile(ro + "/f"); err != nil || string(data) != "data" {
 				t.Errorf("the data: %q %v", data, err)
 			}
-			l.do(t, "", "expandfs", j, "", ro, fmt.Sprint(3<<30), fmt.Sprint(2<<30)) // a reader's folder; the writer's serves
+			l.do(t, "", "expandfs", j, "", ro, fmt.Sprint(3<<30), fmt.Sprint(2<<30)) // a reader's directory; the writer's serves
 			l.do(t, "", "unmount", second)
 			l.do(t, "", "unmount", ro)
 			l.do(t, "", "detach", name, self)

@@ -288,7 +288,8 @@ func TestF159ServerGone(t *testing.T) {
 	h.noLeftovers(t)
 }
 
-// F159: the file system's name has two addresses, of which the first is dead: what answers is mounted, at once, by the name.
+// F159: the file system's name has two addresses, of which the first is dead: what answers is
+// mounted, at once, by the name.
 func TestF159FirstAddressDead(t *testing.T) {
 	h := newHost(t, -1)
 	dir := h.Place(t, "data")
@@ -303,7 +304,8 @@ func TestF159FirstAddressDead(t *testing.T) {
 				t.Fatalf("%+v", r)
 			}
 		}
-		if m := at(t, dir); len(m) != 1 || m[0].Source != name+":"+nfsd.Export || !strings.Contains(m[0].Super, "addr="+nfsd.Server) {
+		m := at(t, dir)
+		if len(m) != 1 || m[0].Source != name+":"+nfsd.Export || !strings.Contains(m[0].Super, "addr="+nfsd.Server) {
 			t.Errorf("mounted: %+v", m)
 		}
 		h.Fails(t, nil, "is mounted at "+dir, "delete", j)

@@ -141,8 +141,9 @@ func TestF159StaleMount(t *testing.T) {
 	noLeftovers(t)
 }
 
-// F159: the server's name has several addresses, of which the first is dead. Mounts, and all work on the export, take the one that
-// answers, with mount.nfs and without it, and the mount table shows the name.
+// F159: the server's name has several addresses, of which the first is dead. Mounts, and all work
+// on the export, take the one that answers, with mount.nfs and without it, and the mount table
+// shows the name.
 func TestF159FirstAddressDead(t *testing.T) {
 	nfsd.Serve(t)
 	dir := place(t, "data")
@@ -158,7 +159,8 @@ func TestF159FirstAddressDead(t *testing.T) {
 			}
 		}
 		m := at(t, dir)
-		if len(m) != 1 || m[0].Source != pair+":"+export+"/pair" || !strings.Contains(m[0].Super, shows) || !strings.Contains(m[0].Super, "addr="+server) {
+		if len(m) != 1 || m[0].Source != pair+":"+export+"/pair" || !strings.Contains(m[0].Super, shows) ||
+			!strings.Contains(m[0].Super, "addr="+server) {
 			t.Errorf("mounted: %+v", m)
 		}
 		must(t, os.WriteFile(dir+"/f", []byte("data"), 0o644))
