@@ -252,6 +252,9 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	} else if len(others) > 0 {
 		// Mounted once more, it is the same file system with the same state; what is mounted is not examined.
 		spec.FSType = others[0].FSType
+		if err := v.is(f, spec.FSType); err != nil {
+			return err
+		}
 		if here := d.having(table, dev); len(here) > 0 {
 			if err := alive(ctx, v, f, here[0].Point); err != nil {
 				return err
@@ -263,8 +266,8 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	} else if spec.FSType, err = d.prepare(ctx, r, v, f, dev); err != nil {
 		return err
 	}
-	if v.FSType != "" && v.FSType != spec.FSType {
-		return volume.Errorf(volume.ErrConflict, "volume %s (%s) has the file system %s, not %s as asked for", v.Name, f.id(), spec.FSType, v.FSType)
+	if err := v.is(f, spec.FSType); err != nil {
+		return err
 	}
 	if spec.FSType == "xfs" && aws.ToString(f.SnapshotId) != "" {
 		spec.Options = rules.Merge(spec.Options, []string{"nouuid"}) // the volume that the snapshot is of may be here, too
@@ -279,6 +282,15 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	}
 	d.log.Info("mounted", "volume", v.Name, "id", f.id(), "device", dev.path, "dir", dir, "pod", rec.Pod)
 	return nil
+}
+
+// is refuses a file system that the options do not ask for.
+func (v Volume) is(f *found, fs string) error {
+	if v.FSType == "" || v.FSType == fs {
+		return nil
+	}
+	return volume.Errorf(volume.ErrConflict, "volume %s (%s) has the file system %s, not %s as asked for",
+		v.Name, f.id(), fs, v.FSType)
 }
 
 // mode is for messages.
