@@ -293,14 +293,14 @@ func TestF159ServerGone(t *testing.T) {
 func TestF159FirstAddressDead(t *testing.T) {
 	h := newHost(t, -1)
 	dir := h.Place(t, "data")
-	quick := []string{flex.TimeoutVariable + "=30s"}
+	patient := []string{flex.TimeoutVariable + "=100s"}
 	j := options("name", "pair", "onRemove", "purge", "export", nfsd.Export)
 	name := h.OK(t, "create", j).Options["fsid"] + ".efs.eu-test-1.amazonaws.com"
 	nfsd.Pair(t, name)
 	for _, mnt := range []string{"", "vers=4.0"} {
 		j := options("name", "pair", "onRemove", "purge", "export", nfsd.Export, "mntOptions", mnt)
 		for range 2 {
-			if r := h.Play(t, quick, "mount", dir, j); r.Status != flex.Success {
+			if r := h.Play(t, patient, "mount", dir, j); r.Status != flex.Success {
 				t.Fatalf("%+v", r)
 			}
 		}
