@@ -38,7 +38,7 @@ func listen(path string) (_ *Socket, err error) {
 	}
 	defer func() {
 		if err != nil {
-			release(lock)
+			err = errors.Join(err, release(lock))
 		}
 	}()
 	if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
