@@ -67,9 +67,9 @@ acceptance: deps build ## a real kubelet and the volume drivers; the first call 
 override CMD := $(value CMD)
 export CMD
 .PHONY: guest guest-image
-guest: build ## a shell in Debian's kernel under QEMU, or CMD='...' in it: ESP, kernel NFS, NVMe
+guest: build ## a shell in Debian's kernel under QEMU, or CMD='...' in it: ESP, kernel NFS, NVMe; KERNEL=trixie
 	@mkdir -p .cache && $(GO) build -o .cache/guestlab ./hack/guest
-	@.cache/guestlab $(if $(CMD),run "$$CMD",shell)
+	@.cache/guestlab $(if $(CMD),run,shell) -kernel "$(KERNEL)" $(if $(CMD),"$$CMD")
 guest-image: ## its image, of the newest Debian packages; no root needed, nothing is installed
 	@$(GO) run ./hack/guest prepare -refresh
 

@@ -5,7 +5,8 @@
 //	hack/guest shell                a shell in a guest, on this terminal; "exit" ends both
 //	hack/guest packages             what is in the image, with versions
 //
-// make guest-image and make guest call it. LARIAT_GUEST_KERNEL adds to the kernel's command line.
+// run and shell take -kernel RELEASE: the kernel of another release of Debian, such as trixie. make guest-image and make guest call
+// this program. LARIAT_GUEST_KERNEL adds to the kernel's command line.
 package main
 
 import (
@@ -38,10 +39,11 @@ func run(ctx context.Context, args []string) (int, error) {
 	}
 	set := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	refresh := set.Bool("refresh", false, "ask for newer packages")
+	kernel := set.String("kernel", "", "boot the kernel of this `release` of Debian; the image has those of test/guest/packages.list")
 	if err := set.Parse(args[1:]); err != nil {
 		return 0, err
 	}
-	options := guest.Options{Bin: true, KernelArgs: strings.Fields(os.Getenv("LARIAT_GUEST_KERNEL"))}
+	options := guest.Options{Bin: true, Kernel: *kernel, KernelArgs: strings.Fields(os.Getenv("LARIAT_GUEST_KERNEL"))}
 	image, err := guest.Prepare(ctx, os.Stdout, *refresh && args[0] == "prepare")
 	if err != nil {
 		return 0, err

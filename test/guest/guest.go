@@ -18,6 +18,7 @@ package guest
 import (
 	"archive/tar"
 	"bufio"
+	"cmp"
 	"context"
 	_ "embed" // the second half of a guest's start
 	"errors"
@@ -47,6 +48,7 @@ const Patience = 4 * time.Minute
 type Options struct {
 	Package    string            // Main runs this package's tests instead of the caller's: a folder, relative to the caller's
 	Only       string            // the tests that Main runs if no -run says otherwise, as -run takes it; "": all
+	Kernel     string            // of which release of Debian, such as "trixie"; "": LARIAT_GUEST_RELEASE, or this machine's own
 	KernelArgs []string          // added to the kernel's command line, such as "module_blacklist=esp4,esp6"
 	QEMUArgs   []string          // added to QEMU's
 	Memory     int               // MiB; 0: 1024
@@ -360,13 +362,17 @@ func startQEMU(ctx context.Context, image Image, dir string, o Options, c Comman
 	if c.interactive {
 		console = "stdio,id=console,signal=off"
 	}
+	vmlinuz, err := image.kernel(cmp.Or(o.Kernel, os.Getenv("LARIAT_GUEST_RELEASE")))
+	if err != nil {
+		return nil, err
+	}
 	kernel := []string{"console=ttyS0", "no_timer_check", "clocksource=hpet", "cryptomgr.notests", "root=/dev/nvme0n1", "rootfstype=ext4", "rw", "init=/init", "panic=-1", "quiet"}
 	args := []string{
 		"-machine", "q35",
 		"-cpu", "max,-cx16", // cmpxchg16b is emulated wrongly at times
 		"-m", strconv.Itoa(orElse(o.Memory, 1024)), "-smp", strconv.Itoa(orElse(o.CPUs, 1)),
 		"-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
-		"-kernel", image.path("vmlinuz"), "-append", strings.Join(slices.Concat(kernel, o.KernelArgs), " "),
+		"-kernel", vmlinuz, "-append", strings.Join(slices.Concat(kernel, o.KernelArgs), " "),
 		"-chardev", console, "-serial", "chardev:console",
 		// Debian's kernel has NVMe and ext4 built in, which makes an initramfs superfluous.
 		"-drive", "if=none,id=root,format=raw,snapshot=on,file=" + image.path("root.img"), "-device", "nvme,serial=guest-root,drive=root",

@@ -64,6 +64,21 @@ func TestRunBringsOutWhatItPromises(t *testing.T) {
 	}
 }
 
+// TestKernelOfARelease: each listed kernel is there, boots with its own modules, and is what was asked for.
+func TestKernelOfARelease(t *testing.T) {
+	t.Parallel()
+	for release, version := range map[string]string{"bookworm": "6.1.", "trixie": "6.12."} {
+		res, said, _, err := sh(t, Options{Kernel: release}, `modprobe vxlan && uname -r`)
+		if err != nil || res.Code != 0 || !strings.HasPrefix(said, version) {
+			t.Errorf("the kernel of %s: want %s…, have %q, exit status %d, %v", release, version, said, res.Code, err)
+		}
+	}
+	_, _, _, err := sh(t, Options{Kernel: "sarge"}, `true`)
+	if err == nil || !strings.Contains(err.Error(), "no kernel of Debian sarge") {
+		t.Errorf("a release that is not listed: %v", err)
+	}
+}
+
 func lines(t *testing.T, file string) string {
 	t.Helper()
 	data, err := os.ReadFile(file)
@@ -260,9 +275,10 @@ func TestPassedVariables(t *testing.T) {
 }
 
 func TestPackagesListHasBothHalves(t *testing.T) {
-	qemu, guest, without := wanted()
-	if !slices.Equal(qemu, []string{"qemu-system-x86"}) || !slices.Contains(guest, "linux-image-cloud-amd64") || !slices.Contains(without, "perl") {
-		t.Errorf("qemu %v\nguest %v\nwithout %v", qemu, guest, without)
+	qemu, guest, without, kernels := wanted()
+	if !slices.Equal(qemu, []string{"qemu-system-x86"}) || !slices.Contains(guest, "linux-image-cloud-amd64") || !slices.Contains(without, "perl") ||
+		kernels["trixie"] != "linux-image-cloud-amd64" {
+		t.Errorf("qemu %v\nguest %v\nwithout %v\nkernels %v", qemu, guest, without, kernels)
 	}
 	for _, w := range without {
 		if slices.Contains(guest, w) {

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/url"
 	"os"
 	"os/exec"
@@ -29,7 +30,7 @@ var packagesList string
 var initScript string
 
 // format is part of an image's name; raise it when the code below makes something else of the same packages.
-const format = "1"
+const format = "2"
 
 // Image is what guests boot from, ready in the cache.
 type Image struct{ dir string }
@@ -44,6 +45,18 @@ func (i Image) Packages() (string, error) {
 func (i Image) Dir() string { return i.dir }
 
 func (i Image) path(name string) string { return filepath.Join(i.dir, name) }
+
+// kernel is the kernel of a Debian release; "": of this machine's own.
+func (i Image) kernel(release string) (string, error) {
+	if release == "" {
+		return i.path("vmlinuz"), nil
+	}
+	path := i.path("vmlinuz-" + release)
+	if _, err := os.Stat(path); err != nil {
+		return "", fmt.Errorf("the image has no kernel of Debian %s; test/guest/packages.list says which it has: %w", release, err)
+	}
+	return path, nil
+}
 
 // Cache is the folder that keeps packages and images: LARIAT_GUEST_CACHE, or lariat/guest in the user's cache, so that all checkouts of a
 // user share it.
@@ -76,7 +89,7 @@ func Find() (Image, error) {
 	}
 	found = slices.DeleteFunc(found, func(dir string) bool { return modified(dir) == 0 }) // a lock, or nothing whole
 	if len(found) == 0 {
-		return Image{}, fmt.Errorf("no image of the guest in %s: run make guest-image, which downloads some 90 MB of Debian packages once", cache)
+		return Image{}, fmt.Errorf("no image of the guest in %s: run make guest-image, which downloads some 130 MB of Debian packages once", cache)
 	}
 	slices.SortFunc(found, func(a, b string) int { return cmp.Compare(modified(a), modified(b)) })
 	return Image{dir: found[len(found)-1]}, nil
@@ -155,27 +168,32 @@ func lock(path string, how int) (unlock func(), err error) {
 type deb struct{ name, version, file string }
 
 type preparation struct {
-	cache string
-	log   io.Writer
-	qemu  []deb // for this machine
-	guest []deb // for the image
+	cache   string
+	log     io.Writer
+	qemu    []deb            // for this machine
+	guest   []deb            // for the image
+	own     string           // this machine's release of Debian
+	kernels map[string][]deb // those of guest that are kernels, by their releases
 }
 
-// wanted are the packages of the list, and those that are left out.
-func wanted() (qemu, guest, without []string) {
+// wanted are the packages of the list, those that are left out, and the package of each release that is a kernel.
+func wanted() (qemu, guest, without []string, kernels map[string]string) {
+	kernels = map[string]string{}
 	for line := range strings.Lines(packagesList) {
 		f := strings.Fields(line)
 		switch {
 		case len(f) == 0 || strings.HasPrefix(f[0], "#"):
 		case f[0] == "qemu":
 			qemu = append(qemu, f[1:]...)
+		case f[0] == "kernel" && len(f) == 3:
+			kernels[f[1]] = f[2]
 		case f[0] == "-":
 			without = append(without, f[1:]...)
 		default:
 			guest = append(guest, f...)
 		}
 	}
-	return qemu, guest, without
+	return qemu, guest, without, kernels
 }
 
 // fetch downloads the packages: by the machine's package lists if they serve, and by fresh ones in the cache otherwise, or first if the
@@ -188,7 +206,7 @@ func (p *preparation) fetch(ctx context.Context, refresh bool) error {
 		slices.Reverse(order)
 	}
 	for _, lists := range order {
-		a, err := p.apt(lists)
+		a, err := p.apt("apt.conf", lists, "")
 		if err != nil {
 			return err
 		}
@@ -198,6 +216,9 @@ func (p *preparation) fetch(ctx context.Context, refresh bool) error {
 		}
 		if err == nil {
 			err = p.download(ctx, a)
+		}
+		if err == nil {
+			err = p.foreign(ctx, a)
 		}
 		if err == nil {
 			return nil
@@ -211,7 +232,8 @@ func (p *preparation) fetch(ctx context.Context, refresh bool) error {
 // to anything, so that it changes nothing.
 type apt struct{ conf, dir string }
 
-func (p *preparation) apt(lists string) (apt, error) {
+// apt writes its configuration to a file of the given name; more is added to it.
+func (p *preparation) apt(name, lists, more string) (apt, error) {
 	dir := filepath.Join(p.cache, "apt")
 	for _, d := range []string{filepath.Join(dir, "lists", "partial"), filepath.Join(dir, "archives", "partial")} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
@@ -222,7 +244,7 @@ func (p *preparation) apt(lists string) (apt, error) {
 	if err := os.WriteFile(status, nil, 0o644); err != nil {
 		return apt{}, err
 	}
-	conf := filepath.Join(dir, "apt.conf")
+	conf := filepath.Join(dir, name)
 	return apt{conf, filepath.Join(p.cache, "debs")}, os.WriteFile(conf, fmt.Appendf(nil, `// written anew by each call of hack/guest
 #clear APT::Update::Pre-Invoke;
 #clear APT::Update::Post-Invoke;
@@ -242,7 +264,7 @@ APT::Install-Recommends "false";
 Acquire::Languages "none";
 Acquire::http::Timeout "20";
 Acquire::https::Timeout "20";
-`, dir, status, lists), 0o644)
+%[4]s`, dir, status, lists, more), 0o644)
 }
 
 func (a apt) run(ctx context.Context, args ...string) (string, error) {
@@ -291,15 +313,93 @@ func (a apt) resolve(ctx context.Context, packages, without []string) ([]deb, er
 }
 
 func (p *preparation) download(ctx context.Context, a apt) (err error) {
-	qemu, guest, without := wanted()
+	qemu, guest, without, _ := wanted()
 	if p.qemu, err = a.resolve(ctx, qemu, without); err != nil {
 		return err
 	}
 	if p.guest, err = a.resolve(ctx, guest, without); err != nil {
 		return err
 	}
+	if p.own, err = ownRelease(); err != nil {
+		return err
+	}
+	p.kernels = map[string][]deb{p.own: slices.DeleteFunc(slices.Clone(p.guest), notKernel)}
+	return p.load(ctx, a, slices.Concat(p.qemu, p.guest))
+}
+
+// notKernel is of what a kernel's package needs on a real machine.
+func notKernel(d deb) bool { return !strings.HasPrefix(d.name, "linux-image-") }
+
+// ownRelease is the code name of this machine's release of Debian.
+func ownRelease() (string, error) {
+	const file = "/etc/os-release"
+	data, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(string(data)) {
+		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "VERSION_CODENAME="); ok {
+			return strings.Trim(name, `"`), nil
+		}
+	}
+	return "", fmt.Errorf("%s names no release (VERSION_CODENAME)", file)
+}
+
+// foreign downloads the kernels of other releases, and nothing else of those. They come from where apt gets this machine's release.
+func (p *preparation) foreign(ctx context.Context, own apt) error {
+	_, _, _, kernels := wanted()
+	delete(kernels, p.own)
+	for _, release := range slices.Sorted(maps.Keys(kernels)) {
+		list, err := p.sources(ctx, own, release)
+		if err != nil {
+			return err
+		}
+		lists := filepath.Join(p.cache, "apt", "lists-"+release)
+		if err := os.MkdirAll(filepath.Join(lists, "partial"), 0o755); err != nil {
+			return err
+		}
+		a, err := p.apt("apt-"+release+".conf", lists, fmt.Sprintf("Dir::Etc::sourcelist %q;\nDir::Etc::sourceparts \"-\";\n", list))
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(p.log, "guest: fetching package lists of %s\n", release)
+		if _, err := a.run(ctx, "update"); err != nil {
+			return fmt.Errorf("package lists of %s: %w", release, err)
+		}
+		found, err := a.resolve(ctx, []string{kernels[release]}, nil)
+		if err != nil {
+			return fmt.Errorf("kernel of %s: %w", release, err)
+		}
+		found = slices.DeleteFunc(found, notKernel)
+		if err := p.load(ctx, a, found); err != nil {
+			return fmt.Errorf("kernel of %s: %w", release, err)
+		}
+		p.kernels[release] = found
+		p.guest = append(p.guest, found...)
+	}
+	return nil
+}
+
+// sources writes a list of package sources with one release of Debian.
+func (p *preparation) sources(ctx context.Context, own apt, release string) (string, error) {
+	out, err := own.run(ctx, "indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)", "Created-By: Packages", "Component: main")
+	if err != nil {
+		return "", err
+	}
+	for line := range strings.Lines(out) {
+		if uri, ok := strings.CutPrefix(strings.TrimSpace(line), "Debian Debian "); ok {
+			file := filepath.Join(p.cache, "apt", "sources-"+release+".list")
+			text := fmt.Sprintf("deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n", uri, release)
+			return file, os.WriteFile(file, []byte(text), 0o644)
+		}
+	}
+	return "", fmt.Errorf("apt's sources name no archive of Debian, where the kernel of %s would be:\n%s", release, tail(out, 4))
+}
+
+// load downloads those of the packages that are not there.
+func (p *preparation) load(ctx context.Context, a apt, debs []deb) error {
 	var missing []string
-	for _, d := range slices.Concat(p.qemu, p.guest) {
+	for _, d := range debs {
 		// apt downloads to another name first, so what is there is whole.
 		if _, err := os.Stat(filepath.Join(a.dir, d.file)); err != nil {
 			missing = append(missing, d.name+"="+d.version)
@@ -310,7 +410,7 @@ func (p *preparation) download(ctx context.Context, a apt) (err error) {
 		return nil
 	}
 	fmt.Fprintf(p.log, "guest: downloading %d packages\n", len(missing))
-	_, err = a.run(ctx, append([]string{"download"}, missing...)...)
+	_, err := a.run(ctx, append([]string{"download"}, missing...)...)
 	return err
 }
 
@@ -350,7 +450,10 @@ func (p *preparation) image(ctx context.Context) (image Image, err error) {
 	if err := p.unpack(ctx, root, p.guest); err != nil {
 		return Image{}, err
 	}
-	if err := furnish(ctx, root, filepath.Join(tmp, "vmlinuz")); err != nil {
+	if err := furnish(root); err != nil {
+		return Image{}, err
+	}
+	if err := p.bootable(ctx, root, tmp); err != nil {
 		return Image{}, err
 	}
 	if err := makeFilesystem(ctx, root, filepath.Join(tmp, "root.img")); err != nil {
@@ -423,7 +526,7 @@ var links = map[string]string{
 }
 
 // furnish does to an unpacked root what the packages' scripts would do to a system, as far as a guest needs it.
-func furnish(ctx context.Context, root, kernel string) error {
+func furnish(root string) error {
 	for _, dir := range []string{"proc", "sys", "dev", "run", "tmp", "root", "mnt", "srv", "lariat", "etc", "var/lib/nfs", "var/log", "var/tmp", "usr/local/bin"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			return err
@@ -460,23 +563,32 @@ func furnish(ctx context.Context, root, kernel string) error {
 			return err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(root, "init"), []byte(initScript), 0o755); err != nil {
-		return err
+	return os.WriteFile(filepath.Join(root, "init"), []byte(initScript), 0o755)
+}
+
+// bootable takes the kernels out of an unpacked root, to where QEMU finds each by its release, and lists the modules of each.
+func (p *preparation) bootable(ctx context.Context, root, to string) error {
+	for release, debs := range p.kernels {
+		kernel := filepath.Join(to, "vmlinuz-"+release)
+		for _, d := range debs {
+			version := strings.TrimPrefix(d.name, "linux-image-")
+			err := os.Rename(filepath.Join(root, "boot", "vmlinuz-"+version), kernel)
+			if errors.Is(err, fs.ErrNotExist) { // a package that only depends on the kernel's
+				continue
+			}
+			if err == nil {
+				// depmod decides by its name which of kmod's programs it is.
+				_, err = output(own(ctx, root, "depmod", "usr/bin/kmod", "-b", root, version))
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if _, err := os.Stat(kernel); err != nil {
+			return fmt.Errorf("no kernel among %d packages of %s: %w", len(debs), release, err)
+		}
 	}
-	kernels, err := filepath.Glob(filepath.Join(root, "boot", "vmlinuz-*"))
-	if err != nil || len(kernels) != 1 {
-		return fmt.Errorf("want one kernel, have %v", kernels)
-	}
-	release := strings.TrimPrefix(filepath.Base(kernels[0]), "vmlinuz-")
-	if err := os.Rename(kernels[0], kernel); err != nil {
-		return err
-	}
-	if err := os.RemoveAll(filepath.Join(root, "boot")); err != nil {
-		return err
-	}
-	// depmod decides by its name which of kmod's programs it is.
-	_, err = output(own(ctx, root, "depmod", "usr/bin/kmod", "-b", root, release))
-	return err
+	return errors.Join(os.Symlink("vmlinuz-"+p.own, filepath.Join(to, "vmlinuz")), os.RemoveAll(filepath.Join(root, "boot")))
 }
 
 // own is a program of an unpacked root, run on this machine by the root's own loader and libraries, so that it does not matter which this
