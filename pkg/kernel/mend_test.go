@@ -2,16 +2,12 @@ package kernel_test
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/vishvananda/netlink"
 
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
@@ -173,38 +169,6 @@ func TestF29_PortsThatComeAreNoNews(t *testing.T) {
 	host.Command(t, "ip", "link", "set", "last", "mtu", "1400")
 	if e := <-events; e != (kernel.Event{Kind: kernel.EventLink, Name: "last"}) {
 		t.Errorf("the first event is %q, want link last", e)
-	}
-}
-
-// TestF1_PortSendsAtOnce: what is sent as soon as ADD has returned must not meet a device that has no queue
-// yet. A list of all devices, unlike a question for one, does not make the kernel catch up.
-func TestF1_PortSendsAtOnce(t *testing.T) {
-	host := netnstest.New(t)
-	k := openKernel(t, host)
-	for range 4 * runtime.NumCPU() { // a busy host, on which the kernel's own work comes late
-		go func() {
-			for t.Context().Err() == nil {
-			}
-		}()
-	}
-	for round := range 30 {
-		inside := netnstest.New(t)
-		id := metadata.AttachmentID{ContainerID: fmt.Sprint("c", round), IfName: "eth0"}
-		p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{
-			{Address: netip.AddrFrom4([4]byte{10, 42, 0, byte(round)})}}}, attach.Config{ID: id})
-		host.Do(t, func() {
-			if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
-				t.Fatal(err)
-			}
-			links, err := kernel.RetryDump(netlink.LinkList)
-			i := slices.IndexFunc(links, func(l netlink.Link) bool { return l.Attrs().Name == p.HostName })
-			if err != nil || i < 0 || links[i].Attrs().OperState != netlink.OperUp {
-				t.Fatalf("round %d: right after its ADD the port is not operational: %+v, %v", round, links[i].Attrs(), err)
-			}
-			if err := k.DelPort(t.Context(), p.HostName); err != nil {
-				t.Fatal(err)
-			}
-		})
 	}
 }
 

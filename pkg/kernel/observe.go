@@ -140,7 +140,7 @@ type foundLink struct {
 	kind  string
 	link  delta.Link
 
-	up         bool // operationally: it has a carrier, and a queue
+	oper       byte // its operational state
 	group      uint32
 	rpFilter   int
 	forwarding bool

@@ -34,6 +34,15 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 	defer inside.Close()
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	var told *os.File
+	err = n.do(func() (err error) {
+		told, err = subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV6_IFADDR)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("hear of a port: %w", err)
+	}
+	defer told.Close()
 	if err := n.createPair(inside, p); err != nil {
 		return err
 	}
@@ -57,48 +66,57 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 	if err != nil {
 		return err
 	}
-	if err := insideEnd(inside, path, p); err != nil {
+	if err := insideEnd(ctx, inside, path, p); err != nil {
 		return err
 	}
-	return n.operational(ctx, index)
+	var local []netip.Addr
+	if p.Host().Gateway6 {
+		local = append(local, delta.GatewayAddress6.Addr())
+	}
+	return n.rt.operational(ctx, told, index, []byte{operUp}, local)
 }
 
-// operational waits until a device with a carrier sends. The kernel attaches its queue a little after the
-// carrier came, in a work of its own, and what is sent before is dropped: a container's first ARP request or
-// answer, which is repeated after a second. Kernels since 6.8 do that work when they are asked for the device
-// (linkwatch_sync_dev in rtnl_getlink), older ones announce its end. A device that does not come to it in a
-// second is no error here: nothing more can be done about it.
-func (n *Netns) operational(ctx context.Context, index uint32) error {
-	up := false
+// operational waits until an end of a port sends and hears: its device is in one of the states, and the IPv6
+// addresses are local. A container's first packets need both, and the kernel does both in works of its own, some time after the
+// messages that ask for them. What does not come in a second is no error: nothing more can be done about it.
+//
+// A device whose peer comes up later gets its queue by linkwatch_event. What is sent before is dropped: the host's first
+// ARP request, which is repeated after a second. Only then IPv6 takes it for ready, and gives it the route of multicast, without which it hears
+// no question for its MAC. Kernels since 6.8 do that work when they are asked for the device (linkwatch_sync_dev in
+// rtnl_getlink), older ones announce its end.
+//
+// An address joins the group to which such questions are sent, becomes local and is announced by addrconf_dad_work,
+// also where no duplicates are to be detected.
+func (s *socket) operational(ctx context.Context, told *os.File, index uint32, states []byte, addrs []netip.Addr) error {
+	up, missing := false, map[netip.Addr]bool{}
+	for _, a := range addrs {
+		missing[a] = true
+	}
 	look := func() error {
-		return n.rt.link(index, "", func(body []byte) { up = parseLink(body).up })
+		return s.link(index, "", func(body []byte) { up = slices.Contains(states, parseLink(body).oper) })
 	}
-	if err := look(); err != nil || up {
+	if err := look(); err != nil || up && len(missing) == 0 {
 		return err
 	}
-	var events *os.File
-	err := n.do(func() (err error) {
-		events, err = subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("wait for a port: %w", err)
-	}
-	defer events.Close()
-	if err := look(); err != nil || up { // it may have come to it before somebody listened
+	if err := told.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
 		return err
 	}
-	if err := events.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
-		return err
-	}
-	stop := context.AfterFunc(ctx, func() { _ = events.SetReadDeadline(time.Unix(1, 0)) })
+	stop := context.AfterFunc(ctx, func() { _ = told.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
-	for buf := make([]byte, 1<<16); !up; {
-		if _, err := events.Read(buf); errors.Is(err, os.ErrDeadlineExceeded) {
+	for buf := make([]byte, 1<<16); !up || len(missing) > 0; {
+		n, err := told.Read(buf)
+		if errors.Is(err, os.ErrDeadlineExceeded) {
 			return ctx.Err()
 		}
-		if err := look(); err != nil {
-			return err
+		split(buf[:max(n, 0)], func(typ uint16, body []byte) {
+			if at, p := parseAddr(body); typ == unix.RTM_NEWADDR && at == index {
+				delete(missing, p.Addr())
+			}
+		})
+		if !up {
+			if err := look(); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
@@ -288,12 +306,25 @@ func forwarding(m *message) {
 	m.end(spec)
 }
 
-func insideEnd(inside *os.File, path string, p delta.Port) error {
-	s, err := socketIn(inside)
+func insideEnd(ctx context.Context, inside *os.File, path string, p delta.Port) error {
+	var s *socket
+	var told *os.File
+	v6 := slices.ContainsFunc(p.Addrs, netip.Addr.Is6)
+	err := within(inside, func() (err error) {
+		if s, err = openSocket(unix.NETLINK_ROUTE); err == nil && v6 {
+			told, err = subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV6_IFADDR)
+		}
+		return err
+	})
+	if s != nil {
+		defer s.close()
+	}
+	if told != nil {
+		defer told.Close()
+	}
 	if err != nil {
 		return fmt.Errorf("netlink socket in %s: %w", path, err)
 	}
-	defer s.close()
 	req, err := unix.NewIfreq(p.IfName)
 	if err == nil {
 		err = unix.IoctlIfreq(s.fd, unix.SIOCGIFINDEX, req)
@@ -303,13 +334,17 @@ func insideEnd(inside *os.File, path string, p delta.Port) error {
 	}
 	list := portSteps(req.Uint32(), p)
 	err = s.steps(list)
-	if errors.Is(err, unix.EACCES) && slices.ContainsFunc(p.Addrs, netip.Addr.Is6) {
+	if errors.Is(err, unix.EACCES) && v6 {
 		// Some runtimes switch IPv6 off by default in the namespaces that they make. All steps can be repeated.
 		if err = enableIPv6(path, p.IfName); err == nil {
 			err = s.steps(list)
 		}
 	}
-	return err
+	if err != nil || !v6 {
+		return err
+	}
+	// Its peer was up before it, so it had a queue from the first.
+	return s.operational(ctx, told, req.Uint32(), []byte{operUp, operUnknown}, slices.DeleteFunc(slices.Clone(p.Addrs), netip.Addr.Is4))
 }
 
 func portSteps(index uint32, p delta.Port) []step {
@@ -399,26 +434,26 @@ func newRoute(m *message, index uint32, r delta.PortRoute, protocol byte, exists
 	}
 }
 
-// socketIn opens a socket in another namespace; the socket stays there, the thread comes back.
-func socketIn(ns *os.File) (s *socket, err error) {
+// within runs f in another namespace. A socket that f opens stays there, the thread comes back.
+func within(ns *os.File, f func() error) error {
 	runtime.LockOSThread()
 	own, err := os.Open(ownNamespace)
 	if err != nil {
 		runtime.UnlockOSThread()
-		return nil, err
+		return err
 	}
 	defer own.Close()
 	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 		runtime.UnlockOSThread()
-		return nil, os.NewSyscallError("setns", err)
+		return os.NewSyscallError("setns", err)
 	}
-	s, err = openSocket(unix.NETLINK_ROUTE)
+	err = f()
 	if berr := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); berr != nil {
 		// A thread that is lost elsewhere must not be used again: still locked, it ends with its goroutine.
-		return s, errors.Join(err, os.NewSyscallError("setns", berr))
+		return errors.Join(err, os.NewSyscallError("setns", berr))
 	}
 	runtime.UnlockOSThread()
-	return s, err
+	return err
 }
 
 func enableIPv6(path, ifname string) error {

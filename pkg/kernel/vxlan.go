@@ -30,7 +30,9 @@ func parseLink(body []byte) foundLink {
 		case unix.IFLA_IFALIAS:
 			f.link.Alias = cstring(a.value)
 		case unix.IFLA_OPERSTATE:
-			f.up = len(a.value) == 1 && a.value[0] == operUp
+			if len(a.value) == 1 {
+				f.oper = a.value[0]
+			}
 		case unix.IFLA_GROUP:
 			f.group = a.u32()
 		case unix.IFLA_AF_SPEC:
@@ -109,7 +111,8 @@ func parseConf(spec []byte) deviceConf {
 	return c
 }
 
-const operUp = 6 // IF_OPER_UP of include/uapi/linux/if.h
+// Operational states, of include/uapi/linux/if.h.
+const operUnknown, operUp = 0, 6
 
 // IPV4_DEVCONF_FORWARDING and IPV4_DEVCONF_RP_FILTER of include/uapi/linux/ip.h.
 const (

@@ -200,15 +200,20 @@ func receive(f *os.File, each func(typ uint16, body []byte), lost func()) {
 			lost()
 			continue
 		}
-		for in := buf[:n]; len(in) >= unix.NLMSG_HDRLEN; {
-			h := header(in)
-			n := h.length()
-			if n < unix.NLMSG_HDRLEN || n > len(in) {
-				break
-			}
-			each(h.typ(), in[unix.NLMSG_HDRLEN:n])
-			in = in[min(align(n), len(in)):]
+		split(buf[:n], each)
+	}
+}
+
+// split calls each with every message of what was read.
+func split(in []byte, each func(typ uint16, body []byte)) {
+	for len(in) >= unix.NLMSG_HDRLEN {
+		h := header(in)
+		n := h.length()
+		if n < unix.NLMSG_HDRLEN || n > len(in) {
+			break
 		}
+		each(h.typ(), in[unix.NLMSG_HDRLEN:n])
+		in = in[min(align(n), len(in)):]
 	}
 }
 
