@@ -31,7 +31,7 @@ HELPERS     := $(patsubst lariat-lariat,lariat,$(addprefix lariat-,$(patsubst he
 help: ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z\/-]+:.*## / {printf "  %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  T=30s (fuzz)   DESTDIR= PREFIX=$(PREFIX) CNIDIR=$(CNIDIR) (install)   BENCH='-n 50 -rounds 3' (bench)   KEEP=1 (demo)   CMD='uname -r' (guest)"
+	@echo "  T=30s (fuzz, bench/soak)   DESTDIR= PREFIX=$(PREFIX) CNIDIR=$(CNIDIR) (install)   BENCH='-n 50 -rounds 3' (bench)   KEEP=1 (demo)   CMD='uname -r' (guest)"
 
 .PHONY: all build
 all: build
@@ -91,6 +91,10 @@ bench/guest: ## in a guest: an encrypted network against the same tunnel made wi
 bench/volumes: ## Docker's calls against the bare driver; in a guest: the nfs driver against mount(8)
 	@$(GO) test -run '^$$' -bench Lives ./pkg/volume/dockerapi $(BENCH)
 	@CGO_ENABLED=0 $(GO) test -run '^$$' -bench . -benchtime 10x -timeout 60m ./test/guest/volumes $(BENCH)
+
+.PHONY: bench/soak
+bench/soak: build peers ## three hosts whose containers, helpers and store come and go for T; fails on a lost packet, a leak, leftovers
+	@$(GO) run ./test/bench/soak -t $(T) $(BENCH)
 
 .PHONY: demo
 demo: build ## three hosts in namespaces, no privileges needed; KEEP=1 leaves them up

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/sys/unix"
 
@@ -75,15 +76,17 @@ type running struct {
 	private bool
 }
 
-// New returns a Server with the routes of monitors, and with GET /v1/routes, which lists the listeners.
+// New returns a Server with the routes of monitors, of which /metrics has the figures of the process beside those of h, and with GET /v1/routes, which lists the listeners.
 func New(log *slog.Logger, h Health) *Server {
+	process := prometheus.NewRegistry()
+	process.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	s := &Server{log: log, private: http.NewServeMux(), public: http.NewServeMux(), failed: make(chan error, 8)}
 	for _, r := range []struct {
 		pattern string
 		handler http.Handler
 	}{
 		{"GET /healthz", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })},
-		{"GET /metrics", promhttp.HandlerFor(h.Metrics, promhttp.HandlerOpts{})},
+		{"GET /metrics", promhttp.HandlerFor(prometheus.Gatherers{h.Metrics, process}, promhttp.HandlerOpts{})},
 		{"GET /readyz", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if err := h.Ready(r.Context()); err != nil {
 				http.Error(w, err.Error(), http.StatusServiceUnavailable)
