@@ -76,17 +76,18 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 	return n.rt.operational(ctx, told, index, []byte{operUp}, local)
 }
 
-// operational waits until an end of a port sends and hears: its device is in one of the states, and the IPv6
-// addresses are local. A container's first packets need both, and the kernel does both in works of its own, some time after the
-// messages that ask for them. What does not come in a second is no error: nothing more can be done about it.
+// operational waits until an end of a port sends and hears: its device is in one of the states, and the
+// IPv6 addresses are local. A container's first packets need both. The kernel does both in works of its own,
+// some time after the messages that ask for them. What does not come in a second is no error: nothing more
+// can be done about it.
 //
-// A device whose peer comes up later gets its queue by linkwatch_event. What is sent before is dropped: the host's first
-// ARP request, which is repeated after a second. Only then IPv6 takes it for ready, and gives it the route of multicast, without which it hears
-// no question for its MAC. Kernels since 6.8 do that work when they are asked for the device (linkwatch_sync_dev in
-// rtnl_getlink), older ones announce its end.
+// A device whose peer comes up later gets its queue by linkwatch_event. What is sent before is dropped: the
+// host's first ARP request, which is repeated after a second. Only then IPv6 takes the device for ready, and
+// gives it the route of multicast, without which it hears no question for its MAC. Kernels since 6.8 do that
+// work when they are asked for the device (linkwatch_sync_dev in rtnl_getlink), older ones announce its end.
 //
-// An address joins the group to which such questions are sent, becomes local and is announced by addrconf_dad_work,
-// also where no duplicates are to be detected.
+// An address joins the group to which such questions are sent, becomes local and is announced by
+// addrconf_dad_work, also where no duplicates are to be detected.
 func (s *socket) operational(ctx context.Context, told *os.File, index uint32, states []byte, addrs []netip.Addr) error {
 	up, missing := false, map[netip.Addr]bool{}
 	for _, a := range addrs {
@@ -343,8 +344,9 @@ func insideEnd(ctx context.Context, inside *os.File, path string, p delta.Port) 
 	if err != nil || !v6 {
 		return err
 	}
+	local := slices.DeleteFunc(slices.Clone(p.Addrs), netip.Addr.Is4)
 	// Its peer was up before it, so it had a queue from the first.
-	return s.operational(ctx, told, req.Uint32(), []byte{operUp, operUnknown}, slices.DeleteFunc(slices.Clone(p.Addrs), netip.Addr.Is4))
+	return s.operational(ctx, told, req.Uint32(), []byte{operUp, operUnknown}, local)
 }
 
 func portSteps(index uint32, p delta.Port) []step {
