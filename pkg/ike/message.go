@@ -15,8 +15,22 @@ import (
 // given up (20 s: see the retransmissions in strongswan.conf), and another one.
 func overlap(rekey time.Duration) time.Duration { return max(rekey/10, time.Minute) }
 
-// random is what is taken off by chance, so that not all keys are renewed at once. By default it would be as long as the overlap.
-func random(rekey time.Duration) string { return seconds(rekey / 10) }
+// renewal is when an end asks for new keys, what is taken off that by chance so that not all are renewed at once, and
+// when the old keys end.
+//
+// One end leads. Where both ask at the same time, strongSwan before 6.0 may leave an end without the SA by which it should
+// send (its issue 1896), or sending by one that the other end drops; the slower the exchange, the likelier it is. The
+// other end asks when the leader has not, in the middle of the overlap.
+func renewal(rekey time.Duration, leads bool) (ask, chance, end time.Duration) {
+	rest := overlap(rekey)
+	if leads {
+		return rekey, rekey / 10, rekey + rest
+	}
+	return rekey + rest*2/3, rest / 3, rekey + rest
+}
+
+// leads reports whether this end of a tunnel does what both ends must not do at once.
+func leads(t ipsec.Tunnel) bool { return t.LocalID < t.RemoteID }
 
 // connection is what load-conn is given for a tunnel.
 func connection(t ipsec.Tunnel, c Credentials) section {
@@ -29,8 +43,9 @@ func connection(t ipsec.Tunnel, c Credentials) section {
 	}
 	children := section{}
 	for _, child := range t.Children {
-		children = append(children, field{child.Network, childSection(child)})
+		children = append(children, field{child.Network, childSection(child, leads(t))})
 	}
+	ask, chance, end := renewal(t.Rekey, leads(t))
 	return section{{t.Name, section{
 		{"version", "2"},
 		{"local_addrs", []string{t.Local.String()}},
@@ -40,9 +55,9 @@ func connection(t ipsec.Tunnel, c Credentials) section {
 		{"mobike", "no"}, // a host's address is what the metadata says
 		{"unique", "replace"},
 		{"dpd_delay", seconds(t.DPD)},
-		{"rekey_time", seconds(t.Rekey)},
-		{"rand_time", random(t.Rekey)},
-		{"over_time", seconds(overlap(t.Rekey))},
+		{"rekey_time", seconds(ask)},
+		{"rand_time", seconds(chance)},
+		{"over_time", seconds(end - ask)},
 		{"reauth_time", "0"},
 		{"local", local},
 		{"remote", remote},
@@ -50,7 +65,8 @@ func connection(t ipsec.Tunnel, c Credentials) section {
 	}}}
 }
 
-func childSection(c ipsec.Child) section {
+func childSection(c ipsec.Child, leads bool) section {
+	ask, chance, end := renewal(c.Rekey, leads)
 	ts := make([]string, len(c.Subnets))
 	for i, p := range c.Subnets {
 		ts[i] = p.String()
@@ -63,9 +79,9 @@ func childSection(c ipsec.Child) section {
 		{"esp_proposals", c.Proposals},
 		{"if_id_in", id},
 		{"if_id_out", id},
-		{"rekey_time", seconds(c.Rekey)},
-		{"rand_time", random(c.Rekey)},
-		{"life_time", seconds(c.Rekey + overlap(c.Rekey))},
+		{"rekey_time", seconds(ask)},
+		{"rand_time", seconds(chance)},
+		{"life_time", seconds(end)},
 		{"replay_window", strconv.Itoa(ipsec.ReplayWindow)},
 		// The trap alone sets tunnels up: the next packet tries again. Together with a restart on DPD or close there would be two
 		// of everything; strongSwan #541.

@@ -176,7 +176,7 @@ func refresh(w wish, h held) (out []step) {
 	}
 	for _, c := range w.tunnel.Children {
 		i := slices.IndexFunc(h.tunnel.Children, func(x ipsec.Child) bool { return x.Network == c.Network })
-		if i >= 0 && childSection(h.tunnel.Children[i]).String() != childSection(c).String() {
+		if i >= 0 && childSection(h.tunnel.Children[i], leads(h.tunnel)).String() != childSection(c, leads(w.tunnel)).String() {
 			again("- security associations of "+name+"/"+c.Network+", which has other settings", section{{"ike", name}, {"child", c.Network}, {"timeout", "-1"}})
 		}
 	}
@@ -186,7 +186,7 @@ func refresh(w wish, h held) (out []step) {
 		}
 	}
 	// One end does it, or both would at once.
-	if first(h.tunnel.Keys) != "" && first(w.tunnel.Keys) != "" && first(h.tunnel.Keys) != first(w.tunnel.Keys) && w.tunnel.LocalID < w.tunnel.RemoteID {
+	if first(h.tunnel.Keys) != "" && first(w.tunnel.Keys) != "" && first(h.tunnel.Keys) != first(w.tunnel.Keys) && leads(w.tunnel) {
 		out = append(out, step{cmd: "rekey", args: section{{"ike", name}, {"reauth", "yes"}}, tunnel: name, soft: true,
 			line: "~ tunnel " + name + " authenticates anew with key " + first(w.tunnel.Keys)})
 	}
@@ -240,7 +240,7 @@ func repair(w wish, seen *observed) (out []step) {
 // ever. One end decides, and keeps the one by which it sends: what it sends by another until the peer has agreed is lost, and what
 // it is sent is not.
 func extra(t ipsec.Tunnel, sas []SA) []SA {
-	if t.LocalID >= t.RemoteID {
+	if !leads(t) {
 		return nil
 	}
 	var full []SA

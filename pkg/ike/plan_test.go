@@ -8,6 +8,7 @@ import (
 	"os"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -144,27 +145,47 @@ func daemonOrder(have []string, load []key, unload []string) []string {
 	return slices.DeleteFunc(have, func(id string) bool { return slices.Contains(unload, id) })
 }
 
-// TestF43_KeysEndInOrder: from any keys to any other, the daemon tries them in the order that is wanted.
-// TestF41_KeysOutliveTheirRenewal: even short-lived ones by more than a slow exchange takes, or packets are lost.
+// TestF41_KeysOutliveTheirRenewal: even short-lived ones by more than a slow exchange takes, or packets are lost. The ends
+// never ask for new ones at the same time, but in time both: strongSwan 5 does not sort that out without a loss.
 func TestF41_KeysOutliveTheirRenewal(t *testing.T) {
-	for _, tc := range []struct {
-		rekey     time.Duration
-		ike, keys string
-	}{
-		{time.Hour, "rekey_time = 14400\nrand_time = 1440\nover_time = 1440", "rekey_time = 3600\nrand_time = 360\nlife_time = 3960"},
-		{10 * time.Second, "rekey_time = 40\nrand_time = 4\nover_time = 60", "rekey_time = 10\nrand_time = 1\nlife_time = 70"},
-	} {
-		x := tunnel("h2", "192.0.2.2")
-		x.Rekey, x.Children[0].Rekey = 4*tc.rekey, tc.rekey
-		text := regexp.MustCompile(`(?m)^ +`).ReplaceAllString(connection(x, Credentials{}).String(), "")
-		for _, want := range []string{tc.ike, tc.keys} {
-			if !strings.Contains(text, want) {
-				t.Errorf("keys for %s: no\n%s\nin\n%s", tc.rekey, want, text)
+	number := func(text, field string) time.Duration {
+		m := regexp.MustCompile(`(?m)^ *` + field + ` = (\d+)$`).FindStringSubmatch(text)
+		if m == nil {
+			t.Fatalf("no %s in\n%s", field, text)
+		}
+		n, err := strconv.Atoi(m[1])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return time.Duration(n) * time.Second
+	}
+	for _, rekey := range []time.Duration{10 * time.Second, 10 * time.Minute, time.Hour, 24 * time.Hour} {
+		// Of both ends, IKE's keys and those of a child: the first and the last moment of a request, and the end.
+		type times struct{ first, last, end time.Duration }
+		var ike, child [2]times
+		for i, ids := range [][2]string{{"h1", "h2"}, {"h2", "h1"}} {
+			x := tunnel("h2", "192.0.2.2")
+			x.LocalID, x.RemoteID = ids[0], ids[1]
+			x.Rekey, x.Children[0].Rekey = 4*rekey, rekey
+			text, esp := connection(x, Credentials{}).String(), childSection(x.Children[0], leads(x)).String()
+			text, _, _ = strings.Cut(text, "children")
+			last := number(text, "rekey_time")
+			ike[i] = times{last - number(text, "rand_time"), last, last + number(text, "over_time")}
+			last = number(esp, "rekey_time")
+			child[i] = times{last - number(esp, "rand_time"), last, number(esp, "life_time")}
+		}
+		for what, ends := range map[string][2]times{"IKE's": ike, "a child's": child} {
+			leader, other := ends[0], ends[1]
+			const exchange = 20 * time.Second
+			if leader.last > 4*rekey || leader.first < rekey*9/10 || other.first-leader.last < exchange ||
+				other.end-other.last < exchange || leader.end != other.end {
+				t.Errorf("%s keys for %s are renewed at %v by the leader, at %v by the other end", what, rekey, leader, other)
 			}
 		}
 	}
 }
 
+// TestF43_KeysEndInOrder: from any keys to any other, the daemon tries them in the order that is wanted.
 func TestF43_KeysEndInOrder(t *testing.T) {
 	var all [][]string
 	for _, s := range []string{"", "a", "b", "a b", "b a", "c", "a b c", "c b a", "b c a", "c a", "a c", "c a b"} {
