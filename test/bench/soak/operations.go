@@ -65,7 +65,7 @@ type container struct {
 // networks that are there all the time. In the first each container goes through portmap, in the second none does.
 var networks = []string{"blue", "green"}
 
-const perHost = 10 // containers, on average at most
+const most = 40 // containers; about half of these live at any time
 
 func newSoak(c *lab.Cluster, r *report, o options) *soak {
 	return &soak{Cluster: c, o: o, r: r, traffic: newTraffic(r), visitor: c.Hosts[3],
@@ -158,14 +158,12 @@ func (s *soak) operation() {
 
 func (s *soak) operationOf(ctx context.Context, n, nth int, h *lab.Host, network string, publish bool) {
 	switch {
-	case n < 320:
-		if s.living() >= 3*perHost {
+	case n < 600: // the fewer there are, the likelier is one more
+		if nth%most < s.living() {
 			s.release(ctx, nth)
-			return
+		} else {
+			_, _ = s.add(ctx, h, network, publish) // it says itself what was wrong
 		}
-		_, _ = s.add(ctx, h, network, publish) // it says itself what was wrong
-	case n < 600:
-		s.release(ctx, nth)
 	case n < 760:
 		if c := s.take(nth, nil); c != nil {
 			s.try("CHECK", c.Host, func() error { return c.Check(ctx, c.call) })
@@ -209,12 +207,21 @@ func (s *soak) operationOf(ctx context.Context, n, nth int, h *lab.Host, network
 func (s *soak) try(what string, h *lab.Host, do func() error) error {
 	from := time.Now()
 	err := do()
-	s.r.took(what, time.Since(from))
 	if err != nil {
 		err = fmt.Errorf("on host %s: %w", h.Name, err)
 	}
-	s.r.did(what, err, s.reason(h, from))
+	reason := s.reason(h, from)
+	s.took(what, from, reason)
+	s.r.did(what, err, reason)
 	return err
+}
+
+// took keeps apart what took long with a reason.
+func (s *soak) took(what string, from time.Time, reason string) {
+	if reason != "" {
+		what += ", while something was away"
+	}
+	s.r.took(what, time.Since(from))
 }
 
 // reason is what went on at a host since a time, or is going on, for which an operation may be refused.
@@ -537,9 +544,10 @@ func (s *soak) del(ctx context.Context, c *container) error {
 	defer gate.RUnlock()
 	from := time.Now()
 	err := c.Del(ctx, c.call)
-	s.r.took("DEL", time.Since(from))
+	reason := s.reason(c.Host, from)
+	s.took("DEL", from, reason)
 	if err != nil {
-		err = fmt.Errorf("of %s on host %s, with %q: %w", c.Name, c.Host.Name, s.reason(c.Host, from), err)
+		err = fmt.Errorf("of %s on host %s, with %q: %w", c.Name, c.Host.Name, reason, err)
 	}
 	s.r.did("DEL", err, "")
 	s.drop(c)

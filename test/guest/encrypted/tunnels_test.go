@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -268,6 +269,12 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 				return len(seen) > 5 && time.Since(start) > time.Minute
 			})
 		})
+		for _, h := range []*lab.Host{host(0), host(1)} {
+			log, err := h.Output(ctx, "cat", h.IKEDir()+"/charon.log")
+			Expect(err).NotTo(HaveOccurred())
+			crossed := regexp.MustCompile(`(?m)^.*_REKEY collision.*$`).FindAllString(log, -1)
+			Expect(crossed).To(BeEmpty(), "both ends of the tunnel asked for new keys at once, on host %s", h.Name)
+		}
 		Expect(lost).To(BeEmpty(), "of %d", sent)
 		established(host(0), host(1))
 	})
