@@ -175,6 +175,9 @@ func (l *Leftovers) allocations(ctx context.Context, view *metadata.Snapshot, re
 	me, _ := view.Host(view.Self)
 	for _, n := range view.Networks {
 		held, err := l.Client.Allocations(ctx, n.Name, false)
+		if metadata.IsCode(err, metadata.CodeNotFound) {
+			continue // somebody has deleted the network since
+		}
 		if err != nil {
 			errs = append(errs, err)
 			continue

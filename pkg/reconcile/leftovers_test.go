@@ -5,7 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
+	"net/http"
+	"net/http/httputil"
 	"net/netip"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -349,6 +353,57 @@ func TestServiceAway(t *testing.T) {
 	a.pass("attachment dead")
 	if a.held("dead") || a.recorded("dead") || !a.held("live") {
 		t.Error("not settled")
+	}
+}
+
+// TestF29_NetworkDeletedMeanwhile: what was seen a moment ago may be gone when it is asked for. That is no failure, which would be
+// logged, counted, and tried again.
+func TestF29_NetworkDeletedMeanwhile(t *testing.T) {
+	a := newAttic(t)
+	passing := metadata.Network{Name: "passing", Encapsulation: metadata.EncapVXLAN, VNI: 1077,
+		Subnets: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/16")}}
+	real := a.Client
+	must(t, real.Put(ctx, metadata.KindNetwork, passing.Name, passing))
+	seen, err := real.View(ctx)
+	must(t, err)
+
+	// The service as it is, whose network goes right after somebody has seen it.
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	must(t, err)
+	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", a.h.Socket())
+	}
+	proxy := &httputil.ReverseProxy{
+		Rewrite:   func(r *httputil.ProxyRequest) { r.SetURL(&url.URL{Scheme: "http", Host: "service"}) },
+		Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true},
+		ModifyResponse: func(r *http.Response) error {
+			if r.Request.URL.Path != "/v1/snapshot" {
+				return nil
+			}
+			return real.Delete(ctx, metadata.KindNetwork, passing.Name)
+		},
+	}
+	server := &http.Server{Handler: proxy}
+	go server.Serve(l)
+	defer server.Close()
+
+	a.Client = metadata.Client{Socket: socket}
+	if _, err := a.Run(ctx); err != nil {
+		t.Errorf("the leftovers of a network that was deleted: %v", err)
+	}
+	if v, err := real.View(ctx); err != nil || slices.ContainsFunc(v.Networks, func(n metadata.Network) bool { return n.Name == passing.Name }) {
+		t.Fatalf("the network was not deleted: %v", err)
+	}
+	me, _ := seen.Host(seen.Self)
+	settled := map[string]bool{}
+	for _, n := range seen.Networks {
+		settled[incarnation(me, n)] = true
+	}
+	m := &Manager{Client: real, leftovers: &Leftovers{}}
+	m.leftovers.settled.Store(&settled)
+	if err := m.join(ctx, seen); err != nil {
+		t.Errorf("join a network that was deleted: %v", err)
 	}
 }
 

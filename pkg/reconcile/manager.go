@@ -283,7 +283,8 @@ func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 			time.AfterFunc(wait, m.again)
 			continue
 		}
-		if err := m.Client.Join(ctx, n.Name); err != nil {
+		// A network that is not found was deleted since the snapshot; the next one is on its way.
+		if err := m.Client.Join(ctx, n.Name); err != nil && !metadata.IsCode(err, metadata.CodeNotFound) {
 			errs = append(errs, fmt.Errorf("join network %s: %w", n.Name, err))
 		}
 	}
