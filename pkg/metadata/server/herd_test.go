@@ -60,6 +60,7 @@ func TestManyHostsClaimAtOnce(t *testing.T) {
 		})
 	}
 	wg.Wait()
+	t.Logf("%d hosts, %d tries", hosts, st.claims.Load())
 	if got := st.claims.Load(); got < hosts || got > 2*hosts {
 		t.Errorf("%d hosts needed %d tries, want hardly more than one each", hosts, got)
 	}
