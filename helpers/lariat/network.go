@@ -452,16 +452,16 @@ func (d *networkDetails) write(w *writer) {
 }
 
 func (a *app) networkDelete() *cobra.Command {
-	var force bool
+	var force, sure bool
 	c := &cobra.Command{
 		Use:     "delete NAME",
 		Aliases: []string{"rm"},
 		Short:   "Delete a network",
 		Long: `Deletes a network. It refuses while addresses are in use, and says by whom. With --force it releases those of this host: the containers
 keep their interfaces but reach nobody any more. Addresses are released on the host that holds them, so where other hosts hold some
-it names these hosts.`,
+it names these hosts. It asks first, unless --yes is given.`,
 		Example: `  lariat network delete overlay
-  lariat network delete overlay --force`,
+  lariat network delete overlay --force --yes`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, cancel := a.bounded(c)
@@ -485,6 +485,17 @@ it names these hosts.`,
 			if len(others) > 0 {
 				return fmt.Errorf("network %s is in use on other hosts by %s: %s; %s", n.Name, count(len(others), "address"), holders(others), elsewhere(snap, others))
 			}
+			if !sure {
+				question := fmt.Sprintf("Delete network %s, %s?", n.Name, describe(n))
+				if len(held) > 0 {
+					question = fmt.Sprintf("Delete network %s, %s, and release %s: %s?", n.Name, describe(n), count(len(held), "address"), holders(held))
+				}
+				if err := a.confirm(question); err != nil {
+					return err
+				}
+			}
+			ctx, cancel = a.bounded(c) // a person may have taken long
+			defer cancel()
 			if err := a.releaseAll(ctx, held); err != nil {
 				return err
 			}
@@ -496,6 +507,7 @@ it names these hosts.`,
 		ValidArgsFunction: a.complete(networkNames),
 	}
 	c.Flags().BoolVar(&force, "force", false, "release addresses that are in use on this host")
+	c.Flags().BoolVar(&sure, "yes", false, "do not ask")
 	return c
 }
 

@@ -295,9 +295,12 @@ func TestWithRealService(t *testing.T) {
 	if out := h1.must(t, "ip", "list", "-o", "json"); strings.TrimSpace(out) != "[]" {
 		t.Error(out)
 	}
-	h1.must(t, "network", "delete", "backend")
+	h1.refused(t, "Delete network backend, 10.43.0.0/16 fd43::/48, vxlan, vni 1043", "network", "delete", "backend")
+	h1.refused(t, "Say --yes", "network", "delete", "backend")
+	h1.must(t, "network", "delete", "backend", "--yes")
 	h1.attach(t, "feed", "late")
-	h1.must(t, "network", "delete", "overlay", "--force")
+	h1.refused(t, "and release 1 address", "network", "delete", "overlay", "--force")
+	h1.must(t, "network", "delete", "overlay", "--force", "--yes")
 	h2.await(t, func(v *metadata.Snapshot) bool { return len(v.Networks) == 0 })
 	if out := h2.must(t, "network", "list", "-o", "json"); strings.TrimSpace(out) != "[]" {
 		t.Error(out)
