@@ -2,7 +2,7 @@
 // connected by real CNI calls, pings and a TCP transfer between all of them, and a picture. Nothing is left behind, and nothing
 // but a kernel with user namespaces is needed.
 //
-// KEEP=1 leaves it up until Enter is pressed, and prints how to go inside.
+// KEEP=1 leaves it up until Enter is pressed, or until SIGINT where there is no terminal, and prints how to go inside.
 package main
 
 import (
@@ -18,6 +18,8 @@ import (
 	"syscall"
 	"text/tabwriter"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/test/lab"
@@ -232,23 +234,34 @@ func disconnect(ctx context.Context, c *lab.Cluster, all []member) error {
 }
 
 func keep(ctx context.Context, c *lab.Cluster, picture string) {
-	enter := fmt.Sprintf("nsenter --target %d --user --net --mount --preserve-credentials", os.Getpid())
-	fmt.Printf("\nIt stays up until you press Enter. From another terminal, as the same user:\n\n"+
+	inside := fmt.Sprintf("nsenter --target %d --user --net --mount --preserve-credentials", os.Getpid())
+	until, enter := end(os.Stdin)
+	fmt.Printf("\nIt stays up until %s. From another terminal, as the same user:\n\n"+
 		"  %s          # into the lab; then for example\n"+
 		"    nsenter --net=/run/netns/a ip route            # host a\n"+
 		"    nsenter --net=/run/netns/a-web ip address      # its container web\n"+
 		"    %s/lariat --socket %s status\n"+
 		"    %s/lariat --socket %s plan\n\nThe picture: %s\n",
-		enter, c.Bin, c.Hosts[0].Socket(), c.Bin, c.Hosts[0].Socket(), picture)
+		until, inside, c.Bin, c.Hosts[0].Socket(), c.Bin, c.Hosts[0].Socket(), picture)
 	done := make(chan struct{})
-	go func() {
-		bufio.NewReader(os.Stdin).ReadString('\n')
-		close(done)
-	}()
+	if enter {
+		go func() {
+			bufio.NewReader(os.Stdin).ReadString('\n')
+			close(done)
+		}()
+	}
 	select {
 	case <-ctx.Done():
 	case <-done:
 	}
+}
+
+// end says what ends the demo, and whether Enter does: what is no terminal may be at its end from the start.
+func end(stdin *os.File) (until string, enter bool) {
+	if _, err := unix.IoctlGetTermios(int(stdin.Fd()), unix.TCGETS); err != nil {
+		return fmt.Sprintf("it gets SIGINT (control-C, or kill -INT %d)", os.Getpid()), false
+	}
+	return "you press Enter", true
 }
 
 func ms(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
