@@ -39,6 +39,9 @@ type config struct {
 	charon     string
 	vici       string
 	ikeDir     string
+
+	teardown bool // the sub-command
+	yes      bool // of it
 }
 
 var errHelp = errors.New("help")
@@ -65,6 +68,7 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	f.StringVar(&c.charon, "charon", "auto", "strongSwan's IKE daemon, which is started when a network is encrypted: auto finds it, or a path; none: use the one at --vici-socket")
 	f.StringVar(&c.vici, "vici-socket", "/var/run/charon.vici", "with --charon none, where that one listens")
 	f.StringVar(&c.ikeDir, "ike-dir", ike.DefaultDir, "where the daemon that is started has its configuration and socket")
+	f.BoolVar(&c.yes, "yes", false, "of teardown: remove what it lists")
 	help := f.BoolP("help", "h", false, "print the manual")
 	if err := f.Parse(args); err != nil {
 		return c, fmt.Errorf("%w; see lariat-network-manager --help", err)
@@ -73,8 +77,12 @@ func parse(args []string, stdout io.Writer) (config, error) {
 		fmt.Fprintf(stdout, "%s\nFlags:\n%s", manual, f.FlagUsages())
 		return c, errHelp
 	}
-	if f.NArg() > 0 {
+	c.teardown = f.NArg() == 1 && f.Arg(0) == "teardown"
+	switch {
+	case f.NArg() > 0 && !c.teardown:
 		return c, fmt.Errorf("unexpected argument %q; see lariat-network-manager --help", f.Arg(0))
+	case c.yes && !c.teardown:
+		return c, errors.New("--yes is of teardown; see lariat-network-manager --help")
 	}
 	if address != "" {
 		a, err := netip.ParseAddr(address)

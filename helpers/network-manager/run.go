@@ -35,7 +35,11 @@ func run(args []string, stdout, stderr io.Writer) int {
 		return 0
 	}
 	if err == nil {
-		err = manage(conf, slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: conf.logLevel})))
+		work := manage
+		if conf.teardown {
+			work = func(conf config, log *slog.Logger) error { return teardown(conf, log, stdout) }
+		}
+		err = work(conf, slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: conf.logLevel})))
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "lariat-network-manager:", printable.Joined(err.Error()))
@@ -92,6 +96,40 @@ func manage(conf config, log *slog.Logger) error {
 	}
 	log.Info("stopped; the network stays as it is")
 	return err
+}
+
+// teardown prints what Lariat owns on this host, and with --yes removes it.
+func teardown(conf config, log *slog.Logger, stdout io.Writer) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if conf.yes { // whoever holds the socket would make everything anew
+		socket, err := service.Listen(conf.socket)
+		if err != nil {
+			return err
+		}
+		defer socket.Close()
+	}
+	k, err := kernel.New()
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	m := &reconcile.Manager{Kernel: k, Log: log, MetadataAddress: conf.metadataAddress}
+	m.Tunnels = tunnels(conf, k, m, log)
+	defer m.Tunnels.Daemon.Close()
+	lines, err := m.Teardown(ctx, conf.yes)
+	for _, l := range lines {
+		fmt.Fprintln(stdout, printable.Line(l))
+	}
+	switch {
+	case err != nil:
+		return err
+	case len(lines) == 0:
+		fmt.Fprintln(stdout, "Lariat owns nothing in the network of this host")
+	case !conf.yes:
+		fmt.Fprintln(stdout, "nothing was removed; teardown --yes removes it, and cuts these containers off")
+	}
+	return nil
 }
 
 // tunnels sets up what keeps encrypted networks' tunnels. Nothing is started before there is such a network.

@@ -240,3 +240,36 @@ func withdraw(ipt *iptables.IPTables) ([]string, error) {
 	}
 	return changed, err
 }
+
+// Remove removes the chains and the jumps to them, and returns what it removed. With apply false it returns what
+// there is to remove, and changes nothing. A user's chain that has rules stays.
+func Remove(apply bool) (lines []string, err error) {
+	var errs []error
+	for _, f := range []struct {
+		proto   iptables.Protocol
+		command string
+	}{{iptables.ProtocolIPv4, "iptables"}, {iptables.ProtocolIPv6, "ip6tables"}} {
+		if _, err := exec.LookPath(f.command); err != nil {
+			continue
+		}
+		ipt, err := iptables.New(iptables.IPFamily(f.proto), iptables.Timeout(5))
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		there, err := ipt.ChainExists("filter", ForwardChain)
+		if err != nil || !there {
+			errs = append(errs, err)
+			continue
+		}
+		lines = append(lines, fmt.Sprintf("- %s chains %s and, when it is empty, %s", f.command, ForwardChain, UserChain))
+		if apply {
+			_, err := withdraw(ipt)
+			errs = append(errs, err)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return lines, fmt.Errorf("remove iptables chains: %w", err)
+	}
+	return lines, nil
+}

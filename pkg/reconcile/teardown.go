@@ -1,0 +1,65 @@
+package reconcile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel/iptables"
+)
+
+// Teardown removes all that Lariat owns on this host: the ports of containers, devices, addresses, routes and
+// rules by the marks that planners know them by, the iptables chains, and the IKE daemon with what it left in the
+// kernel. It returns what it removed, a line each. With apply false it changes nothing, and returns what it
+// would remove. Nothing else may work on the host's network meanwhile: no manager, no plugin.
+func (m *Manager) Teardown(ctx context.Context, apply bool) (lines []string, err error) {
+	ports, err := m.Kernel.Ports(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, p := range ports {
+		names = append(names, p.Name)
+		lines = append(lines, fmt.Sprintf("- port %s of container %s, network %s", p.Name, p.Alias.ContainerID, p.Alias.Network))
+	}
+	slices.Sort(lines)
+	own := delta.NewState() // addresses of devices that are not ours are found by name
+	if m.MetadataAddress.IsValid() {
+		own.Addrs[delta.Addr{Dev: "lo", Prefix: netip.PrefixFrom(m.MetadataAddress, m.MetadataAddress.BitLen())}] = struct{}{}
+	}
+	have, err := m.Kernel.Observe(ctx, own)
+	if err != nil {
+		return nil, err
+	}
+	d := delta.Between(delta.NewState(), have)
+	if !d.Empty() {
+		lines = append(lines, strings.Split(strings.TrimRight(d.String(), "\n"), "\n")...)
+	}
+	var errs []error
+	if apply {
+		errs = append(errs, m.Kernel.DelPorts(ctx, names), m.Kernel.Apply(ctx, d))
+	}
+	chains, err := iptables.Remove(apply)
+	lines, errs = append(lines, chains...), append(errs, err)
+	if m.Tunnels != nil {
+		tunnels, err := m.Tunnels.teardown(ctx, apply)
+		lines, errs = append(lines, tunnels...), append(errs, err)
+	}
+	return lines, errors.Join(errs...)
+}
+
+// teardown ends the IKE daemon, and removes what tunnels have in the kernel.
+func (t *Tunnels) teardown(ctx context.Context, apply bool) (lines []string, err error) {
+	if t.Charon != nil && t.Charon.Running() {
+		lines = append(lines, fmt.Sprintf("- charon, process %d, with its connections", t.Charon.Pid()))
+	}
+	if !apply {
+		return lines, nil
+	}
+	swept, err := t.none(ctx)
+	return append(lines, swept...), err
+}
