@@ -94,11 +94,7 @@ var everything = regexp.MustCompile(`^-A FORWARD(?: -m comment --comment (?:"[^"
 func Stop(rules []string) int { return slices.IndexFunc(rules, everything.MatchString) }
 
 func family(command string, v6 bool, subnets, bridges []string) ([]string, error) {
-	proto := iptables.ProtocolIPv4
-	if v6 {
-		proto = iptables.ProtocolIPv6
-	}
-	ipt, err := iptables.New(iptables.IPFamily(proto), iptables.Timeout(5), iptables.Path(command))
+	ipt, err := open(command, v6)
 	if err != nil {
 		return nil, err
 	}
@@ -245,31 +241,36 @@ func withdraw(ipt *iptables.IPTables) ([]string, error) {
 // there is to remove, and changes nothing. A user's chain that has rules stays.
 func Remove(apply bool) (lines []string, err error) {
 	var errs []error
-	for _, f := range []struct {
-		proto   iptables.Protocol
-		command string
-	}{{iptables.ProtocolIPv4, "iptables"}, {iptables.ProtocolIPv6, "ip6tables"}} {
-		if _, err := exec.LookPath(f.command); err != nil {
-			continue
-		}
-		ipt, err := iptables.New(iptables.IPFamily(f.proto), iptables.Timeout(5))
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		there, err := ipt.ChainExists("filter", ForwardChain)
-		if err != nil || !there {
-			errs = append(errs, err)
-			continue
-		}
-		lines = append(lines, fmt.Sprintf("- %s chains %s and, when it is empty, %s", f.command, ForwardChain, UserChain))
-		if apply {
-			_, err := withdraw(ipt)
-			errs = append(errs, err)
+	for _, v6 := range []bool{false, true} {
+		for _, c := range Commands(v6) {
+			ipt, err := open(c, v6)
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			there, err := ipt.ChainExists("filter", ForwardChain)
+			if err != nil || !there {
+				errs = append(errs, err)
+				continue
+			}
+			lines = append(lines, fmt.Sprintf("- %s chains %s and, when it is empty, %s", c, ForwardChain, UserChain))
+			if apply {
+				_, err := withdraw(ipt)
+				errs = append(errs, err)
+			}
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
 		return lines, fmt.Errorf("remove iptables chains: %w", err)
 	}
 	return lines, nil
+}
+
+// open runs a command for one family.
+func open(command string, v6 bool) (*iptables.IPTables, error) {
+	proto := iptables.ProtocolIPv4
+	if v6 {
+		proto = iptables.ProtocolIPv6
+	}
+	return iptables.New(iptables.IPFamily(proto), iptables.Timeout(5), iptables.Path(command))
 }
