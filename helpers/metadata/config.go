@@ -58,7 +58,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.Socket, "socket", metadata.DefaultSocket, "unix socket of the control API")
 	f.StringVar(&c.MachineIDFile, "machine-id-file", "/etc/machine-id", "what tells a reinstalled host from a second one")
 	f.StringVar(&c.BootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "what tells one boot from the next")
-	f.StringVar(&c.StateDir, "state-dir", metadata.DefaultStateDir, "folder for the last valid values of entries that cannot be used any more")
+	f.StringVar(&c.StateDir, "state-dir", metadata.DefaultStateDir,
+		"folder for the last valid values of entries that cannot be used any more")
 	f.StringArrayVar(&c.Underlay, "underlay", nil, "address/length by which the other hosts reach this one, repeated; default: of the default route")
 	f.StringToStringVar(&c.Labels, "label", nil, "label of this host, key=value, repeated")
 	f.StringVar(&c.LogLevel, "log-level", "info", "debug, info, warn or error")
@@ -256,9 +257,9 @@ func (c *config) underlay() ([]metadata.Underlay, error) {
 	return out, nil
 }
 
-// choose returns the address by which other hosts reach this one, of those that an interface has: the one from which the kernel
-// speaks to the gateway, because the gateway is in its subnet. An address without a subnet comes last: it may be a
-// virtual one, which moves between machines (VRRP), and may well be listed first.
+// choose returns the address by which other hosts reach this one, of those that an interface has: the one from
+// which the kernel speaks to the gateway, because the gateway is in its subnet. An address without a subnet comes
+// last: it may be a virtual one, which moves between machines (VRRP), and may well be listed first.
 func choose(list []metadata.Underlay, gateway netip.Addr) (best metadata.Underlay) {
 	rank := func(u metadata.Underlay) int {
 		switch {

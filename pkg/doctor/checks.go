@@ -36,7 +36,8 @@ var checks = []struct {
 	{"entries", "every entry of the store that was read can be used", (*examination).entries},
 	{"manager", "the network manager runs, and all that it keeps is true", (*examination).manager},
 	{"journal", "the network manager looks where the plugins keep their records", (*examination).journal},
-	{"attachments", "the metadata service knows every address that a container of this host has", (*examination).attachments},
+	{"attachments", "the metadata service knows every address that a container of this host has",
+		(*examination).attachments},
 	{"hosts", "all hosts are live", (*examination).hosts},
 	{"duplicates", "no two hosts share an identity, an address or a MAC", (*examination).duplicates},
 	{"networks", "networks are well defined and do not overlap", (*examination).networks},
@@ -210,22 +211,24 @@ func (e *examination) attachments() {
 		if known[of(a)] {
 			continue
 		}
+		has := fmt.Sprintf("container %s has %s of network %s", metadata.ShortID(a.ContainerID), a.Address, a.Network)
 		where := "container " + metadata.ShortID(a.ContainerID)
 		_, defined := s.Network(a.Network)
 		switch i, held := holders[a.Address]; {
 		case !defined:
-			e.add(Error, where, "make the network anew with the same subnets: lariat network create "+a.Network+". Or restart the container on another network",
-				"container %s has %s of network %s, which is not in the metadata", metadata.ShortID(a.ContainerID), a.Address, a.Network)
+			e.add(Error, where, "make the network anew with the same subnets: lariat network create "+a.Network+
+				". Or restart the container on another network", "%s, which is not in the metadata", has)
 		case held:
 			other := s.Containers[i]
-			e.add(Error, where, "restart one of the two: it gets another address", "container %s has %s of network %s, and so has container %s of host %s",
-				metadata.ShortID(a.ContainerID), a.Address, a.Network, metadata.ShortID(other.ID), other.Host)
+			e.add(Error, where, "restart one of the two: it gets another address", "%s, and so has container %s of host %s",
+				has, metadata.ShortID(other.ID), other.Host)
 		default:
-			lost = append(lost, fmt.Sprintf("container %s has %s of network %s", metadata.ShortID(a.ContainerID), a.Address, a.Network))
+			lost = append(lost, has)
 		}
 	}
 	if len(lost) > 0 {
-		e.add(Error, "host "+e.Self, "start lariat-network-manager, which registers them; if it runs, it tells what is in the way: lariat doctor manager",
+		e.add(Error, "host "+e.Self,
+			"start lariat-network-manager, which registers them; if it runs, it tells what is in the way: lariat doctor manager",
 			"the metadata service does not know %s of this host, and may give them to others: %s",
 			plural(len(lost), "address", "addresses"), strings.Join(lost[:min(len(lost), oneFindingFor)], "; "))
 	}

@@ -24,8 +24,8 @@ type Facts struct {
 	Own      []metadata.Allocation // this host's addresses, as the metadata service knows them
 	Living   []metadata.Allocation // what containers that run have, as the plugins noted; no host and no sequence
 
-	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, entries, usage, forward, tunnels, secret, journal,
-	// attachments) why it is absent.
+	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, entries, usage, forward,
+	// tunnels, secret, journal, attachments) why it is absent.
 	NotLooked map[string]string
 }
 

@@ -374,7 +374,9 @@ func portSteps(index uint32, p delta.Port) []step {
 		}
 	}
 	for _, r := range p.Routes {
-		list = append(list, step{fmt.Sprintf("route %s via %s", r.Dst, r.Via), func(m *message) { newRoute(m, index, r, unix.RTPROT_BOOT, unix.NLM_F_REPLACE) }})
+		list = append(list, step{fmt.Sprintf("route %s via %s", r.Dst, r.Via), func(m *message) {
+			newRoute(m, index, r, unix.RTPROT_BOOT, unix.NLM_F_REPLACE)
+		}})
 	}
 	return list
 }

@@ -69,8 +69,9 @@ func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRe
 	return a, nil
 }
 
-// Register tells the service which addresses an attachment holds: they were given while it was away, or its store has
-// lost them since. It gives exactly these, or fails with who has one of them; the others are registered then. The caller holds the attachment's lock.
+// Register tells the service which addresses an attachment holds: they were given while it was away, or its store
+// has lost them since. It gives exactly these, or fails with who has one of them; the others are registered then.
+// The caller holds the attachment's lock.
 func (b Book) Register(ctx context.Context, network string, r Record) error {
 	// Foreign: whatever chose the addresses, nobody else is asked for others, and a strict affinity is no reason.
 	req := metadata.AttachRequest{ContainerID: r.ContainerID, IfName: r.IfName, Foreign: true, MAC: r.Attachment.MAC,

@@ -148,7 +148,8 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 }
 
 // connect gets the interface's addresses and makes its port.
-func (c *call) connect(ctx context.Context, k kernel.Kernel, again bool, undo *[]func() error) (port delta.Port, fromIPAM *current.Result, err error) {
+func (c *call) connect(ctx context.Context, k kernel.Kernel, again bool, undo *[]func() error) (
+	port delta.Port, fromIPAM *current.Result, err error) {
 	a, fromIPAM, err := c.addresses(ctx, again, undo)
 	if err != nil {
 		return port, nil, err

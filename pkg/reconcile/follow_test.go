@@ -57,7 +57,8 @@ func TestF28_F139_Follow(t *testing.T) {
 	}
 }
 
-// TestFollowHome: what was adopted while the host's own address was away goes back with its return, also by way of another.
+// TestFollowHome: what was adopted while the host's own address was away goes back with its return, also by way of
+// another.
 func TestFollowHome(t *testing.T) {
 	own, vip, vip2 := underlay("192.0.2.1/24", "eth0", 1500), underlay("192.0.2.100/24", "eth0", 1500), underlay("192.0.2.101/24", "eth0", 1500)
 	home := map[netip.Addr]netip.Addr{}

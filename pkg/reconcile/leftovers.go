@@ -197,14 +197,14 @@ func (l *Leftovers) allocations(ctx context.Context, view *metadata.Snapshot, re
 	return changed, errors.Join(errs...)
 }
 
-// incarnation tells a network, and this host's part in it, from those of the same name before: the store may have been lost, or
-// this host removed.
+// incarnation tells a network, and this host's part in it, from those of the same name before: the store may have
+// been lost, or this host removed.
 func incarnation(me metadata.Host, n metadata.Network) string {
 	return fmt.Sprint(n.Name, "\x00", n.Created.Unix(), "\x00", me.Joined.Unix())
 }
 
-// Settled reports whether a pass has registered what lives on the network, as far as it could be. Before that this host must not
-// take part in handing out its addresses. me is this host.
+// Settled reports whether a pass has registered what lives on the network, as far as it could be. Before that this
+// host must not take part in handing out its addresses. me is this host.
 func (l *Leftovers) Settled(me metadata.Host, n metadata.Network) bool {
 	settled := l.settled.Load()
 	return settled != nil && (*settled)[incarnation(me, n)]
@@ -215,10 +215,11 @@ func (l *Leftovers) lives(r lease.Record, alive map[metadata.AttachmentID]bool) 
 	return alive[r.AttachmentID] || r.BootID == l.BootID && !r.Gone(l.BootID)
 }
 
-// register tells the service of attachments that live and that it does not know: their addresses were given while it was away, its
-// store has been lost, or this host was removed while it was suspended. Who has such an address by now keeps it, and
-// both are named: nobody but a person can tell which of the two containers is to go.
-func (l *Leftovers) register(ctx context.Context, network string, lost []lease.Record, alive map[metadata.AttachmentID]bool) (changed []string, err error) {
+// register tells the service of attachments that live and that it does not know: their addresses were given while
+// it was away, its store has been lost, or this host was removed while it was suspended. Who has such an address by
+// now keeps it, and both are named: nobody but a person can tell which of the two containers is to go.
+func (l *Leftovers) register(ctx context.Context, network string, lost []lease.Record,
+	alive map[metadata.AttachmentID]bool) (changed []string, err error) {
 	book := lease.Book{Client: l.Client, Journal: l.Journal}
 	var errs []error
 	for _, r := range lost {
@@ -231,7 +232,8 @@ func (l *Leftovers) register(ctx context.Context, network string, lost []lease.R
 				return "", nil
 			}
 			if err := book.Register(ctx, network, now); err != nil {
-				return "", fmt.Errorf("register %s, which has %s and which the metadata service does not know: %w", what, addresses(now), err)
+				return "", fmt.Errorf("register %s, which has %s and which the metadata service does not know: %w",
+					what, addresses(now), err)
 			}
 			return "registered " + what, nil
 		})

@@ -387,11 +387,12 @@ func (m *Manager) underlay(ctx context.Context) ([]string, error) {
 	return changed, nil
 }
 
-// follow returns the underlay as it is now: the MTU of each address's device, and for an address that is gone the only one of its
-// family that the device has. That may be a gap of DHCP, and the one that is left a virtual address (VRRP): it moves between machines.
-// So an address that stands alone, a /32 or /128, does not take the place of one with a subnet, and home remembers what another
-// stands in for: as soon as that is back it is used again.
-func follow(registered, links []metadata.Underlay, home map[netip.Addr]netip.Addr) (now []metadata.Underlay, changed []string) {
+// follow returns the underlay as it is now: the MTU of each address's device, and for an address that is gone the
+// only one of its family that the device has. That may be a gap of DHCP, and the one that is left a virtual address
+// (VRRP): it moves between machines. So an address that stands alone, a /32 or /128, does not take the place of one
+// with a subnet, and home remembers what another stands in for: as soon as that is back it is used again.
+func follow(registered, links []metadata.Underlay, home map[netip.Addr]netip.Addr) (
+	now []metadata.Underlay, changed []string) {
 	at := func(a netip.Addr) int {
 		return slices.IndexFunc(links, func(l metadata.Underlay) bool { return l.Address.Addr() == a })
 	}
@@ -406,7 +407,8 @@ func follow(registered, links []metadata.Underlay, home map[netip.Addr]netip.Add
 		} else {
 			var same []metadata.Underlay
 			for _, l := range links {
-				if l.Device == u.Device && l.Address.Addr().Is4() == addr.Is4() && (!l.Address.IsSingleIP() || u.Address.IsSingleIP()) {
+				alone := l.Address.IsSingleIP() && !u.Address.IsSingleIP()
+				if l.Device == u.Device && l.Address.Addr().Is4() == addr.Is4() && !alone {
 					same = append(same, l)
 				}
 			}

@@ -157,7 +157,8 @@ func (c *Cluster) Up(ctx context.Context) error {
 func (h *Host) StartMetadata(ctx context.Context, more ...string) (err error) {
 	cert := filepath.Join(h.c.Dir, "certs")
 	endpoint := fmt.Sprintf("https://%s", netip.AddrPortFrom(h.c.Hosts[0].Addr.Addr(), 2379))
-	args := []string{filepath.Join(h.c.Bin, "lariat-metadata"), "--host-name", h.Name, "--socket", h.Socket(), "--underlay", h.Addr.String(), "--state-dir", h.StateDir(),
+	args := []string{filepath.Join(h.c.Bin, "lariat-metadata"), "--host-name", h.Name, "--socket", h.Socket(), "--underlay", h.Addr.String(),
+		"--state-dir", h.StateDir(),
 		"--machine-id-file", h.path("machine-id"), "--boot-id-file", h.path("boot-id"),
 		"--etcd-ca", filepath.Join(cert, certs.CACert), "--etcd-cert", filepath.Join(cert, h.Name+".crt"), "--etcd-key", filepath.Join(cert, h.Name+".key"),
 		"--listen-tree", "169.254.169.250:80"}

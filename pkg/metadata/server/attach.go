@@ -229,7 +229,8 @@ func (s *Server) loaded(ctx context.Context, network string) (*book, metadata.Ne
 	return b, n, s.load(ctx, b)
 }
 
-// current is loaded for who must not be told of what is gone: blocks that this host has lost since took their tables with them.
+// current is loaded for who must not be told of what is gone: blocks that this host has lost since took their
+// tables with them.
 func (s *Server) current(ctx context.Context, network string) (*book, metadata.Network, error) {
 	n, gen, ok := s.view.network(network)
 	if !ok {

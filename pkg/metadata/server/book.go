@@ -28,7 +28,7 @@ type book struct {
 	s       *Server
 	network string
 
-	mu      sync.Mutex // queue, running; tables, held, loaded and gen are written by the runner under it, and read by others under it
+	mu      sync.Mutex // queue, running; the runner writes tables, held, loaded and gen under it, others read them under it
 	queue   []*op
 	running bool
 	tables  map[netip.Prefix]*ledger

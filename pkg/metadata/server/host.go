@@ -181,13 +181,14 @@ func (s *Server) takeName(ctx context.Context, with ...store.Change) error {
 // twin is the error of a machine that has the name of another one that lives, with the same machine id.
 func (s *Server) twin(other presence) error {
 	me := s.presence()
-	return fmt.Errorf("host name %s is taken: the machine at %s (boot id %s) has it and is live, and this one at %s (boot id %s) has the same machine id %s. "+
-		"One is a clone of the other: give the clone a new /etc/machine-id (rm /etc/machine-id; systemd-machine-id-setup) and another --host-name",
+	return fmt.Errorf("host name %s is taken: the machine at %s (boot id %s) has it and is live, and this one at %s "+
+		"(boot id %s) has the same machine id %s. One is a clone of the other: give the clone a new /etc/machine-id "+
+		"(rm /etc/machine-id; systemd-machine-id-setup) and another --host-name",
 		me.Host, other.Address, other.BootID, me.Address, me.BootID, me.MachineID)
 }
 
-// lives reports whether the process that holds a key is alive: its lease is renewed every third of its time. One that died
-// leaves a lease that is not.
+// lives reports whether the process that holds a key is alive: its lease is renewed every third of its time. One
+// that died leaves a lease that is not.
 func (s *Server) lives(ctx context.Context, key string) (bool, error) {
 	start, before := time.Now(), time.Duration(-1)
 	tick := time.NewTicker(100 * time.Millisecond)
@@ -215,9 +216,8 @@ func (s *Server) lives(ctx context.Context, key string) (bool, error) {
 	}
 }
 
-// deposed returns why the name is this process' no more although it holds its lease: somebody wrote over its key, which
-// an earlier version of a clone's service does, or removed it. A key that was removed is written anew, unless the host was
-// removed with it.
+// deposed returns why the name is this process' no more although it holds its lease: somebody wrote over its key, as a
+// clone with a service of an earlier version does. A key that was removed is written anew.
 func (s *Server) deposed(ctx context.Context) error {
 	e, err := s.store.Get(ctx, livePrefix+s.cfg.HostName)
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
@@ -253,8 +253,8 @@ func (s *Server) takeBack(ctx context.Context) error {
 	return s.register(ctx)
 }
 
-// keepName takes the name again whenever the lease was lost, which means that the store was away for longer than the lease; and
-// says so when another process took it.
+// keepName takes the name again whenever the lease was lost, which means that the store was away for longer than
+// the lease; and says so when another process took it.
 func (s *Server) keepName() {
 	for {
 		s.mu.Lock()

@@ -14,8 +14,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// kept are the last valid values of entries that cannot be used, by kind and key, in a file: a service that starts finds such an
-// entry in the store, and must not cut hosts and networks off that its predecessor kept. Usually there is none, and no file.
+// kept are the last valid values of entries that cannot be used, by kind and key, in a file: a service that starts
+// finds such an entry in the store, and must not cut hosts and networks off that its predecessor kept. Usually
+// there is none, and no file.
 type kept map[string]json.RawMessage
 
 // loadKept reads the file. Without one, or with a damaged one, nothing was kept.
@@ -84,8 +85,8 @@ func (s *Server) writeKept() {
 	}
 }
 
-// keep notes the last valid value of an entry that has become invalid, forgets it when the entry is valid or gone, and puts one
-// that was noted in force when the view knows none. It reports whether a value is in force.
+// keep notes the last valid value of an entry that has become invalid, forgets it when the entry is valid or gone,
+// and puts one that was noted in force when the view knows none. It reports whether a value is in force.
 func (v *view) keep(at string, e store.Entry, err error) bool {
 	old, noted := v.kept[at]
 	if err == nil {

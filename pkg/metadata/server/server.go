@@ -54,8 +54,8 @@ type Config struct {
 	// TreeOrigin is the tree's Access-Control-Allow-Origin; empty: none.
 	TreeOrigin string
 
-	// Kept is the file in which the last valid values of entries stay that cannot be used any more; empty: none, and they are
-	// lost at the next start.
+	// Kept is the file in which the last valid values of entries stay that cannot be used any more; empty: none,
+	// and they are lost at the next start.
 	Kept string
 
 	Timeout    time.Duration // of one request's work in the store, and of each page of a list: 5 s

@@ -262,8 +262,8 @@ func TestSpoiltOverGood(t *testing.T) {
 	}
 }
 
-// TestLastValidValueOutlivesARestart: what became invalid stays in force also when the service starts anew, until it is valid again
-// or gone. What was never valid is left out.
+// TestLastValidValueOutlivesARestart: what became invalid stays in force also when the service starts anew, until
+// it is valid again or gone. What was never valid is left out.
 func TestLastValidValueOutlivesARestart(t *testing.T) {
 	ctx := t.Context()
 	st := openStore(t, t.TempDir())

@@ -19,8 +19,8 @@ func clone() Config {
 	return c
 }
 
-// TestCloneOfALiveHost: a machine with the name and the machine id of a host that lives does not get its name, and changes
-// nothing of it. One that is dead, or was rebooted, is followed at once or as soon as its lease shows it.
+// TestCloneOfALiveHost: a machine with the name and the machine id of a host that lives does not get its name, and
+// changes nothing of it. One that is dead, or was rebooted, is followed at once or as soon as its lease shows it.
 func TestCloneOfALiveHost(t *testing.T) {
 	dir := t.TempDir()
 	st := openStore(t, dir)
@@ -83,8 +83,8 @@ func TestCloneOfALiveHost(t *testing.T) {
 	}
 }
 
-// TestNameTakenAway: a host that runs says so when another process wrote over its key, and has its name back when that is
-// gone; one that was only removed is written anew.
+// TestNameTakenAway: a host that runs says so when another process wrote over its key, and has its name back when
+// that is gone; one that was only removed is written anew.
 func TestNameTakenAway(t *testing.T) {
 	st := openStore(t, t.TempDir())
 	t.Cleanup(func() { st.Close() })

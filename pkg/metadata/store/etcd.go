@@ -405,10 +405,11 @@ func (e *Etcd) Watch(ctx context.Context, prefix string, after int64, fn func(Up
 		if err := r.Err(); err != nil {
 			return e.fault("watch", prefix, err)
 		}
-		// A store that was made anew counts from the beginning, and would be silent until it came to where the old one was.
-		// A member that lags looks the same, and then everything is read once too often.
+		// A store that was made anew counts from the beginning, and would be silent until it came to where the old
+		// one was. A member that lags looks the same, and then everything is read once too often.
 		if r.Created && r.Header.Revision < after {
-			return fmt.Errorf("%w: watch %s: %s is at revision %d, and was at %d", ErrCompacted, prefix, e.where, r.Header.Revision, after)
+			return fmt.Errorf("%w: watch %s: %s is at revision %d, and was at %d", ErrCompacted, prefix, e.where,
+				r.Header.Revision, after)
 		}
 		// One answer may hold several revisions, but never part of one.
 		for i := 0; i < len(r.Events); {
