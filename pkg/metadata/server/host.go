@@ -275,6 +275,9 @@ func (s *Server) keepName() {
 			if s.ctx.Err() == nil {
 				s.setProblem(err)
 			}
+			if err != nil { // the other may end, or the store may have been away
+				time.AfterFunc(5*time.Second, s.view.rename)
+			}
 			continue
 		case <-lease.Lost():
 		}

@@ -247,10 +247,7 @@ func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 				v.live[key] = p
 			}
 			if key == v.self && p != v.claim {
-				select {
-				case v.renamed <- struct{}{}:
-				default:
-				}
+				v.rename()
 			}
 			h, ok := v.hosts[key]
 			if ok && was == e.Deleted {
@@ -320,6 +317,14 @@ func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 		}
 	}
 	return ev, err
+}
+
+// rename has somebody look at who has this host's name.
+func (v *view) rename() {
+	select {
+	case v.renamed <- struct{}{}:
+	default:
+	}
 }
 
 // note keeps the problems up to date.
