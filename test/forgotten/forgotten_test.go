@@ -171,7 +171,10 @@ var _ = Describe("Containers that the service has forgotten", Ordered, func() {
 		Expect(a.StartMetadata(ctx)).To(Succeed())
 		Expect(a.Client().Put(ctx, metadata.KindNetwork, "overlay", overlay)).To(Succeed())
 
-		// At once, before anybody has told the service what runs.
+		// Without a slow timer and without an ADD each host says what it runs.
+		for _, x := range old {
+			Eventually(known(a, x)).Should(Succeed(), x.Name)
+		}
 		all := slices.Clone(old)
 		for _, h := range []*lab.Host{a, b} {
 			all = append(all, connected(h, "next"), connected(h, "next2"))
