@@ -214,7 +214,10 @@ func (d *Driver) export(ctx context.Context, v Volume) (exportArgs, error) {
 		return exportArgs{}, err
 	}
 	// Nothing cached, nothing shared with other mounts of the export: decisions are made by what is on the server now.
-	options := rules.Merge(v.Options, []string{"rw", "noac", "lookupcache=none", "nosharecache", "nosuid", "nodev", "noexec"})
+	// No locks are taken. A program for them, started by this mount, would keep the child's mount
+	// namespace, and with it the export, for ever.
+	options := rules.Merge(v.Options,
+		[]string{"rw", "noac", "lookupcache=none", "nosharecache", "nosuid", "nodev", "noexec", "nolock"})
 	return exportArgs{Mount: spec(v.Host, v.Base, "", options, at), RunDir: d.config.RunDir, Name: v.Name,
 		OnRemove: v.OnRemove}, nil
 }
