@@ -37,7 +37,6 @@ type traffic struct {
 	moved   *sync.Cond // a ping was answered or given up
 	ends    []*end
 	flying  map[flight]*ping
-	serial  int
 	sent    map[string]int // by pair: the same host, other hosts
 	lost    map[string]int
 	first   int // answers of first pings
