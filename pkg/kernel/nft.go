@@ -93,16 +93,15 @@ func (f *nftables) refresh() error {
 			return nil
 		}
 		f.read = false
-		err = f.load()
-		if errors.Is(err, errInterrupted) {
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("read the nftables table inet %s: %w", delta.Table, err)
-		}
-		if after, err := f.generation(); err != nil {
+		loaded := f.load()
+		switch after, err := f.generation(); {
+		case err != nil:
 			return err
-		} else if after == gen {
+		case after != gen, errors.Is(loaded, errInterrupted):
+			// Somebody changed it meanwhile: what was listed and then was not found is gone.
+		case loaded != nil:
+			return fmt.Errorf("read the nftables table inet %s: %w", delta.Table, loaded)
+		default:
 			f.read, f.gen = true, gen
 			return nil
 		}

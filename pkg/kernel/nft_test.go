@@ -1,11 +1,19 @@
 package kernel_test
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/kernel/netnstest"
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
@@ -261,5 +269,47 @@ func BenchmarkNftablesFromNothing10000(b *testing.B) {
 		b.StopTimer()
 		reconcile(b, k, delta.NewState())
 		b.StartTimer()
+	}
+}
+
+// TestF29_SetsThatGoWhileTheyAreRead: another process, the network manager say, changes the table while an ADD reads it. What was listed a moment
+// ago and is gone is no error.
+func TestF29_SetsThatGoWhileTheyAreRead(t *testing.T) {
+	host := netnstest.New(t)
+	k := openKernel(t, host)
+	var add, remove strings.Builder
+	fmt.Fprintln(&add, "add table inet lariat")
+	for i := range 200 {
+		fmt.Fprintf(&add, "add set inet lariat passing%[1]d { type ipv4_addr; flags interval; elements = { 10.%[1]d.0.0/16 }; }\n", i)
+		fmt.Fprintf(&remove, "delete set inet lariat passing%d\n", i)
+	}
+	dir := t.TempDir()
+	for name, text := range map[string]string{"add": add.String(), "remove": remove.String()} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := delta.NewState()
+	want.Sets["vteps4"] = delta.Set{Elements: prefixes("192.0.2.1/32")}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		script := "for i in $(seq 20); do nft -f " + dir + "/add; nft -f " + dir + "/remove; done"
+		host.Do(t, func() {
+			if out, err := exec.Command("sh", "-ec", script).CombinedOutput(); err != nil {
+				t.Errorf("%v: %s", err, out)
+			}
+		})
+	}()
+	for {
+		_, err := k.Observe(t.Context(), want)
+		if errors.Is(err, unix.ENOENT) {
+			t.Errorf("read while sets come and go: %v", err)
+		}
+		select {
+		case <-done:
+			return
+		default:
+		}
 	}
 }
