@@ -629,6 +629,9 @@ func (s *soak) passing(ctx context.Context, h *lab.Host) {
 		}
 	}
 	// What others are at, of this network, ends first; its create may have reached the store without an answer.
+	// However long the rest took on a busy machine, the network must go.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Minute)
+	defer cancel()
 	err := eventually(ctx, func() error {
 		for {
 			c := s.takeOf(name)
