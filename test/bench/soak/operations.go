@@ -640,7 +640,13 @@ func (s *soak) passing(ctx context.Context, h *lab.Host) {
 			}
 			_ = s.del(ctx, c)
 		}
-		return s.deleteNetwork(ctx, name)
+		err := s.deleteNetwork(ctx, name)
+		for _, o := range []*lab.Host{h, s.Hosts[(h.Index+1)%3]} {
+			if err != nil && !(o == s.visitor && s.isAway()) { // its runtime may have forgotten a container
+				_ = s.gc(ctx, o, name)
+			}
+		}
+		return err
 	})
 	s.r.did("network delete", err, "")
 }
