@@ -35,6 +35,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/lariat-net/lariat/test/debian"
 )
 
 //go:embed start.sh
@@ -285,7 +287,7 @@ func run(ctx context.Context, image Image, o Options, c Command) (res Result, er
 
 // excerpt is the end of a console: from the first line that tells of the kernel's own failure, if there is one.
 func excerpt(console string) string {
-	last := tail(console, 40)
+	last := debian.Tail(console, 40)
 	for _, sign := range []string{"BUG: ", "Oops: ", "general protection fault", "Kernel panic"} {
 		if i := strings.Index(console, sign); i >= 0 && i < len(console)-len(last) {
 			start := strings.LastIndex(console[:i], "\n") + 1
@@ -354,7 +356,7 @@ func (q *qemu) stop() {
 
 func (q *qemu) said() string {
 	data, _ := os.ReadFile(q.log)
-	return tail(string(data), 10)
+	return debian.Tail(string(data), 10)
 }
 
 func startQEMU(ctx context.Context, image Image, dir string, o Options, c Command) (*qemu, error) {

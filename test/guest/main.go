@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/lariat-net/lariat/test/debian"
 )
 
 const marker = "LARIAT_GUEST"
@@ -110,7 +112,7 @@ func compile(ctx context.Context, pkg, to string) (string, error) {
 	binary := filepath.Join(to, "package.test")
 	cmd := exec.CommandContext(ctx, "go", "test", "-c", "-vet=off", "-o", binary, ".")
 	cmd.Dir, cmd.Env = pkg, append(os.Environ(), "CGO_ENABLED=0")
-	_, err := output(cmd)
+	_, err := debian.Output(cmd)
 	return binary, err
 }
 

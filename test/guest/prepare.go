@@ -1,7 +1,6 @@
 package guest
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/sha256"
@@ -12,7 +11,6 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +19,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/lariat-net/lariat/test/debian"
 )
 
 //go:embed packages.list
@@ -164,16 +164,13 @@ func lock(path string, how int) (unlock func(), err error) {
 	return func() { f.Close() }, nil
 }
 
-// deb is a package as apt names it.
-type deb struct{ name, version, file string }
-
 type preparation struct {
 	cache   string
 	log     io.Writer
-	qemu    []deb            // for this machine
-	guest   []deb            // for the image
-	own     string           // this machine's release of Debian
-	kernels map[string][]deb // those of guest that are kernels, by their releases
+	qemu    []debian.Package            // for this machine
+	guest   []debian.Package            // for the image
+	own     string                      // this machine's release of Debian
+	kernels map[string][]debian.Package // those of guest that are kernels, by their releases
 }
 
 // wanted are the packages of the list, those that are left out, and the package of each release that is a kernel.
@@ -200,25 +197,24 @@ func wanted() (qemu, guest, without []string, kernels map[string]string) {
 // newest packages are wanted.
 func (p *preparation) fetch(ctx context.Context, refresh bool) error {
 	var errs []error
-	const machine = "/var/lib/apt/lists"
-	order := []string{machine, filepath.Join(p.cache, "apt", "lists")}
+	order := []string{debian.Machine, ""}
 	if refresh {
 		slices.Reverse(order)
 	}
 	for _, lists := range order {
-		a, err := p.apt("apt.conf", lists, "")
+		a, err := debian.New(filepath.Join(p.cache, "apt"), p.debs(), lists, "")
 		if err != nil {
 			return err
 		}
-		if lists != machine {
+		if lists == "" {
 			fmt.Fprintln(p.log, "guest: fetching package lists")
-			_, err = a.run(ctx, "update")
+			err = a.Update(ctx)
 		}
 		if err == nil {
 			err = p.download(ctx, a)
 		}
 		if err == nil {
-			err = p.foreign(ctx, a)
+			err = p.foreign(ctx)
 		}
 		if err == nil {
 			return nil
@@ -228,150 +224,47 @@ func (p *preparation) fetch(ctx context.Context, refresh bool) error {
 	return errors.Join(errs...)
 }
 
-// apt calls apt-get with a state of its own: as if nothing were installed, so that it resolves everything, and without the right
-// to anything, so that it changes nothing.
-type apt struct{ conf, dir string }
+func (p *preparation) debs() string { return filepath.Join(p.cache, "debs") }
 
-// apt writes its configuration to a file of the given name; more is added to it.
-func (p *preparation) apt(name, lists, more string) (apt, error) {
-	dir := filepath.Join(p.cache, "apt")
-	for _, d := range []string{filepath.Join(dir, "lists", "partial"), filepath.Join(dir, "archives", "partial")} {
-		if err := os.MkdirAll(d, 0o755); err != nil {
-			return apt{}, err
-		}
-	}
-	status := filepath.Join(dir, "status")
-	if err := os.WriteFile(status, nil, 0o644); err != nil {
-		return apt{}, err
-	}
-	conf := filepath.Join(dir, name)
-	return apt{conf, filepath.Join(p.cache, "debs")}, os.WriteFile(conf, fmt.Appendf(nil, `// written anew by each call of hack/guest
-#clear APT::Update::Pre-Invoke;
-#clear APT::Update::Post-Invoke;
-#clear APT::Update::Post-Invoke-Success;
-#clear Acquire::IndexTargets::deb::DEP-11;
-#clear Acquire::IndexTargets::deb::DEP-11-icons-small;
-#clear Acquire::IndexTargets::deb::DEP-11-icons;
-#clear Acquire::IndexTargets::deb::DEP-11-icons-hidpi;
-Dir::State %[1]q;
-Dir::State::status %[2]q;
-Dir::State::lists %[3]q;
-Dir::Cache %[1]q;
-Debug::NoLocking "true";
-APT::Sandbox::User "root";
-APT::Architecture "amd64";
-APT::Install-Recommends "false";
-Acquire::Languages "none";
-Acquire::http::Timeout "20";
-Acquire::https::Timeout "20";
-%[4]s`, dir, status, lists, more), 0o644)
-}
-
-func (a apt) run(ctx context.Context, args ...string) (string, error) {
-	cmd := exec.CommandContext(ctx, "apt-get", append([]string{"-c", a.conf, "-qq"}, args...)...)
-	cmd.Dir = a.dir
-	cmd.Env = append(os.Environ(), "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
-	return output(cmd)
-}
-
-// output runs a program, whose error carries the end of what it said.
-func output(cmd *exec.Cmd) (string, error) {
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
-		return "", fmt.Errorf("%s: %w\n%s", filepath.Base(cmd.Path), err, tail(stderr.String()+stdout.String(), 4))
-	}
-	return stdout.String(), nil
-}
-
-// resolve asks which packages the given ones need, all told.
-func (a apt) resolve(ctx context.Context, packages, without []string) ([]deb, error) {
-	out, err := a.run(ctx, append([]string{"--print-uris", "install"}, packages...)...)
-	if err != nil {
-		return nil, fmt.Errorf("resolve packages: %w", err)
-	}
-	var all []deb
-	for line := range strings.Lines(out) {
-		f := strings.Fields(line) // 'address' file size hash
-		if len(f) < 3 || !strings.HasSuffix(f[1], ".deb") {
-			continue
-		}
-		d := deb{file: f[1]}
-		parts := strings.Split(strings.TrimSuffix(f[1], ".deb"), "_")
-		if len(parts) != 3 {
-			return nil, fmt.Errorf("resolve packages: what is %q?", f[1])
-		}
-		if d.version, err = url.PathUnescape(parts[1]); err != nil {
-			return nil, fmt.Errorf("resolve packages: %w", err)
-		}
-		if d.name = parts[0]; !slices.Contains(without, d.name) {
-			all = append(all, d)
-		}
-	}
-	slices.SortFunc(all, func(x, y deb) int { return cmp.Compare(x.file, y.file) })
-	return all, nil
-}
-
-func (p *preparation) download(ctx context.Context, a apt) (err error) {
+func (p *preparation) download(ctx context.Context, a debian.Apt) (err error) {
 	qemu, guest, without, _ := wanted()
-	if p.qemu, err = a.resolve(ctx, qemu, without); err != nil {
+	if p.qemu, err = a.Resolve(ctx, qemu, without); err != nil {
 		return err
 	}
-	if p.guest, err = a.resolve(ctx, guest, without); err != nil {
+	if p.guest, err = a.Resolve(ctx, guest, without); err != nil {
 		return err
 	}
-	if p.own, err = ownRelease(); err != nil {
+	if p.own, err = debian.Release(); err != nil {
 		return err
 	}
-	p.kernels = map[string][]deb{p.own: slices.DeleteFunc(slices.Clone(p.guest), notKernel)}
-	return p.load(ctx, a, slices.Concat(p.qemu, p.guest))
+	p.kernels = map[string][]debian.Package{p.own: slices.DeleteFunc(slices.Clone(p.guest), notKernel)}
+	return a.Download(ctx, slices.Concat(p.qemu, p.guest), p.downloading)
 }
+
+func (p *preparation) downloading(n int) { fmt.Fprintf(p.log, "guest: downloading %d packages\n", n) }
 
 // notKernel is of what a kernel's package needs on a real machine.
-func notKernel(d deb) bool { return !strings.HasPrefix(d.name, "linux-image-") }
-
-// ownRelease is the code name of this machine's release of Debian.
-func ownRelease() (string, error) {
-	const file = "/etc/os-release"
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return "", err
-	}
-	for line := range strings.Lines(string(data)) {
-		if name, ok := strings.CutPrefix(strings.TrimSpace(line), "VERSION_CODENAME="); ok {
-			return strings.Trim(name, `"`), nil
-		}
-	}
-	return "", fmt.Errorf("%s names no release (VERSION_CODENAME)", file)
-}
+func notKernel(d debian.Package) bool { return !strings.HasPrefix(d.Name, "linux-image-") }
 
 // foreign downloads the kernels of other releases, and nothing else of those. They come from where apt gets this machine's release.
-func (p *preparation) foreign(ctx context.Context, own apt) error {
+func (p *preparation) foreign(ctx context.Context) error {
 	_, _, _, kernels := wanted()
 	delete(kernels, p.own)
 	for _, release := range slices.Sorted(maps.Keys(kernels)) {
-		list, err := p.sources(ctx, own, release)
-		if err != nil {
-			return err
-		}
-		lists := filepath.Join(p.cache, "apt", "lists-"+release)
-		if err := os.MkdirAll(filepath.Join(lists, "partial"), 0o755); err != nil {
-			return err
-		}
-		a, err := p.apt("apt-"+release+".conf", lists, fmt.Sprintf("Dir::Etc::sourcelist %q;\nDir::Etc::sourceparts \"-\";\n", list))
+		a, err := debian.New(filepath.Join(p.cache, "apt-"+release), p.debs(), "", release)
 		if err != nil {
 			return err
 		}
 		fmt.Fprintf(p.log, "guest: fetching package lists of %s\n", release)
-		if _, err := a.run(ctx, "update"); err != nil {
+		if err := a.Update(ctx); err != nil {
 			return fmt.Errorf("package lists of %s: %w", release, err)
 		}
-		found, err := a.resolve(ctx, []string{kernels[release]}, nil)
+		found, err := a.Resolve(ctx, []string{kernels[release]}, nil)
 		if err != nil {
 			return fmt.Errorf("kernel of %s: %w", release, err)
 		}
 		found = slices.DeleteFunc(found, notKernel)
-		if err := p.load(ctx, a, found); err != nil {
+		if err := a.Download(ctx, found, p.downloading); err != nil {
 			return fmt.Errorf("kernel of %s: %w", release, err)
 		}
 		p.kernels[release] = found
@@ -380,48 +273,14 @@ func (p *preparation) foreign(ctx context.Context, own apt) error {
 	return nil
 }
 
-// sources writes a list of package sources with one release of Debian.
-func (p *preparation) sources(ctx context.Context, own apt, release string) (string, error) {
-	out, err := own.run(ctx, "indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)", "Created-By: Packages", "Component: main")
-	if err != nil {
-		return "", err
-	}
-	for line := range strings.Lines(out) {
-		if uri, ok := strings.CutPrefix(strings.TrimSpace(line), "Debian Debian "); ok {
-			file := filepath.Join(p.cache, "apt", "sources-"+release+".list")
-			text := fmt.Sprintf("deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n", uri, release)
-			return file, os.WriteFile(file, []byte(text), 0o644)
-		}
-	}
-	return "", fmt.Errorf("apt's sources name no archive of Debian, where the kernel of %s would be:\n%s", release, tail(out, 4))
-}
-
-// load downloads those of the packages that are not there.
-func (p *preparation) load(ctx context.Context, a apt, debs []deb) error {
-	var missing []string
-	for _, d := range debs {
-		// apt downloads to another name first, so what is there is whole.
-		if _, err := os.Stat(filepath.Join(a.dir, d.file)); err != nil {
-			missing = append(missing, d.name+"="+d.version)
-		}
-	}
-	slices.Sort(missing)
-	if missing = slices.Compact(missing); len(missing) == 0 {
-		return nil
-	}
-	fmt.Fprintf(p.log, "guest: downloading %d packages\n", len(missing))
-	_, err := a.run(ctx, append([]string{"download"}, missing...)...)
-	return err
-}
-
 // manifest is the text that says which packages an image has.
 func (p *preparation) manifest() string {
 	var b strings.Builder
 	for _, d := range p.qemu {
-		fmt.Fprintf(&b, "qemu %s %s\n", d.name, d.version)
+		fmt.Fprintf(&b, "qemu %s %s\n", d.Name, d.Version)
 	}
 	for _, d := range p.guest {
-		fmt.Fprintf(&b, "guest %s %s\n", d.name, d.version)
+		fmt.Fprintf(&b, "guest %s %s\n", d.Name, d.Version)
 	}
 	return b.String()
 }
@@ -443,11 +302,11 @@ func (p *preparation) image(ctx context.Context) (image Image, err error) {
 	if err := os.Chmod(tmp, 0o755); err != nil {
 		return Image{}, err
 	}
-	if err := p.unpack(ctx, filepath.Join(tmp, "qemu"), p.qemu); err != nil {
+	if err := debian.Unpack(ctx, p.debs(), filepath.Join(tmp, "qemu"), p.qemu, units...); err != nil {
 		return Image{}, err
 	}
 	root := filepath.Join(tmp, "root")
-	if err := p.unpack(ctx, root, p.guest); err != nil {
+	if err := debian.Unpack(ctx, p.debs(), root, p.guest, units...); err != nil {
 		return Image{}, err
 	}
 	if err := furnish(root); err != nil {
@@ -468,124 +327,48 @@ func (p *preparation) image(ctx context.Context) (image Image, err error) {
 	return image, os.Rename(tmp, image.dir)
 }
 
-// left out of every package: what people read.
-var excluded = []string{
-	"./usr/share/doc/*", "./usr/share/man/*", "./usr/share/locale/*", "./usr/share/info/*", "./usr/share/lintian/*", "./usr/share/bug/*",
-	"./usr/share/bash-completion/*", "./usr/share/icons/*", "./lib/systemd/system/*", "./usr/lib/systemd/system/*",
-}
-
-// unpack lays packages out as they would be installed, without running their scripts.
-func (p *preparation) unpack(ctx context.Context, root string, debs []deb) error {
-	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} { // where some packages still ship files: all is below usr now
-		if err := os.MkdirAll(filepath.Join(root, "usr", dir), 0o755); err != nil {
-			return err
-		}
-		if err := os.Symlink(filepath.Join("usr", dir), filepath.Join(root, dir)); err != nil {
-			return err
-		}
-	}
-	args := []string{"-x", "-p", "-C", root, "--keep-directory-symlink", "--warning=no-timestamp", "-f", "-"}
-	for _, e := range excluded {
-		args = append(args, "--exclude="+e)
-	}
-	for _, d := range debs {
-		if err := pipe(exec.CommandContext(ctx, "dpkg-deb", "--fsys-tarfile", filepath.Join(p.cache, "debs", d.file)), exec.CommandContext(ctx, "tar", args...)); err != nil {
-			return fmt.Errorf("unpack %s: %w", d.file, err)
-		}
-	}
-	return nil
-}
-
-// pipe runs two programs, the first one's output being the other's input.
-func pipe(from, to *exec.Cmd) error {
-	r, w, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	var said bytes.Buffer
-	from.Stdout, to.Stdin, to.Stderr = w, r, &said
-	err = from.Start()
-	w.Close()
-	if err == nil {
-		if _, oerr := output(to); oerr != nil {
-			err = oerr
-		}
-		r.Close() // or else the first may wait for a reader
-		err = errors.Join(err, from.Wait())
-		return err
-	}
-	r.Close()
-	return err
-}
-
-// links are what the packages' scripts would have made.
-var links = map[string]string{
-	"usr/bin/sh": "dash", "usr/bin/awk": "mawk", "etc/mtab": "/proc/self/mounts", "var/run": "/run", "var/lock": "/run/lock",
-	"usr/sbin/iptables": "iptables-nft", "usr/sbin/ip6tables": "ip6tables-nft", "usr/sbin/iptables-save": "iptables-nft-save",
-	"usr/sbin/ip6tables-save": "ip6tables-nft-save", "usr/sbin/iptables-restore": "iptables-nft-restore", "usr/sbin/ip6tables-restore": "ip6tables-nft-restore",
-}
+// units are left out of every package: PID 1 is init.sh.
+var units = []string{"./lib/systemd/system/*", "./usr/lib/systemd/system/*"}
 
 // furnish does to an unpacked root what the packages' scripts would do to a system, as far as a guest needs it.
 func furnish(root string) error {
-	for _, dir := range []string{"proc", "sys", "dev", "run", "tmp", "root", "mnt", "srv", "lariat", "etc", "var/lib/nfs", "var/log", "var/tmp", "usr/local/bin"} {
+	err := debian.Furnish(root, "guest", // whom programs in the guest change to
+		"statd:x:106:65534::/var/lib/nfs:/usr/sbin/nologin\n_rpc:x:107:65534::/run/rpcbind:/usr/sbin/nologin\ntcpdump:x:108:108::/nonexistent:/usr/sbin/nologin\n",
+		"tcpdump:x:108:\n")
+	if err != nil {
+		return err
+	}
+	for _, dir := range []string{"lariat", "var/lib/nfs"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			return err
 		}
 	}
-	for name, to := range links {
-		path := filepath.Join(root, name)
-		if _, err := os.Lstat(path); err == nil {
-			continue
-		}
-		if err := os.Symlink(to, path); err != nil {
-			return err
-		}
-	}
-	for name, from := range map[string]string{"passwd": "usr/share/base-passwd/passwd.master", "group": "usr/share/base-passwd/group.master"} {
-		data, err := os.ReadFile(filepath.Join(root, from))
-		if err != nil {
-			return err
-		}
-		switch name { // whom programs in the guest change to
-		case "passwd":
-			data = append(data, "statd:x:106:65534::/var/lib/nfs:/usr/sbin/nologin\n_rpc:x:107:65534::/run/rpcbind:/usr/sbin/nologin\ntcpdump:x:108:108::/nonexistent:/usr/sbin/nologin\n"...)
-		case "group":
-			data = append(data, "tcpdump:x:108:\n"...)
-		}
-		if err := os.WriteFile(filepath.Join(root, "etc", name), data, 0o644); err != nil {
-			return err
-		}
-	}
-	for name, text := range map[string]string{"etc/hostname": "guest\n", "etc/hosts": "127.0.0.1 localhost guest\n::1 localhost\n", "etc/resolv.conf": "", "etc/fstab": "",
-		"etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\nnetworks: files\nprotocols: files\nservices: files\nrpc: files\n",
-		"etc/machine-id":    "00000000000040008000000000000001\n"} {
-		if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o644); err != nil {
-			return err
-		}
+	if err := os.WriteFile(filepath.Join(root, "etc/machine-id"), []byte("00000000000040008000000000000001\n"), 0o644); err != nil {
+		return err
 	}
 	return os.WriteFile(filepath.Join(root, "init"), []byte(initScript), 0o755)
 }
 
 // bootable takes the kernels out of an unpacked root, to where QEMU finds each by its release, and lists the modules of each.
 func (p *preparation) bootable(ctx context.Context, root, to string) error {
-	for release, debs := range p.kernels {
+	for release, packages := range p.kernels {
 		kernel := filepath.Join(to, "vmlinuz-"+release)
-		for _, d := range debs {
-			version := strings.TrimPrefix(d.name, "linux-image-")
+		for _, d := range packages {
+			version := strings.TrimPrefix(d.Name, "linux-image-")
 			err := os.Rename(filepath.Join(root, "boot", "vmlinuz-"+version), kernel)
 			if errors.Is(err, fs.ErrNotExist) { // a package that only depends on the kernel's
 				continue
 			}
 			if err == nil {
 				// depmod decides by its name which of kmod's programs it is.
-				_, err = output(own(ctx, root, "depmod", "usr/bin/kmod", "-b", root, version))
+				_, err = debian.Output(own(ctx, root, "depmod", "usr/bin/kmod", "-b", root, version))
 			}
 			if err != nil {
 				return err
 			}
 		}
 		if _, err := os.Stat(kernel); err != nil {
-			return fmt.Errorf("no kernel among %d packages of %s: %w", len(debs), release, err)
+			return fmt.Errorf("no kernel among %d packages of %s: %w", len(packages), release, err)
 		}
 	}
 	return errors.Join(os.Symlink("vmlinuz-"+p.own, filepath.Join(to, "vmlinuz")), os.RemoveAll(filepath.Join(root, "boot")))
@@ -626,7 +409,7 @@ func makeFilesystem(ctx context.Context, root, image string) error {
 			GidMappings: []syscall.SysProcIDMap{{ContainerID: 0, HostID: os.Getgid(), Size: 1}},
 		}
 	}
-	if _, err := output(cmd); err != nil {
+	if _, err := debian.Output(cmd); err != nil {
 		return fmt.Errorf("make the guest's file system: %w", err)
 	}
 	return nil
@@ -637,7 +420,7 @@ func makeFilesystem(ctx context.Context, root, image string) error {
 func (p *preparation) sweep(current Image) {
 	keep := map[string]bool{}
 	for _, d := range slices.Concat(p.qemu, p.guest) {
-		keep[d.file] = true
+		keep[d.File] = true
 	}
 	for _, path := range glob(p.cache, "debs/*.deb") {
 		if !keep[filepath.Base(path)] {
@@ -663,10 +446,4 @@ func (p *preparation) sweep(current Image) {
 func glob(dir, pattern string) []string {
 	found, _ := filepath.Glob(filepath.Join(dir, pattern))
 	return found
-}
-
-// tail is the last lines of a text.
-func tail(text string, lines int) string {
-	all := strings.Split(strings.TrimRight(text, "\n"), "\n")
-	return strings.Join(all[max(0, len(all)-lines):], "\n")
 }

@@ -7,6 +7,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/lariat-net/lariat/test/debian"
 )
 
 // TestSweepKeepsWhatIsOfUse: of images this one, the newest other one, for a checkout of another branch, and those that guests run from.
@@ -22,7 +24,7 @@ func TestSweepKeepsWhatIsOfUse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := preparation{cache: cache, guest: []deb{{name: "wanted", version: "1", file: "wanted_1_all.deb"}}}
+	p := preparation{cache: cache, guest: []debian.Package{{Name: "wanted", Version: "1", File: "wanted_1_all.deb"}}}
 	current := Image{dir: filepath.Join(cache, "image-c-1")}
 	left := func() (names []string) {
 		for _, pattern := range []string{"debs/*", "image-*-?", "making-*"} {
