@@ -8,6 +8,7 @@ PREFIX      ?= /usr/local
 CNIDIR      ?= /opt/cni/bin
 VOLUMEDIR   ?= /usr/libexec/kubernetes/kubelet-plugins/volume/exec
 UNITDIR     ?= /etc/systemd/system
+SHAREDIR    ?= $(PREFIX)/share/lariat
 T           ?= 30s
 
 # go.mod pins everything, so the vcs stamp is not needed and a tree without .git builds too.
@@ -60,7 +61,7 @@ test: deps build peers ## vet, unit tests (race detector), integration: what CI 
 	@hack/test
 
 .PHONY: acceptance
-acceptance: deps build ## a real kubelet and the volume drivers; the first call builds it from its published modules: ten minutes
+acceptance: deps build ## a real kubelet and the volume drivers, docs/three-hosts.md on Debian 12 and 13; the first call builds and downloads: ten minutes
 	@hack/acceptance
 
 # CMD is the guest's shell's to expand, not make's.
@@ -117,13 +118,14 @@ deps: ## what the tests call: installed on Debian as root, else only named
 	@hack/deps
 
 .PHONY: install
-install: build ## executables and units below DESTDIR
+install: build ## executables, units and CNI lists below DESTDIR; Debian's runtimes look for plugins in CNIDIR=/usr/lib/cni
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(CNIDIR)
 	$(if $(HELPERS),install -m 0755 $(addprefix bin/,$(HELPERS)) $(DESTDIR)$(PREFIX)/bin/)
 	$(if $(CNI),install -m 0755 $(addprefix bin/,$(CNI)) $(DESTDIR)$(CNIDIR)/)
 # kubelet looks at once at what changes there, except for names with a dot: a driver appears whole.
 	for d in $(VOLUME); do to=$(DESTDIR)$(VOLUMEDIR)/lariat~$$d; install -D -m 0755 bin/$$d $$to/.$$d.new && mv -f $$to/.$$d.new $$to/$$d || exit 1; done
 	for u in $(wildcard examples/systemd/*.service examples/*.service); do install -D -m 0644 $$u $(DESTDIR)$(UNITDIR)/$${u##*/}; done
+	for l in $(wildcard examples/cni/*.conflist); do install -D -m 0644 $$l $(DESTDIR)$(SHAREDIR)/$${l##*/}; done
 
 .PHONY: clean
 clean: ## remove bin/ and .cache/

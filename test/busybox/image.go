@@ -92,7 +92,7 @@ func rootfs(busybox []byte) ([]byte, error) {
 		file{name: "etc/passwd", data: []byte("root:x:0:0:root:/root:/bin/sh\n")},
 		file{name: "etc/group", data: []byte("root:x:0:\n")},
 		file{name: "bin/busybox", data: busybox, mode: 0o755})
-	for _, name := range []string{"sh", "sleep", "ping", "nc", "ip", "cat", "echo", "true", "tail"} {
+	for _, name := range []string{"sh", "sleep", "ping", "nc", "ip", "cat", "echo", "true", "tail", "httpd", "wget"} {
 		files = append(files, file{name: "bin/" + name, link: "busybox"})
 	}
 	var buf bytes.Buffer

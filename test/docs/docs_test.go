@@ -4,6 +4,7 @@ package docs_test
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/containernetworking/cni/libcni"
 	"github.com/containernetworking/cni/pkg/types"
+	"sigs.k8s.io/yaml"
 
 	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/lease"
@@ -86,23 +88,99 @@ func TestManualsHaveTheirSections(t *testing.T) {
 
 var jsonBlock = regexp.MustCompile("(?s)```json\n(.*?)```")
 
-// TestExamplesAreValid: each example of a plugin's manual, and each file under examples, is a list that libcni reads and whose parts the
-// plugin accepts: asked for its STATUS it complains about the service that is not there, and about nothing else.
-func TestExamplesAreValid(t *testing.T) {
-	var lists []string
-	for _, m := range []string{"plugins/vxlan/README.md", "ipam/README.md"} {
-		for _, b := range jsonBlock.FindAllStringSubmatch(read(t, filepath.Join(root, m)), -1) {
-			lists = append(lists, b[1])
+// lists are the CNI configurations in the plugins' manuals, in docs, and under examples, by where they are.
+func lists(t *testing.T) map[string]string {
+	t.Helper()
+	found := map[string]string{}
+	for _, pattern := range []string{"plugins/*/README.md", "ipam/README.md", "docs/*.md"} {
+		manuals, _ := filepath.Glob(filepath.Join(root, pattern))
+		for _, m := range manuals {
+			for i, b := range jsonBlock.FindAllStringSubmatch(read(t, m), -1) {
+				if strings.Contains(b[1], `"plugins"`) {
+					found[fmt.Sprintf("%s, example %d", m, i+1)] = b[1]
+				}
+			}
 		}
 	}
 	files, _ := filepath.Glob(filepath.Join(root, "examples/cni/*.conflist"))
 	for _, f := range files {
-		lists = append(lists, read(t, f))
+		found[f] = read(t, f)
 	}
-	if len(lists) < 6 {
-		t.Fatalf("found only %d examples", len(lists))
+	if len(found) < 10 || len(files) < 3 {
+		t.Fatalf("found only %d examples, of them %d files", len(found), len(files))
 	}
-	for _, l := range lists {
+	return found
+}
+
+// debianSpeaks is the newest version of CNI that containerd, Podman and the reference plugins of Debian 12 and 13
+// accept. What has a newer one starts no container there, although the runtime says that its network is ready.
+const debianSpeaks = "1.0.0"
+
+// debianPlugins are where Debian has the reference plugins.
+const debianPlugins = "/usr/lib/cni"
+
+// TestExamplesSuitDebian: Debian's runtimes read every list, and every reference plugin that a list names speaks its version.
+func TestExamplesSuitDebian(t *testing.T) {
+	ours := filepath.Dir(bin(t, "lariat-vxlan"))
+	_, missing := os.Stat(filepath.Join(debianPlugins, "portmap"))
+	for where, text := range lists(t) {
+		list, err := libcni.ConfListFromBytes([]byte(text))
+		if err != nil {
+			t.Errorf("%s: %v", where, err)
+			continue
+		}
+		if list.CNIVersion != debianSpeaks {
+			t.Errorf("%s: cniVersion %s, not %s", where, list.CNIVersion, debianSpeaks)
+		}
+		if missing != nil {
+			continue // the constant was found with it: test/runtimes
+		}
+		if _, err := libcni.NewCNIConfig([]string{ours, debianPlugins}, nil).ValidateNetworkList(t.Context(), list); err != nil {
+			t.Errorf("%s: %v", where, err)
+		}
+	}
+}
+
+// TestNewerListOfThreeHosts: the page's command makes of the shipped list one of CNI 1.1.0, which today's reference plugins speak.
+func TestNewerListOfThreeHosts(t *testing.T) {
+	var command string
+	const conf = "/etc/cni/net.d/10-lariat.conflist"
+	for line := range strings.Lines(read(t, filepath.Join(root, "docs/three-hosts.md"))) {
+		if line = strings.TrimSpace(line); strings.HasPrefix(line, "sed -i ") {
+			command = line
+		}
+	}
+	if !strings.HasSuffix(command, " "+conf) {
+		t.Fatalf("%q is no command that changes %s", command, conf)
+	}
+	mine := filepath.Join(t.TempDir(), "list")
+	if err := os.WriteFile(mine, []byte(read(t, filepath.Join(root, "examples/cni/10-lariat.conflist"))), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("sh", "-c", strings.ReplaceAll(command, conf, mine)).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v: %s", command, err, out)
+	}
+	list, err := libcni.ConfListFromFile(mine)
+	if err != nil || list.CNIVersion != "1.1.0" {
+		t.Fatalf("%+v %v", list, err)
+	}
+	peers := os.Getenv("LARIAT_PEERS")
+	if peers == "" {
+		peers = filepath.Join(root, "bin/peers")
+	}
+	if _, err := os.Stat(filepath.Join(peers, "portmap")); err != nil {
+		t.Skip("the reference plugins are not built: make peers")
+	}
+	path := []string{filepath.Dir(bin(t, "lariat-vxlan")), peers}
+	if _, err := libcni.NewCNIConfig(path, nil).ValidateNetworkList(t.Context(), list); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestExamplesAreValid: each example is a list that libcni reads and whose parts the plugin accepts: asked for its
+// STATUS it complains about the service that is not there, and about nothing else.
+func TestExamplesAreValid(t *testing.T) {
+	for _, l := range lists(t) {
 		list, err := libcni.ConfListFromBytes([]byte(l))
 		if err != nil {
 			t.Errorf("%v:\n%s", err, l)
@@ -258,5 +336,28 @@ func TestUnitsNameWhatExists(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// TestRecipesAgree: what the pages tell Kubernetes and Nomad is what they tell Lariat.
+func TestRecipesAgree(t *testing.T) {
+	page := read(t, filepath.Join(root, "docs/kubernetes.md"))
+	var proxy struct{ APIVersion, Kind, Mode, ClusterCIDR, DetectLocalMode string }
+	_, text, _ := strings.Cut(page, "```yaml\n")
+	text, _, _ = strings.Cut(text, "```")
+	if err := yaml.UnmarshalStrict([]byte(text), &proxy); err != nil || proxy.Kind != "KubeProxyConfiguration" || proxy.DetectLocalMode != "ClusterCIDR" {
+		t.Fatalf("%+v %v", proxy, err)
+	}
+	for _, command := range []string{"kubeadm init --pod-network-cidr ", "lariat network create overlay --subnet "} {
+		if !strings.Contains(page, "\n    "+command+proxy.ClusterCIDR+"\n") {
+			t.Errorf("no %q with kube-proxy's clusterCIDR %s", command, proxy.ClusterCIDR)
+		}
+	}
+	list, err := libcni.ConfListFromFile(filepath.Join(root, "examples/cni/10-lariat.conflist"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(read(t, filepath.Join(root, "docs/nomad.md")), `mode = "cni/`+list.Name+`"`) {
+		t.Errorf("Nomad's job does not use the network %s of the list", list.Name)
 	}
 }

@@ -121,7 +121,7 @@ func TestAuthorityKeyStaysWithTheAdministrator(t *testing.T) {
 				sent++
 			}
 		}
-		if made < 3 || sent != 3 {
+		if made < 3 || sent < 3 {
 			t.Errorf("%s: %d commands make certificates, and %d files are copied", name, made, sent)
 		}
 		if info, err := os.Stat(filepath.Join(dir, "pki/ca.key")); err != nil || info.Mode() != 0o600 {

@@ -3,6 +3,7 @@ package runtimes
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -20,6 +21,9 @@ import (
 
 // networkName of the network under test.
 const networkName = "overlay"
+
+// debianPlugins are reference plugins as Debian has them. The list names one, and containerd calls the other for every sandbox.
+var debianPlugins = []string{"/usr/lib/cni/portmap", "/usr/lib/cni/loopback"}
 
 // patience bounds every wait. It is long because CI machines are busy, and nothing waits longer than it must.
 const patience = 60 * time.Second
@@ -52,14 +56,10 @@ type daemon struct {
 //	a 192.0.2.1 ── veth ── 192.0.2.2 b
 func cluster(t *testing.T) (a, b *host) {
 	t.Helper()
-	bin, peers := directory(t, "LARIAT_BIN", "../../bin"), directory(t, "LARIAT_PEERS", "../../bin/peers")
-	for _, program := range []string{"lariat-vxlan", "lariat-ipam", "lariat-metadata", "lariat-network-manager", "peers/loopback"} {
-		dir := bin
-		if sub, ok := strings.CutPrefix(program, "peers/"); ok {
-			dir, program = peers, sub
-		}
-		if _, err := os.Stat(filepath.Join(dir, program)); err != nil {
-			t.Skipf("%v; run `make build peers`", err)
+	bin := directory(t, "LARIAT_BIN", "../../bin")
+	for _, program := range []string{"lariat-vxlan", "lariat-ipam", "lariat-metadata", "lariat-network-manager"} {
+		if _, err := os.Stat(filepath.Join(bin, program)); err != nil {
+			t.Skipf("%v; run `make build`", err)
 		}
 	}
 	root, err := os.MkdirTemp(os.Getenv(workDir), "")
@@ -108,9 +108,10 @@ func cluster(t *testing.T) (a, b *host) {
 		for _, program := range []string{"lariat-vxlan", "lariat-ipam"} {
 			h.installRecording(filepath.Join(bin, program))
 		}
-		// containerd calls it for every sandbox, whatever the network is.
-		if err := os.Symlink(filepath.Join(peers, "loopback"), filepath.Join(h.bin, "loopback")); err != nil {
-			t.Fatal(err)
+		for _, program := range debianPlugins {
+			if err := os.Symlink(program, filepath.Join(h.bin, filepath.Base(program))); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
 	return a, b
@@ -164,13 +165,25 @@ func (h *host) callsOf(verb string) (out []string) {
 	return out
 }
 
-// conflist writes the configuration of the network at a version that the runtime speaks.
-func (h *host) conflist(version string) {
+// conflist installs the list that is shipped. The hosts of these tests share the machine's files, so the plugin is
+// told where its host's sockets are; the rest stays as it is.
+func (h *host) conflist() {
 	h.t.Helper()
-	list := fmt.Sprintf(`{"cniVersion": %q, "name": %q, "plugins": [
-  {"type": "lariat-vxlan", "socket": %q, "managerSocket": %q, "stateDir": %q, "ipam": {"type": "lariat-ipam"}}]}
-`, version, networkName, h.socket, filepath.Join(h.dir, "manager.sock"), h.state)
-	if err := os.WriteFile(filepath.Join(h.conf, "10-overlay.conflist"), []byte(list), 0o644); err != nil {
+	const name = "10-lariat.conflist"
+	data, err := os.ReadFile(filepath.Join("../../examples/cni", name))
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	var list map[string]any
+	if err := json.Unmarshal(data, &list); err != nil {
+		h.t.Fatal(err)
+	}
+	plugin := list["plugins"].([]any)[0].(map[string]any)
+	plugin["socket"], plugin["managerSocket"], plugin["stateDir"] = h.socket, filepath.Join(h.dir, "manager.sock"), h.state
+	if data, err = json.Marshal(list); err != nil {
+		h.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(h.conf, name), data, 0o644); err != nil {
 		h.t.Fatal(err)
 	}
 }

@@ -31,6 +31,7 @@ type containerd struct {
 	daemon  *daemon
 	conn    *grpc.ClientConn
 	pods    cri.RuntimeServiceClient
+	image   string // of the containers
 }
 
 // containerdConfig is for the 1.6 of Debian 12. No capability to raise limits or lower the OOM score is presumed, nor a cgroup
@@ -71,7 +72,7 @@ func newContainerd(t *testing.T, h *host) *containerd {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	c := &containerd{host: h, address: filepath.Join(dir, "c.sock"), config: filepath.Join(dir, "config.toml")}
+	c := &containerd{host: h, image: image, address: filepath.Join(dir, "c.sock"), config: filepath.Join(dir, "config.toml")}
 	if err := os.WriteFile(c.config, fmt.Appendf(nil, containerdConfig, dir, h.bin, h.conf, snapshotter(t, dir)), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -179,7 +180,7 @@ func (c *containerd) runPod(t *testing.T, name string) *pod {
 	}
 	created, err := c.pods.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: p.sandbox, SandboxConfig: p.config,
 		Config: &cri.ContainerConfig{
-			Metadata: &cri.ContainerMetadata{Name: "main", Attempt: 1}, Image: &cri.ImageSpec{Image: image},
+			Metadata: &cri.ContainerMetadata{Name: "main", Attempt: 1}, Image: &cri.ImageSpec{Image: c.image},
 			Command: []string{"/bin/sleep", "1000000"}, Linux: &cri.LinuxContainerConfig{},
 		}})
 	if err != nil {
@@ -240,10 +241,11 @@ func (p *pod) remove(t *testing.T) {
 // nothing of them may be left.
 func TestContainerd(t *testing.T) {
 	need(t, "root", "containerd", "ctr", "runc", "ip", "nsenter")
+	need(t, debianPlugins...)
 	static(t)
 	ha, hb := cluster(t)
-	ha.conflist("1.0.0") // libcni of containerd 1.6 knows no newer one
-	hb.conflist("1.0.0")
+	ha.conflist()
+	hb.conflist()
 	a, b := newContainerd(t, ha), newContainerd(t, hb)
 
 	pa, pb := a.runPod(t, "pa"), b.runPod(t, "pb")

@@ -85,10 +85,11 @@ func (p *podman) must(t *testing.T, args ...string) string {
 // TestPodman takes containers on two hosts through their life on a network of ours.
 func TestPodman(t *testing.T) {
 	need(t, "root", "podman", "conmon", "runc", "ip", "nsenter")
+	need(t, debianPlugins...)
 	static(t)
 	ha, hb := cluster(t)
-	ha.conflist("1.0.0")
-	hb.conflist("1.0.0")
+	ha.conflist()
+	hb.conflist()
 	a, b := newPodman(t, ha), newPodman(t, hb)
 	if backend := a.must(t, "info", "-f", "{{.Host.NetworkBackend}}"); backend != "cni" {
 		t.Skipf("this Podman speaks %s, not CNI", backend)
