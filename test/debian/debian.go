@@ -1,4 +1,5 @@
-// Package debian fetches packages of Debian's releases and lays them out as a root directory. Nothing is installed, and no maintainer script runs.
+// Package debian fetches packages of Debian's releases and lays them out as a root directory. Nothing is installed, and
+// no maintainer script runs.
 package debian
 
 import (
@@ -21,12 +22,13 @@ const Machine = "/var/lib/apt/lists"
 // Package is a package as apt names it.
 type Package struct{ Name, Version, File string }
 
-// Apt calls apt-get with a state of its own: as if nothing were installed, so that it resolves everything, and without the right
-// to anything, so that it changes nothing.
+// Apt calls apt-get with a state of its own: as if nothing were installed, so that it resolves everything, and without
+// the right to anything, so that it changes nothing.
 type Apt struct{ conf, debs string }
 
-// New keeps apt's state in dir, and packages in debs. It reads the given package lists, or its own if lists is empty: these come with Update.
-// The release is the machine's, or that of the codename: then the machine's sources are read with this codename in place of the machine's.
+// New keeps apt's state in dir, and packages in debs. It reads the given package lists, or its own if lists is empty:
+// these come with Update. The release is the machine's, or that of the codename: then the machine's sources are read
+// with this codename in place of the machine's.
 func New(dir, debs, lists, codename string) (Apt, error) {
 	for _, d := range []string{filepath.Join(dir, "lists", "partial"), filepath.Join(dir, "archives", "partial"), debs} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
@@ -65,13 +67,15 @@ Acquire::https::Timeout "20";
 		if err := translateSources("/etc/apt", sources, codename); err != nil {
 			return Apt{}, err
 		}
-		text += fmt.Sprintf("Dir::Etc::sourcelist %q;\nDir::Etc::sourceparts %q;\n", filepath.Join(sources, "sources.list"), filepath.Join(sources, "sources.list.d"))
+		list := filepath.Join(sources, "sources.list")
+		text += fmt.Sprintf("Dir::Etc::sourcelist %q;\nDir::Etc::sourceparts %q;\n", list, list+".d")
 	}
 	conf := filepath.Join(dir, "apt.conf")
 	return Apt{conf, debs}, os.WriteFile(conf, []byte(text), 0o644)
 }
 
-// translateSources writes the sources of this machine's release as those of another one. Sources that do not name the release are left out.
+// translateSources writes the sources of this machine's release as those of another one. Sources that do not name the
+// release are left out.
 func translateSources(from, to, codename string) error {
 	here, err := Release()
 	if err != nil {
@@ -203,8 +207,8 @@ func (a Apt) Download(ctx context.Context, packages []Package, report func(int))
 	return err
 }
 
-// Unpack lays packages out below root as they would be installed, without running their scripts. What people read is left out, and what
-// matches the patterns, as tar knows them.
+// Unpack lays packages out below root as they would be installed, without running their scripts. What people read is
+// left out, and what matches the patterns, as tar knows them.
 func Unpack(ctx context.Context, debs, root string, packages []Package, excluded ...string) error {
 	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} { // where some packages still ship files: all is below usr now
 		if err := os.MkdirAll(filepath.Join(root, "usr", dir), 0o755); err != nil {
@@ -259,8 +263,8 @@ var links = map[string]string{
 	"usr/sbin/ip6tables-save": "ip6tables-nft-save", "usr/sbin/iptables-restore": "iptables-nft-restore", "usr/sbin/ip6tables-restore": "ip6tables-nft-restore",
 }
 
-// Furnish does to an unpacked root what the packages' scripts would do to a system, as far as programs need it. The further users are lines of
-// passwd, the further groups of group.
+// Furnish does to an unpacked root what the packages' scripts would do to a system, as far as programs need it. The
+// further users are lines of passwd, the further groups of group.
 func Furnish(root, hostname, users, groups string) error {
 	for _, dir := range []string{"proc", "sys", "dev", "run", "tmp", "root", "mnt", "srv", "etc", "var/lib", "var/log", "var/tmp", "usr/local/bin"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {

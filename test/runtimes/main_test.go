@@ -1,6 +1,7 @@
 package runtimes
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -36,6 +37,12 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(code)
 	}
+	for _, codename := range strings.Fields(os.Getenv(debianVariable)) { // out here, where there is a network
+		if err := prepareDebian(context.Background(), codename); err != nil {
+			fmt.Fprintf(os.Stderr, "test/runtimes: Debian %s: %v\n", codename, err)
+			os.Exit(1)
+		}
+	}
 	// Short, because a unix socket's path holds 107 octets at most. Made and removed out here, where no mount of a container
 	// that a failed test left running is in the way.
 	dir, err := os.MkdirTemp("", "lrt")
@@ -68,7 +75,7 @@ func TestMain(m *testing.M) {
 func controlGroups() map[string]bool {
 	found := map[string]bool{}
 	for _, pattern := range []string{"/sys/fs/cgroup/%s", "/sys/fs/cgroup/*/%s"} { // version 2, version 1
-		for _, name := range []string{"k8s.io", "libpod_parent", "lariat-docker"} {
+		for _, name := range []string{"k8s.io", "libpod_parent", "lariat-docker", "lariat-debian"} {
 			paths, _ := filepath.Glob(fmt.Sprintf(pattern, name))
 			for _, p := range paths {
 				found[p] = true
