@@ -43,7 +43,7 @@ The status is 1 when it found an error, else 2 when something could not be check
 				Want: desired, Observe: observe, PortFaults: a.portFaults, Living: living,
 				Features: features, Timeout: within,
 				Probe: !noProbe && (len(args) == 0 || slices.ContainsFunc(args, func(s string) bool {
-					return slices.Contains([]string{"reach", "tunnel", "mtu", "clock", "forward-policy", "containers"}, s)
+					return slices.Contains([]string{"reach", "tunnel", "mtu", "clock", "forward-policy", "containers", "agreement"}, s)
 				}))}
 			r := doctor.Check(g.Gather(ctx), args...)
 			if err := a.print(r, func(w *writer) { writeReport(w, r) }); err != nil {
@@ -102,6 +102,6 @@ func writeReport(w *writer, r *doctor.Report) {
 	case len(r.Skipped) > 0:
 		w.line("\nNothing found, but %s could not be made.", count(len(r.Skipped), "check"))
 	default:
-		w.line("\nAll is well.")
+		w.line("\nAll is well, as far as this looks. It does not look at %s.", doctor.NotLookedAt)
 	}
 }

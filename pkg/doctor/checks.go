@@ -49,6 +49,8 @@ var checks = []struct {
 	{"underlay", "the underlay is as the metadata says, and large enough", (*examination).underlay},
 	{"devices", "tunnel devices are as they should be", (*examination).devices},
 	{"ports", "the ports of containers refuse forged sources and router advertisements", (*examination).ports},
+	{"containers", "every container of this host answers", (*examination).containers},
+	{"agreement", "journal, kernel and metadata service agree about this host's containers", (*examination).agreement},
 	{"ipsec", "encrypted networks, where there are any, have their daemon and their tunnels", (*examination).ipsec},
 	{"secret", "hosts of encrypted networks share their secret, and nobody else can read it", (*examination).secret},
 	{"rules", "containers, networks and the underlay are kept apart", (*examination).rules},
@@ -550,7 +552,7 @@ func (e *examination) stopped(p Passage) {
 		return // the check forwarding tells
 	}
 	if p.Chain == "" {
-		e.add(Error, "network "+p.Network, "look at nft list ruleset and iptables-save for rules that drop or reject what is forwarded",
+		e.add(Warning, "network "+p.Network, "look at nft list ruleset and iptables-save for rules that drop or reject what is forwarded",
 			"%s packets of network %s do not pass from one container's port to another on this host; what stops them was not found", family, p.Network)
 		return
 	}

@@ -43,7 +43,8 @@ func healthy(t testing.TB) *Facts {
 			Devices: []Device{{Name: "vtep1042", Want: "vni 1042", Have: "vni 1042"}},
 			Forward: []ForwardChain{{Name: "iptables filter FORWARD", Passes: true}},
 		},
-		Features: []Feature{{Name: "vxlan", OK: true}},
+		Features: []Feature{{Name: "vxlan", OK: true}}, Disagreements: []string{},
+		Residents: []Resident{{Port: "lrtabc", Address: netip.MustParseAddr("10.42.1.5"), Answers: true}},
 	}
 	for i, addr := range []string{"192.0.2.2", "198.51.100.3"} {
 		f.Peers = append(f.Peers, Peer{Host: fmt.Sprintf("h%d", i+2), Addr: netip.MustParseAddr(addr), RTT: time.Millisecond, WantMTU: 1500, MTU: 1500,
@@ -136,6 +137,10 @@ func TestF137Findings(t *testing.T) {
 		{"a link with a network's addresses", func(f *Facts) {
 			f.Metadata.Snapshot.Hosts[2].Foreign = []metadata.Foreign{{Prefix: netip.MustParsePrefix("10.42.0.0/24"), Device: "docker0"}}
 		}, "networks error: 10.42.0.0/24 dev docker0 is a link of host h3, and network overlay has its addresses", "another subnet"},
+		{"a container that is silent", func(f *Facts) { f.Residents[0].Answers = false },
+			"containers error: container  does not answer at its address 10.42.1.5", "look inside"},
+		{"an address that the service does not know", func(f *Facts) { f.Disagreements = []string{"container c0ffee/eth0 of network overlay is connected"} },
+			"agreement error: container c0ffee/eth0 of network overlay is connected", "network manager"},
 		{"no address left", func(f *Facts) {
 			f.Metadata.Status[0].Usage[0] = metadata.SubnetUsage{Subnet: pfx("10.42.0.0/24"), Used: 250}
 			f.Metadata.Status[0].Ready = false

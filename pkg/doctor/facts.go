@@ -24,8 +24,11 @@ type Facts struct {
 	Own      []metadata.Allocation // this host's addresses, as the metadata service knows them
 	Living   []metadata.Allocation // what containers that run have, as the plugins noted; no host and no sequence
 
+	Residents     []Resident // addresses of this host's containers
+	Disagreements []string   // of journal, kernel and service, about this host's containers; nil: not compared
+
 	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, entries, usage, forward,
-	// tunnels, secret, journal, attachments) why it is absent.
+	// tunnels, secret, journal, attachments, passages, containers, agreement) why it is absent.
 	NotLooked map[string]string
 }
 

@@ -161,6 +161,16 @@ func (g Gatherer) Gather(ctx context.Context) *Facts {
 	g.secretFacts(f)
 	g.kernelFacts(ctx, f)
 	switch {
+	case f.Metadata.Snapshot == nil:
+		f.NotLooked["containers"], f.NotLooked["agreement"] = f.NotLooked["metadata"], f.NotLooked["metadata"]
+	case !g.Probe:
+		f.NotLooked["containers"], f.NotLooked["agreement"] = "containers were not asked (--no-probe)", "containers were not asked (--no-probe)"
+	case os.Geteuid() != 0:
+		f.NotLooked["containers"], f.NotLooked["agreement"] = "only root may ask containers", "only root may read the plugins' records"
+	default:
+		g.containerFacts(ctx, f)
+	}
+	switch {
 	case !g.Probe:
 		f.NotLooked["peers"] = "other hosts were not probed (--no-probe)"
 	case f.Metadata.Snapshot != nil:

@@ -154,6 +154,17 @@ func parseForeign(body []byte, name func(index uint32) string) (f metadata.Forei
 	return f, f.Device != ""
 }
 
+// Neighbour reports whether somebody on a link has answered for an address, not long ago.
+func Neighbour(index int, a netip.Addr) bool {
+	family := netlink.FAMILY_V4
+	if a.Is6() {
+		family = netlink.FAMILY_V6
+	}
+	list, err := RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, family) })
+	const answered = netlink.NUD_REACHABLE | netlink.NUD_STALE | netlink.NUD_DELAY | netlink.NUD_PROBE
+	return err == nil && slices.ContainsFunc(list, func(n netlink.Neigh) bool { return n.IP.Equal(a.AsSlice()) && n.State&answered != 0 })
+}
+
 // Forwarding says whether the current network namespace forwards packets of each family.
 func Forwarding() (v4, v6 bool) {
 	on := func(key string) bool {

@@ -123,6 +123,30 @@ var _ = Describe("A container's port", func() {
 		Eventually(func() string { return whole(host(0)) }).Should(BeEmpty())
 	})
 
+	It("F137: is asked by doctor, whatever its firewall drops; one that is silent, or that the service does not know, is named", func() {
+		h := host(0)
+		c, walled := connected(h, "overlay"), connected(h, "overlay")
+		_, err := walled.Output(ctx, "nft", "add table inet wall; add chain inet wall in { type filter hook input priority 0; policy drop; }; add rule inet wall in meta nfproto ipv6 accept")
+		Expect(err).NotTo(HaveOccurred())
+		out, err := h.Lariat(ctx, "doctor", "containers", "agreement", "forward-policy")
+		Expect(err).NotTo(HaveOccurred(), out)
+		Expect(out).To(ContainSubstring("It does not look at"))
+		_, err = c.Output(ctx, "ip", "addr", "del", c.Addr(false).String()+"/32", "dev", "eth0")
+		Expect(err).NotTo(HaveOccurred())
+		out, err = h.Lariat(ctx, "doctor", "containers")
+		Expect(err).To(HaveOccurred())
+		Expect(out).To(ContainSubstring("does not answer at its address " + c.Addr(false).String()))
+		Expect(out).NotTo(ContainSubstring(walled.Addr(false).String()))
+		_, err = c.Output(ctx, "ip", "addr", "add", c.Addr(false).String()+"/32", "dev", "eth0")
+		Expect(err).NotTo(HaveOccurred())
+		Expect(h.Manager.Stop()).To(Succeed())
+		DeferCleanup(func() { Expect(h.StartManager(ctx)).To(Succeed()) })
+		Expect(h.Client().Release(ctx, "overlay", metadata.AttachmentID{ContainerID: c.ID, IfName: "eth0"}, 0)).To(Succeed())
+		out, err = h.Lariat(ctx, "doctor", "agreement")
+		Expect(err).To(HaveOccurred())
+		Expect(out).To(SatisfyAll(ContainSubstring("container "+metadata.ShortID(c.ID)+"/eth0"), ContainSubstring("knows no address of it")))
+	})
+
 	It("F1: hears its own host by the host's overlay address, and by no metadata address when others masquerade", func() {
 		c, local := connected(host(0), "overlay"), connected(host(0), "overlay")
 		own := func(v6 bool) netip.Addr {
