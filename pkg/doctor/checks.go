@@ -207,7 +207,7 @@ func (e *examination) attachments() {
 		known[of(a)] = true
 	}
 	s := e.Metadata.Snapshot
-	holders := s.Holders()
+	holders := metadata.Holders(s.Containers, s.LeadsTo())
 	var lost []string
 	for _, a := range e.Living {
 		if known[of(a)] {

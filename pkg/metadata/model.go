@@ -369,42 +369,51 @@ func (s *Snapshot) Network(name string) (Network, bool) {
 	return Network{}, false
 }
 
-// Holders returns which of the snapshot's containers has an address, by its place in the list.
-// Several objects can name the same one: what a scheduler assigned, what a dead host left, what a
-// host wrote by mistake. An attachment counts more than an object without, then the host that the
-// address leads to, then the newer object.
-func (s *Snapshot) Holders() map[netip.Addr]int {
-	single, blocks, lengths := map[netip.Addr]string{}, map[netip.Prefix]string{}, map[int]bool{}
+// LeadsTo returns a function that says to which host packets for an address go: whose endpoint it is, else in whose block it
+// lies. It says "" of an address that leads nowhere.
+func (s *Snapshot) LeadsTo() func(netip.Addr) string {
+	single, blocks := make(map[netip.Addr]string, len(s.Endpoints)), make(map[netip.Prefix]string, len(s.Blocks))
+	var lengths []int
 	for _, e := range s.Endpoints {
 		single[e.Address] = e.Host
 	}
 	for _, b := range s.Blocks {
-		blocks[b.CIDR], lengths[b.CIDR.Bits()] = b.Host, true
-	}
-	leadsTo := func(a netip.Addr, host string) bool {
-		if h, ok := single[a]; ok {
-			return h == host
+		blocks[b.CIDR] = b.Host
+		if !slices.Contains(lengths, b.CIDR.Bits()) {
+			lengths = append(lengths, b.CIDR.Bits())
 		}
-		for bits := range lengths {
-			if p, err := a.Prefix(bits); err == nil && blocks[p] == host {
-				return true
+	}
+	return func(a netip.Addr) string {
+		if h, ok := single[a]; ok {
+			return h
+		}
+		for _, bits := range lengths {
+			if p, err := a.Prefix(bits); err == nil && blocks[p] != "" {
+				return blocks[p]
 			}
 		}
-		return false
+		return ""
 	}
+}
+
+// Holders returns which of the containers has an address, by its place in the list. Several objects can name the same one: what
+// a scheduler assigned, what a dead host left, what a host wrote by mistake. One of the host that the address leads to counts
+// more than others, so that this host's containers alone tell who has its addresses. Then an attachment counts more than an
+// object without, then the newer object.
+func Holders(containers []Container, leadsTo func(netip.Addr) string) map[netip.Addr]int {
 	out := map[netip.Addr]int{}
 	better := func(a netip.Addr, x, y Container) bool {
-		if xs, ys := len(x.Interfaces) > 0, len(y.Interfaces) > 0; xs != ys {
-			return xs
+		if host := leadsTo(a); x.Host != y.Host && (x.Host == host || y.Host == host) {
+			return x.Host == host
 		}
-		if xs, ys := leadsTo(a, x.Host), leadsTo(a, y.Host); xs != ys {
+		if xs, ys := len(x.Interfaces) > 0, len(y.Interfaces) > 0; xs != ys {
 			return xs
 		}
 		return x.Created.After(y.Created)
 	}
-	for i, c := range s.Containers {
+	for i, c := range containers {
 		for _, a := range c.Holds() {
-			if other, ok := out[a]; !ok || better(a, c, s.Containers[other]) {
+			if other, ok := out[a]; !ok || better(a, c, containers[other]) {
 				out[a] = i
 			}
 		}

@@ -10,16 +10,18 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// containers keeps Container objects in memory: this host's, or all where the tree is served.
+// containers keeps Container objects in memory: this host's, or those of others that somebody asks for (see asked).
 type containers struct {
 	self string
 
 	mu      sync.RWMutex
+	seen    time.Time       // when the store last proved to be there
 	objects map[string]held // by host/id
 	uuids   map[string]string
 	changed chan struct{}
@@ -39,7 +41,7 @@ func newContainers(self string) *containers {
 func (c *containers) load(entries []store.Entry) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.objects, c.uuids, c.filled = map[string]held{}, map[string]string{}, true
+	c.objects, c.uuids, c.filled, c.seen = map[string]held{}, map[string]string{}, true, time.Now()
 	var errs []error
 	for _, e := range entries {
 		errs = append(errs, c.set(e))
@@ -51,12 +53,25 @@ func (c *containers) load(entries []store.Entry) error {
 func (c *containers) apply(entries []store.Entry) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.seen = time.Now(); len(entries) == 0 {
+		return nil
+	}
 	var errs []error
 	for _, e := range entries {
 		errs = append(errs, c.set(e))
 	}
 	c.wake()
 	return errors.Join(errs...)
+}
+
+// age is how long ago the store last proved to be there; 0 before the first time.
+func (c *containers) age(now time.Time) time.Duration {
+	c.mu.RLock()
+	defer c.mu.RUnlock()
+	if !c.filled {
+		return 0
+	}
+	return now.Sub(c.seen)
 }
 
 func (c *containers) wake() {

@@ -953,7 +953,7 @@ func TestF149_OnlyRootWrites(t *testing.T) {
 
 // TestTree: a container reads its own, whatever it claims to be, from the moment it has its address, and writes nothing.
 func TestTree(t *testing.T) {
-	n, _ := one(t, overlay("10.42.0.0/16"), func(c *Config) { c.AllContainers = true })
+	n, _ := one(t, overlay("10.42.0.0/16"))
 	th := n.Tree()
 	get := func(method, path, from string, headers ...string) *httptest.ResponseRecorder {
 		r := httptest.NewRequest(method, path, nil)

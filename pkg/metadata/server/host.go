@@ -294,7 +294,7 @@ func (s *Server) keepName() {
 			if !errors.Is(err, store.ErrUnavailable) { // a store that is away is known already, and no fault of this host's
 				s.setProblem(err)
 			}
-			wait = s.pause(wait, 5*time.Second)
+			wait = s.pause(s.ctx, wait, 5*time.Second)
 		}
 	}
 }

@@ -47,8 +47,6 @@ type Config struct {
 	// Device is the device that carries a network on a host; from outside likewise.
 	Device func(metadata.Network) string
 
-	// AllContainers keeps all hosts' containers in memory, for the tree.
-	AllContainers bool
 	// TreeLabels are the names of containers' labels that the tree shows beside those of metadata.PublicLabels.
 	TreeLabels []string
 	// TreeOrigin is the tree's Access-Control-Allow-Origin; empty: none.
@@ -63,6 +61,7 @@ type Config struct {
 	LeaseTTL   time.Duration // a silent host is dead after it: 30 s
 	Bookmark   time.Duration // between signs of life on a watch: 10 s
 	BlockGrace time.Duration // an empty block is given back after it: 10 min
+	Forget     time.Duration // other hosts' containers are not kept for longer than this after somebody asked for them: 10 min
 
 	// Progress, when not nil, is told of each page that New reads of the model.
 	Progress func()
@@ -81,6 +80,8 @@ type Server struct {
 	log        *slog.Logger
 	view       *view
 	containers *containers
+	asked      *asked
+	tree       *treeView
 	metrics    *metrics
 
 	paged chan struct{} // gets a word with each page of a list that follow reads
@@ -117,6 +118,7 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	def(&cfg.LeaseTTL, 30*time.Second)
 	def(&cfg.Bookmark, 10*time.Second)
 	def(&cfg.BlockGrace, 10*time.Minute)
+	def(&cfg.Forget, 10*time.Minute)
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -134,6 +136,7 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	}
 	s := &Server{cfg: cfg, store: store.NewBreaker(st, cfg.Timeout, cfg.Log), bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
 		books: map[string]*book{}, left: map[string]*leftover{}, paged: make(chan struct{}, 1)}
+	s.asked, s.tree = &asked{s: s, parts: map[string]*part{}}, newTreeView(s)
 	s.started = s.now().UTC().Round(0) // as it comes back from the store
 	s.view.claim = s.presence()
 	var err error
@@ -152,16 +155,9 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 		s.store.Stop()
 		return nil, err
 	}
-	prefix := containerPrefix + cfg.HostName + "/"
-	if cfg.AllContainers {
-		prefix = containerPrefix
-	}
 	viewReady, containersReady := make(chan struct{}), make(chan struct{})
-	s.wg.Go(func() { s.follow(viewPrefix, s.view.load, s.view.apply, viewReady) })
-	s.wg.Go(func() {
-		s.follow(prefix, func(e []store.Entry, _ int64) error { return s.containers.load(e) },
-			func(u store.Update) error { return s.containers.apply(u.Entries) }, containersReady)
-	})
+	s.wg.Go(func() { s.follow(s.ctx, viewPrefix, s.view.load, s.view.apply, viewReady) })
+	s.wg.Go(func() { s.followContainers(s.ctx, containerPrefix+cfg.HostName+"/", s.containers, containersReady) })
 	for _, ready := range []chan struct{}{viewReady, containersReady} {
 		for read := false; !read; {
 			select {
@@ -192,6 +188,7 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 		}
 	})
 	s.wg.Go(s.housekeeping)
+	s.wg.Go(s.asked.forget)
 	return s, nil
 }
 
@@ -236,16 +233,16 @@ func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 
 // follow keeps a part of the store in memory: list, watch from there, and again from the start when history is gone. What is
 // in memory stays in use while the store is away. A page that does not come is asked for again, with those before it kept: many
-// hosts may read at the same time, and would never get to the end of it together.
-func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, apply func(store.Update) error, ready chan struct{}) {
+// hosts may read at the same time, and would never get to the end of it together. It ends with the context.
+func (s *Server) follow(ctx context.Context, prefix string, load func([]store.Entry, int64) error, apply func(store.Update) error, ready chan struct{}) {
 	var revision, last int64
 	list := store.Listing{Prefix: prefix}
 	wait := firstWait
-	for s.ctx.Err() == nil {
+	for ctx.Err() == nil {
 		var err error
 		for revision == 0 && err == nil {
 			if !list.Done {
-				if err = store.NextPage(s.ctx, s.store, &list, s.cfg.Timeout); err == nil {
+				if err = store.NextPage(ctx, s.store, &list, s.cfg.Timeout); err == nil {
 					wait = firstWait
 					select {
 					case s.paged <- struct{}{}:
@@ -269,7 +266,7 @@ func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, ap
 		}
 		if err == nil {
 			wait = firstWait
-			err = s.store.Watch(s.ctx, prefix, revision, func(u store.Update) error {
+			err = s.store.Watch(ctx, prefix, revision, func(u store.Update) error {
 				wait = firstWait
 				if aerr := apply(u); aerr != nil {
 					s.log.Error("object not understood, left out", "revision", u.Revision, "error", aerr)
@@ -279,7 +276,7 @@ func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, ap
 				return nil
 			})
 		}
-		if s.ctx.Err() != nil {
+		if ctx.Err() != nil {
 			return
 		}
 		if errors.Is(err, store.ErrCompacted) {
@@ -287,22 +284,28 @@ func (s *Server) follow(prefix string, load func([]store.Entry, int64) error, ap
 			continue
 		}
 		s.log.Debug("following the store broke off", "prefix", prefix, "error", err)
-		wait = s.pause(wait, 2*time.Second)
+		wait = s.pause(ctx, wait, 2*time.Second)
 	}
 }
 
+// followContainers keeps the containers below a prefix in memory.
+func (s *Server) followContainers(ctx context.Context, prefix string, c *containers, ready chan struct{}) {
+	s.follow(ctx, prefix, func(e []store.Entry, _ int64) error { return c.load(e) },
+		func(u store.Update) error { return c.apply(u.Entries) }, ready)
+}
+
 // pause waits before something is tried again, and returns how long the next pause is. While the store is away
-// it waits for the store alone.
-func (s *Server) pause(wait, longest time.Duration) time.Duration {
+// it waits for the store alone. It ends with the context.
+func (s *Server) pause(ctx context.Context, wait, longest time.Duration) time.Duration {
 	if lost, _ := s.store.Lost(); lost != nil {
-		_ = s.store.Wait(s.ctx) // whoever tries again looks at the context
+		_ = s.store.Wait(ctx) // whoever tries again looks at the context
 		return firstWait
 	}
 	t := time.NewTimer(jitter(wait))
 	defer t.Stop()
 	_, changed := s.store.Lost()
 	select {
-	case <-s.ctx.Done():
+	case <-ctx.Done():
 	case <-t.C:
 	case <-changed:
 	}

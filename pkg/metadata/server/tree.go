@@ -6,69 +6,101 @@ import (
 	"net/http"
 	"net/netip"
 	"runtime"
+	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/tree"
 	"github.com/lariat-net/lariat/pkg/service"
 )
 
 // Tree returns the read-only tree for containers, each known by its source address. X-Forwarded-For is not looked at: a
 // container could write anything into it.
-func (s *Server) Tree() service.Guests {
-	t := &treeView{s: s, render: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2))}
-	return service.Guests{Handler: t, Known: t.known}
+func (s *Server) Tree() service.Guests { return service.Guests{Handler: s.tree, Known: s.tree.known} }
+
+func newTreeView(s *Server) *treeView {
+	return &treeView{s: s, render: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)), own: &scope{containers: s.containers}}
 }
 
-// treeView keeps the tree of the model as it was a moment ago.
+// treeView keeps trees of the model as it was a moment ago: one of this host's containers, which answers nearly everything, and
+// others while somebody asks for what they show.
 type treeView struct {
 	s      *Server
 	render chan struct{} // has a place for each answer that may be made at a time: the other processors are for root's requests
+	own    *scope
 
-	mu       sync.RWMutex
-	built    *tree.Tree
+	mu       sync.RWMutex // of base and of all scopes' trees
+	base     *tree.Base
 	revision int64
-	updates  uint64
-	when     time.Time
+}
+
+// scope is some hosts' containers with the tree of them.
+type scope struct {
+	containers *containers
+	all        bool // of all hosts
+
+	built   *tree.Tree
+	updates uint64
+	when    time.Time
 }
 
 // rebuildEvery folds a burst of changes: a tree of 10 000 containers takes tens of milliseconds to build.
 const rebuildEvery = 200 * time.Millisecond
 
 // position is the state of the model; ok is false before all of it has been read.
-func (t *treeView) position() (revision int64, updates uint64, ok bool) {
-	v, c := t.s.view, t.s.containers
+func (t *treeView) position(c *containers) (revision int64, updates uint64, ok bool) {
+	v := t.s.view
 	v.mu.RLock()
-	defer v.mu.RUnlock()
-	c.mu.RLock()
-	defer c.mu.RUnlock()
-	return v.revision, c.updates, v.loaded && c.filled
+	revision, ok = v.revision, v.loaded
+	v.mu.RUnlock()
+	for _, x := range []*containers{t.s.containers, c} {
+		x.mu.RLock()
+		updates, ok = updates+x.updates, ok && x.filled // sums of what only grows
+		x.mu.RUnlock()
+	}
+	return revision, updates, ok
 }
 
-// current returns the tree, built anew when it is older than the model and than rebuildEvery; nil before the model has been read. wait is how
-// long it must be waited until a newer one can be had; 0: there is none.
-func (t *treeView) current() (built *tree.Tree, wait time.Duration) {
-	revision, updates, ok := t.position()
+// list returns a scope's containers, sorted. Of this host they are those that it knows itself, which no watch is ahead of.
+func (t *treeView) list(c *scope) []metadata.Container {
+	list := c.containers.list()
+	if !c.all {
+		return list
+	}
+	self := t.s.cfg.HostName
+	list = slices.DeleteFunc(list, func(c metadata.Container) bool { return c.Host == self })
+	at, _ := slices.BinarySearchFunc(list, self+"/", func(c metadata.Container, key string) int { return strings.Compare(metadata.ContainerKey(c), key) })
+	return slices.Insert(list, at, t.s.containers.list()...)
+}
+
+// current returns a scope's tree, built anew when it is older than the model and than rebuildEvery; nil before the model has been
+// read. wait is how long it must be waited until a newer one can be had; 0: there is none.
+func (t *treeView) current(c *scope) (built *tree.Tree, wait time.Duration) {
+	revision, updates, ok := t.position(c.containers)
 	if !ok {
 		return nil, 0
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.built != nil && revision == t.revision && updates == t.updates {
-		return t.built, 0
+	if c.built != nil && c.built.Base == t.base && revision == t.revision && updates == c.updates {
+		return c.built, 0
 	}
-	if wait = rebuildEvery - time.Since(t.when); t.built != nil && wait > 0 {
-		return t.built, wait
+	if wait = rebuildEvery - time.Since(c.when); c.built != nil && wait > 0 {
+		return c.built, wait
 	}
-	snap := t.s.view.snapshot().Sane()
-	snap.Containers = t.s.containers.list()
-	t.built, t.revision, t.updates, t.when = tree.Build(snap, t.s.cfg.TreeLabels...), revision, updates, time.Now()
-	return t.built, 0
+	if t.base == nil || revision != t.revision {
+		t.base, t.revision = tree.NewBase(t.s.view.snapshot().Sane(), t.s.cfg.TreeLabels...), revision
+	}
+	c.built, c.updates, c.when = t.base.Tree(t.list(c), c.all), updates, time.Now()
+	return c.built, 0
 }
 
 // knowing is current for a caller: one that may be new is not refused by an old tree.
-func (t *treeView) knowing(ctx context.Context, caller netip.Addr) *tree.Tree {
-	built, wait := t.current()
+func (t *treeView) knowing(ctx context.Context, c *scope, caller netip.Addr) *tree.Tree {
+	built, wait := t.current(c)
 	if built == nil || wait == 0 || built.Known(caller) {
 		return built
 	}
@@ -77,30 +109,35 @@ func (t *treeView) knowing(ctx context.Context, caller netip.Addr) *tree.Tree {
 	select {
 	case <-ctx.Done():
 	case <-timer.C:
-		built, _ = t.current()
+		built, _ = t.current(c)
 	}
 	return built
 }
 
-// known is of the tree as it is: for a connection nothing is built.
+// known is of the trees as they are: for a connection nothing is built.
 func (t *treeView) known(a netip.Addr) bool {
+	scopes := []*scope{t.own}
+	for _, p := range t.s.asked.all() {
+		scopes = append(scopes, &p.scope)
+	}
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	return t.built != nil && t.built.Known(a)
+	return slices.ContainsFunc(scopes, func(c *scope) bool { return c.built != nil && c.built.Known(a) })
 }
 
 // ServeHTTP implements http.Handler.
 func (t *treeView) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var a tree.Answer
-	caller := callerOf(r)
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		w.Header().Set("Allow", "GET, HEAD")
 		a = tree.Problem(http.StatusMethodNotAllowed, "Method not allowed", false)
-	} else if built := t.knowing(r.Context(), caller); built == nil {
-		w.Header().Set("Retry-After", "1")
-		a = tree.Problem(http.StatusServiceUnavailable, "Not loaded yet", false)
 	} else {
-		a = t.get(built, r, caller)
+		var age time.Duration
+		if a, age = t.answer(r, callerOf(r)); a.Status == http.StatusServiceUnavailable {
+			w.Header().Set("Retry-After", "1")
+		} else {
+			w.Header().Set("Age", strconv.Itoa(int(age.Seconds())))
+		}
 	}
 	if origin := t.s.cfg.TreeOrigin; origin != "" {
 		w.Header().Set("Access-Control-Allow-Origin", origin)
@@ -112,10 +149,52 @@ func (t *treeView) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func (t *treeView) get(built *tree.Tree, r *http.Request, caller netip.Addr) tree.Answer {
+// answer returns the answer to a request, and how long ago the store last confirmed what it tells.
+func (t *treeView) answer(r *http.Request, caller netip.Addr) (tree.Answer, time.Duration) {
+	path, accept := r.URL.EscapedPath(), r.Header.Get("Accept")
+	from, built := t.own, t.knowing(r.Context(), t.own, caller)
+	if built == nil {
+		return tree.Problem(http.StatusServiceUnavailable, "Not loaded yet", false), 0
+	}
+	var err error
+	if host := built.HostOf(caller); host != "" { // it is a container of that host, or nobody
+		if from, err = t.others(r.Context(), containerPrefix+host+"/"); err != nil {
+			return unread(err), 0
+		}
+		if built = t.knowing(r.Context(), from, caller); built == nil {
+			return unread(errUnread), 0
+		}
+	}
+	if reach := built.Reach(path, accept, caller); reach != tree.Own {
+		all, err := t.others(r.Context(), containerPrefix)
+		switch {
+		case err == nil:
+			if whole := t.knowing(r.Context(), all, caller); whole != nil {
+				from, built = all, whole
+			}
+		case reach == tree.All:
+			return unread(err), 0
+		}
+	}
 	t.render <- struct{}{}
 	defer func() { <-t.render }()
-	return built.Get(r.URL.EscapedPath(), r.Header.Get("Accept"), caller)
+	return built.Get(path, accept, caller), max(t.s.view.age(), from.containers.age(time.Now()))
+}
+
+// others returns containers of other hosts, out of those of all hosts when they are there.
+func (t *treeView) others(ctx context.Context, prefix string) (*scope, error) {
+	p := t.s.asked.have(containerPrefix)
+	if p == nil {
+		var err error
+		if p, err = t.s.asked.get(ctx, prefix); err != nil {
+			return nil, err
+		}
+	}
+	return &p.scope, nil
+}
+
+func unread(err error) tree.Answer {
+	return tree.Problem(http.StatusServiceUnavailable, err.Error(), false)
 }
 
 // callerOf is the address that a request came from. Who speaks to an address of this host from that address is the host itself: the kernel

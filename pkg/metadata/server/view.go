@@ -147,6 +147,13 @@ func (v *view) load(entries []store.Entry, revision int64) error {
 	return errors.Join(errs...)
 }
 
+// age is how long ago the store last proved to be there.
+func (v *view) age() time.Duration {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return time.Since(v.updated)
+}
+
 func (v *view) wake() {
 	close(v.changed)
 	v.changed = make(chan struct{})

@@ -22,58 +22,131 @@ var Versions = []string{"2016-07-29"}
 // Latest is the name of the newest version.
 const Latest = "latest"
 
+// Base is what a tree shows beside containers: hosts, networks, and who the host is that serves it. Trees of different
+// containers share it.
+type Base struct {
+	version  string
+	hosts    []any
+	byName   map[string]any
+	networks []any // as containers see them
+	ours     []any // as the host itself does
+	self     string
+	own      map[netip.Addr]bool // the host's addresses
+	labels   []string
+	leadsTo  func(netip.Addr) string
+}
+
+// NewBase makes the base of trees of a snapshot. labels names what metadata.PublicLabels shows of containers besides.
+func NewBase(s *metadata.Snapshot, labels ...string) *Base {
+	b := &Base{version: strconv.FormatInt(s.Revision, 10), hosts: []any{}, byName: map[string]any{}, networks: []any{}, ours: []any{},
+		self: s.Self, own: map[netip.Addr]bool{}, labels: labels, leadsTo: s.LeadsTo()}
+	for _, h := range s.Hosts {
+		n := host(h)
+		b.hosts = append(b.hosts, n)
+		b.byName[h.Name] = n
+		for _, u := range h.Underlay {
+			if h.Name == s.Self {
+				b.own[u.Address.Addr()] = true
+			}
+		}
+	}
+	for _, x := range s.Blocks {
+		if x.Gateway.IsValid() && x.Host == s.Self {
+			b.own[x.Gateway] = true
+		}
+	}
+	for _, n := range s.Networks {
+		b.networks = append(b.networks, network(n))
+		b.ours = append(b.ours, withConfig(n))
+	}
+	return b
+}
+
+// HostOf returns the host whose containers tell who a caller is; "" when the host that serves the tree does.
+func (b *Base) HostOf(caller netip.Addr) string {
+	caller = caller.Unmap()
+	if h := b.leadsTo(caller); h != b.self && !b.own[caller] {
+		return h
+	}
+	return ""
+}
+
 // Tree is one state of the model, ready to be asked. Nodes are map[string]any, []any, string, float64, bool, or nil.
 type Tree struct {
+	*Base
 	root      map[string]any
-	networks  []any                   // as the host itself sees them
-	hosts     map[string]any          // by name
 	byAddress map[netip.Addr]selfNode // who is answered
-	self      string                  // host that serves the tree
 }
 
 type selfNode struct {
-	container any // nil: the host itself
+	container map[string]any // nil: the host itself
 	host      string
 }
 
-// Build makes the tree of a snapshot that includes containers. labels names what metadata.PublicLabels shows of containers besides.
-func Build(s *metadata.Snapshot, labels ...string) *Tree {
-	t := &Tree{networks: []any{}, hosts: map[string]any{}, byAddress: map[netip.Addr]selfNode{}, self: s.Self}
-	hosts, containers, networks := []any{}, []any{}, []any{}
-	for _, h := range s.Hosts {
-		n := host(h)
-		hosts = append(hosts, n)
-		t.hosts[h.Name] = n
-	}
-	index, holders := map[string]int{}, s.Holders()
-	for i, c := range s.Containers {
+// Tree makes a tree of containers: of all hosts, or of one host for what needs no others; see Reach. In the latter the places of
+// containers in their services are null, which other hosts' containers decide.
+func (b *Base) Tree(list []metadata.Container, all bool) *Tree {
+	t := &Tree{Base: b, byAddress: make(map[netip.Addr]selfNode, len(list))}
+	containers := make([]any, 0, len(list))
+	index, holders := map[string]int{}, metadata.Holders(list, b.leadsTo)
+	for i, c := range list {
 		c.Addresses = slices.DeleteFunc(slices.Clone(c.Holds()), func(a netip.Addr) bool { return holders[a] != i })
-		n := container(c, labels, index)
+		n := container(c, b.labels, index)
+		if _, placed := n[serviceIndex]; placed && !all {
+			n[serviceIndex] = nil
+		}
 		containers = append(containers, n)
 		for _, a := range c.Addresses {
 			t.byAddress[a] = selfNode{container: n, host: c.Host}
 		}
 	}
 	// The host's own addresses are no container's, whatever an object says.
-	for _, h := range s.Hosts {
-		for _, u := range h.Underlay {
-			if h.Name == s.Self {
-				t.byAddress[u.Address.Addr()] = selfNode{host: h.Name}
-			}
-		}
+	for a := range b.own {
+		t.byAddress[a] = selfNode{host: b.self}
 	}
-	for _, b := range s.Blocks {
-		if b.Gateway.IsValid() && b.Host == s.Self {
-			t.byAddress[b.Gateway] = selfNode{host: b.Host}
-		}
-	}
-	for _, n := range s.Networks {
-		networks = append(networks, network(n))
-		t.networks = append(t.networks, withConfig(n))
-	}
-	t.root = map[string]any{"version": strconv.FormatInt(s.Revision, 10), "hosts": hosts, "containers": containers, "networks": networks}
+	t.root = map[string]any{"version": b.version, "hosts": b.hosts, "containers": containers, "networks": b.networks}
 	return t
 }
+
+// Build makes the tree of a snapshot that includes the containers of all hosts. labels are those of NewBase.
+func Build(s *metadata.Snapshot, labels ...string) *Tree {
+	return NewBase(s, labels...).Tree(s.Containers, true)
+}
+
+// Reach says of which hosts a tree must have the containers to answer a request.
+type Reach int
+
+// The reaches.
+const (
+	Own  Reach = iota // of the caller's
+	Most              // of all; with those of the caller's it answers, but for the caller's place in its service
+	All               // of all
+)
+
+// Reach returns what a request needs. The request is that of Get.
+func (t *Tree) Reach(path, accept string, caller netip.Addr) Reach {
+	self, ok := t.caller(caller)
+	segments, err := segmentsOf(path)
+	if !ok || err != nil || len(segments) == 0 || !known(segments[0]) {
+		return Own
+	}
+	is := func(i int, name string) bool { return len(segments) > i && strings.EqualFold(segments[i], name) }
+	asJSON := wantsJSON(accept)
+	switch _, placed := self.container[serviceIndex]; {
+	case is(1, "containers"), len(segments) == 1 && asJSON:
+		return All
+	case !placed || !is(1, "self"):
+		return Own
+	case is(2, "container") && is(3, serviceIndex):
+		return All
+	case asJSON && (len(segments) == 2 || len(segments) == 3 && is(2, "container")):
+		return Most
+	}
+	return Own
+}
+
+// serviceIndex is a container's place among those of its service, on all hosts.
+const serviceIndex = "service_index"
 
 // Known reports whether Get answers a caller: a container of the model, on whichever host, or the host that serves the tree, by a loopback
 // address or one that the model knows. Other hosts ask their own.
@@ -125,7 +198,7 @@ func container(c metadata.Container, labels []string, index map[string]int) map[
 		"service_name": nullable(strings.ToLower(service)), "primary_ip": nil, "primary_mac_address": nil}
 	if service != "" {
 		index[stack+"/"+service]++
-		n["service_index"] = strconv.Itoa(index[stack+"/"+service])
+		n[serviceIndex] = strconv.Itoa(index[stack+"/"+service])
 	}
 	ips, ports := []any{}, []any{}
 	for _, a := range c.Addresses {
@@ -205,13 +278,9 @@ func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 	if !ok {
 		return Problem(403, "Forbidden: "+caller.Unmap().String()+" is not the address of a container that the metadata service knows", asJSON)
 	}
-	segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' })
-	for i, s := range segments {
-		u, err := url.QueryUnescape(s)
-		if err != nil {
-			return Problem(400, "Bad path: "+s, asJSON)
-		}
-		segments[i] = u
+	segments, err := segmentsOf(path)
+	if err != nil {
+		return Problem(400, err.Error(), asJSON)
 	}
 	if len(segments) == 0 {
 		root := map[string]any{Latest: map[string]any{}}
@@ -220,7 +289,7 @@ func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 		}
 		return render(root, asJSON)
 	}
-	if segments[0] != Latest && !slices.Contains(Versions, segments[0]) {
+	if !known(segments[0]) {
 		return Problem(404, "Invalid version", asJSON)
 	}
 	root := maps.Clone(t.root)
@@ -228,9 +297,9 @@ func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 	if self.container != nil {
 		node["container"] = self.container
 	} else {
-		root["networks"] = t.networks
+		root["networks"] = t.ours
 	}
-	if h, ok := t.hosts[self.host]; ok {
+	if h, ok := t.byName[self.host]; ok {
 		node["host"] = h
 	}
 	if len(node) > 0 {
@@ -247,6 +316,21 @@ func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 		}
 	}
 	return render(found, asJSON)
+}
+
+func known(version string) bool { return version == Latest || slices.Contains(Versions, version) }
+
+// segmentsOf takes a path apart.
+func segmentsOf(path string) ([]string, error) {
+	segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' })
+	for i, s := range segments {
+		u, err := url.QueryUnescape(s)
+		if err != nil {
+			return nil, fmt.Errorf("Bad path: %s", s) //nolint:staticcheck // it is what the caller is told
+		}
+		segments[i] = u
+	}
+	return segments, nil
 }
 
 func descend(node any, segments []string) (any, bool) {

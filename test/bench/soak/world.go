@@ -204,7 +204,7 @@ func printKeys(ctx context.Context, where string) error {
 		return err
 	}
 	defer e.Close()
-	list, _, err := e.List(ctx, "")
+	list, _, err := store.List(ctx, e, "", 0)
 	for _, entry := range list {
 		fmt.Println(entry.Key)
 	}
