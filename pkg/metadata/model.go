@@ -369,8 +369,8 @@ func (s *Snapshot) Network(name string) (Network, bool) {
 	return Network{}, false
 }
 
-// LeadsTo returns a function that says to which host packets for an address go: whose endpoint it is, else in whose block it
-// lies. It says "" of an address that leads nowhere.
+// LeadsTo returns a function that says to which host packets for an address go: whose endpoint it is, else in
+// whose block it lies. It says "" of an address that leads nowhere.
 func (s *Snapshot) LeadsTo() func(netip.Addr) string {
 	single, blocks := make(map[netip.Addr]string, len(s.Endpoints)), make(map[netip.Prefix]string, len(s.Blocks))
 	var lengths []int
@@ -396,10 +396,10 @@ func (s *Snapshot) LeadsTo() func(netip.Addr) string {
 	}
 }
 
-// Holders returns which of the containers has an address, by its place in the list. Several objects can name the same one: what
-// a scheduler assigned, what a dead host left, what a host wrote by mistake. One of the host that the address leads to counts
-// more than others, so that this host's containers alone tell who has its addresses. Then an attachment counts more than an
-// object without, then the newer object.
+// Holders returns which of the containers has an address, by its place in the list. Several objects can name the
+// same one: what a scheduler assigned, what a dead host left, what a host wrote by mistake. One of the host that
+// the address leads to counts more than others, so that this host's containers alone tell who has its addresses.
+// Then an attachment counts more than an object without, then the newer object.
 func Holders(containers []Container, leadsTo func(netip.Addr) string) map[netip.Addr]int {
 	out := map[netip.Addr]int{}
 	better := func(a netip.Addr, x, y Container) bool {

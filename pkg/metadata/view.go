@@ -160,8 +160,8 @@ func (v *viewState) settle() {
 	v.endpoints.sift(v.fitEndpoint)
 }
 
-// errQuiet is why an object is left out without a word of its own: the conflicts name it, or its network is not there. A
-// network that is removed goes before its blocks and endpoints do.
+// errQuiet is why an object is left out without a word of its own: the conflicts name it, or its network is not
+// there. A network that is removed goes before its blocks and endpoints do.
 var errQuiet = errors.New("left out")
 
 func (v *viewState) fitBlock(b Block) error {
@@ -215,7 +215,8 @@ type listed[T any] struct {
 }
 
 // list makes a listed of objects. Those that no entry can be become problems.
-func list[T interface{ Check(key string) error }](v *viewState, kind string, objects []T, key func(T) string) *listed[T] {
+func list[T interface{ Check(key string) error }](v *viewState, kind string, objects []T,
+	key func(T) string) *listed[T] {
 	byKey := make(map[string]T, len(objects))
 	for _, o := range objects {
 		k := key(o)

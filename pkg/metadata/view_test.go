@@ -17,14 +17,17 @@ import (
 func bigView(hosts, blocks int) *Snapshot {
 	s := &Snapshot{Revision: 1, Self: "h0"}
 	for i, subnet := range []string{"10.0.0.0/8", "172.16.0.0/12"} {
-		s.Networks = append(s.Networks, Network{Name: fmt.Sprint("n", i), Subnets: []netip.Prefix{netip.MustParsePrefix(subnet)}, Encapsulation: EncapVXLAN,
+		s.Networks = append(s.Networks, Network{Name: fmt.Sprint("n", i),
+			Subnets: []netip.Prefix{netip.MustParsePrefix(subnet)}, Encapsulation: EncapVXLAN,
 			VNI: uint32(1042 + i), BlockSizeV4: 26, HostNAT: true})
 	}
 	for i := range hosts {
 		a := netip.AddrFrom4([4]byte{192, 168, byte(i >> 8), byte(i)})
 		b := a.As4()
-		s.Hosts = append(s.Hosts, Host{Name: fmt.Sprint("h", i), MachineID: fmt.Sprint("m", i), BootID: fmt.Sprint("b", i), Live: true,
-			MAC: MAC{0x0e, 0, b[0], b[1], b[2], b[3]}, Underlay: []Underlay{{Address: netip.PrefixFrom(a, 16), Device: "eth0", MTU: 1500}}})
+		s.Hosts = append(s.Hosts, Host{Name: fmt.Sprint("h", i), MachineID: fmt.Sprint("m", i), BootID: fmt.Sprint("b", i),
+			Live: true,
+			MAC:  MAC{0x0e, 0, b[0], b[1], b[2], b[3]}, Underlay: []Underlay{{Address: netip.PrefixFrom(a, 16), Device: "eth0",
+				MTU: 1500}}})
 	}
 	for i := range blocks {
 		first := netip.AddrFrom4([4]byte{10, byte(i >> 10), byte(i >> 2), byte(i << 6)})
@@ -92,7 +95,8 @@ type plainView struct {
 }
 
 func newPlainView() *plainView {
-	return &plainView{map[string]Host{}, map[string]Network{}, map[string]Block{}, map[string]Endpoint{}, map[string]string{}}
+	return &plainView{map[string]Host{}, map[string]Network{}, map[string]Block{}, map[string]Endpoint{},
+		map[string]string{}}
 }
 
 func (p *plainView) apply(ev Event) {
@@ -126,7 +130,8 @@ func applyPlainly[T interface{ Check(key string) error }](p *plainView, m map[st
 
 // all returns everything that is known, usable or not.
 func (p *plainView) all() *Snapshot {
-	s := &Snapshot{Hosts: values(p.hosts), Networks: values(p.networks), Blocks: values(p.blocks), Endpoints: values(p.endpoints)}
+	s := &Snapshot{Hosts: values(p.hosts), Networks: values(p.networks), Blocks: values(p.blocks),
+		Endpoints: values(p.endpoints)}
 	for _, k := range slices.Sorted(maps.Keys(p.problems)) {
 		s.Problems = append(s.Problems, Problem{k, p.problems[k]})
 	}
@@ -153,22 +158,27 @@ func randomChange(tb testing.TB, r *rand.Rand) Event {
 	case 0, 1, 2:
 		h := Host{Name: host(), Live: r.IntN(2) == 0, Joined: when(), BootID: pick("1", "2")}
 		for range r.IntN(3) {
-			h.Underlay = append(h.Underlay, Underlay{Address: netip.MustParsePrefix(pick("192.0.2.1/24", "192.0.2.2/24", "10.42.0.70/24", "0.0.0.0/24", "fd99::1/64")),
+			h.Underlay = append(h.Underlay, Underlay{Address: netip.MustParsePrefix(pick("192.0.2.1/24", "192.0.2.2/24",
+				"10.42.0.70/24", "0.0.0.0/24", "fd99::1/64")),
 				Device: "eth0", MTU: 1500})
 		}
 		kind, key, object = KindHost, h.Name, h
 	case 3, 4:
-		n := Network{Name: network(), Encapsulation: pick(EncapVXLAN, EncapVXLAN, EncapIPsec, EncapNone, "x"), VNI: 1042 + uint32(r.IntN(3)), Created: when(),
-			BlockSizeV4: []int{0, 26, 27}[r.IntN(3)], Subnets: []netip.Prefix{netip.MustParsePrefix(pick("10.42.0.0/16", "10.42.0.0/24", "10.43.0.0/16", "172.30.0.0/16"))}}
+		n := Network{Name: network(), Encapsulation: pick(EncapVXLAN, EncapVXLAN, EncapIPsec, EncapNone, "x"),
+			VNI: 1042 + uint32(r.IntN(3)), Created: when(),
+			BlockSizeV4: []int{0, 26, 27}[r.IntN(3)], Subnets: []netip.Prefix{netip.MustParsePrefix(pick("10.42.0.0/16",
+				"10.42.0.0/24", "10.43.0.0/16", "172.30.0.0/16"))}}
 		kind, key, object = KindNetwork, n.Name, n
 	case 5, 6, 7:
-		b := Block{Network: network(), CIDR: netip.MustParsePrefix(pick("10.42.0.0/26", "10.42.0.64/26", "10.42.1.0/26", "10.43.0.0/26", "10.42.0.0/27", "172.30.0.0/26")), Host: host()}
+		b := Block{Network: network(), CIDR: netip.MustParsePrefix(pick("10.42.0.0/26", "10.42.0.64/26", "10.42.1.0/26",
+			"10.43.0.0/26", "10.42.0.0/27", "172.30.0.0/26")), Host: host()}
 		if r.IntN(2) == 0 {
 			b.Gateway = b.CIDR.Addr().Next()
 		}
 		kind, key, object = KindBlock, BlockKey(b), b
 	case 8:
-		e := Endpoint{Network: network(), Address: netip.MustParseAddr(pick("10.42.0.5", "10.43.0.5", "192.0.2.9", "192.168.1.1", "8.8.8.8")), Host: host()}
+		e := Endpoint{Network: network(), Address: netip.MustParseAddr(pick("10.42.0.5", "10.43.0.5", "192.0.2.9",
+			"192.168.1.1", "8.8.8.8")), Host: host()}
 		kind, key, object = KindEndpoint, EndpointKey(e), e
 	case 9:
 		kind, key = KindProblem, pick("hosts/a", "networks/red", "blocks/red/10.42.0.0/26", "tables/x")
@@ -234,7 +244,8 @@ func differ(a, b *Snapshot) string {
 	problems := func(s *Snapshot) []Problem {
 		return slices.SortedFunc(slices.Values(s.Problems), func(a, b Problem) int { return cmp.Compare(a.Key, b.Key) })
 	}
-	for kind, x := range map[string][2]any{KindHost: {a.Hosts, b.Hosts}, KindNetwork: {a.Networks, b.Networks}, KindBlock: {a.Blocks, b.Blocks},
+	for kind, x := range map[string][2]any{KindHost: {a.Hosts, b.Hosts}, KindNetwork: {a.Networks, b.Networks},
+		KindBlock:    {a.Blocks, b.Blocks},
 		KindEndpoint: {a.Endpoints, b.Endpoints}, KindProblem: {problems(a), problems(b)}} {
 		if (reflect.ValueOf(x[0]).Len() > 0 || reflect.ValueOf(x[1]).Len() > 0) && !reflect.DeepEqual(x[0], x[1]) {
 			return fmt.Sprintf("%s are\n%+v, want\n%+v", kind, x[0], x[1])

@@ -37,8 +37,9 @@ func Device(n metadata.Network) string {
 	return ""
 }
 
-// Same reports whether nothing that planners read differs between two views: of both the same is planned, for the kernel
-// and for tunnels. It costs little where the views share their lists, as those of one watch do where nothing changed.
+// Same reports whether nothing that planners read differs between two views: of both the same is planned, for
+// the kernel and for tunnels. It costs little where the views share their lists, as those of one watch do where
+// nothing changed.
 func Same(a, b *metadata.Snapshot) bool {
 	return a.Self == b.Self && sameHosts(a.Hosts, b.Hosts, a.Self) &&
 		same(a.Blocks, b.Blocks, func(x, y metadata.Block) bool { return x == y }) &&

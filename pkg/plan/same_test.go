@@ -26,10 +26,12 @@ func TestSameViewsPlanTheSame(t *testing.T) {
 	for seed := range uint64(3000) {
 		r := rand.New(rand.NewPCG(seed, 5))
 		s := &metadata.Snapshot{Self: "a", Networks: []metadata.Network{
-			{Name: "red", Encapsulation: metadata.EncapVXLAN, VNI: 1042, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}},
+			{Name: "red", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
+				Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}},
 			{Name: "green", Encapsulation: metadata.EncapIPsec, Subnets: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")}}}}
 		for i, name := range []string{"a", "b", "c", "d"} {
-			h := metadata.Host{Name: name, Live: r.IntN(2) == 0, MAC: metadata.MAC{0x0e, 0, byte(1 + r.IntN(8))}, Joined: time.Unix(r.Int64N(3), 0)}
+			h := metadata.Host{Name: name, Live: r.IntN(2) == 0, MAC: metadata.MAC{0x0e, 0, byte(1 + r.IntN(8))},
+				Joined: time.Unix(r.Int64N(3), 0)}
 			for range 1 + r.IntN(2) {
 				at := netip.AddrFrom4([4]byte{192, 0, 2, byte(1 + r.IntN(12))})
 				h.Underlay = append(h.Underlay, metadata.Underlay{Address: netip.PrefixFrom(at, 24), Device: "eth0", MTU: 1500})
@@ -81,11 +83,13 @@ func TestSameViewsPlanTheSame(t *testing.T) {
 	}
 }
 
-// TestSameLooksAtEveryField of a host, of a block, of an endpoint and of a network, but for those that no planner reads.
+// TestSameLooksAtEveryField of a host, of a block, of an endpoint and of a network, but for those that no
+// planner reads.
 func TestSameLooksAtEveryField(t *testing.T) {
 	unread := []string{"Labels", "MachineID", "AgentVersion", "Live"}
 	base := func() *metadata.Snapshot {
-		return &metadata.Snapshot{Hosts: make([]metadata.Host, 1), Networks: make([]metadata.Network, 1), Blocks: make([]metadata.Block, 1),
+		return &metadata.Snapshot{Hosts: make([]metadata.Host, 1), Networks: make([]metadata.Network, 1),
+			Blocks:    make([]metadata.Block, 1),
 			Endpoints: make([]metadata.Endpoint, 1), Problems: make([]metadata.Problem, 1)}
 	}
 	fields := func(at func(*metadata.Snapshot) any) {
@@ -136,7 +140,8 @@ func TestSameLooksAtEveryField(t *testing.T) {
 	}
 }
 
-// BenchmarkChange is what a change costs beside the view itself: to see that nothing is to be planned anew, and to plan it.
+// BenchmarkChange is what a change costs beside the view itself: to see that nothing is to be planned anew, and
+// to plan it.
 func BenchmarkChange(b *testing.B) {
 	s := big(2000, 20000)
 	flipped := *s
@@ -159,11 +164,13 @@ func BenchmarkChange(b *testing.B) {
 
 // big is a sane view of so many hosts and blocks.
 func big(hosts, blocks int) *metadata.Snapshot {
-	s := &metadata.Snapshot{Self: "h0", Networks: []metadata.Network{{Name: "n", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+	s := &metadata.Snapshot{Self: "h0", Networks: []metadata.Network{{Name: "n",
+		Subnets:       []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
 		Encapsulation: metadata.EncapVXLAN, VNI: 1042, BlockSizeV4: 26, HostNAT: true}}}
 	for i := range hosts {
 		a := netip.AddrFrom4([4]byte{192, 168, byte(i >> 8), byte(i)})
-		s.Hosts = append(s.Hosts, metadata.Host{Name: fmt.Sprint("h", i), Live: true, MAC: metadata.MAC{0x0e, 0, 192, 168, byte(i >> 8), byte(i)},
+		s.Hosts = append(s.Hosts, metadata.Host{Name: fmt.Sprint("h", i), Live: true, MAC: metadata.MAC{0x0e, 0, 192, 168,
+			byte(i >> 8), byte(i)},
 			Underlay: []metadata.Underlay{{Address: netip.PrefixFrom(a, 16), Device: "eth0", MTU: 1500}}})
 	}
 	for i := range blocks {

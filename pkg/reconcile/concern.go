@@ -94,8 +94,8 @@ func (c *Concern) Health() Health {
 // Loop runs the concern until the context ends. The first pass is at once.
 func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 	const firstRetry, lastRetry = 250 * time.Millisecond, 30 * time.Second
-	// After a pass triggers wait for four times as long as it took: a storm of them has a fifth of a processor, and one that comes
-	// at rest is served at once. What others break is mended within a second all the same.
+	// After a pass triggers wait for four times as long as it took: a storm of them has a fifth of a processor, and
+	// one that comes at rest is served at once. What others break is mended within a second all the same.
 	const restFactor, longestRest = 4, 250 * time.Millisecond
 	retry := firstRetry
 	var asked chan error

@@ -9,7 +9,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TestViewedPlansWhatIsNew: each view comes into force, and only one from which something else is planned runs the planners.
+// TestViewedPlansWhatIsNew: each view comes into force, and only one from which something else is planned runs
+// the planners.
 func TestViewedPlansWhatIsNew(t *testing.T) {
 	var told int
 	m := &Manager{Log: discard(), OnView: func(*metadata.Snapshot) { told++ }}

@@ -9,9 +9,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// asked keeps containers of other hosts in memory, of all hosts or of one, for as long as somebody asks for them. A host
-// hears nothing of what nobody on it asks for: with all hosts' containers on each host, an attach would cost every host of the
-// cluster something.
+// asked keeps containers of other hosts in memory, of all hosts or of one, for as long as somebody asks for
+// them. A host hears nothing of what nobody on it asks for: with all hosts' containers on each host, an attach
+// would cost every host of the cluster something.
 type asked struct {
 	s *Server
 
@@ -28,7 +28,8 @@ type part struct {
 }
 
 // errUnread is the answer when what was asked for is not in memory, and cannot be read now.
-var errUnread = fmt.Errorf("%w, and containers of other hosts were not asked for before: ask again when it is back", store.ErrUnavailable)
+var errUnread = fmt.Errorf("%w, and containers of other hosts were not asked for before: ask again when it is back",
+	store.ErrUnavailable)
 
 // get returns the containers below a prefix. The first that asks waits until they are read, unless the store is away.
 func (a *asked) get(ctx context.Context, prefix string) (*part, error) {
@@ -38,7 +39,8 @@ func (a *asked) get(ctx context.Context, prefix string) (*part, error) {
 	a.mu.Lock()
 	p := a.parts[prefix]
 	if p == nil {
-		p = &part{scope: scope{containers: newContainers(a.s.cfg.HostName), all: prefix == containerPrefix}, ready: make(chan struct{})}
+		p = &part{scope: scope{containers: newContainers(a.s.cfg.HostName), all: prefix == containerPrefix},
+			ready: make(chan struct{})}
 		var follow context.Context
 		follow, p.cancel = context.WithCancel(a.s.ctx)
 		a.parts[prefix] = p

@@ -78,8 +78,8 @@ func until(t testing.TB, what string, right func() bool) {
 	}
 }
 
-// TestHostsHearNothingOfEachOthersContainers, whatever their number, unless somebody asks; then each change comes, until nobody
-// asks any more.
+// TestHostsHearNothingOfEachOthersContainers, whatever their number, unless somebody asks; then each change
+// comes, until nobody asks any more.
 func TestHostsHearNothingOfEachOthersContainers(t *testing.T) {
 	st := openStore(t, t.TempDir())
 	defer st.Close()
@@ -106,7 +106,10 @@ func TestHostsHearNothingOfEachOthersContainers(t *testing.T) {
 	// One container of another host that asks here costs that host's containers and no more.
 	c := startNode(t, st, hostConfig("c", "192.0.2.3/24"))
 	foreign := attach(t, c, "lan", req("foreign")).Addresses[0].Address.String()
-	until(t, "c's container is known", func() bool { return ask(a, "/latest/self/container/name", "", foreign).Body.String() == "foreign" })
+	until(t, "c's container is known", func() bool {
+		return ask(a, "/latest/self/container/name", "",
+			foreign).Body.String() == "foreign"
+	})
 	if n := heard.objects.Load(); n != 3 {
 		t.Errorf("to know a container of c cost %d objects", n-2)
 	}
@@ -145,18 +148,24 @@ func TestHostsHearNothingOfEachOthersContainers(t *testing.T) {
 	}
 }
 
-// TestTreeIsThatOfTheWholeModel: whoever asks whichever host for whatever, the answer is the one that the whole model gives.
+// TestTreeIsThatOfTheWholeModel: whoever asks whichever host for whatever, the answer is the one that the whole
+// model gives.
 func TestTreeIsThatOfTheWholeModel(t *testing.T) {
 	st := openStore(t, t.TempDir())
 	defer st.Close()
-	nodes := []*node{startNode(t, st, hostConfig("b", "192.0.2.2/24")), startNode(t, st, hostConfig("a", "192.0.2.1/24")), startNode(t, st, hostConfig("c", "192.0.2.3/24"))}
+	nodes := []*node{startNode(t, st, hostConfig("b", "192.0.2.2/24")), startNode(t, st, hostConfig("a", "192.0.2.1/24")),
+		startNode(t, st, hostConfig("c", "192.0.2.3/24"))}
 	define(t, nodes[0], "lan", overlay("10.42.0.0/16", "fd42::/64"))
 	r := rand.New(rand.NewPCG(1, 2))
-	paths := []string{"/", "/latest", "/latest/version/x", "/latest/hosts", "/latest/networks", "/latest/networks/lan/subnets", "/latest/self", "/latest/self/container",
-		"/latest/self/container/name", "/latest/self/container/service_index", "/latest/self/container/labels", "/latest/SELF/Container/SERVICE_INDEX", "/latest/self/container/ips",
-		"/latest/self/host", "/latest/self/host/name", "/latest/containers", "/latest/CONTAINERS", "/latest/containers/0", "/latest/containers/3/service_index", "/latest/containers/c7/ips",
+	paths := []string{"/", "/latest", "/latest/version/x", "/latest/hosts", "/latest/networks",
+		"/latest/networks/lan/subnets", "/latest/self", "/latest/self/container",
+		"/latest/self/container/name", "/latest/self/container/service_index", "/latest/self/container/labels",
+		"/latest/SELF/Container/SERVICE_INDEX", "/latest/self/container/ips",
+		"/latest/self/host", "/latest/self/host/name", "/latest/containers", "/latest/CONTAINERS", "/latest/containers/0",
+		"/latest/containers/3/service_index", "/latest/containers/c7/ips",
 		"/2016-07-29/containers/1/primary_ip", "/1999-01-01/containers", "/latest/self/nothing"}
-	callers := map[string]bool{"127.0.0.1": true, "192.0.2.1": true, "192.0.2.2": true, "198.51.100.1": true, "10.42.0.1": true, "10.42.200.9": true, "fd42::1": true}
+	callers := map[string]bool{"127.0.0.1": true, "192.0.2.1": true, "192.0.2.2": true, "198.51.100.1": true,
+		"10.42.0.1": true, "10.42.200.9": true, "fd42::1": true}
 	attached := map[string]*node{}
 	for round := range 12 {
 		for range 6 {
@@ -168,7 +177,8 @@ func TestTreeIsThatOfTheWholeModel(t *testing.T) {
 				}
 				delete(attached, id)
 			case at == nil && r.IntN(5) == 0: // a scheduler's word, which may contradict what is attached
-				c := metadata.Container{Name: "planned-" + id, Addresses: []netip.Addr{addr(fmt.Sprint("10.42.0.", 2+r.IntN(200)))}, Labels: map[string]string{"lariat.service": "x"}}
+				c := metadata.Container{Name: "planned-" + id, Addresses: []netip.Addr{addr(fmt.Sprint("10.42.0.",
+					2+r.IntN(200)))}, Labels: map[string]string{"lariat.service": "x"}}
 				if err := n.Client.Put(t.Context(), "containers", n.cfg.HostName+"/planned-"+id, c); err != nil {
 					t.Fatal(err)
 				}
@@ -177,7 +187,8 @@ func TestTreeIsThatOfTheWholeModel(t *testing.T) {
 				q := req(id)
 				q.Name = strings.ToUpper(id)
 				if r.IntN(3) > 0 {
-					q.Labels = map[string]string{"lariat.stack": "s", "lariat.service": []string{"x", "y"}[r.IntN(2)], "secret": "hunter2"}
+					q.Labels = map[string]string{"lariat.stack": "s", "lariat.service": []string{"x", "y"}[r.IntN(2)],
+						"secret": "hunter2"}
 				}
 				for _, x := range attach(t, n, "lan", q).Addresses {
 					callers[x.Address.String()] = true
@@ -206,10 +217,12 @@ func TestTreeIsThatOfTheWholeModel(t *testing.T) {
 					path, accept := paths[r.IntN(len(paths))], []string{"", "application/json"}[r.IntN(2)]
 					var got *httptest.ResponseRecorder
 					var want tree.Answer
-					until(t, fmt.Sprintf("round %d: %s asks %s for %s (%s)", round, caller, n.cfg.HostName, path, accept), func() bool {
-						got, want = ask(n, path, accept, caller), whole().Get(path, accept, addr(caller))
-						return got.Code == want.Status && bytes.Equal(unversioned(got.Body.Bytes()), unversioned(want.Body)) && got.Header().Get("Content-Type") == want.ContentType
-					})
+					until(t, fmt.Sprintf("round %d: %s asks %s for %s (%s)", round, caller, n.cfg.HostName, path, accept),
+						func() bool {
+							got, want = ask(n, path, accept, caller), whole().Get(path, accept, addr(caller))
+							return got.Code == want.Status && bytes.Equal(unversioned(got.Body.Bytes()), unversioned(want.Body)) &&
+								got.Header().Get("Content-Type") == want.ContentType
+						})
 				}
 			}
 		}
@@ -282,7 +295,8 @@ func TestTreeWhileTheStoreIsAway(t *testing.T) {
 	gone.away.Store(false)
 	until(t, "all is read", func() bool { return ask(a, "/latest/containers", "", here).Code == http.StatusOK })
 	away(true)
-	if w := ask(a, "/latest/containers", "", here); w.Code != 200 || w.Body.String() != "0=here\n1=there\n" || w.Header().Get("Age") < "3600" {
+	if w := ask(a, "/latest/containers", "", here); w.Code != 200 || w.Body.String() != "0=here\n1=there\n" ||
+		w.Header().Get("Age") < "3600" {
 		t.Errorf("%d %s %v", w.Code, w.Body, w.Header())
 	}
 	if w := ask(a, "/latest/self/container/service_index", "", there); w.Code != 200 || w.Body.String() != "2" {
@@ -303,8 +317,9 @@ func (s *silent) Page(ctx context.Context, l *store.Listing) error {
 	return s.Store.Page(ctx, l)
 }
 
-// BenchmarkAttachBesideHosts is an attach at one host while others are there, each of which watches its own containers, or all.
-// It reports what one host received at its start beside so many containers of others, and for each attach of another.
+// BenchmarkAttachBesideHosts is an attach at one host while others are there, each of which watches its own
+// containers, or all. It reports what one host received at its start beside so many containers of others, and
+// for each attach of another.
 func BenchmarkAttachBesideHosts(b *testing.B) {
 	for _, all := range []bool{false, true} {
 		b.Run(map[bool]string{false: "own", true: "all"}[all], func(b *testing.B) {

@@ -61,7 +61,7 @@ type Config struct {
 	LeaseTTL   time.Duration // a silent host is dead after it: 30 s
 	Bookmark   time.Duration // between signs of life on a watch: 10 s
 	BlockGrace time.Duration // an empty block is given back after it: 10 min
-	Forget     time.Duration // other hosts' containers are not kept for longer than this after somebody asked for them: 10 min
+	Forget     time.Duration // other hosts' containers are forgotten so long after the last question: 10 min
 
 	// Progress, when not nil, is told of each page that New reads of the model.
 	Progress func()
@@ -234,7 +234,9 @@ func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 // follow keeps a part of the store in memory: list, watch from there, and again from the start when history is gone. What is
 // in memory stays in use while the store is away. A page that does not come is asked for again, with those before it kept: many
 // hosts may read at the same time, and would never get to the end of it together. It ends with the context.
-func (s *Server) follow(ctx context.Context, prefix string, load func([]store.Entry, int64) error, apply func(store.Update) error, ready chan struct{}) {
+func (s *Server) follow(ctx context.Context, prefix string, load func([]store.Entry, int64) error,
+	apply func(store.Update) error, ready chan struct{},
+) {
 	var revision, last int64
 	list := store.Listing{Prefix: prefix}
 	wait := firstWait

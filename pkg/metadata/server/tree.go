@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
@@ -22,17 +23,18 @@ import (
 func (s *Server) Tree() service.Guests { return service.Guests{Handler: s.tree, Known: s.tree.known} }
 
 func newTreeView(s *Server) *treeView {
-	return &treeView{s: s, render: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)), own: &scope{containers: s.containers}}
+	return &treeView{s: s, render: make(chan struct{}, max(1, runtime.GOMAXPROCS(0)/2)),
+		own: &scope{containers: s.containers}}
 }
 
-// treeView keeps trees of the model as it was a moment ago: one of this host's containers, which answers nearly everything, and
-// others while somebody asks for what they show.
+// treeView keeps trees of the model as it was a moment ago: one of this host's containers, which answers nearly
+// everything, and others while somebody asks for what they show.
 type treeView struct {
 	s      *Server
 	render chan struct{} // has a place for each answer that may be made at a time: the other processors are for root's requests
 	own    *scope
 
-	mu       sync.RWMutex // of base and of all scopes' trees
+	mu       sync.Mutex
 	base     *tree.Base
 	revision int64
 }
@@ -42,9 +44,12 @@ type scope struct {
 	containers *containers
 	all        bool // of all hosts
 
-	built   *tree.Tree
-	updates uint64
-	when    time.Time
+	built atomic.Pointer[tree.Tree]
+
+	mu       sync.Mutex // that of all containers takes long to build: nobody else waits for it
+	revision int64
+	updates  uint64
+	when     time.Time
 }
 
 // rebuildEvery folds a burst of changes: a tree of 10 000 containers takes tens of milliseconds to build.
@@ -64,7 +69,8 @@ func (t *treeView) position(c *containers) (revision int64, updates uint64, ok b
 	return revision, updates, ok
 }
 
-// list returns a scope's containers, sorted. Of this host they are those that it knows itself, which no watch is ahead of.
+// list returns a scope's containers, sorted. Of this host they are those that it knows itself, which no watch is
+// ahead of.
 func (t *treeView) list(c *scope) []metadata.Container {
 	list := c.containers.list()
 	if !c.all {
@@ -72,30 +78,42 @@ func (t *treeView) list(c *scope) []metadata.Container {
 	}
 	self := t.s.cfg.HostName
 	list = slices.DeleteFunc(list, func(c metadata.Container) bool { return c.Host == self })
-	at, _ := slices.BinarySearchFunc(list, self+"/", func(c metadata.Container, key string) int { return strings.Compare(metadata.ContainerKey(c), key) })
+	at, _ := slices.BinarySearchFunc(list, self+"/", func(c metadata.Container, key string) int {
+		return strings.Compare(metadata.ContainerKey(c), key)
+	})
 	return slices.Insert(list, at, t.s.containers.list()...)
 }
 
-// current returns a scope's tree, built anew when it is older than the model and than rebuildEvery; nil before the model has been
-// read. wait is how long it must be waited until a newer one can be had; 0: there is none.
+// current returns a scope's tree, built anew when it is older than the model and than rebuildEvery; nil before
+// the model has been read. wait is how long it must be waited until a newer one can be had; 0: there is none.
 func (t *treeView) current(c *scope) (built *tree.Tree, wait time.Duration) {
 	revision, updates, ok := t.position(c.containers)
 	if !ok {
 		return nil, 0
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	built = c.built.Load()
+	if built != nil && revision == c.revision && updates == c.updates {
+		return built, 0
+	}
+	if wait = rebuildEvery - time.Since(c.when); built != nil && wait > 0 {
+		return built, wait
+	}
+	built = t.baseAt(revision).Tree(t.list(c), c.all)
+	c.built.Store(built)
+	c.revision, c.updates, c.when = revision, updates, time.Now()
+	return built, 0
+}
+
+// baseAt returns what trees share, as of a revision or later.
+func (t *treeView) baseAt(revision int64) *tree.Base {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if c.built != nil && c.built.Base == t.base && revision == t.revision && updates == c.updates {
-		return c.built, 0
-	}
-	if wait = rebuildEvery - time.Since(c.when); c.built != nil && wait > 0 {
-		return c.built, wait
-	}
-	if t.base == nil || revision != t.revision {
+	if t.base == nil || t.revision < revision {
 		t.base, t.revision = tree.NewBase(t.s.view.snapshot().Sane(), t.s.cfg.TreeLabels...), revision
 	}
-	c.built, c.updates, c.when = t.base.Tree(t.list(c), c.all), updates, time.Now()
-	return c.built, 0
+	return t.base
 }
 
 // knowing is current for a caller: one that may be new is not refused by an old tree.
@@ -120,9 +138,10 @@ func (t *treeView) known(a netip.Addr) bool {
 	for _, p := range t.s.asked.all() {
 		scopes = append(scopes, &p.scope)
 	}
-	t.mu.RLock()
-	defer t.mu.RUnlock()
-	return slices.ContainsFunc(scopes, func(c *scope) bool { return c.built != nil && c.built.Known(a) })
+	return slices.ContainsFunc(scopes, func(c *scope) bool {
+		built := c.built.Load()
+		return built != nil && built.Known(a)
+	})
 }
 
 // ServeHTTP implements http.Handler.

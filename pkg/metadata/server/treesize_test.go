@@ -13,19 +13,23 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/tree"
 )
 
-// BenchmarkTreeOf is what a host keeps in memory, and builds when it changes, with the containers of 1 000 hosts and with its own.
+// BenchmarkTreeOf is what a host keeps in memory, and builds when it changes, with the containers of 1 000 hosts
+// and with its own.
 func BenchmarkTreeOf(b *testing.B) {
-	snap := &metadata.Snapshot{Self: "h0", Networks: []metadata.Network{{Name: "lan", Encapsulation: metadata.EncapVXLAN, VNI: 1042}}}
+	snap := &metadata.Snapshot{Self: "h0", Networks: []metadata.Network{{Name: "lan", Encapsulation: metadata.EncapVXLAN,
+		VNI: 1042}}}
 	var entries []store.Entry
 	for i := range 1000 {
 		host := fmt.Sprint("h", i)
 		block := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 10), byte(i >> 2), byte(i << 6)}), 26)
 		snap.Hosts = append(snap.Hosts, metadata.Host{Name: host})
-		snap.Blocks = append(snap.Blocks, metadata.Block{Network: "lan", CIDR: block, Host: host, Gateway: block.Addr().Next()})
+		snap.Blocks = append(snap.Blocks, metadata.Block{Network: "lan", CIDR: block, Host: host,
+			Gateway: block.Addr().Next()})
 		a := block.Addr().Next()
 		for j := range 30 {
 			a = a.Next()
-			c := metadata.Container{ID: fmt.Sprintf("%064x", i*100+j), Name: fmt.Sprintf("default/web-%d-%d", i, j), Host: host, Network: "lan", State: "running",
+			c := metadata.Container{ID: fmt.Sprintf("%064x", i*100+j), Name: fmt.Sprintf("default/web-%d-%d", i, j), Host: host,
+				Network: "lan", State: "running",
 				Addresses: []netip.Addr{a}, MAC: metadata.MAC{2, 0, 0, 0, byte(i), byte(j)}, Created: time.Unix(1<<30, 0).UTC(),
 				Interfaces: []metadata.ContainerInterface{{Network: "lan", IfName: "eth0", Addresses: []netip.Addr{a}}},
 				Labels:     map[string]string{"lariat.stack": "app", "lariat.service": fmt.Sprint("web", j)}}

@@ -38,7 +38,8 @@ type Base struct {
 
 // NewBase makes the base of trees of a snapshot. labels names what metadata.PublicLabels shows of containers besides.
 func NewBase(s *metadata.Snapshot, labels ...string) *Base {
-	b := &Base{version: strconv.FormatInt(s.Revision, 10), hosts: []any{}, byName: map[string]any{}, networks: []any{}, ours: []any{},
+	b := &Base{version: strconv.FormatInt(s.Revision, 10), hosts: []any{}, byName: map[string]any{}, networks: []any{},
+		ours: []any{},
 		self: s.Self, own: map[netip.Addr]bool{}, labels: labels, leadsTo: s.LeadsTo()}
 	for _, h := range s.Hosts {
 		n := host(h)
@@ -83,8 +84,8 @@ type selfNode struct {
 	host      string
 }
 
-// Tree makes a tree of containers: of all hosts, or of one host for what needs no others; see Reach. In the latter the places of
-// containers in their services are null, which other hosts' containers decide.
+// Tree makes a tree of containers: of all hosts, or of one host for what needs no others; see Reach. In the
+// latter the places of containers in their services are null, which other hosts' containers decide.
 func (b *Base) Tree(list []metadata.Container, all bool) *Tree {
 	t := &Tree{Base: b, byAddress: make(map[netip.Addr]selfNode, len(list))}
 	containers := make([]any, 0, len(list))
