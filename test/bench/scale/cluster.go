@@ -53,7 +53,6 @@ type cluster struct {
 	store *host
 	hosts []*host // without the store's
 	etcd  *store.Etcd
-	ids   int
 }
 
 func newCluster(ctx context.Context, o options, n int, work string) (*cluster, error) {
@@ -188,9 +187,9 @@ func (c *cluster) close() {
 	}
 }
 
-// each does something at all hosts at once, and returns how many failed, the first error, and the
-// seconds until the last was done.
-func (c *cluster) each(do func(*host) error) (failed int, first error, took float64) {
+// each does something at all hosts at once, and returns how many failed, the seconds until the last was
+// done, and the first error.
+func (c *cluster) each(do func(*host) error) (failed int, took float64, first error) {
 	start := time.Now()
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -207,7 +206,7 @@ func (c *cluster) each(do func(*host) error) (failed int, first error, took floa
 		})
 	}
 	wg.Wait()
-	return failed, first, time.Since(start).Seconds()
+	return failed, time.Since(start).Seconds(), first
 }
 
 // metric reads the sum of a metric's samples whose line begins with the name.
@@ -251,7 +250,7 @@ func (h *host) get(ctx context.Context, path string) (_ []byte, took time.Durati
 // is how often the store did.
 func (c *cluster) counts() (writes, revision float64, err error) {
 	var mu sync.Mutex
-	_, err, _ = c.each(func(h *host) error {
+	_, _, err = c.each(func(h *host) error {
 		n, err := h.metric(c.ctx, `lariat_store_seconds_count{op="write"}`)
 		mu.Lock()
 		defer mu.Unlock()

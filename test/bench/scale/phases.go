@@ -54,7 +54,7 @@ func (c *cluster) define(name, subnet string) error {
 	if err := c.store.client.Put(c.ctx, metadata.KindNetwork, name, n); err != nil {
 		return err
 	}
-	_, err, _ := c.each(func(h *host) error {
+	_, _, err := c.each(func(h *host) error {
 		if h.p == nil {
 			return nil
 		}
@@ -86,7 +86,7 @@ func (c *cluster) join() error {
 	var mu sync.Mutex
 	refused, ready := 0, 0.0
 	start := time.Now()
-	failed, first, took := c.each(func(h *host) error {
+	failed, took, first := c.each(func(h *host) error {
 		if err := c.start(h); err != nil {
 			return err
 		}
@@ -270,7 +270,7 @@ func (c *cluster) herd() error {
 	var samples []float64
 	start := time.Now()
 	refused := 0
-	failed, first, took := c.each(func(h *host) error {
+	failed, took, first := c.each(func(h *host) error {
 		n, err := until(c.ctx, time.Minute, func(ctx context.Context) error { return c.attach(ctx, h, "herd", "-herd") })
 		mu.Lock()
 		defer mu.Unlock()
@@ -297,7 +297,7 @@ func (c *cluster) herd() error {
 func (c *cluster) recovered(id string, since time.Time) (p50, last float64, err error) {
 	var mu sync.Mutex
 	var samples []float64
-	_, err, _ = c.each(func(h *host) error {
+	_, _, err = c.each(func(h *host) error {
 		_, err := until(c.ctx, 5*time.Minute, func(ctx context.Context) error { return c.attach(ctx, h, "lan", id) })
 		mu.Lock()
 		defer mu.Unlock()
@@ -412,7 +412,7 @@ func (c *cluster) view() error {
 	var mu sync.Mutex
 	var samples []float64
 	start := time.Now()
-	failed, first, _ := c.each(func(h *host) error {
+	failed, _, first := c.each(func(h *host) error {
 		err := c.start(h)
 		mu.Lock()
 		defer mu.Unlock()
