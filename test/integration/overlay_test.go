@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	. "github.com/onsi/ginkgo/v2"
@@ -261,6 +262,18 @@ var _ = Describe("The overlay", func() {
 		create(n)
 		DeferCleanup(func() { dropNetwork("wide") })
 		Eventually(func() string { return whole(h) }).Should(BeEmpty())
+		// Its container's address lies in the block that this host has.
+		var inside netip.Addr
+		Eventually(func(g Gomega) {
+			s, err := h.Client().View(ctx)
+			g.Expect(err).NotTo(HaveOccurred())
+			i := slices.IndexFunc(s.Blocks, func(b metadata.Block) bool { return b.Network == "wide" && b.Host == h.Name })
+			g.Expect(i).NotTo(Equal(-1), "no block of network wide")
+			inside = s.Blocks[i].CIDR.Addr()
+		}).Should(Succeed())
+		for range 40 {
+			inside = inside.Next()
+		}
 		// Docker comes later.
 		docker, err := lab.NewNetns("docker")
 		Expect(err).NotTo(HaveOccurred())
@@ -268,11 +281,11 @@ var _ = Describe("The overlay", func() {
 		sh(h, `ip link add docker0 type bridge; ip addr add 172.17.0.1/16 dev docker0; ip link set docker0 up
 			ip link add veth9 type veth peer name eth0 netns docker; ip link set veth9 master docker0 up`)
 		DeferCleanup(func() { sh(h, "ip link del docker0; ip link del veth9") })
-		_, err = docker.Output(ctx, "sh", "-ec", "ip addr add 172.17.0.9/16 dev eth0; ip link set eth0 up; ip route add default via 172.17.0.1")
+		_, err = docker.Output(ctx, "sh", "-ec", fmt.Sprintf("ip addr add %s/16 dev eth0; ip link set eth0 up; ip route add default via 172.17.0.1", inside))
 		Expect(err).NotTo(HaveOccurred())
 		Eventually(func() (string, error) { return h.Output(ctx, "ip", "route", "show", "type", "blackhole") }).ShouldNot(ContainSubstring("172.17."))
 		Eventually(func() string { return whole(h) }).Should(BeEmpty())
-		pings(h.Netns, netip.MustParseAddr("172.17.0.9"))
+		pings(h.Netns, inside)
 		pings(docker, h.Addr.Addr())
 		out, err := h.Lariat(ctx, "doctor", "networks")
 		Expect(err).To(HaveOccurred())
