@@ -5,8 +5,8 @@
 //	hack/guest shell                a shell in a guest, on this terminal; "exit" ends both
 //	hack/guest packages             what is in the image, with versions
 //
-// run and shell take -kernel RELEASE: the kernel of another release of Debian, such as trixie. make guest-image and make guest call
-// this program. LARIAT_GUEST_KERNEL adds to the kernel's command line.
+// run and shell take -kernel RELEASE: the kernel of another release of Debian, such as trixie. make guest-image
+// and make guest call this program. LARIAT_GUEST_KERNEL adds to the kernel's command line.
 package main
 
 import (

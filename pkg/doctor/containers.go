@@ -81,8 +81,8 @@ func (g Gatherer) residents(ctx context.Context, ports []delta.HostPort) []Resid
 	return out
 }
 
-// answersAt reports whether somebody answers for an address behind a port: an echo, a connection that is made or refused, or
-// who asks for its MAC, which no firewall inside keeps from being answered.
+// answersAt reports whether somebody answers for an address behind a port: an echo, a connection that is made or
+// refused, or who asks for its MAC, which no firewall inside keeps from being answered.
 func answersAt(ctx context.Context, a netip.Addr, index int, timeout time.Duration) bool {
 	if ping(ctx, source(a), a, 1, timeout) == nil {
 		return true
@@ -146,8 +146,8 @@ func arp(index int, from, to netip.Addr, timeout time.Duration) error {
 	}
 }
 
-// disagreements compares twice, with a moment in between: an ADD or a DEL may be under way, which each list shows at another
-// time.
+// disagreements compares twice, with a moment in between: an ADD or a DEL may be under way, which each list shows
+// at another time.
 func (g Gatherer) disagreements(ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, stateDir string) (out []string, err error) {
 	out = []string{}
 	for i := range 2 {

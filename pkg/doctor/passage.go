@@ -27,8 +27,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/mtu"
 )
 
-// Passage is what came of a packet from one container's port to another. Both are made for it: two network namespaces without
-// a name, which vanish with this process, however it ends, and two addresses of a block that no host has.
+// Passage is what came of a packet from one container's port to another. Both are made for it: two network
+// namespaces without a name, which vanish with this process, however it ends, and two addresses of a block that no
+// host has.
 type Passage struct {
 	Network string
 	Subnet  netip.Prefix
@@ -209,8 +210,8 @@ func (w *way) send(from int) bool {
 	}
 }
 
-// stopper finds the rule that stops packets: in nftables, and what iptables makes there, by tracing one; with the older iptables
-// by its counters.
+// stopper finds the rule that stops packets: in nftables, and what iptables makes there, by tracing one; with the
+// older iptables by its counters.
 func (w *way) stopper(ctx context.Context) (chain, rule string) {
 	if chain, rule = w.trace(ctx); chain != "" {
 		return chain, rule
@@ -229,7 +230,8 @@ var (
 	counts  = regexp.MustCompile(`^(-[AP] \S+.*?) -c (\d+) \d+(.*)$`)
 )
 
-// trace marks the ports' packets in a table of its own and listens, by the nft command, which names rules as people know them.
+// trace marks the ports' packets in a table of its own and listens, by the nft command, which names rules as
+// people know them.
 func (w *way) trace(ctx context.Context) (chain, rule string) {
 	ctx, cancel := context.WithTimeout(ctx, 4*time.Second)
 	defer cancel()

@@ -18,9 +18,9 @@ func overlap(rekey time.Duration) time.Duration { return max(rekey/10, time.Minu
 // renewal is when an end asks for new keys, what is taken off that by chance so that not all are renewed at once, and
 // when the old keys end.
 //
-// One end leads. Where both ask at the same time, strongSwan before 6.0 may leave an end without the SA by which it should
-// send (its issue 1896), or sending by one that the other end drops; the slower the exchange, the likelier it is. The
-// other end asks when the leader has not, in the middle of the overlap.
+// One end leads. Where both ask at the same time, strongSwan before 6.0 may leave an end without the SA by which
+// it should send (its issue 1896), or sending by one that the other end drops; the slower the exchange, the
+// likelier it is. The other end asks when the leader has not, in the middle of the overlap.
 func renewal(rekey time.Duration, leads bool) (ask, chance, end time.Duration) {
 	rest := overlap(rekey)
 	if leads {

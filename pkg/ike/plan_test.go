@@ -145,8 +145,9 @@ func daemonOrder(have []string, load []key, unload []string) []string {
 	return slices.DeleteFunc(have, func(id string) bool { return slices.Contains(unload, id) })
 }
 
-// TestF41_KeysOutliveTheirRenewal: even short-lived ones by more than a slow exchange takes, or packets are lost. The ends
-// never ask for new ones at the same time, but in time both: strongSwan 5 does not sort that out without a loss.
+// TestF41_KeysOutliveTheirRenewal: even short-lived ones by more than a slow exchange takes, or packets are lost.
+// The ends never ask for new ones at the same time, but in time both: strongSwan 5 does not sort that out without
+// a loss.
 func TestF41_KeysOutliveTheirRenewal(t *testing.T) {
 	number := func(text, field string) time.Duration {
 		m := regexp.MustCompile(`(?m)^ *` + field + ` = (\d+)$`).FindStringSubmatch(text)

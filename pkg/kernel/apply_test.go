@@ -298,8 +298,8 @@ func TestF32ForeignRouteToOurDestinationIsNamedAndKept(t *testing.T) {
 	}
 }
 
-// Another program's route to a network's whole subnet stays in force, and a refusing one of an earlier version, which had no
-// metric, is replaced.
+// Another program's route to a network's whole subnet stays in force, and a refusing one of an earlier version,
+// which had no metric, is replaced.
 func TestF32TheLastMetricComesBehindEveryOtherRoute(t *testing.T) {
 	ns, k := newKernel(t)
 	want := overlay(1)

@@ -272,8 +272,8 @@ func BenchmarkNftablesFromNothing10000(b *testing.B) {
 	}
 }
 
-// TestF29_SetsThatGoWhileTheyAreRead: another process, the network manager say, changes the table while an ADD reads it. What was listed a moment
-// ago and is gone is no error.
+// TestF29_SetsThatGoWhileTheyAreRead: another process, the network manager say, changes the table while an ADD
+// reads it. What was listed a moment ago and is gone is no error.
 func TestF29_SetsThatGoWhileTheyAreRead(t *testing.T) {
 	host := netnstest.New(t)
 	k := openKernel(t, host)

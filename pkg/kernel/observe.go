@@ -414,12 +414,8 @@ func (o *observation) route(body []byte) {
 		switch a.typ {
 		case unix.RTA_DST:
 			dst = a.addr()
-		case unix.RTA_GATEWAY:
-			r.Via = a.addr()
-		case unix.RTA_VIA:
-			if len(a.value) > 2 {
-				r.Via, _ = netip.AddrFromSlice(a.value[2:])
-			}
+		case unix.RTA_GATEWAY, unix.RTA_VIA:
+			r.Via = a.gateway()
 		case unix.RTA_OIF:
 			oif = a.u32()
 		case unix.RTA_PREFSRC:

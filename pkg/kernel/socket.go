@@ -415,6 +415,15 @@ func (a *attrs) u32be() uint32 {
 	return binary.BigEndian.Uint32(a.value)
 }
 
+// gateway is the value of RTA_GATEWAY, or of RTA_VIA, which has the family in front.
+func (a *attrs) gateway() netip.Addr {
+	if a.typ == unix.RTA_VIA && len(a.value) > 2 {
+		v, _ := netip.AddrFromSlice(a.value[2:])
+		return v
+	}
+	return a.addr()
+}
+
 // addr is the value as an IP address; the zero Addr when it is none.
 func (a *attrs) addr() netip.Addr {
 	v, _ := netip.AddrFromSlice(a.value)

@@ -122,12 +122,8 @@ func parseForeign(body []byte, name func(index uint32) string) (f metadata.Forei
 			switch a.typ {
 			case unix.RTA_DST:
 				dst = a.addr()
-			case unix.RTA_GATEWAY:
-				f.Via = a.addr()
-			case unix.RTA_VIA:
-				if len(a.value) > 2 {
-					f.Via, _ = netip.AddrFromSlice(a.value[2:])
-				}
+			case unix.RTA_GATEWAY, unix.RTA_VIA:
+				f.Via = a.gateway()
 			case unix.RTA_OIF:
 				oif = a.u32()
 			}

@@ -339,8 +339,8 @@ func (w *watcher) device(index uint32) string {
 	return deviceName(w.names.fd, index)
 }
 
-// nft reports all of our own table, and of others' the chains and iptables' rules of FORWARD: the policy of one may be what drops
-// all that is forwarded, as Docker's does, and what lets ours through is a rule there.
+// nft reports all of our own table, and of others' the chains and iptables' rules of FORWARD: the policy of one
+// may be what drops all that is forwarded, as Docker's does, and what lets ours through is a rule there.
 func (w *watcher) nft(typ uint16, body []byte) {
 	typ &= 0xff
 	if typ == unix.NFT_MSG_NEWGEN || len(body) < 4 {

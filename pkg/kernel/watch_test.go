@@ -119,7 +119,8 @@ func TestUnderlaysListWhatMayCarryTunnels(t *testing.T) {
 	})
 }
 
-// A host's links and routes are told apart from what is Lariat's, from the underlay, and from what no network could have.
+// A host's links and routes are told apart from what is Lariat's, from the underlay, and from what no network
+// could have.
 func TestForeignListsWhatANetworkMustNotHave(t *testing.T) {
 	ns, k := newKernel(t)
 	other := netnstest.New(t)

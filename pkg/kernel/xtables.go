@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// legacyEvery is how often the older iptables' rules are looked at: nothing announces a change of them. A look at a table of
-// a hundred rules takes some microseconds.
+// legacyEvery is how often the older iptables' rules are looked at: nothing announces a change of them. A look at
+// a table of a hundred rules takes some microseconds.
 const legacyEvery = 500 * time.Millisecond
 
 // LegacyFilter reports whether the older iptables has a filter table in the current network namespace. To ask for the

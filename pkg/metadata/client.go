@@ -162,10 +162,10 @@ func escapeKey(key string) string {
 	return strings.Join(parts, "/")
 }
 
-// Watch calls fn with a first snapshot of the network view and again after each change of it and each reconnection,
-// until the context ends or fn returns an error. It reconnects by itself with back-off and resumes where it was; what it
-// hands out never goes back to empty while the service is away. The snapshot is fn's to keep: it is never changed afterwards.
-// onError, when not nil, hears of each failed connection.
+// Watch calls fn with a first snapshot of the network view and again after each change of it and each
+// reconnection, until the context ends or fn returns an error. It reconnects by itself with back-off and resumes
+// where it was; what it hands out never goes back to empty while the service is away. The snapshot is fn's to
+// keep: it is never changed afterwards. onError, when not nil, hears of each failed connection.
 func (c Client) Watch(ctx context.Context, fn func(*Snapshot) error, onError func(error)) error {
 	var view viewState
 	backoff := 50 * time.Millisecond

@@ -55,8 +55,8 @@ func same[T any](a, b []T, equal func(x, y T) bool) bool {
 	return slices.EqualFunc(a, b, equal)
 }
 
-// sameHosts compares all of hosts but what planners do not read. Of foreign routes they read the planned host's own. Whether a
-// host lives is read where two claim the same address or MAC: see metadata.Senior.
+// sameHosts compares all of hosts but what planners do not read. Of foreign routes they read the planned host's
+// own. Whether a host lives is read where two claim the same address or MAC: see metadata.Senior.
 func sameHosts(a, b []metadata.Host, self string) bool {
 	flipped := false
 	if !same(a, b, func(x, y metadata.Host) bool {

@@ -38,7 +38,8 @@ func TestConcernBacksOff(t *testing.T) {
 		synctest.Wait()
 		cancel()
 		synctest.Wait()
-		// 0.25 s, doubled up to 30 s, give or take half; after a success the slow timer, and after the next failure from the start.
+		// 0.25 s, doubled up to 30 s, give or take half; after a success the slow timer, and after the next
+		// failure from the start.
 		want := []time.Duration{250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 30000, 30000, 60000, 250, 60000}
 		if len(at) <= len(want) {
 			t.Fatalf("passes at %v", at)

@@ -165,8 +165,9 @@ func (l *Leftovers) locked(network string, r lease.Record, do func(now lease.Rec
 	return do(now)
 }
 
-// allocations compares what the journal and the service hold, network by network. Addresses that no record and no port vouches for
-// are given back; only those count whose record would be in this journal. Attachments that live and are not known are registered.
+// allocations compares what the journal and the service hold, network by network. Addresses that no record and no
+// port vouches for are given back; only those count whose record would be in this journal. Attachments that live
+// and are not known are registered.
 func (l *Leftovers) allocations(ctx context.Context, view *metadata.Snapshot, records map[string][]lease.Record,
 	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool,
 ) (changed []string, err error) {

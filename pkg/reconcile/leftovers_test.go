@@ -356,8 +356,8 @@ func TestServiceAway(t *testing.T) {
 	}
 }
 
-// TestF29_NetworkDeletedMeanwhile: what was seen a moment ago may be gone when it is asked for. That is no failure, which would be
-// logged, counted, and tried again.
+// TestF29_NetworkDeletedMeanwhile: what was seen a moment ago may be gone when it is asked for. That is no
+// failure, which would be logged, counted, and tried again.
 func TestF29_NetworkDeletedMeanwhile(t *testing.T) {
 	a := newAttic(t)
 	passing := metadata.Network{Name: "passing", Encapsulation: metadata.EncapVXLAN, VNI: 1077,

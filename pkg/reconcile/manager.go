@@ -146,9 +146,9 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	return err
 }
 
-// viewed puts a view into force. Concerns that plan from it run when something that planners read is new. It reports whether the
-// view is the first, and whether the service or its store is back, or a network deleted: what DELs could not tell, and what the
-// network left, goes then.
+// viewed puts a view into force. Concerns that plan from it run when something that planners read is new. It
+// reports whether the view is the first, and whether the service or its store is back, or a network deleted: what
+// DELs could not tell, and what the network left, goes then.
 func (m *Manager) viewed(s *metadata.Snapshot, planning ...*Concern) (first, back bool) {
 	before := m.view.Swap(s)
 	began := m.watched(nil)
@@ -291,9 +291,9 @@ func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 	return errors.Join(errs...)
 }
 
-// Hosts that need their first block of a network at the same time, as all do when it is created, claim one after the other. Every
-// host hears of each claim, so all at once is more than a store can tell within a request's deadline. A container that starts meanwhile
-// waits for nothing: its host claims the block then.
+// Hosts that need their first block of a network at the same time, as all do when it is created, claim one after
+// the other. Every host hears of each claim, so all at once is more than a store can tell within a request's
+// deadline. A container that starts meanwhile waits for nothing: its host claims the block then.
 const (
 	atOnce  = 8                    // so few hosts claim together
 	eachFor = 5 * time.Millisecond // on average
@@ -354,8 +354,8 @@ func blocksForAll(s *metadata.Snapshot, n metadata.Network) bool {
 	return true
 }
 
-// underlay tells the metadata when the link that carries the tunnels got another MTU or address, and when the host got on
-// other links, or other routes, whose addresses no network should have.
+// underlay tells the metadata when the link that carries the tunnels got another MTU or address, and when the host
+// got on other links, or other routes, whose addresses no network should have.
 func (m *Manager) underlay(ctx context.Context) ([]string, error) {
 	s := m.view.Load()
 	if s == nil {

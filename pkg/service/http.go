@@ -76,7 +76,8 @@ type running struct {
 	private bool
 }
 
-// New returns a Server with the routes of monitors, of which /metrics has the figures of the process beside those of h, and with GET /v1/routes, which lists the listeners.
+// New returns a Server with the routes of monitors, of which /metrics has the figures of the process beside those
+// of h, and with GET /v1/routes, which lists the listeners.
 func New(log *slog.Logger, h Health) *Server {
 	process := prometheus.NewRegistry()
 	process.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))

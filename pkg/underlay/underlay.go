@@ -63,10 +63,10 @@ func address(h metadata.Host, local netip.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// Enclose keeps a network's packets on the overlay: what goes to an address of it that no block holds is refused, and
-// does not follow the default route, from containers under their own addresses. The routes have the last metric, so that
-// another program's route to the same prefix is neither replaced nor overruled. Lariat's own, to the blocks, are
-// more specific. A link of the host's own that has some of the addresses keeps them all.
+// Enclose keeps a network's packets on the overlay: what goes to an address of it that no block holds is refused,
+// and does not follow the default route, from containers under their own addresses. The routes have the last
+// metric, so that another program's route to the same prefix is neither replaced nor overruled. Lariat's own, to
+// the blocks, are more specific. A link of the host's own that has some of the addresses keeps them all.
 func Enclose(s *delta.State, me metadata.Host, n metadata.Network) {
 	for _, p := range n.Subnets {
 		if len(me.On(p)) > 0 {

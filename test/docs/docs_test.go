@@ -119,7 +119,8 @@ const debianSpeaks = "1.0.0"
 // debianPlugins are where Debian has the reference plugins.
 const debianPlugins = "/usr/lib/cni"
 
-// TestExamplesSuitDebian: Debian's runtimes read every list, and every reference plugin that a list names speaks its version.
+// TestExamplesSuitDebian: Debian's runtimes read every list, and every reference plugin that a list names speaks
+// its version.
 func TestExamplesSuitDebian(t *testing.T) {
 	ours := filepath.Dir(bin(t, "lariat-vxlan"))
 	_, missing := os.Stat(filepath.Join(debianPlugins, "portmap"))
@@ -141,7 +142,8 @@ func TestExamplesSuitDebian(t *testing.T) {
 	}
 }
 
-// TestNewerListOfThreeHosts: the page's command makes of the shipped list one of CNI 1.1.0, which today's reference plugins speak.
+// TestNewerListOfThreeHosts: the page's command makes of the shipped list one of CNI 1.1.0, which today's
+// reference plugins speak.
 func TestNewerListOfThreeHosts(t *testing.T) {
 	var command string
 	const conf = "/etc/cni/net.d/10-lariat.conflist"

@@ -246,7 +246,8 @@ func (p *preparation) downloading(n int) { fmt.Fprintf(p.log, "guest: downloadin
 // notKernel is of what a kernel's package needs on a real machine.
 func notKernel(d debian.Package) bool { return !strings.HasPrefix(d.Name, "linux-image-") }
 
-// foreign downloads the kernels of other releases, and nothing else of those. They come from where apt gets this machine's release.
+// foreign downloads the kernels of other releases, and nothing else of those. They come from where apt gets this
+// machine's release.
 func (p *preparation) foreign(ctx context.Context) error {
 	_, _, _, kernels := wanted()
 	delete(kernels, p.own)
@@ -349,7 +350,8 @@ func furnish(root string) error {
 	return os.WriteFile(filepath.Join(root, "init"), []byte(initScript), 0o755)
 }
 
-// bootable takes the kernels out of an unpacked root, to where QEMU finds each by its release, and lists the modules of each.
+// bootable takes the kernels out of an unpacked root, to where QEMU finds each by its release, and lists the
+// modules of each.
 func (p *preparation) bootable(ctx context.Context, root, to string) error {
 	for release, packages := range p.kernels {
 		kernel := filepath.Join(to, "vmlinuz-"+release)

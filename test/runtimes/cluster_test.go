@@ -22,7 +22,8 @@ import (
 // networkName of the network under test.
 const networkName = "overlay"
 
-// debianPlugins are reference plugins as Debian has them. The list names one, and containerd calls the other for every sandbox.
+// debianPlugins are reference plugins as Debian has them. The list names one, and containerd calls the other for
+// every sandbox.
 var debianPlugins = []string{"/usr/lib/cni/portmap", "/usr/lib/cni/loopback"}
 
 // patience bounds every wait. It is long because CI machines are busy, and nothing waits longer than it must.

@@ -1,9 +1,10 @@
-// Package iptables lets Lariat's packets through where another program (Docker, a firewall) drops or rejects all that is forwarded:
-// by the policy of FORWARD, or by a rule there that matches everything.
+// Package iptables lets Lariat's packets through where another program (Docker, a firewall) drops or rejects all
+// that is forwarded: by the policy of FORWARD, or by a rule there that matches everything.
 //
-// An accept in our own nftables table would not help: a packet must pass every base chain. So this is the one place that adds to
-// a table of others: two chains of our own, and two jumps to them. It speaks the iptables command, because that
-// knows the back-end which the host's programs use by default; the other back-end's tables hold all the same, and are looked at too.
+// An accept in our own nftables table would not help: a packet must pass every base chain. So this is the one
+// place that adds to a table of others: two chains of our own, and two jumps to them. It speaks the iptables
+// command, because that knows the back-end which the host's programs use by default; the other back-end's tables
+// hold all the same, and are looked at too.
 package iptables
 
 import (
@@ -30,8 +31,8 @@ const (
 	ForwardChain = "LARIAT-FORWARD"
 )
 
-// AcceptForward makes the chains where nothing else would pass, and takes them away where that is not so (any more). It returns
-// what it changed. A host without iptables needs nothing.
+// AcceptForward makes the chains where nothing else would pass, and takes them away where that is not so (any
+// more). It returns what it changed. A host without iptables needs nothing.
 //
 // What leads to a container's port is accepted from everywhere: pkg/guard has dropped by then what must not. What comes from one is accepted to
 // everywhere but the bridges of others, such as Docker's, whose own rules then decide. underlay are the host's own addresses: a bridge that has
@@ -62,7 +63,8 @@ func AcceptForward(subnets []netip.Prefix, underlay []netip.Addr) (changed []str
 	return changed, errors.Join(errs...)
 }
 
-// Commands returns the commands for the tables of one family that are in use: the host's own, and that of the other back-end.
+// Commands returns the commands for the tables of one family that are in use: the host's own, and that of the
+// other back-end.
 func Commands(v6 bool) (out []string) {
 	command := "iptables"
 	if v6 {
@@ -89,8 +91,8 @@ func Commands(v6 bool) (out []string) {
 // everything matches a rule of FORWARD behind which no packet comes.
 var everything = regexp.MustCompile(`^-A FORWARD(?: -m comment --comment (?:"[^"]*"|\S+))? -j (?:DROP|REJECT(?: .*)?)$`)
 
-// Stop returns the place of the rule, in the list of FORWARD's rules, that drops or rejects all that comes to it; -1 when there is
-// none.
+// Stop returns the place of the rule, in the list of FORWARD's rules, that drops or rejects all that comes to it;
+// -1 when there is none.
 func Stop(rules []string) int { return slices.IndexFunc(rules, everything.MatchString) }
 
 func family(command string, v6 bool, subnets, bridges []string) ([]string, error) {
@@ -189,8 +191,9 @@ func provide(ipt *iptables.IPTables, forward, rules []string) (changed []string,
 			changed = append(changed, w)
 		}
 	}
-	// Behind Docker's own hook for users, before everything else, and the users' own before ours. Afterwards only that is looked at,
-	// that they are there in this order and that packets come to them: Docker moves its jumps to the top at each start, and to fight about the order would be flapping.
+	// Behind Docker's own hook for users, before everything else, and the users' own before ours. Afterwards only
+	// that is looked at, that they are there in this order and that packets come to them: Docker moves its jumps
+	// to the top at each start, and to fight about the order would be flapping.
 	stop := Stop(forward)
 	if stop < 0 {
 		stop = len(forward)

@@ -65,7 +65,8 @@ func Blocks(subnet netip.Prefix, bits int) int {
 	return math.MaxInt
 }
 
-// Place is the first address of one of the subnet's blocks: of the one with that number, counted around as often as need be.
+// Place is the first address of one of the subnet's blocks: of the one with that number, counted around as often
+// as need be.
 func Place(subnet netip.Prefix, bits int, number uint64) netip.Addr {
 	if n := bits - subnet.Bits(); n < 64 {
 		number &= 1<<max(n, 0) - 1
@@ -81,8 +82,8 @@ func Place(subnet netip.Prefix, bits int, number uint64) netip.Addr {
 	return netip.AddrFrom16(b)
 }
 
-// FreeBlock finds a block that nobody has claimed and that has a usable address: the first from a Place of the subnet on, and
-// then from its start. Hosts that claim at the same time must not all begin at the same place.
+// FreeBlock finds a block that nobody has claimed and that has a usable address: the first from a Place of the
+// subnet on, and then from its start. Hosts that claim at the same time must not all begin at the same place.
 func (r Rules) FreeBlock(bits int, from netip.Addr, claimed func(netip.Prefix) bool) (netip.Prefix, bool) {
 	p, ok := r.freeBlock(bits, from, metadata.LastAddr(r.Subnet), claimed)
 	if first := r.Subnet.Masked().Addr(); !ok && first != from {

@@ -1041,9 +1041,9 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 		subnet, b.network, b.s.cfg.HostName, u.Used, u.Free, u.Blocks, allocate.Blocks(subnet, p.net.BlockSize(subnet)))
 }
 
-// inOrder is how many hosts a cluster may have for its blocks to be claimed from the start of the subnet on, so that they read
-// like a list. Of more hosts each begins at a place of its own: when all claim at once, as on a new network, they would all
-// compete for the same block, and each but one for the next.
+// inOrder is how many hosts a cluster may have for its blocks to be claimed from the start of the subnet on, so
+// that they read like a list. Of more hosts each begins at a place of its own: when all claim at once, as on a new
+// network, they would all compete for the same block, and each but one for the next.
 const inOrder = 8
 
 // fresh claims a free block of a subnet; the zero Prefix when there is none.

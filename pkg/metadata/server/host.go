@@ -139,8 +139,9 @@ func (s *Server) presence() presence {
 	return me
 }
 
-// takeName makes this machine the holder of its host's name, or says who is. What shall be written with it is written in the same
-// transaction when nothing is in the way of either; ErrConflict: the name is this machine's, and that was not written.
+// takeName makes this machine the holder of its host's name, or says who is. What shall be written with it is
+// written in the same transaction when nothing is in the way of either; ErrConflict: the name is this machine's,
+// and that was not written.
 func (s *Server) takeName(ctx context.Context, with ...store.Change) error {
 	data, err := json.Marshal(s.presence())
 	if err != nil {

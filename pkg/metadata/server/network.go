@@ -18,8 +18,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// PutNetwork creates or replaces a network. With onlyCreate an existing one is left as it is and returned. With force it
-// may have addresses to which hosts have other ways.
+// PutNetwork creates or replaces a network. With onlyCreate an existing one is left as it is and returned. With
+// force it may have addresses to which hosts have other ways.
 func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate, force bool) (metadata.Network, error) {
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()

@@ -99,9 +99,9 @@ type Server struct {
 	problem error // why it is not ready
 }
 
-// New registers the host and loads its view. It fails when another live machine has the name, or the store does not answer
-// within the context. A big view may take long to read when many hosts read it at the same time, so each page of it gives New
-// Config.Start anew. The caller keeps the store and closes it after the server.
+// New registers the host and loads its view. It fails when another live machine has the name, or the store does
+// not answer within the context. A big view may take long to read when many hosts read it at the same time, so
+// each page of it gives New Config.Start anew. The caller keeps the store and closes it after the server.
 func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	if err := metadata.ValidName(cfg.HostName); err != nil {
 		return nil, fmt.Errorf("--host-name: %w", err)
@@ -228,12 +228,14 @@ func (s *Server) Close() {
 // firstWait is the pause after a first failure of the store.
 const firstWait = 50 * time.Millisecond
 
-// jitter is a pause of half to one and a half of the given length: hosts that failed together do not come back together.
+// jitter is a pause of half to one and a half of the given length: hosts that failed together do not come back
+// together.
 func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d) }
 
-// follow keeps a part of the store in memory: list, watch from there, and again from the start when history is gone. What is
-// in memory stays in use while the store is away. A page that does not come is asked for again, with those before it kept: many
-// hosts may read at the same time, and would never get to the end of it together. It ends with the context.
+// follow keeps a part of the store in memory: list, watch from there, and again from the start when history is
+// gone. What is in memory stays in use while the store is away. A page that does not come is asked for again, with
+// those before it kept: many hosts may read at the same time, and would never get to the end of it together. It
+// ends with the context.
 func (s *Server) follow(ctx context.Context, prefix string, load func([]store.Entry, int64) error,
 	apply func(store.Update) error, ready chan struct{},
 ) {
@@ -314,7 +316,8 @@ func (s *Server) pause(ctx context.Context, wait, longest time.Duration) time.Du
 	return min(2*wait, longest)
 }
 
-// list reads all objects below a prefix at one revision. Each page may take the time of a request, for there may be many.
+// list reads all objects below a prefix at one revision. Each page may take the time of a request, for there may
+// be many.
 func (s *Server) list(ctx context.Context, prefix string) ([]store.Entry, int64, error) {
 	return store.List(ctx, s.store, prefix, s.cfg.Timeout)
 }

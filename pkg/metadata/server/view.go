@@ -198,8 +198,8 @@ func (v *view) apply(u store.Update) error {
 	return errors.Join(errs...)
 }
 
-// fold keeps the last event of each object: a new host's entry and its lease come at one revision, and are one host to those
-// who watch.
+// fold keeps the last event of each object: a new host's entry and its lease come at one revision, and are one
+// host to those who watch.
 func fold(list []metadata.Event) []metadata.Event {
 	type object struct{ kind, key string }
 	last := make(map[object]int, len(list))

@@ -212,8 +212,8 @@ func (e *Etcd) Get(ctx context.Context, key string) (_ Entry, err error) {
 	return Entry{Key: key, Value: kv.Value, Revision: kv.ModRevision, Created: kv.CreateRevision, Held: kv.Lease != 0}, nil
 }
 
-// Pages of a list, in objects: the first is large, for etcd counts all that is left for each. What does not come in time is
-// asked for in smaller ones. An address table has about 8 KiB.
+// Pages of a list, in objects: the first is large, for etcd counts all that is left for each. What does not come
+// in time is asked for in smaller ones. An address table has about 8 KiB.
 const (
 	pageMost  = 4096
 	pageLeast = 1024
@@ -483,8 +483,9 @@ func (e *Etcd) Idle(ctx context.Context, key string) (idle, ttl time.Duration, e
 	return time.Duration(l.GrantedTTL-l.TTL) * time.Second, time.Duration(l.GrantedTTL) * time.Second, nil
 }
 
-// renew keeps a lease until the store was silent for its duration, and reports whether it is there all the same. A store that was
-// away gives every lease its time anew when it is back: its hosts need not write all their claims once more.
+// renew keeps a lease until the store was silent for its duration, and reports whether it is there all the same. A
+// store that was away gives every lease its time anew when it is back: its hosts need not write all their claims
+// once more.
 func (e *Etcd) renew(ctx context.Context, id clientv3.LeaseID) bool {
 	ch, err := e.client.KeepAlive(ctx, id)
 	for range ch { //nolint:revive // renewals carry no news

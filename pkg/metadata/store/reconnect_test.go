@@ -44,8 +44,8 @@ func TestALostStoreIsLookedForAgainAndAgain(t *testing.T) {
 	}
 }
 
-// TestALeaseOutlivesAnOutage: the store gives every lease its time anew when it is back, so a host that lives has written nothing
-// once more, however long the store was away.
+// TestALeaseOutlivesAnOutage: the store gives every lease its time anew when it is back, so a host that lives has
+// written nothing once more, however long the store was away.
 func TestALeaseOutlivesAnOutage(t *testing.T) {
 	t.Parallel()
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -112,8 +112,8 @@ type Store interface {
 	Close() error
 }
 
-// List reads all objects below a prefix at one revision, sorted by key. Each page may take as long as perPage says; 0: as the
-// context says.
+// List reads all objects below a prefix at one revision, sorted by key. Each page may take as long as perPage
+// says; 0: as the context says.
 func List(ctx context.Context, s Store, prefix string, perPage time.Duration) ([]Entry, int64, error) {
 	l := Listing{Prefix: prefix}
 	for !l.Done {

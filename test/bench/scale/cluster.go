@@ -280,17 +280,21 @@ func (h *host) cpu() (seconds, resident float64, err error) {
 	return (n[0] + n[1]) / 100, n[2] * float64(os.Getpagesize()) / (1 << 20), nil
 }
 
-// hostsCPU is the processor time of all hosts, in seconds, and their mean resident memory.
-func (c *cluster) hostsCPU() (seconds, resident float64, err error) {
+// load is what processes have used so far: processor time of all hosts and of the store, in seconds, and the
+// hosts' mean resident memory in MiB.
+type load struct{ hosts, store, resident float64 }
+
+func (c *cluster) load() (l load, err error) {
 	for _, h := range c.hosts {
 		s, r, err := h.cpu()
 		if err != nil {
-			return 0, 0, err
+			return l, err
 		}
-		seconds += s
-		resident += r / float64(len(c.hosts))
+		l.hosts += s
+		l.resident += r / float64(len(c.hosts))
 	}
-	return seconds, resident, nil
+	l.store, _, err = c.store.cpu()
+	return l, err
 }
 
 // until asks again and again until there is no error or the time is over. It returns how often it

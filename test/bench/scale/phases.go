@@ -106,14 +106,14 @@ func (c *cluster) join() error {
 	if err != nil {
 		return err
 	}
-	cpu, _, err := c.hostsCPU()
+	used, err := c.load()
 	c.add("join", "until all are ready", "s", ready)
 	c.add("join", "until all have a block", "s", took)
 	c.add("join", "hosts that failed", "", float64(failed))
 	c.add("join", "calls of join refused", "", float64(refused))
 	written := float64(after.Revision - before.Revision)
 	c.add("join", "revisions of the store for each host", "", written/float64(len(c.hosts)))
-	c.add("join", "processor time of each host", "ms", 1000*cpu/float64(len(c.hosts)))
+	c.add("join", "processor time of each host", "ms", 1000*used.hosts/float64(len(c.hosts)))
 	return err
 }
 
@@ -126,29 +126,21 @@ func (c *cluster) idle() error {
 	if err != nil {
 		return err
 	}
-	cpu, _, err := c.hostsCPU()
-	if err != nil {
-		return err
-	}
-	storeCPU, _, err := c.store.cpu()
+	before, err := c.load()
 	if err != nil {
 		return err
 	}
 	if err := c.wait(c.o.idle); err != nil {
 		return err
 	}
-	cpu2, resident, err := c.hostsCPU()
-	if err != nil {
-		return err
-	}
-	storeCPU2, _, err := c.store.cpu()
+	after, err := c.load()
 	if err != nil {
 		return err
 	}
 	_, revision2, err := c.counts()
-	c.add("idle", "of one processor, each host", "%", 100*(cpu2-cpu)/c.o.idle.Seconds()/float64(len(c.hosts)))
-	c.add("idle", "of one processor, the store", "%", 100*(storeCPU2-storeCPU)/c.o.idle.Seconds())
-	c.add("idle", "resident memory of each host", "MiB", resident)
+	c.add("idle", "of one processor, each host", "%", 100*(after.hosts-before.hosts)/c.o.idle.Seconds()/float64(len(c.hosts)))
+	c.add("idle", "of one processor, the store", "%", 100*(after.store-before.store)/c.o.idle.Seconds())
+	c.add("idle", "resident memory of each host", "MiB", after.resident)
 	c.add("idle", "revisions of the store", "", revision2-revision)
 	return err
 }
@@ -212,11 +204,7 @@ func (c *cluster) propagation() error {
 			return err
 		}
 	}
-	cpu, _, err := c.hostsCPU()
-	if err != nil {
-		return err
-	}
-	storeCPU, _, err := c.store.cpu()
+	before, err := c.load()
 	if err != nil {
 		return err
 	}
@@ -238,11 +226,7 @@ func (c *cluster) propagation() error {
 			}
 		}
 	}
-	cpu2, _, err := c.hostsCPU()
-	if err != nil {
-		return err
-	}
-	storeCPU2, _, err := c.store.cpu()
+	after, err := c.load()
 	if err != nil {
 		return err
 	}
@@ -251,9 +235,9 @@ func (c *cluster) propagation() error {
 	slices.Sort(samples)
 	c.add("propagation", "p50", "ms", quantile(samples, 0.5))
 	c.add("propagation", "p99", "ms", quantile(samples, 0.99))
-	each := 1000 * (cpu2 - cpu) / float64(c.o.changes*len(c.hosts))
+	each := 1000 * (after.hosts - before.hosts) / float64(c.o.changes*len(c.hosts))
 	c.add("propagation", "processor time of each host for a change", "ms", each)
-	c.add("propagation", "processor time of the store for a change", "ms", 1000*(storeCPU2-storeCPU)/float64(c.o.changes))
+	c.add("propagation", "processor time of the store for a change", "ms", 1000*(after.store-before.store)/float64(c.o.changes))
 	return c.store.client.Do(c.ctx, "DELETE", "/v1/hosts/"+probe, nil, nil)
 }
 

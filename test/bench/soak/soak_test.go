@@ -24,8 +24,8 @@ func TestMain(m *testing.M) {
 
 const asSoak = "LARIAT_SOAK_MAIN"
 
-// TestFindsWhatIsLeft: a short run works, and its program fails when something is left lying. It waits two minutes for what
-// a manager gives back by itself.
+// TestFindsWhatIsLeft: a short run works, and its program fails when something is left lying. It waits two minutes
+// for what a manager gives back by itself.
 func TestFindsWhatIsLeft(t *testing.T) {
 	if os.Getenv("LARIAT_SOAK") == "" {
 		t.Skip("takes two minutes: make acceptance sets LARIAT_SOAK")
