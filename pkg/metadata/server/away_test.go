@@ -228,6 +228,35 @@ func TestTheNameIsTakenAgain(t *testing.T) {
 	}
 }
 
+// deaf fails the first writes of a store, as one does that is too busy to answer in time.
+type deaf struct {
+	store.Store
+	left atomic.Int64
+}
+
+func (d *deaf) Write(ctx context.Context, changes ...store.Change) []store.Result {
+	results := d.Store.Write(ctx, changes...)
+	if d.left.Add(-1) >= 0 { // it was done, and its answer did not come
+		for i := range results {
+			results[i].Err = fmt.Errorf("%w: write in %s: %w", store.ErrUnavailable, "https://192.0.2.1:2379", context.DeadlineExceeded)
+		}
+	}
+	return results
+}
+
+// TestAStartWaitsForABusyStore: a start goes on when the store answers again.
+func TestAStartWaitsForABusyStore(t *testing.T) {
+	st := openStore(t, t.TempDir())
+	t.Cleanup(func() { st.Close() })
+	d := &deaf{Store: st}
+	d.left.Store(3)
+	n := startNode(t, d, hostConfig("a", "192.0.2.1/24"))
+	n.await(t, true)
+	if left := d.left.Load(); left >= 0 {
+		t.Errorf("%d writes were left to fail: nothing was tried", left)
+	}
+}
+
 // await waits until the host is live, or is not.
 func (n *node) await(t *testing.T, live bool) {
 	t.Helper()

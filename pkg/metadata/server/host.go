@@ -18,6 +18,19 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
+// registerPatiently registers this host at its start. A store that is away, or too busy to answer in time, is waited
+// for until the context ends.
+func (s *Server) registerPatiently(ctx context.Context) error {
+	for wait := firstWait; ; {
+		err := s.register(ctx)
+		if err == nil || ctx.Err() != nil || !errors.Is(err, store.ErrUnavailable) {
+			return err
+		}
+		s.log.Debug("this host is not registered yet", "error", err)
+		wait = s.pause(ctx, wait, time.Second)
+	}
+}
+
 // register writes this host's object and takes the lease that makes it live.
 func (s *Server) register(ctx context.Context) error {
 	name := s.cfg.HostName

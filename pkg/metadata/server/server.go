@@ -150,7 +150,7 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	defer cancel(nil)
 	patience := time.AfterFunc(cmp.Or(cfg.Start, math.MaxInt64), func() { cancel(context.DeadlineExceeded) })
 	defer patience.Stop()
-	if err := s.register(silent); err != nil {
+	if err := s.registerPatiently(silent); err != nil {
 		s.cancel()
 		s.store.Stop()
 		return nil, err
