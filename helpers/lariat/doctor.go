@@ -26,6 +26,7 @@ func (a *app) doctor() *cobra.Command {
 		Long: `Looks at the metadata, at this host's kernel, and at the other hosts, which it probes: by a small question on UDP 4788, by
 questions of full size that must not be fragmented, and by echo requests through the tunnels. It asks this host's containers, and
 sends a packet through this host's forward path, between two ports that it makes for that and that vanish with it. It changes nothing else.
+What it finds it looks for again a second later: containers that start, and changes of the model that are being applied, are no faults.
 It looks from this host; run it on the other one too when the two of them do not reach each other. It wants to be root.
 
 The status is 1 when it found an error, else 2 when something could not be checked, else 0. Checks:
@@ -45,7 +46,7 @@ The status is 1 when it found an error, else 2 when something could not be check
 				Probe: !noProbe && (len(args) == 0 || slices.ContainsFunc(args, func(s string) bool {
 					return slices.Contains([]string{"reach", "tunnel", "mtu", "clock", "forward-policy", "containers", "agreement"}, s)
 				}))}
-			r := doctor.Check(g.Gather(ctx), args...)
+			r := g.CheckUp(ctx, args...)
 			if err := a.print(r, func(w *writer) { writeReport(w, r) }); err != nil {
 				return err
 			}

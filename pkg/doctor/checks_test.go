@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/delta"
@@ -256,6 +257,64 @@ func TestF137WhatWasNotLookedAtIsNotFine(t *testing.T) {
 	if r := Check(f, "mtu", "clock"); len(r.Skipped) != 1 || len(r.Passed) != 1 {
 		t.Errorf("chosen checks: %+v", r)
 	}
+}
+
+// TestWhatIsUnderWayIsNoFault: a finding counts when two looks in a row make it.
+func TestWhatIsUnderWayIsNoFault(t *testing.T) {
+	fine := func(*Facts) {}
+	gone := func(name string) func(*Facts) {
+		return func(f *Facts) { f.Kernel.Devices = append(f.Kernel.Devices, Device{Name: name, Want: "vxlan id 7"}) }
+	}
+	differs := func(names ...string) func(*Facts) {
+		return func(f *Facts) { f.Disagreements = append(f.Disagreements, names...) }
+	}
+	for _, tt := range []struct {
+		name  string
+		looks []func(*Facts)
+		want  string // what the findings are about
+	}{
+		{"nothing", []func(*Facts){fine}, ""},
+		{"a network was made a moment ago", []func(*Facts){gone("vtep7"), fine}, ""},
+		{"a device is missing", []func(*Facts){gone("vtep7"), gone("vtep7")}, "device vtep7"},
+		{"one network after the other", []func(*Facts){gone("vtep7"), gone("vtep8"), fine}, ""},
+		{"it begins meanwhile", []func(*Facts){gone("vtep7"), gone("vtep8"), gone("vtep8")}, "device vtep8"},
+		{"containers come and go", []func(*Facts){differs("a", "b"), differs("c"), differs("d")}, ""},
+		{"a container stays wrong", []func(*Facts){differs("a", "b"), differs("b", "c"), differs("b", "d")}, "host h1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				made := 0
+				r := checkUp(t.Context(), func(context.Context) *Facts {
+					f := healthy(t)
+					tt.looks[made](f)
+					made++
+					return f
+				}, []string{"devices", "agreement"})
+				var got []string
+				for _, f := range r.Findings {
+					got = append(got, f.Where)
+				}
+				if strings.Join(got, " ") != tt.want || made != len(tt.looks) {
+					t.Errorf("after %d looks: %+v", made, r)
+				}
+				if len(r.Passed)+len(got) != 2 {
+					t.Errorf("each check passes or finds something: %+v", r)
+				}
+			})
+		})
+	}
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), settle/2)
+		defer cancel()
+		r := checkUp(ctx, func(context.Context) *Facts {
+			f := healthy(t)
+			gone("vtep7")(f)
+			return f
+		}, nil)
+		if len(r.Findings) != 1 {
+			t.Errorf("there was no time for a second look, and the first found: %+v", r.Findings)
+		}
+	})
 }
 
 func TestF137ManyPeersMakeOneFinding(t *testing.T) {

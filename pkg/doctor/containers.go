@@ -46,7 +46,7 @@ func (g Gatherer) containerFacts(ctx context.Context, f *Facts) {
 		return
 	}
 	f.Residents = g.residents(ctx, ports)
-	f.Disagreements, err = g.disagreements(ctx, k, f.Metadata.Snapshot, cmp.Or(f.Manager.StateDir, metadata.DefaultStateDir))
+	f.Disagreements, err = g.disagreements(ctx, ports, f.Metadata.Snapshot, cmp.Or(f.Manager.StateDir, metadata.DefaultStateDir))
 	if err != nil {
 		f.Disagreements, f.NotLooked["agreement"] = nil, err.Error()
 	}
@@ -146,42 +146,17 @@ func arp(index int, from, to netip.Addr, timeout time.Duration) error {
 	}
 }
 
-// disagreements compares twice, with a moment in between: an ADD or a DEL may be under way, which each list shows
-// at another time.
-func (g Gatherer) disagreements(ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, stateDir string) (out []string, err error) {
-	out = []string{}
-	for i := range 2 {
-		ports, err := k.Ports(ctx)
+// disagreements compares ports, the plugins' records and the service's allocations.
+func (g Gatherer) disagreements(ctx context.Context, ports []delta.HostPort, s *metadata.Snapshot, stateDir string) ([]string, error) {
+	var held []metadata.Allocation
+	for _, n := range s.Networks {
+		list, err := g.Client.Allocations(ctx, n.Name, false)
 		if err != nil {
 			return nil, err
 		}
-		var held []metadata.Allocation
-		for _, n := range s.Networks {
-			list, err := g.Client.Allocations(ctx, n.Name, false)
-			if err != nil {
-				return nil, err
-			}
-			held = append(held, list...)
-		}
-		now, err := compare(s, ports, held, stateDir)
-		if err != nil {
-			return nil, err
-		}
-		if i == 0 {
-			out = now
-		} else {
-			out = slices.DeleteFunc(out, func(line string) bool { return !slices.Contains(now, line) })
-		}
-		if len(out) == 0 {
-			break
-		}
-		select {
-		case <-time.After(time.Second):
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		}
+		held = append(held, list...)
 	}
-	return out, nil
+	return compare(s, ports, held, stateDir)
 }
 
 // compare returns how ports, the plugins' records of this boot and the service's allocations differ.

@@ -6,8 +6,10 @@ package doctor
 
 import (
 	"cmp"
+	"context"
 	"fmt"
 	"slices"
+	"time"
 )
 
 // Severity of a finding.
@@ -63,13 +65,12 @@ type examination struct {
 	*Facts
 	name    string
 	report  *Report
-	found   bool
+	found   []Finding
 	skipped bool
 }
 
 func (e *examination) add(s Severity, where, remedy, format string, a ...any) {
-	e.found = true
-	e.report.Findings = append(e.report.Findings, Finding{Check: e.name, Severity: s, What: fmt.Sprintf(format, a...), Where: where, Remedy: remedy})
+	e.found = append(e.found, Finding{Check: e.name, Severity: s, What: fmt.Sprintf(format, a...), Where: where, Remedy: remedy})
 }
 
 func (e *examination) skip(format string, a ...any) {
@@ -90,7 +91,10 @@ func (e *examination) needsSnapshot() bool {
 }
 
 // Check turns facts into findings. With names it makes these checks only.
-func Check(f *Facts, names ...string) *Report {
+func Check(f *Facts, names ...string) *Report { return confirm(f, nil, names) }
+
+// confirm is Check without the findings that an earlier look did not make at the same place; nil: there was none.
+func confirm(f *Facts, before *Report, names []string) *Report {
 	r := &Report{Findings: []Finding{}, Skipped: []Skipped{}, Passed: []Passed{}}
 	for _, c := range checks {
 		if len(names) > 0 && !slices.Contains(names, c.name) {
@@ -98,12 +102,63 @@ func Check(f *Facts, names ...string) *Report {
 		}
 		e := &examination{Facts: f, name: c.name, report: r}
 		c.run(e)
-		if !e.found && !e.skipped {
+		if before != nil {
+			e.found = slices.DeleteFunc(e.found, func(f Finding) bool {
+				return !slices.ContainsFunc(before.Findings, func(b Finding) bool { return b.Check == f.Check && b.Where == f.Where })
+			})
+		}
+		r.Findings = append(r.Findings, e.found...)
+		if len(e.found) == 0 && !e.skipped {
 			r.Passed = append(r.Passed, Passed{Check: c.name, What: c.good})
 		}
 	}
 	slices.SortStableFunc(r.Findings, func(a, b Finding) int { return cmp.Compare(a.Severity, b.Severity) }) // error < warning
 	return r
+}
+
+// A change of the model, an ADD or a DEL may be under way, which facts show at different times.
+const (
+	settle = time.Second // until another look
+	looks  = 3           // at most
+)
+
+// CheckUp gathers facts and checks them, and looks again while it finds something that it did not find before: a
+// finding counts when two looks in a row make it, at the same place. With names it makes these checks only.
+func (g Gatherer) CheckUp(ctx context.Context, names ...string) *Report {
+	return checkUp(ctx, g.Gather, names)
+}
+
+func checkUp(ctx context.Context, gather func(context.Context) *Facts, names []string) *Report {
+	facts := gather(ctx)
+	before := Check(facts, names...)
+	for look := 2; len(before.Findings) > 0; look++ {
+		t := time.NewTimer(settle)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			t.Stop()
+			return before
+		}
+		again := gather(ctx)
+		if ctx.Err() != nil {
+			return before // what was not answered in time is no fact
+		}
+		now, differ := Check(again, names...), again.Disagreements
+		again.Disagreements = both(facts.Disagreements, differ)
+		if r := confirm(again, before, names); len(r.Findings) == len(now.Findings) || look == looks {
+			return r
+		}
+		again.Disagreements, facts, before = differ, again, now
+	}
+	return before
+}
+
+// both returns what is in two lists; nil where one of them was not made.
+func both(a, b []string) []string {
+	if a == nil || b == nil {
+		return nil
+	}
+	return slices.DeleteFunc(slices.Clone(b), func(s string) bool { return !slices.Contains(a, s) })
 }
 
 // Names lists the checks, with what each says when all is well.
