@@ -177,11 +177,16 @@ var _ = Describe("A container's port", func() {
 		sh(host(0), fmt.Sprintf(`nft -f - <<.
 table ip published {
 	chain pre { type nat hook prerouting priority -100; tcp dport 8080 fib daddr type local dnat to %[1]s
+		jump nodeports
 	}
 	chain out { type nat hook output priority -100; tcp dport 8080 fib daddr type local dnat to %[1]s
+		jump nodeports
+	}
+	chain nodeports { tcp dport 30080 fib daddr type local meta mark set meta mark or 0x4000 dnat to %[1]s:8080
 	}
 	chain post { type nat hook postrouting priority 100; ip saddr 172.31.9.0/24 oifname "lrt*" masquerade
 		ip saddr %[1]s ip daddr %[1]s masquerade
+		meta mark and 0x4000 != 0 meta mark set meta mark xor 0x4000 masquerade fully-random
 	}
 }
 .`, c.Addr(false)))
@@ -192,6 +197,11 @@ table ip published {
 		Expect(heardAt(c, at, published, bridge)).To(Equal(underlay), "a bridge of the host, masqueraded")
 		Expect(heardAt(c, at, published, c.Netns)).To(Equal(underlay), "the container itself, by its published port")
 		Expect(heardAt(c, at, published, host(0).Netns)).To(Equal(underlay), "the host, by the published port of its underlay address")
+		// A node port as kube-proxy makes it: marked, and masqueraded for the mark.
+		node := netip.AddrPortFrom(underlay, 30080)
+		for who, from := range map[string]lab.Netns{"the host": host(0).Netns, "another host": host(1).Netns, "a container": local.Netns} {
+			Expect(heardAt(c, at, node, from)).To(Equal(underlay), "%s, by a node port", who)
+		}
 	})
 })
 
