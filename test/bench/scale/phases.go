@@ -440,7 +440,8 @@ func (c *cluster) view() error {
 	}
 	start = time.Now()
 	last := metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("10.17.0.0/16")}}
-	if err := h.client.Put(c.ctx, metadata.KindNetwork, "last", last); err != nil {
+	create := func(ctx context.Context) error { return h.client.Put(ctx, metadata.KindNetwork, "last", last) }
+	if _, err := until(c.ctx, time.Minute, create); err != nil {
 		return err
 	}
 	c.add("view", "a network is created", "ms", 1000*time.Since(start).Seconds())
