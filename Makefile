@@ -56,6 +56,10 @@ $(addprefix bin/,$(filter-out lariat,$(HELPERS))): bin/lariat-%: FORCE
 peers: ## the reference CNI plugins that tests and bench compare with, into bin/peers
 	@hack/peers bin/peers
 
+.PHONY: check
+check: ## lint and the tests that need no privileges, namespaces or network: under a minute, on every save
+	@hack/check
+
 .PHONY: test
 test: deps build peers ## vet, unit tests (race detector), integration: what CI runs
 	@hack/test

@@ -8,6 +8,7 @@ package probe
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"net/netip"
 	"os"
@@ -124,6 +125,12 @@ func All() []Feature {
 	return out
 }
 
+// Short reports whether this is a test under "go test -short", which makes no namespaces. Flags must be parsed.
+func Short() bool {
+	f := flag.Lookup("test.short")
+	return f != nil && f.Value.String() == "true"
+}
+
 // TB is what Need needs of a test. It is not testing.TB, so that programs that link Check do not link package testing.
 type TB interface {
 	Helper()
@@ -135,6 +142,9 @@ type TB interface {
 // "all", makes it fail instead.
 func Need(t TB, features ...Feature) {
 	t.Helper()
+	if Short() {
+		t.Skipf("-short: no namespaces are made; this needs %v", features)
+	}
 	need(t, os.Getenv("REQUIRE"), Check, features)
 }
 

@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 
@@ -16,9 +17,10 @@ import (
 var live []*Cluster
 
 // Main is TestMain: it runs the tests inside of new namespaces and takes their clusters down at the end. Where namespaces are forbidden
-// the tests run outside; those that say with probe.Need what they need are then skipped, with the reason.
+// the tests run outside, as they do under -short; those that say with probe.Need what they need are then skipped, with the reason.
 func Main(m interface{ Run() int }) {
-	if os.Getenv(marker) != "" || probe.Check(probe.UserNS) == nil {
+	flag.Parse()
+	if os.Getenv(marker) != "" || !probe.Short() && probe.Check(probe.UserNS) == nil {
 		Enter()
 	}
 	code := m.Run()

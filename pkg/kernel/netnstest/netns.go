@@ -13,6 +13,7 @@ package netnstest
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -33,9 +34,10 @@ const inside = "LARIAT_TEST_USERNS"
 
 // Main runs the tests of a package where they may make namespaces: in the process as it is if that has the right, and otherwise
 // once more inside of a new user, network and mount namespace, as "unshare -Urnm" would. Where neither works the tests run
-// all the same, and New skips with the reason.
+// all the same, and New skips with the reason. Under -short no namespaces are made, and New skips.
 func Main(m *testing.M) {
-	if os.Getenv(inside) == "" && Possible() != nil {
+	flag.Parse()
+	if os.Getenv(inside) == "" && !testing.Short() && Possible() != nil {
 		if code, err := again(); err == nil {
 			os.Exit(code)
 		}
@@ -104,6 +106,9 @@ type NS struct{ f *os.File }
 // New makes an empty namespace whose loopback device is up. Where that is forbidden the test is skipped with the reason.
 func New(t testing.TB) *NS {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("-short: no namespaces are made")
+	}
 	f, err := create()
 	if err != nil {
 		if r := strings.Split(os.Getenv("REQUIRE"), ","); slices.Contains(r, "netns") || slices.Contains(r, "all") { // as package probe has it
