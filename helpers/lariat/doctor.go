@@ -41,7 +41,7 @@ The status is 1 when it found an error, else 2 when something could not be check
 			ctx, cancel := a.bounded(c)
 			defer cancel()
 			g := doctor.Gatherer{Client: a.client(), ManagerSocket: a.managerSocket,
-				Want: desired, Observe: observe, PortFaults: a.portFaults, Living: living,
+				Want: desired, Observe: observe, EndpointFaults: a.portFaults, Living: living,
 				Features: features, Timeout: within,
 				Probe: !noProbe && (len(args) == 0 || slices.ContainsFunc(args, func(s string) bool {
 					return slices.Contains([]string{"reach", "tunnel", "mtu", "clock", "forward-policy", "containers", "agreement"}, s)

@@ -64,7 +64,7 @@ type hostDetails struct {
 	MAC        metadata.MAC         `json:"mac,omitzero"`
 	Labels     map[string]string    `json:"labels,omitempty"`
 	BlockList  []metadata.Block     `json:"blockList"`
-	Endpoints  []metadata.Endpoint  `json:"endpoints,omitempty"`
+	Endpoints  []metadata.HostRoute `json:"endpoints,omitempty"`
 	Containing []metadata.Container `json:"containerList"`
 }
 
@@ -97,7 +97,7 @@ func (a *app) hostShow() *cobra.Command {
 					d.BlockList = append(d.BlockList, b)
 				}
 			}
-			for _, e := range snap.Endpoints {
+			for _, e := range snap.HostRoutes {
 				if e.Host == h.Name {
 					d.Endpoints = append(d.Endpoints, e)
 				}

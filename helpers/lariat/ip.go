@@ -21,7 +21,7 @@ import (
 )
 
 func snapshotFacts(s *metadata.Snapshot) *doctor.Facts {
-	return &doctor.Facts{Self: s.Self, Metadata: &doctor.Metadata{Snapshot: s}, NotLooked: map[string]string{}}
+	return &doctor.Facts{Self: s.Self, Metadata: &doctor.Metadata{Snapshot: s}, Unavailable: map[string]string{}}
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
@@ -299,7 +299,7 @@ A container's id may be cut short as long as it is unambiguous.`,
 // inUse reports that an attachment of this host lives: its port is there, or the namespace that the plugin noted.
 func inUse(network, stateDir string, id metadata.AttachmentID) error {
 	const remedy = "end the container, or have its runtime disconnect it"
-	if name := attach.HostName(id); kernel.PortIndex(name) != 0 {
+	if name := attach.HostName(id); kernel.VethIndex(name) != 0 {
 		return remedied{fmt.Errorf("%s is in use: its interface %s is on this host", id, name), remedy}
 	}
 	r, known, err := lease.NewJournal(stateDir).Get(network, id)

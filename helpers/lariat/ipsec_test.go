@@ -525,7 +525,7 @@ func TestF46StatusCountsTunnels(t *testing.T) {
 	}
 	report := fixtureReport(t)
 	facts := func() *doctor.Facts {
-		return &doctor.Facts{Self: "h1", Metadata: &doctor.Metadata{Snapshot: &s}, Manager: &doctor.Manager{Tunnels: &report}, NotLooked: map[string]string{}}
+		return &doctor.Facts{Self: "h1", Metadata: &doctor.Metadata{Snapshot: &s}, Manager: &doctor.Manager{Tunnels: &report}, Unavailable: map[string]string{}}
 	}
 	show := func() string {
 		w := &writer{}

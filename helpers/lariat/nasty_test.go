@@ -37,7 +37,7 @@ func nastySnapshot(t testing.TB, text string, keep ...string) *metadata.Snapshot
 	if err := json.Unmarshal(b, &s); err != nil {
 		t.Fatal(err)
 	}
-	s.Endpoints = append(s.Endpoints, metadata.Endpoint{Network: s.Networks[0].Name, Host: s.Hosts[0].Name, Address: netip.MustParseAddr("fe80::1")})
+	s.HostRoutes = append(s.HostRoutes, metadata.HostRoute{Network: s.Networks[0].Name, Host: s.Hosts[0].Name, Address: netip.MustParseAddr("fe80::1")})
 	printabletest.Fill(&s, text, keep...)
 	return &s
 }
@@ -56,10 +56,10 @@ func TestNothingForeignIsPrintedRaw(t *testing.T) {
 	for _, text := range printabletest.Nasty {
 		snap := nastySnapshot(t, text)
 		broken := &doctor.Facts{Self: snap.Self, Metadata: &doctor.Metadata{Snapshot: snap, Store: &doctor.Store{Reason: "lost" + text}},
-			Manager: &doctor.Manager{Err: errors.New("no" + text)}, NotLooked: map[string]string{}}
+			Manager: &doctor.Manager{Err: errors.New("no" + text)}, Unavailable: map[string]string{}}
 		tunnels := fixtureReport(t)
 		printabletest.Fill(&tunnels, text, "Missing", "Problem")
-		kept := &doctor.Facts{Self: snap.Self, Metadata: broken.Metadata, Manager: &doctor.Manager{Tunnels: &tunnels}, NotLooked: map[string]string{}}
+		kept := &doctor.Facts{Self: snap.Self, Metadata: broken.Metadata, Manager: &doctor.Manager{Tunnels: &tunnels}, Unavailable: map[string]string{}}
 		address := netip.MustParseAddr("fe80::1").WithZone(text)
 		held := filled[ipRow](text)
 		held.Address = address

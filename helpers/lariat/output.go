@@ -59,14 +59,14 @@ func (a *app) print(v any, asText func(w *writer)) error {
 		_, err = io.WriteString(a.stdout, out)
 		return err
 	}
-	w := &writer{plain: a.output == table, colour: a.output == text && colourful(a.stdout)}
+	w := &writer{plain: a.output == table, colour: a.output == text && useColor(a.stdout)}
 	asText(w)
 	_, err := io.WriteString(a.stdout, w.String())
 	return err
 }
 
 // colourful: on a terminal that has colours, unless the person wants none (https://no-color.org).
-func colourful(w io.Writer) bool {
+func useColor(w io.Writer) bool {
 	return os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb" && tty(w)
 }
 

@@ -157,7 +157,7 @@ func observe(ctx context.Context, want *delta.State) (*delta.State, error) {
 }
 
 // portFaults compares the ports of this host's containers with the journals that the metadata service knows of.
-func (a *app) portFaults(ctx context.Context, snap *metadata.Snapshot) ([]delta.PortFault, error) {
+func (a *app) portFaults(ctx context.Context, snap *metadata.Snapshot) ([]delta.EndpointFault, error) {
 	k, err := kernel.New()
 	if err != nil {
 		return nil, err
@@ -179,7 +179,7 @@ func (a *app) portFaults(ctx context.Context, snap *metadata.Snapshot) ([]delta.
 	for dir := range dirs {
 		journals = append(journals, lease.NewJournal(dir))
 	}
-	return reconcile.PortFaults(ctx, k, snap, journals...)
+	return reconcile.EndpointFaults(ctx, k, snap, journals...)
 }
 
 // living lists what containers that run have, by the plugins' journals.
@@ -194,7 +194,7 @@ func living(stateDirs []string) ([]metadata.Allocation, error) {
 			records, err := j.List(network)
 			errs = append(errs, err)
 			for _, r := range records {
-				if r.State == lease.Released || r.Leaving || r.Gone("") {
+				if r.State == lease.Released || r.Terminating || r.Gone("") {
 					continue
 				}
 				for _, a := range r.Attachment.Addresses {

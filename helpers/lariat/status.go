@@ -121,7 +121,7 @@ belongs into a bug report. It holds no secrets, but names and addresses.`,
 
 // statusFacts gathers what status shows, and counts addresses in use by subnet.
 func (a *app) statusFacts(ctx context.Context, file string) (*doctor.Facts, map[netip.Prefix]int64, time.Duration, error) {
-	f := &doctor.Facts{NotLooked: map[string]string{}}
+	f := &doctor.Facts{Unavailable: map[string]string{}}
 	used := map[netip.Prefix]int64{}
 	if file != "" {
 		s, err := a.snapshot(ctx, file)
@@ -187,11 +187,11 @@ func interfaces(c metadata.Container) []metadata.ContainerInterface {
 	return c.Interfaces
 }
 
-// cheap are the checks that need no look at the kernel or at other hosts.
-var cheap = []string{"metadata", "store", "entries", "manager", "hosts", "duplicates", "networks", "addresses", "ipsec", "secret"}
+// localChecks are the checks that need no look at the kernel or at other hosts.
+var localChecks = []string{"metadata", "store", "entries", "manager", "hosts", "duplicates", "networks", "addresses", "ipsec", "secret"}
 
 func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
-	r := &statusReport{Self: f.Self, Store: "unknown", Manager: "unknown", Problems: doctor.Check(f, cheap...).Findings, Hosts: []hostRow{}, Networks: []networkRow{}}
+	r := &statusReport{Self: f.Self, Store: "unknown", Manager: "unknown", Problems: doctor.Check(f, localChecks...).Findings, Hosts: []hostRow{}, Networks: []networkRow{}}
 	if st := f.Metadata.Store; st != nil {
 		r.Store = "healthy"
 		if st.Reason != "" {

@@ -70,7 +70,7 @@ func manage(conf config, log *slog.Logger) error {
 	}
 	m.Tunnels = tunnels(conf, k, m, log)
 	defer m.Tunnels.Daemon.Close()
-	remover, err := kernel.NewRemover(ctx)
+	remover, err := kernel.NewLinkReaper(ctx)
 	if err != nil {
 		return err
 	}
@@ -212,7 +212,7 @@ func (r *responder) known(a netip.Addr) bool {
 const patience = 5 * time.Second
 
 // handler returns what root may ask: health, metrics, the state that is wanted, and some orders.
-func handler(m *reconcile.Manager, remover *kernel.Remover, log *slog.Logger, level *slog.LevelVar) *service.Server {
+func handler(m *reconcile.Manager, remover *kernel.LinkReaper, log *slog.Logger, level *slog.LevelVar) *service.Server {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collector{m})
 	api := service.New(log, service.Health{Metrics: registry, Ready: func(context.Context) error {

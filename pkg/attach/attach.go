@@ -1,6 +1,6 @@
 // Package attach plans one container's connection to its host: a routed veth pair, its addresses and routes.
 //
-// Pure: from what the metadata service or another IPAM plugin answered to a delta.Port, which the kernel package makes.
+// Pure: from what the metadata service or another IPAM plugin answered to a delta.Endpoint, which the kernel package makes.
 package attach
 
 import (
@@ -34,7 +34,7 @@ func digest(id metadata.AttachmentID) [32]byte {
 // HostName is the name of the host's end of an attachment's port: 15 characters, the kernel's limit.
 func HostName(id metadata.AttachmentID) string {
 	d := digest(id)
-	return delta.PortPrefix + encoding.EncodeToString(d[:])[:12]
+	return delta.VethPrefix + encoding.EncodeToString(d[:])[:12]
 }
 
 // MAC is the container's MAC when nobody asked for one: locally administered, the same at each try.
@@ -48,16 +48,16 @@ type Config struct {
 	ID             metadata.AttachmentID
 	Name           string // of the container, for people
 	MAC            delta.MAC
-	Routes         []delta.PortRoute // beyond the default route
-	NoDefaultRoute bool              // only the network's subnets go by this interface
+	Routes         []delta.EndpointRoute // beyond the default route
+	NoDefaultRoute bool                  // only the network's subnets go by this interface
 }
 
 // Plan turns the answer of the metadata service into a port.
-func Plan(a *metadata.Attachment, c Config) delta.Port {
-	p := delta.Port{
+func Plan(a *metadata.Attachment, c Config) delta.Endpoint {
+	p := delta.Endpoint{
 		Network: a.Network, ContainerID: c.ID.ContainerID, IfName: c.ID.IfName,
 		HostName: HostName(c.ID), HostMAC: HostMAC, MAC: c.MAC, MTU: a.MTU,
-		Alias: delta.PortAlias{Network: a.Network, ContainerID: c.ID.ContainerID, IfName: c.ID.IfName, Name: c.Name}.String(),
+		Alias: delta.EndpointAlias{Network: a.Network, ContainerID: c.ID.ContainerID, IfName: c.ID.IfName, Name: c.Name}.String(),
 	}
 	if p.MAC == (delta.MAC{}) {
 		p.MAC = delta.MAC(a.MAC)
@@ -81,18 +81,18 @@ func Plan(a *metadata.Attachment, c Config) delta.Port {
 			p.Sources = append(p.Sources, addr.Gateway)
 		}
 		if !c.NoDefaultRoute {
-			p.Routes = append(p.Routes, delta.PortRoute{Dst: netip.PrefixFrom(zero(gw), 0), Via: gw})
+			p.Routes = append(p.Routes, delta.EndpointRoute{Dst: netip.PrefixFrom(zero(gw), 0), Via: gw})
 			continue
 		}
 		for _, s := range a.Subnets {
 			if s.Addr().BitLen() == gw.BitLen() {
-				p.Routes = append(p.Routes, delta.PortRoute{Dst: s, Via: gw})
+				p.Routes = append(p.Routes, delta.EndpointRoute{Dst: s, Via: gw})
 			}
 		}
 	}
 	for _, r := range c.Routes {
 		r.Via = gatewayFor(r.Dst, p.Gateways)
-		if r.Via.IsValid() && !slices.ContainsFunc(p.Routes, func(o delta.PortRoute) bool { return o.Dst == r.Dst && o.Table == r.Table }) {
+		if r.Via.IsValid() && !slices.ContainsFunc(p.Routes, func(o delta.EndpointRoute) bool { return o.Dst == r.Dst && o.Table == r.Table }) {
 			p.Routes = append(p.Routes, r)
 		}
 	}

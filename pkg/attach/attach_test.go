@@ -29,8 +29,8 @@ func answer(addresses ...string) *metadata.Attachment {
 }
 
 func TestF1_F20_Plan(t *testing.T) {
-	route := func(dst string, table int) delta.PortRoute {
-		return delta.PortRoute{Dst: netip.MustParsePrefix(dst), Table: table}
+	route := func(dst string, table int) delta.EndpointRoute {
+		return delta.EndpointRoute{Dst: netip.MustParsePrefix(dst), Table: table}
 	}
 	for _, tc := range []struct {
 		name     string
@@ -46,12 +46,12 @@ func TestF1_F20_Plan(t *testing.T) {
 		{"two addresses of a family share the gateway and the route", answer("10.42.0.5>10.42.0.1", "10.42.0.6>10.42.0.1"), attach.Config{}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
 		{"no default route: the network's subnets of the families it has", answer("10.42.0.5>10.42.0.1"), attach.Config{NoDefaultRoute: true}, "[10.42.0.1]", "10.42.0.0/16 via 10.42.0.1"},
 		{"no default route, both", answer("10.42.0.5>10.42.0.1", "fd42::5"), attach.Config{NoDefaultRoute: true}, "[10.42.0.1 fe80::1]", "10.42.0.0/16 via 10.42.0.1, fd42::/48 via fe80::1"},
-		{"further routes take the gateway of their family", answer("10.42.0.5>10.42.0.1", "fd42::5"), attach.Config{Routes: []delta.PortRoute{route("10.99.0.0/16", 0), route("fd99::/48", 7)}}, "[10.42.0.1 fe80::1]",
+		{"further routes take the gateway of their family", answer("10.42.0.5>10.42.0.1", "fd42::5"), attach.Config{Routes: []delta.EndpointRoute{route("10.99.0.0/16", 0), route("fd99::/48", 7)}}, "[10.42.0.1 fe80::1]",
 			"0.0.0.0/0 via 10.42.0.1, ::/0 via fe80::1, 10.99.0.0/16 via 10.42.0.1, fd99::/48 via fe80::1 table 7"},
-		{"a route of a family that it has not is left out", answer("10.42.0.5>10.42.0.1"), attach.Config{Routes: []delta.PortRoute{route("fd99::/48", 0)}}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
-		{"a default route that is asked for is there once", answer("10.42.0.5>10.42.0.1"), attach.Config{Routes: []delta.PortRoute{route("0.0.0.0/0", 0), route("0.0.0.0/0", 7)}}, "[10.42.0.1]",
+		{"a route of a family that it has not is left out", answer("10.42.0.5>10.42.0.1"), attach.Config{Routes: []delta.EndpointRoute{route("fd99::/48", 0)}}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
+		{"a default route that is asked for is there once", answer("10.42.0.5>10.42.0.1"), attach.Config{Routes: []delta.EndpointRoute{route("0.0.0.0/0", 0), route("0.0.0.0/0", 7)}}, "[10.42.0.1]",
 			"0.0.0.0/0 via 10.42.0.1, 0.0.0.0/0 via 10.42.0.1 table 7"},
-		{"no default route but one that is asked for", answer("10.42.0.5>10.42.0.1"), attach.Config{NoDefaultRoute: true, Routes: []delta.PortRoute{route("0.0.0.0/0", 0)}}, "[10.42.0.1]",
+		{"no default route but one that is asked for", answer("10.42.0.5>10.42.0.1"), attach.Config{NoDefaultRoute: true, Routes: []delta.EndpointRoute{route("0.0.0.0/0", 0)}}, "[10.42.0.1]",
 			"10.42.0.0/16 via 10.42.0.1, 0.0.0.0/0 via 10.42.0.1"},
 	} {
 		tc.c.ID = id
@@ -101,7 +101,7 @@ func TestNames(t *testing.T) {
 	for i := range 50_000 {
 		x := metadata.AttachmentID{ContainerID: fmt.Sprintf("%064x", i/2), IfName: fmt.Sprint("eth", i%2)}
 		n := attach.HostName(x)
-		if len(n) > 15 || !strings.HasPrefix(n, delta.PortPrefix) {
+		if len(n) > 15 || !strings.HasPrefix(n, delta.VethPrefix) {
 			t.Fatalf("name %q", n)
 		}
 		if y, ok := names[n]; ok {

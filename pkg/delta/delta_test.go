@@ -250,19 +250,19 @@ func TestMergeKeepsTheFirstOfAConflictAndSaysSo(t *testing.T) {
 }
 
 func TestPortAliasReadsBackWhatItWrote(t *testing.T) {
-	for _, a := range []delta.PortAlias{
+	for _, a := range []delta.EndpointAlias{
 		{Network: "overlay", ContainerID: "c0ffee", IfName: "eth0"},
 		{Network: "overlay", ContainerID: "c0ffee", IfName: "eth0", Name: "default/web:1"},
 	} {
-		if got, ok := delta.ParsePortAlias(a.String()); !ok || got != a {
+		if got, ok := delta.ParseEndpointAlias(a.String()); !ok || got != a {
 			t.Errorf("%s reads back as %+v", a, got)
 		}
 	}
-	long := delta.PortAlias{Network: "n", ContainerID: "c", IfName: "e", Name: strings.Repeat("x", 300)}
+	long := delta.EndpointAlias{Network: "n", ContainerID: "c", IfName: "e", Name: strings.Repeat("x", 300)}
 	if n := len(long.String()); n != 255 {
 		t.Errorf("%d octets, the kernel takes 255", n)
 	}
-	if _, ok := delta.ParsePortAlias("lariat:vxlan:overlay"); ok {
+	if _, ok := delta.ParseEndpointAlias("lariat:vxlan:overlay"); ok {
 		t.Error("a device's alias is taken for a port's")
 	}
 }
@@ -311,12 +311,12 @@ func FuzzPortAlias(f *testing.F) {
 	f.Add("lariat:vxlan:overlay", "", "", "", ":")
 	f.Add("lariat:port::::", "a", "b\n", "c", "d\x1b[31m")
 	f.Fuzz(func(t *testing.T, text, network, container, ifname, name string) {
-		if a, ok := delta.ParsePortAlias(text); ok && len(text) <= 255 {
+		if a, ok := delta.ParseEndpointAlias(text); ok && len(text) <= 255 {
 			if again := a.String(); again != text && again+":" != text {
 				t.Errorf("%q is read as %+v, which is %q", text, a, again)
 			}
 		}
-		a := delta.PortAlias{network, container, ifname, name}
+		a := delta.EndpointAlias{network, container, ifname, name}
 		s := a.String()
 		if len(s) > 255 {
 			t.Errorf("%d bytes", len(s))
@@ -324,7 +324,7 @@ func FuzzPortAlias(f *testing.F) {
 		if strings.Contains(network+container+ifname, ":") || len(network)+len(container)+len(ifname) > 200 {
 			return
 		}
-		got, ok := delta.ParsePortAlias(s)
+		got, ok := delta.ParseEndpointAlias(s)
 		if !ok || got.Network != network || got.ContainerID != container || got.IfName != ifname || !strings.HasPrefix(name, got.Name) {
 			t.Errorf("%+v is read as %+v", a, got)
 		}

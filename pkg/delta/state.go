@@ -39,15 +39,15 @@ func (m MAC) appendTo(b []byte) []byte {
 	return b
 }
 
-// TunnelPrefix begins the name of every XFRM interface of Lariat's, as PortPrefix that of every container's host end.
+// TunnelPrefix begins the name of every XFRM interface of Lariat's, as VethPrefix that of every container's host end.
 const TunnelPrefix = "lrx"
 
 // VTEPPrefix begins the name of every VXLAN device of Lariat's.
 const VTEPPrefix = "vtep"
 
-// InsideGroup is the link group (IFLA_GROUP) of the devices between which the packets of containers are in clear: the host's ends of ports,
+// OverlayLinkGroup is the link group (IFLA_GROUP) of the devices between which the packets of containers are in clear: the host's ends of ports,
 // and XFRM interfaces. nftables rules ask for it, which costs less than to compare names. 0 is everyone's default.
-const InsideGroup = 76
+const OverlayLinkGroup = 76
 
 // Kinds of links.
 const (

@@ -29,39 +29,39 @@ const (
 
 var checks = []struct {
 	name, good string
-	run        func(*examination)
+	run        func(*checkContext)
 }{
-	{"metadata", "the metadata service answers", (*examination).metadata},
-	{"store", "the store is healthy and has room", (*examination).store},
-	{"entries", "every entry of the store that was read can be used", (*examination).entries},
-	{"manager", "the network manager runs, and all that it keeps is true", (*examination).manager},
-	{"journal", "the network manager looks where the plugins keep their records", (*examination).journal},
+	{"metadata", "the metadata service answers", (*checkContext).metadata},
+	{"store", "the store is healthy and has room", (*checkContext).store},
+	{"entries", "every entry of the store that was read can be used", (*checkContext).entries},
+	{"manager", "the network manager runs, and all that it keeps is true", (*checkContext).manager},
+	{"journal", "the network manager looks where the plugins keep their records", (*checkContext).journal},
 	{"attachments", "the metadata service knows every address that a container of this host has",
-		(*examination).attachments},
-	{"hosts", "all hosts are live", (*examination).hosts},
-	{"duplicates", "no two hosts share an identity, an address or a MAC", (*examination).duplicates},
-	{"networks", "networks are well defined and do not overlap", (*examination).networks},
-	{"addresses", "networks have addresses left", (*examination).addresses},
-	{"features", "the kernel can do all that is needed", (*examination).features},
-	{"forwarding", "the host forwards packets", (*examination).forwarding},
-	{"rp-filter", "the reverse path check is not loosened", (*examination).rpFilter},
-	{"forward-policy", "no firewall stops the networks' packets from port to port", (*examination).forwardPolicy},
-	{"underlay", "the underlay is as the metadata says, and large enough", (*examination).underlay},
-	{"devices", "tunnel devices are as they should be", (*examination).devices},
-	{"ports", "the ports of containers refuse forged sources and router advertisements", (*examination).ports},
-	{"containers", "every container of this host answers", (*examination).containers},
-	{"agreement", "journal, kernel and metadata service agree about this host's containers", (*examination).agreement},
-	{"ipsec", "encrypted networks, where there are any, have their daemon and their tunnels", (*examination).ipsec},
-	{"secret", "hosts of encrypted networks share their secret, and nobody else can read it", (*examination).secret},
-	{"rules", "containers, networks and the underlay are kept apart", (*examination).rules},
-	{"fail-closed", "nothing of an encrypted network can travel in clear", (*examination).failClosed},
-	{"reach", "every live host answers over the underlay", (*examination).reach},
-	{"tunnel", "every live host answers through the tunnels", (*examination).tunnel},
-	{"mtu", "full packets reach every live host", (*examination).pathMTU},
-	{"clock", "clocks agree", (*examination).clock},
+		(*checkContext).attachments},
+	{"hosts", "all hosts are live", (*checkContext).hosts},
+	{"duplicates", "no two hosts share an identity, an address or a MAC", (*checkContext).duplicates},
+	{"networks", "networks are well defined and do not overlap", (*checkContext).networks},
+	{"addresses", "networks have addresses left", (*checkContext).addresses},
+	{"features", "the kernel can do all that is needed", (*checkContext).features},
+	{"forwarding", "the host forwards packets", (*checkContext).forwarding},
+	{"rp-filter", "the reverse path check is not loosened", (*checkContext).rpFilter},
+	{"forward-policy", "no firewall stops the networks' packets from port to port", (*checkContext).forwardPolicy},
+	{"underlay", "the underlay is as the metadata says, and large enough", (*checkContext).underlay},
+	{"devices", "tunnel devices are as they should be", (*checkContext).devices},
+	{"ports", "the ports of containers refuse forged sources and router advertisements", (*checkContext).ports},
+	{"containers", "every container of this host answers", (*checkContext).containers},
+	{"agreement", "journal, kernel and metadata service agree about this host's containers", (*checkContext).agreement},
+	{"ipsec", "encrypted networks, where there are any, have their daemon and their tunnels", (*checkContext).ipsec},
+	{"secret", "hosts of encrypted networks share their secret, and nobody else can read it", (*checkContext).secret},
+	{"rules", "containers, networks and the underlay are kept apart", (*checkContext).rules},
+	{"fail-closed", "nothing of an encrypted network can travel in clear", (*checkContext).failClosed},
+	{"reach", "every live host answers over the underlay", (*checkContext).reach},
+	{"tunnel", "every live host answers through the tunnels", (*checkContext).tunnel},
+	{"mtu", "full packets reach every live host", (*checkContext).pathMTU},
+	{"clock", "clocks agree", (*checkContext).clock},
 }
 
-func (e *examination) metadata() {
+func (e *checkContext) metadata() {
 	if !e.needs("metadata", e.Metadata != nil) || e.Metadata.Err == nil {
 		return
 	}
@@ -92,7 +92,7 @@ func Unreachable(err error, socket string) (what, remedy string) {
 // storeRemedy is what helps when the store does not answer, or refuses.
 const storeRemedy = "on the store's host: systemctl status lariat-metadata; with external etcd: etcdctl endpoint health; here: journalctl -u lariat-metadata"
 
-func (e *examination) store() {
+func (e *checkContext) store() {
 	if e.Metadata == nil || e.Metadata.Err != nil || e.Metadata.Store == nil {
 		e.needs("store", false)
 		return
@@ -114,11 +114,11 @@ func (e *examination) store() {
 	}
 }
 
-func (e *examination) entries() {
+func (e *checkContext) entries() {
 	if !e.needsSnapshot() {
 		return
 	}
-	if why := e.NotLooked["entries"]; why != "" {
+	if why := e.Unavailable["entries"]; why != "" {
 		e.skip("%s", why)
 	}
 	told := map[string]bool{}
@@ -155,7 +155,7 @@ func ManagerUnreachable(err error, socket string) (what, remedy string) {
 	return fmt.Sprintf("the network manager is not running: %v", err), startManager
 }
 
-func (e *examination) manager() {
+func (e *checkContext) manager() {
 	if !e.needs("manager", e.Manager != nil) {
 		return
 	}
@@ -175,7 +175,7 @@ func (e *examination) manager() {
 	}
 }
 
-func (e *examination) journal() {
+func (e *checkContext) journal() {
 	if !e.needs("journal", e.Own != nil && e.Manager != nil && e.Manager.StateDir != "") {
 		return
 	}
@@ -193,7 +193,7 @@ func (e *examination) journal() {
 }
 
 // What runs and is not known has an address that others can get, and no other host finds it.
-func (e *examination) attachments() {
+func (e *checkContext) attachments() {
 	if !e.needs("journal", e.Own != nil) || !e.needs("attachments", e.Living != nil) || !e.needsSnapshot() {
 		return
 	}
@@ -236,7 +236,7 @@ func (e *examination) attachments() {
 	}
 }
 
-func (e *examination) hosts() {
+func (e *checkContext) hosts() {
 	if !e.needsSnapshot() {
 		return
 	}
@@ -282,7 +282,7 @@ func plural(n int, one, many string) string {
 	return fmt.Sprintf("%d %s", n, many)
 }
 
-func (e *examination) duplicates() {
+func (e *checkContext) duplicates() {
 	if !e.needsSnapshot() {
 		return
 	}
@@ -327,7 +327,7 @@ func (e *examination) duplicates() {
 			claims[k] = append(claims[k], b.Host)
 		}
 	}
-	for _, en := range s.Endpoints {
+	for _, en := range s.HostRoutes {
 		k := claim{en.Network, en.Address.String()}
 		claims[k] = append(claims[k], en.Host)
 	}
@@ -346,7 +346,7 @@ func (e *examination) duplicates() {
 	}
 }
 
-func (e *examination) networks() {
+func (e *checkContext) networks() {
 	if !e.needsSnapshot() {
 		return
 	}
@@ -392,7 +392,7 @@ func (e *examination) networks() {
 }
 
 // crossed finds hosts that have another way to addresses of a network.
-func (e *examination) crossed(n metadata.Network) {
+func (e *checkContext) crossed(n metadata.Network) {
 	hosts := map[metadata.Foreign][]string{}
 	for _, h := range e.Metadata.Snapshot.Hosts {
 		for _, f := range n.Crosses(h) {
@@ -415,7 +415,7 @@ func (e *examination) crossed(n metadata.Network) {
 	}
 }
 
-func (e *examination) addresses() {
+func (e *checkContext) addresses() {
 	if e.Metadata == nil || e.Metadata.Err != nil || e.Metadata.Status == nil {
 		e.needs("usage", false)
 		return
@@ -446,7 +446,7 @@ func (e *examination) addresses() {
 	}
 }
 
-func (e *examination) features() {
+func (e *checkContext) features() {
 	if !e.needs("features", e.Features != nil) {
 		return
 	}
@@ -465,7 +465,7 @@ func (e *examination) features() {
 }
 
 // overlays are the networks that Lariat routes, by family.
-func (e *examination) overlays() (v4, v6 bool) {
+func (e *checkContext) overlays() (v4, v6 bool) {
 	for _, n := range e.Metadata.Snapshot.Networks {
 		if n.Encapsulation == metadata.EncapNone {
 			continue
@@ -477,7 +477,7 @@ func (e *examination) overlays() (v4, v6 bool) {
 	return v4, v6
 }
 
-func (e *examination) forwarding() {
+func (e *checkContext) forwarding() {
 	if !e.needs("kernel", e.Kernel != nil) || !e.needsSnapshot() {
 		return
 	}
@@ -496,7 +496,7 @@ func (e *examination) forwarding() {
 
 // The kernel takes the larger of net.ipv4.conf.all.rp_filter and the device's own value: "loose" (2) for all makes a strict
 // check (1) on a container's device loose as well.
-func (e *examination) rpFilter() {
+func (e *checkContext) rpFilter() {
 	if !e.needs("kernel", e.Kernel != nil) {
 		return
 	}
@@ -510,19 +510,19 @@ func (e *examination) rpFilter() {
 }
 
 // forwardPolicy goes by packets where some could be sent, and else by what the chains say.
-func (e *examination) forwardPolicy() {
+func (e *checkContext) forwardPolicy() {
 	if e.Kernel != nil && e.Kernel.Passages != nil {
 		for _, p := range e.Kernel.Passages {
 			if !p.Passed {
 				e.stopped(p)
 			}
 		}
-		if why := e.NotLooked["passages"]; why != "" {
+		if why := e.Unavailable["passages"]; why != "" {
 			e.skip("%s", why)
 		}
 		return
 	}
-	if e.Kernel == nil || e.NotLooked["forward"] != "" {
+	if e.Kernel == nil || e.Unavailable["forward"] != "" {
 		e.needs("forward", false)
 		return
 	}
@@ -543,7 +543,7 @@ func (e *examination) forwardPolicy() {
 }
 
 // stopped tells of a packet that did not pass from one port to another, by what, and who can do something about it.
-func (e *examination) stopped(p Passage) {
+func (e *checkContext) stopped(p Passage) {
 	family, v6 := "IPv4", p.Subnet.Addr().Is6()
 	if v6 {
 		family = "IPv6"
@@ -581,7 +581,7 @@ func (e *examination) stopped(p Passage) {
 	e.add(Error, p.Chain, remedy, "forwarded packets are dropped by %s; containers of network %s do not reach each other by %s", by, p.Network, family)
 }
 
-func (e *examination) underlay() {
+func (e *checkContext) underlay() {
 	if !e.needs("kernel", e.Kernel != nil) || !e.needsSnapshot() {
 		return
 	}
@@ -630,11 +630,11 @@ func (e *examination) underlay() {
 	}
 }
 
-func (e *examination) devices() {
+func (e *checkContext) devices() {
 	if !e.needs("kernel", e.Kernel != nil) {
 		return
 	}
-	if why := e.NotLooked["devices"]; why != "" {
+	if why := e.Unavailable["devices"]; why != "" {
 		e.skip("%s", why)
 		return
 	}
@@ -666,17 +666,17 @@ func (e *examination) devices() {
 // What a container's port loses on the host, nothing but the network manager gives back: its routes, without
 // which the container is cut off, and the settings that keep it from using others' addresses and from giving
 // its host routes (CVE-2020-10749).
-func (e *examination) ports() {
+func (e *checkContext) ports() {
 	if !e.needs("kernel", e.Kernel != nil) || !e.needsSnapshot() {
 		return
 	}
-	if why := e.NotLooked["ports"]; why != "" {
+	if why := e.Unavailable["ports"]; why != "" {
 		e.skip("%s", why)
 		return
 	}
 	const remedy = "start lariat-network-manager, which mends it, and look for what took it away: " +
 		"a file in /etc/sysctl.d, or an interface manager that does not leave lrt* alone (NetworkManager, networkd, dhcpcd)"
-	wrong := e.Kernel.Ports
+	wrong := e.Kernel.Endpoints
 	if len(wrong) > oneFindingFor {
 		e.add(Error, "port "+wrong[0].Want.Name, remedy,
 			"%d containers' ports are not what they should be: the first lacks %s", len(wrong), wrong[0].Lacks[0])
@@ -689,7 +689,7 @@ func (e *examination) ports() {
 }
 
 // each reports a finding for each of few peers, or one that counts many: fifty times the same says less than once.
-func (e *examination) each(list []Peer, s Severity, remedy string, one func(Peer) string, many string) {
+func (e *checkContext) each(list []Peer, s Severity, remedy string, one func(Peer) string, many string) {
 	if len(list) <= oneFindingFor {
 		for _, p := range list {
 			e.add(s, fmt.Sprintf("host %s (%s)", p.Host, p.Addr), remedy, "%s", one(p))
@@ -715,7 +715,7 @@ func tunnelAnswers(p Peer) (some, broken bool) {
 	return some, broken
 }
 
-func (e *examination) reach() {
+func (e *checkContext) reach() {
 	if !e.needs("peers", e.Peers != nil) {
 		return
 	}
@@ -745,8 +745,8 @@ func (e *examination) reach() {
 	}, "%d hosts are reached through the tunnel, but not on the port of probes")
 }
 
-func (e *examination) tunnel() {
-	if !e.needs("peers", e.Peers != nil) || !e.needs("tunnel", e.NotLooked["tunnel"] == "") {
+func (e *checkContext) tunnel() {
+	if !e.needs("peers", e.Peers != nil) || !e.needs("tunnel", e.Unavailable["tunnel"] == "") {
 		return
 	}
 	type key struct {
@@ -791,7 +791,7 @@ func (e *examination) tunnel() {
 	}
 }
 
-func (e *examination) pathMTU() {
+func (e *checkContext) pathMTU() {
 	if !e.needs("peers", e.Peers != nil) {
 		return
 	}
@@ -829,7 +829,7 @@ func (e *examination) pathMTU() {
 	}
 }
 
-func (e *examination) clock() {
+func (e *checkContext) clock() {
 	if !e.needs("peers", e.Peers != nil) {
 		return
 	}

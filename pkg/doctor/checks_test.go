@@ -45,7 +45,7 @@ func healthy(t testing.TB) *Facts {
 			Forward: []ForwardChain{{Name: "iptables filter FORWARD", Passes: true}},
 		},
 		Features: []Feature{{Name: "vxlan", OK: true}}, Disagreements: []string{},
-		Residents: []Resident{{Port: "lrtabc", Address: netip.MustParseAddr("10.42.1.5"), Answers: true}},
+		Residents: []Resident{{Veth: "lrtabc", Address: netip.MustParseAddr("10.42.1.5"), Answers: true}},
 	}
 	for i, addr := range []string{"192.0.2.2", "198.51.100.3"} {
 		f.Peers = append(f.Peers, Peer{Host: fmt.Sprintf("h%d", i+2), Addr: netip.MustParseAddr(addr), RTT: time.Millisecond, WantMTU: 1500, MTU: 1500,
@@ -159,13 +159,15 @@ func TestF137Findings(t *testing.T) {
 		{"ip_forward off", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/ip_forward"] = "0" }, "forwarding error: the host does not forward IPv4", "sysctl -w net.ipv4.ip_forward=1"},
 		{"IPv6 forwarding off", func(f *Facts) { f.Kernel.Sysctls["net/ipv6/conf/all/forwarding"] = "0" }, "forwarding error: the host does not forward IPv6", "sysctl -w net.ipv6.conf.all.forwarding=1"},
 		{"rp_filter loose", func(f *Facts) { f.Kernel.Sysctls["net/ipv4/conf/all/rp_filter"] = "2" }, "rp-filter warning: the reverse path check is loose (2)", "rp_filter=0"},
-		{"port believes advertisements", func(f *Facts) { f.Kernel.Ports = []delta.PortFault{lacking("sysctl net/ipv6/conf/lrtx/accept_ra=0")} },
+		{"port believes advertisements", func(f *Facts) {
+			f.Kernel.Endpoints = []delta.EndpointFault{lacking("sysctl net/ipv6/conf/lrtx/accept_ra=0")}
+		},
 			"ports error: the port of container 0123456789ab lacks sysctl net/ipv6/conf/lrtx/accept_ra=0", "start lariat-network-manager"},
 		{"port without routes", func(f *Facts) {
-			f.Kernel.Ports = []delta.PortFault{lacking("link  lrtx up", "route 10.42.0.5/32 dev lrtx proto 76")}
+			f.Kernel.Endpoints = []delta.EndpointFault{lacking("link  lrtx up", "route 10.42.0.5/32 dev lrtx proto 76")}
 		}, "ports error: the port of container 0123456789ab lacks link  lrtx up; route 10.42.0.5/32 dev lrtx proto 76", "NetworkManager"},
 		{"many ports with loose checks", func(f *Facts) {
-			f.Kernel.Ports = slices.Repeat([]delta.PortFault{lacking("sysctl net/ipv4/conf/lrtx/rp_filter=1")}, 9)
+			f.Kernel.Endpoints = slices.Repeat([]delta.EndpointFault{lacking("sysctl net/ipv4/conf/lrtx/rp_filter=1")}, 9)
 		},
 			"ports error: 9 containers' ports are not what they should be: the first lacks sysctl net/ipv4/conf/lrtx/rp_filter=1", "start lariat-network-manager"},
 		{"FORWARD DROP", func(f *Facts) { f.Kernel.Forward[0].Passes = false }, "forward-policy error: forwarded packets are dropped by the policy of iptables filter FORWARD", "start lariat-network-manager"},
@@ -233,14 +235,14 @@ func TestF137FeatureThatNobodyNeedsIsNoFinding(t *testing.T) {
 	f := healthy(t)
 	f.Features[0] = Feature{Name: "ipv6", IPv6: true}
 	f.Metadata.Snapshot.Networks = f.Metadata.Snapshot.Networks[1:] // IPv4 alone
-	f.Metadata.Snapshot.Blocks, f.Metadata.Snapshot.Endpoints = nil, nil
+	f.Metadata.Snapshot.Blocks, f.Metadata.Snapshot.HostRoutes = nil, nil
 	if r := Check(f, "features"); len(r.Findings) != 0 {
 		t.Errorf("%+v", r.Findings)
 	}
 }
 
 func TestF137WhatWasNotLookedAtIsNotFine(t *testing.T) {
-	r := Check(&Facts{NotLooked: map[string]string{"kernel": "not root"}})
+	r := Check(&Facts{Unavailable: map[string]string{"kernel": "not root"}})
 	if len(r.Passed) != 0 || len(r.Skipped) != len(checks) || r.ExitStatus() != 2 {
 		t.Errorf("%+v", r)
 	}
@@ -332,6 +334,6 @@ func TestF137ManyPeersMakeOneFinding(t *testing.T) {
 	}
 }
 
-func lacking(what ...string) delta.PortFault {
-	return delta.PortFault{Want: delta.HostPort{Name: "lrtx", Alias: delta.PortAlias{ContainerID: "0123456789abcdef"}}, Lacks: what}
+func lacking(what ...string) delta.EndpointFault {
+	return delta.EndpointFault{Want: delta.VethInfo{Name: "lrtx", Alias: delta.EndpointAlias{ContainerID: "0123456789abcdef"}}, Lacks: what}
 }

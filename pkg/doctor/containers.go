@@ -27,7 +27,7 @@ import (
 type Resident struct {
 	ID      metadata.AttachmentID
 	Network string
-	Port    string // the host's end of its port
+	Veth    string // the host's end of its port
 	Address netip.Addr
 	Answers bool
 }
@@ -36,31 +36,31 @@ type Resident struct {
 func (g Gatherer) containerFacts(ctx context.Context, f *Facts) {
 	k, err := kernel.New()
 	if err != nil {
-		f.NotLooked["containers"], f.NotLooked["agreement"] = err.Error(), err.Error()
+		f.Unavailable["containers"], f.Unavailable["agreement"] = err.Error(), err.Error()
 		return
 	}
 	defer k.Close()
-	ports, err := k.Ports(ctx)
+	ports, err := k.Veths(ctx)
 	if err != nil {
-		f.NotLooked["containers"], f.NotLooked["agreement"] = err.Error(), err.Error()
+		f.Unavailable["containers"], f.Unavailable["agreement"] = err.Error(), err.Error()
 		return
 	}
 	f.Residents = g.residents(ctx, ports)
 	f.Disagreements, err = g.disagreements(ctx, ports, f.Metadata.Snapshot, cmp.Or(f.Manager.StateDir, metadata.DefaultStateDir))
 	if err != nil {
-		f.Disagreements, f.NotLooked["agreement"] = nil, err.Error()
+		f.Disagreements, f.Unavailable["agreement"] = nil, err.Error()
 	}
 }
 
 // residents asks many at once, by three means: a container may drop what it likes.
-func (g Gatherer) residents(ctx context.Context, ports []delta.HostPort) []Resident {
+func (g Gatherer) residents(ctx context.Context, ports []delta.VethInfo) []Resident {
 	out := []Resident{}
 	index := map[string]int{}
 	for _, p := range ports {
 		index[p.Name] = p.Index
 		for dst := range p.Routes {
 			if dst.IsSingleIP() {
-				out = append(out, Resident{Network: p.Alias.Network, Port: p.Name, Address: dst.Addr(),
+				out = append(out, Resident{Network: p.Alias.Network, Veth: p.Name, Address: dst.Addr(),
 					ID: metadata.AttachmentID{ContainerID: p.Alias.ContainerID, IfName: p.Alias.IfName}})
 			}
 		}
@@ -74,7 +74,7 @@ func (g Gatherer) residents(ctx context.Context, ports []delta.HostPort) []Resid
 		wg.Go(func() {
 			defer func() { <-slots }()
 			r := &out[i]
-			r.Answers = answersAt(ctx, r.Address, index[r.Port], max(g.Timeout, 200*time.Millisecond))
+			r.Answers = answersAt(ctx, r.Address, index[r.Veth], max(g.Timeout, 200*time.Millisecond))
 		})
 	}
 	wg.Wait()
@@ -147,7 +147,7 @@ func arp(index int, from, to netip.Addr, timeout time.Duration) error {
 }
 
 // disagreements compares ports, the plugins' records and the service's allocations.
-func (g Gatherer) disagreements(ctx context.Context, ports []delta.HostPort, s *metadata.Snapshot, stateDir string) ([]string, error) {
+func (g Gatherer) disagreements(ctx context.Context, ports []delta.VethInfo, s *metadata.Snapshot, stateDir string) ([]string, error) {
 	var held []metadata.Allocation
 	for _, n := range s.Networks {
 		list, err := g.Client.Allocations(ctx, n.Name, false)
@@ -160,7 +160,7 @@ func (g Gatherer) disagreements(ctx context.Context, ports []delta.HostPort, s *
 }
 
 // compare returns how ports, the plugins' records of this boot and the service's allocations differ.
-func compare(s *metadata.Snapshot, ports []delta.HostPort, held []metadata.Allocation, stateDir string) ([]string, error) {
+func compare(s *metadata.Snapshot, ports []delta.VethInfo, held []metadata.Allocation, stateDir string) ([]string, error) {
 	me, _ := s.Host(s.Self)
 	type key struct {
 		network string
@@ -184,7 +184,7 @@ func compare(s *metadata.Snapshot, ports []delta.HostPort, held []metadata.Alloc
 				return nil, err
 			}
 			for _, r := range records {
-				if r.BootID == me.BootID && r.State == lease.Held && !r.Leaving {
+				if r.BootID == me.BootID && r.State == lease.Held && !r.Terminating {
 					recorded[key{n.Name, r.AttachmentID}] = r
 				}
 			}
@@ -222,24 +222,24 @@ func compare(s *metadata.Snapshot, ports []delta.HostPort, held []metadata.Alloc
 	return out, nil
 }
 
-func (e *examination) containers() {
+func (e *checkContext) containers() {
 	if !e.needs("containers", e.Residents != nil) {
 		return
 	}
 	const remedy = "look inside: is the interface up, and has it the address? lariat ip show ADDRESS tells whose it is; its runtime makes the interface anew when it restarts the container"
 	silent := slices.DeleteFunc(slices.Clone(e.Residents), func(r Resident) bool { return r.Answers })
 	if len(silent) > oneFindingFor {
-		e.add(Error, "port "+silent[0].Port, remedy, "%d of %d addresses of containers of this host do not answer, the first is %s",
+		e.add(Error, "port "+silent[0].Veth, remedy, "%d of %d addresses of containers of this host do not answer, the first is %s",
 			len(silent), len(e.Residents), silent[0].Address)
 		return
 	}
 	for _, r := range silent {
-		e.add(Error, "port "+r.Port, remedy, "container %s does not answer at its address %s: no echo, no connection, no MAC",
+		e.add(Error, "port "+r.Veth, remedy, "container %s does not answer at its address %s: no echo, no connection, no MAC",
 			metadata.ShortID(r.ID.ContainerID), r.Address)
 	}
 }
 
-func (e *examination) agreement() {
+func (e *checkContext) agreement() {
 	if !e.needs("agreement", e.Disagreements != nil) {
 		return
 	}

@@ -60,8 +60,8 @@ func (r *Report) ExitStatus() int {
 	return 0
 }
 
-// examination is one check under way.
-type examination struct {
+// checkContext is one check under way.
+type checkContext struct {
 	*Facts
 	name    string
 	report  *Report
@@ -69,24 +69,24 @@ type examination struct {
 	skipped bool
 }
 
-func (e *examination) add(s Severity, where, remedy, format string, a ...any) {
+func (e *checkContext) add(s Severity, where, remedy, format string, a ...any) {
 	e.found = append(e.found, Finding{Check: e.name, Severity: s, What: fmt.Sprintf(format, a...), Where: where, Remedy: remedy})
 }
 
-func (e *examination) skip(format string, a ...any) {
+func (e *checkContext) skip(format string, a ...any) {
 	e.skipped = true
 	e.report.Skipped = append(e.report.Skipped, Skipped{Check: e.name, Why: fmt.Sprintf(format, a...)})
 }
 
 // needs skips the check when a group of facts is absent, and reports whether to go on.
-func (e *examination) needs(group string, there bool) bool {
+func (e *checkContext) needs(group string, there bool) bool {
 	if !there {
-		e.skip("%s", cmp.Or(e.NotLooked[group], group+" was not looked at"))
+		e.skip("%s", cmp.Or(e.Unavailable[group], group+" was not looked at"))
 	}
 	return there
 }
 
-func (e *examination) needsSnapshot() bool {
+func (e *checkContext) needsSnapshot() bool {
 	return e.needs("metadata", e.Metadata != nil && e.Metadata.Snapshot != nil)
 }
 
@@ -100,7 +100,7 @@ func confirm(f *Facts, before *Report, names []string) *Report {
 		if len(names) > 0 && !slices.Contains(names, c.name) {
 			continue
 		}
-		e := &examination{Facts: f, name: c.name, report: r}
+		e := &checkContext{Facts: f, name: c.name, report: r}
 		c.run(e)
 		if before != nil {
 			e.found = slices.DeleteFunc(e.found, func(f Finding) bool {

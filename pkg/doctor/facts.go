@@ -11,7 +11,7 @@ import (
 )
 
 // Facts is what a check-up knows. A group that is nil was not looked at, and its checks are skipped with the reason that
-// NotLooked gives for it; an absent fact never passes for a good one.
+// Unavailable gives for it; an absent fact never passes for a good one.
 type Facts struct {
 	Self string // the host's name in the metadata
 
@@ -27,9 +27,9 @@ type Facts struct {
 	Residents     []Resident // addresses of this host's containers
 	Disagreements []string   // of journal, kernel and service, about this host's containers; nil: not compared
 
-	// NotLooked says for a group (metadata, manager, kernel, features, peers, store, entries, usage, forward,
+	// Unavailable says for a group (metadata, manager, kernel, features, peers, store, entries, usage, forward,
 	// tunnels, secret, journal, attachments, passages, containers, agreement) why it is absent.
-	NotLooked map[string]string
+	Unavailable map[string]string
 }
 
 // Metadata is what the metadata service said.
@@ -73,12 +73,12 @@ type Concern struct {
 
 // Kernel is what was read from this host.
 type Kernel struct {
-	Sysctls map[string]string // keys with slashes: net/ipv4/ip_forward
-	Links   map[string]Link   // every interface
-	Devices []Device          // tunnel devices of ours, and those that should be there
-	Ports   []delta.PortFault // containers' ports that lack something
-	Chains  []Device          // nftables chains that should be there, as text
-	Forward []ForwardChain
+	Sysctls   map[string]string     // keys with slashes: net/ipv4/ip_forward
+	Links     map[string]Link       // every interface
+	Devices   []Device              // tunnel devices of ours, and those that should be there
+	Endpoints []delta.EndpointFault // containers' ports that lack something
+	Chains    []Device              // nftables chains that should be there, as text
+	Forward   []ForwardChain
 
 	Passages []Passage // packets from port to port; nil: none was sent
 }

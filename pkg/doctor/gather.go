@@ -40,9 +40,9 @@ type Gatherer struct {
 	Want    func(*metadata.Snapshot, string) *delta.State
 	Observe func(context.Context, *delta.State) (*delta.State, error)
 
-	// PortFaults compares containers' ports with the plugins' journals, and returns what they lack. nil: they are
+	// EndpointFaults compares containers' ports with the plugins' journals, and returns what they lack. nil: they are
 	// not looked at.
-	PortFaults func(context.Context, *metadata.Snapshot) ([]delta.PortFault, error)
+	EndpointFaults func(context.Context, *metadata.Snapshot) ([]delta.EndpointFault, error)
 
 	// Living lists what containers that run have, by the plugins' journals in these state directories. nil: they are
 	// not looked at.
@@ -66,9 +66,9 @@ func (g Gatherer) MetadataFacts(ctx context.Context, f *Facts) {
 	if err != nil {
 		f.Metadata.Err = err
 		for _, group := range []string{"metadata", "store", "usage", "peers"} {
-			f.NotLooked[group] = "the metadata service did not answer"
+			f.Unavailable[group] = "the metadata service did not answer"
 		}
-		f.NotLooked["devices"] = "the metadata service did not answer"
+		f.Unavailable["devices"] = "the metadata service did not answer"
 		return
 	}
 	f.Metadata.Snapshot, f.Self = snap, snap.Self
@@ -76,7 +76,7 @@ func (g Gatherer) MetadataFacts(ctx context.Context, f *Facts) {
 	for _, n := range snap.Networks {
 		st, err := g.Client.Status(ctx, n.Name)
 		if err != nil {
-			f.Metadata.Status, f.NotLooked["usage"] = nil, fmt.Sprintf("status of network %s: %v", n.Name, err)
+			f.Metadata.Status, f.Unavailable["usage"] = nil, fmt.Sprintf("status of network %s: %v", n.Name, err)
 			break
 		}
 		f.Metadata.Status = append(f.Metadata.Status, *st)
@@ -85,12 +85,12 @@ func (g Gatherer) MetadataFacts(ctx context.Context, f *Facts) {
 	if err != nil {
 		f.Metadata.Problems = nil
 		if !metadata.IsCode(err, metadata.CodeNotFound) { // a service of an older version cannot tell
-			f.NotLooked["entries"] = err.Error()
+			f.Unavailable["entries"] = err.Error()
 		}
 	}
 	f.Metadata.Store, err = storeFacts(ctx, socket)
 	if err != nil {
-		f.NotLooked["store"] = err.Error()
+		f.Unavailable["store"] = err.Error()
 	}
 }
 
@@ -111,27 +111,27 @@ func (g Gatherer) ManagerFacts(ctx context.Context, f *Facts) {
 func (g Gatherer) journalFacts(ctx context.Context, f *Facts) {
 	switch {
 	case f.Metadata.Snapshot == nil:
-		f.NotLooked["journal"] = "the metadata service did not answer"
+		f.Unavailable["journal"] = "the metadata service did not answer"
 		return
 	case f.Manager.Err != nil:
-		f.NotLooked["journal"] = "the network manager did not answer"
+		f.Unavailable["journal"] = "the network manager did not answer"
 		return
 	case f.Manager.StateDir == "":
-		f.NotLooked["journal"] = "the network manager is older than this program: update and restart it"
+		f.Unavailable["journal"] = "the network manager is older than this program: update and restart it"
 		return
 	}
 	own := []metadata.Allocation{}
 	for _, n := range f.Metadata.Snapshot.Networks {
 		list, err := g.Client.Allocations(ctx, n.Name, false)
 		if err != nil {
-			f.NotLooked["journal"] = fmt.Sprintf("addresses of network %s: %v", n.Name, err)
+			f.Unavailable["journal"] = fmt.Sprintf("addresses of network %s: %v", n.Name, err)
 			return
 		}
 		own = append(own, list...)
 	}
 	f.Own = own
 	if g.Living == nil {
-		f.NotLooked["attachments"] = "this build cannot read the plugins' journal"
+		f.Unavailable["attachments"] = "this build cannot read the plugins' journal"
 		return
 	}
 	dirs := []string{f.Manager.StateDir}
@@ -142,44 +142,44 @@ func (g Gatherer) journalFacts(ctx context.Context, f *Facts) {
 	}
 	var err error
 	if f.Living, err = g.Living(dirs); err != nil {
-		f.Living, f.NotLooked["attachments"] = nil, err.Error()
+		f.Living, f.Unavailable["attachments"] = nil, err.Error()
 	}
 }
 
 // Gather collects everything.
 func (g Gatherer) Gather(ctx context.Context) *Facts {
-	f := &Facts{NotLooked: map[string]string{}}
+	f := &Facts{Unavailable: map[string]string{}}
 	g.MetadataFacts(ctx, f)
 	g.ManagerFacts(ctx, f)
 	g.journalFacts(ctx, f)
 	if g.Features != nil {
 		var err error
 		if f.Features, err = g.Features(f.Metadata.Snapshot); err != nil {
-			f.NotLooked["features"] = err.Error()
+			f.Unavailable["features"] = err.Error()
 		}
 	}
 	g.secretFacts(f)
 	g.kernelFacts(ctx, f)
 	switch {
 	case f.Metadata.Snapshot == nil:
-		f.NotLooked["containers"], f.NotLooked["agreement"] = f.NotLooked["metadata"], f.NotLooked["metadata"]
+		f.Unavailable["containers"], f.Unavailable["agreement"] = f.Unavailable["metadata"], f.Unavailable["metadata"]
 	case !g.Probe:
-		f.NotLooked["containers"], f.NotLooked["agreement"] = "containers were not asked (--no-probe)", "containers were not asked (--no-probe)"
+		f.Unavailable["containers"], f.Unavailable["agreement"] = "containers were not asked (--no-probe)", "containers were not asked (--no-probe)"
 	case os.Geteuid() != 0:
-		f.NotLooked["containers"], f.NotLooked["agreement"] = "only root may ask containers", "only root may read the plugins' records"
+		f.Unavailable["containers"], f.Unavailable["agreement"] = "only root may ask containers", "only root may read the plugins' records"
 	default:
 		g.containerFacts(ctx, f)
 	}
 	switch {
 	case !g.Probe:
-		f.NotLooked["peers"] = "other hosts were not probed (--no-probe)"
+		f.Unavailable["peers"] = "other hosts were not probed (--no-probe)"
 	case f.Metadata.Snapshot != nil:
 		f.Peers = g.peers(ctx, f.Metadata.Snapshot)
 		if f.Manager.Tunnels != nil {
 			g.tunnelFacts(ctx, f) // once more: to a host that nobody sent anything to, the probes were the first to need a tunnel
 		}
 		if os.Geteuid() != 0 {
-			f.NotLooked["tunnel"] = "only root may ping through the tunnels"
+			f.Unavailable["tunnel"] = "only root may ping through the tunnels"
 		}
 	}
 	return f
@@ -198,7 +198,7 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 	}
 	ifaces, err := net.Interfaces()
 	if err != nil {
-		f.NotLooked["kernel"] = err.Error()
+		f.Unavailable["kernel"] = err.Error()
 		return
 	}
 	f.Kernel = k
@@ -222,35 +222,35 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 		}
 	}
 	if k.Forward, err = forwardChains(ctx, subnets); err != nil {
-		f.NotLooked["forward"] = err.Error()
+		f.Unavailable["forward"] = err.Error()
 	}
 	if f.Metadata.Snapshot == nil {
 		return
 	}
 	switch {
 	case !g.Probe:
-		f.NotLooked["passages"] = "no packet was sent (--no-probe)"
+		f.Unavailable["passages"] = "no packet was sent (--no-probe)"
 	case os.Geteuid() != 0:
-		f.NotLooked["passages"] = "only root may send a packet from port to port"
+		f.Unavailable["passages"] = "only root may send a packet from port to port"
 	default:
 		var why string
 		if k.Passages, why = g.passages(ctx, f.Metadata.Snapshot); why != "" {
-			f.NotLooked["passages"] = why
+			f.Unavailable["passages"] = why
 		}
 	}
-	if g.PortFaults == nil {
-		f.NotLooked["ports"] = "this build cannot observe the kernel"
-	} else if k.Ports, err = g.PortFaults(ctx, f.Metadata.Snapshot); err != nil {
-		f.NotLooked["ports"] = err.Error()
+	if g.EndpointFaults == nil {
+		f.Unavailable["ports"] = "this build cannot observe the kernel"
+	} else if k.Endpoints, err = g.EndpointFaults(ctx, f.Metadata.Snapshot); err != nil {
+		f.Unavailable["ports"] = err.Error()
 	}
 	if g.Want == nil || g.Observe == nil {
-		f.NotLooked["devices"] = "this build cannot observe the kernel"
+		f.Unavailable["devices"] = "this build cannot observe the kernel"
 		return
 	}
 	want := g.Want(f.Metadata.Snapshot, f.Self)
 	have, err := g.Observe(ctx, want)
 	if err != nil {
-		f.NotLooked["devices"] = err.Error()
+		f.Unavailable["devices"] = err.Error()
 		return
 	}
 	text := func(links map[string]delta.Link, name string) string {
@@ -324,7 +324,7 @@ func accepts(r *nftables.Rule, subnets []netip.Prefix) bool {
 			}
 			accept = accept || v.Kind == expr.VerdictAccept
 		case *expr.Cmp:
-			ours = ours || bytes.HasPrefix(v.Data, []byte(delta.PortPrefix)) || bytes.HasPrefix(v.Data, []byte("vtep")) || bytes.HasPrefix(v.Data, []byte(delta.TunnelPrefix))
+			ours = ours || bytes.HasPrefix(v.Data, []byte(delta.VethPrefix)) || bytes.HasPrefix(v.Data, []byte("vtep")) || bytes.HasPrefix(v.Data, []byte(delta.TunnelPrefix))
 			for _, s := range subnets {
 				a := s.Addr().AsSlice()
 				ours = ours || len(v.Data) <= len(a) && len(v.Data)*8 >= s.Bits() && bytes.Equal(v.Data, a[:len(v.Data)])

@@ -84,11 +84,11 @@ func (g Gatherer) tunnelFacts(ctx context.Context, f *Facts) {
 	})
 	switch {
 	case err != nil:
-		f.NotLooked["tunnels"] = fmt.Sprintf("the network manager did not tell of its tunnels: %v", err)
+		f.Unavailable["tunnels"] = fmt.Sprintf("the network manager did not tell of its tunnels: %v", err)
 	case status == http.StatusNotFound:
-		f.NotLooked["tunnels"] = "the network manager is older than this program: update and restart it"
+		f.Unavailable["tunnels"] = "the network manager is older than this program: update and restart it"
 	case status != http.StatusOK || bad != nil:
-		f.NotLooked["tunnels"] = fmt.Sprintf("the network manager did not tell of its tunnels: status %d", status)
+		f.Unavailable["tunnels"] = fmt.Sprintf("the network manager did not tell of its tunnels: status %d", status)
 	default:
 		f.Manager.Tunnels = &r
 	}
@@ -102,7 +102,7 @@ func (g Gatherer) secretFacts(f *Facts) {
 	case errors.Is(err, fs.ErrNotExist):
 		f.Secret = &SecretFile{Path: path}
 	default:
-		f.NotLooked["secret"] = fmt.Sprintf("secret file: %v", err)
+		f.Unavailable["secret"] = fmt.Sprintf("secret file: %v", err)
 	}
 }
 
@@ -152,11 +152,11 @@ var cures = []struct {
 }
 
 // rules reports what is missing of the rules that keep containers, networks and the underlay apart.
-func (e *examination) rules() {
+func (e *checkContext) rules() {
 	if !e.needs("kernel", e.Kernel != nil) {
 		return
 	}
-	if why := e.NotLooked["devices"]; why != "" {
+	if why := e.Unavailable["devices"]; why != "" {
 		e.skip("%s", why)
 	}
 	var missing, changed []string
@@ -180,7 +180,7 @@ func (e *examination) rules() {
 }
 
 // ipsec reports what keeps tunnels from being set up.
-func (e *examination) ipsec() {
+func (e *checkContext) ipsec() {
 	if !e.needsSnapshot() || len(encrypted(e.Metadata.Snapshot)) == 0 || !e.needs("manager", e.Manager != nil) {
 		return
 	}
@@ -258,7 +258,7 @@ func (e *examination) ipsec() {
 }
 
 // toldOfTunnel reports whether a finding of this check-up says already why no packet passes the tunnel to a host.
-func (e *examination) toldOfTunnel(host string) bool {
+func (e *checkContext) toldOfTunnel(host string) bool {
 	return slices.ContainsFunc(e.report.Findings, func(f Finding) bool {
 		return f.Check == "ipsec" && f.Severity == Error && (f.Where == "host "+e.Self || strings.HasPrefix(f.Where, "hosts ") && slices.Contains(strings.Split(f.Where[6:], ", "), host) ||
 			strings.HasPrefix(f.Where, "host "+host+" "))
@@ -266,7 +266,7 @@ func (e *examination) toldOfTunnel(host string) bool {
 }
 
 // secret compares which secrets the hosts have announced, and looks at the file.
-func (e *examination) secret() {
+func (e *checkContext) secret() {
 	if !e.needsSnapshot() {
 		return
 	}
@@ -322,12 +322,12 @@ func (e *examination) secret() {
 }
 
 // failClosed looks for what would let packets of encrypted networks travel in clear.
-func (e *examination) failClosed() {
+func (e *checkContext) failClosed() {
 	if !e.needsSnapshot() || len(encrypted(e.Metadata.Snapshot)) == 0 || !e.needs("kernel", e.Kernel != nil) {
 		return
 	}
 	k := e.Kernel
-	if why := e.NotLooked["devices"]; why != "" {
+	if why := e.Unavailable["devices"]; why != "" {
 		e.skip("%s", why)
 	}
 	devices := map[string]bool{"all": true} // not lo, where they are set always

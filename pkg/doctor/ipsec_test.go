@@ -230,7 +230,7 @@ func TestF137FeaturesAreNeededByEncapsulationAndUnderlay(t *testing.T) {
 func TestF137WhatWasNotSaidOfTunnelsIsNotFine(t *testing.T) {
 	f := encryptedHost(t)
 	f.Manager.Tunnels, f.Secret = nil, nil
-	f.NotLooked = map[string]string{"tunnels": "the network manager is older", "secret": "secret file: not for you", "devices": "not root"}
+	f.Unavailable = map[string]string{"tunnels": "the network manager is older", "secret": "secret file: not for you", "devices": "not root"}
 	for i := range f.Metadata.Snapshot.Hosts {
 		f.Metadata.Snapshot.Hosts[i].IKEKeys = nil
 	}

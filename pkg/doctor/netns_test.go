@@ -52,7 +52,7 @@ func examine(file string) error {
 	if err != nil {
 		return err
 	}
-	f := &Facts{NotLooked: map[string]string{}, Metadata: &Metadata{Snapshot: &metadata.Snapshot{}}}
+	f := &Facts{Unavailable: map[string]string{}, Metadata: &Metadata{Snapshot: &metadata.Snapshot{}}}
 	if err := json.Unmarshal(b, f.Metadata.Snapshot); err != nil {
 		return err
 	}

@@ -103,7 +103,7 @@ func spare(s *metadata.Snapshot, n metadata.Network, subnet netip.Prefix) (a, b 
 	for at, _ := netip.AddrFromSlice(last); subnet.Contains(at); {
 		p := netip.PrefixFrom(at, size).Masked()
 		taken := slices.ContainsFunc(s.Blocks, func(b metadata.Block) bool { return b.CIDR.Overlaps(p) }) ||
-			slices.ContainsFunc(s.Endpoints, func(e metadata.Endpoint) bool { return p.Contains(e.Address) })
+			slices.ContainsFunc(s.HostRoutes, func(e metadata.HostRoute) bool { return p.Contains(e.Address) })
 		if !taken && p.Contains(p.Addr().Next()) {
 			return p.Addr(), p.Addr().Next(), true
 		}
@@ -127,16 +127,16 @@ func between(ctx context.Context, k kernel.Kernel, network string, size int, gat
 			return err
 		}
 		defer inside.Close()
-		w.ports[i] = fmt.Sprintf("%sp%d-%d", delta.PortPrefix, os.Getpid(), i)
+		w.ports[i] = fmt.Sprintf("%sp%d-%d", delta.VethPrefix, os.Getpid(), i)
 		p := attach.Plan(&metadata.Attachment{Network: network, Device: "-", MTU: size,
 			Addresses: []metadata.AttachmentAddress{{Address: addr, Gateway: gateway}}},
 			attach.Config{ID: metadata.AttachmentID{ContainerID: w.ports[i], IfName: "eth0"}})
 		// Not a port's alias: the network manager would look for the container.
 		p.HostName, p.Alias = w.ports[i], delta.AliasPrefix+"doctor"
-		if err := k.AddPort(ctx, fmt.Sprintf("/proc/self/fd/%d", inside.Fd()), p); err != nil {
+		if err := k.AddEndpoint(ctx, fmt.Sprintf("/proc/self/fd/%d", inside.Fd()), p); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, k.DelPort(context.WithoutCancel(ctx), p.HostName)) }()
+		defer func() { err = errors.Join(err, k.DelEndpoint(context.WithoutCancel(ctx), p.HostName)) }()
 		err = within(inside, func() (err error) {
 			w.conns[i], err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, 0)))
 			return err

@@ -129,7 +129,7 @@ func build(s *metadata.Snapshot, o Options) *picture {
 			p.note("block %s of network %s belongs to host %s: one of them is not in the metadata", b.CIDR, b.Network, b.Host)
 		}
 	}
-	for _, e := range s.Endpoints {
+	for _, e := range s.HostRoutes {
 		if pt := share(e.Host, e.Network); pt != nil {
 			pt.borrowed = append(pt.borrowed, e.Address)
 		}

@@ -191,7 +191,7 @@ func TestHostileNamesStayText(t *testing.T) {
 			for _, name := range []string{"three", "ipsec"} {
 				s, o := fixture(t, name), Options{}
 				s.Blocks = append(s.Blocks, metadata.Block{Network: "none", Host: "none"}) // "not drawn"
-				s.Endpoints = append(s.Endpoints, metadata.Endpoint{Network: s.Networks[0].Name, Host: s.Hosts[0].Name, Address: netip.MustParseAddr("fe80::1")})
+				s.HostRoutes = append(s.HostRoutes, metadata.HostRoute{Network: s.Networks[0].Name, Host: s.Hosts[0].Name, Address: netip.MustParseAddr("fe80::1")})
 				if name == "ipsec" {
 					o.Tunnels = report(t)
 				}

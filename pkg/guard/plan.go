@@ -182,12 +182,12 @@ func (p *plan) guard() {
 		}
 		add(delta.IifPrefix(delta.VTEPPrefix), accept)
 	}
-	add(delta.IifPrefix(delta.PortPrefix), delta.Jump(FromPort))
+	add(delta.IifPrefix(delta.VethPrefix), delta.Jump(FromPort))
 	c.Rules = append(c.Rules, p.tooBig()...)
 	if p.local.IsValid() {
 		p.wire(add)
 	}
-	outside := []delta.Statement{delta.IifGroup{Group: delta.InsideGroup, Not: true}, delta.Iif{Name: "lo", Not: true}}
+	outside := []delta.Statement{delta.IifGroup{Group: delta.OverlayLinkGroup, Not: true}, delta.Iif{Name: "lo", Not: true}}
 	for _, n := range p.networks {
 		for _, subnet := range n.Subnets {
 			from, to := delta.InPrefix{Field: "saddr", Prefix: subnet}, delta.InPrefix{Field: "daddr", Prefix: subnet}
@@ -235,7 +235,7 @@ func (p *plan) tooBig() []delta.Rule {
 func (p *plan) tunnels(add func(...delta.Statement)) {
 	v6 := p.local.Is6()
 	for _, port := range p.vxlanPorts() {
-		add(port, delta.IifGroup{Group: delta.InsideGroup, Not: true}, p.toHere(),
+		add(port, delta.IifGroup{Group: delta.OverlayLinkGroup, Not: true}, p.toHere(),
 			delta.InSet{Field: "saddr", Set: VTEPSet(v6), V6: v6}, delta.Notrack{}, accept)
 	}
 }
@@ -301,7 +301,7 @@ func (p *plan) isolation() {
 			if n.DirectRouting {
 				sources = append(sources, subnet)
 			}
-			c.Rules = append(c.Rules, delta.Rule{to, delta.IifGroup{Group: delta.InsideGroup, Not: true}, delta.NotIifPrefix(delta.VTEPPrefix), delta.Jump(FromOutside)})
+			c.Rules = append(c.Rules, delta.Rule{to, delta.IifGroup{Group: delta.OverlayLinkGroup, Not: true}, delta.NotIifPrefix(delta.VTEPPrefix), delta.Jump(FromOutside)})
 			for _, source := range sources {
 				outside = append(outside, slices.Concat(within("saddr", source), delta.Rule{to, accept}))
 			}

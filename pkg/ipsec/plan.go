@@ -32,9 +32,9 @@ func Owned(ifID uint32) bool { return ifID>>24 == delta.Protocol }
 // Device is the XFRM interface of an if_id.
 func Device(ifID uint32) string { return fmt.Sprintf("%s%06x", delta.TunnelPrefix, ifID&0xffffff) }
 
-// HomeDevice is the device that carries a host's own addresses on a network. It is an XFRM interface whose if_id has neither
+// GatewayDevice is the device that carries a host's own addresses on a network. It is an XFRM interface whose if_id has neither
 // policies nor keys: what is sent to it goes nowhere.
-func HomeDevice(network string) string { return Device(homeID(network)) }
+func GatewayDevice(network string) string { return Device(gatewayID(network)) }
 
 // Alias is the ifalias of a network's device: of the tunnel to a peer, or, with no peer, of the home device.
 func Alias(network, peer string) string {
@@ -91,7 +91,7 @@ func layOut(snap *metadata.Snapshot, self string, s *delta.State) (*layout, bool
 	}
 	slices.SortFunc(found, func(a, b metadata.Network) int { return strings.Compare(a.Name, b.Name) })
 	for _, n := range found {
-		id := homeID(n.Name)
+		id := gatewayID(n.Name)
 		if other, used := taken[id]; used {
 			s.Problemf("network %s hashes to the same interface as network %s and is left out; give it another name", n.Name, other)
 			continue
@@ -127,7 +127,7 @@ func layOut(snap *metadata.Snapshot, self string, s *delta.State) (*layout, bool
 	return l, true
 }
 
-func homeID(network string) uint32 { return hashID(network, "") }
+func gatewayID(network string) uint32 { return hashID(network, "") }
 
 func hashID(network, peer string) uint32 {
 	h := fnv.New64a()
@@ -141,10 +141,10 @@ func hashID(network, peer string) uint32 {
 func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Network, prefixes map[string][]netip.Prefix) {
 	link := func(id uint32, peer string) string {
 		dev := Device(id)
-		s.Links[dev] = delta.Link{Kind: delta.KindXFRM, IfID: id, Group: delta.InsideGroup, MTU: mtu.Container(n, l.me), Alias: Alias(n.Name, peer), NoIPv6: !n.HasIPv6()}
+		s.Links[dev] = delta.Link{Kind: delta.KindXFRM, IfID: id, Group: delta.OverlayLinkGroup, MTU: mtu.Container(n, l.me), Alias: Alias(n.Name, peer), NoIPv6: !n.HasIPv6()}
 		return dev
 	}
-	home := link(homeID(n.Name), "")
+	home := link(gatewayID(n.Name), "")
 	s.Sysctls["net/ipv4/ip_forward"] = "1"
 	if n.HasIPv6() {
 		s.Sysctls["net/ipv6/conf/all/forwarding"] = "1"
@@ -185,7 +185,7 @@ func block(s *delta.State, networks []metadata.Network) {
 	for _, p := range subnets {
 		// A packet passes here twice: on its way into the tunnel's interface, and on its way to the wire with the transformation ahead of it.
 		out.Rules = append(out.Rules,
-			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.OifGroup{Group: delta.InsideGroup, Not: true}, delta.NotRouteIPsec{}, delta.Oif{Name: "lo", Not: true}, delta.Verdict("drop")})
+			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.OifGroup{Group: delta.OverlayLinkGroup, Not: true}, delta.NotRouteIPsec{}, delta.Oif{Name: "lo", Not: true}, delta.Verdict("drop")})
 	}
 	s.Chains[ClearOut] = out
 }

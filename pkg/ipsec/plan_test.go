@@ -80,7 +80,7 @@ func TestPlanIsPure(t *testing.T) {
 	want := text(snap, ipsec.Options{})
 	for range 20 {
 		shuffle(snap.Blocks)
-		shuffle(snap.Endpoints)
+		shuffle(snap.HostRoutes)
 		shuffle(snap.Hosts)
 		if got := text(snap, ipsec.Options{}); got != want {
 			t.Fatalf("the plan depends on the order:\n%s", got)

@@ -52,7 +52,7 @@ func TestF1_FirstPackets(t *testing.T) {
 		}
 		id := metadata.AttachmentID{ContainerID: fmt.Sprint("c", round), IfName: "eth0"}
 		p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: addresses}, attach.Config{ID: id})
-		if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+		if err := k.AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 			t.Fatal(err)
 		}
 		for i := range ways { // each family is the first in turn
@@ -76,7 +76,7 @@ func TestF1_FirstPackets(t *testing.T) {
 				}
 			}
 		})
-		if err := k.DelPort(t.Context(), p.HostName); err != nil {
+		if err := k.DelEndpoint(t.Context(), p.HostName); err != nil {
 			t.Fatal(err)
 		}
 	}

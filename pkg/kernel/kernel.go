@@ -30,40 +30,40 @@ type Kernel interface {
 	// every change, and joins the errors; each names its change. Repeating an Apply is harmless.
 	Apply(ctx context.Context, d *delta.Difference) error
 
-	// PortFree reports why AddPort would not make a port of that host end: a container runs with it
+	// VethFree reports why AddEndpoint would not make a port of that host end: a container runs with it
 	// in another network namespace or on another network, or the other end was renamed and its name
 	// is taken. The error wraps ErrExists. Nothing is changed.
-	PortFree(ctx context.Context, netns, hostName, ifName, network string) error
+	VethFree(ctx context.Context, netns, hostName, ifName, network string) error
 
 	// PortNetwork returns the network of a host end; empty when there is no such port, or it has no
 	// alias yet.
 	PortNetwork(ctx context.Context, hostName string) (string, error)
 
-	// AddPort makes a container's port, or leaves nothing of it behind. A host end of the same name
-	// that is left over is replaced, one that PortFree objects to is not; an interface IfName
+	// AddEndpoint makes a container's port, or leaves nothing of it behind. A host end of the same name
+	// that is left over is replaced, one that VethFree objects to is not; an interface IfName
 	// inside of the container that already exists is an error that wraps ErrExists. A route that leads
 	// one of the addresses elsewhere is not replaced, unless it is the overlay's: the error wraps ErrTaken.
-	AddPort(ctx context.Context, netns string, p delta.Port) error
+	AddEndpoint(ctx context.Context, netns string, p delta.Endpoint) error
 
-	// DelPort removes a port by its host end. Both ends and all routes go with it. It is no error when it is gone.
-	DelPort(ctx context.Context, hostName string) error
+	// DelEndpoint removes a port by its host end. Both ends and all routes go with it. It is no error when it is gone.
+	DelEndpoint(ctx context.Context, hostName string) error
 
-	// DelPorts removes many in one request: a link removal alone waits some 16 ms for RCU, a group hardly longer.
-	DelPorts(ctx context.Context, hostNames []string) error
+	// DelEndpoints removes many in one request: a link removal alone waits some 16 ms for RCU, a group hardly longer.
+	DelEndpoints(ctx context.Context, hostNames []string) error
 
-	// CheckPort compares a port with what it should be and names everything that differs.
-	CheckPort(ctx context.Context, netns string, p delta.Port) error
+	// CheckEndpoint compares a port with what it should be and names everything that differs.
+	CheckEndpoint(ctx context.Context, netns string, p delta.Endpoint) error
 
 	// Joined reports whether a device of ours is there and every address is one of this host's own: what an ADD needs to
 	// know before it relies on them. It asks for single objects and dumps nothing.
 	Joined(ctx context.Context, device string, addrs []netip.Addr) (bool, error)
 
-	// Ports lists the host ends of ports.
-	Ports(ctx context.Context) ([]delta.HostPort, error)
+	// Veths lists the host ends of ports.
+	Veths(ctx context.Context) ([]delta.VethInfo, error)
 
-	// MendPort makes a port's host end what it should be. It makes no port: one that is gone is no error.
-	// Routes are replaced as by AddPort.
-	MendPort(ctx context.Context, want delta.HostPort) error
+	// RepairVeth makes a port's host end what it should be. It makes no port: one that is gone is no error.
+	// Routes are replaced as by AddEndpoint.
+	RepairVeth(ctx context.Context, want delta.VethInfo) error
 
 	// Close frees the sockets.
 	Close() error

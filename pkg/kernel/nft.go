@@ -413,7 +413,7 @@ func shrinks(d *delta.Difference) bool {
 		_, gone := delta.ElementChanges(e.Value.Elements, e.Old.Elements)
 		return len(gone) > 0
 	}) || slices.ContainsFunc(d.Chains.Set, func(e delta.Entry[string, delta.Chain]) bool {
-		return len(delta.Grown(e.Value, e.Old).Rules) > len(e.Value.Rules)
+		return len(delta.MergeForTransition(e.Value, e.Old).Rules) > len(e.Value.Rules)
 	})
 }
 
@@ -441,7 +441,7 @@ func (f *nftables) target(d *delta.Difference, grow bool) (sets map[string]delta
 	for _, e := range d.Chains.Set {
 		chain := e.Value
 		if have, ok := f.chains[e.Key]; grow && ok {
-			chain = delta.Grown(chain, have)
+			chain = delta.MergeForTransition(chain, have)
 		}
 		chains[e.Key] = chain
 	}

@@ -37,7 +37,7 @@ func filters() *delta.State {
 	s.Sets["hosts4"] = delta.Set{Elements: prefixes("192.0.2.1/32", "192.0.2.2/32")}
 	s.Sets["hosts6"] = delta.Set{V6: true, Elements: prefixes("2001:db8::1/128")}
 	s.Chains["antispoof"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
-		{delta.IifPrefix(delta.PortPrefix), delta.NoReverse{}, delta.Verdict("drop"), delta.MarkComment("own addresses only")},
+		{delta.IifPrefix(delta.VethPrefix), delta.NoReverse{}, delta.Verdict("drop"), delta.MarkComment("own addresses only")},
 	}}
 	s.Chains["vtep-sources"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
 		{delta.UDPDport(4789), delta.VXLANVNI(1042), delta.InSet{Field: "saddr", Set: "vteps4", Not: true}, delta.Verdict("drop")},
@@ -51,7 +51,7 @@ func filters() *delta.State {
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("192.0.2.1/32")}, delta.Verdict("drop")},
 	}}
 	s.Chains["guard"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
-		{delta.IifPrefix(delta.PortPrefix), delta.Jump("from-port")},
+		{delta.IifPrefix(delta.VethPrefix), delta.Jump("from-port")},
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("192.0.2.1/32")}, delta.UDPDport(4789), delta.Notrack{}, delta.Verdict("accept")},
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.42.0.0/16")}, delta.Reverse{}, delta.Verdict("accept")},
 	}}

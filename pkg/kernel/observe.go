@@ -439,7 +439,7 @@ func (o *observation) route(body []byte) {
 		r.Via, r.Onlink = netip.Addr{}, false // the nexthop's, or lo for what leads nowhere
 	case oif != 0:
 		r.Dev = o.name(oif)
-		if strings.HasPrefix(r.Dev, delta.PortPrefix) { // a container's, made and removed with its port
+		if strings.HasPrefix(r.Dev, delta.VethPrefix) { // a container's, made and removed with its port
 			if o.ports != nil {
 				if o.ports[r.Dev] == nil {
 					o.ports[r.Dev] = map[netip.Prefix]delta.Route{}

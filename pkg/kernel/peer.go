@@ -12,8 +12,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// PortFree implements Kernel.
-func (n *Netns) PortFree(ctx context.Context, path, hostName, ifName, network string) error {
+// VethFree implements Kernel.
+func (n *Netns) VethFree(ctx context.Context, path, hostName, ifName, network string) error {
 	inside, err := os.Open(path)
 	if err != nil {
 		return fmt.Errorf("open network namespace: %w", err)
@@ -32,7 +32,7 @@ func (n *Netns) PortNetwork(ctx context.Context, hostName string) (string, error
 	if err != nil && !errors.Is(err, unix.ENODEV) {
 		return "", fmt.Errorf("look for %s: %w", hostName, err)
 	}
-	alias, _ := delta.ParsePortAlias(f.link.Alias)
+	alias, _ := delta.ParseEndpointAlias(f.link.Alias)
 	return alias.Network, nil
 }
 
@@ -67,7 +67,7 @@ func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) erro
 		return fmt.Errorf("the port %s leads to %s in another network namespace in use: %w; DEL it first",
 			hostName, name, ErrExists)
 	}
-	if alias, ok := delta.ParsePortAlias(f.link.Alias); ok && alias.Network != network {
+	if alias, ok := delta.ParseEndpointAlias(f.link.Alias); ok && alias.Network != network {
 		return fmt.Errorf("interface %s in the container: %w; it is connected to network %s", name, ErrExists, alias.Network)
 	}
 	if name == ifName {

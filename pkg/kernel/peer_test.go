@@ -16,7 +16,7 @@ import (
 )
 
 // portOf plans the port of one container on a network.
-func portOf(network string) delta.Port {
+func portOf(network string) delta.Endpoint {
 	addresses := []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.5")}}
 	return attach.Plan(&metadata.Attachment{Network: network, MTU: 1450, Addresses: addresses},
 		attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
@@ -41,17 +41,17 @@ func TestPortOfARunningContainerStays(t *testing.T) {
 		}
 		defer k.Close()
 		p := portOf("n")
-		add := func(ns *netnstest.NS, p delta.Port) error { return k.AddPort(t.Context(), ns.Path(), p) }
+		add := func(ns *netnstest.NS, p delta.Endpoint) error { return k.AddEndpoint(t.Context(), ns.Path(), p) }
 		if err := add(first, p); err != nil {
 			t.Fatal(err)
 		}
-		index := kernel.PortIndex(p.HostName)
-		refused := func(ns *netnstest.NS, p delta.Port, want string) {
+		index := kernel.VethIndex(p.HostName)
+		refused := func(ns *netnstest.NS, p delta.Endpoint, want string) {
 			t.Helper()
 			if err := add(ns, p); !errors.Is(err, kernel.ErrExists) || !strings.Contains(err.Error(), want) {
 				t.Errorf("got %v, want ErrExists and %q", err, want)
 			}
-			if now := kernel.PortIndex(p.HostName); now != index {
+			if now := kernel.VethIndex(p.HostName); now != index {
 				t.Errorf("%s: the port with index %d became %d", want, index, now)
 			}
 		}
@@ -90,7 +90,7 @@ func TestPortOfARunningContainerStays(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if err := k.CheckPort(t.Context(), first.Path(), p); err != nil {
+		if err := k.CheckEndpoint(t.Context(), first.Path(), p); err != nil {
 			t.Error(err)
 		}
 	})
@@ -109,12 +109,12 @@ func TestPortOfADyingNamespaceIsReplaced(t *testing.T) {
 		p := portOf("n")
 		for range 20 {
 			ns := netnstest.New(t)
-			if err := k.AddPort(t.Context(), ns.Path(), p); err != nil {
+			if err := k.AddEndpoint(t.Context(), ns.Path(), p); err != nil {
 				t.Fatal(err)
 			}
 			ns.Close(t)
 			for {
-				err := k.AddPort(t.Context(), next.Path(), p)
+				err := k.AddEndpoint(t.Context(), next.Path(), p)
 				if err == nil {
 					break
 				}
@@ -122,7 +122,7 @@ func TestPortOfADyingNamespaceIsReplaced(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := k.DelPort(t.Context(), p.HostName); err != nil {
+			if err := k.DelEndpoint(t.Context(), p.HostName); err != nil {
 				t.Fatal(err)
 			}
 		}

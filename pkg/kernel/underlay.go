@@ -142,7 +142,7 @@ func parseForeign(body []byte, name func(index uint32) string) (f metadata.Forei
 		return f, false
 	}
 	f.Prefix, f.Device = netip.PrefixFrom(dst, bits), name(oif)
-	for _, own := range []string{delta.PortPrefix, delta.TunnelPrefix, delta.VTEPPrefix} {
+	for _, own := range []string{delta.VethPrefix, delta.TunnelPrefix, delta.VTEPPrefix} {
 		if strings.HasPrefix(f.Device, own) {
 			return f, false
 		}

@@ -228,7 +228,7 @@ func (w *watcher) route(typ uint16, body []byte) {
 			index, addr := parseAddr(body)
 			// An ADD gives its port this address and no other.
 			lost := (typ == unix.RTM_DELADDR) == (addr == delta.GatewayAddress6)
-			if name := w.device(index); !strings.HasPrefix(name, delta.PortPrefix) {
+			if name := w.device(index); !strings.HasPrefix(name, delta.VethPrefix) {
 				w.add(EventAddr, name)
 			} else if lost {
 				w.add(EventPort, name)
@@ -294,12 +294,12 @@ func (w *watcher) netconf(body []byte) {
 	}
 	if index == allDevices || index == newDevices {
 		w.add(EventSysctl, "")
-	} else if name := w.device(index); worse && strings.HasPrefix(name, delta.PortPrefix) {
+	} else if name := w.device(index); worse && strings.HasPrefix(name, delta.VethPrefix) {
 		w.add(EventPort, name)
 	}
 }
 
-// port reports a port that somebody set down, or gave another group or MAC. Its own ADD and DEL set it up, and
+// veth reports a port that somebody set down, or gave another group or MAC. Its own ADD and DEL set it up, and
 // tell of a new device (~0).
 func (w *watcher) port(typ uint16, change uint32, f foundLink) {
 	if typ == unix.RTM_DELLINK {
@@ -308,9 +308,9 @@ func (w *watcher) port(typ uint16, change uint32, f foundLink) {
 	}
 	mac, known := w.macs[f.index]
 	w.macs[f.index] = f.link.MAC
-	_, ours := delta.ParsePortAlias(f.link.Alias)
+	_, ours := delta.ParseEndpointAlias(f.link.Alias)
 	down := f.link.Down && change&unix.IFF_UP != 0
-	if ours && change != math.MaxUint32 && (down || f.group != delta.InsideGroup || known && mac != f.link.MAC) {
+	if ours && change != math.MaxUint32 && (down || f.group != delta.OverlayLinkGroup || known && mac != f.link.MAC) {
 		w.add(EventPort, f.name)
 	}
 }
@@ -318,7 +318,7 @@ func (w *watcher) port(typ uint16, change uint32, f foundLink) {
 func (w *watcher) link(typ uint16, change uint32, f foundLink) {
 	ours := slices.Contains(linkKinds, f.kind) && strings.HasPrefix(f.link.Alias, delta.AliasPrefix)
 	switch {
-	case strings.HasPrefix(f.name, delta.PortPrefix):
+	case strings.HasPrefix(f.name, delta.VethPrefix):
 		w.port(typ, change, f)
 		return
 	case ours && typ == unix.RTM_NEWLINK:

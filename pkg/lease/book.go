@@ -59,7 +59,7 @@ func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRe
 	old, known, _ := b.Journal.Get(network, id)
 	known = known && old.State != Released
 	err = b.Journal.Put(Record{AttachmentID: id, Attachment: *a, State: state, Type: b.Type, Netns: ns.Path, NetnsInode: ns.Inode,
-		BootID: a.BootID, Name: req.Name, UUID: req.UUID, Labels: req.Labels, Created: time.Now().UTC(), Leaving: known && old.Leaving})
+		BootID: a.BootID, Name: req.Name, UUID: req.UUID, Labels: req.Labels, Created: time.Now().UTC(), Terminating: known && old.Terminating})
 	if err != nil {
 		if !known { // an earlier ADD's container may run with these addresses
 			err = errors.Join(err, b.Client.Release(ctx, network, id, 0))
@@ -114,7 +114,7 @@ func (b Book) RegisterAll(ctx context.Context, network, bootID string) error {
 		if err != nil {
 			continue
 		}
-		if now, ok, _ := b.Journal.Get(network, r.AttachmentID); ok && now.State == r.State && !now.Leaving {
+		if now, ok, _ := b.Journal.Get(network, r.AttachmentID); ok && now.State == r.State && !now.Terminating {
 			if err := b.Register(ctx, network, now); err != nil {
 				errs = append(errs, fmt.Errorf("register %s: %w", r.AttachmentID, err))
 			}
@@ -128,7 +128,7 @@ func (b Book) RegisterAll(ctx context.Context, network, bootID string) error {
 // its container would share its addresses.
 func (b Book) elsewhere(network string, id metadata.AttachmentID, ns Netns) error {
 	old, known, err := b.Journal.Get(network, id)
-	if err != nil || !known || old.State == Released || old.Leaving || old.NetnsInode == ns.Inode {
+	if err != nil || !known || old.State == Released || old.Terminating || old.NetnsInode == ns.Inode {
 		return nil
 	}
 	if inode, err := cni.NetnsInode(old.Netns); err != nil || inode != old.NetnsInode {

@@ -50,9 +50,9 @@ type Record struct {
 	Labels     map[string]string   `json:"labels,omitempty"`
 	Created    time.Time           `json:"created"`
 
-	// Leaving: a DEL has begun to take the interface away, and may have asked the network manager to. Even if that DEL died, what it asked
+	// Terminating: a DEL has begun to take the interface away, and may have asked the network manager to. Even if that DEL died, what it asked
 	// for may come yet, so the interface that stands must not be relied on.
-	Leaving bool `json:"leaving,omitempty"`
+	Terminating bool `json:"leaving,omitempty"`
 }
 
 // Sequence is the highest one among the record's addresses: a release that names it cannot hit a later holder.
@@ -89,7 +89,7 @@ func Lost(records []Record, allocations []metadata.Allocation) (out []Record) {
 		known[claim{metadata.AttachmentID{ContainerID: a.ContainerID, IfName: a.IfName}, a.Address}] = true
 	}
 	for _, r := range records {
-		if r.State == Released || r.Leaving {
+		if r.State == Released || r.Terminating {
 			continue
 		}
 		if slices.ContainsFunc(r.Attachment.Addresses, func(a metadata.AttachmentAddress) bool {
@@ -228,13 +228,13 @@ func (j Journal) Put(r Record) error {
 	return nil
 }
 
-// SetLeaving notes whether a DEL has begun; without a record there is nothing to note.
-func (j Journal) SetLeaving(network string, id metadata.AttachmentID, leaving bool) error {
+// SetTerminating notes whether a DEL has begun; without a record there is nothing to note.
+func (j Journal) SetTerminating(network string, id metadata.AttachmentID, leaving bool) error {
 	r, ok, err := j.Get(network, id)
-	if err != nil || !ok || r.Leaving == leaving {
+	if err != nil || !ok || r.Terminating == leaving {
 		return err
 	}
-	r.Leaving = leaving
+	r.Terminating = leaving
 	return j.Put(r)
 }
 
@@ -274,30 +274,32 @@ func (j Journal) Remove(network string, id metadata.AttachmentID) error {
 	return nil
 }
 
-// BeginJoin notes that a plugin sets this host up for a network, and EndJoin that it came to its end.
-func (j Journal) BeginJoin(network string) error {
-	f, err := j.create(j.joining(network), os.O_WRONLY|os.O_CREATE)
+// BeginHostSetup notes that a plugin sets this host up for a network, and EndHostSetup that it came to its end.
+func (j Journal) BeginHostSetup(network string) error {
+	f, err := j.create(j.hostSetupFile(network), os.O_WRONLY|os.O_CREATE)
 	if err != nil {
 		return fmt.Errorf("journal: %w", err)
 	}
 	return f.Close()
 }
 
-// EndJoin takes back what BeginJoin noted.
-func (j Journal) EndJoin(network string) error {
-	if err := os.Remove(j.joining(network)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+// EndHostSetup takes back what BeginHostSetup noted.
+func (j Journal) EndHostSetup(network string) error {
+	if err := os.Remove(j.hostSetupFile(network)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("journal: %w", err)
 	}
 	return nil
 }
 
-// Joining reports whether a BeginJoin has found no EndJoin yet: it is under way, or was killed. It costs one system call.
-func (j Journal) Joining(network string) bool {
-	_, err := os.Lstat(j.joining(network))
+// HostSetupPending reports whether a BeginHostSetup has found no EndHostSetup yet: it is under way, or was killed. It costs one system call.
+func (j Journal) HostSetupPending(network string) bool {
+	_, err := os.Lstat(j.hostSetupFile(network))
 	return err == nil
 }
 
-func (j Journal) joining(network string) string { return filepath.Join(j.Dir, network, ".joining") }
+func (j Journal) hostSetupFile(network string) string {
+	return filepath.Join(j.Dir, network, ".joining")
+}
 
 // RemoveNetwork removes the directory of a network that has no records. It reports whether there was one to remove;
 // a directory that has records, or that somebody works in, stays.

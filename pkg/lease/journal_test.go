@@ -37,10 +37,10 @@ func FuzzJournal(f *testing.F) {
 			if r.ContainerID+":"+r.IfName != name || r.Attachment.Network != "overlay" {
 				t.Errorf("%q is the record of %s of network %q", name, r.AttachmentID, r.Attachment.Network)
 			}
-			if err := j.SetLeaving("overlay", r.AttachmentID, true); err != nil {
+			if err := j.SetTerminating("overlay", r.AttachmentID, true); err != nil {
 				t.Error(err)
 			}
-			if got, ok, err := j.Get("overlay", r.AttachmentID); err != nil || ok && !got.Leaving {
+			if got, ok, err := j.Get("overlay", r.AttachmentID); err != nil || ok && !got.Terminating {
 				t.Errorf("%+v %v", got, err)
 			}
 			if err := j.Remove("overlay", r.AttachmentID); err != nil {

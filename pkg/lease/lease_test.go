@@ -313,7 +313,7 @@ func TestRemoveNetwork(t *testing.T) {
 		}
 		waits <- again
 	}()
-	must(t, j.BeginJoin("overlay"))
+	must(t, j.BeginHostSetup("overlay"))
 	must(t, os.WriteFile(filepath.Join(j.Dir, "overlay", ".lock-07"), nil, 0o600)) // of an earlier version
 	unlock()
 	(<-waits)()

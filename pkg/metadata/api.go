@@ -125,7 +125,7 @@ const (
 	KindHost      = "hosts"
 	KindNetwork   = "networks"
 	KindBlock     = "blocks"
-	KindEndpoint  = "endpoints"
+	KindHostRoute = "endpoints"
 	KindContainer = "containers"
 	KindVolume    = "volumes"
 	KindTable     = "addresses" // of a block: which of its addresses are in use

@@ -19,7 +19,7 @@ var entries = []struct{ kind, key, value string }{
 	{KindNetwork, "green", `{"name":"green","subnets":["10.43.0.0/16"],"encapsulation":"ipsec","hostNAT":false}`},
 	{KindBlock, "red/10.42.0.0/26", `{"network":"red","cidr":"10.42.0.0/26","host":"a","gateway":"10.42.0.1"}`},
 	{KindBlock, "red/0.0.0.0/0", `{"network":"red","cidr":"0.0.0.0/0","host":"a"}`},
-	{KindEndpoint, "red/10.42.9.9", `{"network":"red","address":"10.42.9.9","host":"a"}`},
+	{KindHostRoute, "red/10.42.9.9", `{"network":"red","address":"10.42.9.9","host":"a"}`},
 	{KindContainer, "a/c1", `{"id":"c1","host":"a","network":"red","addresses":["10.42.0.2"],"interfaces":[{"network":"red","ifname":"eth0","addresses":["10.42.0.2"]}]}`},
 	{KindVolume, "a/lariat-nfs/v", `{"driver":"lariat-nfs","name":"v","scope":"global","host":"a","state":"ready","users":1}`},
 	{KindHost, "a", `{}`}, {KindBlock, "red/10.42.0.0/26", `null`}, {KindNetwork, "red", `{not json`},
@@ -35,8 +35,8 @@ func decodeAny(kind, key string, data []byte) (o any, ok bool) {
 		o, err = Decode[Network](key, data)
 	case KindBlock:
 		o, err = Decode[Block](key, data)
-	case KindEndpoint:
-		o, err = Decode[Endpoint](key, data)
+	case KindHostRoute:
+		o, err = Decode[HostRoute](key, data)
 	case KindContainer:
 		o, err = Decode[Container](key, data)
 	case KindVolume:
@@ -76,8 +76,8 @@ func FuzzEntry(f *testing.F) {
 			if BlockKey(o) != key || o.Gateway.IsValid() && !o.CIDR.Contains(o.Gateway) {
 				t.Errorf("%q %+v", key, o)
 			}
-		case Endpoint:
-			if EndpointKey(o) != key {
+		case HostRoute:
+			if HostRouteKey(o) != key {
 				t.Errorf("%q %+v", key, o)
 			}
 		}
@@ -136,7 +136,7 @@ func FuzzSnapshot(f *testing.F) {
 		plain := *first
 		plain.sane = false
 		if again := plain.Sane(); len(again.Problems) != len(first.Problems) || len(again.Hosts) != len(first.Hosts) || len(again.Networks) != len(first.Networks) ||
-			len(again.Blocks) != len(first.Blocks) || len(again.Endpoints) != len(first.Endpoints) || len(again.Containers) != len(first.Containers) {
+			len(again.Blocks) != len(first.Blocks) || len(again.HostRoutes) != len(first.HostRoutes) || len(again.Containers) != len(first.Containers) {
 			t.Errorf("less of it is sane the second time: %v", again.Problems[len(first.Problems):])
 		}
 	})

@@ -222,8 +222,8 @@ type Block struct {
 	Gateway netip.Addr `json:"gateway,omitzero"`
 }
 
-// Endpoint is an address that no block of its host covers.
-type Endpoint struct {
+// HostRoute is an address that no block of its host covers.
+type HostRoute struct {
 	Network string     `json:"network"`
 	Address netip.Addr `json:"address"`
 	Host    string     `json:"host"`
@@ -334,7 +334,7 @@ type Snapshot struct {
 	Hosts      []Host      `json:"hosts"`
 	Networks   []Network   `json:"networks"`
 	Blocks     []Block     `json:"blocks"`
-	Endpoints  []Endpoint  `json:"endpoints,omitempty"`
+	HostRoutes []HostRoute `json:"endpoints,omitempty"`
 	Containers []Container `json:"containers,omitempty"`
 
 	// Problems are entries that are left out of the lists above.
@@ -372,9 +372,9 @@ func (s *Snapshot) Network(name string) (Network, bool) {
 // LeadsTo returns a function that says to which host packets for an address go: whose endpoint it is, else in
 // whose block it lies. It says "" of an address that leads nowhere.
 func (s *Snapshot) LeadsTo() func(netip.Addr) string {
-	single, blocks := make(map[netip.Addr]string, len(s.Endpoints)), make(map[netip.Prefix]string, len(s.Blocks))
+	single, blocks := make(map[netip.Addr]string, len(s.HostRoutes)), make(map[netip.Prefix]string, len(s.Blocks))
 	var lengths []int
-	for _, e := range s.Endpoints {
+	for _, e := range s.HostRoutes {
 		single[e.Address] = e.Host
 	}
 	for _, b := range s.Blocks {

@@ -146,12 +146,12 @@ func (b Block) Check(key string) error {
 	return cmp.Or(ValidName(b.Network), ValidName(b.Host), named(key, BlockKey(b)))
 }
 
-// Check reports the first reason why no endpoint may be so, whatever its network is. key is its EndpointKey.
-func (e Endpoint) Check(key string) error {
+// Check reports the first reason why no endpoint may be so, whatever its network is. key is its HostRouteKey.
+func (e HostRoute) Check(key string) error {
 	if !ValidAddress(e.Address) {
 		return fmt.Errorf("address %s is not one that a container can have", e.Address)
 	}
-	return cmp.Or(ValidName(e.Network), ValidName(e.Host), named(key, EndpointKey(e)))
+	return cmp.Or(ValidName(e.Network), ValidName(e.Host), named(key, HostRouteKey(e)))
 }
 
 // Check reports the first reason why no container may be so. key is its ContainerKey.
@@ -267,7 +267,7 @@ func (n Network) Outside(a netip.Addr) bool {
 }
 
 // announces returns why one of the network's endpoints cannot be announced, or nil.
-func (n Network) announces(e Endpoint, networks []Network, links []netip.Prefix) error {
+func (n Network) announces(e HostRoute, networks []Network, links []netip.Prefix) error {
 	if !n.Outside(e.Address) {
 		return nil
 	}
@@ -500,7 +500,7 @@ func (s *Snapshot) Sane() *Snapshot {
 		return true, n.Admits(b)
 	})
 	links := Links(out.Hosts)
-	out.Endpoints = keep(s.Endpoints, KindEndpoint, EndpointKey, tell, func(e Endpoint) (bool, error) {
+	out.HostRoutes = keep(s.HostRoutes, KindHostRoute, HostRouteKey, tell, func(e HostRoute) (bool, error) {
 		n := byName[e.Network]
 		if n == nil {
 			return false, nil
@@ -567,7 +567,7 @@ func (s *Snapshot) UnmarshalJSON(data []byte) error {
 	s.Hosts = understood[Host](s, KindHost, raw.Hosts)
 	s.Networks = understood[Network](s, KindNetwork, raw.Networks)
 	s.Blocks = understood[Block](s, KindBlock, raw.Blocks)
-	s.Endpoints = understood[Endpoint](s, KindEndpoint, raw.Endpoints)
+	s.HostRoutes = understood[HostRoute](s, KindHostRoute, raw.Endpoints)
 	s.Containers = understood[Container](s, KindContainer, raw.Containers)
 	return nil
 }

@@ -14,8 +14,8 @@ import (
 // BlockKey is the key of a block: network/address/length.
 func BlockKey(b Block) string { return b.Network + "/" + b.CIDR.String() }
 
-// EndpointKey is the key of an endpoint: network/address.
-func EndpointKey(e Endpoint) string { return e.Network + "/" + e.Address.String() }
+// HostRouteKey is the key of an endpoint: network/address.
+func HostRouteKey(e HostRoute) string { return e.Network + "/" + e.Address.String() }
 
 // ContainerKey is the key of a container: host/id.
 func ContainerKey(c Container) string { return c.Host + "/" + c.ID }
@@ -27,16 +27,16 @@ func VolumeKey(v Volume) string { return v.Host + "/" + v.Driver + "/" + v.Name 
 // only a network, or what a host claims, has everything looked at again. At 20 000 blocks a view that is built from
 // nothing takes a hundred times as long.
 type viewState struct {
-	revision  int64
-	self      string
-	dirty     bool
-	anew      bool
-	hosts     *listed[Host]
-	networks  *listed[Network]
-	blocks    *listed[Block]
-	endpoints *listed[Endpoint]
-	problems  map[string]string // what the service could not use, or this client, by key
-	away      string            // as in a Snapshot
+	revision   int64
+	self       string
+	dirty      bool
+	anew       bool
+	hosts      *listed[Host]
+	networks   *listed[Network]
+	blocks     *listed[Block]
+	hostRoutes *listed[HostRoute]
+	problems   map[string]string // what the service could not use, or this client, by key
+	away       string            // as in a Snapshot
 
 	// What can be used together; see settle.
 	unsettled bool
@@ -79,9 +79,9 @@ func (v *viewState) apply(ev Event) (bool, error) {
 	case KindBlock:
 		change(v, v.blocks, ev)
 		fit(v, v.blocks, ev.Key, v.fitBlock)
-	case KindEndpoint:
-		change(v, v.endpoints, ev)
-		fit(v, v.endpoints, ev.Key, v.fitEndpoint)
+	case KindHostRoute:
+		change(v, v.hostRoutes, ev)
+		fit(v, v.hostRoutes, ev.Key, v.fitHostRoute)
 	case KindProblem:
 		changeText(v.problems, ev)
 	default: // a newer service may send more kinds
@@ -122,7 +122,7 @@ func (v *viewState) load(s *Snapshot) {
 	v.hosts = list(v, KindHost, s.Hosts, func(h Host) string { return h.Name })
 	v.networks = list(v, KindNetwork, s.Networks, func(n Network) string { return n.Name })
 	v.blocks = list(v, KindBlock, s.Blocks, BlockKey)
-	v.endpoints = list(v, KindEndpoint, s.Endpoints, EndpointKey)
+	v.hostRoutes = list(v, KindHostRoute, s.HostRoutes, HostRouteKey)
 	for _, p := range s.Problems {
 		v.problems[p.Key] = p.What
 	}
@@ -157,7 +157,7 @@ func (v *viewState) settle() {
 		return nil
 	})
 	v.blocks.sift(v.fitBlock)
-	v.endpoints.sift(v.fitEndpoint)
+	v.hostRoutes.sift(v.fitHostRoute)
 }
 
 // errQuiet is why an object is left out without a word of its own: the conflicts name it, or its network is not
@@ -172,7 +172,7 @@ func (v *viewState) fitBlock(b Block) error {
 	return n.Admits(b)
 }
 
-func (v *viewState) fitEndpoint(e Endpoint) error {
+func (v *viewState) fitHostRoute(e HostRoute) error {
 	n, ok := v.usable[e.Network]
 	if !ok {
 		return errQuiet
@@ -193,11 +193,11 @@ func (v *viewState) snapshot() *Snapshot {
 		v.settle()
 	}
 	s := &Snapshot{Revision: v.revision, Self: v.self, Away: v.away, Anew: v.anew, sane: true,
-		Hosts: v.hosts.used(), Networks: v.networks.used(), Blocks: v.blocks.used(), Endpoints: v.endpoints.used()}
+		Hosts: v.hosts.used(), Networks: v.networks.used(), Blocks: v.blocks.used(), HostRoutes: v.hostRoutes.used()}
 	for _, k := range slices.Sorted(maps.Keys(v.problems)) {
 		s.Problems = append(s.Problems, Problem{Key: k, What: v.problems[k]})
 	}
-	for _, p := range slices.Concat(v.conflicts, v.blocks.problems(KindBlock), v.endpoints.problems(KindEndpoint)) {
+	for _, p := range slices.Concat(v.conflicts, v.blocks.problems(KindBlock), v.hostRoutes.problems(KindHostRoute)) {
 		if _, told := v.problems[p.Key]; !told {
 			s.Problems = append(s.Problems, p)
 		}

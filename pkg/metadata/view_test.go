@@ -90,12 +90,12 @@ type plainView struct {
 	hosts     map[string]Host
 	networks  map[string]Network
 	blocks    map[string]Block
-	endpoints map[string]Endpoint
+	endpoints map[string]HostRoute
 	problems  map[string]string
 }
 
 func newPlainView() *plainView {
-	return &plainView{map[string]Host{}, map[string]Network{}, map[string]Block{}, map[string]Endpoint{},
+	return &plainView{map[string]Host{}, map[string]Network{}, map[string]Block{}, map[string]HostRoute{},
 		map[string]string{}}
 }
 
@@ -107,7 +107,7 @@ func (p *plainView) apply(ev Event) {
 		applyPlainly(p, p.networks, ev)
 	case KindBlock:
 		applyPlainly(p, p.blocks, ev)
-	case KindEndpoint:
+	case KindHostRoute:
 		applyPlainly(p, p.endpoints, ev)
 	case KindProblem:
 		changeText(p.problems, ev)
@@ -131,7 +131,7 @@ func applyPlainly[T interface{ Check(key string) error }](p *plainView, m map[st
 // all returns everything that is known, usable or not.
 func (p *plainView) all() *Snapshot {
 	s := &Snapshot{Hosts: values(p.hosts), Networks: values(p.networks), Blocks: values(p.blocks),
-		Endpoints: values(p.endpoints)}
+		HostRoutes: values(p.endpoints)}
 	for _, k := range slices.Sorted(maps.Keys(p.problems)) {
 		s.Problems = append(s.Problems, Problem{k, p.problems[k]})
 	}
@@ -177,9 +177,9 @@ func randomChange(tb testing.TB, r *rand.Rand) Event {
 		}
 		kind, key, object = KindBlock, BlockKey(b), b
 	case 8:
-		e := Endpoint{Network: network(), Address: netip.MustParseAddr(pick("10.42.0.5", "10.43.0.5", "192.0.2.9",
+		e := HostRoute{Network: network(), Address: netip.MustParseAddr(pick("10.42.0.5", "10.43.0.5", "192.0.2.9",
 			"192.168.1.1", "8.8.8.8")), Host: host()}
-		kind, key, object = KindEndpoint, EndpointKey(e), e
+		kind, key, object = KindHostRoute, HostRouteKey(e), e
 	case 9:
 		kind, key = KindProblem, pick("hosts/a", "networks/red", "blocks/red/10.42.0.0/26", "tables/x")
 		object = "the service says so"
@@ -235,7 +235,7 @@ func TestViewEqualsTheOneBuiltFromNothing(t *testing.T) {
 func clone(s *Snapshot) *Snapshot {
 	c := *s
 	c.Hosts, c.Networks, c.Blocks = slices.Clone(s.Hosts), slices.Clone(s.Networks), slices.Clone(s.Blocks)
-	c.Endpoints, c.Problems = slices.Clone(s.Endpoints), slices.Clone(s.Problems)
+	c.HostRoutes, c.Problems = slices.Clone(s.HostRoutes), slices.Clone(s.Problems)
 	return &c
 }
 
@@ -245,8 +245,8 @@ func differ(a, b *Snapshot) string {
 		return slices.SortedFunc(slices.Values(s.Problems), func(a, b Problem) int { return cmp.Compare(a.Key, b.Key) })
 	}
 	for kind, x := range map[string][2]any{KindHost: {a.Hosts, b.Hosts}, KindNetwork: {a.Networks, b.Networks},
-		KindBlock:    {a.Blocks, b.Blocks},
-		KindEndpoint: {a.Endpoints, b.Endpoints}, KindProblem: {problems(a), problems(b)}} {
+		KindBlock:     {a.Blocks, b.Blocks},
+		KindHostRoute: {a.HostRoutes, b.HostRoutes}, KindProblem: {problems(a), problems(b)}} {
 		if (reflect.ValueOf(x[0]).Len() > 0 || reflect.ValueOf(x[1]).Len() > 0) && !reflect.DeepEqual(x[0], x[1]) {
 			return fmt.Sprintf("%s are\n%+v, want\n%+v", kind, x[0], x[1])
 		}

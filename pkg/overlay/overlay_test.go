@@ -74,20 +74,20 @@ func must(t testing.TB, err error) {
 // here either, so it is left by a panic, which runs no roll-back.
 type mortal struct{ *fake.Kernel }
 
-func (m mortal) AddPort(ctx context.Context, netns string, p delta.Port) error {
-	return die(m.Kernel.AddPort(ctx, netns, p))
+func (m mortal) AddEndpoint(ctx context.Context, netns string, p delta.Endpoint) error {
+	return die(m.Kernel.AddEndpoint(ctx, netns, p))
 }
 
 func (m mortal) Apply(ctx context.Context, d *delta.Difference) error {
 	return die(m.Kernel.Apply(ctx, d))
 }
 
-func (m mortal) DelPort(ctx context.Context, name string) error {
-	return die(m.Kernel.DelPort(ctx, name))
+func (m mortal) DelEndpoint(ctx context.Context, name string) error {
+	return die(m.Kernel.DelEndpoint(ctx, name))
 }
 
-func (m mortal) DelPorts(ctx context.Context, names []string) error {
-	return die(m.Kernel.DelPorts(ctx, names))
+func (m mortal) DelEndpoints(ctx context.Context, names []string) error {
+	return die(m.Kernel.DelEndpoints(ctx, names))
 }
 
 func die(err error) error {
@@ -196,7 +196,7 @@ func (b *bench) leftovers() {
 	b.t.Helper()
 	boot, err := os.ReadFile(filepath.Join(b.host.Dir, "boot-id"))
 	must(b.t, err)
-	l := &reconcile.Leftovers{Client: b.host.Client(), Journal: lease.NewJournal(b.host.StateDir()), Kernel: b.k, BootID: strings.TrimSpace(string(boot))}
+	l := &reconcile.GarbageCollector{Client: b.host.Client(), Journal: lease.NewJournal(b.host.StateDir()), Kernel: b.k, BootID: strings.TrimSpace(string(boot))}
 	_, err = l.Run(ctx)
 	must(b.t, err)
 }

@@ -103,7 +103,7 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	// A released one only waits for the service to be told, and of one that is leaving the interface may go at any moment.
-	again = again && earlier.State != lease.Released && !earlier.Leaving
+	again = again && earlier.State != lease.Released && !earlier.Terminating
 	k, err := p.Kernel()
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrKernel, "%w", err)
@@ -111,7 +111,7 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 	defer k.Close()
 	// Before anything is changed: a container that runs with this id keeps its port, its address
 	// and its record.
-	if err := k.PortFree(ctx, r.Netns, attach.HostName(r.ID()), r.IfName, r.Conf.Name); err != nil {
+	if err := k.VethFree(ctx, r.Netns, attach.HostName(r.ID()), r.IfName, r.Conf.Name); err != nil {
 		return nil, cni.Errorf(cni.ErrKernel, "connect %s: %w", r.ID(), err)
 	}
 	var undo []func() error
@@ -141,15 +141,15 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 	if err != nil {
 		return nil, err
 	}
-	if earlier.Leaving {
-		_ = c.book.Journal.SetLeaving(r.Conf.Name, r.ID(), false) // if it stays, the next ADD makes the interface anew, and no harm is done
+	if earlier.Terminating {
+		_ = c.book.Journal.SetTerminating(r.Conf.Name, r.ID(), false) // if it stays, the next ADD makes the interface anew, and no harm is done
 	}
 	return cni.After(r.Prev, c.result(port, fromIPAM)), nil
 }
 
 // connect gets the interface's addresses and makes its port.
 func (c *call) connect(ctx context.Context, k kernel.Kernel, again bool, undo *[]func() error) (
-	port delta.Port, fromIPAM *current.Result, err error) {
+	port delta.Endpoint, fromIPAM *current.Result, err error) {
 	a, fromIPAM, err := c.addresses(ctx, again, undo)
 	if err != nil {
 		return port, nil, err
@@ -165,8 +165,8 @@ func (c *call) connect(ctx context.Context, k kernel.Kernel, again bool, undo *[
 	if port, err = c.port(a, fromIPAM); err != nil {
 		return port, nil, err
 	}
-	if !again || k.CheckPort(ctx, c.Netns, port) != nil {
-		if err := k.AddPort(ctx, c.Netns, port); err != nil {
+	if !again || k.CheckEndpoint(ctx, c.Netns, port) != nil {
+		if err := k.AddEndpoint(ctx, c.Netns, port); err != nil {
 			return port, nil, cni.Errorf(cni.ErrKernel, "connect %s: %w", c.ID(), err)
 		}
 	}
@@ -236,7 +236,7 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 	if err != nil {
 		return cni.Errorf(cni.ErrKernel, "%w", err)
 	}
-	if ok && !c.book.Journal.Joining(c.Conf.Name) {
+	if ok && !c.book.Journal.HostSetupPending(c.Conf.Name) {
 		return nil
 	}
 	snap, err := c.book.Client.View(ctx)
@@ -245,21 +245,21 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 	}
 	// The device stands long before the routes and the filters do, so the device alone does not tell a later ADD that this one
 	// came to its end.
-	if err := c.book.Journal.BeginJoin(c.Conf.Name); err != nil {
+	if err := c.book.Journal.BeginHostSetup(c.Conf.Name); err != nil {
 		return cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	if _, err := kernel.Reconcile(ctx, k, plan.Desired(snap, a.Host, kernel.LooseReversePath())); err != nil {
 		return cni.Errorf(cni.ErrKernel, "set up network %s on this host: %w", c.Conf.Name, err).WithDetails("check: lariat doctor; lariat plan --diff")
 	}
-	return c.book.Journal.EndJoin(c.Conf.Name)
+	return c.book.Journal.EndHostSetup(c.Conf.Name)
 }
 
 // port plans the container's interface.
-func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.Port, error) {
+func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.Endpoint, error) {
 	name, _, _ := c.Owner()
 	mac, err := c.MAC()
 	if err != nil {
-		return delta.Port{}, err
+		return delta.Endpoint{}, err
 	}
 	conf := attach.Config{ID: c.ID(), Name: name, MAC: delta.MAC(mac), NoDefaultRoute: c.conf.DefaultRoute != nil && !*c.conf.DefaultRoute}
 	routes := c.ipam.Routes
@@ -272,9 +272,9 @@ func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.Por
 	for _, r := range routes {
 		dst, err := netip.ParsePrefix(r.Dst.String())
 		if err != nil {
-			return delta.Port{}, cni.Errorf(cni.ErrConfig, "route %s: %w", r.Dst.String(), err)
+			return delta.Endpoint{}, cni.Errorf(cni.ErrConfig, "route %s: %w", r.Dst.String(), err)
 		}
-		pr := delta.PortRoute{Dst: dst.Masked(), MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority}
+		pr := delta.EndpointRoute{Dst: dst.Masked(), MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority}
 		if r.Table != nil {
 			pr.Table = *r.Table
 		}
@@ -298,7 +298,7 @@ func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.Por
 	return p, nil
 }
 
-func (c *call) result(p delta.Port, fromIPAM *current.Result) *current.Result {
+func (c *call) result(p delta.Endpoint, fromIPAM *current.Result) *current.Result {
 	res := &current.Result{CNIVersion: current.ImplementedSpecVersion, DNS: c.Conf.DNS, Interfaces: []*current.Interface{
 		{Name: p.HostName, Mac: p.HostMAC.String(), Mtu: p.MTU},
 		{Name: p.IfName, Mac: p.MAC.String(), Mtu: p.MTU, Sandbox: c.Netns},
@@ -343,7 +343,7 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	defer c.book.Journal.LockIfPossible(r.Conf.Name, r.ID())()
 	// The interface first: an address that is free must not be in use anywhere. With the kernel not letting go of it the
 	// address stays taken, and the runtime comes again.
-	noted := c.book.Journal.SetLeaving(r.Conf.Name, r.ID(), true) == nil
+	noted := c.book.Journal.SetTerminating(r.Conf.Name, r.ID(), true) == nil
 	if err := c.disconnect(ctx, attach.HostName(r.ID()), noted); err != nil {
 		return cni.Errorf(cni.ErrKernel, "disconnect %s: %w", r.ID(), err)
 	}
@@ -371,13 +371,13 @@ func (c *call) disconnect(ctx context.Context, hostName string, noted bool) erro
 	if network, err := k.PortNetwork(ctx, hostName); err != nil || network != "" && network != c.Conf.Name {
 		return err
 	}
-	if index := kernel.PortIndex(hostName); index != 0 && noted {
+	if index := kernel.VethIndex(hostName); index != 0 && noted {
 		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
 		manager := metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}
 		_ = manager.Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
 	}
-	return k.DelPort(ctx, hostName)
+	return k.DelEndpoint(ctx, hostName)
 }
 
 // join keeps a single error as it is, with its code.
@@ -424,7 +424,7 @@ func (p Plugin) check(ctx context.Context, r *cni.Request) error {
 		return err
 	}
 	c.asResulted(&port)
-	if err := k.CheckPort(ctx, r.Netns, port); err != nil {
+	if err := k.CheckEndpoint(ctx, r.Netns, port); err != nil {
 		return cni.Errorf(cni.ErrDiffers, "attachment %s: %w", r.ID(), err)
 	}
 	if ok, err := k.Joined(ctx, a.Device, nil); err != nil || !ok {
@@ -435,7 +435,7 @@ func (p Plugin) check(ctx context.Context, r *cni.Request) error {
 
 // asResulted judges only what this plugin made and the result still says: plugins behind it may have changed MTU, MAC and routes,
 // and recorded that in the result.
-func (c *call) asResulted(p *delta.Port) {
+func (c *call) asResulted(p *delta.Endpoint) {
 	gateways := p.Gateways
 	p.MTU = 0 // not compared: the reference "tuning" changes it and leaves the result as it was
 	for _, i := range c.Prev.Interfaces {
@@ -453,7 +453,7 @@ func (c *call) asResulted(p *delta.Port) {
 		dst, err := netip.ParsePrefix(r.Dst.String())
 		gw, ok := netip.AddrFromSlice(r.GW)
 		if err == nil && ok && slices.Contains(gateways, gw.Unmap()) {
-			pr := delta.PortRoute{Dst: dst, Via: gw.Unmap()}
+			pr := delta.EndpointRoute{Dst: dst, Via: gw.Unmap()}
 			if r.Table != nil {
 				pr.Table = *r.Table
 			}
@@ -516,7 +516,7 @@ func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
 	defer k.Close()
 	names, records, err := c.unlisted(ctx, k)
 	errs := []error{err}
-	if err := k.DelPorts(ctx, names); err != nil {
+	if err := k.DelEndpoints(ctx, names); err != nil {
 		// Their addresses are in use still: nothing is released this time.
 		return join(append(errs, cni.Errorf(cni.ErrKernel, "remove %d ports: %w", len(names), err)))
 	}
@@ -542,7 +542,7 @@ func (c *call) unlisted(ctx context.Context, k kernel.Kernel) (names []string, i
 	for _, id := range *c.Valid {
 		keep[attach.HostName(id)], listed[id] = true, true
 	}
-	ports, err := k.Ports(ctx)
+	ports, err := k.Veths(ctx)
 	records, jerr := c.book.Journal.List(c.Conf.Name)
 	drop := map[string]bool{}
 	for _, p := range ports {

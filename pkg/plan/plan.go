@@ -32,7 +32,7 @@ func Device(n metadata.Network) string {
 	case metadata.EncapVXLAN:
 		return vxlan.Device(n.VNI)
 	case metadata.EncapIPsec:
-		return ipsec.HomeDevice(n.Name)
+		return ipsec.GatewayDevice(n.Name)
 	}
 	return ""
 }
@@ -43,7 +43,7 @@ func Device(n metadata.Network) string {
 func Same(a, b *metadata.Snapshot) bool {
 	return a.Self == b.Self && sameHosts(a.Hosts, b.Hosts, a.Self) &&
 		same(a.Blocks, b.Blocks, func(x, y metadata.Block) bool { return x == y }) &&
-		same(a.Endpoints, b.Endpoints, func(x, y metadata.Endpoint) bool { return x == y }) &&
+		same(a.HostRoutes, b.HostRoutes, func(x, y metadata.HostRoute) bool { return x == y }) &&
 		same(a.Networks, b.Networks, func(x, y metadata.Network) bool { return reflect.DeepEqual(x, y) }) &&
 		slices.Equal(a.Problems, b.Problems)
 }

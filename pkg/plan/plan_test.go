@@ -293,7 +293,7 @@ func (p *picker) snapshot() *metadata.Snapshot {
 		s.Blocks = append(s.Blocks, metadata.Block{Network: p.name(), CIDR: p.prefix(), Host: p.name(), Gateway: p.addr()})
 	}
 	for range p.n(6) {
-		s.Endpoints = append(s.Endpoints, metadata.Endpoint{Network: p.name(), Address: p.addr(), Host: p.name()})
+		s.HostRoutes = append(s.HostRoutes, metadata.HostRoute{Network: p.name(), Address: p.addr(), Host: p.name()})
 	}
 	return s
 }

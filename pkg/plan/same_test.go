@@ -89,8 +89,8 @@ func TestSameLooksAtEveryField(t *testing.T) {
 	unread := []string{"Labels", "MachineID", "AgentVersion", "Live"}
 	base := func() *metadata.Snapshot {
 		return &metadata.Snapshot{Hosts: make([]metadata.Host, 1), Networks: make([]metadata.Network, 1),
-			Blocks:    make([]metadata.Block, 1),
-			Endpoints: make([]metadata.Endpoint, 1), Problems: make([]metadata.Problem, 1)}
+			Blocks:     make([]metadata.Block, 1),
+			HostRoutes: make([]metadata.HostRoute, 1), Problems: make([]metadata.Problem, 1)}
 	}
 	fields := func(at func(*metadata.Snapshot) any) {
 		kind := reflect.TypeOf(at(base())).Elem()
@@ -133,7 +133,7 @@ func TestSameLooksAtEveryField(t *testing.T) {
 	fields(func(s *metadata.Snapshot) any { return &s.Hosts[0] })
 	fields(func(s *metadata.Snapshot) any { return &s.Networks[0] })
 	fields(func(s *metadata.Snapshot) any { return &s.Blocks[0] })
-	fields(func(s *metadata.Snapshot) any { return &s.Endpoints[0] })
+	fields(func(s *metadata.Snapshot) any { return &s.HostRoutes[0] })
 	fields(func(s *metadata.Snapshot) any { return &s.Problems[0] })
 	if other := base(); func() bool { other.Self = "b"; return plan.Same(base(), other) }() {
 		t.Error("of another host the same is planned")

@@ -61,8 +61,8 @@ func (c *Concern) Broken(err error) {
 	c.Trigger()
 }
 
-// Mending says, in a pass, what the pass found broken: until it is through the concern is not healthy.
-func (c *Concern) Mending(err error) {
+// Repairing says, in a pass, what the pass found broken: until it is through the concern is not healthy.
+func (c *Concern) Repairing(err error) {
 	c.mu.Lock()
 	c.health.OK, c.health.Error = false, err.Error()
 	c.mu.Unlock()

@@ -285,7 +285,7 @@ func TestF44_MendingIsRedUntilTheEndOfThePass(t *testing.T) {
 		passes := 0
 		c = NewConcern("test", time.Hour, func(context.Context) ([]string, error) {
 			if passes++; passes > 1 {
-				c.Mending(errors.New("not there"))
+				c.Repairing(errors.New("not there"))
 				time.Sleep(time.Second) //nolint:forbidigo // a pass takes its time, by the bubble's clock
 			}
 			return nil, nil

@@ -29,7 +29,7 @@ type Manager struct {
 	BootID  string
 	Log     *slog.Logger
 
-	// Every is the slow timer of the overlay pass; Grace is Leftovers.Grace.
+	// Every is the slow timer of the overlay pass; Grace is GarbageCollector.Grace.
 	Every, Grace time.Duration
 
 	// MetadataAddress is put on the loopback device, for containers and host processes to reach the metadata tree by; the zero
@@ -43,7 +43,7 @@ type Manager struct {
 	OnView func(*metadata.Snapshot)
 
 	view      atomic.Pointer[metadata.Snapshot]
-	leftovers *Leftovers
+	leftovers *GarbageCollector
 	home      map[netip.Addr]netip.Addr // of the underlay: what an address stands in for
 	mu        sync.Mutex
 	concerns  []*Concern
@@ -68,7 +68,7 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	m.home = map[netip.Addr]netip.Addr{}
 	underlay := NewConcern("underlay", m.Every, m.underlay)
 	m.again = overlay.Trigger
-	m.leftovers = &Leftovers{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID, Grace: m.Grace}
+	m.leftovers = &GarbageCollector{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID, Grace: m.Grace}
 	gc := NewConcern("leftovers", m.Every, func(ctx context.Context) ([]string, error) {
 		waiting := m.waiting()
 		changed, err := m.leftovers.Run(ctx)
@@ -107,7 +107,7 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 				switch ev.Kind {
 				case kernel.EventPort:
 					time.AfterFunc(settle, func() {
-						if kernel.PortIndex(ev.Name) != 0 {
+						if kernel.VethIndex(ev.Name) != 0 {
 							ports.Trigger()
 						}
 					})
@@ -164,7 +164,7 @@ func (m *Manager) viewed(s *metadata.Snapshot, planning ...*Concern) (first, bac
 	return first, began || !first && (before.Away != "" && s.Away == "" || lost(before, s))
 }
 
-// lost reports whether a network has been deleted.
+// missing reports whether a network has been deleted.
 func lost(before, now *metadata.Snapshot) bool {
 	return slices.ContainsFunc(before.Networks, func(n metadata.Network) bool { _, ok := now.Network(n.Name); return !ok })
 }

@@ -17,7 +17,7 @@ import (
 // kernel. It returns what it removed, a line each. With apply false it changes nothing, and returns what it
 // would remove. Nothing else may work on the host's network meanwhile: no manager, no plugin.
 func (m *Manager) Teardown(ctx context.Context, apply bool) (lines []string, err error) {
-	ports, err := m.Kernel.Ports(ctx)
+	ports, err := m.Kernel.Veths(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -41,7 +41,7 @@ func (m *Manager) Teardown(ctx context.Context, apply bool) (lines []string, err
 	}
 	var errs []error
 	if apply {
-		errs = append(errs, m.Kernel.DelPorts(ctx, names), m.Kernel.Apply(ctx, d))
+		errs = append(errs, m.Kernel.DelEndpoints(ctx, names), m.Kernel.Apply(ctx, d))
 	}
 	chains, err := iptables.Remove(apply)
 	lines, errs = append(lines, chains...), append(errs, err)
@@ -60,6 +60,6 @@ func (t *Tunnels) teardown(ctx context.Context, apply bool) (lines []string, err
 	if !apply {
 		return lines, nil
 	}
-	swept, err := t.none(ctx)
+	swept, err := t.disable(ctx)
 	return append(lines, swept...), err
 }

@@ -40,25 +40,25 @@ type Tunnels struct {
 	// Every is how often what the daemon and the kernel hold is looked at; a pass in between asks nobody when nothing changed.
 	Every time.Duration
 
-	concern  *Concern
-	mu       sync.Mutex // guards what follows, which the report tells
-	report   ipsec.Report
-	tunnels  []ipsec.Tunnel
-	creds    ike.Credentials
-	loaded   bool // creds have been read once
-	verified time.Time
-	flushed  atomic.Bool         // since the last look
-	watched  bool                // flushes are told, or cannot be
-	strange  map[saKey]time.Time // SAs of ours that the daemon did not list, and since when
-	given    map[loss]gift       // policies that the kernel was given anew and did not have since
-	clean    bool                // nothing of ours is left to take away while there is no encrypted network
+	concern    *Concern
+	mu         sync.Mutex // guards what follows, which the report tells
+	report     ipsec.Report
+	tunnels    []ipsec.Tunnel
+	creds      ike.Credentials
+	loaded     bool // creds have been read once
+	verified   time.Time
+	flushed    atomic.Bool                       // since the last look
+	watched    bool                              // flushes are told, or cannot be
+	unknownSAs map[saKey]time.Time               // SAs of ours that the daemon did not list, and since when
+	reinstalls map[missingState]reinstallAttempt // policies that the kernel was given anew and did not have since
+	clean      bool                              // nothing of ours is left to take away while there is no encrypted network
 }
 
 type saKey struct{ ifID, spi uint32 }
 
-// strangeFor is how long an SA must be unknown to the daemon before it is taken for a leftover: while keys change, the kernel has SAs that are
+// unknownFor is how long an SA must be unknown to the daemon before it is taken for a leftover: while keys change, the kernel has SAs that are
 // not in the daemon's list yet, or not any more.
-const strangeFor = 15 * time.Second
+const unknownFor = 15 * time.Second
 
 // XFRM is the part of the kernel that Tunnels tidies up.
 type XFRM interface {
@@ -106,9 +106,9 @@ func (t *Tunnels) Run(ctx context.Context) ([]string, error) {
 	}
 	if len(r.Networks) == 0 {
 		t.publish(ipsec.Report{Networks: []string{}, Tunnels: []ipsec.Status{}}, nil) // nobody is to miss the daemon
-		return t.none(ctx)
+		return t.disable(ctx)
 	}
-	changed, tunnels, err := t.keep(ctx, s, &r)
+	changed, tunnels, err := t.reconcile(ctx, s, &r)
 	t.publish(r, tunnels)
 	return changed, err
 }
@@ -119,8 +119,8 @@ func (t *Tunnels) publish(r ipsec.Report, tunnels []ipsec.Tunnel) {
 	t.report, t.tunnels = r, tunnels
 }
 
-// none takes away what there was while a network was encrypted.
-func (t *Tunnels) none(ctx context.Context) (changed []string, err error) {
+// disable takes away what there was while a network was encrypted.
+func (t *Tunnels) disable(ctx context.Context) (changed []string, err error) {
 	if t.clean {
 		return nil, nil
 	}
@@ -136,14 +136,14 @@ func (t *Tunnels) none(ctx context.Context) (changed []string, err error) {
 			return changed, err
 		}
 	}
-	l, _ := t.look(ctx, true) // a kernel without IPsec holds none of ours
-	lines, err := t.sweep(ctx, nil, l)
+	l, _ := t.observe(ctx, true) // a kernel without IPsec holds none of ours
+	lines, err := t.removeStale(ctx, nil, l)
 	t.clean = err == nil
 	return append(changed, lines...), err
 }
 
-// keep is a pass with something to keep.
-func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Report) (changed []string, tunnels []ipsec.Tunnel, err error) {
+// reconcile is a pass with something to keep.
+func (t *Tunnels) reconcile(ctx context.Context, s *metadata.Snapshot, r *ipsec.Report) (changed []string, tunnels []ipsec.Tunnel, err error) {
 	t.clean = false
 	opts := ipsec.Options{Auth: r.Auth, Encap: t.Encap, Rekey: t.Rekey}
 	if err := t.features(s, &opts); err != nil {
@@ -173,14 +173,14 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 	}
 	if t.Charon != nil {
 		t.Charon.Prepare = func(ctx context.Context) error {
-			t.concern.Mending(errors.New("the IKE daemon does not run; it is started"))
+			t.concern.Repairing(errors.New("the IKE daemon does not run; it is started"))
 			// One that starts knows none of the SAs that there are. They would be used until they expire, and the peers will have dropped
 			// theirs with the first word of the new one.
-			l, err := t.look(ctx, true)
+			l, err := t.observe(ctx, true)
 			if err != nil {
 				return err
 			}
-			lines, err := t.sweep(ctx, tunnels, l)
+			lines, err := t.removeStale(ctx, tunnels, l)
 			changed = append(changed, lines...)
 			return err
 		}
@@ -207,15 +207,15 @@ func (t *Tunnels) keep(ctx context.Context, s *metadata.Snapshot, r *ipsec.Repor
 		return fail(err)
 	}
 	if verify || len(changed) > 0 {
-		l, err := t.look(ctx, false)
+		l, err := t.observe(ctx, false)
 		if err != nil {
 			return fail(err)
 		}
-		lines, err := t.sweep(ctx, tunnels, l)
+		lines, err := t.removeStale(ctx, tunnels, l)
 		if changed = append(changed, lines...); err != nil {
 			return fail(err)
 		}
-		lines, err = t.mend(ctx, tunnels, l)
+		lines, err = t.reinstallMissing(ctx, tunnels, l)
 		if changed = append(changed, lines...); err != nil {
 			return fail(err)
 		}
@@ -265,15 +265,15 @@ func (t *Tunnels) announce(ctx context.Context, s *metadata.Snapshot, keys []str
 	return nil
 }
 
-// look is what there is of ours: in the kernel, and then by the daemon's word.
-type look struct {
+// observation is what there is of ours: in the kernel, and then by the daemon's word.
+type observation struct {
 	sas      []kernel.SA
 	policies []kernel.XFRMPolicy
 	dead     bool // there is no daemon, and so no SA that it knows
 	known    []ike.SA
 }
 
-func (t *Tunnels) look(ctx context.Context, dead bool) (l look, err error) {
+func (t *Tunnels) observe(ctx context.Context, dead bool) (l observation, err error) {
 	l.dead = dead
 	if l.sas, l.policies, err = t.Kernel.XFRM(ctx, ipsec.Owned); err == nil && !dead {
 		l.known, err = t.Daemon.SAs(ctx)
@@ -281,9 +281,9 @@ func (t *Tunnels) look(ctx context.Context, dead bool) (l look, err error) {
 	return l, err
 }
 
-// sweep removes from the kernel what a daemon that was killed left behind: policies of no tunnel, and SAs that the daemon does not know.
+// removeStale removes from the kernel what a daemon that was killed left behind: policies of no tunnel, and SAs that the daemon does not know.
 // An SA of those would be used on and on, and the peer has long forgotten it.
-func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, l look) (changed []string, err error) {
+func (t *Tunnels) removeStale(ctx context.Context, tunnels []ipsec.Tunnel, l observation) (changed []string, err error) {
 	wanted := map[uint32]bool{}
 	for _, x := range tunnels {
 		for _, c := range x.Children {
@@ -297,8 +297,8 @@ func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, l look) (ch
 		}
 	}
 	var errs []error
-	now, before := time.Now(), t.strange
-	t.strange = map[saKey]time.Time{}
+	now, before := time.Now(), t.unknownSAs
+	t.unknownSAs = map[saKey]time.Time{}
 	for _, sa := range l.sas {
 		key := saKey{sa.IfID, sa.SPI}
 		switch since, seen := before[key]; {
@@ -306,10 +306,10 @@ func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, l look) (ch
 			continue
 		case l.dead:
 		case !seen:
-			t.strange[key] = now
+			t.unknownSAs[key] = now
 			continue
-		case now.Sub(since) < strangeFor:
-			t.strange[key] = since
+		case now.Sub(since) < unknownFor:
+			t.unknownSAs[key] = since
 			continue
 		}
 		if err := t.Kernel.RemoveSA(ctx, sa); err != nil {
@@ -331,24 +331,24 @@ func (t *Tunnels) sweep(ctx context.Context, tunnels []ipsec.Tunnel, l look) (ch
 	return changed, errors.Join(errs...)
 }
 
-// mend has the IKE daemon give the kernel anew what the kernel has lost, as after "ip xfrm policy flush": the daemon does not look, and the tunnel
+// reinstallMissing has the IKE daemon give the kernel anew what the kernel has lost, as after "ip xfrm policy flush": the daemon does not look, and the tunnel
 // would be dead until its keys are renewed.
-func (t *Tunnels) mend(ctx context.Context, tunnels []ipsec.Tunnel, l look) (changed []string, err error) {
-	lost := t.lost(tunnels, l)
+func (t *Tunnels) reinstallMissing(ctx context.Context, tunnels []ipsec.Tunnel, l observation) (changed []string, err error) {
+	lost := t.missing(tunnels, l)
 	if len(lost) == 0 {
 		return nil, nil
 	}
 	// What came or went between the look at the kernel and the one at the daemon seems lost. What both looks at the daemon show was in the kernel
 	// at the second look at that, or is lost indeed.
-	if l, err = t.look(ctx, false); err != nil {
+	if l, err = t.observe(ctx, false); err != nil {
 		return nil, err
 	}
-	again := losses(tunnels, l)
-	lost = slices.DeleteFunc(lost, func(l loss) bool { return !slices.Contains(again, l) })
+	again := missingStates(tunnels, l)
+	lost = slices.DeleteFunc(lost, func(l missingState) bool { return !slices.Contains(again, l) })
 	var errs []error
 	ended := map[string]bool{} // tunnels
 	for _, l := range lost {
-		switch g := t.given[l]; {
+		switch g := t.reinstalls[l]; {
 		case l.child != 0 && ended[l.tunnel]:
 			continue
 		case l.child != 0:
@@ -358,11 +358,11 @@ func (t *Tunnels) mend(ctx context.Context, tunnels []ipsec.Tunnel, l look) (cha
 			errs = append(errs, fmt.Errorf("the kernel has no policies of %s/%s, and did not keep them when it was given them %d times; ip xfrm policy lists what it has", l.tunnel, l.network, g.times))
 			continue
 		default:
-			if t.given == nil {
-				t.given = map[loss]gift{}
+			if t.reinstalls == nil {
+				t.reinstalls = map[missingState]reinstallAttempt{}
 			}
-			t.given[l] = gift{g.times + 1, time.Now()}
-			t.concern.Mending(errors.New("the kernel lost policies; it is given them again"))
+			t.reinstalls[l] = reinstallAttempt{g.times + 1, time.Now()}
+			t.concern.Repairing(errors.New("the kernel lost policies; it is given them again"))
 			ended[l.tunnel] = true
 			err = t.Daemon.Reinstall(ctx, l.tunnel, l.network)
 		}
@@ -373,21 +373,21 @@ func (t *Tunnels) mend(ctx context.Context, tunnels []ipsec.Tunnel, l look) (cha
 		changed = append(changed, l.String())
 	}
 	if len(ended) > 0 {
-		errs = append(errs, t.arrival(ctx, tunnels))
+		errs = append(errs, t.waitInstalled(ctx, tunnels))
 	}
 	return changed, errors.Join(errs...)
 }
 
-// arrival waits for a moment until the kernel has what it was given: the daemon ends SAs beside the command that asks for it.
-func (t *Tunnels) arrival(ctx context.Context, tunnels []ipsec.Tunnel) error {
+// waitInstalled waits for a moment until the kernel has what it was given: the daemon ends SAs beside the command that asks for it.
+func (t *Tunnels) waitInstalled(ctx context.Context, tunnels []ipsec.Tunnel) error {
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()
 	for range 40 {
-		l, err := t.look(ctx, false)
+		l, err := t.observe(ctx, false)
 		if err != nil {
 			return err
 		}
-		if t.lost(tunnels, l); len(t.given) == 0 {
+		if t.missing(tunnels, l); len(t.reinstalls) == 0 {
 			return nil
 		}
 		select {
@@ -399,36 +399,36 @@ func (t *Tunnels) arrival(ctx context.Context, tunnels []ipsec.Tunnel) error {
 	return nil // the next look says what is missing still
 }
 
-// lost is losses, and forgets what was given of all else: it has arrived.
-func (t *Tunnels) lost(tunnels []ipsec.Tunnel, l look) []loss {
-	lost := losses(tunnels, l)
-	maps.DeleteFunc(t.given, func(l loss, _ gift) bool { return !slices.Contains(lost, l) })
+// missing is losses, and forgets what was given of all else: it has arrived.
+func (t *Tunnels) missing(tunnels []ipsec.Tunnel, l observation) []missingState {
+	lost := missingStates(tunnels, l)
+	maps.DeleteFunc(t.reinstalls, func(l missingState, _ reinstallAttempt) bool { return !slices.Contains(lost, l) })
 	return lost
 }
 
-// gift is how often and when last the kernel was given something in vain.
-type gift struct {
+// reinstallAttempt is how often and when last the kernel was given something in vain.
+type reinstallAttempt struct {
 	times int
 	last  time.Time
 }
 
-// loss is something of a tunnel that the IKE daemon takes for being in the kernel.
-type loss struct {
+// missingState is something of a tunnel that the IKE daemon takes for being in the kernel.
+type missingState struct {
 	tunnel, network string
 	child           uint64 // the daemon's number of a pair of ESP SAs; 0: policies
 	spi             uint32
 }
 
-func (l loss) String() string {
+func (l missingState) String() string {
 	if l.child == 0 {
 		return fmt.Sprintf("~ policies of %s/%s, which the kernel lost", l.tunnel, l.network)
 	}
 	return fmt.Sprintf("- ESP SA %#08x of %s/%s, which the kernel lost", l.spi, l.tunnel, l.network)
 }
 
-// losses compares, policies first. Of a pair of SAs only the one for what comes in is looked for: it is the first that is there and the last that
+// missingStates compares, policies first. Of a pair of SAs only the one for what comes in is looked for: it is the first that is there and the last that
 // goes, and for a packet that finds no SA to go out by the kernel asks for another.
-func losses(tunnels []ipsec.Tunnel, l look) (out []loss) {
+func missingStates(tunnels []ipsec.Tunnel, l observation) (out []missingState) {
 	type selector struct {
 		ifID     uint32
 		dir      string
@@ -443,7 +443,7 @@ func losses(tunnels []ipsec.Tunnel, l look) (out []loss) {
 			if slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { // one of each family, and they do not mix
 				return !have[selector{c.IfID, "in", p, p}] || !have[selector{c.IfID, "fwd", p, p}] || !have[selector{c.IfID, "out", p, p}]
 			}) {
-				out = append(out, loss{tunnel: x.Name, network: c.Network})
+				out = append(out, missingState{tunnel: x.Name, network: c.Network})
 			}
 		}
 	}
@@ -454,7 +454,7 @@ func losses(tunnels []ipsec.Tunnel, l look) (out []loss) {
 	for _, sa := range l.known {
 		for _, c := range sa.Children {
 			if c.State == ike.Installed && !there[saKey{c.IfID, c.SPIIn}] {
-				out = append(out, loss{sa.Name, c.Network, c.ID, c.SPIIn})
+				out = append(out, missingState{sa.Name, c.Network, c.ID, c.SPIIn})
 			}
 		}
 	}

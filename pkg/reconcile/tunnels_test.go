@@ -57,8 +57,8 @@ func TestF42_LossesOfTheKernel(t *testing.T) {
 	child := func(network string, ifID uint32, id uint64, state string) ike.ChildSA {
 		return ike.ChildSA{Network: network, ID: id, IfID: ifID, State: state, SPIIn: 0x100 + uint32(id), SPIOut: 0x200 + uint32(id)}
 	}
-	whole := func() look {
-		return look{
+	whole := func() observation {
+		return observation{
 			policies: append(append(policies(1, v4, v6), policies(2, other)...), policies(3, v4, v6)...),
 			known: []ike.SA{{Name: "lariat-b", Children: []ike.ChildSA{child("one", 1, 1, ike.Installed), child("two", 2, 2, ike.Installed),
 				child("one", 1, 3, "REKEYED"), child("one", 1, 4, "INSTALLING")}}},
@@ -67,25 +67,25 @@ func TestF42_LossesOfTheKernel(t *testing.T) {
 	}
 	for _, tc := range []struct {
 		name string
-		lose func(l *look)
+		lose func(l *observation)
 		want string
 	}{
-		{"nothing", func(*look) {}, ""},
-		{"all policies", func(l *look) { l.policies = nil },
+		{"nothing", func(*observation) {}, ""},
+		{"all policies", func(l *observation) { l.policies = nil },
 			"~ policies of lariat-b/one, ~ policies of lariat-b/two, ~ policies of lariat-c/one"},
-		{"one policy of IPv6", func(l *look) { l.policies = l.policies[:len(l.policies)-1] }, "~ policies of lariat-c/one"},
-		{"a network's under another id", func(l *look) {
+		{"one policy of IPv6", func(l *observation) { l.policies = l.policies[:len(l.policies)-1] }, "~ policies of lariat-c/one"},
+		{"a network's under another id", func(l *observation) {
 			l.policies = append(policies(1, v4, v6), append(policies(4, other), policies(3, v4, v6)...)...)
 		}, "~ policies of lariat-b/two"},
-		{"all SAs", func(l *look) { l.sas = nil }, "- ESP SA 0x00000101 of lariat-b/one, - ESP SA 0x00000102 of lariat-b/two"},
-		{"an SPI of another's", func(l *look) { l.sas[0].IfID = 9 }, "- ESP SA 0x00000101 of lariat-b/one"},
-		{"policies and SAs", func(l *look) { l.policies, l.sas = policies(3, v4, v6), l.sas[1:] },
+		{"all SAs", func(l *observation) { l.sas = nil }, "- ESP SA 0x00000101 of lariat-b/one, - ESP SA 0x00000102 of lariat-b/two"},
+		{"an SPI of another's", func(l *observation) { l.sas[0].IfID = 9 }, "- ESP SA 0x00000101 of lariat-b/one"},
+		{"policies and SAs", func(l *observation) { l.policies, l.sas = policies(3, v4, v6), l.sas[1:] },
 			"~ policies of lariat-b/one, ~ policies of lariat-b/two, - ESP SA 0x00000101 of lariat-b/one"},
 	} {
 		l := whole()
 		tc.lose(&l)
 		var got []string
-		for _, x := range losses(tunnels, l) {
+		for _, x := range missingStates(tunnels, l) {
 			got = append(got, strings.TrimSuffix(fmt.Sprint(x), ", which the kernel lost"))
 		}
 		if text := strings.Join(got, ", "); text != tc.want {

@@ -99,7 +99,7 @@ func Prefixes(snap *metadata.Snapshot) map[string]map[string][]netip.Prefix {
 	for _, b := range snap.Blocks {
 		add(b.Network, b.Host, b.CIDR)
 	}
-	for _, e := range snap.Endpoints {
+	for _, e := range snap.HostRoutes {
 		add(e.Network, e.Host, netip.PrefixFrom(e.Address, e.Address.BitLen()))
 	}
 	return out

@@ -17,8 +17,8 @@ func WithDeadline(ctx context.Context, d time.Duration) (context.Context, contex
 	return context.WithTimeoutCause(ctx, d, Timeout(d))
 }
 
-// Before ends a while before the deadline of a context, so that there is time left to say why. The context has one: see WithDeadline.
-func Before(ctx context.Context) (context.Context, context.CancelFunc) {
+// WithReserve ends a while before the deadline of a context, so that there is time left to say why. The context has one: see WithDeadline.
+func WithReserve(ctx context.Context) (context.Context, context.CancelFunc) {
 	end, _ := ctx.Deadline()
 	left := time.Until(end)
 	left -= min(left/5, 3*time.Second)

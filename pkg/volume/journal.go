@@ -68,7 +68,7 @@ func (j Journal[T]) Put(key string, value T) error {
 		err = errors.Join(err, f.Close())
 	}
 	if err == nil {
-		Step("journal-written")
+		Failpoint("journal-written")
 		err = os.Rename(tmp, path)
 	}
 	if err != nil {

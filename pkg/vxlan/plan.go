@@ -44,7 +44,7 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 		}
 	}
 	if len(networks) > 0 {
-		s.Routes = make(map[delta.RouteKey]delta.Route, len(snap.Blocks)+len(snap.Endpoints)) // most of them are this planner's
+		s.Routes = make(map[delta.RouteKey]delta.Route, len(snap.Blocks)+len(snap.HostRoutes)) // most of them are this planner's
 	}
 	for _, n := range networks {
 		underlay.Enclose(s, me, n)

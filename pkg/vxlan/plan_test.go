@@ -61,7 +61,7 @@ func TestF135_PlanIsPure(t *testing.T) {
 	want := vxlan.Plan(snap, snap.Self).String()
 	for range 20 {
 		shuffle(snap.Blocks)
-		shuffle(snap.Endpoints)
+		shuffle(snap.HostRoutes)
 		if got := vxlan.Plan(snap, snap.Self).String(); got != want {
 			t.Fatalf("the plan depends on the order of blocks and endpoints:\n%s", got)
 		}

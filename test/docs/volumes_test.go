@@ -25,7 +25,7 @@ var volumeDrivers = map[string]struct {
 	environment [][2]string
 }{
 	"ebs": {func(r volume.Request) error { _, err := ebs.Config{}.Volume(r); return err }, ebs.Options{}, ebs.Environment},
-	"efs": {func(r volume.Request) error { _, err := efs.Understand(r); return err }, efs.Options{}, efs.Environment},
+	"efs": {func(r volume.Request) error { _, err := efs.ParseVolume(r); return err }, efs.Options{}, efs.Environment},
 	"nfs": {func(r volume.Request) error { _, err := nfs.Config{}.Volume(r); return err }, nfs.Options{}, nfs.Environment},
 }
 

@@ -37,13 +37,13 @@ func (c Cuts) Next() {
 			name = known[c.Rand.IntN(len(known))]
 		}
 	}
-	volume.OnStep = func(step string) {
+	volume.OnFailpoint = func(step string) {
 		c.Reached[step] += 0
 		if at--; name == "" && at >= 0 || name != "" && name != step {
 			return
 		}
 		c.Reached[step]++
-		volume.OnStep = nil
+		volume.OnFailpoint = nil
 		for range 1 + c.Rand.IntN(c.Most) {
 			c.Act(1 - host)
 		}
@@ -52,7 +52,7 @@ func (c Cuts) Next() {
 			panic(killed{})
 		}
 	}
-	defer func() { volume.OnStep = nil }()
+	defer func() { volume.OnFailpoint = nil }()
 	c.Act(host)
 }
 

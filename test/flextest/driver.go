@@ -43,7 +43,7 @@ const child = "lariat-volume-child"
 func (d Driver) Main(m *testing.M, o guest.Options) {
 	self := os.Args[0]
 	if step := os.Getenv(killVariable); step != "" && (self == child || self == d.Name) {
-		volume.OnStep = func(name string) {
+		volume.OnFailpoint = func(name string) {
 			if name != step {
 				return
 			}

@@ -32,7 +32,7 @@ func attachment(addrs ...string) *metadata.Attachment {
 	return a
 }
 
-// TestF1_Port: address, default route by the gateway, one route on the host; CheckPort agrees, and names what is taken away.
+// TestF1_Port: address, default route by the gateway, one route on the host; CheckEndpoint agrees, and names what is taken away.
 func TestF1_F7_Port(t *testing.T) {
 	k, err := kernel.New()
 	if err != nil {
@@ -44,17 +44,17 @@ func TestF1_F7_Port(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := attach.Plan(attachment("10.42.0.5", "fd42::5"), attach.Config{ID: port("c0ffee"), Name: "demo/web"})
-	if err := k.AddPort(ctx, ns.Path, p); err != nil {
+	if err := k.AddEndpoint(ctx, ns.Path, p); err != nil {
 		t.Fatal(err)
 	}
-	if err := k.CheckPort(ctx, ns.Path, p); err != nil {
+	if err := k.CheckEndpoint(ctx, ns.Path, p); err != nil {
 		t.Fatalf("right after ADD: %v", err)
 	}
-	ports, err := k.Ports(ctx)
+	ports, err := k.Veths(ctx)
 	if err != nil || len(ports) != 1 || ports[0].Alias.ContainerID != "c0ffee" || ports[0].Alias.Name != "demo/web" {
 		t.Fatalf("ports: %v %+v", err, ports)
 	}
-	if err := k.AddPort(ctx, ns.Path, p); err != nil {
+	if err := k.AddEndpoint(ctx, ns.Path, p); err != nil {
 		t.Fatalf("a dangling host end is not replaced: %v", err)
 	}
 	for _, tc := range []struct {
@@ -83,17 +83,17 @@ func TestF1_F7_Port(t *testing.T) {
 		if err := ns.Do(tc.do); err != nil {
 			t.Fatalf("%s: %v", tc.name, err)
 		}
-		if err := k.CheckPort(ctx, ns.Path, p); err == nil || !strings.Contains(err.Error(), tc.want) {
+		if err := k.CheckEndpoint(ctx, ns.Path, p); err == nil || !strings.Contains(err.Error(), tc.want) {
 			t.Errorf("%s taken away: want %q, got %v", tc.name, tc.want, err)
 		}
 	}
-	if err := k.DelPort(ctx, p.HostName); err != nil {
+	if err := k.DelEndpoint(ctx, p.HostName); err != nil {
 		t.Fatal(err)
 	}
-	if err := k.DelPort(ctx, p.HostName); err != nil {
+	if err := k.DelEndpoint(ctx, p.HostName); err != nil {
 		t.Fatalf("repeated: %v", err)
 	}
-	if ports, _ := k.Ports(ctx); len(ports) != 0 {
+	if ports, _ := k.Veths(ctx); len(ports) != 0 {
 		t.Fatalf("left: %v", ports)
 	}
 }
@@ -115,10 +115,10 @@ func TestF14_InterfaceThatIsNotOurs(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := attach.Plan(attachment("10.42.0.6"), attach.Config{ID: port("beef")})
-	if err := k.AddPort(ctx, ns.Path, p); !errors.Is(err, kernel.ErrExists) {
+	if err := k.AddEndpoint(ctx, ns.Path, p); !errors.Is(err, kernel.ErrExists) {
 		t.Fatalf("want ErrExists, got %v", err)
 	}
-	if ports, _ := k.Ports(ctx); len(ports) != 0 {
+	if ports, _ := k.Veths(ctx); len(ports) != 0 {
 		t.Fatalf("left: %v", ports)
 	}
 	if err := ns.Do(func() error { _, err := netlink.LinkByName("eth0"); return err }); err != nil {
@@ -140,19 +140,19 @@ func TestF7_PortsInAGroup(t *testing.T) {
 			t.Fatal(err)
 		}
 		p := attach.Plan(attachment(fmt.Sprintf("10.42.0.%d", i+10)), attach.Config{ID: port(fmt.Sprint("g", i))})
-		if err := k.AddPort(ctx, ns.Path, p); err != nil {
+		if err := k.AddEndpoint(ctx, ns.Path, p); err != nil {
 			t.Fatal(err)
 		}
 		names = append(names, p.HostName)
 	}
-	if err := k.DelPorts(ctx, append(names[1:], "lrtnothere")); err != nil {
+	if err := k.DelEndpoints(ctx, append(names[1:], "lrtnothere")); err != nil {
 		t.Fatal(err)
 	}
-	ports, err := k.Ports(ctx)
+	ports, err := k.Veths(ctx)
 	if err != nil || len(ports) != 1 || ports[0].Name != names[0] {
 		t.Fatalf("want just %s left, got %v %v", names[0], ports, err)
 	}
-	if err := k.DelPorts(ctx, names); err != nil {
+	if err := k.DelEndpoints(ctx, names); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -173,11 +173,11 @@ func BenchmarkPort(b *testing.B) {
 		}
 		p := attach.Plan(attachment("10.42.0.5"), attach.Config{ID: port(fmt.Sprint("b", i))})
 		b.StartTimer()
-		if err := k.AddPort(ctx, ns.Path, p); err != nil {
+		if err := k.AddEndpoint(ctx, ns.Path, p); err != nil {
 			b.Fatal(err)
 		}
 		b.StopTimer()
-		if err := k.DelPort(ctx, p.HostName); err != nil {
+		if err := k.DelEndpoint(ctx, p.HostName); err != nil {
 			b.Fatal(err)
 		}
 		ns.Remove()

@@ -78,7 +78,7 @@ var _ = Describe("A container's port", func() {
 		rarely(host(0))
 		c, other, far := connected(host(0), "overlay"), connected(host(0), "overlay"), connected(host(1), "overlay")
 		index := func() (i uint32) {
-			on(host(0), func() { i = kernel.PortIndex(portOf(c)) })
+			on(host(0), func() { i = kernel.VethIndex(portOf(c)) })
 			return i
 		}
 		before := index()

@@ -146,7 +146,7 @@ func ports(h *lab.Host) (names []string) {
 	Expect(h.Do(func() error {
 		links, err := kernel.RetryDump(netlink.LinkList)
 		for _, l := range links {
-			if strings.HasPrefix(l.Attrs().Name, delta.PortPrefix) {
+			if strings.HasPrefix(l.Attrs().Name, delta.VethPrefix) {
 				names = append(names, l.Attrs().Name)
 			}
 		}

@@ -7,7 +7,7 @@
 //	for n := 1; ; n++ {
 //		k := fake.New()
 //		k.FailAt(n, unix.ENOMEM)
-//		err := k.AddPort(ctx, "/run/netns/c", port)
+//		err := k.AddEndpoint(ctx, "/run/netns/c", port)
 //		if !k.Failed() {
 //			break // there is no step n
 //		}
@@ -53,7 +53,7 @@ type Kernel struct {
 
 // port is a veth pair and what was done to its ends so far, as an operator would have typed it.
 type port struct {
-	p            delta.Port
+	p            delta.Endpoint
 	netns        string
 	alias        string
 	host, inside []string
@@ -415,7 +415,7 @@ func (a *application) grow(d *delta.Difference) {
 	}
 	for _, e := range d.Chains.Set {
 		if have, ok := w.Chains[e.Key]; ok {
-			e.Value = delta.Grown(e.Value, have)
+			e.Value = delta.MergeForTransition(e.Value, have)
 		}
 		w.Chains[e.Key] = e.Value
 	}

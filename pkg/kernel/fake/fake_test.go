@@ -126,13 +126,13 @@ func withoutSysctls(text string) (out string) {
 	return out
 }
 
-func port() delta.Port {
-	return delta.Port{
+func port() delta.Endpoint {
+	return delta.Endpoint{
 		Network: "overlay", ContainerID: "c0ffee", IfName: "eth0", HostName: "lrtabcdefghijkl", Alias: "lariat:port:overlay:c0ffee:eth0:web",
 		HostMAC: delta.MAC{0x0e, 0xfe, 0, 0, 0, 1}, MAC: delta.MAC{0x0a, 1, 2, 3, 4, 5}, MTU: 1450,
 		Addrs:    []netip.Addr{netip.MustParseAddr("10.42.0.5"), netip.MustParseAddr("fd42::5")},
 		Gateways: []netip.Addr{netip.MustParseAddr("10.42.0.1"), netip.MustParseAddr("fe80::1")},
-		Routes: []delta.PortRoute{
+		Routes: []delta.EndpointRoute{
 			{Dst: netip.MustParsePrefix("0.0.0.0/0"), Via: netip.MustParseAddr("10.42.0.1")},
 			{Dst: netip.MustParsePrefix("::/0"), Via: netip.MustParseAddr("fe80::1"), MTU: 1400},
 		},
@@ -157,13 +157,13 @@ in /run/netns/c: route ::/0 via fe80::1 dev eth0 onlink mtu 1400
 
 func TestAddPortPrintsAsAnOperatorWouldTypeIt(t *testing.T) {
 	k := fake.New()
-	if err := k.AddPort(t.Context(), "/run/netns/c", port()); err != nil {
+	if err := k.AddEndpoint(t.Context(), "/run/netns/c", port()); err != nil {
 		t.Fatal(err)
 	}
 	if got := k.String(); got != portText {
 		t.Errorf("got\n%s\nwant\n%s", got, portText)
 	}
-	if err := k.CheckPort(t.Context(), "/run/netns/c", port()); err != nil {
+	if err := k.CheckEndpoint(t.Context(), "/run/netns/c", port()); err != nil {
 		t.Errorf("check: %v", err)
 	}
 }
@@ -173,7 +173,7 @@ func TestF132AddPortFailingAtEachStepLeavesNothing(t *testing.T) {
 	for ; ; n++ {
 		k := fake.New()
 		k.FailAt(n, unix.ENOMEM)
-		err := k.AddPort(t.Context(), "/run/netns/c", port())
+		err := k.AddEndpoint(t.Context(), "/run/netns/c", port())
 		if !k.Failed() {
 			break
 		}
@@ -193,7 +193,7 @@ func TestF132AddPortKilledAtEachStepIsUndoneByDel(t *testing.T) {
 	for n := 1; ; n++ {
 		k := fake.New()
 		k.KillAt(n)
-		err := k.AddPort(t.Context(), "/run/netns/c", port())
+		err := k.AddEndpoint(t.Context(), "/run/netns/c", port())
 		if !k.Failed() {
 			break
 		}
@@ -206,14 +206,14 @@ func TestF132AddPortKilledAtEachStepIsUndoneByDel(t *testing.T) {
 		}
 		k.KillAt(0)
 		if n%2 == 0 { // a second try replaces what is left
-			if err := k.AddPort(t.Context(), "/run/netns/c", port()); err != nil {
+			if err := k.AddEndpoint(t.Context(), "/run/netns/c", port()); err != nil {
 				t.Errorf("step %d: once more: %v", n, err)
 			}
 			if got := k.String(); got != portText {
 				t.Errorf("step %d: once more gives\n%s", n, got)
 			}
 		}
-		if err := k.DelPort(t.Context(), port().HostName); err != nil {
+		if err := k.DelEndpoint(t.Context(), port().HostName); err != nil {
 			t.Errorf("step %d: del: %v", n, err)
 		}
 		if got := k.String(); got != "" {
@@ -225,21 +225,21 @@ func TestF132AddPortKilledAtEachStepIsUndoneByDel(t *testing.T) {
 func TestAddPortRefusesATakenInterface(t *testing.T) {
 	k := fake.New()
 	k.AddInterface("/run/netns/c", "eth0")
-	if err := k.AddPort(t.Context(), "/run/netns/c", port()); !errors.Is(err, kernel.ErrExists) {
+	if err := k.AddEndpoint(t.Context(), "/run/netns/c", port()); !errors.Is(err, kernel.ErrExists) {
 		t.Errorf("got %v, want ErrExists", err)
 	}
 }
 
 func TestCheckPortNamesWhatIsMissing(t *testing.T) {
 	k := fake.New()
-	if err := k.AddPort(t.Context(), "/run/netns/c", port()); err != nil {
+	if err := k.AddEndpoint(t.Context(), "/run/netns/c", port()); err != nil {
 		t.Fatal(err)
 	}
 	line := "route 10.42.0.5/32 dev lrtabcdefghijkl proto 76"
 	if !k.Spoil(port().HostName, line) {
 		t.Fatal("no such line")
 	}
-	if err := k.CheckPort(t.Context(), "/run/netns/c", port()); err == nil || !strings.Contains(err.Error(), line) {
+	if err := k.CheckEndpoint(t.Context(), "/run/netns/c", port()); err == nil || !strings.Contains(err.Error(), line) {
 		t.Errorf("got %v, want it to name %s", err, line)
 	}
 }

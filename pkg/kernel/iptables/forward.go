@@ -120,7 +120,7 @@ func accepting(subnets, bridges []string) (out []string) {
 	add := func(format string, args ...any) {
 		out = append(out, "-A "+ForwardChain+" "+fmt.Sprintf(format, args...))
 	}
-	const port = delta.PortPrefix + "+"
+	const port = delta.VethPrefix + "+"
 	if len(bridges) > 0 { // answers, and what a program published that has a bridge
 		add("-i %s -m conntrack --ctstate RELATED,ESTABLISHED,DNAT -j ACCEPT", port)
 	}

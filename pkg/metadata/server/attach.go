@@ -35,7 +35,7 @@ func (s *Server) Attach(ctx context.Context, network string, req metadata.Attach
 	if err != nil {
 		return nil, err
 	}
-	o := &op{kind: opAttach, req: &req, id: id, want: req.Requested}
+	o := &request{kind: requestAttach, req: &req, id: id, want: req.Requested}
 	if len(want) > 0 {
 		for _, r := range req.Requested {
 			if !slices.Contains(want, r) {
@@ -48,7 +48,7 @@ func (s *Server) Attach(ctx context.Context, network string, req metadata.Attach
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
 	o.ctx = ctx
-	if err := s.book(network).do(o); err != nil {
+	if err := s.allocator(network).do(o); err != nil {
 		return nil, err
 	}
 	a := s.attachment(n, o.entries)
@@ -109,7 +109,7 @@ func (s *Server) assigned(ctx context.Context, n metadata.Network, req *metadata
 				return h, want, nil
 			}
 		}
-		if req.WaitSeconds == 0 || s.book(n.Name).holds(id) {
+		if req.WaitSeconds == 0 || s.allocator(n.Name).holds(id) {
 			return h, nil, nil
 		}
 		select {
@@ -130,7 +130,7 @@ func (s *Server) assigned(ctx context.Context, n metadata.Network, req *metadata
 	}
 }
 
-func (b *book) holds(id metadata.AttachmentID) bool {
+func (b *allocator) holds(id metadata.AttachmentID) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return len(b.held[id]) > 0
@@ -169,7 +169,7 @@ func (s *Server) Release(ctx context.Context, network string, id metadata.Attach
 	// A DEL waits less than an ADD: what it could not tell, the network manager tells later.
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeout*2/5)
 	defer cancel()
-	return s.book(network).do(&op{ctx: ctx, kind: opRelease, id: id, sequence: sequence})
+	return s.allocator(network).do(&request{ctx: ctx, kind: requestRelease, id: id, sequence: sequence})
 }
 
 // Join claims this host's first blocks of a network. See Client.Join.
@@ -179,7 +179,7 @@ func (s *Server) Join(ctx context.Context, network string) error {
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	return s.book(network).do(&op{ctx: ctx, kind: opJoin})
+	return s.allocator(network).do(&request{ctx: ctx, kind: requestJoin})
 }
 
 // GC releases what this host holds and valid does not list. See Client.GC.
@@ -189,11 +189,11 @@ func (s *Server) GC(ctx context.Context, network string, valid []metadata.Attach
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	o := &op{ctx: ctx, kind: opGC, valid: map[metadata.AttachmentID]bool{}}
+	o := &request{ctx: ctx, kind: requestGC, valid: map[metadata.AttachmentID]bool{}}
 	for _, id := range valid {
 		o.valid[id] = true
 	}
-	if err := s.book(network).do(o); err != nil {
+	if err := s.allocator(network).do(o); err != nil {
 		return nil, err
 	}
 	r := &metadata.GCResult{Released: allocations(network, o.released)}
@@ -214,12 +214,12 @@ func allocations(network string, entries []allocate.Entry) []metadata.Allocation
 }
 
 // loaded makes sure that a book's tables are in memory.
-func (s *Server) loaded(ctx context.Context, network string) (*book, metadata.Network, error) {
+func (s *Server) loaded(ctx context.Context, network string) (*allocator, metadata.Network, error) {
 	n, _, ok := s.view.network(network)
 	if !ok {
 		return nil, n, s.unknownNetwork(network)
 	}
-	b := s.book(network)
+	b := s.allocator(network)
 	b.mu.Lock()
 	done := b.loaded
 	b.mu.Unlock()
@@ -231,12 +231,12 @@ func (s *Server) loaded(ctx context.Context, network string) (*book, metadata.Ne
 
 // current is loaded for who must not be told of what is gone: blocks that this host has lost since took their
 // tables with them.
-func (s *Server) current(ctx context.Context, network string) (*book, metadata.Network, error) {
+func (s *Server) current(ctx context.Context, network string) (*allocator, metadata.Network, error) {
 	n, gen, ok := s.view.network(network)
 	if !ok {
 		return nil, n, s.unknownNetwork(network)
 	}
-	b := s.book(network)
+	b := s.allocator(network)
 	b.mu.Lock()
 	done := b.loaded && b.gen == gen
 	b.mu.Unlock()
@@ -246,10 +246,10 @@ func (s *Server) current(ctx context.Context, network string) (*book, metadata.N
 	return b, n, s.load(ctx, b)
 }
 
-func (s *Server) load(ctx context.Context, b *book) error {
+func (s *Server) load(ctx context.Context, b *allocator) error {
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	return b.do(&op{ctx: ctx, kind: opRelease, id: metadata.AttachmentID{}}) // releases nothing
+	return b.do(&request{ctx: ctx, kind: requestRelease, id: metadata.AttachmentID{}}) // releases nothing
 }
 
 // Attachment returns what an interface holds.
@@ -379,7 +379,7 @@ func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkS
 	}
 	ctx, cancel := context.WithTimeout(ctx, statusPatience)
 	defer cancel()
-	b := s.book(network)
+	b := s.allocator(network)
 	b.mu.Lock()
 	loaded := b.loaded
 	b.mu.Unlock()
@@ -460,7 +460,7 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 }
 
 func (s *Server) countLeft(ctx context.Context, n metadata.Network, subnet netip.Prefix) (int, error) {
-	rules := (&batch{b: s.book(n.Name), net: n}).rules(subnet)
+	rules := (&batch{b: s.allocator(n.Name), net: n}).rules(subnet)
 	unread := map[netip.Prefix]bool{} // tables of others' blocks
 	for _, blk := range s.view.blocksOf(n.Name, func(x metadata.Block) bool { return x.Host != s.cfg.HostName && subnet.Contains(x.CIDR.Addr()) }) {
 		for _, cidr := range allocate.TablesOf(blk.CIDR) {

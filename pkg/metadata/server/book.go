@@ -20,68 +20,68 @@ import (
 // maxBatch bounds how long a request waits for those it shares a write with.
 const maxBatch = 512
 
-// book keeps this host's address tables of one network. All that changes them goes through its queue: while one write is
+// allocator keeps this host's address tables of one network. All that changes them goes through its queue: while one write is
 // under way, whatever arrives waits and shares the next one, so a burst of requests costs a few durable writes, and no two
 // requests of this host ever compete for a table. Other hosts may (they borrow); then the write's condition fails, the
 // table is read again, and those requests are planned once more.
-type book struct {
+type allocator struct {
 	s       *Server
 	network string
 
 	mu      sync.Mutex // queue, running; the runner writes tables, held, loaded and gen under it, others read them under it
-	queue   []*op
+	queue   []*request
 	running bool
-	tables  map[netip.Prefix]*ledger
+	tables  map[netip.Prefix]*cachedTable
 	held    map[metadata.AttachmentID][]netip.Prefix // tables with entries of this host's attachment
 	loaded  bool
 	gen     uint64 // of the view that it followed last
 
 	// Of the runner alone.
-	spoilt   bool // some ledger is stale
-	sequence uint64
-	full     time.Time // other hosts' blocks were all looked through and found full
-	hint     map[bool]*ledger
+	resyncPending bool // some table is stale
+	sequence      uint64
+	full          time.Time // other hosts' blocks were all looked through and found full
+	hint          map[bool]*cachedTable
 }
 
-// ledger is one table and what is known about it.
-type ledger struct {
+// cached is one table and what is known about it.
+type cachedTable struct {
 	cidr     netip.Prefix
 	own      bool // of a block of this host
 	table    *allocate.Table
 	revision int64 // 0: not stored
 	stale    bool  // must be read again before use
 	seen     time.Time
-	spoilt   error // the stored table cannot be used, so nothing of it is given out
+	corrupt  error // the stored table cannot be used, so nothing of it is given out
 
-	noFresh bool // no fresh address at generation gen
-	gen     uint64
+	noneUnused bool // no fresh address at generation gen
+	gen        uint64
 
 	usage      allocate.Usage // of counted at countedGen
 	counted    *allocate.Table
 	countedGen uint64
 }
 
-type opKind int
+type requestKind int
 
 const (
-	opAttach opKind = iota
-	opRelease
-	opGC
-	opTidy
-	opJoin
+	requestAttach requestKind = iota
+	requestRelease
+	requestGC
+	requestTidy
+	requestJoin
 )
 
-// op is one request in the queue.
-type op struct {
+// request is one request in the queue.
+type request struct {
 	ctx      context.Context
-	kind     opKind
+	kind     requestKind
 	req      *metadata.AttachRequest
 	want     []netip.Addr // addresses that must be given
 	assigned bool         // by the model, which may name addresses outside of the subnets
 	id       metadata.AttachmentID
 	sequence uint64
 	valid    map[metadata.AttachmentID]bool
-	empty    time.Time // opTidy: blocks empty since before it are given back
+	empty    time.Time // requestTidy: blocks empty since before it are given back
 
 	tries int
 	taken []uint64 // attach: sequence numbers it used
@@ -93,8 +93,8 @@ type op struct {
 }
 
 // plan of one op within a batch: applied to memory only once its tables are written.
-type outcome struct {
-	op         *op
+type result struct {
+	request    *request
 	touched    map[netip.Prefix]bool
 	containers map[string]func(*metadata.Container) bool // by key: how it changes the object
 	announced  []netip.Addr
@@ -104,24 +104,24 @@ type outcome struct {
 
 // batch is the work between two writes.
 type batch struct {
-	b          *book
+	b          *allocator
 	net        metadata.Network
 	now        time.Time
 	work       map[netip.Prefix]*allocate.Table
 	base       map[netip.Prefix]int64         // revision of the table that work was copied from: what its write depends on
 	containers map[string]*metadata.Container // nil value: delete
 	revisions  map[string]int64
-	outcomes   []*outcome
+	results    []*result
 	pending    map[metadata.AttachmentID][]netip.Prefix // tables in which this batch took something for it
 }
 
-func newBook(s *Server, network string) *book {
-	return &book{s: s, network: network, tables: map[netip.Prefix]*ledger{}, held: map[metadata.AttachmentID][]netip.Prefix{}, hint: map[bool]*ledger{}}
+func newAllocator(s *Server, network string) *allocator {
+	return &allocator{s: s, network: network, tables: map[netip.Prefix]*cachedTable{}, held: map[metadata.AttachmentID][]netip.Prefix{}, hint: map[bool]*cachedTable{}}
 }
 
 // do queues a request and waits for its end. When the context ends first, whether it was done is unknown; asking again
 // tells.
-func (b *book) do(o *op) error {
+func (b *allocator) do(o *request) error {
 	o.done = make(chan struct{})
 	b.mu.Lock()
 	b.queue = append(b.queue, o)
@@ -138,7 +138,7 @@ func (b *book) do(o *op) error {
 	}
 }
 
-func (b *book) run() {
+func (b *allocator) run() {
 	for {
 		b.mu.Lock()
 		ops := b.queue[:min(len(b.queue), maxBatch)]
@@ -156,14 +156,14 @@ func (b *book) run() {
 	}
 }
 
-func (o *op) finish(err error) {
+func (o *request) finish(err error) {
 	o.err = err
 	close(o.done)
 }
 
 // batch plans, writes, and answers. It returns what must be planned once more.
-func (b *book) batch(ops []*op) (again []*op) {
-	ops = slices.DeleteFunc(ops, func(o *op) bool {
+func (b *allocator) batch(ops []*request) (again []*request) {
+	ops = slices.DeleteFunc(ops, func(o *request) bool {
 		if o.ctx.Err() != nil {
 			o.finish(o.ctx.Err())
 			return true
@@ -183,7 +183,7 @@ func (b *book) batch(ops []*op) (again []*op) {
 	ctx, cancel := context.WithDeadline(context.Background(), deadline)
 	defer cancel()
 
-	fail := func(err error) []*op {
+	fail := func(err error) []*request {
 		for _, o := range ops {
 			o.finish(err)
 		}
@@ -200,11 +200,11 @@ func (b *book) batch(ops []*op) (again []*op) {
 		base: map[netip.Prefix]int64{}, containers: map[string]*metadata.Container{}, revisions: map[string]int64{},
 		pending: map[metadata.AttachmentID][]netip.Prefix{}}
 	for _, o := range ops {
-		out := &outcome{op: o, touched: map[netip.Prefix]bool{}, containers: map[string]func(*metadata.Container) bool{}, freed: map[netip.Prefix][]allocate.Entry{}}
+		out := &result{request: o, touched: map[netip.Prefix]bool{}, containers: map[string]func(*metadata.Container) bool{}, freed: map[netip.Prefix][]allocate.Entry{}}
 		if err := p.plan(ctx, out); err != nil {
-			b.withdraw(ctx, out.announced)
+			b.deleteHostRoutes(ctx, out.announced)
 			out.announced, out.failure = nil, err
-			if o.kind == opAttach { // all families or none: what an earlier try wrote goes back
+			if o.kind == requestAttach { // all families or none: what an earlier try wrote goes back
 				half := slices.DeleteFunc(p.mine(o.id), func(e allocate.Entry) bool { return !slices.Contains(o.taken, e.Sequence) })
 				p.planRelease(out, o.id, half, 0)
 			}
@@ -213,16 +213,16 @@ func (b *book) batch(ops []*op) (again []*op) {
 			o.finish(out.failure)
 			continue
 		}
-		p.outcomes = append(p.outcomes, out)
+		p.results = append(p.results, out)
 	}
-	if len(p.outcomes) == 0 {
+	if len(p.results) == 0 {
 		return nil
 	}
 	return p.commit(ctx)
 }
 
 // commit writes the batch's tables and containers at once and tells each op how it went.
-func (p *batch) commit(ctx context.Context) (again []*op) {
+func (p *batch) commit(ctx context.Context) (again []*request) {
 	b := p.b
 	var changes []store.Change
 	var order []netip.Prefix
@@ -258,7 +258,7 @@ func (p *batch) commit(ctx context.Context) (again []*op) {
 	for i, cidr := range order {
 		l := b.tables[cidr]
 		if err := results[i].Err; err != nil {
-			failed[cidr], l.stale, b.spoilt = err, true, true
+			failed[cidr], l.stale, b.resyncPending = err, true, true
 			continue
 		}
 		revision := results[i].Revision
@@ -277,8 +277,8 @@ func (p *batch) commit(ctx context.Context) (again []*op) {
 			behind[key] = r.Err
 		}
 	}
-	for _, out := range p.outcomes {
-		o := out.op
+	for _, out := range p.results {
+		o := out.request
 		var conflict bool
 		var err error
 		for cidr := range out.touched {
@@ -309,7 +309,7 @@ func (p *batch) commit(ctx context.Context) (again []*op) {
 				gone = append(gone, a)
 			}
 		}
-		b.withdraw(ctx, gone)
+		b.deleteHostRoutes(ctx, gone)
 		for key, change := range out.containers {
 			// Somebody else changed the container's object: rare, so it may cost another write.
 			e := behind[key]
@@ -337,7 +337,7 @@ func (p *batch) commit(ctx context.Context) (again []*op) {
 }
 
 // install makes a written or read table the current one. The caller holds mu.
-func (b *book) install(l *ledger, t *allocate.Table, revision int64) {
+func (b *allocator) install(l *cachedTable, t *allocate.Table, revision int64) {
 	mine := func(t *allocate.Table) map[metadata.AttachmentID]bool {
 		ids := map[metadata.AttachmentID]bool{}
 		if t != nil {
@@ -363,17 +363,17 @@ func (b *book) install(l *ledger, t *allocate.Table, revision int64) {
 			b.held[id] = append(b.held[id], l.cidr)
 		}
 	}
-	l.table, l.revision, l.stale, l.noFresh, l.spoilt = t, revision, false, false, nil
+	l.table, l.revision, l.stale, l.noneUnused, l.corrupt = t, revision, false, false, nil
 }
 
 func tableKey(network string, cidr netip.Prefix) string {
 	return tablePrefix + network + "/" + cidr.String()
 }
 
-// spoiltTable is the error of a table that is stored and cannot be used.
-type spoiltTable struct{ metadata.Problem }
+// corruptTable is the error of a table that is stored and cannot be used.
+type corruptTable struct{ metadata.Problem }
 
-func (e *spoiltTable) Error() string { return e.String() + "; " + e.Remedy() }
+func (e *corruptTable) Error() string { return e.String() + "; " + e.Remedy() }
 
 // readTable reads one table; one that is not stored is empty. The error is a *spoiltTable when it cannot be used.
 func (s *Server) readTable(ctx context.Context, network string, cidr netip.Prefix) (*allocate.Table, int64, error) {
@@ -386,15 +386,15 @@ func (s *Server) readTable(ctx context.Context, network string, cidr netip.Prefi
 	}
 	t, err := allocate.Decode(cidr, e.Value)
 	if err != nil {
-		return nil, e.Revision, &spoiltTable{metadata.NewProblem(tableKey(network, cidr), err)}
+		return nil, e.Revision, &corruptTable{metadata.NewProblem(tableKey(network, cidr), err)}
 	}
 	return t, e.Revision, nil
 }
 
 // read brings ledgers up to date, many at a time.
-func (b *book) read(ctx context.Context, list []*ledger) error {
+func (b *allocator) read(ctx context.Context, list []*cachedTable) error {
 	type result struct {
-		l        *ledger
+		l        *cachedTable
 		t        *allocate.Table
 		revision int64
 		err      error
@@ -420,15 +420,15 @@ func (b *book) read(ctx context.Context, list []*ledger) error {
 	defer b.mu.Unlock()
 	var errs []error
 	for _, r := range results {
-		var spoilt *spoiltTable
+		var spoilt *corruptTable
 		if errors.As(r.err, &spoilt) {
 			b.s.log.Error("address table left out", "network", b.network, "error", spoilt)
 			b.install(r.l, &allocate.Table{CIDR: r.l.cidr}, r.revision)
-			r.l.seen, r.l.spoilt = b.s.now(), spoilt
+			r.l.seen, r.l.corrupt = b.s.now(), spoilt
 			continue
 		}
 		if r.err != nil {
-			r.l.stale, b.spoilt = true, true
+			r.l.stale, b.resyncPending = true, true
 			errs = append(errs, r.err)
 			continue
 		}
@@ -439,17 +439,17 @@ func (b *book) read(ctx context.Context, list []*ledger) error {
 	return errors.Join(errs...)
 }
 
-// ledger returns the ledger of a table, read if need be.
-func (b *book) ledger(ctx context.Context, cidr netip.Prefix, own bool) (*ledger, error) {
+// cached returns a table, read from the store when it is not cached.
+func (b *allocator) cached(ctx context.Context, cidr netip.Prefix, own bool) (*cachedTable, error) {
 	l := b.tables[cidr]
 	if l == nil {
-		l = &ledger{cidr: cidr, own: own, stale: true}
+		l = &cachedTable{cidr: cidr, own: own, stale: true}
 		b.mu.Lock()
 		b.tables[cidr] = l
 		b.mu.Unlock()
 	}
 	if l.stale {
-		if err := b.read(ctx, []*ledger{l}); err != nil {
+		if err := b.read(ctx, []*cachedTable{l}); err != nil {
 			return nil, err
 		}
 	}
@@ -458,13 +458,13 @@ func (b *book) ledger(ctx context.Context, cidr netip.Prefix, own bool) (*ledger
 
 // sync follows the view: blocks that this host won or lost. The first call reads all tables, and mends what a killed
 // process left half done.
-func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error {
+func (b *allocator) sync(ctx context.Context, net metadata.Network, gen uint64) error {
 	if b.loaded && gen == b.gen {
-		if !b.spoilt {
+		if !b.resyncPending {
 			return nil
 		}
-		b.spoilt = false
-		var stale []*ledger
+		b.resyncPending = false
+		var stale []*cachedTable
 		for _, l := range b.tables {
 			if l.stale {
 				stale = append(stale, l)
@@ -484,12 +484,12 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 			want[cidr] = true
 		}
 	}
-	var missing []*ledger
+	var missing []*cachedTable
 	b.mu.Lock()
 	for cidr := range want {
 		l := b.tables[cidr]
 		if l == nil {
-			l = &ledger{cidr: cidr, stale: true}
+			l = &cachedTable{cidr: cidr, stale: true}
 			b.tables[cidr] = l
 		}
 		l.own = true
@@ -505,7 +505,7 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 		}
 	}
 	b.mu.Unlock()
-	b.hint = map[bool]*ledger{}
+	b.hint = map[bool]*cachedTable{}
 
 	if !b.loaded {
 		// Sequence numbers never come back, not even after a block was given back and its table with them: each stored
@@ -524,7 +524,7 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 			cidr := tableFor(net, a)
 			l := b.tables[cidr]
 			if l == nil {
-				l = &ledger{cidr: cidr, stale: true}
+				l = &cachedTable{cidr: cidr, stale: true}
 				b.mu.Lock()
 				b.tables[cidr] = l
 				b.mu.Unlock()
@@ -539,12 +539,12 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 			missing = append(missing, l)
 		}
 	}
-	b.spoilt = false
+	b.resyncPending = false
 	if err := b.read(ctx, missing); err != nil {
 		return err
 	}
 	if !b.loaded || lost {
-		if err := b.mend(ctx, net); err != nil {
+		if err := b.repairHostRoutes(ctx, net); err != nil {
 			return err
 		}
 	}
@@ -554,10 +554,10 @@ func (b *book) sync(ctx context.Context, net metadata.Network, gen uint64) error
 	return nil
 }
 
-// mend makes endpoints agree with tables: an address is announced before it is recorded and withdrawn after it is
+// repairHostRoutes makes endpoints agree with tables: an address is announced before it is recorded and withdrawn after it is
 // released, so what a killed process leaves is an endpoint too many, never one too few. One that somebody removed by hand
 // is published again. Containers' objects lose the interfaces of which no table knows any more.
-func (b *book) mend(ctx context.Context, net metadata.Network) error {
+func (b *allocator) repairHostRoutes(ctx context.Context, net metadata.Network) error {
 	announced := map[netip.Addr]bool{}
 	for _, a := range b.s.view.endpointsOf(b.network, b.s.cfg.HostName) {
 		announced[a] = true
@@ -566,14 +566,14 @@ func (b *book) mend(ctx context.Context, net metadata.Network) error {
 	for _, l := range b.tables {
 		for _, e := range l.table.Entries {
 			if e.Owner.Host == b.s.cfg.HostName && !l.own && !announced[e.Address] {
-				changes = append(changes, b.endpoint(e.Address))
+				changes = append(changes, b.hostRoute(e.Address))
 			}
 		}
 	}
 	for a := range announced {
-		if l := b.tables[tableFor(net, a)]; l != nil && !l.own && l.spoilt == nil {
+		if l := b.tables[tableFor(net, a)]; l != nil && !l.own && l.corrupt == nil {
 			if e, ok := l.table.Entry(a); !ok || e.Owner.Host != b.s.cfg.HostName {
-				changes = append(changes, store.Change{Key: endpointPrefix + b.network + "/" + a.String(), Revision: store.Any})
+				changes = append(changes, store.Change{Key: hostRoutePrefix + b.network + "/" + a.String(), Revision: store.Any})
 			}
 		}
 	}
@@ -583,7 +583,7 @@ func (b *book) mend(ctx context.Context, net metadata.Network) error {
 		}
 	}
 	for id, addrs := range b.s.containers.attachments(b.network) {
-		unread := func(a netip.Addr) bool { l := b.tables[tableFor(net, a)]; return l == nil || l.spoilt != nil }
+		unread := func(a netip.Addr) bool { l := b.tables[tableFor(net, a)]; return l == nil || l.corrupt != nil }
 		if slices.ContainsFunc(addrs, unread) || len(b.held[id]) > 0 {
 			continue
 		}
@@ -598,9 +598,9 @@ func (b *book) mend(ctx context.Context, net metadata.Network) error {
 	return nil
 }
 
-func (b *book) endpoint(a netip.Addr) store.Change {
-	data, _ := json.Marshal(metadata.Endpoint{Network: b.network, Address: a, Host: b.s.cfg.HostName})
-	return store.Change{Key: endpointPrefix + b.network + "/" + a.String(), Value: data}
+func (b *allocator) hostRoute(a netip.Addr) store.Change {
+	data, _ := json.Marshal(metadata.HostRoute{Network: b.network, Address: a, Host: b.s.cfg.HostName})
+	return store.Change{Key: hostRoutePrefix + b.network + "/" + a.String(), Value: data}
 }
 
 // tableFor is the table of an address: of its block, or its own when it lies outside of the subnets.
@@ -613,14 +613,14 @@ func tableFor(n metadata.Network, a netip.Addr) netip.Prefix {
 	return netip.PrefixFrom(a, a.BitLen())
 }
 
-// withdraw removes endpoints. A failure is no error of the caller: mend does it at the next start.
-func (b *book) withdraw(ctx context.Context, addrs []netip.Addr) {
+// deleteHostRoutes removes endpoints. A failure is no error of the caller: mend does it at the next start.
+func (b *allocator) deleteHostRoutes(ctx context.Context, addrs []netip.Addr) {
 	if len(addrs) == 0 {
 		return
 	}
 	var changes []store.Change
 	for _, a := range addrs {
-		changes = append(changes, store.Change{Key: endpointPrefix + b.network + "/" + a.String(), Revision: store.Any})
+		changes = append(changes, store.Change{Key: hostRoutePrefix + b.network + "/" + a.String(), Revision: store.Any})
 	}
 	for i, r := range b.s.store.Write(ctx, changes...) {
 		if r.Err != nil {
@@ -630,7 +630,7 @@ func (b *book) withdraw(ctx context.Context, addrs []netip.Addr) {
 }
 
 // table returns the working copy of a table.
-func (p *batch) table(l *ledger) *allocate.Table {
+func (p *batch) table(l *cachedTable) *allocate.Table {
 	t := p.work[l.cidr]
 	if t == nil {
 		t = l.table.Clone()
@@ -640,7 +640,7 @@ func (p *batch) table(l *ledger) *allocate.Table {
 }
 
 // peek returns the table as the batch has it so far, not to be changed.
-func (p *batch) peek(l *ledger) *allocate.Table {
+func (p *batch) peek(l *cachedTable) *allocate.Table {
 	if t := p.work[l.cidr]; t != nil {
 		return t
 	}
@@ -685,34 +685,34 @@ func (p *batch) rules(subnet netip.Prefix) allocate.Rules {
 	return r
 }
 
-func (p *batch) plan(ctx context.Context, out *outcome) error {
-	switch out.op.kind {
-	case opAttach:
+func (p *batch) plan(ctx context.Context, out *result) error {
+	switch out.request.kind {
+	case requestAttach:
 		return p.planAttach(ctx, out)
-	case opRelease:
-		p.planRelease(out, out.op.id, p.mine(out.op.id), out.op.sequence)
-	case opGC:
+	case requestRelease:
+		p.planRelease(out, out.request.id, p.mine(out.request.id), out.request.sequence)
+	case requestGC:
 		for id := range p.b.held {
-			if !out.op.valid[id] {
+			if !out.request.valid[id] {
 				p.planRelease(out, id, p.mine(id), 0)
 			}
 		}
 		for id := range p.b.s.containers.attachments(p.b.network) {
-			if !out.op.valid[id] {
+			if !out.request.valid[id] {
 				p.planRelease(out, id, nil, 0)
 			}
 		}
-	case opJoin:
+	case requestJoin:
 		return p.join(ctx)
-	case opTidy:
-		return p.b.tidy(ctx, p.net, out.op.empty, p)
+	case requestTidy:
+		return p.b.releaseEmptyBlocks(ctx, p.net, out.request.empty, p)
 	}
 	return nil
 }
 
 // planRelease frees entries of an attachment. With its last one the container's object loses the
 // interface, also when a kill kept an earlier release from writing both.
-func (p *batch) planRelease(out *outcome, id metadata.AttachmentID, entries []allocate.Entry, sequence uint64) {
+func (p *batch) planRelease(out *result, id metadata.AttachmentID, entries []allocate.Entry, sequence uint64) {
 	for _, e := range entries {
 		if sequence != 0 && e.Sequence > sequence {
 			continue
@@ -744,7 +744,7 @@ func (p *batch) container(key string) (*metadata.Container, int64) {
 }
 
 // changeContainer changes a container's object within the batch, from what the cache knows of it.
-func (p *batch) changeContainer(out *outcome, key string, change func(*metadata.Container) bool) {
+func (p *batch) changeContainer(out *result, key string, change func(*metadata.Container) bool) {
 	first := out.containers[key]
 	out.containers[key] = change
 	if first != nil { // of another interface
@@ -763,14 +763,14 @@ func (p *batch) changeContainer(out *outcome, key string, change func(*metadata.
 	}
 }
 
-// pick is an address chosen for an op, not yet taken.
-type pick struct {
-	l *ledger
+// candidate is an address chosen for an op, not yet taken.
+type candidate struct {
+	l *cachedTable
 	a netip.Addr
 }
 
-func (p *batch) planAttach(ctx context.Context, out *outcome) error {
-	o, b := out.op, p.b
+func (p *batch) planAttach(ctx context.Context, out *result) error {
+	o, b := out.request, p.b
 	owner := allocate.Owner{Host: b.s.cfg.HostName, BootID: b.s.bootID, StateDir: o.req.StateDir}
 	have := p.mine(o.id)
 	for _, w := range o.want {
@@ -781,7 +781,7 @@ func (p *batch) planAttach(ctx context.Context, out *outcome) error {
 		}
 	}
 	// A half that an earlier try left (one of two families) is completed.
-	var picks []pick
+	var picks []candidate
 	chosen := map[netip.Addr]bool{}
 	family := map[int]bool{}
 	for _, e := range have {
@@ -791,22 +791,22 @@ func (p *batch) planAttach(ctx context.Context, out *outcome) error {
 		if slices.ContainsFunc(have, func(e allocate.Entry) bool { return e.Address == a }) {
 			continue
 		}
-		l, err := p.specific(ctx, out, a)
+		l, err := p.allocateRequested(ctx, out, a)
 		if err != nil {
 			return err
 		}
-		picks, chosen[a], family[a.BitLen()] = append(picks, pick{l, a}), true, true
+		picks, chosen[a], family[a.BitLen()] = append(picks, candidate{l, a}), true, true
 	}
 	if !o.req.Foreign {
 		for _, subnet := range p.net.Subnets {
 			if family[subnet.Addr().BitLen()] {
 				continue
 			}
-			l, a, err := p.any(ctx, out, subnet, chosen)
+			l, a, err := p.allocate(ctx, out, subnet, chosen)
 			if err != nil {
 				return err
 			}
-			picks, chosen[a] = append(picks, pick{l, a}), true
+			picks, chosen[a] = append(picks, candidate{l, a}), true
 		}
 	}
 	if len(picks) > 0 || slices.ContainsFunc(have, func(e allocate.Entry) bool { return e.Owner != owner }) {
@@ -863,9 +863,9 @@ func heldBy(network string, a netip.Addr, holder string) error {
 	return metadata.Errorf(metadata.CodeHeld, "address %s on network %s is held by %s", a, network, holder)
 }
 
-// specific finds the table for an address that must be this one.
-func (p *batch) specific(ctx context.Context, out *outcome, a netip.Addr) (*ledger, error) {
-	o, b := out.op, p.b
+// allocateRequested finds the table for an address that must be this one.
+func (p *batch) allocateRequested(ctx context.Context, out *result, a netip.Addr) (*cachedTable, error) {
+	o, b := out.request, p.b
 	if holder := b.s.view.holder(b.network, a); holder != "" {
 		// Another host's endpoint says no more than the host; its table, if any, names the attachment.
 		if t, _, err := b.s.readTable(ctx, b.network, tableFor(p.net, a)); err == nil {
@@ -888,7 +888,7 @@ func (p *batch) specific(ctx context.Context, out *outcome, a netip.Addr) (*ledg
 		if err := b.s.view.announceable(a); err != nil {
 			return nil, metadata.Errorf(metadata.CodeInvalid, "%s", err)
 		}
-		return p.single(ctx, out, a, tableFor(p.net, a))
+		return p.allocateBorrowed(ctx, out, a, tableFor(p.net, a))
 	}
 	if allocate.Edge(subnet, a) {
 		return nil, metadata.Errorf(metadata.CodeInvalid, "address %s is the first or last of subnet %s, which no container may have", a, subnet)
@@ -909,17 +909,17 @@ func (p *batch) specific(ctx context.Context, out *outcome, a netip.Addr) (*ledg
 				return nil, metadata.Errorf(metadata.CodeHeld, "address %s lies in block %s of host %s, and network %s has strictAffinity: a host uses its own blocks only",
 					a, blk.CIDR, blk.Host, b.network)
 			}
-			return p.single(ctx, out, a, allocate.TableOf(cidr, a))
+			return p.allocateBorrowed(ctx, out, a, allocate.TableOf(cidr, a))
 		}
-		l, err := b.ledger(ctx, allocate.TableOf(cidr, a), true)
+		l, err := b.cached(ctx, allocate.TableOf(cidr, a), true)
 		if err != nil {
 			return nil, err
 		}
 		if holder := b.s.view.holder(b.network, a); holder != "" {
 			return nil, heldBy(b.network, a, holder)
 		}
-		if l.spoilt != nil {
-			return nil, heldBy(b.network, a, "nobody knows whom: "+l.spoilt.Error())
+		if l.corrupt != nil {
+			return nil, heldBy(b.network, a, "nobody knows whom: "+l.corrupt.Error())
 		}
 		if e, used := p.peek(l).Entry(a); used {
 			return nil, heldBy(b.network, a, fmt.Sprintf("%s on host %s", e.ID, e.Owner.Host))
@@ -928,29 +928,29 @@ func (p *batch) specific(ctx context.Context, out *outcome, a netip.Addr) (*ledg
 	}
 }
 
-// single announces one address that no block of this host covers, and returns its table.
-func (p *batch) single(ctx context.Context, out *outcome, a netip.Addr, cidr netip.Prefix) (*ledger, error) {
+// allocateBorrowed announces one address that no block of this host covers, and returns its table.
+func (p *batch) allocateBorrowed(ctx context.Context, out *result, a netip.Addr, cidr netip.Prefix) (*cachedTable, error) {
 	b := p.b
 	if l := b.tables[cidr]; l != nil && p.work[cidr] == nil {
-		l.stale, b.spoilt = true, true // others write it
+		l.stale, b.resyncPending = true, true // others write it
 	}
-	l, err := b.ledger(ctx, cidr, false)
+	l, err := b.cached(ctx, cidr, false)
 	if err != nil {
 		return nil, err
 	}
-	if l.spoilt != nil {
-		return nil, heldBy(b.network, a, "nobody knows whom: "+l.spoilt.Error())
+	if l.corrupt != nil {
+		return nil, heldBy(b.network, a, "nobody knows whom: "+l.corrupt.Error())
 	}
 	if e, used := p.peek(l).Entry(a); used {
 		return nil, heldBy(b.network, a, fmt.Sprintf("%s on host %s", e.ID, e.Owner.Host))
 	}
-	revision, err := store.One(ctx, b.s.store, b.endpoint(a))
+	revision, err := store.One(ctx, b.s.store, b.hostRoute(a))
 	if errors.Is(err, store.ErrConflict) {
-		e, err := b.s.store.Get(ctx, endpointPrefix+b.network+"/"+a.String())
+		e, err := b.s.store.Get(ctx, hostRoutePrefix+b.network+"/"+a.String())
 		if err != nil {
 			return nil, err
 		}
-		ep, err := decodeEntry[metadata.Endpoint](b.network+"/"+a.String(), e)
+		ep, err := decodeEntry[metadata.HostRoute](b.network+"/"+a.String(), e)
 		if err != nil {
 			return nil, heldBy(b.network, a, "nobody: its entry cannot be used: "+err.Error())
 		}
@@ -966,14 +966,14 @@ func (p *batch) single(ctx context.Context, out *outcome, a netip.Addr, cidr net
 	return l, b.s.view.wait(ctx, revision)
 }
 
-// any finds an address of a subnet.
-func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chosen map[netip.Addr]bool) (*ledger, netip.Addr, error) {
+// allocate finds an address of a subnet.
+func (p *batch) allocate(ctx context.Context, out *result, subnet netip.Prefix, chosen map[netip.Addr]bool) (*cachedTable, netip.Addr, error) {
 	b, rules := p.b, p.rules(subnet)
 	usable := func(a netip.Addr) bool { return !chosen[a] && rules.Usable(a) }
 	// Own blocks, fresh.
 	is4 := subnet.Addr().Is4()
-	fresh := func(l *ledger) (netip.Addr, bool) {
-		if !l.own || l.spoilt != nil || !subnet.Contains(l.cidr.Addr()) || l.noFresh && l.gen == b.gen {
+	fresh := func(l *cachedTable) (netip.Addr, bool) {
+		if !l.own || l.corrupt != nil || !subnet.Contains(l.cidr.Addr()) || l.noneUnused && l.gen == b.gen {
 			return netip.Addr{}, false
 		}
 		t := p.peek(l)
@@ -982,7 +982,7 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 		}
 		a, ok := t.Fresh(usable)
 		if !ok {
-			l.noFresh, l.gen = true, b.gen
+			l.noneUnused, l.gen = true, b.gen
 		}
 		return a, ok
 	}
@@ -991,7 +991,7 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 			return l, a, nil
 		}
 	}
-	var best *ledger
+	var best *cachedTable
 	var address netip.Addr
 	for _, l := range b.tables {
 		if best != nil && best.cidr.Addr().Less(l.cidr.Addr()) {
@@ -1006,11 +1006,11 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 		return best, address, nil
 	}
 	// Own blocks, rested.
-	if l, a, ok := p.longest(subnet, usable, p.now.Add(-p.net.Cooldown()), true); ok {
+	if l, a, ok := p.oldestReleased(subnet, usable, p.now.Add(-p.net.Cooldown()), true); ok {
 		return l, a, nil
 	}
 	// A new block.
-	cidr, err := p.fresh(ctx, subnet)
+	cidr, err := p.claimFreeBlock(ctx, subnet)
 	if err != nil {
 		return nil, netip.Addr{}, err
 	}
@@ -1031,7 +1031,7 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 		}
 	}
 	// Cooling ones: better than a container that cannot start.
-	if l, a, ok := p.longest(subnet, usable, p.now.Add(time.Hour), true); ok {
+	if l, a, ok := p.oldestReleased(subnet, usable, p.now.Add(time.Hour), true); ok {
 		b.s.log.Warn("address reused before its cooldown ended: no other is left", "network", b.network, "address", a)
 		return l, a, nil
 	}
@@ -1046,8 +1046,8 @@ func (p *batch) any(ctx context.Context, out *outcome, subnet netip.Prefix, chos
 // network, they would all compete for the same block, and each but one for the next.
 const inOrder = 8
 
-// fresh claims a free block of a subnet; the zero Prefix when there is none.
-func (p *batch) fresh(ctx context.Context, subnet netip.Prefix) (netip.Prefix, error) {
+// claimFreeBlock claims a free block of a subnet; the zero Prefix when there is none.
+func (p *batch) claimFreeBlock(ctx context.Context, subnet netip.Prefix) (netip.Prefix, error) {
 	rules, bits := p.rules(subnet), p.net.BlockSize(subnet)
 	// Who has them the view says, unless their entries cannot be used.
 	lost := map[netip.Prefix]bool{}
@@ -1080,7 +1080,7 @@ func (p *batch) join(ctx context.Context) error {
 		if p.b.s.view.gateway(p.b.network, subnet).IsValid() {
 			continue
 		}
-		cidr, err := p.fresh(ctx, subnet)
+		cidr, err := p.claimFreeBlock(ctx, subnet)
 		if err != nil {
 			return err
 		}
@@ -1092,9 +1092,9 @@ func (p *batch) join(ctx context.Context) error {
 	return nil
 }
 
-// longest finds the address that was released longest ago, not after until.
-func (p *batch) longest(subnet netip.Prefix, usable func(netip.Addr) bool, until time.Time, own bool) (*ledger, netip.Addr, bool) {
-	var best *ledger
+// oldestReleased finds the address that was released longest ago, not after until.
+func (p *batch) oldestReleased(subnet netip.Prefix, usable func(netip.Addr) bool, until time.Time, own bool) (*cachedTable, netip.Addr, bool) {
+	var best *cachedTable
 	var rest allocate.Rest
 	for _, l := range p.b.tables {
 		if l.own != own || !subnet.Contains(l.cidr.Addr()) {
@@ -1112,7 +1112,7 @@ func (p *batch) longest(subnet netip.Prefix, usable func(netip.Addr) bool, until
 }
 
 // claim makes a block this host's own.
-func (b *book) claim(ctx context.Context, p *batch, subnet, cidr netip.Prefix, not []netip.Addr) (metadata.Block, error) {
+func (b *allocator) claim(ctx context.Context, p *batch, subnet, cidr netip.Prefix, not []netip.Addr) (metadata.Block, error) {
 	blk := metadata.Block{Network: b.network, CIDR: cidr, Host: b.s.cfg.HostName}
 	if p.net.Encapsulation != metadata.EncapNone && !b.s.view.gateway(b.network, subnet).IsValid() {
 		// An address that another host borrowed from the block before it was free is not taken for it.
@@ -1148,12 +1148,12 @@ func (b *book) claim(ctx context.Context, p *batch, subnet, cidr netip.Prefix, n
 		return blk, fmt.Errorf("%w: %w", store.ErrUnavailable, err)
 	}
 	b.s.log.Info("block claimed", "network", b.network, "block", cidr, "gateway", blk.Gateway)
-	var fresh []*ledger
+	var fresh []*cachedTable
 	b.mu.Lock()
 	for _, c := range allocate.TablesOf(cidr) {
 		l := b.tables[c]
 		if l == nil {
-			l = &ledger{cidr: c}
+			l = &cachedTable{cidr: c}
 			b.tables[c] = l
 		}
 		l.own = true
@@ -1166,7 +1166,7 @@ func (b *book) claim(ctx context.Context, p *batch, subnet, cidr netip.Prefix, n
 }
 
 // borrow finds a single address in another host's block.
-func (p *batch) borrow(ctx context.Context, out *outcome, subnet netip.Prefix, usable func(netip.Addr) bool) (*ledger, netip.Addr, error) {
+func (p *batch) borrow(ctx context.Context, out *result, subnet netip.Prefix, usable func(netip.Addr) bool) (*cachedTable, netip.Addr, error) {
 	b := p.b
 	if p.now.Sub(b.full) < 2*time.Second && p.now.After(b.full) {
 		return nil, netip.Addr{}, nil
@@ -1177,13 +1177,13 @@ func (p *batch) borrow(ctx context.Context, out *outcome, subnet netip.Prefix, u
 		for _, blk := range allocate.BorrowOrder(blocks, b.s.cfg.HostName) {
 			for _, cidr := range allocate.TablesOf(blk.CIDR) {
 				if l := b.tables[cidr]; l != nil && p.work[cidr] == nil && p.now.Sub(l.seen) > time.Second {
-					l.stale, b.spoilt = true, true // its owner writes it
+					l.stale, b.resyncPending = true, true // its owner writes it
 				}
-				l, err := b.ledger(ctx, cidr, false)
+				l, err := b.cached(ctx, cidr, false)
 				if err != nil {
 					return nil, netip.Addr{}, err
 				}
-				for tries := 0; tries < 8 && l.spoilt == nil; tries++ {
+				for tries := 0; tries < 8 && l.corrupt == nil; tries++ {
 					a, ok := p.peek(l).Fresh(usable)
 					if !ok {
 						until := cooled
@@ -1198,7 +1198,7 @@ func (p *batch) borrow(ctx context.Context, out *outcome, subnet netip.Prefix, u
 					if !ok {
 						break
 					}
-					l, err := p.single(ctx, out, a, cidr)
+					l, err := p.allocateBorrowed(ctx, out, a, cidr)
 					if metadata.IsCode(err, metadata.CodeHeld) {
 						old := usable
 						usable = func(x netip.Addr) bool { return x != a && old(x) }
@@ -1214,14 +1214,14 @@ func (p *batch) borrow(ctx context.Context, out *outcome, subnet netip.Prefix, u
 }
 
 // usage counts a subnet's addresses.
-func (b *book) usage(net metadata.Network, subnet netip.Prefix) metadata.SubnetUsage {
+func (b *allocator) usage(net metadata.Network, subnet netip.Prefix) metadata.SubnetUsage {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	rules := (&batch{b: b, net: net}).rules(subnet)
 	u := metadata.SubnetUsage{Subnet: subnet}
 	_, gen, _ := b.s.view.network(b.network)
 	for _, l := range b.tables {
-		if !l.own || l.table == nil || l.spoilt != nil || !subnet.Contains(l.cidr.Addr()) {
+		if !l.own || l.table == nil || l.corrupt != nil || !subnet.Contains(l.cidr.Addr()) {
 			continue
 		}
 		if l.counted != l.table || l.countedGen != gen {
@@ -1235,16 +1235,16 @@ func (b *book) usage(net metadata.Network, subnet netip.Prefix) metadata.SubnetU
 	return u
 }
 
-// tidy gives empty blocks back.
-func (b *book) tidy(ctx context.Context, net metadata.Network, before time.Time, p *batch) error {
+// releaseEmptyBlocks gives empty blocks back.
+func (b *allocator) releaseEmptyBlocks(ctx context.Context, net metadata.Network, before time.Time, p *batch) error {
 	for _, blk := range b.s.view.ownBlocks(b.network) {
 		if blk.Gateway.IsValid() {
 			continue
 		}
-		var empty []*ledger
+		var empty []*cachedTable
 		for _, c := range allocate.TablesOf(blk.CIDR) {
 			l := b.tables[c]
-			if l == nil || l.table == nil || l.spoilt != nil || p.work[c] != nil || len(l.table.Entries) > 0 {
+			if l == nil || l.table == nil || l.corrupt != nil || p.work[c] != nil || len(l.table.Entries) > 0 {
 				empty = nil
 				break
 			}
@@ -1263,7 +1263,7 @@ func (b *book) tidy(ctx context.Context, net metadata.Network, before time.Time,
 			if l.revision != 0 {
 				changes = append(changes, store.Change{Key: tableKey(b.network, l.cidr), Revision: l.revision})
 			}
-			l.stale, b.spoilt = true, true
+			l.stale, b.resyncPending = true, true
 		}
 		if len(changes) > 0 {
 			ok := true
@@ -1286,7 +1286,7 @@ func (b *book) tidy(ctx context.Context, net metadata.Network, before time.Time,
 			delete(b.tables, l.cidr)
 		}
 		b.mu.Unlock()
-		b.hint = map[bool]*ledger{}
+		b.hint = map[bool]*cachedTable{}
 		b.s.log.Info("empty block given back", "network", b.network, "block", blk.CIDR)
 	}
 	return nil

@@ -265,8 +265,8 @@ func TestF124_TwoHostsTenThousandAtOnce(t *testing.T) {
 			t.Errorf("%s of host %s lies in a block of %q", x, host, owner[p])
 		}
 	}
-	if len(snap.Endpoints) != 0 {
-		t.Errorf("nothing was borrowed, yet %d endpoints", len(snap.Endpoints))
+	if len(snap.HostRoutes) != 0 {
+		t.Errorf("nothing was borrowed, yet %d endpoints", len(snap.HostRoutes))
 	}
 	all, err := b.Client.Allocations(ctx, "lan", true)
 	if err != nil || len(all) != 2*each {
@@ -300,8 +300,8 @@ func TestF125_BorrowAndStrictAffinity(t *testing.T) {
 	if err != nil || len(view.Blocks) != 4 {
 		t.Fatalf("%+v %v", view.Blocks, err)
 	}
-	if len(view.Endpoints) != 1 || view.Endpoints[0].Address != x || view.Endpoints[0].Host != "c" {
-		t.Fatalf("the routes follow endpoints: %+v", view.Endpoints)
+	if len(view.HostRoutes) != 1 || view.HostRoutes[0].Address != x || view.HostRoutes[0].Host != "c" {
+		t.Fatalf("the routes follow endpoints: %+v", view.HostRoutes)
 	}
 	if again := attach(t, c, "lan", req("c0")); again.Addresses[0].Address != x {
 		t.Errorf("%+v", again)
@@ -331,7 +331,7 @@ func TestF125_BorrowAndStrictAffinity(t *testing.T) {
 	if err := c.view.wait(ctx, view.Revision); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, c, func(s *metadata.Snapshot) bool { return len(s.Endpoints) == 0 })
+	eventually(t, c, func(s *metadata.Snapshot) bool { return len(s.HostRoutes) == 0 })
 
 	strict := overlay("10.43.0.0/28")
 	strict.BlockSizeV4, strict.StrictAffinity = 28, true
@@ -532,7 +532,7 @@ func TestF131_RequestedAddresses(t *testing.T) {
 	}
 	x := attach(t, b, "lan", req("r2", "10.42.77.6")) // in a block that a has claimed by now
 	eventually(t, a, func(s *metadata.Snapshot) bool {
-		return slices.Contains(s.Endpoints, metadata.Endpoint{Network: "lan", Address: x.Addresses[0].Address, Host: "b"})
+		return slices.Contains(s.HostRoutes, metadata.HostRoute{Network: "lan", Address: x.Addresses[0].Address, Host: "b"})
 	})
 	_, err := a.Client.Attach(ctx, "lan", req("r3", "10.42.77.6"))
 	wantCode(t, err, metadata.CodeHeld, "r2/eth0", "host b")
@@ -563,7 +563,7 @@ func TestForeignAddresses(t *testing.T) {
 		t.Errorf("%+v", a)
 	}
 	eventually(t, n, func(s *metadata.Snapshot) bool {
-		return len(s.Endpoints) == 1 && s.Endpoints[0].Address == addr("172.30.0.5")
+		return len(s.HostRoutes) == 1 && s.HostRoutes[0].Address == addr("172.30.0.5")
 	})
 	b := startNode(t, st, hostConfig("b", "192.0.2.2/24"))
 	r.ContainerID = "dhcp2"
@@ -577,7 +577,7 @@ func TestForeignAddresses(t *testing.T) {
 	if err := n.Client.Release(ctx, "lan", aid("dhcp"), 0); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, n, func(s *metadata.Snapshot) bool { return len(s.Endpoints) == 0 })
+	eventually(t, n, func(s *metadata.Snapshot) bool { return len(s.HostRoutes) == 0 })
 	if _, err := st.Get(ctx, tablePrefix+"lan/172.30.0.5/32"); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("its table is left: %v", err)
 	}
@@ -793,7 +793,7 @@ func TestHostRemoval(t *testing.T) {
 		attach(t, a, "lan", req(fmt.Sprint("x", i))) // borrows from b at the end
 	}
 	view, _ := a.Client.View(ctx)
-	if len(view.Endpoints) == 0 {
+	if len(view.HostRoutes) == 0 {
 		t.Fatalf("%+v: nothing borrowed", view)
 	}
 	data := metadata.Volume{Driver: "lariat-nfs", Name: "data", Scope: "global", State: "ready"}
@@ -850,14 +850,14 @@ func TestEmptyBlocksAreGivenBack(t *testing.T) {
 	if _, err := n.Client.GC(ctx, "lan", []metadata.AttachmentID{aid("c39")}); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Tidy(ctx, "lan"); err != nil {
+	if err := n.ReleaseEmptyBlocks(ctx, "lan"); err != nil {
 		t.Fatal(err)
 	}
 	if v := n.view.snapshot(); len(v.Blocks) != 3 {
 		t.Errorf("%d blocks: released addresses still cool down", len(v.Blocks))
 	}
 	offset.Store(int64(time.Hour))
-	if err := n.Tidy(ctx, "lan"); err != nil {
+	if err := n.ReleaseEmptyBlocks(ctx, "lan"); err != nil {
 		t.Fatal(err)
 	}
 	v := n.view.snapshot()

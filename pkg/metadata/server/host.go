@@ -116,8 +116,8 @@ func (s *Server) nameHolder(ctx context.Context) (store.Entry, error) {
 	if e.Value == nil {
 		return e, nil
 	}
-	me := s.presence()
-	other, err := metadata.Decode[presence](name, e.Value)
+	me := s.hostLease()
+	other, err := metadata.Decode[hostLease](name, e.Value)
 	switch {
 	case err != nil:
 		s.log.Error("the claim of this host's name was spoilt and is written anew", "host", name, "error", err)
@@ -143,9 +143,9 @@ func (s *Server) nameFree(ctx context.Context) error {
 	return err
 }
 
-// presence is what this process writes under its host's name while it lives.
-func (s *Server) presence() presence {
-	me := presence{Host: s.cfg.HostName, MachineID: s.cfg.MachineID, BootID: s.bootID, Since: s.started}
+// hostLease is what this process writes under its host's name while it lives.
+func (s *Server) hostLease() hostLease {
+	me := hostLease{Host: s.cfg.HostName, MachineID: s.cfg.MachineID, BootID: s.bootID, Since: s.started}
 	if len(s.cfg.Underlay) > 0 {
 		me.Address = s.cfg.Underlay[0].Address.Addr().String()
 	}
@@ -156,7 +156,7 @@ func (s *Server) presence() presence {
 // written in the same transaction when nothing is in the way of either; ErrConflict: the name is this machine's,
 // and that was not written.
 func (s *Server) takeName(ctx context.Context, with ...store.Change) error {
-	data, err := json.Marshal(s.presence())
+	data, err := json.Marshal(s.hostLease())
 	if err != nil {
 		return err
 	}
@@ -193,8 +193,8 @@ func (s *Server) takeName(ctx context.Context, with ...store.Change) error {
 }
 
 // twin is the error of a machine that has the name of another one that lives, with the same machine id.
-func (s *Server) twin(other presence) error {
-	me := s.presence()
+func (s *Server) twin(other hostLease) error {
+	me := s.hostLease()
 	return fmt.Errorf("host name %s is taken: the machine at %s (boot id %s) has it and is live, and this one at %s "+
 		"(boot id %s) has the same machine id %s. One is a clone of the other: give the clone a new /etc/machine-id "+
 		"(rm /etc/machine-id; systemd-machine-id-setup) and another --host-name",
@@ -241,9 +241,9 @@ func (s *Server) deposed(ctx context.Context) error {
 		s.log.Warn("somebody removed the key that says that this host is live; it is written anew", "host", s.cfg.HostName)
 		return s.takeBack(ctx)
 	}
-	other, err := metadata.Decode[presence](s.cfg.HostName, e.Value)
-	if err != nil || other == s.presence() {
-		return nil // keepEntry writes one that cannot be used
+	other, err := metadata.Decode[hostLease](s.cfg.HostName, e.Value)
+	if err != nil || other == s.hostLease() {
+		return nil // maintainHostEntry writes one that cannot be used
 	}
 	return s.twin(other)
 }
@@ -267,9 +267,9 @@ func (s *Server) takeBack(ctx context.Context) error {
 	return s.register(ctx)
 }
 
-// keepName takes the name again whenever the lease was lost, which means that the store was away for longer than
+// maintainHostLease takes the name again whenever the lease was lost, which means that the store was away for longer than
 // the lease; and says so when another process took it.
-func (s *Server) keepName() {
+func (s *Server) maintainHostLease() {
 	for {
 		s.mu.Lock()
 		lease := s.lease
@@ -313,9 +313,9 @@ func (s *Server) keepName() {
 	}
 }
 
-// keepEntry writes this host's entries anew when somebody spoilt them: nobody else can, and other hosts reach its containers by
+// maintainHostEntry writes this host's entries anew when somebody spoilt them: nobody else can, and other hosts reach its containers by
 // them.
-func (s *Server) keepEntry() {
+func (s *Server) maintainHostEntry() {
 	for {
 		select {
 		case <-s.ctx.Done():
@@ -463,8 +463,8 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 			if b, err := decodeEntry[metadata.Block](key, e); err == nil && b.Host == name {
 				blocks[b.Network] = append(blocks[b.Network], b.CIDR)
 			}
-		case metadata.KindEndpoint:
-			if p, err := decodeEntry[metadata.Endpoint](key, e); err == nil && p.Host == name {
+		case metadata.KindHostRoute:
+			if p, err := decodeEntry[metadata.HostRoute](key, e); err == nil && p.Host == name {
 				endpoints[p.Network] = append(endpoints[p.Network], p.Address)
 			}
 		}
@@ -504,7 +504,7 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 			changes = append(changes, store.Change{Key: blockPrefix + network + "/" + b.String(), Revision: store.Any})
 		}
 		for _, a := range endpoints[network] {
-			changes = append(changes, store.Change{Key: endpointPrefix + network + "/" + a.String(), Revision: store.Any})
+			changes = append(changes, store.Change{Key: hostRoutePrefix + network + "/" + a.String(), Revision: store.Any})
 		}
 	}
 	if !h.MAC.IsZero() {

@@ -130,7 +130,7 @@ func (s *Server) API() *service.Server {
 
 	read("/v1/blocks", func(*http.Request) (any, error) { return s.view.snapshot().Sane().Blocks, nil })
 	read("/v1/endpoints", func(*http.Request) (any, error) {
-		return append([]metadata.Endpoint{}, s.view.snapshot().Sane().Endpoints...), nil
+		return append([]metadata.HostRoute{}, s.view.snapshot().Sane().HostRoutes...), nil
 	})
 
 	read("/v1/containers", func(r *http.Request) (any, error) { return s.listContainers(r.Context(), "") })

@@ -141,7 +141,7 @@ func (v *view) known(at string) any {
 				return b
 			}
 		}
-	case metadata.KindEndpoint:
+	case metadata.KindHostRoute:
 		if a, err := netip.ParseAddr(rest); err == nil {
 			if p, ok := v.announced[network][a]; ok {
 				return p

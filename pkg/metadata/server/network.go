@@ -304,7 +304,7 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 		return err
 	}
 	changes = nil
-	for _, prefix := range []string{blockPrefix, endpointPrefix} {
+	for _, prefix := range []string{blockPrefix, hostRoutePrefix} {
 		list, _, err := s.list(ctx, prefix+name+"/")
 		if err != nil {
 			return err

@@ -101,19 +101,19 @@ func TestRandomUseByThreeHosts(t *testing.T) {
 			for _, b := range s.Blocks {
 				owner[b.CIDR] = b.Host
 			}
-			want := map[metadata.Endpoint]bool{}
+			want := map[metadata.HostRoute]bool{}
 			for _, x := range all {
 				p, _ := x.Address.Prefix(x.Address.BitLen() - 4)
 				if owner[p] != x.Host {
-					want[metadata.Endpoint{Network: "lan", Address: x.Address, Host: x.Host}] = true
+					want[metadata.HostRoute{Network: "lan", Address: x.Address, Host: x.Host}] = true
 				}
 			}
-			for _, e := range s.Endpoints {
+			for _, e := range s.HostRoutes {
 				if !want[e] {
 					return false
 				}
 			}
-			return len(want) == len(s.Endpoints)
+			return len(want) == len(s.HostRoutes)
 		})
 		// A restarted one knows what it holds.
 		nodes[round].stop()
@@ -127,13 +127,13 @@ func TestRandomUseByThreeHosts(t *testing.T) {
 			for _, x := range r.Released {
 				delete(holders, x.Address)
 			}
-			borrowed += len(n.view.snapshot().Endpoints)
+			borrowed += len(n.view.snapshot().HostRoutes)
 		}
 		t.Logf("round %d: %d addresses at its end, %d endpoints", round, len(all), borrowed)
 		if len(holders) > 0 {
 			t.Errorf("round %d: not released: %v", round, holders)
 		}
-		eventually(t, nodes[0], func(s *metadata.Snapshot) bool { return len(s.Endpoints) == 0 })
+		eventually(t, nodes[0], func(s *metadata.Snapshot) bool { return len(s.HostRoutes) == 0 })
 		if list, _, err := store.List(ctx, st, containerPrefix, 0); err != nil || len(list) != 0 {
 			t.Errorf("round %d: %d containers left: %v", round, len(list), err)
 		}

@@ -1,7 +1,7 @@
 // Package server answers for the metadata of one host: who may use which address, who is there, what has changed.
 //
 // A request takes this way: unix socket, net/http, one method of Server, then either the view in memory (reads) or a
-// book of one network (addresses), and from there the store. The server changes nothing on the host; it knows no
+// allocator of one network (addresses), and from there the store. The server changes nothing on the host; it knows no
 // kernel.
 //
 // What is written where, and in which order, so that a kill at any point leaves nothing wrong:
@@ -92,11 +92,11 @@ type Server struct {
 	stop     context.CancelFunc
 	wg       sync.WaitGroup
 
-	mu      sync.Mutex
-	books   map[string]*book
-	left    map[string]*leftover
-	lease   *store.Lease
-	problem error // why it is not ready
+	mu         sync.Mutex
+	allocators map[string]*allocator
+	left       map[string]*leftover
+	lease      *store.Lease
+	problem    error // why it is not ready
 }
 
 // New registers the host and loads its view. It fails when another live machine has the name, or the store does
@@ -135,10 +135,10 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 		cfg.Device = func(metadata.Network) string { return "" }
 	}
 	s := &Server{cfg: cfg, store: store.NewBreaker(st, cfg.Timeout, cfg.Log), bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
-		books: map[string]*book{}, left: map[string]*leftover{}, paged: make(chan struct{}, 1)}
+		allocators: map[string]*allocator{}, left: map[string]*leftover{}, paged: make(chan struct{}, 1)}
 	s.asked, s.tree = &asked{s: s, parts: map[string]*part{}}, newTreeView(s)
 	s.started = s.now().UTC().Round(0) // as it comes back from the store
-	s.view.claim = s.presence()
+	s.view.claim = s.hostLease()
 	var err error
 	if s.view.kept, err = loadKept(cfg.Kept); err != nil {
 		s.log.Error("entries that cannot be used are left out", "error", err)
@@ -177,8 +177,8 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	if cfg.Kept != "" {
 		s.wg.Go(s.writeKept)
 	}
-	s.wg.Go(s.keepName)
-	s.wg.Go(s.keepEntry)
+	s.wg.Go(s.maintainHostLease)
+	s.wg.Go(s.maintainHostEntry)
 	// The first container after a start should not wait for a thousand tables to be read.
 	s.wg.Go(func() {
 		for _, name := range s.view.networkNames() {
@@ -339,21 +339,21 @@ func (s *Server) housekeeping() {
 		case <-t.C:
 		}
 		for _, n := range s.view.networkNames() {
-			if err := s.Tidy(s.ctx, n); err != nil && s.ctx.Err() == nil {
+			if err := s.ReleaseEmptyBlocks(s.ctx, n); err != nil && s.ctx.Err() == nil {
 				s.log.Debug("empty blocks kept", "network", n, "error", err)
 			}
 		}
 	}
 }
 
-// Tidy gives back this host's blocks of a network that have been empty for the grace time.
-func (s *Server) Tidy(ctx context.Context, network string) error {
+// ReleaseEmptyBlocks gives back this host's blocks of a network that have been empty for the grace time.
+func (s *Server) ReleaseEmptyBlocks(ctx context.Context, network string) error {
 	if !slices.ContainsFunc(s.view.ownBlocks(network), func(b metadata.Block) bool { return !b.Gateway.IsValid() }) {
 		return nil
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	return s.book(network).do(&op{ctx: ctx, kind: opTidy, empty: s.now().Add(-s.cfg.BlockGrace)})
+	return s.allocator(network).do(&request{ctx: ctx, kind: requestTidy, empty: s.now().Add(-s.cfg.BlockGrace)})
 }
 
 func (s *Server) now() time.Time { return s.cfg.Now() }
@@ -362,13 +362,13 @@ func (s *Server) timeout(ctx context.Context) (context.Context, context.CancelFu
 	return context.WithTimeout(ctx, s.cfg.Timeout)
 }
 
-func (s *Server) book(network string) *book {
+func (s *Server) allocator(network string) *allocator {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b := s.books[network]
+	b := s.allocators[network]
 	if b == nil {
-		b = newBook(s, network)
-		s.books[network] = b
+		b = newAllocator(s, network)
+		s.allocators[network] = b
 	}
 	return b
 }
@@ -376,14 +376,14 @@ func (s *Server) book(network string) *book {
 func (s *Server) dropBook(network string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	delete(s.books, network)
+	delete(s.allocators, network)
 }
 
 // dropBooks forgets all tables: none of them is stored any more.
 func (s *Server) dropBooks() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	clear(s.books)
+	clear(s.allocators)
 }
 
 func (s *Server) setProblem(err error) {

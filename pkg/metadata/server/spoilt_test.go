@@ -17,7 +17,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// spoilt are entries that nobody can use. Each is put into the store under a key of its kind, beside good ones.
+// corrupt are entries that nobody can use. Each is put into the store under a key of its kind, beside good ones.
 var spoilt = map[string]string{ // key in the store: value
 	"view/hosts/empty":                    `{}`,
 	"view/hosts/null":                     `null`,
@@ -86,8 +86,8 @@ func wantUnharmed(t *testing.T, n *node, when string) {
 	if err != nil {
 		t.Fatalf("%s: view: %v", when, err)
 	}
-	if len(view.Hosts) != 2 || len(view.Networks) != 1 || len(view.Blocks) != 2 || len(view.Endpoints) != 0 {
-		t.Errorf("%s: the view holds %d hosts, %d networks, %v, %v", when, len(view.Hosts), len(view.Networks), view.Blocks, view.Endpoints)
+	if len(view.Hosts) != 2 || len(view.Networks) != 1 || len(view.Blocks) != 2 || len(view.HostRoutes) != 0 {
+		t.Errorf("%s: the view holds %d hosts, %d networks, %v, %v", when, len(view.Hosts), len(view.Networks), view.Blocks, view.HostRoutes)
 	}
 	all, err := n.Client.Problems(ctx)
 	if err != nil {
@@ -233,7 +233,7 @@ func TestSpoiltOverGood(t *testing.T) {
 	// The host itself, restarted, announces one by one what the block announced.
 	a.stop()
 	a = startNode(t, st, hostConfig("a", "192.0.2.1/24"))
-	eventually(t, b, func(s *metadata.Snapshot) bool { return len(s.Endpoints) == 1 && s.Endpoints[0].Host == "a" })
+	eventually(t, b, func(s *metadata.Snapshot) bool { return len(s.HostRoutes) == 1 && s.HostRoutes[0].Host == "a" })
 	attach(t, a, "lan", req("next"))
 
 	// Its own entries.
@@ -353,7 +353,7 @@ func TestSpoiltTable(t *testing.T) {
 		t.Error(err)
 	}
 	wantCode(t, a.Client.Delete(ctx, "networks", "lan"), metadata.CodeConflict, "lariat entry remove addresses/lan/10.42.0.0/26")
-	if err := a.Server.Tidy(ctx, "lan"); err != nil {
+	if err := a.Server.ReleaseEmptyBlocks(ctx, "lan"); err != nil {
 		t.Error(err)
 	}
 	if err := a.Client.RemoveEntry(ctx, "addresses/lan/10.42.0.0/26"); err != nil {

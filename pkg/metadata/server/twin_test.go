@@ -63,7 +63,7 @@ func TestCloneOfALiveHost(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	data, _ := json.Marshal(presence{Host: "b", MachineID: "machine-b", BootID: "boot-1-b", Address: "192.0.2.2"})
+	data, _ := json.Marshal(hostLease{Host: "b", MachineID: "machine-b", BootID: "boot-1-b", Address: "192.0.2.2"})
 	hold := func() {
 		t.Helper()
 		if _, err := store.One(t.Context(), killed, store.Change{Key: livePrefix + "b", Value: data, Revision: store.Any, Lease: lease}); err != nil {
@@ -117,7 +117,7 @@ func TestNameTakenAway(t *testing.T) {
 	taken := func(err error) bool {
 		return err != nil && strings.Contains(err.Error(), "192.0.2.9") && strings.Contains(err.Error(), "192.0.2.2")
 	}
-	other := presence{Host: "b", MachineID: "machine-b", BootID: "boot-1-clone", Address: "192.0.2.9"}
+	other := hostLease{Host: "b", MachineID: "machine-b", BootID: "boot-1-clone", Address: "192.0.2.9"}
 	theirs, _ := json.Marshal(other)
 	object, _ := json.Marshal(metadata.Host{Name: "b", MachineID: "machine-b", BootID: "boot-1-clone", Underlay: clone().Underlay})
 	write(store.Change{Key: livePrefix + "b", Value: theirs})

@@ -24,7 +24,7 @@ const (
 	livePrefix      = "view/live/"
 	networkPrefix   = "view/networks/"
 	blockPrefix     = "view/blocks/"
-	endpointPrefix  = "view/endpoints/"
+	hostRoutePrefix = "view/endpoints/"
 	tablePrefix     = "addresses/"
 	containerPrefix = "containers/"
 	volumePrefix    = "volumes/"
@@ -32,8 +32,8 @@ const (
 	macPrefix       = "macs/"
 )
 
-// presence is the object that a live host's lease holds.
-type presence struct {
+// hostLease is the object that a live host's lease holds.
+type hostLease struct {
 	Host      string    `json:"host"`
 	MachineID string    `json:"machineID"`
 	BootID    string    `json:"bootID"`
@@ -42,7 +42,7 @@ type presence struct {
 }
 
 // Check reports why no host's lease may hold it.
-func (p presence) Check(key string) error {
+func (p hostLease) Check(key string) error {
 	if p.Host != key {
 		return fmt.Errorf("it says that it is of host %q", p.Host)
 	}
@@ -58,17 +58,17 @@ type view struct {
 	loaded    bool
 	updated   time.Time // when the store last proved to be there
 	hosts     map[string]metadata.Host
-	live      map[string]presence
-	defined   map[string]metadata.Network                 // every network that is valid by itself
-	claimed   map[string]map[netip.Prefix]metadata.Block  // every such block
-	announced map[string]map[netip.Addr]metadata.Endpoint // every such endpoint
-	problems  map[string]string                           // why other entries are not used, by kind and key
-	underlay  map[netip.Addr]string                       // whose
+	live      map[string]hostLease
+	defined   map[string]metadata.Network                  // every network that is valid by itself
+	claimed   map[string]map[netip.Prefix]metadata.Block   // every such block
+	announced map[string]map[netip.Addr]metadata.HostRoute // every such endpoint
+	problems  map[string]string                            // why other entries are not used, by kind and key
+	underlay  map[netip.Addr]string                        // whose
 
 	// What of it can be used together; see place.
 	networks  map[string]metadata.Network
 	blocks    map[string]map[netip.Prefix]metadata.Block
-	endpoints map[string]map[netip.Addr]metadata.Endpoint
+	endpoints map[string]map[netip.Addr]metadata.HostRoute
 	gateways  map[string]map[netip.Addr]string           // by network: whose
 	own       map[string][]netip.Addr                    // this host's gateways by network
 	mine      map[string]map[netip.Prefix]metadata.Block // this host's blocks
@@ -78,7 +78,7 @@ type view struct {
 	spoilt  chan struct{} // gets a word when an entry of this host's own was spoilt
 	kept    kept          // last valid values of entries that cannot be used
 	keeping chan struct{} // gets a word when that changes
-	claim   presence      // of this process
+	claim   hostLease     // of this process
 	renamed chan struct{} // gets a word when another stands in its place, or none
 
 	gen map[string]uint64 // by network: grows with each change of its blocks, endpoints or definition
@@ -108,10 +108,10 @@ func newView(self string) *view {
 }
 
 func (v *view) clear() {
-	v.hosts, v.live, v.underlay = map[string]metadata.Host{}, map[string]presence{}, map[netip.Addr]string{}
+	v.hosts, v.live, v.underlay = map[string]metadata.Host{}, map[string]hostLease{}, map[netip.Addr]string{}
 	v.defined, v.networks = map[string]metadata.Network{}, map[string]metadata.Network{}
 	v.claimed, v.blocks = map[string]map[netip.Prefix]metadata.Block{}, map[string]map[netip.Prefix]metadata.Block{}
-	v.announced, v.endpoints = map[string]map[netip.Addr]metadata.Endpoint{}, map[string]map[netip.Addr]metadata.Endpoint{}
+	v.announced, v.endpoints = map[string]map[netip.Addr]metadata.HostRoute{}, map[string]map[netip.Addr]metadata.HostRoute{}
 	v.gateways, v.own = map[string]map[netip.Addr]string{}, map[string][]netip.Addr{}
 	v.mine, v.counts = map[string]map[netip.Prefix]metadata.Block{}, map[string]map[netip.Prefix]int{}
 	v.problems = map[string]string{}
@@ -245,8 +245,8 @@ func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 			err = encode(&ev, h)
 		}
 	case metadata.KindLive:
-		var p presence
-		if p, err = decodeEntry[presence](key, e); err == nil {
+		var p hostLease
+		if p, err = decodeEntry[hostLease](key, e); err == nil {
 			_, was := v.live[key]
 			if e.Deleted {
 				delete(v.live, key)
@@ -296,10 +296,10 @@ func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 			}
 			err = encode(&ev, b)
 		}
-	case metadata.KindEndpoint:
+	case metadata.KindHostRoute:
 		network, addr, _ := strings.Cut(key, "/")
-		var p metadata.Endpoint
-		if p, err = decodeEntry[metadata.Endpoint](key, e); err == nil {
+		var p metadata.HostRoute
+		if p, err = decodeEntry[metadata.HostRoute](key, e); err == nil {
 			a := p.Address
 			if e.Deleted {
 				a, _ = netip.ParseAddr(addr)
@@ -310,7 +310,7 @@ func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 				delete(v.announced[network], a)
 			} else {
 				put(v.announced, network, a, p)
-				v.placeEndpoint(p)
+				v.placeHostRoute(p)
 			}
 			err = encode(&ev, p)
 		}
@@ -364,7 +364,7 @@ func decodeEntry[T interface{ Check(key string) error }](key string, e store.Ent
 		return o, err
 	}
 	switch any(o).(type) {
-	case metadata.Block, metadata.Endpoint:
+	case metadata.Block, metadata.HostRoute:
 		// What an address leads to is claimed once and given back. Nobody writes it over, so that no host can take what another has.
 		if e.Created != e.Revision {
 			err = errors.New("it was written over after it was claimed, which Lariat never does")
@@ -430,7 +430,7 @@ func (v *view) place(changed ...string) {
 			v.placeBlock(b)
 		}
 		for _, e := range v.announced[name] {
-			v.placeEndpoint(e)
+			v.placeHostRoute(e)
 		}
 	}
 }
@@ -476,8 +476,8 @@ func (v *view) count(b metadata.Block, by int) {
 	}
 }
 
-// placeEndpoint puts an endpoint in force if its network is there. Whether it can be announced is for those who route to it.
-func (v *view) placeEndpoint(e metadata.Endpoint) {
+// placeHostRoute puts an endpoint in force if its network is there. Whether it can be announced is for those who route to it.
+func (v *view) placeHostRoute(e metadata.HostRoute) {
 	if _, ok := v.networks[e.Network]; ok {
 		put(v.endpoints, e.Network, e.Address, e)
 	}
@@ -520,7 +520,7 @@ func (v *view) snapshot() *metadata.Snapshot {
 	}
 	for _, network := range slices.Sorted(maps.Keys(v.announced)) {
 		for _, a := range slices.SortedFunc(maps.Keys(v.announced[network]), netip.Addr.Compare) {
-			s.Endpoints = append(s.Endpoints, v.announced[network][a])
+			s.HostRoutes = append(s.HostRoutes, v.announced[network][a])
 		}
 	}
 	return s

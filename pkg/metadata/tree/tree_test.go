@@ -107,7 +107,7 @@ func TestHolderOfAnAddress(t *testing.T) {
 		return []metadata.ContainerInterface{{Network: "lan", IfName: "eth0", Addresses: []netip.Addr{a}}}
 	}
 	s := model()
-	s.Endpoints = []metadata.Endpoint{{Network: "lan", Address: netip.MustParseAddr("10.42.0.70"), Host: "a"}}
+	s.HostRoutes = []metadata.HostRoute{{Network: "lan", Address: netip.MustParseAddr("10.42.0.70"), Host: "a"}}
 	s.Containers = []metadata.Container{
 		{ID: "m", Name: "holder", Host: "a", Addresses: []netip.Addr{mine}, Interfaces: iface(mine), State: "running"},
 		{ID: "a", Name: "assigned", Host: "a", Addresses: []netip.Addr{mine}},

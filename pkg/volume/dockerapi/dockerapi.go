@@ -142,9 +142,9 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, v verb) error {
 		}
 		return err
 	}
-	volume.Step("docker-" + v.name + "-done")
+	volume.Failpoint("docker-" + v.name + "-done")
 	err = reply(w, http.StatusOK, a)
-	volume.Step("docker-" + v.name + "-answered")
+	volume.Failpoint("docker-" + v.name + "-answered")
 	if err != nil {
 		return fmt.Errorf("answer to Docker's %s of %s: %w", v.name, q.Name, err)
 	}

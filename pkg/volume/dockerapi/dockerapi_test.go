@@ -362,12 +362,12 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 		{"Remove", `{"Name":"v"}`},
 	}
 	users := []int{0, 1, 2, 3, 2, 1, 0, 0}
-	t.Cleanup(func() { volume.OnStep = nil })
+	t.Cleanup(func() { volume.OnFailpoint = nil })
 	for kill := 1; ; kill++ {
 		w, dir := newWorld(), t.TempDir()
 		s := serve(t, w, dir)
 		seen, where := 0, ""
-		volume.OnStep = func(name string) {
+		volume.OnFailpoint = func(name string) {
 			if seen++; seen == kill {
 				where = name
 				runtime.Goexit() // what runs after it are only unlocks, as the kernel would do

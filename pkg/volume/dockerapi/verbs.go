@@ -150,9 +150,9 @@ func (s *Server) finish(ctx context.Context, name string, rec record, fresh bool
 	if err := s.put(name, rec); err != nil {
 		return rec, err
 	}
-	volume.Step("docker-create-journalled")
+	volume.Failpoint("docker-create-journalled")
 	said, err := s.config.Driver.Create(ctx, rec.request(name))
-	volume.Step("docker-created")
+	volume.Failpoint("docker-created")
 	if err != nil && !errors.Is(err, volume.ErrNotSupported) {
 		if fresh {
 			err = errors.Join(err, s.drop(name))
@@ -182,7 +182,7 @@ func (s *Server) mount(ctx context.Context, q request) (a answer, err error) {
 	if rec, err = s.bring(ctx, q.Name, rec); err != nil {
 		return answer{}, err
 	}
-	volume.Step("docker-mounted")
+	volume.Failpoint("docker-mounted")
 	dir := s.dir(q.Name)
 	if rec.Open.is("mount", q.ID, s.config.now()) && rec.Users[q.ID] > 0 {
 		return answer{Mountpoint: &dir}, nil // it comes again because nobody got the answer
@@ -196,7 +196,7 @@ func (s *Server) mount(ctx context.Context, q request) (a answer, err error) {
 	if err := s.put(q.Name, rec); err != nil {
 		return answer{}, err
 	}
-	volume.Step("docker-mount-counted")
+	volume.Failpoint("docker-mount-counted")
 	return answer{Mountpoint: &dir}, nil
 }
 
@@ -290,7 +290,7 @@ func (s *Server) attach(ctx context.Context, name string, rec record) (record, e
 	if err := s.put(name, rec); err != nil {
 		return rec, err
 	}
-	volume.Step("docker-attach-journalled")
+	volume.Failpoint("docker-attach-journalled")
 	device, err := s.config.Driver.Attach(ctx, r, "")
 	if err != nil && !errors.Is(err, volume.ErrNotSupported) {
 		return rec, err
@@ -324,7 +324,7 @@ func (s *Server) unmount(ctx context.Context, q request) (answer, error) {
 			return answer{}, err
 		}
 	}
-	volume.Step("docker-unmount-counted")
+	volume.Failpoint("docker-unmount-counted")
 	if rec.users() > 0 {
 		return answer{}, nil
 	}
@@ -365,7 +365,7 @@ func (s *Server) takeAway(ctx context.Context, name string, rec record) error {
 			return fmt.Errorf("driver %s says that it unmounted %s, and the mount table shows %s at %s", s.config.Name, name, left[len(left)-1].Source, dir)
 		}
 	}
-	volume.Step("docker-unmounted")
+	volume.Failpoint("docker-unmounted")
 	if rec.Attached {
 		which := name
 		if s.config.DetachDevice && rec.Device != "" {
@@ -412,14 +412,14 @@ func (s *Server) remove(ctx context.Context, q request) (answer, error) {
 	if err := s.put(q.Name, rec); err != nil {
 		return answer{}, err
 	}
-	volume.Step("docker-remove-journalled")
+	volume.Failpoint("docker-remove-journalled")
 	if err := s.takeAway(ctx, q.Name, rec); err != nil {
 		before.Open = nil
 		return answer{}, errors.Join(err, s.put(q.Name, before)) // nothing was deleted
 	}
 	rec.Attached, rec.ByDevice, rec.Device = false, false, ""
 	said, err := s.config.Driver.Delete(ctx, rec.request(q.Name))
-	volume.Step("docker-deleted")
+	volume.Failpoint("docker-deleted")
 	switch {
 	case errors.Is(err, volume.ErrNotSupported):
 	case errors.Is(err, volume.ErrInUse):

@@ -31,7 +31,7 @@ func (d *Driver) Attach(ctx context.Context, req volume.Request, node string) (s
 		return "", err
 	}
 	defer unlock()
-	within, cancelWork := volume.Before(ctx)
+	within, cancelWork := volume.WithReserve(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
@@ -57,12 +57,12 @@ func (d *Driver) attach(ctx context.Context, r *region, v Volume, node string) (
 			return nil, "", err
 		}
 	}
-	volume.Step("before-attach")
+	volume.Failpoint("before-attach")
 	a := attachment{d: d, r: r, v: v, f: f, to: to}
 	if err := pauses.Poll(ctx, func() (bool, string, error) { return a.step(ctx) }); err != nil {
 		return nil, "", fmt.Errorf("attach volume %s (%s) to instance %s: %w", v.Name, f.id(), to, err)
 	}
-	volume.Step("attached")
+	volume.Failpoint("attached")
 	return a.f, a.device, nil
 }
 
@@ -118,7 +118,7 @@ func (a *attachment) step(ctx context.Context) (done bool, seen string, err erro
 
 // elsewhere is for a volume that another instance has. It is taken away only from one that cannot write to it any more, and only if that was asked for.
 func (a *attachment) elsewhere(ctx context.Context, id string, at types.VolumeAttachment) (done bool, seen string, err error) {
-	other, err := a.r.one(ctx, id)
+	other, err := a.r.instanceByID(ctx, id)
 	if err != nil {
 		return false, "", err
 	}
@@ -145,7 +145,7 @@ func (a *attachment) elsewhere(ctx context.Context, id string, at types.VolumeAt
 // ask calls AttachVolume, after a look at what AWS would refuse. What passes by itself is no error:
 // seen says what it is.
 func (a *attachment) ask(ctx context.Context) (seen string, err error) {
-	i, err := a.r.one(ctx, a.to)
+	i, err := a.r.instanceByID(ctx, a.to)
 	if err != nil {
 		return "", err
 	}
@@ -160,7 +160,7 @@ func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 			"the volume is in zone %s and the instance in %s, and volumes never leave their zone: "+
 				"use a node in %s, or make a snapshot of it and a volume of that (snapshotID) in %s", there, here, there, here)
 	}
-	if err := a.d.room(ctx, a.r, i); err != nil {
+	if err := a.d.checkAttachLimit(ctx, a.r, i); err != nil {
 		return "", err
 	}
 	used := slices.Clone(a.bad)
@@ -172,7 +172,7 @@ func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 		return "", volume.Errorf(volume.ErrInUse, "the instance uses all device names")
 	}
 	_, err = a.r.ec2.AttachVolume(ctx, &ec2.AttachVolumeInput{VolumeId: aws.String(a.f.id()), InstanceId: aws.String(a.to), Device: aws.String(device)})
-	volume.Step("attach-asked")
+	volume.Failpoint("attach-asked")
 	switch {
 	case err == nil:
 		a.asked = true
@@ -286,7 +286,7 @@ func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	if err != nil {
 		return err
 	}
-	within, cancelWork := volume.Before(ctx)
+	within, cancelWork := volume.WithReserve(ctx)
 	defer cancelWork()
 	r, err := d.open(within, rec.Region)
 	if err != nil {
@@ -299,7 +299,7 @@ func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	if err != nil {
 		return fmt.Errorf("detach volume %s: %w", name, err)
 	}
-	volume.Step("detached")
+	volume.Failpoint("detached")
 	if f != nil && d.ours(f, f.tags[tagVolume]) && f.tags[tagVolume] != name {
 		if err := d.forget(f.tags[tagVolume]); err != nil {
 			return err
@@ -343,7 +343,7 @@ func (d *Driver) named(ctx context.Context, r *region, name, id, node string, re
 		if err != nil {
 			return nil, err
 		}
-		i, err := r.one(ctx, self)
+		i, err := r.instanceByID(ctx, self)
 		if err != nil {
 			return nil, err
 		}
@@ -373,7 +373,7 @@ func (d *Driver) named(ctx context.Context, r *region, name, id, node string, re
 			return f, err
 		}
 	}
-	return d.tagged(ctx, r, tagVolume, name)
+	return d.findByTag(ctx, r, tagVolume, name)
 }
 
 // detach takes a volume away from a node, and from no other.
@@ -391,7 +391,7 @@ func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) e
 	if used := d.used(f.id()); used != "" && d.here(ctx, r, from) {
 		return volume.Errorf(volume.ErrInUse, "it is mounted at %s", used)
 	}
-	volume.Step("before-detach")
+	volume.Failpoint("before-detach")
 	asked := false
 	return pauses.Poll(ctx, func() (done bool, seen string, err error) {
 		now, err := r.describe(ctx, f.id())
@@ -415,7 +415,7 @@ func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) e
 				if err := r.release(ctx, f.id(), from, false); err != nil {
 					return false, "", err
 				}
-				volume.Step("detach-asked")
+				volume.Failpoint("detach-asked")
 			}
 		}
 		return false, fmt.Sprintf("instance %s has it still, %s", from, at.State), nil

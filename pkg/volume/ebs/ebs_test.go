@@ -294,12 +294,12 @@ func TestF106AttachWhileModified(t *testing.T) {
 	modify := func(size int64) {
 		t.Helper()
 		ctx, cancel := context.WithCancel(l.ctx)
-		volume.OnStep = func(name string) {
+		volume.OnFailpoint = func(name string) {
 			if name == "modify-asked" {
 				cancel()
 			}
 		}
-		defer func() { volume.OnStep = nil }()
+		defer func() { volume.OnFailpoint = nil }()
 		if _, err := l.d.Expand(ctx, r, volume.Expansion{Size: size << 30}); err == nil {
 			t.Fatal("expanded already")
 		}
@@ -307,14 +307,14 @@ func TestF106AttachWhileModified(t *testing.T) {
 	modify(2)
 	ctx, cancel := context.WithCancelCause(l.ctx)
 	asked := 0
-	volume.OnStep = func(name string) {
+	volume.OnFailpoint = func(name string) {
 		if name == "attach-asked" {
 			if asked++; asked == 2 {
 				cancel(volume.Timeout(time.Second))
 			}
 		}
 	}
-	defer func() { volume.OnStep = nil }()
+	defer func() { volume.OnFailpoint = nil }()
 	_, err = l.d.Attach(ctx, r, "")
 	l.says(err, context.DeadlineExceeded, "AWS attaches no volume that is being modified: from 1 GiB gp3 to 2 GiB gp3, begun at ")
 	_, err = l.d.Attach(l.ctx, r, "")
@@ -328,7 +328,7 @@ func TestF106AttachWhileModified(t *testing.T) {
 	l.Fail("AttachVolume", "InvalidVolume.NotFound", 1)
 	l.Fail("AttachVolume", "IncorrectInstanceState", 1)
 	l.SetInstanceState(self, "pending")
-	volume.OnStep = nil
+	volume.OnFailpoint = nil
 	done := make(chan error, 1)
 	calls := l.Calls("DescribeInstances")
 	r.DetachAs = "else"
@@ -407,12 +407,12 @@ func TestF106ThrottledBehindCreate(t *testing.T) {
 	l := newLab(t, 1, Config{})
 	usual := appearance
 	appearance = 50 * time.Millisecond
-	volume.OnStep = func(name string) {
+	volume.OnFailpoint = func(name string) {
 		if name == "created" {
 			l.Fail("DescribeVolumes", "RequestLimitExceeded", 3)
 		}
 	}
-	t.Cleanup(func() { appearance, volume.OnStep = usual, nil })
+	t.Cleanup(func() { appearance, volume.OnFailpoint = usual, nil })
 	_, err := l.d.Create(l.ctx, request("v", "size", "1"))
 	l.ok(err)
 	if n := l.Calls("CreateVolume"); n != 1 || len(l.Volumes()) != 1 {

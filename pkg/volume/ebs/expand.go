@@ -28,13 +28,13 @@ func (d *Driver) Expand(ctx context.Context, req volume.Request, to volume.Expan
 		return 0, err
 	}
 	defer unlock()
-	within, cancelWork := volume.Before(ctx)
+	within, cancelWork := volume.WithReserve(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
 		return 0, err
 	}
-	f, err := d.must(within, r, v)
+	f, err := d.findExisting(within, r, v)
 	if err != nil {
 		return 0, err
 	}
@@ -46,7 +46,7 @@ func (d *Driver) Expand(ctx context.Context, req volume.Request, to volume.Expan
 	if err := d.enlarge(within, r, f, int32(want)); err != nil {
 		return 0, fmt.Errorf("expand volume %s (%s) to %d GiB: %w", v.Name, f.id(), want, err)
 	}
-	volume.Step("volume-expanded")
+	volume.Failpoint("volume-expanded")
 	size := max(want*gib, f.bytes())
 	if !to.FileSystem {
 		return size, nil
@@ -69,9 +69,9 @@ func (d *Driver) enlarge(ctx context.Context, r *region, f *found, want int32) e
 		if aws.ToInt32(f.Size) >= want {
 			return nil
 		}
-		volume.Step("before-modify")
+		volume.Failpoint("before-modify")
 		_, err := r.ec2.ModifyVolume(ctx, &ec2.ModifyVolumeInput{VolumeId: aws.String(f.id()), Size: aws.Int32(want)})
-		volume.Step("modify-asked")
+		volume.Failpoint("modify-asked")
 		if cloud.Is(err, "VolumeModificationRateExceeded", "IncorrectModificationState") {
 			when := "six hours after the last change"
 			if last != nil && last.StartTime != nil {
@@ -156,7 +156,7 @@ func (d *Driver) enlargeFS(ctx context.Context, v Volume, f *found, dir string, 
 		dir = table[i].Point
 	}
 	err = growFS(ctx, top.FSType, dir, dev)
-	volume.Step("file-system-expanded")
+	volume.Failpoint("file-system-expanded")
 	if err != nil {
 		return fmt.Errorf("volume %s (%s): %w", v.Name, f.id(), err)
 	}

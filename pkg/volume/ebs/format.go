@@ -148,12 +148,12 @@ func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev 
 	if err := d.formats.Put(f.id(), time.Now().UTC()); err != nil {
 		return "", err
 	}
-	volume.Step("format-journalled")
+	volume.Failpoint("format-journalled")
 	if err := r.tag(ctx, f.id(), tagFileSystem, making); err != nil {
 		return "", fmt.Errorf("before mkfs, its tag must say so: %w", err)
 	}
 	f.tags[tagFileSystem] = making
-	volume.Step("format-marked")
+	volume.Failpoint("format-marked")
 	args := []string{"-q", dev.path}
 	if fs != "xfs" {
 		args = append([]string{"-m", "0"}, args...)
@@ -162,7 +162,7 @@ func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev 
 	if _, err := run(ctx, "mkfs."+fs, args...); err != nil {
 		return "", fmt.Errorf("volume %s (%s): %w", v.Name, f.id(), err)
 	}
-	volume.Step("formatted")
+	volume.Failpoint("formatted")
 	d.log.Info("formatted", "volume", v.Name, "id", f.id(), "device", dev.path, "fsType", fs)
 	return fs, nil
 }
@@ -175,7 +175,7 @@ func (d *Driver) formatted(ctx context.Context, r *region, f *found) error {
 		}
 		f.tags[tagFileSystem] = made
 	}
-	volume.Step("format-tagged")
+	volume.Failpoint("format-tagged")
 	return d.formats.Remove(f.id())
 }
 

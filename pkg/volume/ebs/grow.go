@@ -68,7 +68,7 @@ func (d *Driver) grow(ctx context.Context, v Volume, f *found, dev device, fd in
 	if err == nil {
 		err = growFS(ctx, fs, dir, dev)
 	}
-	volume.Step("grown")
+	volume.Failpoint("grown")
 	if err != nil {
 		d.log.Warn("the file system is smaller than its volume, and cannot be enlarged", "volume", v.Name, "id", f.id(),
 			"error", err)

@@ -151,7 +151,7 @@ func TestF106F158TwoHostsAnyOrder(t *testing.T) {
 	l.ctx = ctx
 	usual := appearance
 	appearance = time.Millisecond
-	t.Cleanup(func() { appearance, volume.OnStep = usual, nil })
+	t.Cleanup(func() { appearance, volume.OnFailpoint = usual, nil })
 	steps := map[string]int{}
 	for seed := range 60 {
 		rnd := rand.New(rand.NewPCG(uint64(seed), 7))

@@ -76,8 +76,8 @@ func (r *region) instances(ctx context.Context, in *ec2.DescribeInstancesInput) 
 	return all, nil
 }
 
-// one is an instance by its id; a zero one with state terminated if AWS has forgotten it.
-func (r *region) one(ctx context.Context, id string) (types.Instance, error) {
+// instanceByID is an instance by its id; a zero one with state terminated if AWS has forgotten it.
+func (r *region) instanceByID(ctx context.Context, id string) (types.Instance, error) {
 	all, err := r.instances(ctx, &ec2.DescribeInstancesInput{InstanceIds: []string{id}})
 	if cloud.Is(err, "InvalidInstanceID.NotFound") || err == nil && len(all) == 0 {
 		return types.Instance{InstanceId: aws.String(id), State: &types.InstanceState{Name: types.InstanceStateNameTerminated}}, nil
@@ -103,8 +103,8 @@ func zone(i types.Instance) string {
 	return aws.ToString(i.Placement.AvailabilityZone)
 }
 
-// room says whether an instance can take one volume more. Credentials that may not ask are no reason to refuse: AttachVolume does that.
-func (d *Driver) room(ctx context.Context, r *region, i types.Instance) error {
+// checkAttachLimit says whether an instance can take one volume more. Credentials that may not ask are no reason to refuse: AttachVolume does that.
+func (d *Driver) checkAttachLimit(ctx context.Context, r *region, i types.Instance) error {
 	out, err := r.ec2.DescribeInstanceTypes(ctx, &ec2.DescribeInstanceTypesInput{InstanceTypes: []types.InstanceType{i.InstanceType}})
 	if err != nil || len(out.InstanceTypes) != 1 || out.InstanceTypes[0].EbsInfo == nil || out.InstanceTypes[0].EbsInfo.MaximumEbsAttachments == nil {
 		d.log.Warn("the limit of volumes is not known", "type", i.InstanceType, "error", cloud.Explain(ctx, err))

@@ -26,7 +26,7 @@ func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Reques
 	if err != nil {
 		return "", err
 	}
-	within, cancelWork := volume.Before(ctx)
+	within, cancelWork := volume.WithReserve(ctx)
 	defer cancelWork()
 	// kubelet asks again after it was restarted. What is mounted is there, even if AWS cannot be asked.
 	if dev, err := d.mounted(v); err != nil || dev.path != "" {
@@ -36,7 +36,7 @@ func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Reques
 	if err != nil {
 		return "", err
 	}
-	f, err := d.must(within, r, v)
+	f, err := d.findExisting(within, r, v)
 	if err != nil {
 		return "", err
 	}
@@ -124,7 +124,7 @@ func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request
 		return err
 	}
 	defer unlock()
-	within, cancelWork := volume.Before(ctx)
+	within, cancelWork := volume.WithReserve(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
@@ -184,13 +184,13 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	} else if err := d.mounts.Put(dir, rec); err != nil {
 		return err
 	}
-	volume.Step("mount-journalled")
+	volume.Failpoint("mount-journalled")
 	var f *found
 	if rec.FromNode {
 		v.DetachAs = v.Name // unmount detaches, by the record
 		f, as, err = d.attach(ctx, r, v, "")
 	} else {
-		f, err = d.must(ctx, r, v)
+		f, err = d.findExisting(ctx, r, v)
 	}
 	if err != nil {
 		return err
@@ -201,7 +201,7 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 			return err
 		}
 	}
-	volume.Step("mount-prepared")
+	volume.Failpoint("mount-prepared")
 	dev, err := d.arrived(ctx, r, v, f, as)
 	if err != nil {
 		return err
@@ -233,7 +233,7 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 		}
 		if readOnly(top.Options) != v.ReadOnly {
 			err = mounts.SetReadOnly(ctx, dir, v.ReadOnly)
-			volume.Step("switched")
+			volume.Failpoint("switched")
 			if err != nil {
 				return fmt.Errorf("make the mount of volume %s (%s) at %s %s: %w", v.Name, f.id(), dir, mode(v.ReadOnly), err)
 			}
@@ -273,7 +273,7 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 		spec.Options = rules.Merge(spec.Options, []string{"nouuid"}) // the volume that the snapshot is of may be here, too
 	}
 	err = mounts.Mount(ctx, spec)
-	volume.Step("mounted")
+	volume.Failpoint("mounted")
 	if err != nil {
 		return fmt.Errorf("mount volume %s (%s) at %s: %w", v.Name, f.id(), dir, d.refused(ctx, dev, spec.FSType, err))
 	}
@@ -373,7 +373,7 @@ func (d *Driver) writable(ctx context.Context, r *region, v Volume, f *found, de
 	if err := mounts.MakeWritable(ctx, here[0].Point); err != nil {
 		return fail("%w", err)
 	}
-	volume.Step("made-writable")
+	volume.Failpoint("made-writable")
 	return true, nil
 }
 
@@ -510,7 +510,7 @@ func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	if now.Name != rec.Name && now.Name != "" {
 		return volume.Errorf(volume.ErrInUse, "unmount %s: another call has just mounted volume %s there", dir, now.Name)
 	}
-	within, cancelWork := volume.Before(ctx)
+	within, cancelWork := volume.WithReserve(ctx)
 	defer cancelWork()
 	err = mounts.UnmountAll(within, dir, mounts.Policy{}, d.log, "an EBS volume", func(m mounts.Entry) bool {
 		id, alive := d.devices.numbered(m.Device)
@@ -533,7 +533,7 @@ func (d *Driver) release(ctx context.Context, dir string, rec mountRecord) error
 		if err == nil && f != nil {
 			err = d.detach(ctx, r, f, "")
 		}
-		volume.Step("detached")
+		volume.Failpoint("detached")
 		if err == nil {
 			err = d.forget(rec.Name)
 		}

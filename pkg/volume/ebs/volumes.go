@@ -76,8 +76,8 @@ func newFound(v types.Volume) *found {
 	return f
 }
 
-// tagged is the volume of a name in a tag, or nil. Those that are being deleted are no more.
-func (d *Driver) tagged(ctx context.Context, r *region, tag, name string) (*found, error) {
+// findByTag is the volume of a name in a tag, or nil. Those that are being deleted are no more.
+func (d *Driver) findByTag(ctx context.Context, r *region, tag, name string) (*found, error) {
 	var all []*found
 	pages := ec2.NewDescribeVolumesPaginator(r.ec2, &ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("tag:" + tag), Values: []string{name}}}})
 	for pages.HasMorePages() {
@@ -111,13 +111,13 @@ func (d *Driver) find(ctx context.Context, r *region, v Volume) (*found, error) 
 		}
 		return f, err
 	case v.Known == "":
-		return d.tagged(ctx, r, tagVolume, v.Name)
+		return d.findByTag(ctx, r, tagVolume, v.Name)
 	}
 	f, err := r.alive(ctx, v.Known)
 	if f != nil || err != nil {
 		return f, err
 	}
-	other, err := d.tagged(ctx, r, tagVolume, v.Name)
+	other, err := d.findByTag(ctx, r, tagVolume, v.Name)
 	if err == nil && other != nil {
 		err = &replaced{v, other}
 	}
@@ -149,8 +149,8 @@ func (e *replaced) Error() string {
 
 func (e *replaced) Unwrap() error { return volume.ErrConflict }
 
-// must is find, where the volume must exist.
-func (d *Driver) must(ctx context.Context, r *region, v Volume) (*found, error) {
+// findExisting is find, where the volume must exist.
+func (d *Driver) findExisting(ctx context.Context, r *region, v Volume) (*found, error) {
 	f, err := d.find(ctx, r, v)
 	switch {
 	case err == nil && f == nil && v.Known != "":
@@ -179,7 +179,7 @@ func (d *Driver) Create(ctx context.Context, req volume.Request) (volume.Reply, 
 	if v, err = d.understand(req); err != nil { // what was remembered before the lock may have changed
 		return volume.Reply{}, err
 	}
-	within, cancelWork := volume.Before(ctx)
+	within, cancelWork := volume.WithReserve(ctx)
 	defer cancelWork()
 	r, err := d.open(within, v.Region)
 	if err != nil {
@@ -210,7 +210,7 @@ func (f *found) retained() bool { return f.tags[tagOnRemove] == string(cloud.Ret
 func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (*found, error) {
 	find := d.find
 	if v.Known != "" && !create {
-		find = d.must
+		find = d.findExisting
 	}
 	f, err := find(ctx, r, v)
 	if err != nil {
@@ -250,7 +250,7 @@ func (d *Driver) remember(v Volume, r *region, f *found, create bool) error {
 	}
 	err = d.volumes.Put(v.Name, record{ID: f.id(), Region: r.Config.Region, Cluster: d.config.Cluster,
 		Created: create || same && old.Created, Time: time.Now().UTC()})
-	volume.Step("volume-recorded")
+	volume.Failpoint("volume-recorded")
 	return err
 }
 
@@ -287,15 +287,15 @@ func (d *Driver) make(ctx context.Context, r *region, v Volume) (*found, error) 
 	if err != nil {
 		return nil, err
 	}
-	volume.Step("before-create")
+	volume.Failpoint("before-create")
 	for n := range tokens {
 		in.ClientToken = aws.String(d.token(v.Name, n))
 		out, err := r.ec2.CreateVolume(ctx, in)
-		volume.Step("created")
+		volume.Failpoint("created")
 		switch {
 		case cloud.Is(err, "IdempotentParameterMismatch"), cloud.Is(err, "VolumeLimitExceeded"):
 			// Somebody made it, maybe at this moment and with other values; or it was, and is deleted.
-			if f, ferr := d.tagged(ctx, r, tagVolume, v.Name); f != nil || ferr != nil {
+			if f, ferr := d.findByTag(ctx, r, tagVolume, v.Name); f != nil || ferr != nil {
 				return f, ferr
 			}
 			if cloud.Is(err, "VolumeLimitExceeded") {
@@ -446,7 +446,7 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 		return volume.Reply{}, err
 	}
 	defer unlock()
-	within, cancelWork := volume.Before(ctx)
+	within, cancelWork := volume.WithReserve(ctx)
 	defer cancelWork()
 	old, _, err := d.volumes.Get(v.Name)
 	if err != nil {
@@ -503,14 +503,14 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 		if err != nil {
 			return reply, err
 		}
-		volume.Step("delete-journalled")
+		volume.Failpoint("delete-journalled")
 		if err := r.remove(within, f.id()); err != nil {
 			return reply, fmt.Errorf("delete volume %s: %w", v.Name, err)
 		}
 		reply.Message = fmt.Sprintf("deleted %s, %d GiB", f.id(), aws.ToInt32(f.Size))
 		d.log.Info("deleted", "volume", v.Name, "id", f.id())
 	}
-	volume.Step("delete-done")
+	volume.Failpoint("delete-done")
 	if elsewhere {
 		return reply, nil
 	}
@@ -524,7 +524,7 @@ func (r *region) remove(ctx context.Context, id string) error {
 		seen = id + " is still there"
 		if !asked {
 			_, err = r.ec2.DeleteVolume(ctx, &ec2.DeleteVolumeInput{VolumeId: aws.String(id)})
-			volume.Step("deleted")
+			volume.Failpoint("deleted")
 			switch {
 			case cloud.Is(err, "IncorrectState", "VolumeInUse"):
 				// It is being deleted, or changed, or one part of AWS does not know yet that it was detached: the look shows.

@@ -80,7 +80,7 @@ func (a *account) askAccessPoint(ctx context.Context, v Volume) (asked bool, err
 	if err != nil {
 		return false, refused(ctx, err)
 	}
-	volume.Step("access-point-asked")
+	volume.Failpoint("access-point-asked")
 	a.log.Info("created", "volume", v.Name, "fileSystem", v.FileSystem, "accessPoint", *out.AccessPointId)
 	return true, nil
 }
@@ -99,7 +99,7 @@ func (a *account) removeAccessPoint(ctx context.Context, v Volume, id string) er
 	if err != nil && !cloud.Is(err, "AccessPointNotFound") {
 		return refused(ctx, err)
 	}
-	volume.Step("access-point-removed")
+	volume.Failpoint("access-point-removed")
 	return until(ctx, "access point "+id, func() (bool, string, error) {
 		p, err := a.accessPoint(ctx, v)
 		return err == nil && (p == nil || *p.AccessPointId != id), "deleting", err // another host may make the next one

@@ -208,7 +208,7 @@ func (a *account) askFileSystem(ctx context.Context, v Volume) (asked bool, err 
 	if err != nil {
 		return false, refused(ctx, err)
 	}
-	volume.Step("file-system-asked")
+	volume.Failpoint("file-system-asked")
 	a.log.Info("created", "volume", v.Name, "fileSystem", *out.FileSystemId)
 	return true, nil
 }
@@ -255,7 +255,7 @@ func (a *account) removeFileSystem(ctx context.Context, v Volume, id string) err
 				return false, "", refused(ctx, err)
 			}
 			asked[*t.MountTargetId] = true
-			volume.Step("mount-target-removed")
+			volume.Failpoint("mount-target-removed")
 		}
 		if errors.Is(err, volume.ErrNotFound) { // the file system went
 			return true, "", nil
@@ -265,7 +265,7 @@ func (a *account) removeFileSystem(ctx context.Context, v Volume, id string) err
 	if err != nil {
 		return err
 	}
-	volume.Step("mount-targets-gone")
+	volume.Failpoint("mount-targets-gone")
 	v.FileSystem = id
 	removed := false
 	return until(ctx, "file system "+id, func() (bool, string, error) {
@@ -274,7 +274,7 @@ func (a *account) removeFileSystem(ctx context.Context, v Volume, id string) err
 			switch {
 			case err == nil, cloud.Is(err, "FileSystemNotFound"):
 				removed = true
-				volume.Step("file-system-removed")
+				volume.Failpoint("file-system-removed")
 			case cloud.Is(err, "FileSystemInUse"): // a mount target that is no longer shown, or one that somebody made just now
 				return false, "in use", nil
 			default:

@@ -88,7 +88,7 @@ func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
 func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
-	v, err := Understand(r)
+	v, err := ParseVolume(r)
 	if err != nil {
 		return volume.Reply{}, err
 	}
@@ -116,7 +116,7 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 			return volume.Reply{}, err
 		}
 	}
-	volume.Step("create-journalled")
+	volume.Failpoint("create-journalled")
 	kept, err := d.provision(ctx, &v, &rec)
 	switch {
 	case err != nil && wasLost:
@@ -132,7 +132,7 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	if err := d.volumes.Put(v.Name, rec); err != nil {
 		return volume.Reply{}, err
 	}
-	volume.Step("create-recorded")
+	volume.Failpoint("create-recorded")
 	reply := volume.Reply{Options: map[string]string{"name": v.Name, "created": fmt.Sprint(rec.Created), "onRemove": string(v.OnRemove)}}
 	if rec.FileSystem != "" {
 		reply.Options["fsid"] = rec.FileSystem
@@ -247,7 +247,7 @@ func (r record) about(v Volume) bool {
 func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
-	v, err := Understand(r)
+	v, err := ParseVolume(r)
 	if err != nil {
 		return volume.Reply{}, err
 	}
@@ -289,7 +289,7 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 			return reply, err
 		}
 	}
-	volume.Step("delete-done")
+	volume.Failpoint("delete-done")
 	switch {
 	case elsewhere:
 		return reply, nil
@@ -315,7 +315,7 @@ func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (m
 				return err
 			}
 		}
-		volume.Step("delete-journalled")
+		volume.Failpoint("delete-journalled")
 		return nil
 	}
 	if v.Folder != nil {
@@ -418,7 +418,7 @@ func (d *Driver) unmounted(ctx context.Context, a *account, fs string) error {
 
 // known is a request understood, with what this host remembers of the volume's name.
 func (d *Driver) known(r volume.Request) (Volume, error) {
-	v, err := Understand(r)
+	v, err := ParseVolume(r)
 	if err != nil {
 		return v, err
 	}

@@ -161,7 +161,7 @@ func TestF106AccessPoints(t *testing.T) {
 		t.Fatal(err)
 	}
 	for n := range 120 {
-		v, err := Understand(volume.Request{Name: fmt.Sprint("p", n), Options: o})
+		v, err := ParseVolume(volume.Request{Name: fmt.Sprint("p", n), Options: o})
 		if err == nil {
 			_, err = a.askAccessPoint(t.Context(), v)
 		}

@@ -194,16 +194,16 @@ func TestF106UnfinishedCreate(t *testing.T) {
 	ok(err)
 	ctx, cancel := context.WithCancelCause(t.Context())
 	writes := 0
-	volume.OnStep = func(step string) {
+	volume.OnFailpoint = func(step string) {
 		if step == "journal-written" {
 			if writes++; writes == 2 { // the volume is gone, and nothing was asked for yet
 				cancel(volume.Timeout(time.Second))
 			}
 		}
 	}
-	t.Cleanup(func() { volume.OnStep = nil })
+	t.Cleanup(func() { volume.OnFailpoint = nil })
 	_, err = one.d.Create(ctx, one.request())
-	if volume.OnStep = nil; !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, context.Canceled) {
+	if volume.OnFailpoint = nil; !errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, context.Canceled) {
 		t.Fatalf("create: %v", err)
 	}
 	ok(two.create("purge"))
@@ -227,7 +227,7 @@ func TestF106UnfinishedCreate(t *testing.T) {
 func TestF106F158TwoHostsAnyOrder(t *testing.T) {
 	c, _ := cloudOf(t)
 	fs := create(t, driver(t), "shared", nil).Options["fsid"]
-	t.Cleanup(func() { volume.OnStep = nil })
+	t.Cleanup(func() { volume.OnFailpoint = nil })
 	steps := map[string]int{}
 	for seed := range 24 {
 		rnd := rand.New(rand.NewPCG(uint64(seed), 7))

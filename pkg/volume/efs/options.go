@@ -134,8 +134,8 @@ var (
 	keyID           = regexp.MustCompile(`^[A-Za-z0-9:/_-]+$`)
 )
 
-// Understand reads a request. It reads nothing else, and is where all input is checked.
-func Understand(r volume.Request) (Volume, error) {
+// ParseVolume reads a request. It reads nothing else, and is where all input is checked.
+func ParseVolume(r volume.Request) (Volume, error) {
 	if err := volume.CheckName(r.Name); err != nil {
 		return Volume{}, err
 	}

@@ -28,7 +28,7 @@ func TestF106Options(t *testing.T) {
 		{"its own mount options", options{"mntOptions": "soft,timeo=50,nconnect=4"}, "a file system of its own", "nosuid,nodev,retry=0,nfsvers=4.1,rsize=1048576,wsize=1048576,retrans=2,noresvport,soft,timeo=50,nconnect=4,rw", false},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			v, err := Understand(volume.Request{Name: "v", Options: tc.options})
+			v, err := ParseVolume(volume.Request{Name: "v", Options: tc.options})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -58,12 +58,12 @@ func TestF109Refused(t *testing.T) {
 		{"mntOptions": "suid"}, {"mntOptions": "vers=3"}, {"mntOptions": "vers=4.2"}, {"mntOptions": "proto=udp"}, {"mntOptions": "sec=krb5"}, {"mntOptions": "bind"}, {"mntOptions": "tls"},
 		{"mntOptions": "accesspoint=fsap-01234567"}, {"fsId": fs}, {"export": "/a\nb"},
 	} {
-		if _, err := Understand(volume.Request{Name: "v", Options: o}); !errors.Is(err, volume.ErrInvalid) {
+		if _, err := ParseVolume(volume.Request{Name: "v", Options: o}); !errors.Is(err, volume.ErrInvalid) {
 			t.Errorf("%v: %v", o, err)
 		}
 	}
 	for _, name := range []string{"", "../x", "-o", "a/b", "a\nb"} {
-		if _, err := Understand(volume.Request{Name: name}); !errors.Is(err, volume.ErrInvalid) {
+		if _, err := ParseVolume(volume.Request{Name: name}); !errors.Is(err, volume.ErrInvalid) {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
@@ -78,7 +78,7 @@ func FuzzUnderstand(f *testing.F) {
 		if base != "" {
 			o["basePath"] = base
 		}
-		v, err := Understand(volume.Request{Name: name, Options: o})
+		v, err := ParseVolume(volume.Request{Name: name, Options: o})
 		if err != nil {
 			if !errors.Is(err, volume.ErrInvalid) {
 				t.Error(err)

@@ -60,7 +60,7 @@ func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) err
 				switch {
 				case err == nil:
 					a.log.Info("created", "volume", v.Name, "fileSystem", fs, "mountTargetIn", subnet, "securityGroups", groups)
-					volume.Step("mount-target-asked")
+					volume.Failpoint("mount-target-asked")
 				case cloud.Is(err, "MountTargetConflict"):
 					// Another host was faster, or an answer was lost: then it will show. If not, the zone has one in another subnet.
 					conflict[subnet] = fmt.Errorf("subnet %s: %w", subnet, refused(ctx, err))

@@ -90,7 +90,7 @@ func MountHere(s Spec, become bool) error {
 	if fi, err := os.Lstat(s.Dir); err != nil || !fi.IsDir() {
 		return volume.Errorf(volume.ErrConflict, "%s is not a folder", s.Dir)
 	}
-	volume.Step("before-mount")
+	volume.Failpoint("before-mount")
 	program := helper(s.FSType)
 	if program == "" && s.Address == "" {
 		return deviceMount(s)
@@ -294,7 +294,7 @@ func UnmountAll(ctx context.Context, dir string, p Policy, log *slog.Logger, kin
 		}
 		stack := table.At(dir)
 		if len(stack) == 0 {
-			volume.Step("unmount-proven")
+			volume.Failpoint("unmount-proven")
 			return nil
 		}
 		top := stack[len(stack)-1]
@@ -339,7 +339,7 @@ func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) 
 		ctx, cancel := context.WithTimeoutCause(ctx, within, volume.Timeout(within))
 		defer cancel()
 		_, cause := doUnmount(ctx, unmountArgs{dir, flag})
-		volume.Step("unmounted")
+		volume.Failpoint("unmounted")
 		if ok, err := gone(); err != nil || ok {
 			return ok, err
 		}

@@ -211,12 +211,12 @@ func create(root *os.Root, a exportArgs) (created, error) {
 		if err := root.Mkdir(hidden, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return created{}, denied(err)
 		}
-		volume.Step("hidden-made")
+		volume.Failpoint("hidden-made")
 		// What is there already was left by a killed creation, or another host is at it.
 		if err := root.Mkdir(aside, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return created{}, denied(err)
 		}
-		volume.Step("folder-made-aside")
+		volume.Failpoint("folder-made-aside")
 		id, err := identify(root, aside)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
@@ -237,7 +237,7 @@ func create(root *os.Root, a exportArgs) (created, error) {
 		} else if err != nil {
 			return created{}, err
 		}
-		volume.Step("folder-marked")
+		volume.Failpoint("folder-marked")
 		err = root.Rename(aside, name)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTDIR) {
 			if !errors.Is(err, fs.ErrNotExist) { // somebody else's, made in between
@@ -248,7 +248,7 @@ func create(root *os.Root, a exportArgs) (created, error) {
 		if err != nil {
 			return created{}, err
 		}
-		volume.Step("folder-named")
+		volume.Failpoint("folder-named")
 		return created{Ours: true, New: true, Identity: id.ID, Inode: id.Inode, OnRemove: id.OnRemove, Made: id.maker()}, nil
 	}
 	return created{}, fmt.Errorf("folder %s: others keep changing it", name)
@@ -317,7 +317,7 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 			if err := move(root, m, to); err != nil {
 				return removed{}, err
 			}
-			volume.Step("archived")
+			volume.Failpoint("archived")
 			return removed{Message: "kept as " + to}, dropMark(root, m)
 		}
 		old := m
@@ -325,15 +325,15 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 		if err := writeMark(root, m, old, true); err != nil {
 			return removed{}, err
 		}
-		volume.Step("removal-marked")
+		volume.Failpoint("removal-marked")
 	}
 	if err := move(root, m, bin); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return removed{}, err
 	}
-	volume.Step("moved-to-trash")
+	volume.Failpoint("moved-to-trash")
 	var n tally
 	err = n.clear(root, bin, 0, m.is)
-	volume.Step("trash-cleared")
+	volume.Failpoint("trash-cleared")
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return removed{}, fmt.Errorf("purge %s, after %s: %w", name, n, err)
 	}
@@ -363,7 +363,7 @@ func move(root *os.Root, m mark, to string) error {
 	if err := root.Rename(m.Name, to); err != nil {
 		return err
 	}
-	volume.Step("moved")
+	volume.Failpoint("moved")
 	id, err := identify(root, to)
 	if err == nil && !m.is(id) {
 		err = errors.Join(errOvertaken, root.Rename(to, m.Name))
@@ -450,7 +450,7 @@ func (n *tally) clear(parent *os.Root, name string, device uint64, is func(mark)
 			}
 			n.Files++
 			if n.Files == 2 {
-				volume.Step("removing")
+				volume.Failpoint("removing")
 			}
 		}
 	}
@@ -504,7 +504,7 @@ func writeMark(root *os.Root, m, old mark, marked bool) error {
 		err = errors.Join(err, f.Sync(), f.Close())
 	}
 	if err == nil {
-		volume.Step("mark-written")
+		volume.Failpoint("mark-written")
 		if now, there, rerr := readMark(root, m.Name); rerr != nil || there != marked || now != old {
 			_ = root.Remove(tmp)
 			return errors.Join(rerr, errOvertaken)

@@ -25,11 +25,11 @@ func base(t *testing.T) (*os.Root, string) {
 
 // F158: two hosts that create one volume at the same time, interleaved at each step, both find that it is Lariat's, and there is one folder.
 func TestF158TwoHostsCreate(t *testing.T) {
-	defer func() { volume.OnStep = nil }()
+	defer func() { volume.OnFailpoint = nil }()
 	for _, step := range []string{"hidden-made", "folder-made-aside", "mark-written", "folder-marked", "folder-named"} {
 		root, dir := base(t)
 		busy := false
-		volume.OnStep = func(name string) {
+		volume.OnFailpoint = func(name string) {
 			if name == step && !busy {
 				busy = true // the other host is faster, all of a sudden
 				if c, err := create(root, exportArgs{Name: "v"}); err != nil || !c.Ours {
@@ -41,7 +41,7 @@ func TestF158TwoHostsCreate(t *testing.T) {
 			}
 		}
 		c, err := create(root, exportArgs{Name: "v"})
-		volume.OnStep = nil
+		volume.OnFailpoint = nil
 		// On one host a lock excludes this, and each host writes a draft of its own; here both are the same host.
 		if step == "mark-written" && err != nil {
 			continue
@@ -63,9 +63,9 @@ func TestF158TwoHostsCreate(t *testing.T) {
 
 // F105: somebody else makes the folder just before it gets its name: it is theirs.
 func TestF105SomebodyElseIsFaster(t *testing.T) {
-	defer func() { volume.OnStep = nil }()
+	defer func() { volume.OnFailpoint = nil }()
 	root, dir := base(t)
-	volume.OnStep = func(name string) {
+	volume.OnFailpoint = func(name string) {
 		if name == "folder-marked" {
 			if err := os.MkdirAll(filepath.Join(dir, "v", "theirs"), 0o700); err != nil {
 				t.Error(err)
@@ -75,7 +75,7 @@ func TestF105SomebodyElseIsFaster(t *testing.T) {
 	if c, err := create(root, exportArgs{Name: "v"}); err != nil || c.Ours {
 		t.Errorf("%+v %v", c, err)
 	}
-	volume.OnStep = nil
+	volume.OnFailpoint = nil
 	if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil || !strings.Contains(r.Message, "is kept") {
 		t.Errorf("%+v %v", r, err)
 	}

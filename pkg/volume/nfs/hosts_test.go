@@ -60,7 +60,7 @@ func newField(t *testing.T) *field {
 	_, port, _ := net.SplitHostPort(l.Addr().String())
 	f := &field{T: t, dir: memory(t), port: port, data: map[string]word{}, free: map[string]bool{}}
 	c, l2, r, h := createOn, lookOn, removeOn, hostname
-	t.Cleanup(func() { createOn, lookOn, removeOn, hostname, volume.OnStep = c, l2, r, h, nil })
+	t.Cleanup(func() { createOn, lookOn, removeOn, hostname, volume.OnFailpoint = c, l2, r, h, nil })
 	hostname = func() (string, error) { return f.current.name, nil }
 	createOn = onField(f, create)
 	lookOn = onField(f, func(root *os.Root, a exportArgs) (created, error) { return look(root, a.Name) })
@@ -187,7 +187,7 @@ func (h *host) mount() error {
 		if err != nil {
 			return err
 		}
-		volume.Step("mount-verified")
+		volume.Failpoint("mount-verified")
 		root, err := os.OpenRoot(filepath.Join(h.f.dir, "v"))
 		if err != nil {
 			return err
@@ -327,9 +327,9 @@ func TestF105RefusedCreate(t *testing.T) {
 	}
 	must(one.create(Purge))
 	must(two.create(Purge))
-	volume.OnStep = func(step string) {
+	volume.OnFailpoint = func(step string) {
 		if step == "moved-to-trash" {
-			volume.OnStep = nil
+			volume.OnFailpoint = nil
 			if err := one.create(Purge); !errors.Is(err, volume.ErrInUse) || !strings.Contains(err.Error(), "is being removed") {
 				t.Errorf("create: %v", err)
 			}

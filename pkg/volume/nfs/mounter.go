@@ -70,9 +70,9 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	if err := m.mounts.Put(dir, rec); err != nil {
 		return err
 	}
-	volume.Step("mount-journalled")
+	volume.Failpoint("mount-journalled")
 	s := v.spec(dir, at)
-	within, cancelMount := volume.Before(ctx)
+	within, cancelMount := volume.WithReserve(ctx)
 	defer cancelMount()
 	err = mounts.Mount(within, s)
 	if err != nil && missing != nil && ctx.Err() == nil && within.Err() == nil {
@@ -83,7 +83,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 			err = merr
 		}
 	}
-	volume.Step("mounted")
+	volume.Failpoint("mounted")
 	if errors.Is(err, context.DeadlineExceeded) {
 		// Maybe it was just in time. The table knows.
 		if t, terr := mounts.Read(); terr == nil && len(t.At(dir)) == 1 && t.At(dir)[0].Source == v.Source() {
@@ -157,7 +157,7 @@ func (m *Mounter) reuse(ctx context.Context, dir string, v Volume) (*Volume, err
 			v, dir, cause, strings.Join(who, ", "))
 	}
 	m.log.Warn("the mount is stale: it is made anew", "volume", v.Name, "dir", dir, "error", cause)
-	within, cancel := volume.Before(ctx)
+	within, cancel := volume.WithReserve(ctx)
 	defer cancel()
 	policy := mounts.Policy{Dead: true, Lazy: v.OnHang == Lazy}
 	if err := mounts.UnmountAll(within, dir, policy, m.log, "an NFS volume", isNFS); err != nil {
@@ -212,7 +212,7 @@ func (m *Mounter) Unmount(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	within, cancelUnmount := volume.Before(ctx)
+	within, cancelUnmount := volume.WithReserve(ctx)
 	defer cancelUnmount()
 	policy := mounts.Policy{Remote: true, Lazy: rec.Volume.OnHang == Lazy}
 	if err := mounts.UnmountAll(within, dir, policy, m.log, "an NFS volume", isNFS); err != nil {

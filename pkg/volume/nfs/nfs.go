@@ -119,7 +119,7 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	if err := d.volumes.Put(v.Name, begun); err != nil {
 		return volume.Reply{}, err
 	}
-	volume.Step("create-journalled")
+	volume.Failpoint("create-journalled")
 	var found created
 	if v.Base != "" {
 		c, err := d.provision(ctx, v, v.OnRemove)
@@ -139,7 +139,7 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	if err := d.volumes.Put(v.Name, rec); err != nil {
 		return volume.Reply{}, err
 	}
-	volume.Step("create-recorded")
+	volume.Failpoint("create-recorded")
 	reply := volume.Reply{Options: map[string]string{"name": v.Name, "created": "false", "onRemove": string(v.OnRemove)}}
 	if rec.Identity != "" {
 		reply.Options[volume.Identity] = rec.Identity
@@ -172,7 +172,7 @@ func (d *Driver) provision(ctx context.Context, v Volume, how OnRemove) (created
 		return created{}, err
 	}
 	a.OnRemove = how
-	within, cancel := volume.Before(ctx)
+	within, cancel := volume.WithReserve(ctx)
 	defer cancel()
 	c, err := createOn(within, a)
 	if err != nil {
@@ -191,7 +191,7 @@ func (d *Driver) verify(ctx context.Context, v Volume, want string) (inode uint6
 	if err != nil {
 		return 0, err
 	}
-	within, cancel := volume.Before(ctx)
+	within, cancel := volume.WithReserve(ctx)
 	defer cancel()
 	c, err := lookOn(within, a)
 	switch {
@@ -280,13 +280,13 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 				return reply, err
 			}
 		}
-		volume.Step("delete-journalled")
+		volume.Failpoint("delete-journalled")
 		a, err := d.export(ctx, v)
 		if err != nil {
 			return reply, err
 		}
 		a.Want, a.Legacy = want, legacy
-		within, cancel := volume.Before(ctx)
+		within, cancel := volume.WithReserve(ctx)
 		defer cancel()
 		gone, err := removeOn(within, a)
 		if err != nil {
@@ -295,7 +295,7 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 		reply.Message, other = gone.Message, gone.Other
 		d.log.Info("removed", "volume", v.Name, "folder", v.Source(), "how", v.OnRemove, "result", gone.Message)
 	}
-	volume.Step("delete-done")
+	volume.Failpoint("delete-done")
 	switch {
 	case elsewhere:
 		return reply, nil
@@ -352,12 +352,12 @@ func (d *Driver) mountThat(ctx context.Context, dir string, v Volume, pod volume
 	if err != nil {
 		return err
 	}
-	volume.Step("mount-verified")
+	volume.Failpoint("mount-verified")
 	if err := d.mounter.Mount(ctx, dir, v, pod, nil); err != nil {
 		return err
 	}
 	// Another host may have replaced the folder since. What is mounted does not change any more.
-	within, cancel := volume.Before(ctx)
+	within, cancel := volume.WithReserve(ctx)
 	defer cancel()
 	if resolved, rerr := mounts.Resolve(dir); rerr != nil {
 		err = rerr

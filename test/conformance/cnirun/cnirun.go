@@ -189,7 +189,7 @@ func Held(ctx context.Context, h *lab.Host) (string, error) {
 			lines = append(lines, fmt.Sprintf("held %s on %s by %s/%s", a.Address, a.Network, a.ContainerID, a.IfName))
 		}
 	}
-	for _, e := range snap.Endpoints {
+	for _, e := range snap.HostRoutes {
 		if e.Host == h.Name {
 			lines = append(lines, fmt.Sprintf("endpoint %s on %s", e.Address, e.Network))
 		}

@@ -117,7 +117,7 @@ func newLariat(b *testing.B, name string, hostNAT bool) *path {
 
 		a := &metadata.Attachment{Network: network, Encapsulation: metadata.EncapIPsec, MTU: mtu.Container(snap.Networks[0], h), Subnets: snap.Networks[0].Subnets, Host: h.Name,
 			Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(container(i)), Gateway: snap.Blocks[i].Gateway}}}
-		must(b, k.AddPort(b.Context(), p.containers[i].Path(), attach.Plan(a, attach.Config{ID: metadata.AttachmentID{ContainerID: h.Name, IfName: "eth0"}})))
+		must(b, k.AddEndpoint(b.Context(), p.containers[i].Path(), attach.Plan(a, attach.Config{ID: metadata.AttachmentID{ContainerID: h.Name, IfName: "eth0"}})))
 	}
 	return p
 }

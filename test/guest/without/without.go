@@ -98,7 +98,7 @@ func ADDIsRefused(t *testing.T, feature, module string) {
 		Must(t, h.Do(func() error {
 			links, err := kernel.RetryDump(netlink.LinkList)
 			for _, l := range links {
-				if strings.HasPrefix(l.Attrs().Name, delta.PortPrefix) {
+				if strings.HasPrefix(l.Attrs().Name, delta.VethPrefix) {
 					t.Errorf("%s: device %s is left", who, l.Attrs().Name)
 				}
 			}

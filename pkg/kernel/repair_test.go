@@ -53,13 +53,13 @@ func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 			p := attach.Plan(&metadata.Attachment{Network: "n", Device: "own", MTU: 1450, Addresses: port.addresses},
 				attach.Config{ID: metadata.AttachmentID{ContainerID: "c0ffee", IfName: "eth0"}})
 			k := openKernel(t, host)
-			if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+			if err := k.AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 				t.Fatal(err)
 			}
-			want := p.Host()
+			want := p.Veth()
 			faults := func() []string {
 				t.Helper()
-				ports, err := k.Ports(t.Context())
+				ports, err := k.Veths(t.Context())
 				if err != nil || len(ports) != 1 {
 					t.Fatalf("ports: %+v, %v", ports, err)
 				}
@@ -120,29 +120,29 @@ func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 						t.Errorf("after %s: faults %q, want one that begins with %q", command, got, lack)
 					}
 				}
-				if err := k.CheckPort(t.Context(), inside.Path(), p); err == nil {
-					t.Errorf("after %s: CheckPort finds nothing", command)
+				if err := k.CheckEndpoint(t.Context(), inside.Path(), p); err == nil {
+					t.Errorf("after %s: CheckEndpoint finds nothing", command)
 				}
 				if !tc.silent {
 					next(t, events, kernel.Event{Kind: kernel.EventPort, Name: want.Name})
 				}
-				if err := k.MendPort(t.Context(), want); err != nil {
+				if err := k.RepairVeth(t.Context(), want); err != nil {
 					t.Fatalf("after %s: mend: %v", command, err)
 				}
 				if left := faults(); len(left) > 0 {
 					t.Fatalf("after %s: mended, the port still lacks %q", command, left)
 				}
-				if err := k.CheckPort(t.Context(), inside.Path(), p); err != nil {
+				if err := k.CheckEndpoint(t.Context(), inside.Path(), p); err != nil {
 					t.Fatalf("after %s: mended: %v", command, err)
 				}
 			}
-			if err := k.DelPort(t.Context(), want.Name); err != nil {
+			if err := k.DelEndpoint(t.Context(), want.Name); err != nil {
 				t.Fatal(err)
 			}
-			if err := k.MendPort(t.Context(), want); err != nil {
+			if err := k.RepairVeth(t.Context(), want); err != nil {
 				t.Errorf("a port that is gone: %v", err)
 			}
-			if ports, err := k.Ports(t.Context()); err != nil || len(ports) > 0 {
+			if ports, err := k.Veths(t.Context()); err != nil || len(ports) > 0 {
 				t.Errorf("mended into being: %+v, %v", ports, err)
 			}
 		})
@@ -163,7 +163,7 @@ func TestF29_PortsThatComeAreNoNews(t *testing.T) {
 	})
 	p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{
 		{Address: netip.MustParseAddr("10.42.0.5")}, {Address: netip.MustParseAddr("fd42::5")}}}, attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
-	if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+	if err := k.AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 		t.Fatal(err)
 	}
 	host.Command(t, "ip", "link", "set", "last", "mtu", "1400")
@@ -181,11 +181,11 @@ func TestF1_HostWithoutItsAddress(t *testing.T) {
 		{Address: netip.MustParseAddr("10.42.0.5"), Gateway: netip.MustParseAddr("10.42.0.1")},
 		{Address: netip.MustParseAddr("fd42::5"), Gateway: netip.MustParseAddr("fd42::1")}}},
 		attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
-	if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+	if err := k.AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 		t.Fatal(err)
 	}
-	ports, err := k.Ports(t.Context())
-	if err != nil || len(ports) != 1 || len(ports[0].Routes) != 2 || len(ports[0].Faults(p.Host())) != 2 {
+	ports, err := k.Veths(t.Context())
+	if err != nil || len(ports) != 1 || len(ports[0].Routes) != 2 || len(ports[0].Faults(p.Veth())) != 2 {
 		t.Errorf("want two routes that lack their source: %+v, %v", ports, err)
 	}
 }
@@ -197,7 +197,7 @@ func TestAddressOfAnotherPort(t *testing.T) {
 		t.Run(address, func(t *testing.T) {
 			host, one, two := netnstest.New(t), netnstest.New(t), netnstest.New(t)
 			k := openKernel(t, host)
-			port := func(container string) delta.Port {
+			port := func(container string) delta.Endpoint {
 				return attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450,
 					Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address)}}},
 					attach.Config{ID: metadata.AttachmentID{ContainerID: container, IfName: "eth0"}})
@@ -209,10 +209,10 @@ func TestAddressOfAnotherPort(t *testing.T) {
 					t.Errorf("%s leads to %s, want %s", address, out, dev)
 				}
 			}
-			if err := k.AddPort(t.Context(), one.Path(), running); err != nil {
+			if err := k.AddEndpoint(t.Context(), one.Path(), running); err != nil {
 				t.Fatal(err)
 			}
-			err := k.AddPort(t.Context(), two.Path(), thief)
+			err := k.AddEndpoint(t.Context(), two.Path(), thief)
 			if !errors.Is(err, kernel.ErrTaken) || !strings.Contains(err.Error(), address) || !strings.Contains(err.Error(), "running") {
 				t.Errorf("a second port with the address: %v", err)
 			}
@@ -221,31 +221,31 @@ func TestAddressOfAnotherPort(t *testing.T) {
 				t.Errorf("the port that failed is there:\n%s", out)
 			}
 			// The manager finds two, as an earlier version left them.
-			if err := k.AddPort(t.Context(), two.Path(), attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450},
+			if err := k.AddEndpoint(t.Context(), two.Path(), attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450},
 				attach.Config{ID: metadata.AttachmentID{ContainerID: "thief", IfName: "eth0"}})); err != nil {
 				t.Fatal(err)
 			}
-			if err := k.MendPort(t.Context(), thief.Host()); !errors.Is(err, kernel.ErrTaken) {
+			if err := k.RepairVeth(t.Context(), thief.Veth()); !errors.Is(err, kernel.ErrTaken) {
 				t.Errorf("mended: %v", err)
 			}
 			leads(running.HostName)
-			if err := k.MendPort(t.Context(), running.Host()); err != nil {
+			if err := k.RepairVeth(t.Context(), running.Veth()); err != nil {
 				t.Errorf("a port's own route: %v", err)
 			}
 
 			// Of others.
-			if err := k.DelPort(t.Context(), running.HostName); err != nil {
+			if err := k.DelEndpoint(t.Context(), running.HostName); err != nil {
 				t.Fatal(err)
 			}
 			host.Command(t, "ip", "link", "add", "other", "type", "veth", "peer", "name", "rehto")
 			host.Command(t, "ip", "link", "set", "other", "up")
 			host.Command(t, "ip", "route", "add", address, "dev", "other")
-			if err := k.MendPort(t.Context(), thief.Host()); !errors.Is(err, kernel.ErrTaken) {
+			if err := k.RepairVeth(t.Context(), thief.Veth()); !errors.Is(err, kernel.ErrTaken) {
 				t.Errorf("over a route of others: %v", err)
 			}
 			leads("other")
 			host.Command(t, "ip", "route", "replace", address, "dev", "other", "proto", "76")
-			if err := k.MendPort(t.Context(), thief.Host()); err != nil {
+			if err := k.RepairVeth(t.Context(), thief.Veth()); err != nil {
 				t.Errorf("over the overlay's: %v", err)
 			}
 			leads(thief.HostName)
@@ -260,7 +260,7 @@ func TestF1_LoopbackIsUp(t *testing.T) {
 	k := openKernel(t, host)
 	p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.5")}}},
 		attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
-	if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+	if err := k.AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 		t.Fatal(err)
 	}
 	inside.Do(t, func() {
@@ -277,20 +277,20 @@ func TestF1_LoopbackIsUp(t *testing.T) {
 			conn.Close()
 		}
 	})
-	if err := k.CheckPort(t.Context(), inside.Path(), p); err != nil {
+	if err := k.CheckEndpoint(t.Context(), inside.Path(), p); err != nil {
 		t.Error(err)
 	}
 	inside.Command(t, "ip", "link", "set", "lo", "down")
-	err := k.CheckPort(t.Context(), inside.Path(), p)
+	err := k.CheckEndpoint(t.Context(), inside.Path(), p)
 	if err == nil || !strings.Contains(err.Error(), "lo in the container is down") {
-		t.Errorf("CheckPort of a container whose lo is down: %v", err)
+		t.Errorf("CheckEndpoint of a container whose lo is down: %v", err)
 	}
 }
 
 // TestHostPortLeavingHasNoFaults: a port that is being removed is in a group of its own, and must not be taken
 // out of it.
 func TestHostPortLeavingHasNoFaults(t *testing.T) {
-	if f := (delta.HostPort{Group: delta.Protocol<<24 | 5}).Faults(delta.HostPort{Up: true, Group: delta.InsideGroup}); len(f) > 0 {
+	if f := (delta.VethInfo{Group: delta.Protocol<<24 | 5}).Faults(delta.VethInfo{Up: true, Group: delta.OverlayLinkGroup}); len(f) > 0 {
 		t.Errorf("faults %q", f)
 	}
 }

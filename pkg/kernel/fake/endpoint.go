@@ -13,8 +13,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/kernel"
 )
 
-// AddPort implements kernel.Kernel. Its steps are those of the real one.
-func (k *Kernel) AddPort(ctx context.Context, netns string, p delta.Port) (err error) {
+// AddEndpoint implements kernel.Kernel. Its steps are those of the real one.
+func (k *Kernel) AddEndpoint(ctx context.Context, netns string, p delta.Endpoint) (err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead() {
@@ -23,7 +23,7 @@ func (k *Kernel) AddPort(ctx context.Context, netns string, p delta.Port) (err e
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	alias, _ := delta.ParsePortAlias(p.Alias)
+	alias, _ := delta.ParseEndpointAlias(p.Alias)
 	if err := k.portFree(netns, p.HostName, alias.Network); err != nil {
 		return err
 	}
@@ -63,8 +63,8 @@ func (k *Kernel) AddPort(ctx context.Context, netns string, p delta.Port) (err e
 	return nil
 }
 
-// PortFree implements kernel.Kernel.
-func (k *Kernel) PortFree(ctx context.Context, netns, hostName, _, network string) error {
+// VethFree implements kernel.Kernel.
+func (k *Kernel) VethFree(ctx context.Context, netns, hostName, _, network string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead() {
@@ -81,7 +81,7 @@ func (k *Kernel) PortNetwork(ctx context.Context, hostName string) (string, erro
 		return "", ErrKilled
 	}
 	if p, ok := k.ports[hostName]; ok {
-		alias, _ := delta.ParsePortAlias(p.alias)
+		alias, _ := delta.ParseEndpointAlias(p.alias)
 		return alias.Network, ctx.Err()
 	}
 	return "", ctx.Err()
@@ -92,7 +92,7 @@ func (k *Kernel) portFree(netns, hostName, network string) error {
 	if !ok {
 		return nil
 	}
-	if alias, ok := delta.ParsePortAlias(old.alias); old.netns != netns || ok && alias.Network != network {
+	if alias, ok := delta.ParseEndpointAlias(old.alias); old.netns != netns || ok && alias.Network != network {
 		return fmt.Errorf("the port %s leads to %s in %s: %w", hostName, old.p.IfName, old.netns, kernel.ErrExists)
 	}
 	return nil
@@ -112,7 +112,7 @@ type portStep struct {
 	do   func()
 }
 
-// plan is what AddPort does, step by step.
+// plan is what AddEndpoint does, step by step.
 func (m *port) plan() []portStep {
 	p := m.p
 	var steps []portStep
@@ -158,8 +158,8 @@ func (m *port) plan() []portStep {
 	return steps
 }
 
-// DelPort implements kernel.Kernel.
-func (k *Kernel) DelPort(ctx context.Context, hostName string) error {
+// DelEndpoint implements kernel.Kernel.
+func (k *Kernel) DelEndpoint(ctx context.Context, hostName string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead() {
@@ -179,8 +179,8 @@ func (k *Kernel) deletePort(name string) error {
 	return nil
 }
 
-// DelPorts implements kernel.Kernel: one step for all.
-func (k *Kernel) DelPorts(ctx context.Context, hostNames []string) error {
+// DelEndpoints implements kernel.Kernel: one step for all.
+func (k *Kernel) DelEndpoints(ctx context.Context, hostNames []string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead() {
@@ -204,8 +204,8 @@ func (k *Kernel) DelPorts(ctx context.Context, hostNames []string) error {
 	return nil
 }
 
-// CheckPort implements kernel.Kernel.
-func (k *Kernel) CheckPort(ctx context.Context, netns string, p delta.Port) error {
+// CheckEndpoint implements kernel.Kernel.
+func (k *Kernel) CheckEndpoint(ctx context.Context, netns string, p delta.Endpoint) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	have, ok := k.ports[p.HostName]
@@ -267,23 +267,23 @@ func (k *Kernel) Joined(ctx context.Context, device string, addrs []netip.Addr) 
 	return true, nil
 }
 
-// Ports implements kernel.Kernel.
-func (k *Kernel) Ports(ctx context.Context) ([]delta.HostPort, error) {
+// Veths implements kernel.Kernel.
+func (k *Kernel) Veths(ctx context.Context) ([]delta.VethInfo, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead() {
 		return nil, ErrKilled
 	}
-	var out []delta.HostPort
+	var out []delta.VethInfo
 	for i, name := range slices.Sorted(maps.Keys(k.ports)) {
 		p := k.ports[name]
-		alias, ok := delta.ParsePortAlias(p.alias)
+		alias, ok := delta.ParseEndpointAlias(p.alias)
 		if !ok {
 			continue
 		}
-		port := p.p.Host()
+		port := p.p.Veth()
 		port.Index, port.Alias, port.Routes = i+2, alias, map[netip.Prefix]delta.Route{}
-		for dst, r := range p.p.Host().Routes {
+		for dst, r := range p.p.Veth().Routes {
 			if slices.Contains(p.host, delta.RouteString(delta.To(dst), delta.Route{Dev: name})) {
 				port.Routes[dst] = r
 			}
@@ -293,8 +293,8 @@ func (k *Kernel) Ports(ctx context.Context) ([]delta.HostPort, error) {
 	return out, nil
 }
 
-// MendPort implements kernel.Kernel. Ports are as they should be in this world, so there is nothing to do.
-func (k *Kernel) MendPort(ctx context.Context, want delta.HostPort) error {
+// RepairVeth implements kernel.Kernel. Ports are as they should be in this world, so there is nothing to do.
+func (k *Kernel) RepairVeth(ctx context.Context, want delta.VethInfo) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.step("mend " + want.Name)

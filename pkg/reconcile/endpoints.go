@@ -14,13 +14,13 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// PortFaults compares the host's end of every port with what its ADD made, by the first journal that has a
+// EndpointFaults compares the host's end of every port with what its ADD made, by the first journal that has a
 // record of it. Ports are found in the kernel: one that is not there is nothing that could be mended, and one
 // that is being removed is left alone.
-func PortFaults(
+func EndpointFaults(
 	ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, journals ...lease.Journal,
-) (out []delta.PortFault, err error) {
-	ports, err := k.Ports(ctx)
+) (out []delta.EndpointFault, err error) {
+	ports, err := k.Veths(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -39,24 +39,24 @@ func PortFaults(
 				break
 			}
 		}
-		if known && (r.Leaving || r.State == lease.Released) {
+		if known && (r.Terminating || r.State == lease.Released) {
 			continue
 		}
 		if _, ok := own[p.Alias.Network]; !ok {
 			own[p.Alias.Network] = s.Gateways(p.Alias.Network, s.Self)
 		}
-		want := wantedPort(p, r, known, s, own[p.Alias.Network])
+		want := wantedVeth(p, r, known, s, own[p.Alias.Network])
 		if lacks := p.Faults(want); len(lacks) > 0 {
-			out = append(out, delta.PortFault{Want: want, Lacks: lacks})
+			out = append(out, delta.EndpointFault{Want: want, Lacks: lacks})
 		}
 	}
 	return out, errors.Join(errs...)
 }
 
-// wantedPort is what a port should be. Without a record, which may be in another runtime's state directory,
+// wantedVeth is what a port should be. Without a record, which may be in another runtime's state directory,
 // its addresses are not known: then what protects the host and other containers is all that is wanted. own are the
 // host's addresses on the network: it may have others than at the time of the ADD, and speaks from those.
-func wantedPort(have delta.HostPort, r lease.Record, known bool, s *metadata.Snapshot, own []netip.Addr) delta.HostPort {
+func wantedVeth(have delta.VethInfo, r lease.Record, known bool, s *metadata.Snapshot, own []netip.Addr) delta.VethInfo {
 	if known {
 		a := r.Attachment
 		a.Addresses = slices.Clone(a.Addresses)
@@ -69,12 +69,12 @@ func wantedPort(have delta.HostPort, r lease.Record, known bool, s *metadata.Sna
 				a.Addresses[i].Gateway = own[j]
 			}
 		}
-		want := attach.Plan(&a, attach.Config{ID: r.AttachmentID}).Host()
+		want := attach.Plan(&a, attach.Config{ID: r.AttachmentID}).Veth()
 		want.MTU = 0 // the configuration of the ADD may say another one
 		return want
 	}
 	want := have
-	want.RPFilter, want.AcceptRA, want.Group = 1, 0, delta.InsideGroup
+	want.RPFilter, want.AcceptRA, want.Group = 1, 0, delta.OverlayLinkGroup
 	if n, ok := s.Network(have.Alias.Network); ok && !n.HasIPv6() {
 		want.NoIPv6 = true
 	}
@@ -89,10 +89,10 @@ func (m *Manager) ports(ctx context.Context) (changed []string, err error) {
 	if s == nil {
 		return nil, errNoView
 	}
-	faults, err := PortFaults(ctx, m.Kernel, s, m.Journal)
+	faults, err := EndpointFaults(ctx, m.Kernel, s, m.Journal)
 	errs := []error{err}
 	for _, f := range faults {
-		if err := m.Kernel.MendPort(ctx, f.Want); err != nil {
+		if err := m.Kernel.RepairVeth(ctx, f.Want); err != nil {
 			id := metadata.ShortID(f.Want.Alias.ContainerID)
 			errs = append(errs, fmt.Errorf("mend the port %s of container %s: %w", f.Want.Name, id, err))
 			continue

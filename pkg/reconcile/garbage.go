@@ -16,13 +16,13 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Leftovers gives back what nobody uses any more: attachments of an earlier boot, of containers whose runtime died
+// Garbage gives back what nobody uses any more: attachments of an earlier boot, of containers whose runtime died
 // between two steps or never sends GC, and allocations that a killed ADD did not come to note. It also tells the metadata
 // service what could not be told when it was away, and what it has forgotten.
 //
 // A live container's attachment is never touched. The proof of life is the container's network namespace: while it exists, so
 // does its end of the port, and the host's end with it.
-type Leftovers struct {
+type GarbageCollector struct {
 	Client  metadata.Client
 	Journal lease.Journal
 	Kernel  kernel.Kernel
@@ -38,8 +38,8 @@ type Leftovers struct {
 }
 
 // Run makes one pass.
-func (l *Leftovers) Run(ctx context.Context) (changed []string, err error) {
-	ports, err := l.Kernel.Ports(ctx)
+func (l *GarbageCollector) Run(ctx context.Context) (changed []string, err error) {
+	ports, err := l.Kernel.Veths(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -106,7 +106,7 @@ func (l *Leftovers) Run(ctx context.Context) (changed []string, err error) {
 	return changed, errors.Join(errs...)
 }
 
-func (l *Leftovers) record(ctx context.Context, network string, r lease.Record, alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (string, error) {
+func (l *GarbageCollector) record(ctx context.Context, network string, r lease.Record, alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (string, error) {
 	what := fmt.Sprintf("attachment %s of network %s", r.AttachmentID, network)
 	switch r.State {
 	case lease.Released:
@@ -134,7 +134,7 @@ func (l *Leftovers) record(ctx context.Context, network string, r lease.Record, 
 		if !now.Gone(l.BootID) {
 			return "", nil
 		}
-		if err := l.Kernel.DelPort(ctx, attach.HostName(r.AttachmentID)); err != nil {
+		if err := l.Kernel.DelEndpoint(ctx, attach.HostName(r.AttachmentID)); err != nil {
 			return "", err
 		}
 		book := lease.Book{Client: l.Client, Journal: l.Journal, Type: r.Type}
@@ -146,7 +146,7 @@ func (l *Leftovers) record(ctx context.Context, network string, r lease.Record, 
 }
 
 // locked does something about a record that is still the same once its lock is held.
-func (l *Leftovers) locked(network string, r lease.Record, do func(now lease.Record) (string, error)) (string, error) {
+func (l *GarbageCollector) locked(network string, r lease.Record, do func(now lease.Record) (string, error)) (string, error) {
 	unlock, err := l.Journal.Lock(network, r.AttachmentID)
 	if err != nil {
 		return "", err
@@ -168,7 +168,7 @@ func (l *Leftovers) locked(network string, r lease.Record, do func(now lease.Rec
 // allocations compares what the journal and the service hold, network by network. Addresses that no record and no
 // port vouches for are given back; only those count whose record would be in this journal. Attachments that live
 // and are not known are registered.
-func (l *Leftovers) allocations(ctx context.Context, view *metadata.Snapshot, records map[string][]lease.Record,
+func (l *GarbageCollector) allocations(ctx context.Context, view *metadata.Snapshot, records map[string][]lease.Record,
 	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool,
 ) (changed []string, err error) {
 	var errs []error
@@ -206,20 +206,20 @@ func incarnation(me metadata.Host, n metadata.Network) string {
 
 // Settled reports whether a pass has registered what lives on the network, as far as it could be. Before that this
 // host must not take part in handing out its addresses. me is this host.
-func (l *Leftovers) Settled(me metadata.Host, n metadata.Network) bool {
+func (l *GarbageCollector) Settled(me metadata.Host, n metadata.Network) bool {
 	settled := l.settled.Load()
 	return settled != nil && (*settled)[incarnation(me, n)]
 }
 
 // lives reports whether an attachment has a container that runs.
-func (l *Leftovers) lives(r lease.Record, alive map[metadata.AttachmentID]bool) bool {
+func (l *GarbageCollector) lives(r lease.Record, alive map[metadata.AttachmentID]bool) bool {
 	return alive[r.AttachmentID] || r.BootID == l.BootID && !r.Gone(l.BootID)
 }
 
 // register tells the service of attachments that live and that it does not know: their addresses were given while
 // it was away, its store has been lost, or this host was removed while it was suspended. Who has such an address by
 // now keeps it, and both are named: nobody but a person can tell which of the two containers is to go.
-func (l *Leftovers) register(ctx context.Context, network string, lost []lease.Record,
+func (l *GarbageCollector) register(ctx context.Context, network string, lost []lease.Record,
 	alive map[metadata.AttachmentID]bool) (changed []string, err error) {
 	book := lease.Book{Client: l.Client, Journal: l.Journal}
 	var errs []error
@@ -229,7 +229,7 @@ func (l *Leftovers) register(ctx context.Context, network string, lost []lease.R
 		}
 		what := fmt.Sprintf("attachment %s of network %s", r.AttachmentID, network)
 		line, err := l.locked(network, r, func(now lease.Record) (string, error) {
-			if now.Leaving {
+			if now.Terminating {
 				return "", nil
 			}
 			if err := book.Register(ctx, network, now); err != nil {
@@ -247,10 +247,10 @@ func (l *Leftovers) register(ctx context.Context, network string, lost []lease.R
 }
 
 // homeless is the error of containers that run on a network that is not there.
-func (l *Leftovers) homeless(network string, records []lease.Record, alive map[metadata.AttachmentID]bool) error {
+func (l *GarbageCollector) homeless(network string, records []lease.Record, alive map[metadata.AttachmentID]bool) error {
 	n := 0
 	for _, r := range records {
-		if r.State != lease.Released && !r.Leaving && l.lives(r, alive) {
+		if r.State != lease.Released && !r.Terminating && l.lives(r, alive) {
 			n++
 		}
 	}
@@ -280,7 +280,7 @@ func addresses(r lease.Record) string {
 }
 
 // unfinished finds addresses that the service holds for this host and nobody vouches for.
-func (l *Leftovers) unfinished(ctx context.Context, network, self string, held []metadata.Allocation, records []lease.Record,
+func (l *GarbageCollector) unfinished(ctx context.Context, network, self string, held []metadata.Allocation, records []lease.Record,
 	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (changed []string, err error) {
 	known := make(map[metadata.AttachmentID]bool, len(records))
 	for _, r := range records {

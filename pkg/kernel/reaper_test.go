@@ -18,7 +18,7 @@ import (
 func TestF132RemoverSparesTheNextPort(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	host.Do(t, func() {
-		r, err := kernel.NewRemover(t.Context())
+		r, err := kernel.NewLinkReaper(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -31,10 +31,10 @@ func TestF132RemoverSparesTheNextPort(t *testing.T) {
 			t.Helper()
 			id := metadata.AttachmentID{ContainerID: fmt.Sprint("c", round, "-", n), IfName: fmt.Sprint("e", round, "-", n)}
 			p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.AddrFrom4([4]byte{10, 0, byte(round), byte(n)})}}}, attach.Config{ID: id})
-			if err := k.AddPort(t.Context(), inside.Path(), p); err != nil {
+			if err := k.AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 				t.Fatal(err)
 			}
-			return p.HostName, kernel.PortIndex(p.HostName)
+			return p.HostName, kernel.VethIndex(p.HostName)
 		}
 		var kept []string
 		for round := range 10 {
@@ -47,7 +47,7 @@ func TestF132RemoverSparesTheNextPort(t *testing.T) {
 			gone, cancel := context.WithCancel(t.Context())
 			cancel()
 			_ = r.Remove(gone, name, index) // the DEL that was killed
-			if err := k.DelPort(t.Context(), name); err != nil {
+			if err := k.DelEndpoint(t.Context(), name); err != nil {
 				t.Fatal(err)
 			}
 			port(round, 100) // ADD again
@@ -61,7 +61,7 @@ func TestF132RemoverSparesTheNextPort(t *testing.T) {
 				t.Error(err)
 			}
 		}
-		ports, err := k.Ports(t.Context())
+		ports, err := k.Veths(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -96,14 +96,14 @@ func TestF132PortsThatTwoRemoveAtOnce(t *testing.T) {
 			for n := range 6 {
 				id := metadata.AttachmentID{ContainerID: fmt.Sprint("c", round, "-", n), IfName: fmt.Sprint("e", round, "-", n)}
 				p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.AddrFrom4([4]byte{10, 0, byte(round), byte(n)})}}}, attach.Config{ID: id})
-				if err := kernels[0].AddPort(t.Context(), inside.Path(), p); err != nil {
+				if err := kernels[0].AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 					t.Fatal(err)
 				}
 				names = append(names, p.HostName)
 			}
 			done := make(chan error)
 			for _, k := range kernels {
-				go func() { done <- k.DelPorts(t.Context(), names) }()
+				go func() { done <- k.DelEndpoints(t.Context(), names) }()
 			}
 			for range kernels {
 				if err := <-done; err != nil {
@@ -111,7 +111,7 @@ func TestF132PortsThatTwoRemoveAtOnce(t *testing.T) {
 				}
 			}
 		}
-		if ports, err := kernels[0].Ports(t.Context()); err != nil || len(ports) > 0 {
+		if ports, err := kernels[0].Veths(t.Context()); err != nil || len(ports) > 0 {
 			t.Errorf("left: %v %v", ports, err)
 		}
 	})

@@ -28,7 +28,7 @@ import (
 
 // attic is what a pass works on: a real service, a journal, real namespaces, and a fake kernel.
 type attic struct {
-	*Leftovers
+	*GarbageCollector
 	t *testing.T
 	h *lab.Host
 	k *fake.Kernel
@@ -40,7 +40,7 @@ func newAttic(t *testing.T) *attic {
 	boot, err := os.ReadFile(filepath.Join(h.Dir, "boot-id"))
 	must(t, err)
 	k := fake.New()
-	a := &attic{t: t, h: h, k: k, Leftovers: &Leftovers{Client: h.Client(), Journal: lease.NewJournal(t.TempDir()), Kernel: k, BootID: strings.TrimSpace(string(boot))}}
+	a := &attic{t: t, h: h, k: k, GarbageCollector: &GarbageCollector{Client: h.Client(), Journal: lease.NewJournal(t.TempDir()), Kernel: k, BootID: strings.TrimSpace(string(boot))}}
 	t.Cleanup(func() {
 		if _, err := h.Client().GC(ctx, "overlay", nil); err != nil {
 			t.Error(err)
@@ -68,7 +68,7 @@ func (a *attic) connected(container string, port bool) lab.Netns {
 	got, err := book.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: container, IfName: "eth0"}, lease.Netns{Path: ns.Path, Inode: inode}, nil)
 	must(a.t, err)
 	if port {
-		must(a.t, a.k.AddPort(ctx, ns.Path, attach.Plan(got, attach.Config{ID: attachment(container)})))
+		must(a.t, a.k.AddEndpoint(ctx, ns.Path, attach.Plan(got, attach.Config{ID: attachment(container)})))
 	}
 	return ns
 }
@@ -400,7 +400,7 @@ func TestF29_NetworkDeletedMeanwhile(t *testing.T) {
 	for _, n := range seen.Networks {
 		settled[incarnation(me, n)] = true
 	}
-	m := &Manager{Client: real, leftovers: &Leftovers{}}
+	m := &Manager{Client: real, leftovers: &GarbageCollector{}}
 	m.leftovers.settled.Store(&settled)
 	if err := m.join(ctx, seen); err != nil {
 		t.Errorf("join a network that was deleted: %v", err)
@@ -428,7 +428,7 @@ func TestKernelThatDoesNotLetGo(t *testing.T) {
 // blind is a kernel whose ports have lost their alias.
 type blind struct{ *fake.Kernel }
 
-func (blind) Ports(context.Context) ([]delta.HostPort, error) { return nil, nil }
+func (blind) Veths(context.Context) ([]delta.VethInfo, error) { return nil, nil }
 
 // TestTheServiceForgot: what lives and is not known is registered again, exactly as it is; what is dead is not. An
 // address that another has by now stays his, and both are named at each pass.
@@ -482,7 +482,7 @@ func TestTheServiceForgot(t *testing.T) {
 
 	// A DEL is at work.
 	forget("port")
-	must(t, a.Journal.SetLeaving("overlay", attachment("port"), true))
+	must(t, a.Journal.SetTerminating("overlay", attachment("port"), true))
 	a.pass()
 
 	// The network is gone.

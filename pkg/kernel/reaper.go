@@ -13,13 +13,13 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// Remover removes ports for callers who need not wait for the kernel's house-keeping.
+// LinkReaper removes ports for callers who need not wait for the kernel's house-keeping.
 //
 // A link is out of everyone's sight, its routes and addresses gone, after a third of a millisecond, and the kernel says so
 // (RTM_DELLINK). The request that asked for it returns 16 ms later, when RCU has let go of the device (netdev_run_todo),
 // and what is in that wait cannot be killed. So a short-lived process lets a long-lived one do it. Nobody holds a lock during
 // that wait, so a few workers take turns; requests that find them all waiting are made into one, for a group of links.
-type Remover struct {
+type LinkReaper struct {
 	kick  chan struct{}
 	names int // a socket to ask for names by; it lives as long as the process
 
@@ -32,8 +32,8 @@ type Remover struct {
 // in groups.
 const workers = 4
 
-// NewRemover works in the calling goroutine's network namespace until the context ends.
-func NewRemover(ctx context.Context) (*Remover, error) {
+// NewLinkReaper works in the calling goroutine's network namespace until the context ends.
+func NewLinkReaper(ctx context.Context) (*LinkReaper, error) {
 	events, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK)
 	if err != nil {
 		return nil, fmt.Errorf("watch links: %w", err)
@@ -42,7 +42,7 @@ func NewRemover(ctx context.Context) (*Remover, error) {
 	if err != nil {
 		return nil, errors.Join(os.NewSyscallError("socket", err), events.Close())
 	}
-	r := &Remover{names: names, kick: make(chan struct{}, 1), waiting: map[uint32][]chan error{}}
+	r := &LinkReaper{names: names, kick: make(chan struct{}, 1), waiting: map[uint32][]chan error{}}
 	for range workers {
 		n, err := New()
 		if err != nil {
@@ -56,13 +56,13 @@ func NewRemover(ctx context.Context) (*Remover, error) {
 	return r, nil
 }
 
-// Remove returns when the kernel has announced that the port's host end is gone, or was not there. Its error is DelPorts', or the
+// Remove returns when the kernel has announced that the port's host end is gone, or was not there. Its error is DelEndpoints', or the
 // context's.
 //
 // The link is named by its index, which the kernel does not use again: a request whose caller was killed may wait its turn until
 // after the next ADD of the same container, and that one's port has the same name.
-func (r *Remover) Remove(ctx context.Context, hostName string, index uint32) error {
-	if !strings.HasPrefix(hostName, delta.PortPrefix) || index == 0 {
+func (r *LinkReaper) Remove(ctx context.Context, hostName string, index uint32) error {
+	if !strings.HasPrefix(hostName, delta.VethPrefix) || index == 0 {
 		return fmt.Errorf("remove %s, index %d: it is no container's port", hostName, index)
 	}
 	if deviceName(r.names, index) != hostName {
@@ -85,7 +85,7 @@ func (r *Remover) Remove(ctx context.Context, hostName string, index uint32) err
 	}
 }
 
-func (r *Remover) work(ctx context.Context, n *Netns) {
+func (r *LinkReaper) work(ctx context.Context, n *Netns) {
 	defer n.Close()
 	for {
 		select {
@@ -110,7 +110,7 @@ func (r *Remover) work(ctx context.Context, n *Netns) {
 	}
 }
 
-func (r *Remover) gone(index uint32, err error) {
+func (r *LinkReaper) gone(index uint32, err error) {
 	r.mu.Lock()
 	waiting := r.waiting[index]
 	delete(r.waiting, index)
@@ -120,7 +120,7 @@ func (r *Remover) gone(index uint32, err error) {
 	}
 }
 
-func (r *Remover) announced(typ uint16, body []byte) {
+func (r *LinkReaper) announced(typ uint16, body []byte) {
 	if typ == unix.RTM_DELLINK {
 		r.gone(parseLink(body).index, nil)
 	}

@@ -8,14 +8,14 @@ import (
 	"strings"
 )
 
-// Port is one container's connection to its host: a routed veth pair.
+// Endpoint is one container's connection to its host: a routed veth pair.
 //
 //	container netns                         host netns
 //	IfName: Addrs (/32, /128) ── veth ── HostName: HostMAC, fe80::1/64
 //	default via Gateway, on-link             route to each address of Addrs
 //
 // There is no bridge, so there is no shared link on which anything could be spoofed.
-type Port struct {
+type Endpoint struct {
 	Network     string
 	ContainerID string
 	IfName      string // inside of the container
@@ -25,13 +25,13 @@ type Port struct {
 	MAC         MAC // of IfName
 	MTU         int
 	Addrs       []netip.Addr
-	Gateways    []netip.Addr // one for each family of Addrs: on-link, with a permanent neighbour HostMAC
-	Sources     []netip.Addr // the host's own addresses, one for each family: from which it speaks to the container
-	Routes      []PortRoute  // inside of the container
+	Gateways    []netip.Addr    // one for each family of Addrs: on-link, with a permanent neighbour HostMAC
+	Sources     []netip.Addr    // the host's own addresses, one for each family: from which it speaks to the container
+	Routes      []EndpointRoute // inside of the container
 }
 
-// PortRoute is a route inside of a container, by the gateway of its family unless Via says otherwise.
-type PortRoute struct {
+// EndpointRoute is a route inside of a container, by the gateway of its family unless Via says otherwise.
+type EndpointRoute struct {
 	Dst      netip.Prefix
 	Via      netip.Addr // must be one of the gateways
 	MTU      int        // 0: the device's
@@ -40,14 +40,14 @@ type PortRoute struct {
 	Table    int // 0: main
 }
 
-// PortPrefix begins the name of the host's end of every port.
-const PortPrefix = "lrt"
+// VethPrefix begins the name of the host's end of every port.
+const VethPrefix = "lrt"
 
-// PortAlias is what the ifalias of a port's host end says. State can be rebuilt from it without any file.
-type PortAlias struct{ Network, ContainerID, IfName, Name string }
+// EndpointAlias is what the ifalias of a port's host end says. State can be rebuilt from it without any file.
+type EndpointAlias struct{ Network, ContainerID, IfName, Name string }
 
 // String is the ifalias: lariat:port:<network>:<container id>:<ifname>[:<name for people>]. The kernel takes 255 octets; the name is cut to fit.
-func (a PortAlias) String() string {
+func (a EndpointAlias) String() string {
 	s := fmt.Sprintf("%sport:%s:%s:%s", AliasPrefix, a.Network, a.ContainerID, a.IfName)
 	if a.Name != "" {
 		s += ":" + a.Name
@@ -58,14 +58,14 @@ func (a PortAlias) String() string {
 	return s
 }
 
-// ParsePortAlias reads what String wrote. Names may hold colons, so they come last.
-func ParsePortAlias(s string) (PortAlias, bool) {
+// ParseEndpointAlias reads what String wrote. Names may hold colons, so they come last.
+func ParseEndpointAlias(s string) (EndpointAlias, bool) {
 	rest, ok := strings.CutPrefix(s, AliasPrefix+"port:")
 	f := strings.SplitN(rest, ":", 4)
 	if !ok || len(f) < 3 {
-		return PortAlias{}, false
+		return EndpointAlias{}, false
 	}
-	a := PortAlias{Network: f[0], ContainerID: f[1], IfName: f[2]}
+	a := EndpointAlias{Network: f[0], ContainerID: f[1], IfName: f[2]}
 	if len(f) == 4 {
 		a.Name = f[3]
 	}
@@ -75,11 +75,11 @@ func ParsePortAlias(s string) (PortAlias, bool) {
 // GatewayAddress6 is the IPv6 address on the host's end of every port that has IPv6: the container's gateway.
 var GatewayAddress6 = netip.MustParsePrefix("fe80::1/64")
 
-// HostPort is the host's end of a port: as the kernel holds it, or as it should be.
-type HostPort struct {
+// VethInfo is the host's end of a port: as the kernel holds it, or as it should be.
+type VethInfo struct {
 	Name  string
 	Index int // of the kernel's; 0 of a wanted one
-	Alias PortAlias
+	Alias EndpointAlias
 
 	Up     bool
 	Group  uint32
@@ -94,10 +94,10 @@ type HostPort struct {
 	NoIPv6     bool // net.ipv6.conf.DEVICE.disable_ipv6, or a kernel without IPv6
 }
 
-// Host is the host's end of the port.
-func (p Port) Host() HostPort {
-	h := HostPort{Name: p.HostName, Alias: PortAlias{Network: p.Network, ContainerID: p.ContainerID, IfName: p.IfName},
-		Up: true, Group: InsideGroup, MAC: p.HostMAC, MTU: p.MTU, Routes: map[netip.Prefix]Route{},
+// Veth is the host's end of the port.
+func (p Endpoint) Veth() VethInfo {
+	h := VethInfo{Name: p.HostName, Alias: EndpointAlias{Network: p.Network, ContainerID: p.ContainerID, IfName: p.IfName},
+		Up: true, Group: OverlayLinkGroup, MAC: p.HostMAC, MTU: p.MTU, Routes: map[netip.Prefix]Route{},
 		RPFilter: 1, Forwarding: true, NoIPv6: true}
 	for _, a := range p.Addrs {
 		r := Route{Dev: p.HostName}
@@ -116,7 +116,7 @@ func (p Port) Host() HostPort {
 
 // Faults returns what a port lacks of what it should be, in the words that State has for such things. A port
 // that is being removed is in a link group of its own, and has none.
-func (p HostPort) Faults(want HostPort) (out []string) {
+func (p VethInfo) Faults(want VethInfo) (out []string) {
 	if p.Group>>24 == Protocol {
 		return nil
 	}
@@ -147,8 +147,8 @@ func (p HostPort) Faults(want HostPort) (out []string) {
 	return out
 }
 
-// PortFault is a port whose host end is not what it should be.
-type PortFault struct {
-	Want  HostPort
-	Lacks []string // as HostPort.Faults says it
+// EndpointFault is a port whose host end is not what it should be.
+type EndpointFault struct {
+	Want  VethInfo
+	Lacks []string // as VethInfo.Faults says it
 }

@@ -21,12 +21,12 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// AddPort implements Kernel.
+// AddEndpoint implements Kernel.
 //
 // Both ends are made by one message, the container's already in its own namespace, each with its MAC: set later, udev's
 // MACAddressPolicy may replace it. What is to be done at each end then goes in one batch. The two settings that no message
 // carries are written before the host's end is up.
-func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err error) {
+func (n *Netns) AddEndpoint(ctx context.Context, path string, p delta.Endpoint) (err error) {
 	inside, err := os.Open(path)
 	if err != nil {
 		return fmt.Errorf("open network namespace: %w", err)
@@ -48,7 +48,7 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, n.deletePort(p.HostName))
+			err = errors.Join(err, n.deleteVeth(p.HostName))
 		}
 	}()
 	index, err := n.index(p.HostName)
@@ -56,12 +56,12 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 		return err
 	}
 	alias := func(m *message) { m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias)) }
-	err = n.hostEnd(index, p.Host(), alias)
+	err = n.hostEnd(index, p.Veth(), alias)
 	if errors.Is(err, unix.EINVAL) && len(p.Sources) > 0 {
 		// The host has lost its address, to somebody who deleted the device that has it. The network manager
 		// gives it back, and then the route its source; a container need not wait for that.
 		p.Sources = nil
-		err = n.hostEnd(index, p.Host(), alias)
+		err = n.hostEnd(index, p.Veth(), alias)
 	}
 	if err != nil {
 		return err
@@ -70,7 +70,7 @@ func (n *Netns) AddPort(ctx context.Context, path string, p delta.Port) (err err
 		return err
 	}
 	var local []netip.Addr
-	if p.Host().Gateway6 {
+	if p.Veth().Gateway6 {
 		local = append(local, delta.GatewayAddress6.Addr())
 	}
 	return n.rt.operational(ctx, told, index, []byte{operUp}, local)
@@ -139,17 +139,17 @@ func (s *socket) steps(list []step) (first error) {
 	return errors.Join(first, err)
 }
 
-func (n *Netns) createPair(inside *os.File, p delta.Port) error {
+func (n *Netns) createPair(inside *os.File, p delta.Endpoint) error {
 	create := func() error { return n.rt.do(func(m *message) { createVeth(m, int(inside.Fd()), p) }) }
 	err := create()
 	if errors.Is(err, unix.EEXIST) {
 		// Either our end is left over from a killed ADD, or the container has such an interface.
-		alias, _ := delta.ParsePortAlias(p.Alias)
+		alias, _ := delta.ParseEndpointAlias(p.Alias)
 		if err := n.portFree(inside, p.HostName, p.IfName, alias.Network); err != nil {
 			return err
 		}
 		if _, ierr := n.index(p.HostName); ierr == nil {
-			if err := n.deletePort(p.HostName); err != nil {
+			if err := n.deleteVeth(p.HostName); err != nil {
 				return fmt.Errorf("replace the dangling %s: %w", p.HostName, err)
 			}
 			err = create()
@@ -167,13 +167,13 @@ func (n *Netns) createPair(inside *os.File, p delta.Port) error {
 // vethInfoPeer is VETH_INFO_PEER of linux/veth.h.
 const vethInfoPeer = 1
 
-func createVeth(m *message, netnsFD int, p delta.Port) {
+func createVeth(m *message, netnsFD int, p delta.Endpoint) {
 	m.begin(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
 	m.raw(make([]byte, unix.SizeofIfInfomsg)...)
 	m.string(unix.IFLA_IFNAME, p.HostName)
 	m.bytes(unix.IFLA_ADDRESS, p.HostMAC[:])
 	m.u32(unix.IFLA_MTU, uint32(p.MTU))
-	m.u32(unix.IFLA_GROUP, delta.InsideGroup)
+	m.u32(unix.IFLA_GROUP, delta.OverlayLinkGroup)
 	info := m.nest(unix.IFLA_LINKINFO)
 	m.string(unix.IFLA_INFO_KIND, "veth")
 	data := m.nest(unix.IFLA_INFO_DATA)
@@ -190,7 +190,7 @@ func createVeth(m *message, netnsFD int, p delta.Port) {
 
 // hostEnd makes a device the host's end of a port; more sets what else the caller has to say of the link. The two
 // settings that no message carries are written before it is up.
-func (n *Netns) hostEnd(index uint32, h delta.HostPort, more func(m *message)) error {
+func (n *Netns) hostEnd(index uint32, h delta.VethInfo, more func(m *message)) error {
 	if err := n.setSysctls(ipv6Settings(h.Name, h.NoIPv6)); err != nil {
 		return err
 	}
@@ -212,7 +212,7 @@ func (n *Netns) hostEnd(index uint32, h delta.HostPort, more func(m *message)) e
 	replace := uint16(unix.NLM_F_EXCL)
 	for dst, r := range h.Routes {
 		list = append(list, step{"route " + dst.String() + " to " + h.Name, func(m *message) {
-			newRoute(m, index, delta.PortRoute{Dst: dst}, delta.Protocol, replace)
+			newRoute(m, index, delta.EndpointRoute{Dst: dst}, delta.Protocol, replace)
 			if r.Src.IsValid() {
 				m.addr(unix.RTA_PREFSRC, r.Src)
 			}
@@ -257,7 +257,7 @@ func (n *Netns) routeFree(dst netip.Prefix, index uint32) error {
 			return nil // it went away, and the route with it
 		}
 	}
-	alias, port := delta.ParsePortAlias(at.link.Alias)
+	alias, port := delta.ParseEndpointAlias(at.link.Alias)
 	switch {
 	case port:
 		return fmt.Errorf("%s leads to %s, the port of container %s (%s) of network %s, which runs: %w",
@@ -268,11 +268,11 @@ func (n *Netns) routeFree(dst netip.Prefix, index uint32) error {
 	return nil
 }
 
-// MendPort implements Kernel.
-func (n *Netns) MendPort(ctx context.Context, want delta.HostPort) error {
+// RepairVeth implements Kernel.
+func (n *Netns) RepairVeth(ctx context.Context, want delta.VethInfo) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	have, err := n.port(want.Name)
+	have, err := n.vethInfo(want.Name)
 	if err == nil {
 		err = n.hostEnd(uint32(have.Index), want, func(m *message) {
 			if have.MAC != want.MAC {
@@ -307,7 +307,7 @@ func forwarding(m *message) {
 	m.end(spec)
 }
 
-func insideEnd(ctx context.Context, inside *os.File, path string, p delta.Port) error {
+func insideEnd(ctx context.Context, inside *os.File, path string, p delta.Endpoint) error {
 	var s *socket
 	var told *os.File
 	v6 := slices.ContainsFunc(p.Addrs, netip.Addr.Is6)
@@ -333,7 +333,7 @@ func insideEnd(ctx context.Context, inside *os.File, path string, p delta.Port) 
 	if err != nil {
 		return fmt.Errorf("find %s in the container: %w", p.IfName, err)
 	}
-	list := portSteps(req.Uint32(), p)
+	list := endpointSteps(req.Uint32(), p)
 	err = s.steps(list)
 	if errors.Is(err, unix.EACCES) && v6 {
 		// Some runtimes switch IPv6 off by default in the namespaces that they make. All steps can be repeated.
@@ -349,7 +349,7 @@ func insideEnd(ctx context.Context, inside *os.File, path string, p delta.Port) 
 	return s.operational(ctx, told, req.Uint32(), []byte{operUp, operUnknown}, local)
 }
 
-func portSteps(index uint32, p delta.Port) []step {
+func endpointSteps(index uint32, p delta.Endpoint) []step {
 	const lo = 1 // of every network namespace
 	// Not every runtime has a loopback plugin in its lists, and who serves 127.0.0.1 inside does not ask. An own
 	// address goes by lo, too.
@@ -369,7 +369,7 @@ func portSteps(index uint32, p delta.Port) []step {
 		}})
 		if g.Is4() {
 			list = append(list, step{"route to the gateway " + g.String(), func(m *message) {
-				newRoute(m, index, delta.PortRoute{Dst: netip.PrefixFrom(g, 32)}, unix.RTPROT_BOOT, unix.NLM_F_REPLACE)
+				newRoute(m, index, delta.EndpointRoute{Dst: netip.PrefixFrom(g, 32)}, unix.RTPROT_BOOT, unix.NLM_F_REPLACE)
 			}})
 		}
 	}
@@ -401,7 +401,7 @@ func newAddr(m *message, index uint32, p netip.Prefix) {
 
 // newRoute adds a route by the device; without Via it is on-link. One that is there is replaced with NLM_F_REPLACE as
 // exists, and an error with NLM_F_EXCL.
-func newRoute(m *message, index uint32, r delta.PortRoute, protocol byte, exists uint16) {
+func newRoute(m *message, index uint32, r delta.EndpointRoute, protocol byte, exists uint16) {
 	v6 := r.Dst.Addr().Is6()
 	table, scope, flags := r.Table, byte(unix.RT_SCOPE_UNIVERSE), uint32(0)
 	if table == 0 {
@@ -466,15 +466,15 @@ func enableIPv6(path, ifname string) error {
 	})
 }
 
-// DelPort implements Kernel.
-func (n *Netns) DelPort(ctx context.Context, hostName string) error {
+// DelEndpoint implements Kernel.
+func (n *Netns) DelEndpoint(ctx context.Context, hostName string) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.deletePort(hostName)
+	return n.deleteVeth(hostName)
 }
 
-// deletePort asks by name: one message, no look-up before it.
-func (n *Netns) deletePort(name string) error {
+// deleteVeth asks by name: one message, no look-up before it.
+func (n *Netns) deleteVeth(name string) error {
 	err := n.rt.do(func(m *message) {
 		m.begin(unix.RTM_DELLINK, 0)
 		m.raw(make([]byte, unix.SizeofIfInfomsg)...)
@@ -486,9 +486,9 @@ func (n *Netns) deletePort(name string) error {
 	return nil
 }
 
-// DelPorts implements Kernel: the links are put into a group of their own, and the group is deleted. The kernel unregisters all
+// DelEndpoints implements Kernel: the links are put into a group of their own, and the group is deleted. The kernel unregisters all
 // members in one go, and waits for RCU once.
-func (n *Netns) DelPorts(ctx context.Context, names []string) error {
+func (n *Netns) DelEndpoints(ctx context.Context, names []string) error {
 	if len(names) == 0 {
 		return nil
 	}
@@ -550,8 +550,8 @@ func (n *Netns) tryRemoveGroup(links []uint32) error {
 	return errors.Join(errs...)
 }
 
-// PortIndex is the interface index of a port's host end in the calling goroutine's network namespace; 0 when there is none.
-func PortIndex(hostName string) uint32 {
+// VethIndex is the interface index of a port's host end in the calling goroutine's network namespace; 0 when there is none.
+func VethIndex(hostName string) uint32 {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 0
@@ -594,12 +594,12 @@ func (n *Netns) Joined(ctx context.Context, device string, addrs []netip.Addr) (
 	return true, nil
 }
 
-// Ports implements Kernel.
-func (n *Netns) Ports(ctx context.Context) ([]delta.HostPort, error) {
+// Veths implements Kernel.
+func (n *Netns) Veths(ctx context.Context) ([]delta.VethInfo, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return RetryDump(func() ([]delta.HostPort, error) {
-		out, err := n.ports()
+	return RetryDump(func() ([]delta.VethInfo, error) {
+		out, err := n.veths()
 		if errors.Is(err, errInterrupted) {
 			err = netlink.ErrDumpInterrupted
 		}
@@ -607,8 +607,8 @@ func (n *Netns) Ports(ctx context.Context) ([]delta.HostPort, error) {
 	})
 }
 
-// ports makes four lists: of devices, their IPv6 addresses, and routes of both families.
-func (n *Netns) ports() (out []delta.HostPort, err error) {
+// veths makes four lists: of devices, their IPv6 addresses, and routes of both families.
+func (n *Netns) veths() (out []delta.VethInfo, err error) {
 	interrupted := false
 	dump := func(what string, typ uint16, build func(m *message), each func(body []byte)) {
 		err2 := n.rt.dump(typ, build, func(_ uint16, body []byte) { each(body) })
@@ -623,8 +623,8 @@ func (n *Netns) ports() (out []delta.HostPort, err error) {
 	at := map[uint32]int{} // the place in out, by index
 	names := map[uint32]string{}
 	dump("ports", unix.RTM_GETLINK, func(m *message) { allOfKind(m, "veth") }, func(body []byte) {
-		if f := parseLink(body); f.kind == "veth" && strings.HasPrefix(f.name, delta.PortPrefix) {
-			if alias, ok := delta.ParsePortAlias(f.link.Alias); ok {
+		if f := parseLink(body); f.kind == "veth" && strings.HasPrefix(f.name, delta.VethPrefix) {
+			if alias, ok := delta.ParseEndpointAlias(f.link.Alias); ok {
 				at[f.index], names[f.index] = len(out), f.name
 				out = append(out, f.port(alias))
 			}
@@ -657,9 +657,9 @@ func (n *Netns) ports() (out []delta.HostPort, err error) {
 	return out, err
 }
 
-// port is a device that is the host's end of one.
-func (f foundLink) port(alias delta.PortAlias) delta.HostPort {
-	return delta.HostPort{Name: f.name, Index: int(f.index), Alias: alias,
+// veth is a device that is the host's end of one.
+func (f foundLink) port(alias delta.EndpointAlias) delta.VethInfo {
+	return delta.VethInfo{Name: f.name, Index: int(f.index), Alias: alias,
 		Up: !f.link.Down, Group: f.group, MAC: f.link.MAC, MTU: f.link.MTU,
 		RPFilter: f.rpFilter, Forwarding: f.forwarding, AcceptRA: f.link.AcceptRA, NoIPv6: f.link.NoIPv6}
 }
@@ -677,14 +677,14 @@ func RetryDump[T any](dump func() ([]T, error)) ([]T, error) {
 	return out, nil
 }
 
-// port asks for the device of one host end; its addresses and routes are left out.
-func (n *Netns) port(name string) (p delta.HostPort, err error) {
-	err = n.rt.link(0, name, func(body []byte) { p = parseLink(body).port(delta.PortAlias{}) })
+// veth asks for the device of one host end; its addresses and routes are left out.
+func (n *Netns) vethInfo(name string) (p delta.VethInfo, err error) {
+	err = n.rt.link(0, name, func(body []byte) { p = parseLink(body).port(delta.EndpointAlias{}) })
 	return p, err
 }
 
-// CheckPort implements Kernel.
-func (n *Netns) CheckPort(ctx context.Context, path string, p delta.Port) error {
+// CheckEndpoint implements Kernel.
+func (n *Netns) CheckEndpoint(ctx context.Context, path string, p delta.Endpoint) error {
 	host, err := n.handle()
 	if err != nil {
 		return err
@@ -692,7 +692,7 @@ func (n *Netns) CheckPort(ctx context.Context, path string, p delta.Port) error 
 	defer host.Close()
 	var errs []error
 	differ := func(format string, a ...any) { errs = append(errs, fmt.Errorf(format, a...)) }
-	errs = append(errs, n.checkHost(host, p.Host()))
+	errs = append(errs, n.checkHost(host, p.Veth()))
 	inside, err := netns.GetFromPath(path)
 	if err != nil {
 		differ("open network namespace %s: %w", path, err)
@@ -711,9 +711,9 @@ func (n *Netns) CheckPort(ctx context.Context, path string, p delta.Port) error 
 
 // checkHost asks for the routes that packets take, and not for those that are ours: any may be more specific,
 // or another rule come first.
-func (n *Netns) checkHost(host *netlink.Handle, want delta.HostPort) error {
+func (n *Netns) checkHost(host *netlink.Handle, want delta.VethInfo) error {
 	n.mu.Lock()
-	have, err := n.port(want.Name)
+	have, err := n.vethInfo(want.Name)
 	n.mu.Unlock()
 	if err != nil {
 		return fmt.Errorf("the host's end %s: %w", want.Name, err)
@@ -746,7 +746,7 @@ func (n *Netns) checkHost(host *netlink.Handle, want delta.HostPort) error {
 	return errors.Join(errs...)
 }
 
-func checkInside(h *netlink.Handle, p delta.Port) error {
+func checkInside(h *netlink.Handle, p delta.Endpoint) error {
 	lo, err := h.LinkByIndex(1)
 	if err != nil {
 		return fmt.Errorf("lo in the container: %w", err)
@@ -801,7 +801,7 @@ func checkInside(h *netlink.Handle, p delta.Port) error {
 	return errors.Join(errs...)
 }
 
-func hasRoute(h *netlink.Handle, index int, want delta.PortRoute) (bool, error) {
+func hasRoute(h *netlink.Handle, index int, want delta.EndpointRoute) (bool, error) {
 	family, table := netlink.FAMILY_V4, want.Table
 	if want.Dst.Addr().Is6() {
 		family = netlink.FAMILY_V6
