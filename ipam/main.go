@@ -9,7 +9,7 @@ import (
 	_ "embed"
 
 	"github.com/lariat-net/lariat/pkg/cni"
-	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/ipam"
 )
 
 //go:embed README.md
@@ -19,5 +19,5 @@ var help string
 var version = "devel"
 
 func main() {
-	cni.Main(cni.Plugin{Name: lease.IPAMType, Version: version, Help: help, Add: add, Del: del, Check: check, Status: status, GC: gc})
+	cni.Main(cni.Plugin{Name: ipam.IPAMType, Version: version, Help: help, Add: add, Del: del, Check: check, Status: status, GC: gc})
 }

@@ -11,16 +11,16 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 
 	"github.com/lariat-net/lariat/pkg/cni"
-	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/ipam"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
 // call is one verb's view of the configuration. Keys outside of the ipam block are the main plugin's and none of our business.
 type call struct {
 	*cni.Request
-	conf    lease.IPAM
+	conf    ipam.Config
 	network string
-	book    lease.Book
+	book    ipam.Client
 }
 
 func open(r *cni.Request) (*call, error) {
@@ -30,18 +30,18 @@ func open(r *cni.Request) (*call, error) {
 	if err := json.Unmarshal(r.Stdin, &outer); err != nil {
 		return nil, cni.Errorf(cni.ErrDecode, "configuration on stdin: %w", err)
 	}
-	conf, ours, err := lease.Block(r, outer.IPAM)
+	conf, ours, err := ipam.Block(r, outer.IPAM)
 	if err != nil {
 		return nil, err
 	}
 	if !ours {
-		return nil, cni.Errorf(cni.ErrConfig, "key \"ipam.type\" is %q, but this is %s", conf.Type, lease.IPAMType)
+		return nil, cni.Errorf(cni.ErrConfig, "key \"ipam.type\" is %q, but this is %s", conf.Type, ipam.IPAMType)
 	}
 	network := conf.Network
 	if network == "" {
 		network = r.Conf.Name
 	}
-	return &call{Request: r, conf: conf, network: network, book: conf.Book(lease.IPAMType)}, nil
+	return &call{Request: r, conf: conf, network: network, book: conf.Client(ipam.IPAMType)}, nil
 }
 
 func add(ctx context.Context, r *cni.Request) (*current.Result, error) {
@@ -57,7 +57,7 @@ func add(ctx context.Context, r *cni.Request) (*current.Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	req, explicit, err := lease.Request(r, c.conf.WaitSeconds, create)
+	req, explicit, err := ipam.Request(r, c.conf.WaitSeconds, create)
 	if err != nil {
 		return nil, err
 	}
@@ -70,7 +70,7 @@ func add(ctx context.Context, r *cni.Request) (*current.Result, error) {
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrNetns, "CNI_NETNS: %w", err)
 	}
-	a, err := c.book.Acquire(ctx, c.network, req, lease.Netns{Path: r.Netns, Inode: inode}, standIn(c.network, explicit))
+	a, err := c.book.Acquire(ctx, c.network, req, ipam.Netns{Path: r.Netns, Inode: inode}, standIn(c.network, explicit))
 	if err != nil {
 		return nil, cni.FromMetadata(err)
 	}
@@ -157,7 +157,7 @@ func status(ctx context.Context, r *cni.Request) error {
 	if err != nil {
 		return err
 	}
-	_, err = lease.Status(ctx, c.book, c.network, c.conf.Definition, c.conf.StrictStatus)
+	_, err = ipam.Status(ctx, c.book, c.network, c.conf.Definition, c.conf.StrictStatus)
 	return err
 }
 

@@ -8,7 +8,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/lariat-net/lariat/pkg/cni"
-	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/ipam"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -55,7 +55,7 @@ func TestF20_Result(t *testing.T) {
 		{"subnetPrefixSize", 24, `10.42.1.9/24 10.42.0.1, fd42::9/24 <nil>, 203.0.113.9/24 <nil>`},
 		{"that only fits IPv6", 64, `10.42.1.9/16 10.42.0.1, fd42::9/64 <nil>, 203.0.113.9/32 <nil>`},
 	} {
-		c := &call{Request: &cni.Request{}, conf: lease.IPAM{DNS: &types.DNS{Nameservers: []string{"192.0.2.53"}}}}
+		c := &call{Request: &cni.Request{}, conf: ipam.Config{DNS: &types.DNS{Nameservers: []string{"192.0.2.53"}}}}
 		res := c.result(a, tc.length)
 		got := ""
 		for i, ip := range res.IPs {
@@ -79,7 +79,7 @@ func TestF20_Result(t *testing.T) {
 	if err := json.Unmarshal([]byte(`{"runtimeConfig":{"dns":{"servers":["198.51.100.53"],"searches":["x.example"]}}}`), &r.Conf); err != nil {
 		t.Fatal(err)
 	}
-	res := (&call{Request: r, conf: lease.IPAM{DNS: &types.DNS{Nameservers: []string{"192.0.2.53"}}}}).result(a, 0)
+	res := (&call{Request: r, conf: ipam.Config{DNS: &types.DNS{Nameservers: []string{"192.0.2.53"}}}}).result(a, 0)
 	if res.DNS.Nameservers[0] != "198.51.100.53" || res.DNS.Search[0] != "x.example" {
 		t.Errorf("%+v", res.DNS)
 	}

@@ -15,8 +15,8 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/doctor"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -302,11 +302,11 @@ func inUse(network, stateDir string, id metadata.AttachmentID) error {
 	if name := attach.HostName(id); kernel.VethIndex(name) != 0 {
 		return remedied{fmt.Errorf("%s is in use: its interface %s is on this host", id, name), remedy}
 	}
-	r, known, err := lease.NewJournal(stateDir).Get(network, id)
+	r, known, err := journal.New(stateDir).Get(network, id)
 	if err != nil {
 		return err
 	}
-	if known && r.State != lease.Released && !r.Gone("") {
+	if known && r.State != journal.Released && !r.Gone("") {
 		return remedied{fmt.Errorf("%s is in use: its network namespace %s is there", id, r.Netns), remedy}
 	}
 	return nil

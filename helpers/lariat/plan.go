@@ -14,8 +14,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/graph"
 	"github.com/lariat-net/lariat/pkg/ipsec"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/plan"
 	"github.com/lariat-net/lariat/pkg/printable"
@@ -175,9 +175,9 @@ func (a *app) portFaults(ctx context.Context, snap *metadata.Snapshot) ([]delta.
 			}
 		}
 	}
-	var journals []lease.Journal
+	var journals []journal.Journal
 	for dir := range dirs {
-		journals = append(journals, lease.NewJournal(dir))
+		journals = append(journals, journal.New(dir))
 	}
 	return reconcile.EndpointFaults(ctx, k, snap, journals...)
 }
@@ -187,14 +187,14 @@ func living(stateDirs []string) ([]metadata.Allocation, error) {
 	out := []metadata.Allocation{}
 	var errs []error
 	for _, dir := range stateDirs {
-		j := lease.NewJournal(dir)
+		j := journal.New(dir)
 		networks, err := j.Networks()
 		errs = append(errs, err)
 		for _, network := range networks {
 			records, err := j.List(network)
 			errs = append(errs, err)
 			for _, r := range records {
-				if r.State == lease.Released || r.Terminating || r.Gone("") {
+				if r.State == journal.Released || r.Terminating || r.Gone("") {
 					continue
 				}
 				for _, a := range r.Attachment.Addresses {

@@ -21,8 +21,8 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
 	"github.com/lariat-net/lariat/pkg/ike"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/printable"
 	"github.com/lariat-net/lariat/pkg/reconcile"
@@ -65,7 +65,7 @@ func manage(conf config, log *slog.Logger) error {
 		return err
 	}
 	m := &reconcile.Manager{
-		Client: metadata.Client{Socket: conf.metadataSocket}, Journal: lease.NewJournal(conf.stateDir), Kernel: k,
+		Client: metadata.Client{Socket: conf.metadataSocket}, Journal: journal.New(conf.stateDir), Kernel: k,
 		BootID: strings.TrimSpace(string(boot)), Log: log, Every: conf.every, Grace: conf.grace, MetadataAddress: conf.metadataAddress,
 	}
 	m.Tunnels = tunnels(conf, k, m, log)

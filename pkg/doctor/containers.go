@@ -18,8 +18,8 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -166,7 +166,7 @@ func compare(s *metadata.Snapshot, ports []delta.VethInfo, held []metadata.Alloc
 		network string
 		id      metadata.AttachmentID
 	}
-	known, recorded, connected := map[key]string{}, map[key]lease.Record{}, map[key]bool{}
+	known, recorded, connected := map[key]string{}, map[key]journal.Record{}, map[key]bool{}
 	add := func(m map[key]string, k key, a netip.Addr) {
 		m[k] = strings.Join(slices.Sorted(slices.Values(append(strings.Fields(m[k]), a.String()))), " ")
 	}
@@ -179,12 +179,12 @@ func compare(s *metadata.Snapshot, ports []delta.VethInfo, held []metadata.Alloc
 	}
 	for dir := range dirs {
 		for _, n := range s.Networks {
-			records, err := lease.NewJournal(dir).List(n.Name)
+			records, err := journal.New(dir).List(n.Name)
 			if err != nil {
 				return nil, err
 			}
 			for _, r := range records {
-				if r.BootID == me.BootID && r.State == lease.Held && !r.Terminating {
+				if r.BootID == me.BootID && r.State == journal.Held && !r.Terminating {
 					recorded[key{n.Name, r.AttachmentID}] = r
 				}
 			}

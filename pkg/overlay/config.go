@@ -9,7 +9,7 @@ import (
 	"encoding/json"
 
 	"github.com/lariat-net/lariat/pkg/cni"
-	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/ipam"
 	"github.com/lariat-net/lariat/pkg/mtu"
 )
 
@@ -24,7 +24,7 @@ type Config struct {
 	LinkMTUOverhead *int            `json:"linkMTUOverhead,omitempty"` // octets below the underlay's MTU; default: the encapsulation's
 	DefaultRoute    *bool           `json:"defaultRoute,omitempty"`    // false: only the network's subnets go by this interface
 	StrictStatus    bool            `json:"strictStatus,omitempty"`    // STATUS fails also for what waiting or other hosts may cure
-	lease.Definition
+	ipam.Definition
 }
 
 func decode(r *cni.Request) (Config, error) {

@@ -19,9 +19,9 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/fake"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/overlay"
 	"github.com/lariat-net/lariat/pkg/plan"
@@ -196,7 +196,7 @@ func (b *bench) leftovers() {
 	b.t.Helper()
 	boot, err := os.ReadFile(filepath.Join(b.host.Dir, "boot-id"))
 	must(b.t, err)
-	l := &reconcile.GarbageCollector{Client: b.host.Client(), Journal: lease.NewJournal(b.host.StateDir()), Kernel: b.k, BootID: strings.TrimSpace(string(boot))}
+	l := &reconcile.GarbageCollector{Client: b.host.Client(), Journal: journal.New(b.host.StateDir()), Kernel: b.k, BootID: strings.TrimSpace(string(boot))}
 	_, err = l.Run(ctx)
 	must(b.t, err)
 }
@@ -730,8 +730,8 @@ func TestADDInAnotherNamespace(t *testing.T) {
 	b.setUp()
 	_, err := b.run("ADD", nil)
 	must(t, err)
-	id, journal := metadata.AttachmentID{ContainerID: b.c.ID, IfName: "eth0"}, lease.NewJournal(b.host.StateDir())
-	record, _, err := journal.Get("overlay", id)
+	id, j := metadata.AttachmentID{ContainerID: b.c.ID, IfName: "eth0"}, journal.New(b.host.StateDir())
+	record, _, err := j.Get("overlay", id)
 	must(t, err)
 	added, own := b.world(), b.c.Path
 	refused := func(what string) {
@@ -742,7 +742,7 @@ func TestADDInAnotherNamespace(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 		b.same(what, added)
-		now, _, err := journal.Get("overlay", id)
+		now, _, err := j.Get("overlay", id)
 		if err != nil || now.Netns != record.Netns || now.NetnsInode != record.NetnsInode {
 			t.Errorf("%s: the record is %+v, was %+v: %v", what, now, record, err)
 		}

@@ -20,8 +20,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/ipam"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/plan"
 )
@@ -53,11 +54,11 @@ func (p Plugin) CNI() cni.Plugin {
 type call struct {
 	Plugin
 	*cni.Request
-	conf  Config
-	ipam  lease.IPAM
-	owned bool // the ipam block is ours, and its work is done in-process
-	book  lease.Book
-	boot  string // id of this host's boot, as the metadata service says
+	conf   Config
+	ipam   ipam.Config
+	owned  bool // the ipam block is ours, and its work is done in-process
+	client ipam.Client
+	boot   string // id of this host's boot, as the metadata service says
 }
 
 func (p Plugin) open(r *cni.Request) (*call, error) {
@@ -65,23 +66,23 @@ func (p Plugin) open(r *cni.Request) (*call, error) {
 	if err != nil {
 		return nil, err
 	}
-	ipam, owned, err := lease.Block(r, conf.IPAM)
+	block, owned, err := ipam.Block(r, conf.IPAM)
 	if err != nil {
 		return nil, err
 	}
-	if ipam.Socket == "" {
-		ipam.Socket = conf.Socket
+	if block.Socket == "" {
+		block.Socket = conf.Socket
 	}
-	if ipam.StateDir == "" {
-		ipam.StateDir = conf.StateDir
+	if block.StateDir == "" {
+		block.StateDir = conf.StateDir
 	}
-	if ipam.Network != "" && ipam.Network != r.Conf.Name {
-		return nil, cni.Errorf(cni.ErrConfig, "key \"ipam.network\": %q differs from the name %q; under %s they are one and the same", ipam.Network, r.Conf.Name, p.Name)
+	if block.Network != "" && block.Network != r.Conf.Name {
+		return nil, cni.Errorf(cni.ErrConfig, "key \"ipam.network\": %q differs from the name %q; under %s they are one and the same", block.Network, r.Conf.Name, p.Name)
 	}
-	if ipam.Subnet == "" && ipam.Subnets == nil {
-		ipam.Definition = conf.Definition
+	if block.Subnet == "" && block.Subnets == nil {
+		block.Definition = conf.Definition
 	}
-	return &call{Plugin: p, Request: r, conf: conf, ipam: ipam, owned: owned, book: ipam.Book(p.Name)}, nil
+	return &call{Plugin: p, Request: r, conf: conf, ipam: block, owned: owned, client: block.Client(p.Name)}, nil
 }
 
 func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, err error) {
@@ -93,17 +94,17 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 	if err := c.ready(ctx); errors.As(err, &e) && e.Code == cni.ErrNotAvailable {
 		return nil, err
 	}
-	unlock, err := c.book.Journal.Lock(r.Conf.Name, r.ID())
+	unlock, err := c.client.Journal.Lock(r.Conf.Name, r.ID())
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	defer unlock()
-	earlier, again, err := c.book.Journal.Get(r.Conf.Name, r.ID())
+	earlier, again, err := c.client.Journal.Get(r.Conf.Name, r.ID())
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	// A released one only waits for the service to be told, and of one that is leaving the interface may go at any moment.
-	again = again && earlier.State != lease.Released && !earlier.Terminating
+	again = again && earlier.State != journal.Released && !earlier.Terminating
 	k, err := p.Kernel()
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrKernel, "%w", err)
@@ -122,7 +123,7 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 			}
 		}
 		if err != nil && again {
-			err = errors.Join(err, c.book.Journal.Put(earlier))
+			err = errors.Join(err, c.client.Journal.Put(earlier))
 		}
 	}()
 	port, fromIPAM, err := c.connect(ctx, k, again, &undo)
@@ -133,7 +134,7 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 			err = errors.Join(err, f())
 		}
 		undo = nil
-		if rerr := c.book.RegisterAll(ctx, r.Conf.Name, c.boot); rerr != nil {
+		if rerr := c.client.RegisterAll(ctx, r.Conf.Name, c.boot); rerr != nil {
 			return nil, cni.FromMetadata(errors.Join(err, rerr))
 		}
 		port, fromIPAM, err = c.connect(ctx, k, again, &undo)
@@ -142,7 +143,7 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 		return nil, err
 	}
 	if earlier.Terminating {
-		_ = c.book.Journal.SetTerminating(r.Conf.Name, r.ID(), false) // if it stays, the next ADD makes the interface anew, and no harm is done
+		_ = c.client.Journal.SetTerminating(r.Conf.Name, r.ID(), false) // if it stays, the next ADD makes the interface anew, and no harm is done
 	}
 	return cni.After(r.Prev, c.result(port, fromIPAM)), nil
 }
@@ -188,7 +189,7 @@ func (c *call) addresses(ctx context.Context, again bool, undo *[]func() error) 
 	if err != nil {
 		return nil, nil, err
 	}
-	req, _, err := lease.Request(c.Request, c.ipam.WaitSeconds, create)
+	req, _, err := ipam.Request(c.Request, c.ipam.WaitSeconds, create)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -215,11 +216,11 @@ func (c *call) addresses(ctx context.Context, again bool, undo *[]func() error) 
 	if err != nil {
 		return nil, nil, cni.Errorf(cni.ErrNetns, "CNI_NETNS: %w", err)
 	}
-	a, err := c.book.Acquire(ctx, c.Conf.Name, req, lease.Netns{Path: c.Netns, Inode: inode}, nil)
+	a, err := c.client.Acquire(ctx, c.Conf.Name, req, ipam.Netns{Path: c.Netns, Inode: inode}, nil)
 	if err != nil {
 		return nil, nil, cni.FromMetadata(err)
 	}
-	*undo = append(*undo, func() error { return c.book.Release(ctx, c.Conf.Name, c.ID()) })
+	*undo = append(*undo, func() error { return c.client.Release(ctx, c.Conf.Name, c.ID()) })
 	return a, res, nil
 }
 
@@ -236,22 +237,22 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 	if err != nil {
 		return cni.Errorf(cni.ErrKernel, "%w", err)
 	}
-	if ok && !c.book.Journal.HostSetupPending(c.Conf.Name) {
+	if ok && !c.client.Journal.HostSetupPending(c.Conf.Name) {
 		return nil
 	}
-	snap, err := c.book.Client.View(ctx)
+	snap, err := c.client.Service.View(ctx)
 	if err != nil {
 		return cni.FromMetadata(err)
 	}
 	// The device stands long before the routes and the filters do, so the device alone does not tell a later ADD that this one
 	// came to its end.
-	if err := c.book.Journal.BeginHostSetup(c.Conf.Name); err != nil {
+	if err := c.client.Journal.BeginHostSetup(c.Conf.Name); err != nil {
 		return cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	if _, err := kernel.Reconcile(ctx, k, plan.Desired(snap, a.Host, kernel.LooseReversePath())); err != nil {
 		return cni.Errorf(cni.ErrKernel, "set up network %s on this host: %w", c.Conf.Name, err).WithDetails("check: lariat doctor; lariat plan --diff")
 	}
-	return c.book.Journal.EndHostSetup(c.Conf.Name)
+	return c.client.Journal.EndHostSetup(c.Conf.Name)
 }
 
 // port plans the container's interface.
@@ -340,10 +341,10 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	if err != nil {
 		return err
 	}
-	defer c.book.Journal.LockIfPossible(r.Conf.Name, r.ID())()
+	defer c.client.Journal.LockIfPossible(r.Conf.Name, r.ID())()
 	// The interface first: an address that is free must not be in use anywhere. With the kernel not letting go of it the
 	// address stays taken, and the runtime comes again.
-	noted := c.book.Journal.SetTerminating(r.Conf.Name, r.ID(), true) == nil
+	noted := c.client.Journal.SetTerminating(r.Conf.Name, r.ID(), true) == nil
 	if err := c.disconnect(ctx, attach.HostName(r.ID()), noted); err != nil {
 		return cni.Errorf(cni.ErrKernel, "disconnect %s: %w", r.ID(), err)
 	}
@@ -351,7 +352,7 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	if !c.owned {
 		errs = append(errs, c.delegateDel(ctx))
 	}
-	if err := c.book.Release(ctx, r.Conf.Name, r.ID()); err != nil {
+	if err := c.client.Release(ctx, r.Conf.Name, r.ID()); err != nil {
 		errs = append(errs, cni.FromMetadata(err))
 	}
 	return join(errs)
@@ -399,7 +400,7 @@ func (p Plugin) check(ctx context.Context, r *cni.Request) error {
 			return err
 		}
 	}
-	a, err := c.book.Check(ctx, r.Conf.Name, r.ID())
+	a, err := c.client.Check(ctx, r.Conf.Name, r.ID())
 	if err != nil {
 		return cni.FromMetadata(err)
 	}
@@ -473,7 +474,7 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 		}
 	}
 	strict := c.conf.StrictStatus || c.ipam.StrictStatus
-	s, err := lease.Status(ctx, c.book, r.Conf.Name, c.ipam.Definition, strict)
+	s, err := ipam.Status(ctx, c.client, r.Conf.Name, c.ipam.Definition, strict)
 	if err != nil {
 		return err
 	}
@@ -532,7 +533,7 @@ func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
 			}
 		}
 	}
-	return join(append(errs, c.book.Collect(ctx, r.Conf.Name, keep)))
+	return join(append(errs, c.client.Collect(ctx, r.Conf.Name, keep)))
 }
 
 // unlisted are the host ends of this network's ports that the list does not name: by their alias, and, for one whose ADD was killed
@@ -543,7 +544,7 @@ func (c *call) unlisted(ctx context.Context, k kernel.Kernel) (names []string, i
 		keep[attach.HostName(id)], listed[id] = true, true
 	}
 	ports, err := k.Veths(ctx)
-	records, jerr := c.book.Journal.List(c.Conf.Name)
+	records, jerr := c.client.Journal.List(c.Conf.Name)
 	drop := map[string]bool{}
 	for _, p := range ports {
 		if p.Alias.Network != c.Conf.Name {

@@ -9,8 +9,8 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -18,7 +18,7 @@ import (
 // record of it. Ports are found in the kernel: one that is not there is nothing that could be mended, and one
 // that is being removed is left alone.
 func EndpointFaults(
-	ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, journals ...lease.Journal,
+	ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, journals ...journal.Journal,
 ) (out []delta.EndpointFault, err error) {
 	ports, err := k.Veths(ctx)
 	if err != nil {
@@ -28,7 +28,7 @@ func EndpointFaults(
 	own := map[string][]netip.Addr{} // by network
 	for _, p := range ports {
 		id := metadata.AttachmentID{ContainerID: p.Alias.ContainerID, IfName: p.Alias.IfName}
-		var r lease.Record
+		var r journal.Record
 		known := false
 		for _, j := range journals {
 			var err error
@@ -39,7 +39,7 @@ func EndpointFaults(
 				break
 			}
 		}
-		if known && (r.Terminating || r.State == lease.Released) {
+		if known && (r.Terminating || r.State == journal.Released) {
 			continue
 		}
 		if _, ok := own[p.Alias.Network]; !ok {
@@ -56,7 +56,7 @@ func EndpointFaults(
 // wantedVeth is what a port should be. Without a record, which may be in another runtime's state directory,
 // its addresses are not known: then what protects the host and other containers is all that is wanted. own are the
 // host's addresses on the network: it may have others than at the time of the ADD, and speaks from those.
-func wantedVeth(have delta.VethInfo, r lease.Record, known bool, s *metadata.Snapshot, own []netip.Addr) delta.VethInfo {
+func wantedVeth(have delta.VethInfo, r journal.Record, known bool, s *metadata.Snapshot, own []netip.Addr) delta.VethInfo {
 	if known {
 		a := r.Attachment
 		a.Addresses = slices.Clone(a.Addresses)

@@ -11,8 +11,9 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/attach"
+	"github.com/lariat-net/lariat/pkg/ipam"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -24,7 +25,7 @@ import (
 // does its end of the port, and the host's end with it.
 type GarbageCollector struct {
 	Client  metadata.Client
-	Journal lease.Journal
+	Journal journal.Journal
 	Kernel  kernel.Kernel
 	BootID  string
 
@@ -49,7 +50,7 @@ func (l *GarbageCollector) Run(ctx context.Context) (changed []string, err error
 	}
 	networks, err := l.Journal.Networks()
 	errs := []error{err}
-	records := map[string][]lease.Record{}
+	records := map[string][]journal.Record{}
 	for _, network := range networks {
 		records[network], err = l.Journal.List(network)
 		errs = append(errs, err)
@@ -73,12 +74,12 @@ func (l *GarbageCollector) Run(ctx context.Context) (changed []string, err error
 	waiting := 0 // for a service that could not do the first of them
 	for _, network := range networks {
 		for _, r := range records[network] {
-			if waiting > 0 && r.State != lease.Held {
+			if waiting > 0 && r.State != journal.Held {
 				waiting++
 				continue
 			}
 			line, err := l.record(ctx, network, r, alive, suspect)
-			if r.State != lease.Held && errors.Is(err, metadata.ErrUnreachable) {
+			if r.State != journal.Held && errors.Is(err, metadata.ErrUnreachable) {
 				waiting = 1
 			}
 			if line != "" {
@@ -106,18 +107,18 @@ func (l *GarbageCollector) Run(ctx context.Context) (changed []string, err error
 	return changed, errors.Join(errs...)
 }
 
-func (l *GarbageCollector) record(ctx context.Context, network string, r lease.Record, alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (string, error) {
+func (l *GarbageCollector) record(ctx context.Context, network string, r journal.Record, alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (string, error) {
 	what := fmt.Sprintf("attachment %s of network %s", r.AttachmentID, network)
 	switch r.State {
-	case lease.Released:
-		return l.locked(network, r, func(now lease.Record) (string, error) {
+	case journal.Released:
+		return l.locked(network, r, func(now journal.Record) (string, error) {
 			err := l.Client.Release(ctx, network, r.AttachmentID, r.Sequence())
 			if err != nil && !metadata.IsCode(err, metadata.CodeNotFound) {
 				return "", fmt.Errorf("replay the release of %s: %w", what, err)
 			}
 			return "replayed the release of " + what, l.Journal.Remove(network, r.AttachmentID)
 		})
-	case lease.Unregistered:
+	case journal.Unregistered:
 		return "", nil // register has seen to it
 	}
 	if alive[r.AttachmentID] || !r.Gone(l.BootID) {
@@ -130,14 +131,14 @@ func (l *GarbageCollector) record(ctx context.Context, network string, r lease.R
 	if !suspect("record\x00"+what, grace) {
 		return "", nil
 	}
-	return l.locked(network, r, func(now lease.Record) (string, error) {
+	return l.locked(network, r, func(now journal.Record) (string, error) {
 		if !now.Gone(l.BootID) {
 			return "", nil
 		}
 		if err := l.Kernel.DelEndpoint(ctx, attach.HostName(r.AttachmentID)); err != nil {
 			return "", err
 		}
-		book := lease.Book{Client: l.Client, Journal: l.Journal, Type: r.Type}
+		book := ipam.Client{Service: l.Client, Journal: l.Journal, Type: r.Type}
 		if err := book.Release(ctx, network, r.AttachmentID); err != nil {
 			return "", fmt.Errorf("release %s: %w", what, err)
 		}
@@ -146,7 +147,7 @@ func (l *GarbageCollector) record(ctx context.Context, network string, r lease.R
 }
 
 // locked does something about a record that is still the same once its lock is held.
-func (l *GarbageCollector) locked(network string, r lease.Record, do func(now lease.Record) (string, error)) (string, error) {
+func (l *GarbageCollector) locked(network string, r journal.Record, do func(now journal.Record) (string, error)) (string, error) {
 	unlock, err := l.Journal.Lock(network, r.AttachmentID)
 	if err != nil {
 		return "", err
@@ -168,7 +169,7 @@ func (l *GarbageCollector) locked(network string, r lease.Record, do func(now le
 // allocations compares what the journal and the service hold, network by network. Addresses that no record and no
 // port vouches for are given back; only those count whose record would be in this journal. Attachments that live
 // and are not known are registered.
-func (l *GarbageCollector) allocations(ctx context.Context, view *metadata.Snapshot, records map[string][]lease.Record,
+func (l *GarbageCollector) allocations(ctx context.Context, view *metadata.Snapshot, records map[string][]journal.Record,
 	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool,
 ) (changed []string, err error) {
 	var errs []error
@@ -183,7 +184,7 @@ func (l *GarbageCollector) allocations(ctx context.Context, view *metadata.Snaps
 			errs = append(errs, err)
 			continue
 		}
-		lines, err := l.register(ctx, n.Name, lease.Lost(records[n.Name], held), alive)
+		lines, err := l.register(ctx, n.Name, journal.Lost(records[n.Name], held), alive)
 		changed, errs = append(changed, lines...), append(errs, err)
 		settled[incarnation(me, n)] = true
 		lines, err = l.unfinished(ctx, n.Name, view.Self, held, records[n.Name], alive, suspect)
@@ -212,23 +213,23 @@ func (l *GarbageCollector) Settled(me metadata.Host, n metadata.Network) bool {
 }
 
 // lives reports whether an attachment has a container that runs.
-func (l *GarbageCollector) lives(r lease.Record, alive map[metadata.AttachmentID]bool) bool {
+func (l *GarbageCollector) lives(r journal.Record, alive map[metadata.AttachmentID]bool) bool {
 	return alive[r.AttachmentID] || r.BootID == l.BootID && !r.Gone(l.BootID)
 }
 
 // register tells the service of attachments that live and that it does not know: their addresses were given while
 // it was away, its store has been lost, or this host was removed while it was suspended. Who has such an address by
 // now keeps it, and both are named: nobody but a person can tell which of the two containers is to go.
-func (l *GarbageCollector) register(ctx context.Context, network string, lost []lease.Record,
+func (l *GarbageCollector) register(ctx context.Context, network string, lost []journal.Record,
 	alive map[metadata.AttachmentID]bool) (changed []string, err error) {
-	book := lease.Book{Client: l.Client, Journal: l.Journal}
+	book := ipam.Client{Service: l.Client, Journal: l.Journal}
 	var errs []error
 	for _, r := range lost {
-		if r.State == lease.Held && !l.lives(r, alive) {
+		if r.State == journal.Held && !l.lives(r, alive) {
 			continue
 		}
 		what := fmt.Sprintf("attachment %s of network %s", r.AttachmentID, network)
-		line, err := l.locked(network, r, func(now lease.Record) (string, error) {
+		line, err := l.locked(network, r, func(now journal.Record) (string, error) {
 			if now.Terminating {
 				return "", nil
 			}
@@ -247,10 +248,10 @@ func (l *GarbageCollector) register(ctx context.Context, network string, lost []
 }
 
 // homeless is the error of containers that run on a network that is not there.
-func (l *GarbageCollector) homeless(network string, records []lease.Record, alive map[metadata.AttachmentID]bool) error {
+func (l *GarbageCollector) homeless(network string, records []journal.Record, alive map[metadata.AttachmentID]bool) error {
 	n := 0
 	for _, r := range records {
-		if r.State != lease.Released && !r.Terminating && l.lives(r, alive) {
+		if r.State != journal.Released && !r.Terminating && l.lives(r, alive) {
 			n++
 		}
 	}
@@ -271,7 +272,7 @@ func few(errs []error) error {
 	return errors.Join(errs...)
 }
 
-func addresses(r lease.Record) string {
+func addresses(r journal.Record) string {
 	var list []string
 	for _, a := range r.Attachment.Addresses {
 		list = append(list, a.Address.String())
@@ -280,7 +281,7 @@ func addresses(r lease.Record) string {
 }
 
 // unfinished finds addresses that the service holds for this host and nobody vouches for.
-func (l *GarbageCollector) unfinished(ctx context.Context, network, self string, held []metadata.Allocation, records []lease.Record,
+func (l *GarbageCollector) unfinished(ctx context.Context, network, self string, held []metadata.Allocation, records []journal.Record,
 	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (changed []string, err error) {
 	known := make(map[metadata.AttachmentID]bool, len(records))
 	for _, r := range records {
@@ -302,7 +303,7 @@ func (l *GarbageCollector) unfinished(ctx context.Context, network, self string,
 		if !suspect(fmt.Sprintf("allocation\x00%s\x00%s\x00%d", network, a.Address, a.Sequence), grace) {
 			continue
 		}
-		line, err := l.locked(network, lease.Record{AttachmentID: id}, func(now lease.Record) (string, error) {
+		line, err := l.locked(network, journal.Record{AttachmentID: id}, func(now journal.Record) (string, error) {
 			if now.State != "" { // an ADD came in between
 				return "", nil
 			}

@@ -20,8 +20,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/attach"
 	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/ipam"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel/fake"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/test/lab"
 )
@@ -40,7 +41,7 @@ func newAttic(t *testing.T) *attic {
 	boot, err := os.ReadFile(filepath.Join(h.Dir, "boot-id"))
 	must(t, err)
 	k := fake.New()
-	a := &attic{t: t, h: h, k: k, GarbageCollector: &GarbageCollector{Client: h.Client(), Journal: lease.NewJournal(t.TempDir()), Kernel: k, BootID: strings.TrimSpace(string(boot))}}
+	a := &attic{t: t, h: h, k: k, GarbageCollector: &GarbageCollector{Client: h.Client(), Journal: journal.New(t.TempDir()), Kernel: k, BootID: strings.TrimSpace(string(boot))}}
 	t.Cleanup(func() {
 		if _, err := h.Client().GC(ctx, "overlay", nil); err != nil {
 			t.Error(err)
@@ -64,8 +65,8 @@ func (a *attic) connected(container string, port bool) lab.Netns {
 	a.t.Cleanup(func() { ns.Remove() }) //nolint:errcheck // most tests have removed it
 	inode, err := cni.NetnsInode(ns.Path)
 	must(a.t, err)
-	book := lease.Book{Client: a.Client, Journal: a.Journal, Type: "lariat-vxlan"}
-	got, err := book.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: container, IfName: "eth0"}, lease.Netns{Path: ns.Path, Inode: inode}, nil)
+	book := ipam.Client{Service: a.Client, Journal: a.Journal, Type: "lariat-vxlan"}
+	got, err := book.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: container, IfName: "eth0"}, ipam.Netns{Path: ns.Path, Inode: inode}, nil)
 	must(a.t, err)
 	if port {
 		must(a.t, a.k.AddEndpoint(ctx, ns.Path, attach.Plan(got, attach.Config{ID: attachment(container)})))
@@ -237,8 +238,8 @@ func TestF132_AllocationsWithoutARecord(t *testing.T) {
 // looks elsewhere than the plugin writes must not take its absence for death.
 func TestF132_AllocationsOfAnotherJournal(t *testing.T) {
 	a := newAttic(t)
-	theirs := lease.Book{Client: a.Client, Journal: lease.NewJournal(t.TempDir()), Type: "lariat-ipam"}
-	_, err := theirs.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: "bridged", IfName: "eth0"}, lease.Netns{Path: "/proc/self/ns/net"}, nil)
+	theirs := ipam.Client{Service: a.Client, Journal: journal.New(t.TempDir()), Type: "lariat-ipam"}
+	_, err := theirs.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: "bridged", IfName: "eth0"}, ipam.Netns{Path: "/proc/self/ns/net"}, nil)
 	must(t, err)
 	// So of one that says nothing of itself: it is of who keeps to the default.
 	_, err = a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "plain", IfName: "eth0"})
@@ -268,7 +269,7 @@ func TestF127_Replay(t *testing.T) {
 	ns := a.connected("told-later", false)
 	r, _, err := a.Journal.Get("overlay", attachment("told-later"))
 	must(t, err)
-	r.State = lease.Released
+	r.State = journal.Released
 	must(t, a.Journal.Put(r))
 	_ = ns // which may well exist: DEL comes before the container goes
 	a.pass("replayed the release of attachment told-later")
@@ -295,7 +296,7 @@ func TestF127_Replay(t *testing.T) {
 	now, _, err := a.Journal.Get("overlay", attachment("again"))
 	must(t, err)
 	late := now
-	late.State = lease.Released
+	late.State = journal.Released
 	for i := range late.Attachment.Addresses {
 		late.Attachment.Addresses[i].Sequence--
 	}
@@ -315,13 +316,13 @@ func TestF19_Register(t *testing.T) {
 		t.Helper()
 		inode, err := cni.NetnsInode("/proc/self/ns/net")
 		must(t, err)
-		must(t, a.Journal.Put(lease.Record{AttachmentID: attachment(container), State: lease.Unregistered, Type: "lariat-ipam", BootID: a.BootID, Netns: "/proc/self/ns/net", NetnsInode: inode, Created: time.Now(),
+		must(t, a.Journal.Put(journal.Record{AttachmentID: attachment(container), State: journal.Unregistered, Type: "lariat-ipam", BootID: a.BootID, Netns: "/proc/self/ns/net", NetnsInode: inode, Created: time.Now(),
 			Attachment: metadata.Attachment{Network: "overlay", Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address)}}}}))
 	}
 	unregistered("explicit", "10.42.200.9")
 	a.pass("registered attachment explicit")
 	r, ok, err := a.Journal.Get("overlay", attachment("explicit"))
-	if err != nil || !ok || r.State != lease.Held || !a.held("explicit") || !lease.Same(&r.Attachment, []string{"10.42.200.9"}) {
+	if err != nil || !ok || r.State != journal.Held || !a.held("explicit") || addresses(r) != "10.42.200.9" {
 		t.Errorf("%+v %t %v", r, ok, err)
 	}
 	// Somebody else has it by now: that is told with both names, again at each pass, and the record stays.
@@ -438,14 +439,14 @@ func TestTheServiceForgot(t *testing.T) {
 	a.connected("bridged", false)
 	must(t, a.connected("dead", false).Remove())
 	must(t, a.connected("unnamed", true).Remove()) // its port shows that it lives
-	forget := func(container string) lease.Record {
+	forget := func(container string) journal.Record {
 		t.Helper()
 		r, _, err := a.Journal.Get("overlay", attachment(container))
 		must(t, err)
 		must(t, a.Client.Release(ctx, "overlay", attachment(container), 0))
 		return r
 	}
-	before := map[string]lease.Record{}
+	before := map[string]journal.Record{}
 	for _, c := range []string{"port", "bridged", "dead", "unnamed"} {
 		before[c] = forget(c)
 	}
@@ -456,7 +457,7 @@ func TestTheServiceForgot(t *testing.T) {
 		must(t, err)
 		r, _, err := a.Journal.Get("overlay", attachment(c))
 		must(t, err)
-		if !lease.Same(now, []string{addresses(before[c])}) || r.Sequence() != now.Addresses[0].Sequence || r.Netns != before[c].Netns {
+		if addresses(journal.Record{Attachment: *now}) != addresses(before[c]) || r.Sequence() != now.Addresses[0].Sequence || r.Netns != before[c].Netns {
 			t.Errorf("%s had %s, now %+v, recorded %+v", c, addresses(before[c]), now, r)
 		}
 	}

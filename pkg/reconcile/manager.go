@@ -14,9 +14,9 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/delta"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/kernel/iptables"
-	"github.com/lariat-net/lariat/pkg/lease"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/plan"
 )
@@ -24,7 +24,7 @@ import (
 // Manager keeps one host's kernel equal to the metadata.
 type Manager struct {
 	Client  metadata.Client
-	Journal lease.Journal
+	Journal journal.Journal
 	Kernel  kernel.Kernel
 	BootID  string
 	Log     *slog.Logger

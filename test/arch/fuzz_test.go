@@ -32,7 +32,7 @@ var parsers = []struct{ bytes, by, pkg, fuzz string }{
 	{"charon's replies, events and log", "ike.Daemon", "pkg/ike", "FuzzReply"},
 	{"credentials in PEM", "ike.LoadCertificates", "pkg/ike", "FuzzCertificates"},
 	{"certificates and keys in PEM", "certs.Read", "pkg/certs", "FuzzRead"},
-	{"the journal of attachments", "lease.Journal", "pkg/lease", "FuzzJournal"},
+	{"the journal of attachments", "journal.Journal", "pkg/journal", "FuzzJournal"},
 	{"the journal of volumes", "volume.Journal", "pkg/volume", "FuzzJournal"},
 	{"names of volumes and folders", "volume.CheckName", "pkg/volume", "FuzzNames"},
 	{"the mount table", "mounts.Table", "pkg/volume/mounts", "FuzzTable"},

@@ -19,7 +19,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/lariat-net/lariat/pkg/cni"
-	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/ipam"
 	"github.com/lariat-net/lariat/pkg/overlay"
 )
 
@@ -191,7 +191,7 @@ func TestExamplesAreValid(t *testing.T) {
 		for _, p := range list.Plugins {
 			name := p.Network.Type
 			if !strings.HasPrefix(name, "lariat-") {
-				if name = p.Network.IPAM.Type; name != lease.IPAMType {
+				if name = p.Network.IPAM.Type; name != ipam.IPAMType {
 					continue
 				}
 			}
@@ -200,8 +200,8 @@ func TestExamplesAreValid(t *testing.T) {
 				t.Fatal(err)
 			}
 			conf["cniVersion"], conf["name"] = "1.1.0", list.Name
-			if ipam, ok := conf["ipam"].(map[string]any); ok && ipam["type"] == lease.IPAMType {
-				ipam["socket"] = "/nonexistent/metadata.sock"
+			if block, ok := conf["ipam"].(map[string]any); ok && block["type"] == ipam.IPAMType {
+				block["socket"] = "/nonexistent/metadata.sock"
 			} else if ok {
 				continue // its IPAM plugin would be executed
 			}
@@ -236,7 +236,7 @@ var tableKey = regexp.MustCompile("(?m)^\\| (`[^|]*`) \\|")
 
 // TestKeyTables: the table of keys and the struct that decodes them name the same.
 func TestKeyTables(t *testing.T) {
-	for manual, typ := range map[string]reflect.Type{"plugins/vxlan/README.md": reflect.TypeFor[overlay.Config](), "ipam/README.md": reflect.TypeFor[lease.IPAM]()} {
+	for manual, typ := range map[string]reflect.Type{"plugins/vxlan/README.md": reflect.TypeFor[overlay.Config](), "ipam/README.md": reflect.TypeFor[ipam.Config]()} {
 		text := read(t, filepath.Join(root, manual))
 		from := strings.Index(text, "\n## Configuration")
 		section := text[from : from+strings.Index(text[from+5:], "\n## ")]

@@ -97,7 +97,7 @@ var _ = Describe("An attachment", func() {
 		Expect(err).To(MatchError(ContainSubstring("nowhere")))
 		Expect(ports(host(0))).To(Equal(before))
 		Expect(held(host(0), "overlay")).NotTo(ContainElement(HaveField("ContainerID", c.ID)))
-		Expect(journal(host(0), "overlay")).NotTo(ContainElement(ContainSubstring(c.ID)))
+		Expect(records(host(0), "overlay")).NotTo(ContainElement(ContainSubstring(c.ID)))
 	})
 
 	It("F6: DEL succeeds twice, with an empty netns, and with one that vanished", func() {
@@ -242,7 +242,7 @@ var _ = Describe("An attachment", func() {
 		Expect(ports(host(2))).To(BeEmpty())
 		Expect(host(2).StartMetadata(ctx)).To(Succeed())
 		Eventually(func() []metadata.Allocation { return held(host(2), "overlay") }).Should(BeEmpty())
-		Eventually(func() []string { return journal(host(2), "overlay") }).Should(BeEmpty())
+		Eventually(func() []string { return records(host(2), "overlay") }).Should(BeEmpty())
 		_ = d
 	})
 

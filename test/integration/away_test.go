@@ -6,7 +6,7 @@ import (
 	. "github.com/onsi/ginkgo/v2"
 	. "github.com/onsi/gomega"
 
-	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/test/lab"
 )
@@ -14,7 +14,7 @@ import (
 // journalDirs are the networks that a host's journal has a directory of.
 func journalDirs(h *lab.Host) []string {
 	GinkgoHelper()
-	list, err := lease.NewJournal(h.StateDir()).Networks()
+	list, err := journal.New(h.StateDir()).Networks()
 	Expect(err).NotTo(HaveOccurred())
 	return list
 }
@@ -55,12 +55,12 @@ var _ = Describe("The store is away", func() {
 		Expect(err).NotTo(HaveOccurred())
 		Expect(out).To(And(ContainSubstring("the store at "+endpoint+" has not answered since"), ContainSubstring("overlay")))
 		Expect(goes.Del(ctx, cl)).To(Succeed())
-		Expect(journal(h, "overlay")).To(ContainElement(ContainSubstring(goes.ID)))
+		Expect(records(h, "overlay")).To(ContainElement(ContainSubstring(goes.ID)))
 		Expect(stays.Check(ctx, cl)).To(Succeed())
 
 		Expect(host(0).StartMetadata(ctx)).To(Succeed())
 		back = true
-		Eventually(func() []string { return journal(h, "overlay") }, "1m").ShouldNot(ContainElement(ContainSubstring(goes.ID)))
+		Eventually(func() []string { return records(h, "overlay") }, "1m").ShouldNot(ContainElement(ContainSubstring(goes.ID)))
 		Expect(held(h, "overlay")).NotTo(ContainElement(HaveField("ContainerID", goes.ID)))
 		log := h.Metadata.Log()
 		Expect(strings.Count(log, "store lost")).To(Equal(1), log)

@@ -155,8 +155,8 @@ func ports(h *lab.Host) (names []string) {
 	return names
 }
 
-// journal are the records of a host's attachments.
-func journal(h *lab.Host, network string) []string {
+// records lists the journal of a host's attachments.
+func records(h *lab.Host, network string) []string {
 	GinkgoHelper()
 	found, err := filepath.Glob(filepath.Join(h.StateDir(), "attachments", network, "[^.]*"))
 	Expect(err).NotTo(HaveOccurred())

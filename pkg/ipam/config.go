@@ -1,4 +1,4 @@
-package lease
+package ipam
 
 import (
 	"encoding/json"
@@ -9,14 +9,15 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/lariat-net/lariat/pkg/cni"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
 // IPAMType is the executable whose work the main plugins do in-process.
 const IPAMType = "lariat-ipam"
 
-// IPAM is the ipam block of a configuration whose type is lariat-ipam.
-type IPAM struct {
+// Config is the ipam block of a configuration whose type is lariat-ipam.
+type Config struct {
 	Type             string        `json:"type"`
 	Network          string        `json:"network,omitempty"`          // in metadata; default: the configuration's name
 	Socket           string        `json:"socket,omitempty"`           // of the metadata service
@@ -85,7 +86,7 @@ func (d Definition) Create(name, encapsulation string) (*metadata.Network, error
 }
 
 // PrefixLength is subnetPrefixSize as a number; 0 when it is not set.
-func (c IPAM) PrefixLength() (int, error) {
+func (c Config) PrefixLength() (int, error) {
 	if c.SubnetPrefixSize == "" {
 		return 0, nil
 	}
@@ -97,9 +98,9 @@ func (c IPAM) PrefixLength() (int, error) {
 	return n, nil
 }
 
-// Book opens the journal and the service that the block names.
-func (c IPAM) Book(pluginType string) Book {
-	return Book{Client: metadata.Client{Socket: c.Socket}, Journal: NewJournal(c.StateDir), Type: pluginType}
+// Client opens the journal and the service that the block names.
+func (c Config) Client(pluginType string) Client {
+	return Client{Service: metadata.Client{Socket: c.Socket}, Journal: journal.New(c.StateDir), Type: pluginType}
 }
 
 // Request turns a call of a runtime into a question to the metadata service, and into the answer that stands in for it
@@ -123,7 +124,7 @@ func Request(r *cni.Request, waitSeconds int, create *metadata.Network) (req met
 }
 
 // Block decodes the ipam block when it is ours; ok is false when another plugin is to be executed.
-func Block(r *cni.Request, raw json.RawMessage) (c IPAM, ok bool, err error) {
+func Block(r *cni.Request, raw json.RawMessage) (c Config, ok bool, err error) {
 	var head struct {
 		Type string `json:"type"`
 	}
@@ -136,8 +137,8 @@ func Block(r *cni.Request, raw json.RawMessage) (c IPAM, ok bool, err error) {
 		return c, false, cni.Errorf(cni.ErrConfig, "key \"ipam.type\" is missing; the usual one is %q", IPAMType)
 	}
 	if head.Type != IPAMType {
-		return IPAM{Type: head.Type}, false, nil
+		return Config{Type: head.Type}, false, nil
 	}
-	c, err = cni.DecodeBlock[IPAM](r, raw, "ipam")
+	c, err = cni.DecodeBlock[Config](r, raw, "ipam")
 	return c, true, err
 }

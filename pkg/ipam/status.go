@@ -1,4 +1,4 @@
-package lease
+package ipam
 
 import (
 	"context"
@@ -13,10 +13,10 @@ import (
 // this host that waiting does not cure. A kubelet evicts healthy pods after such an answer, so an absent store and a
 // network without free addresses are errors of an ADD alone. strict reports these too. A network that its
 // configuration defines and nobody has used yet is ready; its status is nil.
-func Status(ctx context.Context, b Book, network string, d Definition, strict bool) (*metadata.NetworkStatus, error) {
+func Status(ctx context.Context, b Client, network string, d Definition, strict bool) (*metadata.NetworkStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	s, err := b.Client.Status(ctx, network)
+	s, err := b.Service.Status(ctx, network)
 	switch {
 	case metadata.IsCode(err, metadata.CodeNotFound) && (d.Subnet != "" || len(d.Subnets) > 0):
 		return nil, nil

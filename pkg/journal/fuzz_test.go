@@ -1,4 +1,4 @@
-package lease_test
+package journal_test
 
 import (
 	"os"
@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/lariat-net/lariat/pkg/lease"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
@@ -22,7 +22,7 @@ func FuzzJournal(f *testing.F) {
 			return
 		}
 		dir := t.TempDir()
-		j := lease.Journal{Dir: filepath.Join(dir, "attachments")}
+		j := journal.Journal{Dir: filepath.Join(dir, "attachments")}
 		if err := os.MkdirAll(filepath.Join(j.Dir, "overlay"), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -50,11 +50,11 @@ func FuzzJournal(f *testing.F) {
 		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
 			t.Errorf("it left the journal: %v %v", entries, err)
 		}
-		r := lease.Record{AttachmentID: metadata.AttachmentID{ContainerID: "c1", IfName: "eth0"}, Attachment: metadata.Attachment{Network: "overlay"}, State: lease.Held}
+		r := journal.Record{AttachmentID: metadata.AttachmentID{ContainerID: "c1", IfName: "eth0"}, Attachment: metadata.Attachment{Network: "overlay"}, State: journal.Held}
 		if err := j.Put(r); err != nil {
 			t.Error(err)
 		}
-		if got, ok, err := j.Get("overlay", r.AttachmentID); err != nil || !ok || got.State != lease.Held {
+		if got, ok, err := j.Get("overlay", r.AttachmentID); err != nil || !ok || got.State != journal.Held {
 			t.Errorf("%+v %t %v", got, ok, err)
 		}
 	})

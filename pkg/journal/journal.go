@@ -1,9 +1,9 @@
-// Package lease is a host's own record of its attachments: which container interface holds which addresses of which network.
+// Package journal is a host's own record of its attachments: which container interface holds which addresses of which network.
 //
 // The metadata service decides about addresses; the journal lets DEL, CHECK and GC work while it is away, and lets the
 // network manager find what a killed plugin or a reboot has left over. One small JSON file per attachment, replaced
 // atomically, so that a lookup costs the same with one attachment and with ten thousand.
-package lease
+package journal
 
 import (
 	"cmp"
@@ -104,8 +104,8 @@ func Lost(records []Record, allocations []metadata.Allocation) (out []Record) {
 // Journal is the folder of records.
 type Journal struct{ Dir string }
 
-// NewJournal keeps its records under a state directory; empty means metadata.DefaultStateDir.
-func NewJournal(stateDir string) Journal {
+// New keeps its records under a state directory; empty means metadata.DefaultStateDir.
+func New(stateDir string) Journal {
 	return Journal{Dir: filepath.Join(cmp.Or(stateDir, metadata.DefaultStateDir), "attachments")}
 }
 
@@ -406,4 +406,13 @@ func (j Journal) removeStale(network, record string) {
 		os.Remove(temporary(j.path(network, id)))
 		unlock()
 	}
+}
+
+// BootID is the kernel's id of this boot.
+func BootID() string {
+	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(data))
 }

@@ -1,23 +1,21 @@
-package lease
+package ipam
 
 import (
 	"context"
 	"errors"
 	"fmt"
 	"net/netip"
-	"os"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/cni"
+	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Book gives and takes addresses: through the metadata service when it answers, from the journal when it does not.
-type Book struct {
-	Client  metadata.Client
-	Journal Journal
+// Client gives and takes addresses: through the metadata service when it answers, from the journal when it does not.
+type Client struct {
+	Service metadata.Client
+	Journal journal.Journal
 	Type    string // of the plugin, for the records
 }
 
@@ -30,9 +28,9 @@ type Netns struct {
 // Acquire gives the interface its addresses and notes them, before anything in the kernel holds them. Asked again for the same
 // interface it gives the same. explicit holds lengths and gateways for the case that the service is away and the
 // addresses were asked for by name: they are then used and the service is told later.
-func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRequest, ns Netns, explicit *metadata.Attachment) (*metadata.Attachment, error) {
+func (b Client) Acquire(ctx context.Context, network string, req metadata.AttachRequest, ns Netns, explicit *metadata.Attachment) (*metadata.Attachment, error) {
 	id := metadata.AttachmentID{ContainerID: req.ContainerID, IfName: req.IfName}
-	if err := b.elsewhere(network, id, ns); err != nil {
+	if err := b.refuseOtherNetns(network, id, ns); err != nil {
 		return nil, err
 	}
 	req.StateDir = b.Journal.StateDir()
@@ -41,28 +39,28 @@ func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRe
 		ctx, cancel = context.WithTimeout(ctx, time.Duration(req.WaitSeconds+10)*time.Second)
 		defer cancel()
 	}
-	state := Held
+	state := journal.Held
 	a, err := b.attach(ctx, network, req)
 	if errors.Is(err, metadata.ErrUnreachable) {
-		if old, ok, _ := b.Journal.Get(network, id); ok && old.State != Released && old.BootID == BootID() {
+		if old, ok, _ := b.Journal.Get(network, id); ok && old.State != journal.Released && old.BootID == journal.BootID() {
 			a, state, err = &old.Attachment, old.State, nil
 		} else if explicit != nil {
-			a, state, err = explicit, Unregistered, nil
+			a, state, err = explicit, journal.Unregistered, nil
 		}
 	}
 	if err != nil {
 		return nil, err
 	}
 	if a.BootID == "" {
-		a.BootID = BootID()
+		a.BootID = journal.BootID()
 	}
 	old, known, _ := b.Journal.Get(network, id)
-	known = known && old.State != Released
-	err = b.Journal.Put(Record{AttachmentID: id, Attachment: *a, State: state, Type: b.Type, Netns: ns.Path, NetnsInode: ns.Inode,
+	known = known && old.State != journal.Released
+	err = b.Journal.Put(journal.Record{AttachmentID: id, Attachment: *a, State: state, Type: b.Type, Netns: ns.Path, NetnsInode: ns.Inode,
 		BootID: a.BootID, Name: req.Name, UUID: req.UUID, Labels: req.Labels, Created: time.Now().UTC(), Terminating: known && old.Terminating})
 	if err != nil {
 		if !known { // an earlier ADD's container may run with these addresses
-			err = errors.Join(err, b.Client.Release(ctx, network, id, 0))
+			err = errors.Join(err, b.Service.Release(ctx, network, id, 0))
 		}
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
@@ -72,41 +70,41 @@ func (b Book) Acquire(ctx context.Context, network string, req metadata.AttachRe
 // Register tells the service which addresses an attachment holds: they were given while it was away, or its store
 // has lost them since. It gives exactly these, or fails with who has one of them; the others are registered then.
 // The caller holds the attachment's lock.
-func (b Book) Register(ctx context.Context, network string, r Record) error {
+func (b Client) Register(ctx context.Context, network string, r journal.Record) error {
 	// Foreign: whatever chose the addresses, nobody else is asked for others, and a strict affinity is no reason.
 	req := metadata.AttachRequest{ContainerID: r.ContainerID, IfName: r.IfName, Foreign: true, MAC: r.Attachment.MAC,
 		Name: r.Name, UUID: r.UUID, Labels: r.Labels, StateDir: b.Journal.StateDir()}
 	for _, a := range r.Attachment.Addresses {
 		req.Requested = append(req.Requested, a.Address)
 	}
-	a, err := b.Client.Attach(ctx, network, req)
+	a, err := b.Service.Attach(ctx, network, req)
 	if metadata.IsCode(err, metadata.CodeHeld) && len(req.Requested) > 1 {
 		// Another has one of them. The rest must not go the same way.
 		for _, one := range r.Attachment.Addresses {
 			req.Requested = []netip.Addr{one.Address}
-			_, _ = b.Client.Attach(ctx, network, req)
+			_, _ = b.Service.Attach(ctx, network, req)
 		}
 	}
 	if err != nil {
 		return err
 	}
-	r.State, r.Attachment = Held, *a
+	r.State, r.Attachment = journal.Held, *a
 	return b.Journal.Put(r)
 }
 
 // RegisterAll registers what lives on this host and the service does not know. It leaves out what a verb works at;
 // the caller may hold one attachment's lock.
-func (b Book) RegisterAll(ctx context.Context, network, bootID string) error {
+func (b Client) RegisterAll(ctx context.Context, network, bootID string) error {
 	records, err := b.Journal.List(network)
 	if err != nil {
 		return err
 	}
-	known, err := b.Client.Allocations(ctx, network, false)
+	known, err := b.Service.Allocations(ctx, network, false)
 	if err != nil {
 		return err
 	}
 	var errs []error
-	for _, r := range Lost(records, known) {
+	for _, r := range journal.Lost(records, known) {
 		if r.BootID != bootID || r.Gone(bootID) {
 			continue
 		}
@@ -124,11 +122,11 @@ func (b Book) RegisterAll(ctx context.Context, network, bootID string) error {
 	return errors.Join(errs...)
 }
 
-// elsewhere fails when the attachment is that of another network namespace, which is there still:
+// refuseOtherNetns fails when the attachment is that of another network namespace, which is there still:
 // its container would share its addresses.
-func (b Book) elsewhere(network string, id metadata.AttachmentID, ns Netns) error {
+func (b Client) refuseOtherNetns(network string, id metadata.AttachmentID, ns Netns) error {
 	old, known, err := b.Journal.Get(network, id)
-	if err != nil || !known || old.State == Released || old.Terminating || old.NetnsInode == ns.Inode {
+	if err != nil || !known || old.State == journal.Released || old.Terminating || old.NetnsInode == ns.Inode {
 		return nil
 	}
 	if inode, err := cni.NetnsInode(old.Netns); err != nil || inode != old.NetnsInode {
@@ -140,10 +138,10 @@ func (b Book) elsewhere(network string, id metadata.AttachmentID, ns Netns) erro
 
 // attach asks the service, and while the caller is ready to wait, asks again when the service went away meanwhile: it may
 // be restarting.
-func (b Book) attach(ctx context.Context, network string, req metadata.AttachRequest) (*metadata.Attachment, error) {
+func (b Client) attach(ctx context.Context, network string, req metadata.AttachRequest) (*metadata.Attachment, error) {
 	start, wait := time.Now(), time.Duration(req.WaitSeconds)*time.Second
 	for {
-		a, err := b.Client.Attach(ctx, network, req)
+		a, err := b.Service.Attach(ctx, network, req)
 		left := wait - time.Since(start)
 		if !errors.Is(err, metadata.ErrUnreachable) || left <= 0 {
 			return a, err
@@ -161,15 +159,15 @@ func (b Book) attach(ctx context.Context, network string, req metadata.AttachReq
 
 // Release gives the addresses back. With the service away it notes the release for the network manager to replay, and
 // succeeds: a runtime must not be kept from removing a container. Only a journal that cannot be written either is an error.
-func (b Book) Release(ctx context.Context, network string, id metadata.AttachmentID) error {
+func (b Client) Release(ctx context.Context, network string, id metadata.AttachmentID) error {
 	old, known, _ := b.Journal.Get(network, id)
-	if known && old.State == Unregistered {
+	if known && old.State == journal.Unregistered {
 		return b.forget(network, id) // the service never knew
 	}
 	// The service itself answers within two seconds.
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	err := b.Client.Release(ctx, network, id, old.Sequence())
+	err := b.Service.Release(ctx, network, id, old.Sequence())
 	if err == nil || metadata.IsCode(err, metadata.CodeNotFound) {
 		return b.forget(network, id)
 	}
@@ -177,16 +175,16 @@ func (b Book) Release(ctx context.Context, network string, id metadata.Attachmen
 		return err
 	}
 	if !known {
-		old = Record{AttachmentID: id, Attachment: metadata.Attachment{Network: network}, BootID: BootID(), Created: time.Now().UTC(), Type: b.Type}
+		old = journal.Record{AttachmentID: id, Attachment: metadata.Attachment{Network: network}, BootID: journal.BootID(), Created: time.Now().UTC(), Type: b.Type}
 	}
-	old.State = Released
+	old.State = journal.Released
 	if jerr := b.Journal.Put(old); jerr != nil {
 		return errors.Join(err, jerr)
 	}
 	return nil
 }
 
-func (b Book) forget(network string, id metadata.AttachmentID) error {
+func (b Client) forget(network string, id metadata.AttachmentID) error {
 	if err := b.Journal.Remove(network, id); err != nil {
 		return cni.Errorf(cni.ErrIO, "%w", err)
 	}
@@ -195,21 +193,21 @@ func (b Book) forget(network string, id metadata.AttachmentID) error {
 
 // Check compares what the service and the journal hold with the addresses that a result named. With the service away the
 // journal alone decides.
-func (b Book) Check(ctx context.Context, network string, id metadata.AttachmentID) (*metadata.Attachment, error) {
+func (b Client) Check(ctx context.Context, network string, id metadata.AttachmentID) (*metadata.Attachment, error) {
 	rec, known, err := b.Journal.Get(network, id)
 	if err != nil {
 		return nil, err
 	}
-	if known && rec.State == Released {
+	if known && rec.State == journal.Released {
 		known = false
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	a, err := b.Client.Attachment(ctx, network, id)
+	a, err := b.Service.Attachment(ctx, network, id)
 	switch {
 	case errors.Is(err, metadata.ErrUnreachable) && known:
 		return &rec.Attachment, nil
-	case metadata.IsCode(err, metadata.CodeNotFound) && known && rec.State == Unregistered:
+	case metadata.IsCode(err, metadata.CodeNotFound) && known && rec.State == journal.Unregistered:
 		return &rec.Attachment, nil
 	case err != nil:
 		return nil, err
@@ -219,7 +217,7 @@ func (b Book) Check(ctx context.Context, network string, id metadata.AttachmentI
 
 // Collect releases every attachment of the network on this host that valid does not list, those of the journal and those that the
 // service alone knows. Their interfaces must be gone. It goes on after errors.
-func (b Book) Collect(ctx context.Context, network string, valid []metadata.AttachmentID) error {
+func (b Client) Collect(ctx context.Context, network string, valid []metadata.AttachmentID) error {
 	keep := make(map[metadata.AttachmentID]bool, len(valid))
 	for _, id := range valid {
 		keep[id] = true
@@ -238,28 +236,8 @@ func (b Book) Collect(ctx context.Context, network string, valid []metadata.Atta
 	}
 	// What a killed ADD allocated and did not come to note is known to the service alone. When it is away the manager will
 	// find it later.
-	if _, err := b.Client.GC(ctx, network, valid); err != nil && !errors.Is(err, metadata.ErrUnreachable) && !metadata.IsCode(err, metadata.CodeNotFound) {
+	if _, err := b.Service.GC(ctx, network, valid); err != nil && !errors.Is(err, metadata.ErrUnreachable) && !metadata.IsCode(err, metadata.CodeNotFound) {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
-}
-
-// Same reports whether an attachment holds exactly these addresses.
-func Same(a *metadata.Attachment, want []string) bool {
-	have := make([]string, 0, len(a.Addresses))
-	for _, addr := range a.Addresses {
-		have = append(have, addr.Address.String())
-	}
-	slices.Sort(have)
-	want = slices.Sorted(slices.Values(want))
-	return slices.Equal(have, want)
-}
-
-// BootID is the kernel's id of this boot.
-func BootID() string {
-	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(data))
 }
