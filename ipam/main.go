@@ -1,8 +1,8 @@
 //go:debug containermaxprocs=0
 
-// Command lariat-ipam is the CNI IPAM plugin that answers "which address?" from the metadata service: the one that the
-// model assigned to the container, or one of this host's blocks. It works under any main plugin; lariat-vxlan does the same work
-// in-process. See README.md.
+// Command lariat-ipam is the CNI IPAM plugin that answers "which address?" from the metadata service: the one
+// that the model assigned to the container, or one of this host's blocks. It works under any main plugin;
+// lariat-vxlan does the same work in-process. See README.md.
 package main
 
 import (
@@ -19,5 +19,6 @@ var help string
 var version = "devel"
 
 func main() {
-	cni.Main(cni.Plugin{Name: ipam.IPAMType, Version: version, Help: help, Add: add, Del: del, Check: check, Status: status, GC: gc})
+	cni.Main(cni.Plugin{Name: ipam.IPAMType, Version: version, Help: help, Add: add, Del: del, Check: check,
+		Status: status, GC: gc})
 }

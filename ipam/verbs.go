@@ -15,7 +15,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// call is one verb's view of the configuration. Keys outside of the ipam block are the main plugin's and none of our business.
+// call is one verb's view of the configuration. Keys outside of the ipam block are the main plugin's and none
+// of our business.
 type call struct {
 	*cni.Request
 	conf    ipam.Config
@@ -77,15 +78,16 @@ func add(ctx context.Context, r *cni.Request) (*current.Result, error) {
 	return c.result(a, length), nil
 }
 
-// standIn is the answer that is used while the service is away: only addresses that were given with a length tell enough. The
-// gateway is then the first address of their subnet, as it was with Rancher.
+// standIn is the answer that is used while the service is away: only addresses that were given with a length
+// tell enough. The gateway is then the first address of their subnet, as it was with Rancher.
 func standIn(network string, explicit []netip.Prefix) *metadata.Attachment {
 	if len(explicit) == 0 || slices.ContainsFunc(explicit, netip.Prefix.IsSingleIP) {
 		return nil
 	}
 	a := &metadata.Attachment{Network: network}
 	for _, p := range explicit {
-		a.Addresses = append(a.Addresses, metadata.AttachmentAddress{Address: p.Addr(), Subnet: p.Masked(), Gateway: p.Masked().Addr().Next()})
+		a.Addresses = append(a.Addresses, metadata.AttachmentAddress{Address: p.Addr(), Subnet: p.Masked(),
+			Gateway: p.Masked().Addr().Next()})
 	}
 	return a
 }
@@ -100,7 +102,8 @@ func (c *call) result(a *metadata.Attachment, length int) *current.Result {
 		case addr.Subnet.IsValid():
 			bits = addr.Subnet.Bits()
 		}
-		ip := &current.IPConfig{Address: net.IPNet{IP: addr.Address.AsSlice(), Mask: net.CIDRMask(bits, addr.Address.BitLen())}}
+		ip := &current.IPConfig{Address: net.IPNet{IP: addr.Address.AsSlice(),
+			Mask: net.CIDRMask(bits, addr.Address.BitLen())}}
 		if addr.Gateway.IsValid() {
 			ip.Gateway = addr.Gateway.AsSlice()
 		}

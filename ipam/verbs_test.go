@@ -42,7 +42,8 @@ func TestF19_StandIn(t *testing.T) {
 
 func TestF20_Result(t *testing.T) {
 	a := &metadata.Attachment{Addresses: []metadata.AttachmentAddress{
-		{Address: netip.MustParseAddr("10.42.1.9"), Subnet: netip.MustParsePrefix("10.42.0.0/16"), Gateway: netip.MustParseAddr("10.42.0.1")},
+		{Address: netip.MustParseAddr("10.42.1.9"), Subnet: netip.MustParsePrefix("10.42.0.0/16"),
+			Gateway: netip.MustParseAddr("10.42.0.1")},
 		{Address: netip.MustParseAddr("fd42::9"), Subnet: netip.MustParsePrefix("fd42::/48")},
 		{Address: netip.MustParseAddr("203.0.113.9")}, // outside of all subnets
 	}}
@@ -76,7 +77,8 @@ func TestF20_Result(t *testing.T) {
 	}
 	// What the runtime asks for by the dns capability wins.
 	r := &cni.Request{}
-	if err := json.Unmarshal([]byte(`{"runtimeConfig":{"dns":{"servers":["198.51.100.53"],"searches":["x.example"]}}}`), &r.Conf); err != nil {
+	if err := json.Unmarshal([]byte(`{"runtimeConfig":{"dns":{"servers":["198.51.100.53"],"searches":["x.example"]}}}`),
+		&r.Conf); err != nil {
 		t.Fatal(err)
 	}
 	res := (&call{Request: r, conf: ipam.Config{DNS: &types.DNS{Nameservers: []string{"192.0.2.53"}}}}).result(a, 0)

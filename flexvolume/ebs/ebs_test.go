@@ -11,7 +11,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 )
 
-// F155: init is a constant of the installation, whatever else the environment is; what needs the environment says what is wrong with it.
+// F155: init is a constant of the installation, whatever else the environment is; what needs the environment
+// says what is wrong with it.
 func TestF155WrongEnvironment(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("LARIAT_STATE_DIR", dir)
@@ -23,11 +24,14 @@ func TestF155WrongEnvironment(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := volume.Capabilities{Attach: true, FSGroup: true, SELinuxRelabel: true, SupportsMetrics: true, RequiresFSResize: true}
+		want := volume.Capabilities{Attach: true, FSGroup: true, SELinuxRelabel: true, SupportsMetrics: true,
+			RequiresFSResize: true}
 		if caps, err := d.Init(t.Context()); err != nil || caps != want {
 			t.Errorf("init: %+v %v", caps, err)
 		}
-		for _, line := range []string{"create J", "delete J", "attach J node", "waitforattach /dev/xvdba J", "isattached J node", "detach v node", "mountdevice /d /dev/xvdba J", "mount /d J", "expandvolume J /d 2 1", "expandfs J /dev/xvdba /d 2 1"} {
+		for _, line := range []string{"create J", "delete J", "attach J node", "waitforattach /dev/xvdba J",
+			"isattached J node", "detach v node", "mountdevice /d /dev/xvdba J", "mount /d J", "expandvolume J /d 2 1",
+			"expandfs J /dev/xvdba /d 2 1"} {
 			c, err := flex.Parse(strings.Fields(strings.ReplaceAll(line, "J", `{"name":"v","size":"1"}`)))
 			if err == nil {
 				_, err = flex.Do(t.Context(), d, c)

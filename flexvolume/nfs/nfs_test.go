@@ -16,7 +16,8 @@ func TestF155WrongEnvironment(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("LARIAT_STATE_DIR", dir)
 	t.Setenv("LARIAT_RUN_DIR", dir)
-	for variable, bad := range map[string]string{"NFS_SERVER": "-o", "MOUNT_DIR": "x/../y", "MOUNT_OPTS": "bind", "ON_REMOVE": "shred"} {
+	for variable, bad := range map[string]string{"NFS_SERVER": "-o", "MOUNT_DIR": "x/../y", "MOUNT_OPTS": "bind",
+		"ON_REMOVE": "shred"} {
 		t.Setenv(variable, bad)
 		d, err := program().Driver(slog.New(slog.DiscardHandler))
 		os.Unsetenv(variable)

@@ -39,7 +39,8 @@ func run(ctx context.Context, args []string) (int, error) {
 	}
 	set := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	refresh := set.Bool("refresh", false, "ask for newer packages")
-	kernel := set.String("kernel", "", "boot the kernel of this `release` of Debian; the image has those of test/guest/packages.list")
+	kernel := set.String("kernel", "", "boot the kernel of this `release` of Debian; the image has those of "+
+		"test/guest/packages.list")
 	if err := set.Parse(args[1:]); err != nil {
 		return 0, err
 	}
@@ -56,7 +57,8 @@ func run(ctx context.Context, args []string) (int, error) {
 		fmt.Print(text)
 		return 0, err
 	case "run":
-		res, err := guest.Run(ctx, options, guest.Command{Args: []string{"/bin/sh", "-c", strings.Join(set.Args(), " ")}, Stdout: os.Stdout})
+		res, err := guest.Run(ctx, options, guest.Command{Args: []string{"/bin/sh", "-c", strings.Join(set.Args(), " ")},
+			Stdout: os.Stdout})
 		fmt.Fprintf(os.Stderr, "guest: ready after %.1f s, done after %.1f s\n", res.Ready.Seconds(), res.Took.Seconds())
 		return res.Code, err
 	case "shell":

@@ -40,7 +40,8 @@ func TestSummary(t *testing.T) {
 {"Action":"output","Package":"p","Test":"TestD","Output":"panic: boom\n"}
 {"Action":"fail","Package":"p","Elapsed":0.1}
 `, false, []string{"panic: boom"}, nil},
-		{"a go command that failed without a word fails the run", `{"Action":"command-failed"}`, false, []string{"go test itself"}, nil},
+		{"a go command that failed without a word fails the run", `{"Action":"command-failed"}`, false,
+			[]string{"go test itself"}, nil},
 		{"what is not JSON is shown", "go: no such tool\n", true, []string{"go: no such tool"}, nil},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

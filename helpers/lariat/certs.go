@@ -14,11 +14,13 @@ func (a *app) certs() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "certs",
 		Short: "Make certificates for hosts, where there is no PKI",
-		Long: `Makes an authority and certificates that hosts trust each other by: between the members of etcd, and from a host to a store on
-another one. Everything is done in a directory; no service is asked. Keys are never printed, and keys that others can read are refused.
+		Long: `Makes an authority and certificates that hosts trust each other by: between the members of etcd, and
+from a host to a store on another one. Everything is done in a directory; no service is asked. Keys
+are never printed, and keys that others can read are refused.
 
-Make the authority on a machine of yours, not on a host: who has ca.key can become any host. It stays there, with mode 0600. Then copy to
-each host what is its own: ca.crt, NAME.crt and NAME.key, never ca.key.`,
+Make the authority on a machine of yours, not on a host: who has ca.key can become any host. It
+stays there, with mode 0600. Then copy to each host what is its own: ca.crt, NAME.crt and NAME.key,
+never ca.key.`,
 		Example: `  lariat certs init pki
   lariat certs host pki h1 --ip 192.0.2.1
   scp -p pki/ca.crt pki/h1.crt pki/h1.key root@192.0.2.1:/etc/lariat/pki/
@@ -44,7 +46,8 @@ func (a *app) certsInit() *cobra.Command {
 				return err
 			}
 			return a.print(i, func(w *writer) {
-				w.line("authority %s made, good until %s. %s/%s stays here: who has it can become any host.", i.Name, i.NotAfter.Format(time.DateOnly), strings.TrimRight(args[0], "/"), certs.CAKey)
+				w.line("authority %s made, good until %s. %s/%s stays here: who has it can become any host.", i.Name,
+					i.NotAfter.Format(time.DateOnly), strings.TrimRight(args[0], "/"), certs.CAKey)
 			})
 		},
 	}
@@ -58,10 +61,12 @@ func (a *app) certsHost() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "host DIR NAME",
 		Short: "Make a host's certificate: NAME.crt and NAME.key",
-		Long: `Makes a certificate for two years, with which a host is server and client. Others reach it by the names and addresses in it: give those of
---listen-client and of peers' URLs. The host's name, localhost and the loopback addresses are always in it.
+		Long: `Makes a certificate for two years, with which a host is server and client. Others reach it by the
+names and addresses in it: give those of --listen-client and of peers' URLs. The host's name,
+localhost and the loopback addresses are always in it.
 
-With --renew it replaces the one that is there, with a new key, and without --ip and --dns keeps its names and addresses.`,
+With --renew it replaces the one that is there, with a new key, and without --ip and --dns keeps its
+names and addresses.`,
 		Example: `  lariat certs host pki h1 --ip 192.0.2.1 --dns h1.example.org
   lariat certs host pki h1 --renew`,
 		Args: cobra.ExactArgs(2),
@@ -76,7 +81,8 @@ With --renew it replaces the one that is there, with a new key, and without --ip
 				return err
 			}
 			return a.print(i, func(w *writer) {
-				w.line("certificate of %s made, good until %s, for %s", i.Name, i.NotAfter.Format(time.DateOnly), strings.Join(append(i.DNS, i.IPs...), " "))
+				w.line("certificate of %s made, good until %s, for %s", i.Name, i.NotAfter.Format(time.DateOnly),
+					strings.Join(append(i.DNS, i.IPs...), " "))
 			})
 		},
 	}
@@ -93,7 +99,8 @@ func writeCerts(w *writer, list []certs.Info) {
 		if i.CA {
 			kind = "authority"
 		}
-		rows = append(rows, []cell{txt(i.File), txt(i.Name), txt(kind), txt(yes(i.HasKey)), txt(i.NotAfter.Format(time.DateOnly)), txt(strings.Join(append(i.DNS, i.IPs...), ",")), styled(uneasy, i.Problem)})
+		rows = append(rows, []cell{txt(i.File), txt(i.Name), txt(kind), txt(yes(i.HasKey)),
+			txt(i.NotAfter.Format(time.DateOnly)), txt(strings.Join(append(i.DNS, i.IPs...), ",")), styled(uneasy, i.Problem)})
 	}
 	w.columns([]string{"FILE", "NAME", "KIND", "KEY", "UNTIL", "FOR", "PROBLEM"}, rows)
 }
@@ -102,7 +109,8 @@ func (a *app) certsShow() *cobra.Command {
 	return &cobra.Command{
 		Use:   "show DIR",
 		Short: "List certificates, and what is wrong with them",
-		Long:  "Lists the certificates of a folder. The status is 1 when one has expired, will within 30 days, or does not fit its key or authority.",
+		Long: "Lists the certificates of a folder. The status is 1 when one has expired, will within 30 days, or does " +
+			"not fit its key or authority.",
 		Example: `  lariat certs show pki
   lariat certs show pki --output json`,
 		Args: cobra.ExactArgs(1),

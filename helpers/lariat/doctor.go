@@ -23,11 +23,13 @@ func (a *app) doctor() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "doctor [CHECK...]",
 		Short: "Find out what is wrong, and say what helps",
-		Long: `Looks at the metadata, at this host's kernel, and at the other hosts, which it probes: by a small question on UDP 4788, by
-questions of full size that must not be fragmented, and by echo requests through the tunnels. It asks this host's containers, and
-sends a packet through this host's forward path, between two ports that it makes for that and that vanish with it. It changes nothing else.
-What it finds it looks for again a second later: containers that start, and changes of the model that are being applied, are no faults.
-It looks from this host; run it on the other one too when the two of them do not reach each other. It wants to be root.
+		Long: `Looks at the metadata, at this host's kernel, and at the other hosts, which it probes: by a small
+question on UDP 4788, by questions of full size that must not be fragmented, and by echo requests
+through the tunnels. It asks this host's containers, and sends a packet through this host's forward
+path, between two ports that it makes for that and that vanish with it. It changes nothing else.
+What it finds it looks for again a second later: containers that start, and changes of the model
+that are being applied, are no faults. It looks from this host; run it on the other one too when the
+two of them do not reach each other. It wants to be root.
 
 The status is 1 when it found an error, else 2 when something could not be checked, else 0. Checks:
 
@@ -57,7 +59,8 @@ The status is 1 when it found an error, else 2 when something could not be check
 		},
 	}
 	c.Flags().BoolVar(&noProbe, "no-probe", false, "send nothing: to other hosts, to containers, through the forward path")
-	c.Flags().DurationVar(&within, "answer-within", 400*time.Millisecond, "how long another host may take to answer; three tries are made")
+	c.Flags().DurationVar(&within, "answer-within", 400*time.Millisecond,
+		"how long another host may take to answer; three tries are made")
 	return c
 }
 
@@ -99,7 +102,8 @@ func writeReport(w *writer, r *doctor.Report) {
 	}
 	switch {
 	case len(r.Findings) > 0:
-		w.line("\n%s, %s; %s fine.", count(errs, "error"), count(len(r.Findings)-errs, "warning"), count(len(r.Passed), "check"))
+		w.line("\n%s, %s; %s fine.", count(errs, "error"), count(len(r.Findings)-errs, "warning"),
+			count(len(r.Passed), "check"))
 	case len(r.Skipped) > 0:
 		w.line("\nNothing found, but %s could not be made.", count(len(r.Skipped), "check"))
 	default:

@@ -11,9 +11,10 @@ import (
 
 func (a *app) entry() *cobra.Command {
 	c := &cobra.Command{
-		Use:     "entry",
-		Short:   "Remove entries of the store that cannot be used",
-		Long:    "An entry of the store that is damaged, or contradicts others, is left out by every host. lariat status names it.",
+		Use:   "entry",
+		Short: "Remove entries of the store that cannot be used",
+		Long: "An entry of the store that is damaged, or contradicts others, is left out by every host. lariat " +
+			"status names it.",
 		Example: `  lariat entry remove blocks/overlay/0.0.0.0/0`,
 		Args:    cobra.NoArgs,
 		RunE:    help,
@@ -27,8 +28,8 @@ func (a *app) entryRemove() *cobra.Command {
 		Use:     "remove KEY",
 		Aliases: []string{"rm"},
 		Short:   "Remove an entry that cannot be used",
-		Long: `Removes an entry from the store that lariat status names as left out. The key is as it stands there. An entry with
-which nothing is wrong is refused; networks and hosts have their own commands.
+		Long: `Removes an entry from the store that lariat status names as left out. The key is as it stands there.
+An entry with which nothing is wrong is refused; networks and hosts have their own commands.
 
 An address table (addresses/...) holds which addresses are in use. Removing it makes all of them free. Stop
 the containers that have an address in it first.`,

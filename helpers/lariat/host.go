@@ -162,7 +162,8 @@ func findHost(s *metadata.Snapshot, name string) (metadata.Host, error) {
 	if h, ok := s.Host(name); ok {
 		return h, nil
 	}
-	return metadata.Host{}, fmt.Errorf("there is no host %s; there are: %s", name, orNone(names(s.Hosts, func(h metadata.Host) string { return h.Name })))
+	return metadata.Host{}, fmt.Errorf("there is no host %s; there are: %s", name,
+		orNone(names(s.Hosts, func(h metadata.Host) string { return h.Name })))
 }
 
 func (a *app) hostRemove() *cobra.Command {
@@ -171,9 +172,9 @@ func (a *app) hostRemove() *cobra.Command {
 		Use:     "remove NAME",
 		Aliases: []string{"rm"},
 		Short:   "Remove a host that is gone for good",
-		Long: `Removes a host from the metadata: the other hosts drop their ways to it, its blocks and addresses become free, and
-its volumes are no longer listed, which takes nothing of them away. A live host is refused unless --force is given; it comes back when
-its lariat-metadata starts anew.`,
+		Long: `Removes a host from the metadata: the other hosts drop their ways to it, its blocks and addresses
+become free, and its volumes are no longer listed, which takes nothing of them away. A live host is
+refused unless --force is given; it comes back when its lariat-metadata starts anew.`,
 		Example: `  lariat host remove h3`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
@@ -188,9 +189,11 @@ its lariat-metadata starts anew.`,
 				return err
 			}
 			if h.Live && !force {
-				return fmt.Errorf("host %s is live: its metadata service answers; stop lariat-metadata there first, or give --force", h.Name)
+				return fmt.Errorf("host %s is live: its metadata service answers; stop lariat-metadata there first, or give "+
+					"--force", h.Name)
 			}
-			if err := a.client().Do(ctx, "DELETE", fmt.Sprintf("/v1/hosts/%s?force=%t", url.PathEscape(h.Name), force), nil, nil); err != nil {
+			if err := a.client().Do(ctx, "DELETE", fmt.Sprintf("/v1/hosts/%s?force=%t", url.PathEscape(h.Name), force), nil,
+				nil); err != nil {
 				return err
 			}
 			return a.print(h, func(w *writer) { w.line("host %s removed", h.Name) })

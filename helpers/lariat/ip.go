@@ -221,7 +221,8 @@ func (d *ipDetails) write(w *writer) {
 	}
 }
 
-func (a *app) completeAddresses(c *cobra.Command, args []string, _ string) ([]cobra.Completion, cobra.ShellCompDirective) {
+func (a *app) completeAddresses(c *cobra.Command, args []string,
+	_ string) ([]cobra.Completion, cobra.ShellCompDirective) {
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}
@@ -244,9 +245,10 @@ func (a *app) ipRelease() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "release ADDRESS|CONTAINER/INTERFACE",
 		Short: "Free the addresses of an attachment that is gone",
-		Long: `Frees the addresses that an interface of a container holds: all of them, for they were given together. This is for attachments
-that are gone and were never told to be; a container that still runs would share its address with the next one, so it is refused.
-The network manager finds such leftovers by itself. Each host releases its own: for those of a host that is gone see host remove.
+		Long: `Frees the addresses that an interface of a container holds: all of them, for they were given
+together. This is for attachments that are gone and were never told to be; a container that still
+runs would share its address with the next one, so it is refused. The network manager finds such
+leftovers by itself. Each host releases its own: for those of a host that is gone see host remove.
 
 A container's id may be cut short as long as it is unambiguous.`,
 		Example: `  lariat ip release 10.42.0.5
@@ -269,7 +271,8 @@ A container's id may be cut short as long as it is unambiguous.`,
 				who += " (" + first.Name + ")"
 			}
 			if first.Host != snap.Self {
-				return fmt.Errorf("%s of %s is held by host %s; %s", first.Address, who, first.Host, elsewhere(snap, []metadata.Allocation{first.Allocation}))
+				return fmt.Errorf("%s of %s is held by host %s; %s", first.Address, who, first.Host,
+					elsewhere(snap, []metadata.Allocation{first.Allocation}))
 			}
 			id := metadata.AttachmentID{ContainerID: first.ContainerID, IfName: first.IfName}
 			if err := inUse(first.Network, first.StateDir, id); err != nil {
@@ -277,7 +280,8 @@ A container's id may be cut short as long as it is unambiguous.`,
 			}
 			addresses := strings.Join(names(held, func(r ipRow) string { return r.Address.String() }), " and ")
 			if !sure {
-				if err := a.confirm(fmt.Sprintf("Release %s of %s on host %s, network %s?", addresses, who, first.Host, first.Network)); err != nil {
+				if err := a.confirm(fmt.Sprintf("Release %s of %s on host %s, network %s?", addresses, who, first.Host,
+					first.Network)); err != nil {
 					return err
 				}
 			}
@@ -331,7 +335,8 @@ func selectHeld(list []ipRow, what string) ([]ipRow, error) {
 			continue
 		}
 		if len(held) > 0 && !same(held[0], r) {
-			return nil, fmt.Errorf("%q is ambiguous: %s/%s of network %s and %s/%s of network %s; give more of the id, or --network", what,
+			return nil, fmt.Errorf("%q is ambiguous: %s/%s of network %s and %s/%s of network %s; give more of the id, or "+
+				"--network", what,
 				held[0].ContainerID, held[0].IfName, held[0].Network, r.ContainerID, r.IfName, r.Network)
 		}
 		held = append(held, r)

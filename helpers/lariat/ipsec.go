@@ -26,8 +26,8 @@ func (a *app) ipsec() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "ipsec",
 		Short: "Tunnels of encrypted networks, and the secret behind them",
-		Long: `Shows the tunnels of encrypted networks, and changes the secret that the hosts share. The secret itself is never shown: ids stand for
-it, which tell nothing of it.`,
+		Long: `Shows the tunnels of encrypted networks, and changes the secret that the hosts share. The secret
+itself is never shown: ids stand for it, which tell nothing of it.`,
 		Example: `  lariat ipsec status
   lariat ipsec secret --out /etc/lariat/ipsec.secret`,
 		Args: cobra.NoArgs,
@@ -42,10 +42,12 @@ func (a *app) ipsecSecret() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "secret",
 		Short: "Make a new secret",
-		Long: `Makes a new secret: 32 random bytes in base64. Every host gets the same one, over a way that you trust. It is not kept anywhere else.
+		Long: `Makes a new secret: 32 random bytes in base64. Every host gets the same one, over a way that you
+trust. It is not kept anywhere else.
 
---out writes it into a new file that its owner alone can read (mode 0600), whatever the umask is. A file that is there stays as it is.
-Without --out the secret is printed, for a pipe. A file that others can read is refused as output.`,
+--out writes it into a new file that its owner alone can read (mode 0600), whatever the umask is. A
+file that is there stays as it is. Without --out the secret is printed, for a pipe. A file that
+others can read is refused as output.`,
 		Example: `  lariat ipsec secret --out new.secret
   lariat ipsec secret | ssh root@192.0.2.2 'umask 077; cat > /etc/lariat/ipsec.secret'`,
 		Args: cobra.NoArgs,
@@ -61,7 +63,8 @@ Without --out the secret is printed, for a pipe. A file that others can read is 
 			}
 			if f, ok := a.stdout.(*os.File); ok {
 				if info, err := f.Stat(); err == nil && info.Mode().IsRegular() && info.Mode().Perm()&0o077 != 0 {
-					return fmt.Errorf("secret: others can read the file that the output goes to (mode %04o); use --out FILE", info.Mode().Perm())
+					return fmt.Errorf("secret: others can read the file that the output goes to (mode %04o); use --out FILE",
+						info.Mode().Perm())
 				}
 			}
 			_, err := io.WriteString(a.stdout, secret)
@@ -78,8 +81,9 @@ func (a *app) ipsecReauth() *cobra.Command {
 	return &cobra.Command{
 		Use:   "reauth",
 		Short: "Have established tunnels prove themselves with the secret of now",
-		Long: `Tunnels that are established outlive a change of the secret or of certificates, which only prove names when one is set up. This has this
-host's tunnels set up anew beside the old ones. A packet or two may be lost on each.`,
+		Long: `Tunnels that are established outlive a change of the secret or of certificates, which only prove
+names when one is set up. This has this host's tunnels set up anew beside the old ones. A packet or
+two may be lost on each.`,
 		Example: `  lariat ipsec reauth`,
 		Args:    cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -96,8 +100,9 @@ func (a *app) ipsecStatus() *cobra.Command {
 	return &cobra.Command{
 		Use:   "status",
 		Short: "Show this host's tunnels",
-		Long: `Shows the IKE daemon, the ids of the secrets, and one line for each other host. A tunnel is set up by the first packet; until then
-it is idle. Where there are several encrypted networks, each has a line of its own below.
+		Long: `Shows the IKE daemon, the ids of the secrets, and one line for each other host. A tunnel is set up
+by the first packet; until then it is idle. Where there are several encrypted networks, each has a
+line of its own below.
 
 KEY is the id of the secret in use. The status is 1 when something keeps tunnels from working at all.`,
 		Example: `  lariat ipsec status
@@ -190,13 +195,15 @@ func (a *app) writeTunnels(w *writer, r *ipsec.Report) {
 		if t.Encap {
 			state += ", in UDP"
 		}
-		rows = append(rows, []cell{txt(t.Peer), txt(t.Remote.String()), styled(tunnelStyle(t.State), state), a.age(t.Since), txt(strings.Join(suites, ",")), txt(key),
+		rows = append(rows, []cell{txt(t.Peer), txt(t.Remote.String()), styled(tunnelStyle(t.State), state), a.age(t.Since),
+			txt(strings.Join(suites, ",")), txt(key),
 			octets(in), octets(out), styled(bad, printable.Joined(t.LastError))})
 		if len(t.Children) < 2 {
 			continue
 		}
 		for _, c := range t.Children {
-			rows = append(rows, []cell{txt(t.Peer + "/" + c.Network), txt(""), styled(tunnelStyle(c.State), c.State), a.age(c.Since), txt(c.Suite), txt(""), octets(c.BytesIn), octets(c.BytesOut), txt("")})
+			rows = append(rows, []cell{txt(t.Peer + "/" + c.Network), txt(""), styled(tunnelStyle(c.State), c.State),
+				a.age(c.Since), txt(c.Suite), txt(""), octets(c.BytesIn), octets(c.BytesOut), txt("")})
 		}
 	}
 	w.columns([]string{"PEER", "REMOTE", "STATE", "AGE", "SUITE", "KEY", "IN", "OUT", "LAST ERROR"}, rows)
@@ -254,9 +261,10 @@ func octets(n uint64) cell {
 
 // rotation is what "lariat ipsec rotate" did, and how far all hosts are.
 type rotation struct {
-	File    string   `json:"file"`
-	Change  string   `json:"change"`         // added, moved, finished, or none
-	Keys    []string `json:"keys"`           // ids in the file, the first one being used as soon as both ends of a tunnel have it
+	File   string `json:"file"`
+	Change string `json:"change"` // added, moved, finished, or none
+	// ids in the file, the first one being used as soon as both ends of a tunnel have it
+	Keys    []string `json:"keys"`
 	Dropped []string `json:"dropped"`        // ids
 	Have    []string `json:"have"`           // live hosts that have announced the first
 	Lack    []string `json:"lack"`           // live hosts that have not
@@ -271,12 +279,13 @@ func (a *app) ipsecRotate() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "rotate [NEWFILE|-]",
 		Short: "Exchange the secret that the hosts share",
-		Long: `Puts the secret of NEWFILE, or of standard input (-), in front of those in this host's secret file, and tells the network manager. Do so on
-every host, in any order. A host accepts every secret in its file, and a pair of hosts changes over on its own, without a gap, as soon as both
-have the new one. When all have it, --finish, on every host, drops the old ones.
+		Long: `Puts the secret of NEWFILE, or of standard input (-), in front of those in this host's secret file,
+and tells the network manager. Do so on every host, in any order. A host accepts every secret in its
+file, and a pair of hosts changes over on its own, without a gap, as soon as both have the new one.
+When all have it, --finish, on every host, drops the old ones.
 
-Without NEWFILE nothing is changed; it shows which hosts have the first secret of the file. Doing it twice does no harm. A secret is never an
-argument, and never printed.`,
+Without NEWFILE nothing is changed; it shows which hosts have the first secret of the file. Doing it
+twice does no harm. A secret is never an argument, and never printed.`,
 		Example: `  lariat ipsec rotate new.secret
   lariat ipsec rotate --wait 5m
   lariat ipsec rotate --finish`,
@@ -321,7 +330,8 @@ argument, and never printed.`,
 	}
 	f := c.Flags()
 	f.StringVar(&file, "secret-file", ipsec.DefaultSecretFile, "`FILE` that this host has its secrets in")
-	f.DurationVar(&wait, "wait", 0, "wait at most so `long` until all live hosts have it; the status is 1 when they do not")
+	f.DurationVar(&wait, "wait", 0, "wait at most so `long` until all live hosts have it; the status is 1 when "+
+		"they do not")
 	f.BoolVar(&finish, "finish", false, "drop all secrets but the first")
 	f.BoolVar(&force, "force", false, "finish although a live host does not have the first secret, and is cut off by it")
 	_ = c.MarkFlagFilename("secret-file")
@@ -384,7 +394,8 @@ func (a *app) finishRotation(ctx context.Context, file string, force bool, r *ro
 				return lines
 			}
 			if r.look(snap); len(r.Lack) > 0 {
-				lacking = remedied{fmt.Errorf("secret %s is not on every live host: %s; without the old one they would be cut off", ids[0], strings.Join(r.Lack, " ")),
+				lacking = remedied{fmt.Errorf("secret %s is not on every live host: %s; without the old one they would be cut off",
+					ids[0], strings.Join(r.Lack, " ")),
 					"there: lariat ipsec rotate NEWFILE. Or --force, when they do not matter"}
 				return lines
 			}
@@ -463,9 +474,11 @@ func (r *rotation) did() string {
 	case "added":
 		return fmt.Sprintf("secret %s stands first in %s now, before %s", r.Keys[0], r.File, strings.Join(r.Keys[1:], ", "))
 	case "moved":
-		return fmt.Sprintf("secret %s was in %s already and stands first now, before %s", r.Keys[0], r.File, strings.Join(r.Keys[1:], ", "))
+		return fmt.Sprintf("secret %s was in %s already and stands first now, before %s", r.Keys[0], r.File,
+			strings.Join(r.Keys[1:], ", "))
 	case "finished":
-		return fmt.Sprintf("secret %s is the only one in %s now; dropped: %s", r.Keys[0], r.File, strings.Join(r.Dropped, ", "))
+		return fmt.Sprintf("secret %s is the only one in %s now; dropped: %s", r.Keys[0], r.File, strings.Join(r.Dropped,
+			", "))
 	}
 	if len(r.Keys) == 1 {
 		return fmt.Sprintf("secret %s is the only one in %s", r.Keys[0], r.File)

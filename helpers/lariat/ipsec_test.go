@@ -25,7 +25,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// fakeManager is what of the network manager these commands ask: it answers with a report, and on a reload does what it is told.
+// fakeManager is what of the network manager these commands ask: it answers with a report, and on a reload
+// does what it is told.
 type fakeManager struct {
 	socket string
 	mu     sync.Mutex
@@ -139,7 +140,8 @@ func TestF43SecretOutIsPrivate(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, taken := range []string{file, link} {
-		if out, errs, status := lariat(t, "ipsec", "secret", "--out", taken); status != 1 || out != "" || !strings.Contains(errs, "exists") {
+		if out, errs, status := lariat(t, "ipsec", "secret", "--out", taken); status != 1 || out != "" ||
+			!strings.Contains(errs, "exists") {
 			t.Errorf("%s: status %d: %s", taken, status, errs)
 		}
 	}
@@ -157,7 +159,8 @@ func TestF43SecretOutIsPrivate(t *testing.T) {
 		}
 		defer f.Close()
 		var errs bytes.Buffer
-		if status := run([]string{"ipsec", "secret"}, strings.NewReader(""), f, &errs); status != tc.status || status == 1 && !strings.Contains(errs.String(), "--out FILE") {
+		if status := run([]string{"ipsec", "secret"}, strings.NewReader(""), f, &errs); status != tc.status || status == 1 &&
+			!strings.Contains(errs.String(), "--out FILE") {
 			t.Errorf("mode %o: status %d: %s", tc.mode, status, &errs)
 		}
 		if info, err := f.Stat(); err != nil || info.Size() > 0 != (tc.status == 0) {
@@ -184,7 +187,8 @@ func TestF46IPsecStatusIsAsRecorded(t *testing.T) {
 	golden(t, "ipsec.tunnels", show(text))
 	golden(t, "ipsec.tunnels.table", show(table))
 	var r ipsec.Report
-	if err := json.Unmarshal([]byte(must(t, "ipsec", "status", "-o", "json", "--manager-socket", m.socket)), &r); err != nil || len(r.Tunnels) != 3 || r.Tunnels[0].Children[0].BytesIn == 0 {
+	if err := json.Unmarshal([]byte(must(t, "ipsec", "status", "-o", "json", "--manager-socket", m.socket)),
+		&r); err != nil || len(r.Tunnels) != 3 || r.Tunnels[0].Children[0].BytesIn == 0 {
 		t.Errorf("%v %+v", err, r)
 	}
 	must(t, "ipsec", "status", "-o", "yaml", "--manager-socket", m.socket)
@@ -208,15 +212,18 @@ func TestF46IPsecStatusSaysWhatIsWrong(t *testing.T) {
 		t.Errorf("status %d: %s", s, out)
 	}
 	m.set(func(r *ipsec.Report) { r.Missing, r.Remedy = "xfrmi: operation not supported", "load the module" })
-	if out, s := status(); s != 1 || !strings.Contains(out, "missing   xfrmi: operation not supported\n          remedy: load the module") {
+	if out, s := status(); s != 1 || !strings.Contains(out,
+		"missing   xfrmi: operation not supported\n          remedy: load the module") {
 		t.Errorf("status %d: %s", s, out)
 	}
 	m.set(func(r *ipsec.Report) { r.Missing, r.Problem, r.Remedy = "", "charon does not\x1b[2J run", "install it" })
-	if out, s := status(); s != 1 || !strings.Contains(out, "problem   charon does not\\x1b[2J run\n          remedy: install it") {
+	if out, s := status(); s != 1 || !strings.Contains(out,
+		"problem   charon does not\\x1b[2J run\n          remedy: install it") {
 		t.Errorf("status %d: %s", s, out)
 	}
 	out, errs, s := lariat(t, "ipsec", "status", "--manager-socket", m.socket+".none")
-	if s != 1 || out != "" || !strings.Contains(errs, "the network manager is not running: there is no socket") || !strings.Contains(errs, "systemctl start lariat-network-manager") {
+	if s != 1 || out != "" || !strings.Contains(errs, "the network manager is not running: there is no socket") ||
+		!strings.Contains(errs, "systemctl start lariat-network-manager") {
 		t.Errorf("status %d: %s", s, errs)
 	}
 }
@@ -229,7 +236,8 @@ const (
 // rotate runs the command, which must never tell a secret.
 func (s *service) rotate(t testing.TB, m *fakeManager, stdin string, args ...string) (string, int) {
 	t.Helper()
-	out, errs, status := lariatWith(t, strings.NewReader(stdin), append([]string{"--socket", s.socket, "--manager-socket", m.socket, "ipsec", "rotate"}, args...)...)
+	out, errs, status := lariatWith(t, strings.NewReader(stdin), append([]string{"--socket", s.socket, "--manager-socket",
+		m.socket, "ipsec", "rotate"}, args...)...)
 	for _, secret := range []string{oldSecret, newSecret} {
 		if strings.Contains(out+errs, secret[:20]) {
 			t.Errorf("rotate %v tells the secret: %s%s", args, out, errs)
@@ -266,7 +274,8 @@ func TestF43RotationWithRealService(t *testing.T) {
 			return c.Put(t.Context(), metadata.KindHost, x.host, h)
 		}
 	}
-	if out, status := h1.rotate(t, m1, "", "--secret-file", file1); status != 0 || !strings.Contains(out, "no network is encrypted") {
+	if out, status := h1.rotate(t, m1, "", "--secret-file", file1); status != 0 || !strings.Contains(out,
+		"no network is encrypted") {
 		t.Fatalf("status %d: %s", status, out)
 	}
 	h1.must(t, "network", "create", "secure", "--subnet", "10.44.0.0/16", "--encapsulation", "ipsec")
@@ -295,7 +304,8 @@ func TestF43RotationWithRealService(t *testing.T) {
 		t.Errorf("%v: the file is not as it should be", err)
 	}
 	h1.await(t, announced("h1", id))
-	if out, status := h1.rotate(t, m1, "", "--secret-file", file1); status != 0 || !strings.Contains(out, "have it:   h1\nlack it:   h2\n") {
+	if out, status := h1.rotate(t, m1, "", "--secret-file", file1); status != 0 || !strings.Contains(out,
+		"have it:   h1\nlack it:   h2\n") {
 		t.Errorf("status %d: %s", status, out)
 	}
 
@@ -304,7 +314,8 @@ func TestF43RotationWithRealService(t *testing.T) {
 	if status != 1 || !strings.Contains(out, "secret "+id+" is not on every live host: h2") || len(idsOf(t, file1)) != 2 {
 		t.Errorf("status %d: %s", status, out)
 	}
-	if out, status := h1.rotate(t, m1, "", "--wait", "50ms", "--secret-file", file1); status != 1 || !strings.Contains(out, "lack it:   h2\n") {
+	if out, status := h1.rotate(t, m1, "", "--wait", "50ms", "--secret-file", file1); status != 1 || !strings.Contains(out,
+		"lack it:   h2\n") {
 		t.Errorf("status %d: %s", status, out)
 	}
 
@@ -313,14 +324,17 @@ func TestF43RotationWithRealService(t *testing.T) {
 	go func() {
 		var r rotation
 		var out, errs bytes.Buffer
-		status := run([]string{"--socket", h1.socket, "--manager-socket", m1.socket, "ipsec", "rotate", "--wait", "1m", "--secret-file", file1, "-o", "json"}, strings.NewReader(""), &out, &errs)
-		if err := json.Unmarshal(out.Bytes(), &r); err != nil || status != 0 || !slices.Equal(r.Have, []string{"h1", "h2"}) || len(r.Lack) != 0 {
+		status := run([]string{"--socket", h1.socket, "--manager-socket", m1.socket, "ipsec", "rotate", "--wait", "1m",
+			"--secret-file", file1, "-o", "json"}, strings.NewReader(""), &out, &errs)
+		if err := json.Unmarshal(out.Bytes(), &r); err != nil || status != 0 || !slices.Equal(r.Have, []string{"h1", "h2"}) ||
+			len(r.Lack) != 0 {
 			waited <- fmt.Errorf("status %d, %w: %s%s", status, err, out.String(), errs.String())
 			return
 		}
 		waited <- nil
 	}()
-	if out, status := h2.rotate(t, m2, newSecret+"\n", "-", "--secret-file", file2); status != 0 || !strings.Contains(out, "secret "+id+" stands first") {
+	if out, status := h2.rotate(t, m2, newSecret+"\n", "-", "--secret-file", file2); status != 0 || !strings.Contains(out,
+		"secret "+id+" stands first") {
 		t.Errorf("status %d: %s", status, out)
 	}
 	if err := <-waited; err != nil {
@@ -329,7 +343,8 @@ func TestF43RotationWithRealService(t *testing.T) {
 
 	// Done, and once more.
 	for range 2 {
-		if out, status := h1.rotate(t, m1, "", "--finish", "--secret-file", file1); status != 0 || !strings.Contains(out, "secret "+id+" is the only one in "+file1) {
+		if out, status := h1.rotate(t, m1, "", "--finish", "--secret-file", file1); status != 0 || !strings.Contains(out,
+			"secret "+id+" is the only one in "+file1) {
 			t.Errorf("status %d: %s", status, out)
 		}
 		if text, err := os.ReadFile(file1); err != nil || string(text) != "# of our hosts\n"+newSecret+"\n" {
@@ -340,7 +355,8 @@ func TestF43RotationWithRealService(t *testing.T) {
 
 	// A manager that cannot load it says why, and the file is what it became.
 	m2.reload = func() error { return errors.New("vici: no such socket") }
-	if out, status := h2.rotate(t, m2, "", "--finish", "--force", "--secret-file", file2); status != 1 || !strings.Contains(out, "dropped: "+old) || !strings.Contains(out, "has not loaded it: vici: no such socket") {
+	if out, status := h2.rotate(t, m2, "", "--finish", "--force", "--secret-file", file2); status != 1 ||
+		!strings.Contains(out, "dropped: "+old) || !strings.Contains(out, "has not loaded it: vici: no such socket") {
 		t.Errorf("status %d: %s", status, out)
 	}
 	if !slices.Equal(idsOf(t, file2), []string{id}) {
@@ -348,8 +364,8 @@ func TestF43RotationWithRealService(t *testing.T) {
 	}
 }
 
-// The real network manager gives the same answers as the fake one. Tunnels of its own need a kernel with IPsec and strongSwan: those are
-// tested in guests.
+// The real network manager gives the same answers as the fake one. Tunnels of its own need a kernel with
+// IPsec and strongSwan: those are tested in guests.
 func TestF46IPsecWithRealManager(t *testing.T) {
 	ns := netnstest.New(t)
 	netnstest.Veth(t, ns, "192.0.2.1/24", ns, "")
@@ -363,7 +379,8 @@ func TestF46IPsecWithRealManager(t *testing.T) {
 	}
 	defer notify.Close()
 	file, socket := secretFile(t, oldSecret), filepath.Join(dir, "nm.sock")
-	cmd := exec.Command(helper(t, "network-manager"), "--metadata-socket", s.socket, "--socket", socket, "--state-dir", filepath.Join(dir, "state"),
+	cmd := exec.Command(helper(t, "network-manager"), "--metadata-socket", s.socket, "--socket", socket, "--state-dir",
+		filepath.Join(dir, "state"),
 		"--metadata-address", "", "--ipsec-secret", file, "--ike-dir", filepath.Join(dir, "ike"))
 	var log bytes.Buffer
 	cmd.Stderr = &log
@@ -396,7 +413,8 @@ func TestF46IPsecWithRealManager(t *testing.T) {
 	}
 	m := &fakeManager{socket: socket} // which it is not
 	out, status := s.rotate(t, m, newSecret, "-", "--secret-file", file)
-	if !strings.Contains(out, "stands first in "+file+" now") || status != 0 && !strings.Contains(out, "this host's network manager has not loaded it: ") {
+	if !strings.Contains(out, "stands first in "+file+" now") || status != 0 && !strings.Contains(out,
+		"this host's network manager has not loaded it: ") {
 		t.Errorf("status %d: %s", status, out)
 	}
 	var r ipsec.Report
@@ -409,7 +427,8 @@ func TestF46IPsecWithRealManager(t *testing.T) {
 			break // only "I have not looked yet" is worth asking again
 		}
 	}
-	if err != nil || !slices.Equal(r.Networks, []string{"payroll"}) || r.Auth != ipsec.AuthPSK || status != map[bool]int{true: 1}[r.Missing != "" || r.Problem != ""] {
+	if err != nil || !slices.Equal(r.Networks, []string{"payroll"}) || r.Auth != ipsec.AuthPSK ||
+		status != map[bool]int{true: 1}[r.Missing != "" || r.Problem != ""] {
 		t.Errorf("status %d, %v: %s%s", status, err, out, errs)
 	}
 	if r.Missing == "" && !slices.Equal(r.Keys, idsOf(t, file)) {
@@ -438,11 +457,13 @@ func TestF43RotationLeavesTheFileAloneWhenSomethingIsWrong(t *testing.T) {
 		{"", "takes no new secret", []string{fresh, "--finish"}},
 		{"", "accepts at most 1 arg", []string{fresh, fresh}},
 	} {
-		if out, status := s.rotate(t, m, tc.stdin, append(tc.args, "--secret-file", file)...); status != 1 || !strings.Contains(out, tc.want) {
+		if out, status := s.rotate(t, m, tc.stdin, append(tc.args, "--secret-file", file)...); status != 1 ||
+			!strings.Contains(out, tc.want) {
 			t.Errorf("rotate %v: status %d: %s, want %s", tc.args, status, out, tc.want)
 		}
 	}
-	if out, status := s.rotate(t, m, "", fresh, "--secret-file", file+".none"); status != 1 || !strings.Contains(out, "lariat ipsec secret --out") {
+	if out, status := s.rotate(t, m, "", fresh, "--secret-file", file+".none"); status != 1 || !strings.Contains(out,
+		"lariat ipsec secret --out") {
 		t.Errorf("status %d: %s", status, out)
 	}
 	if text, err := os.ReadFile(file); err != nil || string(text) != oldSecret+"\n" || m.loaded != 0 {
@@ -451,11 +472,13 @@ func TestF43RotationLeavesTheFileAloneWhenSomethingIsWrong(t *testing.T) {
 
 	// Without metadata nobody knows who has the new one: nothing is dropped.
 	both := secretFile(t, newSecret, oldSecret)
-	if out, status := s.rotate(t, m, "", "--finish", "--secret-file", both); status != 1 || !strings.Contains(out, "systemctl start lariat-metadata") || len(idsOf(t, both)) != 2 {
+	if out, status := s.rotate(t, m, "", "--finish", "--secret-file", both); status != 1 || !strings.Contains(out,
+		"systemctl start lariat-metadata") || len(idsOf(t, both)) != 2 {
 		t.Errorf("status %d: %s", status, out)
 	}
 	// The change is told although what follows fails.
-	if out, status := s.rotate(t, m, "", fresh, "--secret-file", file); status != 1 || !strings.Contains(out, "stands first in "+file+" now") || !strings.Contains(out, "systemctl start lariat-metadata") {
+	if out, status := s.rotate(t, m, "", fresh, "--secret-file", file); status != 1 || !strings.Contains(out,
+		"stands first in "+file+" now") || !strings.Contains(out, "systemctl start lariat-metadata") {
 		t.Errorf("status %d: %s", status, out)
 	}
 }
@@ -525,7 +548,8 @@ func TestF46StatusCountsTunnels(t *testing.T) {
 	}
 	report := fixtureReport(t)
 	facts := func() *doctor.Facts {
-		return &doctor.Facts{Self: "h1", Metadata: &doctor.Metadata{Snapshot: &s}, Manager: &doctor.Manager{Tunnels: &report}, Unavailable: map[string]string{}}
+		return &doctor.Facts{Self: "h1", Metadata: &doctor.Metadata{Snapshot: &s}, Manager: &doctor.Manager{Tunnels: &report},
+			Unavailable: map[string]string{}}
 	}
 	show := func() string {
 		w := &writer{}
@@ -533,11 +557,13 @@ func TestF46StatusCountsTunnels(t *testing.T) {
 		return w.String()
 	}
 	golden(t, "ipsec.status", show())
-	if out, err := json.Marshal(newStatus(facts(), nil)); err != nil || !strings.Contains(string(out), `"tunnels":{"networks":["payroll","vault"]`) {
+	if out, err := json.Marshal(newStatus(facts(), nil)); err != nil || !strings.Contains(string(out),
+		`"tunnels":{"networks":["payroll","vault"]`) {
 		t.Errorf("%v: %s", err, out)
 	}
 	report.Problem, report.Remedy = "charon does not run", "install it"
-	if out := show(); !strings.Contains(out, "TUNNELS  not kept on this host") || !strings.Contains(out, "error    this host's tunnels are not kept: charon does not run\n         remedy: install it") {
+	if out := show(); !strings.Contains(out, "TUNNELS  not kept on this host") || !strings.Contains(out,
+		"error    this host's tunnels are not kept: charon does not run\n         remedy: install it") {
 		t.Error(out)
 	}
 	// Without an encrypted network there is nothing to tell.
@@ -560,7 +586,9 @@ func TestF135PlanHasTheTunnelsOfThisHost(t *testing.T) {
 	m := newFakeManager(t, fixtureReport(t))
 	a := &app{managerSocket: m.socket}
 	show := func() string { return a.tunnelPlan(t.Context(), &s, "h1") }
-	if out := show(); strings.Contains(out, "#") || strings.Count(out, "conn  ") != 3 || strings.Count(out, "child ") != 6 || !strings.Contains(out, "auth psk keys 5f0c1d2e,a1b2c3d4 ") || !strings.Contains(out, "esp aes256gcm16") {
+	if out := show(); strings.Contains(out, "#") || strings.Count(out, "conn  ") != 3 ||
+		strings.Count(out, "child ") != 6 || !strings.Contains(out, "auth psk keys 5f0c1d2e,a1b2c3d4 ") ||
+		!strings.Contains(out, "esp aes256gcm16") {
 		t.Error(out)
 	}
 	m.set(func(r *ipsec.Report) {
@@ -570,7 +598,8 @@ func TestF135PlanHasTheTunnelsOfThisHost(t *testing.T) {
 		t.Error(out)
 	}
 	a.managerSocket += ".none"
-	if out := show(); !strings.HasPrefix(out, "# tunnels, with the defaults of lariat-network-manager") || !strings.Contains(out, "keys 5f0c1d2e,a1b2c3d4 ") {
+	if out := show(); !strings.HasPrefix(out, "# tunnels, with the defaults of lariat-network-manager") ||
+		!strings.Contains(out, "keys 5f0c1d2e,a1b2c3d4 ") {
 		t.Error(out)
 	}
 	s.Networks = s.Networks[:1]

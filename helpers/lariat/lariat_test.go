@@ -65,7 +65,8 @@ func TestF135PlanPrintsTheTextOfTheGoldenFiles(t *testing.T) {
 	for _, name := range []string{"one", "three", "ipsec"} {
 		golden(t, name+".plan", must(t, "plan", "--metadata", "testdata/"+name+".json"))
 	}
-	// What pkg/vxlan and pkg/ipsec pin stands in it word for word, but for tunnels, whose options are the network manager's.
+	// What pkg/vxlan and pkg/ipsec pin stands in it word for word, but for tunnels, whose options are the
+	// network manager's.
 	files, err := filepath.Glob("../../pkg/[vi][xp]*/testdata/*.plan")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no golden plans: %v", err)
@@ -83,7 +84,8 @@ func TestF135PlanPrintsTheTextOfTheGoldenFiles(t *testing.T) {
 		}
 		lines := strings.Split(out, "\n")
 		for line := range strings.Lines(string(want)) {
-			if line = strings.TrimSuffix(line, "\n"); !slices.Contains(lines, line) && !strings.HasPrefix(line, "conn ") && !strings.HasPrefix(line, "child ") {
+			if line = strings.TrimSuffix(line, "\n"); !slices.Contains(lines, line) && !strings.HasPrefix(line, "conn ") &&
+				!strings.HasPrefix(line, "child ") {
 				t.Errorf("%s: the plan lacks %q", snapshot, line)
 			}
 		}
@@ -106,7 +108,8 @@ func TestF135PlanOfAnotherHost(t *testing.T) {
 		args []string
 		want string
 	}{
-		{[]string{"plan", "--metadata", "testdata/three.json", "--host", "h9"}, "host h9 is not in the metadata; there are: h1 h2 h3"},
+		{[]string{"plan", "--metadata", "testdata/three.json", "--host", "h9"},
+			"host h9 is not in the metadata; there are: h1 h2 h3"},
 		{[]string{"plan", "--metadata", "testdata/none.json"}, "no such file"},
 		{[]string{"plan", "--metadata", "lariat_test.go"}, "lariat status --snapshot"},
 		{[]string{"plan", "--metadata", "/dev/null"}, "there is no host in it"},
@@ -129,7 +132,8 @@ func TestF136GraphIsThePictureOfThePackage(t *testing.T) {
 			}
 		}
 	}
-	if _, errs, status := lariat(t, "graph", "--format", "png", "--metadata", "testdata/one.json"); status != 1 || !strings.Contains(errs, "want svg or dot") {
+	if _, errs, status := lariat(t, "graph", "--format", "png", "--metadata", "testdata/one.json"); status != 1 ||
+		!strings.Contains(errs, "want svg or dot") {
 		t.Error(errs)
 	}
 }
@@ -143,20 +147,25 @@ func TestStatusOfAFile(t *testing.T) {
 
 func TestOutputFormats(t *testing.T) {
 	var fromJSON, fromYAML statusReport
-	if err := json.Unmarshal([]byte(must(t, "status", "--metadata", "testdata/fifty.json", "-o", "json")), &fromJSON); err != nil {
+	if err := json.Unmarshal([]byte(must(t, "status", "--metadata", "testdata/fifty.json", "-o", "json")),
+		&fromJSON); err != nil {
 		t.Fatal(err)
 	}
-	if err := yaml.Unmarshal([]byte(must(t, "status", "--metadata", "testdata/fifty.json", "-o", "yaml")), &fromYAML); err != nil {
+	if err := yaml.Unmarshal([]byte(must(t, "status", "--metadata", "testdata/fifty.json", "-o", "yaml")),
+		&fromYAML); err != nil {
 		t.Fatal(err)
 	}
-	if len(fromJSON.Hosts) != 50 || len(fromYAML.Hosts) != 50 || len(fromJSON.Problems) != 1 || fromJSON.Hosts[16].Live || fromJSON.Networks[0].Subnets[0].Used != 195 {
+	if len(fromJSON.Hosts) != 50 || len(fromYAML.Hosts) != 50 || len(fromJSON.Problems) != 1 || fromJSON.Hosts[16].Live ||
+		fromJSON.Networks[0].Subnets[0].Used != 195 {
 		t.Errorf("%+v", fromJSON)
 	}
-	if _, errs, status := lariat(t, "status", "-o", "xml"); status != 1 || !strings.Contains(errs, "want text, json, yaml or table") {
+	if _, errs, status := lariat(t, "status", "-o", "xml"); status != 1 || !strings.Contains(errs,
+		"want text, json, yaml or table") {
 		t.Error(errs)
 	}
 	var s metadata.Snapshot
-	if err := json.Unmarshal([]byte(must(t, "status", "--snapshot", "--metadata", "testdata/three.json")), &s); err != nil || len(s.Containers) != 8 {
+	if err := json.Unmarshal([]byte(must(t, "status", "--snapshot", "--metadata", "testdata/three.json")),
+		&s); err != nil || len(s.Containers) != 8 {
 		t.Errorf("%v %+v", err, s)
 	}
 }
@@ -176,16 +185,20 @@ func TestNoColourWhereNobodyLooks(t *testing.T) {
 func TestWithoutService(t *testing.T) {
 	missing := filepath.Join(t.TempDir(), "none.sock")
 	for _, args := range [][]string{
-		{"plan"}, {"graph"}, {"network", "list"}, {"network", "show", "x"}, {"network", "delete", "x"}, {"network", "create", "x", "--subnet", "10.0.0.0/16"},
-		{"network", "update", "x", "--mtu", "1400"}, {"host", "list"}, {"host", "show", "x"}, {"host", "remove", "x"}, {"ip", "list"}, {"ip", "show", "10.0.0.1"}, {"ip", "release", "10.0.0.1"},
+		{"plan"}, {"graph"}, {"network", "list"}, {"network", "show", "x"}, {"network", "delete", "x"},
+		{"network", "create", "x", "--subnet", "10.0.0.0/16"},
+		{"network", "update", "x", "--mtu", "1400"}, {"host", "list"}, {"host", "show", "x"}, {"host", "remove", "x"},
+		{"ip", "list"}, {"ip", "show", "10.0.0.1"}, {"ip", "release", "10.0.0.1"},
 	} {
 		out, errs, status := lariat(t, append(args, "--socket", missing)...)
-		if status != 1 || out != "" || !strings.Contains(errs, "there is no socket "+missing) || !strings.Contains(errs, "systemctl start lariat-metadata") {
+		if status != 1 || out != "" || !strings.Contains(errs, "there is no socket "+missing) || !strings.Contains(errs,
+			"systemctl start lariat-metadata") {
 			t.Errorf("%v: status %d, %q", args, status, errs)
 		}
 	}
 	out, _, status := lariat(t, "status", "--socket", missing, "--manager-socket", missing)
-	if status != 1 || !strings.Contains(out, "there is no socket") || !strings.Contains(out, "the network manager is not running") {
+	if status != 1 || !strings.Contains(out, "there is no socket") || !strings.Contains(out,
+		"the network manager is not running") {
 		t.Errorf("status %d: %s", status, out)
 	}
 	out, _, status = lariat(t, "doctor", "--socket", missing, "--manager-socket", missing)
@@ -193,14 +206,16 @@ func TestWithoutService(t *testing.T) {
 		t.Errorf("status %d: %s", status, out)
 	}
 	// Completion says nothing, and does not fail.
-	if out, _, status := lariat(t, "__complete", "--socket", missing, "network", "show", ""); status != 0 || !strings.HasPrefix(out, ":4") {
+	if out, _, status := lariat(t, "__complete", "--socket", missing, "network", "show", ""); status != 0 ||
+		!strings.HasPrefix(out, ":4") {
 		t.Errorf("status %d: %q", status, out)
 	}
 }
 
 func TestCertificates(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "pki")
-	for _, args := range [][]string{{"certs", "init", dir}, {"certs", "host", dir, "h1", "--ip", "192.0.2.1", "--dns", "h1.example.org"}, {"certs", "show", dir}, {"certs", "show", dir, "-o", "yaml"}} {
+	for _, args := range [][]string{{"certs", "init", dir}, {"certs", "host", dir, "h1", "--ip", "192.0.2.1", "--dns",
+		"h1.example.org"}, {"certs", "show", dir}, {"certs", "show", dir, "-o", "yaml"}} {
 		out := must(t, args...)
 		key, err := os.ReadFile(filepath.Join(dir, "ca.key"))
 		if err != nil {
@@ -218,7 +233,8 @@ func TestCertificates(t *testing.T) {
 		{[]string{"certs", "host", dir, "h1"}, "--renew"},
 		{[]string{"certs", "host", dir, "h2", "--ip", "300.1.1.1"}, "300.1.1.1"},
 	} {
-		if _, errs, status := lariat(t, tc.args...); status != 1 || !strings.Contains(errs, tc.want) || strings.Contains(errs, "PRIVATE") {
+		if _, errs, status := lariat(t, tc.args...); status != 1 || !strings.Contains(errs, tc.want) || strings.Contains(errs,
+			"PRIVATE") {
 			t.Errorf("%v: %q", tc.args, errs)
 		}
 	}
@@ -270,7 +286,8 @@ func TestExamplesOfHelp(t *testing.T) {
 		}
 		for line := range strings.Lines(c.Example) {
 			args := strings.Fields(line)
-			if len(args) > 0 && args[0] == "lariat" && (strings.Contains(line, "testdata/") || args[1] == "certs" && c.Name() == "certs") {
+			if len(args) > 0 && args[0] == "lariat" && (strings.Contains(line, "testdata/") || args[1] == "certs" &&
+				c.Name() == "certs") {
 				if i := slices.Index(args, ">"); i > 0 {
 					args = args[:i]
 				}
@@ -291,7 +308,8 @@ func TestManual(t *testing.T) {
 	}
 	manual := string(b)
 	at := -1
-	for _, section := range []string{"Name", "Synopsis", "Description", "Configuration", "Examples", "Verbs", "What it owns", "Errors", "Limits", "See also"} {
+	for _, section := range []string{"Name", "Synopsis", "Description", "Configuration", "Examples", "Verbs",
+		"What it owns", "Errors", "Limits", "See also"} {
 		i := strings.Index(manual, "\n## "+section+"\n")
 		if i <= at {
 			t.Errorf("section %s is missing or out of order", section)
@@ -299,7 +317,8 @@ func TestManual(t *testing.T) {
 		at = i
 	}
 	every((&app{}).root(), func(c *cobra.Command) {
-		if !c.HasSubCommands() && !strings.Contains(manual, "`"+c.Name()+"`") && !regexp.MustCompile("`[a-z]+ "+c.Name()+"`").MatchString(manual) {
+		if !c.HasSubCommands() && !strings.Contains(manual, "`"+c.Name()+"`") && !regexp.MustCompile("`[a-z]+ "+c.Name()+
+			"`").MatchString(manual) {
 			t.Errorf("the manual does not tell about %s", c.CommandPath())
 		}
 	})

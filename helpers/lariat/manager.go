@@ -16,7 +16,8 @@ import (
 
 // askManager sends one request to this host's network manager.
 func (a *app) askManager(ctx context.Context, method, path string) ([]byte, error) {
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _,
+		_ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", a.managerSocket)
 	}}}
 	req, err := http.NewRequestWithContext(ctx, method, "http://lariat"+path, nil)
@@ -38,7 +39,8 @@ func (a *app) askManager(ctx context.Context, method, path string) ([]byte, erro
 	case err != nil:
 		return nil, fmt.Errorf("answer of the network manager: %w", err)
 	case resp.StatusCode == http.StatusNotFound:
-		return nil, remedied{fmt.Errorf("the network manager does not know %s: it is older than this program", path), "update lariat-network-manager, and restart it"}
+		return nil, remedied{fmt.Errorf("the network manager does not know %s: it is older than this program", path),
+			"update lariat-network-manager, and restart it"}
 	case resp.StatusCode != http.StatusOK:
 		return nil, errors.New(strings.TrimSpace(string(b)))
 	}

@@ -37,7 +37,8 @@ func nastySnapshot(t testing.TB, text string, keep ...string) *metadata.Snapshot
 	if err := json.Unmarshal(b, &s); err != nil {
 		t.Fatal(err)
 	}
-	s.HostRoutes = append(s.HostRoutes, metadata.HostRoute{Network: s.Networks[0].Name, Host: s.Hosts[0].Name, Address: netip.MustParseAddr("fe80::1")})
+	s.HostRoutes = append(s.HostRoutes, metadata.HostRoute{Network: s.Networks[0].Name, Host: s.Hosts[0].Name,
+		Address: netip.MustParseAddr("fe80::1")})
 	printabletest.Fill(&s, text, keep...)
 	return &s
 }
@@ -49,17 +50,19 @@ func filled[T any](text string) *T {
 	return v
 }
 
-// Nothing that a command writes for people holds a control character of others, or a line that others made: as text, with colours, as
-// columns.
+// Nothing that a command writes for people holds a control character of others, or a line that others made:
+// as text, with colours, as columns.
 func TestNothingForeignIsPrintedRaw(t *testing.T) {
 	a := &app{now: time.Now}
 	for _, text := range printabletest.Nasty {
 		snap := nastySnapshot(t, text)
-		broken := &doctor.Facts{Self: snap.Self, Metadata: &doctor.Metadata{Snapshot: snap, Store: &doctor.Store{Reason: "lost" + text}},
+		broken := &doctor.Facts{Self: snap.Self, Metadata: &doctor.Metadata{Snapshot: snap,
+			Store: &doctor.Store{Reason: "lost" + text}},
 			Manager: &doctor.Manager{Err: errors.New("no" + text)}, Unavailable: map[string]string{}}
 		tunnels := fixtureReport(t)
 		printabletest.Fill(&tunnels, text, "Missing", "Problem")
-		kept := &doctor.Facts{Self: snap.Self, Metadata: broken.Metadata, Manager: &doctor.Manager{Tunnels: &tunnels}, Unavailable: map[string]string{}}
+		kept := &doctor.Facts{Self: snap.Self, Metadata: broken.Metadata, Manager: &doctor.Manager{Tunnels: &tunnels},
+			Unavailable: map[string]string{}}
 		address := netip.MustParseAddr("fe80::1").WithZone(text)
 		held := filled[ipRow](text)
 		held.Address = address
@@ -102,8 +105,9 @@ func TestNothingForeignIsPrintedRaw(t *testing.T) {
 // checked are the fields of a snapshot whose text is checked where it is read: an entry with a hostile one is left out.
 var checked = []string{"Self", "Hosts", "Networks", "Blocks", "Endpoints", "ID", "Host", "Network", "Addresses"}
 
-// The same for whole commands: what they print of a file, in every format, their errors, and what shells complete. Of each text there are two
-// files. In one it stands everywhere, and what is printed is why entries are left out. In the other it stands where it may stand.
+// The same for whole commands: what they print of a file, in every format, their errors, and what shells
+// complete. Of each text there are two files. In one it stands everywhere, and what is printed is why entries
+// are left out. In the other it stands where it may stand.
 func TestNothingForeignLeavesACommandRaw(t *testing.T) {
 	dir, err := os.MkdirTemp("", "lariat") // a socket's path may have 107 bytes
 	if err != nil {
@@ -116,7 +120,10 @@ func TestNothingForeignLeavesACommandRaw(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, answer, http.StatusInternalServerError) }))
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		http.Error(w,
+			answer, http.StatusInternalServerError)
+	}))
 	server.Listener.Close()
 	server.Listener = l
 	server.Start()
@@ -124,8 +131,10 @@ func TestNothingForeignLeavesACommandRaw(t *testing.T) {
 	for i, text := range printabletest.Nasty {
 		answer = "refused" + text
 		for _, args := range [][]string{
-			{"ipsec", "status", "--manager-socket", socket}, {"network", "list", "--socket", socket}, {"host", "show", "x", "--socket", socket}, {"ip", "list", "--socket", socket},
-			{"volume", "list", "--socket", socket}, {"certs", "show", filepath.Join(dir, "none"+text)}, {"certs", "host", dir, text},
+			{"ipsec", "status", "--manager-socket", socket}, {"network", "list", "--socket", socket},
+			{"host", "show", "x", "--socket", socket}, {"ip", "list", "--socket", socket},
+			{"volume", "list", "--socket", socket}, {"certs", "show", filepath.Join(dir, "none"+text)}, {"certs", "host", dir,
+				text},
 			{"plan", "--metadata", "testdata/ipsec.json", "--host", "none" + text},
 		} {
 			out, errs, _ := lariat(t, args...)
@@ -142,7 +151,8 @@ func TestNothingForeignLeavesACommandRaw(t *testing.T) {
 				t.Fatal(err)
 			}
 			printed := map[string]string{}
-			for _, command := range []string{"status", "status -o table", "status -o json", "status -o yaml", "status --snapshot", "plan", "graph", "graph --format dot"} {
+			for _, command := range []string{"status", "status -o table", "status -o json", "status -o yaml",
+				"status --snapshot", "plan", "graph", "graph --format dot"} {
 				out, errs, _ := lariat(t, append(strings.Fields(command), "--metadata", file)...)
 				printed[command] = out + errs
 				switch what := command + ", " + kind; command {
@@ -157,7 +167,8 @@ func TestNothingForeignLeavesACommandRaw(t *testing.T) {
 				}
 			}
 			var back, same statusReport
-			if err := errors.Join(yaml.Unmarshal([]byte(printed["status -o yaml"]), &back), json.Unmarshal([]byte(printed["status -o json"]), &same)); err != nil || !reflect.DeepEqual(back, same) {
+			if err := errors.Join(yaml.Unmarshal([]byte(printed["status -o yaml"]), &back),
+				json.Unmarshal([]byte(printed["status -o json"]), &same)); err != nil || !reflect.DeepEqual(back, same) {
 				t.Errorf("%s: %v: YAML and JSON differ: %.500q", kind, err, printed["status -o yaml"])
 			}
 			// A name that cannot be typed is not offered.

@@ -55,7 +55,8 @@ func (n *networkFlags) register(f *pflag.FlagSet) {
 	f.IntVar(&n.MTU, "mtu", 0, "`octets` of containers' interfaces; 0: the underlay's less the encapsulation")
 	f.BoolVar(&n.HostNAT, "host-nat", true, "masquerade what leaves the network by a host")
 	f.StringSliceVar(&n.exempt, "host-nat-exempt", nil, "`PREFIX` that is reached without masquerading")
-	f.StringSliceVar(&n.AllowFrom, "allow-from", nil, "other `NETWORK` whose containers may reach this one's, or \"all\" of them, or a prefix outside from which they may be reached directly")
+	f.StringSliceVar(&n.AllowFrom, "allow-from", nil, "other `NETWORK` whose containers may reach this one's, or "+
+		"\"all\" of them, or a prefix outside from which they may be reached directly")
 	f.BoolVar(&n.HostPorts, "host-ports", false, "publish containers' ports on their hosts")
 	f.BoolVar(&n.DirectRouting, "direct-routing", false, "plain routes, no tunnel, between hosts on the same link")
 	f.BoolVar(&n.StrictAffinity, "strict-affinity", false, "no host borrows addresses from another one's blocks")
@@ -63,7 +64,8 @@ func (n *networkFlags) register(f *pflag.FlagSet) {
 	f.StringSliceVar(&n.Exclude, "exclude", nil, "`ADDRESS`, prefix or FIRST-LAST that is never handed out")
 	f.StringSliceVar(&n.gateways, "gateway", nil, "router's `ADDRESS`, of a flat network (--encapsulation none)")
 	f.BoolVar(&n.IsDefault, "default", false, "the network of who names none")
-	f.StringSliceVar(&n.cniConfig, "cni-config", nil, "`FILE` that every host puts into its CNI folder, under its own name")
+	f.StringSliceVar(&n.cniConfig, "cni-config", nil, "`FILE` that every host puts into its CNI folder, under its "+
+		"own name")
 }
 
 // apply takes over into net what was said; flags that were not given leave it as it is.
@@ -137,7 +139,8 @@ func conflicts(n metadata.Network, s *metadata.Snapshot) error {
 			continue
 		}
 		if n.Encapsulation == metadata.EncapVXLAN && o.Encapsulation == metadata.EncapVXLAN && o.VNI == n.VNI {
-			errs = append(errs, fmt.Errorf("network %s: vni %d is network %s's; leave --vni away for a free one", n.Name, n.VNI, o.Name))
+			errs = append(errs, fmt.Errorf("network %s: vni %d is network %s's; leave --vni away for a free one", n.Name, n.VNI,
+				o.Name))
 		}
 		for _, p := range n.Subnets {
 			for _, q := range o.Subnets {
@@ -154,7 +157,8 @@ func conflicts(n metadata.Network, s *metadata.Snapshot) error {
 		for _, u := range h.Underlay {
 			for _, p := range n.Subnets {
 				if p.Overlaps(u.Address.Masked()) {
-					errs = append(errs, fmt.Errorf("network %s: subnet %s overlaps the underlay %s of host %s; tunnels would run into themselves", n.Name, p, u.Address, h.Name))
+					errs = append(errs, fmt.Errorf("network %s: subnet %s overlaps the underlay %s of host %s; tunnels would run "+
+						"into themselves", n.Name, p, u.Address, h.Name))
 				}
 			}
 		}
@@ -177,9 +181,10 @@ func (a *app) networkCreate() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "create NAME --subnet PREFIX",
 		Short: "Make a network",
-		Long: `Makes a network. Hosts take part as soon as their network managers hear of it, within a second; CNI configurations name it.
-A network that is there already is not touched: see network update. It refuses addresses to which a host has another way: a link of
-its own, such as Docker's bridge, or a route.`,
+		Long: `Makes a network. Hosts take part as soon as their network managers hear of it, within a second; CNI
+configurations name it. A network that is there already is not touched: see network update. It
+refuses addresses to which a host has another way: a link of its own, such as Docker's bridge, or a
+route.`,
 		Example: `  lariat network create overlay --subnet 10.42.0.0/16
   lariat network create backend --subnet 10.43.0.0/16,fd43::/48 --mtu 1400 --direct-routing
   lariat network create shop --subnet 10.44.0.0/16 --allow-from backend,192.0.2.0/24
@@ -214,7 +219,8 @@ its own, such as Docker's bridge, or a route.`,
 				return err
 			}
 			if !slices.Equal(made.Subnets, n.Subnets) { // somebody was faster
-				return fmt.Errorf("network %s is there already, with subnet %s; change it with: lariat network update %s", n.Name, joined(made.Subnets, " "), n.Name)
+				return fmt.Errorf("network %s is there already, with subnet %s; change it with: lariat network update %s", n.Name,
+					joined(made.Subnets, " "), n.Name)
 			}
 			n = made
 			return a.print(n, func(w *writer) { w.line("network %s made: %s", n.Name, describe(n)) })
@@ -227,15 +233,17 @@ its own, such as Docker's bridge, or a route.`,
 	return c
 }
 
-// put writes a network and returns it as the service completed it. With the query "?create=true" the service leaves one that is
-// there as it is and returns that: this host's view, which is asked before, may be a moment old.
+// put writes a network and returns it as the service completed it. With the query "?create=true" the service
+// leaves one that is there as it is and returns that: this host's view, which is asked before, may be a
+// moment old.
 func (a *app) put(ctx context.Context, n metadata.Network, query string) (out metadata.Network, err error) {
 	err = a.client().Do(ctx, "PUT", "/v1/networks/"+url.PathEscape(n.Name)+query, n, &out)
 	return out, err
 }
 
 func (a *app) completeNetworkFlags(c *cobra.Command) {
-	_ = c.RegisterFlagCompletionFunc("encapsulation", cobra.FixedCompletions([]string{metadata.EncapVXLAN, metadata.EncapIPsec, metadata.EncapNone}, cobra.ShellCompDirectiveNoFileComp))
+	_ = c.RegisterFlagCompletionFunc("encapsulation", cobra.FixedCompletions([]string{metadata.EncapVXLAN,
+		metadata.EncapIPsec, metadata.EncapNone}, cobra.ShellCompDirectiveNoFileComp))
 	_ = c.MarkFlagFilename("cni-config", "conflist", "conf", "json")
 }
 
@@ -244,8 +252,8 @@ func (a *app) networkUpdate() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "update NAME",
 		Short: "Change a network",
-		Long: `Changes what the given flags name, and leaves the rest. Devices and new containers follow at once; containers that run keep the
-interface they have. An empty list (--exclude '') clears the list.`,
+		Long: `Changes what the given flags name, and leaves the rest. Devices and new containers follow at once;
+containers that run keep the interface they have. An empty list (--exclude '') clears the list.`,
 		Example: `  lariat network update overlay --mtu 1400
   lariat network update overlay --direct-routing=false`,
 		Args: cobra.ExactArgs(1),
@@ -267,9 +275,11 @@ interface they have. An empty list (--exclude '') clears the list.`,
 			if err := errors.Join(n.Validate(), conflicts(n, snap)); err != nil {
 				return err
 			}
-			if !slices.Equal(before.Subnets, n.Subnets) || before.BlockSizeV4 != n.BlockSizeV4 || before.BlockSizeV6 != n.BlockSizeV6 {
+			if !slices.Equal(before.Subnets, n.Subnets) || before.BlockSizeV4 != n.BlockSizeV4 ||
+				before.BlockSizeV6 != n.BlockSizeV6 {
 				if i := slices.IndexFunc(snap.Blocks, func(b metadata.Block) bool { return b.Network == n.Name }); i >= 0 {
-					return fmt.Errorf("network %s: host %s has the block %s; subnets and block sizes can be changed only before hosts take part", n.Name, snap.Blocks[i].Host, snap.Blocks[i].CIDR)
+					return fmt.Errorf("network %s: host %s has the block %s; subnets and block sizes can be changed only before "+
+						"hosts take part", n.Name, snap.Blocks[i].Host, snap.Blocks[i].CIDR)
 				}
 			}
 			if n, err = a.put(ctx, n, ""); err != nil {
@@ -300,7 +310,8 @@ func findNetwork(s *metadata.Snapshot, name string) (metadata.Network, error) {
 	if n, ok := s.Network(name); ok {
 		return n, nil
 	}
-	return metadata.Network{}, fmt.Errorf("there is no network %s; there are: %s", name, orNone(names(s.Networks, func(n metadata.Network) string { return n.Name })))
+	return metadata.Network{}, fmt.Errorf("there is no network %s; there are: %s", name,
+		orNone(names(s.Networks, func(n metadata.Network) string { return n.Name })))
 }
 
 func orNone(list []string) string {
@@ -348,7 +359,9 @@ func writeNetworks(w *writer, snap *metadata.Snapshot) {
 		if n.MTU != 0 {
 			mtu = fmt.Sprint(n.MTU)
 		}
-		rows = append(rows, []cell{txt(n.Name), txt(joined(n.Subnets, ",")), txt(n.Encapsulation), {text: vni, right: true}, {text: mtu, right: true}, num(len(members[n.Name])), txt(yes(n.IsDefault)), txt(yes(n.HostNAT)), txt(yes(n.DirectRouting))})
+		rows = append(rows, []cell{txt(n.Name), txt(joined(n.Subnets, ",")), txt(n.Encapsulation), {text: vni, right: true},
+			{text: mtu, right: true}, num(len(members[n.Name])), txt(yes(n.IsDefault)), txt(yes(n.HostNAT)),
+			txt(yes(n.DirectRouting))})
 	}
 	w.columns([]string{"NAME", "SUBNETS", "ENCAP", "VNI", "MTU", "HOSTS", "DEFAULT", "HOST-NAT", "DIRECT"}, rows)
 }
@@ -436,7 +449,8 @@ func (d *networkDetails) write(w *writer) {
 			field("on this host", w.paint(bad, d.Status.Reason))
 		}
 		for _, u := range d.Status.Usage {
-			field("left in "+u.Subnet.String(), fmt.Sprintf("%s for this host, %s claimed, %s free", count(u.Free, "address"), count(u.Blocks, "block"), amount(int64(u.BlocksFree))))
+			field("left in "+u.Subnet.String(), fmt.Sprintf("%s for this host, %s claimed, %s free", count(u.Free, "address"),
+				count(u.Blocks, "block"), amount(int64(u.BlocksFree))))
 		}
 		w.line("")
 	}
@@ -457,9 +471,10 @@ func (a *app) networkDelete() *cobra.Command {
 		Use:     "delete NAME",
 		Aliases: []string{"rm"},
 		Short:   "Delete a network",
-		Long: `Deletes a network. It refuses while addresses are in use, and says by whom. With --force it releases those of this host: the containers
-keep their interfaces but reach nobody any more. Addresses are released on the host that holds them, so where other hosts hold some
-it names these hosts. It asks first, unless --yes is given.`,
+		Long: `Deletes a network. It refuses while addresses are in use, and says by whom. With --force it releases
+those of this host: the containers keep their interfaces but reach nobody any more. Addresses are
+released on the host that holds them, so where other hosts hold some it names these hosts. It asks
+first, unless --yes is given.`,
 		Example: `  lariat network delete overlay
   lariat network delete overlay --force --yes`,
 		Args: cobra.ExactArgs(1),
@@ -479,16 +494,19 @@ it names these hosts. It asks first, unless --yes is given.`,
 				return err
 			}
 			if len(held) > 0 && !force {
-				return fmt.Errorf("network %s is in use by %s: %s; stop these containers, or give --force", n.Name, count(len(held), "address"), holders(held))
+				return fmt.Errorf("network %s is in use by %s: %s; stop these containers, or give --force", n.Name,
+					count(len(held), "address"), holders(held))
 			}
 			others := slices.DeleteFunc(slices.Clone(held), func(al metadata.Allocation) bool { return al.Host == snap.Self })
 			if len(others) > 0 {
-				return fmt.Errorf("network %s is in use on other hosts by %s: %s; %s", n.Name, count(len(others), "address"), holders(others), elsewhere(snap, others))
+				return fmt.Errorf("network %s is in use on other hosts by %s: %s; %s", n.Name, count(len(others), "address"),
+					holders(others), elsewhere(snap, others))
 			}
 			if !sure {
 				question := fmt.Sprintf("Delete network %s, %s?", n.Name, describe(n))
 				if len(held) > 0 {
-					question = fmt.Sprintf("Delete network %s, %s, and release %s: %s?", n.Name, describe(n), count(len(held), "address"), holders(held))
+					question = fmt.Sprintf("Delete network %s, %s, and release %s: %s?", n.Name, describe(n),
+						count(len(held), "address"), holders(held))
 				}
 				if err := a.confirm(question); err != nil {
 					return err

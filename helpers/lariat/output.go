@@ -130,7 +130,8 @@ func txt(s string) cell             { return cell{text: s} }
 func num[T int | int64](n T) cell   { return cell{text: amount(int64(n)), right: true} }
 func styled(s style, t string) cell { return cell{text: t, style: s} }
 
-// columns writes a table. A column is as wide as its widest cell; an empty cell is a dash, so that fields can be counted.
+// columns writes a table. A column is as wide as its widest cell; an empty cell is a dash, so that fields can
+// be counted.
 func (w *writer) columns(head []string, rows [][]cell) {
 	width := make([]int, len(head))
 	right := make([]bool, len(head))

@@ -28,9 +28,10 @@ func (a *app) plan() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "plan",
 		Short: "Print what a host's kernel should hold",
-		Long: `Prints what the kernel of this host, or of another, should hold of Lariat's: devices, addresses, neighbours, forwarding
-entries, routes, nftables, each as an operator would type it. It changes nothing. Containers' own ports are not part of it. Behind it stand the
-tunnels of encrypted networks as IKE has to keep them, with the ids of secrets, never a secret.
+		Long: `Prints what the kernel of this host, or of another, should hold of Lariat's: devices, addresses,
+neighbours, forwarding entries, routes, nftables, each as an operator would type it. It changes
+nothing. Containers' own ports are not part of it. Behind it stand the tunnels of encrypted networks
+as IKE has to keep them, with the ids of secrets, never a secret.
 
 With --diff it compares with this host's kernel and prints what the network manager would change: "+" is added, "~"
 replaced, "-" removed. That includes what the ports of this host's containers lack. It then ends with status 1 when
@@ -51,7 +52,8 @@ something is to change, as diff(1) does.`,
 				return errors.New("plan: the snapshot does not say whose it is; give --host")
 			}
 			if _, ok := snap.Host(self); !ok {
-				return fmt.Errorf("plan: host %s is not in the metadata; there are: %s", self, strings.Join(names(snap.Hosts, func(h metadata.Host) string { return h.Name }), " "))
+				return fmt.Errorf("plan: host %s is not in the metadata; there are: %s", self,
+					strings.Join(names(snap.Hosts, func(h metadata.Host) string { return h.Name }), " "))
 			}
 			here := file == "" && self == snap.Self
 			want := desired(snap, self)
@@ -114,7 +116,10 @@ func (a *app) tunnelPlan(ctx context.Context, snap *metadata.Snapshot, self stri
 		return defaultTunnelPlan(snap, self)
 	}
 	o := ipsec.Options{Auth: r.Auth, Keys: r.Keys}
-	o.NoGCM = len(r.Suites) > 0 && !slices.ContainsFunc(r.Suites, func(s string) bool { return strings.Contains(s, "gcm") })
+	o.NoGCM = len(r.Suites) > 0 && !slices.ContainsFunc(r.Suites, func(s string) bool {
+		return strings.Contains(s,
+			"gcm")
+	})
 	return tunnelText(snap, self, o)
 }
 
@@ -128,7 +133,8 @@ func defaultTunnelPlan(snap *metadata.Snapshot, self string) string {
 	me, _ := snap.Host(self)
 	text := tunnelText(snap, self, ipsec.Options{Keys: me.IKEKeys})
 	if text != "" {
-		text = "# tunnels, with the defaults of lariat-network-manager; it was not asked, or did not say, which options it has on host " + printable.Line(self) + "\n" + text
+		text = "# tunnels, with the defaults of lariat-network-manager; it was not asked, or did not say, which options " +
+			"it has on host " + printable.Line(self) + "\n" + text
 	}
 	return text
 }
@@ -221,11 +227,13 @@ func (a *app) graph() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "graph",
 		Short: "Draw the cluster as SVG or DOT",
-		Long: `Draws hosts, what runs on them, and how they reach each other. Hosts stand in the frame of their physical link, each network is
-a rail that its hosts hang on: dashed where packets travel in tunnels, solid where they travel plain, by a lock where they are encrypted. How this
-host's tunnels fare stands with the other hosts, when the network manager tells.
+		Long: `Draws hosts, what runs on them, and how they reach each other. Hosts stand in the frame of their
+physical link, each network is a rail that its hosts hang on: dashed where packets travel in
+tunnels, solid where they travel plain, by a lock where they are encrypted. How this host's tunnels
+fare stands with the other hosts, when the network manager tells.
 
-SVG opens in every browser, no other program is needed. DOT is for graphviz. To look at it while it changes, run it again.`,
+SVG opens in every browser, no other program is needed. DOT is for graphviz. To look at it while it
+changes, run it again.`,
 		Example: `  lariat graph > cluster.svg
   lariat graph --metadata testdata/three.json --containers 3 > three.svg
   lariat graph --format dot | dot -Tpng > cluster.png`,
@@ -252,7 +260,9 @@ SVG opens in every browser, no other program is needed. DOT is for graphviz. To 
 	f := c.Flags()
 	f.StringVar(&kind, "format", "svg", "svg or dot")
 	f.StringVar(&file, "metadata", "", "read a snapshot from `FILE` (-: standard input) instead of asking the service")
-	f.IntVar(&o.Containers, "containers", 0, "name at most `N` containers of each host and network; -1: none, 0: as suits the number of hosts")
-	_ = c.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"svg", "dot"}, cobra.ShellCompDirectiveNoFileComp))
+	f.IntVar(&o.Containers, "containers", 0, "name at most `N` containers of each host and network; -1: none, 0: as "+
+		"suits the number of hosts")
+	_ = c.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"svg", "dot"},
+		cobra.ShellCompDirectiveNoFileComp))
 	return c
 }

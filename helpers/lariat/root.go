@@ -84,8 +84,8 @@ func (a *app) root() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "lariat",
 		Short: "Look at a Lariat cluster, and change it",
-		Long: `lariat shows and changes what the hosts of a cluster agree on: networks, hosts, addresses; and which volumes they have.
-It asks the metadata service of this host over its unix socket, which is root's.`,
+		Long: `lariat shows and changes what the hosts of a cluster agree on: networks, hosts, addresses; and which
+volumes they have. It asks the metadata service of this host over its unix socket, which is root's.`,
 		Example: `  lariat status
   lariat network create overlay --subnet 10.42.0.0/16
   lariat doctor`,
@@ -94,8 +94,10 @@ It asks the metadata service of this host over its unix socket, which is root's.
 		SilenceErrors: true,
 	}
 	f := c.PersistentFlags()
-	f.StringVar(&a.socket, "socket", cmp.Or(os.Getenv("LARIAT_SOCKET"), metadata.DefaultSocket), "unix `path` of the metadata service (env LARIAT_SOCKET)")
-	f.StringVar(&a.managerSocket, "manager-socket", cmp.Or(os.Getenv("LARIAT_MANAGER_SOCKET"), defaultManagerSocket), "unix `path` of this host's network manager (env LARIAT_MANAGER_SOCKET)")
+	f.StringVar(&a.socket, "socket", cmp.Or(os.Getenv("LARIAT_SOCKET"), metadata.DefaultSocket),
+		"unix `path` of the metadata service (env LARIAT_SOCKET)")
+	f.StringVar(&a.managerSocket, "manager-socket", cmp.Or(os.Getenv("LARIAT_MANAGER_SOCKET"), defaultManagerSocket),
+		"unix `path` of this host's network manager (env LARIAT_MANAGER_SOCKET)")
 	f.DurationVar(&a.timeout, "timeout", 10*time.Second, "how long the metadata service may take for an answer")
 	a.output = text
 	f.VarP(&a.output, "output", "o", "text, json, yaml or table")
@@ -103,7 +105,8 @@ It asks the metadata service of this host over its unix socket, which is root's.
 	for _, name := range []string{"socket", "manager-socket"} {
 		_ = c.MarkPersistentFlagFilename(name, "sock")
 	}
-	c.AddCommand(a.status(), a.plan(), a.graph(), a.doctor(), a.network(), a.host(), a.ip(), a.entry(), a.volume(), a.ipsec(), a.certs())
+	c.AddCommand(a.status(), a.plan(), a.graph(), a.doctor(), a.network(), a.host(), a.ip(), a.entry(), a.volume(),
+		a.ipsec(), a.certs())
 	return c
 }
 
@@ -130,7 +133,8 @@ func (a *app) bounded(c *cobra.Command) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(c.Context(), a.timeout)
 }
 
-// snapshot reads the model from a file ("-": standard input), as JSON or YAML, or from the service when there is no file.
+// snapshot reads the model from a file ("-": standard input), as JSON or YAML, or from the service when there
+// is no file.
 func (a *app) snapshot(ctx context.Context, file string) (*metadata.Snapshot, error) {
 	if file == "" {
 		return a.client().Snapshot(ctx)
@@ -202,7 +206,8 @@ func (a *app) completeFlag(names func(*metadata.Snapshot) []cobra.Completion) co
 	}
 }
 
-func (a *app) names(c *cobra.Command, names func(*metadata.Snapshot) []cobra.Completion) ([]cobra.Completion, cobra.ShellCompDirective) {
+func (a *app) names(c *cobra.Command,
+	names func(*metadata.Snapshot) []cobra.Completion) ([]cobra.Completion, cobra.ShellCompDirective) {
 	ctx := c.Context()
 	if ctx == nil {
 		ctx = context.Background()

@@ -28,8 +28,9 @@ func secretLines(text []byte) (out []string) {
 	return out
 }
 
-// rewriteSecrets replaces a file of secrets with what change makes of its lines, and returns the ids of what is in it then. It is there
-// whole at every moment, the old one or the new; two who change it at once do so one after the other. No error tells of a secret.
+// rewriteSecrets replaces a file of secrets with what change makes of its lines, and returns the ids of what
+// is in it then. It is there whole at every moment, the old one or the new; two who change it at once do so
+// one after the other. No error tells of a secret.
 func rewriteSecrets(file string, change func(have ipsec.Secrets, lines []string) []string) ([]string, error) {
 	if _, err := ipsec.ReadSecrets(file); err != nil {
 		return nil, err

@@ -63,7 +63,8 @@ func serve(t testing.TB, ns *netnstest.NS, binary, host, underlay string, args .
 	if err := os.WriteFile(id, fmt.Appendf(nil, "%032x\n", []byte(host)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	s.cmd = exec.Command(binary, append([]string{"--host-name", host, "--socket", s.socket, "--data-dir", filepath.Join(dir, "etcd"), "--machine-id-file", id,
+	s.cmd = exec.Command(binary, append([]string{"--host-name", host, "--socket", s.socket, "--data-dir",
+		filepath.Join(dir, "etcd"), "--machine-id-file", id,
 		"--underlay", underlay, "--lease", "2s"}, args...)...)
 	s.cmd.Stderr = &s.log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -77,7 +78,8 @@ func serve(t testing.TB, ns *netnstest.NS, binary, host, underlay string, args .
 	return s
 }
 
-// await waits until this host's view is so. The watch retries until the service answers, so it serves to wait for that too.
+// await waits until this host's view is so. The watch retries until the service answers, so it serves to wait
+// for that too.
 func (s *service) await(t testing.TB, so func(*metadata.Snapshot) bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
@@ -134,7 +136,8 @@ func (s *service) refused(t testing.TB, want string, args ...string) {
 
 func (s *service) attach(t testing.TB, id, name string) netip.Addr {
 	t.Helper()
-	a, err := metadata.Client{Socket: s.socket}.Attach(t.Context(), "overlay", metadata.AttachRequest{ContainerID: id, IfName: "eth0", Name: name})
+	a, err := metadata.Client{Socket: s.socket}.Attach(t.Context(), "overlay", metadata.AttachRequest{ContainerID: id,
+		IfName: "eth0", Name: name})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +151,8 @@ func TestWithRealService(t *testing.T) {
 	h1 := serve(t, ns, binary, "h1", "192.0.2.1/24", "--listen-client", store)
 	h2 := serve(t, ns, binary, "h2", "192.0.2.2/24", "--etcd-endpoints", store)
 
-	if out := h1.must(t, "status"); !strings.Contains(out, "2 hosts (all live), 0 networks") || !strings.Contains(out, "No network yet") || !strings.Contains(out, "not running on this host") {
+	if out := h1.must(t, "status"); !strings.Contains(out, "2 hosts (all live), 0 networks") || !strings.Contains(out,
+		"No network yet") || !strings.Contains(out, "not running on this host") {
 		t.Error(out)
 	}
 
@@ -170,21 +174,26 @@ func TestWithRealService(t *testing.T) {
 	} {
 		h1.refused(t, want, append([]string{"network", "create", "overlay"}, strings.Fields(args)...)...)
 	}
-	if out := h1.must(t, "network", "create", "overlay", "--subnet", "10.42.0.0/16", "--default"); !strings.Contains(out, "network overlay made: 10.42.0.0/16, vxlan, vni 1042, udp 4789") {
+	if out := h1.must(t, "network", "create", "overlay", "--subnet", "10.42.0.0/16", "--default"); !strings.Contains(out,
+		"network overlay made: 10.42.0.0/16, vxlan, vni 1042, udp 4789") {
 		t.Error(out)
 	}
 	h2.await(t, has("overlay"))
 	h2.refused(t, "is there already", "network", "create", "overlay", "--subnet", "10.44.0.0/16")
-	h2.refused(t, "overlaps subnet 10.42.0.0/16 of network overlay", "network", "create", "other", "--subnet", "10.42.128.0/17")
-	h2.refused(t, "vni 1042 is network overlay's", "network", "create", "other", "--subnet", "10.44.0.0/16", "--vni", "1042")
-	if out := h2.must(t, "network", "create", "backend", "--subnet", "10.43.0.0/16,fd43::/48", "--mtu", "1400", "--direct-routing", "--host-nat=false", "--exclude", "10.43.0.9"); !strings.Contains(out, "vni 1043") {
+	h2.refused(t, "overlaps subnet 10.42.0.0/16 of network overlay", "network", "create", "other", "--subnet",
+		"10.42.128.0/17")
+	h2.refused(t, "vni 1042 is network overlay's", "network", "create", "other", "--subnet", "10.44.0.0/16", "--vni",
+		"1042")
+	if out := h2.must(t, "network", "create", "backend", "--subnet", "10.43.0.0/16,fd43::/48", "--mtu", "1400",
+		"--direct-routing", "--host-nat=false", "--exclude", "10.43.0.9"); !strings.Contains(out, "vni 1043") {
 		t.Error(out)
 	}
 	h1.await(t, has("backend"))
 	h1.must(t, "network", "update", "backend", "--mtu", "1380", "--exclude", "")
 	h2.await(t, func(v *metadata.Snapshot) bool { n, _ := v.Network("backend"); return n.MTU == 1380 })
 	var n metadata.Network
-	if err := json.Unmarshal([]byte(h2.must(t, "network", "show", "backend", "-o", "json")), &n); err != nil || n.MTU != 1380 || !n.DirectRouting || n.HostNAT || len(n.Exclude) != 0 || n.VNI != 1043 {
+	if err := json.Unmarshal([]byte(h2.must(t, "network", "show", "backend", "-o", "json")), &n); err != nil ||
+		n.MTU != 1380 || !n.DirectRouting || n.HostNAT || len(n.Exclude) != 0 || n.VNI != 1043 {
 		t.Errorf("%v %+v", err, n)
 	}
 	h1.refused(t, "there is no network nope; there are: backend overlay", "network", "show", "nope")
@@ -203,10 +212,12 @@ func TestWithRealService(t *testing.T) {
 			t.Errorf("ip list lacks %s:\n%s", want, list)
 		}
 	}
-	if out := h1.must(t, "ip", "list", "--host", "h2", "--output", "table"); strings.Contains(out, web.String()) || !strings.Contains(out, db.String()) {
+	if out := h1.must(t, "ip", "list", "--host", "h2", "--output", "table"); strings.Contains(out, web.String()) ||
+		!strings.Contains(out, db.String()) {
 		t.Error(out)
 	}
-	for addr, want := range map[string]string{web.String(): "in use", "10.43.0.1": "free", "192.168.9.9": "no network has it"} {
+	for addr, want := range map[string]string{web.String(): "in use", "10.43.0.1": "free",
+		"192.168.9.9": "no network has it"} {
 		if out := h1.must(t, "ip", "show", addr); !strings.Contains(out, want) {
 			t.Errorf("ip show %s: %s", addr, out)
 		}
@@ -217,11 +228,13 @@ func TestWithRealService(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if out := h1.must(t, "volume", "list", "--host", "h2", "--output", "table"); !strings.Contains(out, "data    lariat-nfs  global  h2    ready      2  -") || strings.Contains(out, "h1") {
+	if out := h1.must(t, "volume", "list", "--host", "h2", "--output", "table"); !strings.Contains(out,
+		"data    lariat-nfs  global  h2    ready      2  -") || strings.Contains(out, "h1") {
 		t.Error(out)
 	}
 	var volumes []metadata.Volume
-	if err := json.Unmarshal([]byte(h1.must(t, "volume", "list", "-o", "json")), &volumes); err != nil || len(volumes) != 2 || volumes[1].Host != "h2" {
+	if err := json.Unmarshal([]byte(h1.must(t, "volume", "list", "-o", "json")), &volumes); err != nil ||
+		len(volumes) != 2 || volumes[1].Host != "h2" {
 		t.Errorf("%v %+v", err, volumes)
 	}
 	if out := h1.must(t, "volume", "list", "--driver", "lariat-ebs"); strings.Contains(out, "data") {
@@ -232,7 +245,8 @@ func TestWithRealService(t *testing.T) {
 	if err := json.Unmarshal([]byte(h1.must(t, "status", "--snapshot")), &gateways); err != nil {
 		t.Fatal(err)
 	}
-	if out := h1.must(t, "ip", "show", gateways.Gateways("overlay", "h2")[0].String()); !strings.Contains(out, "of host h2") {
+	if out := h1.must(t, "ip", "show", gateways.Gateways("overlay", "h2")[0].String()); !strings.Contains(out,
+		"of host h2") {
 		t.Error(out)
 	}
 
@@ -241,10 +255,13 @@ func TestWithRealService(t *testing.T) {
 	if err := json.Unmarshal([]byte(h2.must(t, "status", "-o", "json")), &r); err != nil {
 		t.Fatal(err)
 	}
-	if i := slices.IndexFunc(r.Networks, func(n networkRow) bool { return n.Name == "overlay" }); i < 0 || r.Networks[i].Subnets[0].Used != 2 || r.Networks[i].Subnets[0].Free < 60000 || r.Networks[i].Subnets[0].Blocks != 2 || r.Store != "healthy" || !r.Hosts[1].Self || r.Hosts[0].Containers != 1 {
+	if i := slices.IndexFunc(r.Networks, func(n networkRow) bool { return n.Name == "overlay" }); i < 0 ||
+		r.Networks[i].Subnets[0].Used != 2 || r.Networks[i].Subnets[0].Free < 60000 || r.Networks[i].Subnets[0].Blocks != 2 ||
+		r.Store != "healthy" || !r.Hosts[1].Self || r.Hosts[0].Containers != 1 {
 		t.Errorf("%+v", r)
 	}
-	if out := h1.must(t, "network", "show", "overlay"); !strings.Contains(out, "vni              1042") || !strings.Contains(out, "addresses for this host") {
+	if out := h1.must(t, "network", "show", "overlay"); !strings.Contains(out, "vni              1042") ||
+		!strings.Contains(out, "addresses for this host") {
 		t.Error(out)
 	}
 	if out := h1.must(t, "host", "show", "h2"); !strings.Contains(out, "192.0.2.2/24") || !strings.Contains(out, "db") {
@@ -283,7 +300,8 @@ func TestWithRealService(t *testing.T) {
 	}
 
 	// Refusals, then release and deletion.
-	h1.refused(t, "network overlay is in use by 2 addresses: "+web.String()+" by c0ffee000000/eth0 on h1", "network", "delete", "overlay")
+	h1.refused(t, "network overlay is in use by 2 addresses: "+web.String()+" by c0ffee000000/eth0 on h1", "network",
+		"delete", "overlay")
 	h1.refused(t, "run this on h2", "network", "delete", "overlay", "--force")
 	h1.refused(t, "run this on h2", "ip", "release", db.String(), "--yes")
 	h1.refused(t, "Say --yes", "ip", "release", web.String())
@@ -309,7 +327,8 @@ func TestWithRealService(t *testing.T) {
 	// A host that is gone.
 	h2.stop()
 	h1.await(t, func(v *metadata.Snapshot) bool { h, _ := v.Host("h2"); return !h.Live })
-	if out := h1.must(t, "status"); !strings.Contains(out, "host h2 does not answer") || !strings.Contains(out, "remedy: on h2: systemctl status lariat-metadata") || !strings.Contains(out, "2 hosts (1 live)") {
+	if out := h1.must(t, "status"); !strings.Contains(out, "host h2 does not answer") || !strings.Contains(out,
+		"remedy: on h2: systemctl status lariat-metadata") || !strings.Contains(out, "2 hosts (1 live)") {
 		t.Error(out)
 	}
 	h1.must(t, "host", "remove", "h2")
@@ -338,7 +357,8 @@ func TestExamplesWithRealService(t *testing.T) {
 		for line := range strings.Lines(c.Example) {
 			line = strings.TrimSpace(line)
 			switch {
-			case !strings.HasPrefix(line, "lariat ") || c.HasSubCommands() || strings.HasPrefix(line, "lariat certs") || strings.Contains(line, "--diff"):
+			case !strings.HasPrefix(line, "lariat ") || c.HasSubCommands() || strings.HasPrefix(line, "lariat certs") ||
+				strings.Contains(line, "--diff"):
 			case strings.HasPrefix(line, "lariat doctor"): // it judges this very machine
 			case strings.Contains(line, "network create"):
 				create = append(create, line)
@@ -380,7 +400,9 @@ func TestExamplesWithRealService(t *testing.T) {
 			if i := slices.Index(args, "--out"); i > 0 {
 				args[i+1] = filepath.Join(t.TempDir(), "out")
 			}
-			if out, errs, status := s.lariat(t, args...); status != 0 && !strings.Contains(errs, "there are: h1") && !strings.Contains(errs, "there is no network") && !strings.Contains(errs, "Say --yes") && !strings.Contains(errs, "is in use by") && !strings.Contains(errs, "nothing is wrong with an entry") {
+			if out, errs, status := s.lariat(t, args...); status != 0 && !strings.Contains(errs, "there are: h1") &&
+				!strings.Contains(errs, "there is no network") && !strings.Contains(errs, "Say --yes") && !strings.Contains(errs,
+				"is in use by") && !strings.Contains(errs, "nothing is wrong with an entry") {
 				t.Errorf("%s: status %d: %s%s", line, status, out, errs)
 			}
 		}

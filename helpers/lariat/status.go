@@ -76,8 +76,8 @@ func (a *app) status() *cobra.Command {
 		Long: `Shows the cluster as this host's metadata service knows it, problems and their remedies first.
 It asks no other host; lariat doctor does.
 
-With --snapshot it prints the model itself as JSON: what --metadata of this command, of plan and of graph reads, and what
-belongs into a bug report. It holds no secrets, but names and addresses.`,
+With --snapshot it prints the model itself as JSON: what --metadata of this command, of plan and of
+graph reads, and what belongs into a bug report. It holds no secrets, but names and addresses.`,
 		Example: `  lariat status
   lariat status --output json | jq .problems
   lariat status --snapshot > cluster.json
@@ -114,13 +114,15 @@ belongs into a bug report. It holds no secrets, but names and addresses.`,
 		},
 		ValidArgsFunction: cobra.NoFileCompletions,
 	}
-	c.Flags().StringVar(&file, "metadata", "", "read a snapshot from `FILE` (-: standard input) instead of asking the service")
+	c.Flags().StringVar(&file, "metadata", "", "read a snapshot from `FILE` (-: standard input) instead of asking "+
+		"the service")
 	c.Flags().BoolVar(&raw, "snapshot", false, "print the model itself, as JSON")
 	return c
 }
 
 // statusFacts gathers what status shows, and counts addresses in use by subnet.
-func (a *app) statusFacts(ctx context.Context, file string) (*doctor.Facts, map[netip.Prefix]int64, time.Duration, error) {
+func (a *app) statusFacts(ctx context.Context, file string) (*doctor.Facts, map[netip.Prefix]int64, time.Duration,
+	error) {
 	f := &doctor.Facts{Unavailable: map[string]string{}}
 	used := map[netip.Prefix]int64{}
 	if file != "" {
@@ -188,10 +190,12 @@ func interfaces(c metadata.Container) []metadata.ContainerInterface {
 }
 
 // localChecks are the checks that need no look at the kernel or at other hosts.
-var localChecks = []string{"metadata", "store", "entries", "manager", "hosts", "duplicates", "networks", "addresses", "ipsec", "secret"}
+var localChecks = []string{"metadata", "store", "entries", "manager", "hosts", "duplicates", "networks", "addresses",
+	"ipsec", "secret"}
 
 func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
-	r := &statusReport{Self: f.Self, Store: "unknown", Manager: "unknown", Problems: doctor.Check(f, localChecks...).Findings, Hosts: []hostRow{}, Networks: []networkRow{}}
+	r := &statusReport{Self: f.Self, Store: "unknown", Manager: "unknown", Problems: doctor.Check(f,
+		localChecks...).Findings, Hosts: []hostRow{}, Networks: []networkRow{}}
 	if st := f.Metadata.Store; st != nil {
 		r.Store = "healthy"
 		if st.Reason != "" {
@@ -247,8 +251,10 @@ func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
 		containers[c.Host]++
 	}
 	for _, h := range s.Hosts {
-		row := hostRow{Name: h.Name, Self: h.Name == s.Self, Live: h.Live, Underlay: h.Underlay, BootID: h.BootID, MachineID: h.MachineID,
-			AgentVersion: h.AgentVersion, Blocks: blocks[h.Name], Containers: containers[h.Name], Gateways: map[string][]netip.Addr{}, Joined: h.Joined}
+		row := hostRow{Name: h.Name, Self: h.Name == s.Self, Live: h.Live, Underlay: h.Underlay, BootID: h.BootID,
+			MachineID:    h.MachineID,
+			AgentVersion: h.AgentVersion, Blocks: blocks[h.Name], Containers: containers[h.Name],
+			Gateways: map[string][]netip.Addr{}, Joined: h.Joined}
 		for network, g := range gateways[h.Name] {
 			row.Gateways[network] = g
 		}
@@ -257,7 +263,8 @@ func newStatus(f *doctor.Facts, used map[netip.Prefix]int64) *statusReport {
 	slices.SortFunc(r.Hosts, func(a, b hostRow) int { return graph.CompareNames(a.Name, b.Name) })
 	me, _ := s.Host(s.Self)
 	for _, n := range s.Networks {
-		row := networkRow{Name: n.Name, Encapsulation: n.Encapsulation, VNI: n.VNI, MTU: mtu.Container(n, me), MTUFixed: n.MTU != 0, Default: n.IsDefault, Hosts: len(members[n.Name])}
+		row := networkRow{Name: n.Name, Encapsulation: n.Encapsulation, VNI: n.VNI, MTU: mtu.Container(n, me),
+			MTUFixed: n.MTU != 0, Default: n.IsDefault, Hosts: len(members[n.Name])}
 		for _, p := range n.Subnets {
 			sub := subnetRow{Subnet: p, Used: used[p], Blocks: inSubnet[subnet{n.Name, p}], Free: -1, BlocksFree: -1}
 			if u, ok := usage[subnet{n.Name, p}]; ok {
@@ -310,7 +317,8 @@ func (r *statusReport) head(w *writer) {
 	case live > 1:
 		hosts += w.paint(good, " (all live)")
 	}
-	w.line("%s  %s, %s, %s", w.paint(bold, "CLUSTER"), hosts, count(len(r.Networks), "network"), count(containers, "container"))
+	w.line("%s  %s, %s, %s", w.paint(bold, "CLUSTER"), hosts, count(len(r.Networks), "network"),
+		count(containers, "container"))
 	w.line("%s    %s, revision %d", w.paint(bold, "STORE"), w.paint(health(r.Store, "healthy"), r.Store), r.Revision)
 	self := "a file"
 	if r.took > 0 {
@@ -318,7 +326,8 @@ func (r *statusReport) head(w *writer) {
 	}
 	w.line("%s    %s", w.paint(bold, "ASKED"), self)
 	if r.Manager != "unknown" {
-		w.line("%s  %s on this host", w.paint(bold, "MANAGER"), w.paint(health(r.Manager, "running"), map[bool]string{true: "running", false: "not running"}[r.Manager == "running"]))
+		w.line("%s  %s on this host", w.paint(bold, "MANAGER"), w.paint(health(r.Manager, "running"),
+			map[bool]string{true: "running", false: "not running"}[r.Manager == "running"]))
 	}
 	if r.Tunnels != nil {
 		r.tunnels(w)
@@ -415,7 +424,8 @@ func (r *statusReport) hosts(w *writer) {
 		for _, u := range h.Underlay {
 			under = append(under, u.Address.Addr().String())
 		}
-		row := []cell{name, live, txt(strings.Join(under, ",")), styled(dim, short(h.BootID)), num(h.Blocks), num(h.Containers)}
+		row := []cell{name, live, txt(strings.Join(under, ",")), styled(dim, short(h.BootID)), num(h.Blocks),
+			num(h.Containers)}
 		if each {
 			for _, n := range networks {
 				row = append(row, txt(joined(h.Gateways[n], ",")))
@@ -465,7 +475,8 @@ func (r *statusReport) networks(w *writer) {
 			if s.BlocksFree >= 0 {
 				blocks += "/" + amount(s.Blocks+s.BlocksFree)
 			}
-			rows = append(rows, []cell{txt(name), txt(s.Subnet.String()), txt(n.Encapsulation), {text: vni, right: true}, num(n.MTU), num(n.Hosts), num(s.Used), free, {text: blocks, right: true}})
+			rows = append(rows, []cell{txt(name), txt(s.Subnet.String()), txt(n.Encapsulation), {text: vni, right: true},
+				num(n.MTU), num(n.Hosts), num(s.Used), free, {text: blocks, right: true}})
 		}
 	}
 	w.columns(head, rows)

@@ -14,7 +14,8 @@ func (a *app) volume() *cobra.Command {
 		Use:     "volume",
 		Aliases: []string{"volumes"},
 		Short:   "List volumes",
-		Long:    "Each host's lariat-storage lists its own. They are made and removed by the container runtime, such as docker volume create.",
+		Long: "Each host's lariat-storage lists its own. They are made and removed by the container runtime, such as " +
+			"docker volume create.",
 		Example: `  lariat volume list`,
 		Args:    cobra.NoArgs,
 		RunE:    help,
@@ -30,7 +31,8 @@ func writeVolumes(w *writer, list []metadata.Volume) {
 		if !v.Created.IsZero() {
 			since = v.Created.Local().Format(time.DateTime)
 		}
-		rows = append(rows, []cell{txt(v.Name), txt(v.Driver), txt(v.Scope), txt(v.Host), txt(v.State), num(v.Users), txt(since)})
+		rows = append(rows, []cell{txt(v.Name), txt(v.Driver), txt(v.Scope), txt(v.Host), txt(v.State), num(v.Users),
+			txt(since)})
 	}
 	w.columns([]string{"VOLUME", "DRIVER", "SCOPE", "HOST", "STATE", "USERS", "SINCE"}, rows)
 }

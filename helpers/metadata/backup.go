@@ -69,7 +69,8 @@ func backup(args []string, stdout io.Writer) error {
 
 // copyRunning asks the service.
 func copyRunning(ctx context.Context, socket string, w io.Writer) error {
-	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _,
+		_ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	}}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lariat/v1/backup", nil)
@@ -144,7 +145,8 @@ func restore(args []string, stdout io.Writer) error {
 	f.StringVar(&c.HostName, "host-name", host, "this host's name in the cluster")
 	c.storeFlags(f)
 	f.Usage = func() {
-		fmt.Fprintf(stdout, "lariat-metadata restore [flags] FILE: make an embedded store's folder from a backup\n\n%s", f.FlagUsages())
+		fmt.Fprintf(stdout, "lariat-metadata restore [flags] FILE: make an embedded store's folder from a backup\n\n%s",
+			f.FlagUsages())
 	}
 	if err := f.Parse(args); err != nil {
 		return err
@@ -173,7 +175,8 @@ func restore(args []string, stdout io.Writer) error {
 		return fmt.Errorf("restore: %w", err)
 	}
 	if len(entries) > 0 {
-		return fmt.Errorf("restore: data folder %s is not empty; move it away first (stop lariat-metadata before that)", c.DataDir)
+		return fmt.Errorf("restore: data folder %s is not empty; move it away first (stop lariat-metadata before that)",
+			c.DataDir)
 	}
 	peer := c.AdvertisePeer
 	if peer == "" {
@@ -188,7 +191,8 @@ func restore(args []string, stdout io.Writer) error {
 		cluster = c.Name + "=" + peer
 	case peer == "":
 		if peer = memberURL(cluster, c.Name); peer == "" {
-			return fmt.Errorf("restore: --initial-cluster %s does not list this member, %s; its name comes from --name", cluster, c.Name)
+			return fmt.Errorf("restore: --initial-cluster %s does not list this member, %s; its name comes from --name", cluster,
+				c.Name)
 		}
 	}
 	if err := os.MkdirAll(filepath.Dir(c.DataDir), 0o755); err != nil {
@@ -201,7 +205,8 @@ func restore(args []string, stdout io.Writer) error {
 	}
 	defer os.RemoveAll(tmp) //nolint:errcheck // empty by then
 	work := filepath.Join(tmp, "etcd")
-	err = snapshot.NewV3(zap.NewNop()).Restore(snapshot.RestoreConfig{SnapshotPath: file, Name: c.Name, OutputDataDir: work, PeerURLs: []string{peer},
+	err = snapshot.NewV3(zap.NewNop()).Restore(snapshot.RestoreConfig{SnapshotPath: file, Name: c.Name,
+		OutputDataDir: work, PeerURLs: []string{peer},
 		InitialCluster: cluster, InitialClusterToken: "lariat", RevisionBump: revisionBump, MarkCompacted: true})
 	if err != nil {
 		return fmt.Errorf("restore %s into %s: %w", file, c.DataDir, err)
@@ -209,7 +214,8 @@ func restore(args []string, stdout io.Writer) error {
 	if err := os.Remove(c.DataDir); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("restore: %w", err)
 	}
-	if err := errors.Join(os.Chmod(work, 0o700), os.Rename(work, c.DataDir), syncDir(filepath.Dir(c.DataDir))); err != nil {
+	if err := errors.Join(os.Chmod(work, 0o700), os.Rename(work, c.DataDir),
+		syncDir(filepath.Dir(c.DataDir))); err != nil {
 		return fmt.Errorf("restore: %w", err)
 	}
 	fmt.Fprintf(stdout, "%s: restored from %s as member %s\n", c.DataDir, file, c.Name)

@@ -60,12 +60,16 @@ func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.BootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "what tells one boot from the next")
 	f.StringVar(&c.StateDir, "state-dir", metadata.DefaultStateDir,
 		"folder for the last valid values of entries that cannot be used any more")
-	f.StringArrayVar(&c.Underlay, "underlay", nil, "address/length by which the other hosts reach this one, repeated; default: of the default route")
+	f.StringArrayVar(&c.Underlay, "underlay", nil, "address/length by which the other hosts reach this one, "+
+		"repeated; default: of the default route")
 	f.StringToStringVar(&c.Labels, "label", nil, "label of this host, key=value, repeated")
 	f.StringVar(&c.LogLevel, "log-level", "info", "debug, info, warn or error")
-	f.StringVar(&c.ListenTree, "listen-tree", "", "IP:port of the read-only tree for containers, usually 169.254.169.250:80")
-	f.StringArrayVar(&c.TreeLabels, "tree-label", nil, "name of a container's label that the tree shows to all containers, or prefix*, repeated; those of services are always shown")
-	f.StringVar(&c.TreeOrigin, "tree-allow-origin", "", "origin whose web pages may read the tree (Access-Control-Allow-Origin), or *; empty: none")
+	f.StringVar(&c.ListenTree, "listen-tree", "", "IP:port of the read-only tree for containers, usually "+
+		"169.254.169.250:80")
+	f.StringArrayVar(&c.TreeLabels, "tree-label", nil, "name of a container's label that the tree shows to all "+
+		"containers, or prefix*, repeated; those of services are always shown")
+	f.StringVar(&c.TreeOrigin, "tree-allow-origin", "", "origin whose web pages may read the tree "+
+		"(Access-Control-Allow-Origin), or *; empty: none")
 	f.StringVar(&c.ListenMetrics, "listen-metrics", "", "IP:port of /metrics, /healthz and /readyz, beside the socket")
 	f.DurationVar(&c.StartTimeout, "start-timeout", time.Minute, "give up when the store was silent for so long")
 	f.DurationVar(&c.LeaseTTL, "lease", 30*time.Second, "a host that is silent for so long counts as gone")
@@ -74,7 +78,8 @@ func (c *config) flags(f *pflag.FlagSet) {
 
 func (c *config) storeFlags(f *pflag.FlagSet) {
 	f.StringVar(&c.DataDir, "data-dir", "/var/lib/lariat/etcd", "folder of the embedded store")
-	f.StringSliceVar(&c.Endpoints, "etcd-endpoints", nil, "use this etcd instead of the embedded store: https://host:port,…")
+	f.StringSliceVar(&c.Endpoints, "etcd-endpoints", nil, "use this etcd instead of the embedded store: "+
+		"https://host:port,…")
 	f.StringVar(&c.CA, "etcd-ca", "", "CA certificates that etcd's peers must be signed by")
 	f.StringVar(&c.Cert, "etcd-cert", "", "certificate of this host")
 	f.StringVar(&c.Key, "etcd-key", "", "key of the certificate")
@@ -97,7 +102,8 @@ func (c *config) normalize() error {
 		c.Prefix += "/"
 	}
 	if len(c.Endpoints) > 0 && (c.ListenClient != "" || c.ListenPeer != "" || c.InitialCluster != "") {
-		return errors.New("--etcd-endpoints uses an existing store; --listen-client, --listen-peer and --initial-cluster are of the embedded one")
+		return errors.New("--etcd-endpoints uses an existing store; --listen-client, --listen-peer and " +
+			"--initial-cluster are of the embedded one")
 	}
 	for _, e := range c.Endpoints {
 		if err := safeEndpoint(e); err != nil {
@@ -131,7 +137,8 @@ func (c *config) tls() (*tls.Config, error) {
 		return nil, nil
 	}
 	if c.CA == "" || c.Cert == "" || c.Key == "" {
-		return nil, errors.New("--etcd-endpoints with https needs --etcd-ca, --etcd-cert and --etcd-key; `lariat certs` makes them")
+		return nil, errors.New("--etcd-endpoints with https needs --etcd-ca, --etcd-cert and --etcd-key; `lariat certs` " +
+			"makes them")
 	}
 	pem, err := os.ReadFile(c.CA)
 	if err != nil {
@@ -252,7 +259,8 @@ func (c *config) underlay() ([]metadata.Underlay, error) {
 		}
 	}
 	if len(out) == 0 {
-		return nil, fmt.Errorf("no address found by which other hosts could reach this one; give it with --underlay IP/len (this host has %s)", strings.Join(known, ", "))
+		return nil, fmt.Errorf("no address found by which other hosts could reach this one; give it with --underlay "+
+			"IP/len (this host has %s)", strings.Join(known, ", "))
 	}
 	return out, nil
 }
@@ -278,7 +286,8 @@ func choose(list []metadata.Underlay, gateway netip.Addr) (best metadata.Underla
 	return best
 }
 
-// virtual interfaces carry containers, not hosts. A veth may be a host's uplink all the same, when the host is a namespace.
+// virtual interfaces carry containers, not hosts. A veth may be a host's uplink all the same, when the host
+// is a namespace.
 func virtual(l netlink.Link) bool {
 	switch l.Type() {
 	case "vxlan", "geneve", "wireguard", "xfrm", "ipip", "sit", "dummy":
@@ -294,7 +303,8 @@ func virtual(l netlink.Link) bool {
 }
 
 func usage(w io.Writer, f *pflag.FlagSet) {
-	fmt.Fprintf(w, "lariat-metadata: the metadata service of one host\n\n  lariat-metadata [flags]\n  lariat-metadata backup [flags] FILE\n  lariat-metadata restore [flags] FILE\n\n%s", f.FlagUsages())
+	fmt.Fprintf(w, "lariat-metadata: the metadata service of one host\n\n  lariat-metadata [flags]\n  "+
+		"lariat-metadata backup [flags] FILE\n  lariat-metadata restore [flags] FILE\n\n%s", f.FlagUsages())
 }
 
 // memberURL finds a member's URL in an --initial-cluster list.

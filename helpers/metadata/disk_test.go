@@ -122,7 +122,8 @@ func TestDiskFullIsNamedAndLosesNothing(t *testing.T) {
 	var refused error
 	until("the refusal", func() bool { refused = take(1); return refused != nil })
 	var e *metadata.Error
-	if !errors.As(refused, &e) || e.Code != metadata.CodeUnavailable || !strings.Contains(e.Message, data) || !strings.Contains(e.Message, "free some space") {
+	if !errors.As(refused, &e) || e.Code != metadata.CodeUnavailable || !strings.Contains(e.Message, data) ||
+		!strings.Contains(e.Message, "free some space") {
 		t.Errorf("%v", refused)
 	}
 	if list, err := p.Allocations(ctx, "lan", false); err != nil || len(list) != len(want) {

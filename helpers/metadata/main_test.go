@@ -85,14 +85,17 @@ func shortDir(t testing.TB) string {
 func identity(dir, host string) []string {
 	os.WriteFile(filepath.Join(dir, "machine-id"), []byte("machine-"+host), 0o600) //nolint:errcheck // noticed at start
 	os.WriteFile(filepath.Join(dir, "boot-id"), []byte("boot-"+host), 0o600)       //nolint:errcheck // noticed at start
-	return []string{"--host-name", host, "--socket", filepath.Join(dir, "s"), "--data-dir", filepath.Join(dir, "etcd"), "--underlay", "127.0.0.1/8",
-		"--machine-id-file", filepath.Join(dir, "machine-id"), "--boot-id-file", filepath.Join(dir, "boot-id"), "--start-timeout", "30s"}
+	return []string{"--host-name", host, "--socket", filepath.Join(dir, "s"), "--data-dir", filepath.Join(dir, "etcd"),
+		"--underlay", "127.0.0.1/8",
+		"--machine-id-file", filepath.Join(dir, "machine-id"), "--boot-id-file", filepath.Join(dir, "boot-id"),
+		"--start-timeout", "30s"}
 }
 
 // start runs the program in a folder and does not wait.
 func start(t testing.TB, dir, host string, flags ...string) *proc {
 	t.Helper()
-	p := &proc{Client: metadata.Client{Socket: filepath.Join(dir, "s")}, dir: dir, log: &syncBuffer{}, done: make(chan struct{})}
+	p := &proc{Client: metadata.Client{Socket: filepath.Join(dir, "s")}, dir: dir, log: &syncBuffer{},
+		done: make(chan struct{})}
 	p.cmd = program(append(identity(dir, host), flags...)...)
 	p.cmd.Stderr = p.log
 	if err := p.cmd.Start(); err != nil {
@@ -219,7 +222,8 @@ func TestF148_KillDuringTenThousandWrites(t *testing.T) {
 	}
 	lost := 0
 	acknowledged.Range(func(id, a any) bool {
-		if x := have[id.(string)]; x.Address != a.(metadata.AttachmentAddress).Address || x.Sequence != a.(metadata.AttachmentAddress).Sequence {
+		if x := have[id.(string)]; x.Address != a.(metadata.AttachmentAddress).Address ||
+			x.Sequence != a.(metadata.AttachmentAddress).Sequence {
 			lost++
 		}
 		return true
@@ -246,7 +250,8 @@ func TestOneServicePerSocket(t *testing.T) {
 		}
 	}
 	out, err := program(identity(dir, "a")...).CombinedOutput()
-	if err == nil || !strings.Contains(string(out), fmt.Sprintf("process id %d", p.cmd.Process.Pid)) || !strings.Contains(string(out), filepath.Join(dir, "s")) {
+	if err == nil || !strings.Contains(string(out), fmt.Sprintf("process id %d", p.cmd.Process.Pid)) ||
+		!strings.Contains(string(out), filepath.Join(dir, "s")) {
 		t.Errorf("%v: %s", err, out)
 	}
 	p.stop(t)
@@ -345,7 +350,8 @@ func TestCorruptionIsNamed(t *testing.T) {
 		}
 		os.WriteFile(damage, bad, 0o600) //nolint:errcheck // noticed below
 		out, err := program(identity(dir, "a")...).CombinedOutput()
-		if err == nil || !strings.Contains(string(out), filepath.Join(dir, "etcd")) || !strings.Contains(string(out), "lariat-metadata restore FILE") {
+		if err == nil || !strings.Contains(string(out), filepath.Join(dir, "etcd")) ||
+			!strings.Contains(string(out), "lariat-metadata restore FILE") {
 			t.Errorf("%s: %v: %s", damage, err, out)
 		}
 		os.WriteFile(damage, good, 0o600) //nolint:errcheck // noticed below
@@ -448,7 +454,8 @@ func TestF146_OneStoreToThreeAndBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	blocks := regexp.MustCompile("(?s)<!-- on: ([a-z0-9 ]+) -->\n```sh\n(.*?)```").FindAllStringSubmatch(string(readme), -1)
+	blocks := regexp.MustCompile("(?s)<!-- on: ([a-z0-9 ]+) -->\n```sh\n(.*?)```").FindAllStringSubmatch(string(readme),
+		-1)
 	if len(blocks) != 8 {
 		t.Fatalf("%d blocks of commands in README.md", len(blocks))
 	}
@@ -460,7 +467,8 @@ func TestF146_OneStoreToThreeAndBack(t *testing.T) {
 	}
 	w := &world{t: t, root: root, client: freePort(t), peer: freePort(t), running: map[string]*proc{}}
 	for i, h := range []string{"h1", "h2", "h3"} {
-		if _, err := certs.Host(pki, certs.Request{Name: h, IPs: []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, byte(i + 1)})}}, now); err != nil {
+		if _, err := certs.Host(pki,
+			certs.Request{Name: h, IPs: []netip.Addr{netip.AddrFrom4([4]byte{127, 0, 0, byte(i + 1)})}}, now); err != nil {
 			t.Fatal(err)
 		}
 		for _, d := range []string{"etc", "root", "var"} {
@@ -473,11 +481,14 @@ func TestF146_OneStoreToThreeAndBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(os.Mkdir(filepath.Join(root, "bin"), 0o700), os.Symlink(self, filepath.Join(root, "bin/lariat-metadata"))); err != nil {
+	if err := errors.Join(os.Mkdir(filepath.Join(root, "bin"), 0o700),
+		os.Symlink(self, filepath.Join(root, "bin/lariat-metadata"))); err != nil {
 		t.Fatal(err)
 	}
-	one := "--listen-client https://127.0.0.1:" + w.client + " --etcd-ca " + pki + "/ca.crt --etcd-cert " + pki + "/h1.crt --etcd-key " + pki + "/h1.key"
-	os.WriteFile(filepath.Join(root, "h1/etc/metadata.env"), []byte("METADATA_FLAGS="+one+"\n"), 0o600) //nolint:errcheck // noticed at start
+	one := "--listen-client https://127.0.0.1:" + w.client + " --etcd-ca " + pki + "/ca.crt --etcd-cert " + pki +
+		"/h1.crt --etcd-key " + pki + "/h1.key"
+	os.WriteFile(filepath.Join(root, "h1/etc/metadata.env"), []byte("METADATA_FLAGS="+one+"\n"),
+		0o600) //nolint:errcheck // noticed at start
 	w.systemctl("h1", "start")
 	w.running["h1"].ready(t)
 	got := map[netip.Addr]string{}
@@ -520,7 +531,8 @@ func TestF146_OneStoreToThreeAndBack(t *testing.T) {
 	// One member lost: writes go on, the leader or not.
 	start := time.Now()
 	hosts := []string{"h1", "h2", "h3"}
-	leader := slices.IndexFunc(hosts, func(h string) bool { return strings.Contains(w.running[h].metrics(t), "\nlariat_store_leader 1\n") })
+	leader := slices.IndexFunc(hosts,
+		func(h string) bool { return strings.Contains(w.running[h].metrics(t), "\nlariat_store_leader 1\n") })
 	if leader < 0 {
 		t.Fatal("nobody leads")
 	}
@@ -587,7 +599,8 @@ func (w *world) local(host, s string) string {
 	s = strings.ReplaceAll(s, "NAME=h1\n", "NAME="+host+"\n")
 	s = strings.NewReplacer("192.0.2.", "127.0.0.", ":2379", ":"+w.client, ":2380", ":"+w.peer,
 		"/etc/lariat/pki/", w.root+"/pki/", "/etc/lariat/", w.root+"/"+host+"/etc/", "/var/lib/lariat/", w.root+"/"+host+"/",
-		"/run/lariat/metadata.sock", w.root+"/"+host+"/s", "root@192.0.2.2:/root/", w.root+"/h2/root/", "root@192.0.2.3:/root/", w.root+"/h3/root/",
+		"/run/lariat/metadata.sock", w.root+"/"+host+"/s", "root@192.0.2.2:/root/", w.root+"/h2/root/",
+		"root@192.0.2.3:/root/", w.root+"/h3/root/",
 		" /root/", " "+w.root+"/"+host+"/root/").Replace(s)
 	return strings.ReplaceAll(s, "scp ", "cp ")
 }
@@ -603,7 +616,8 @@ func (w *world) block(b []string) {
 				return
 			}
 			if strings.Contains(part.String(), "lariat-metadata backup "+w.root) {
-				part2 := strings.ReplaceAll(part.String(), "lariat-metadata backup ", "lariat-metadata backup --socket "+w.root+"/"+host+"/s ")
+				part2 := strings.ReplaceAll(part.String(), "lariat-metadata backup ", "lariat-metadata backup --socket "+w.root+"/"+
+					host+"/s ")
 				part.Reset()
 				part.WriteString(part2)
 			}

@@ -122,9 +122,11 @@ func serve(args []string, stdout, stderr io.Writer) error {
 			s.ObserveStore(op, took, err)
 		}
 	}
-	s, err = server.New(ctx, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay, Foreign: foreign,
-		Labels: c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, Device: plan.Device,
-		TreeLabels: c.TreeLabels, TreeOrigin: c.TreeOrigin, Kept: filepath.Join(c.StateDir, "entries.json"), LeaseTTL: c.LeaseTTL, Log: log,
+	s, err = server.New(ctx, server.Config{HostName: c.HostName, MachineID: machine, BootID: boot, Underlay: underlay,
+		Foreign: foreign,
+		Labels:  c.Labels, Version: version, MTU: mtu.Container, Overhead: mtu.Overhead, Device: plan.Device,
+		TreeLabels: c.TreeLabels, TreeOrigin: c.TreeOrigin, Kept: filepath.Join(c.StateDir, "entries.json"),
+		LeaseTTL: c.LeaseTTL, Log: log,
 		Start: c.StartTimeout, Progress: func() { service.Starting(c.StartTimeout) }}, st)
 	if err != nil {
 		return err

@@ -1,5 +1,5 @@
-// Command lariat-network-manager keeps one host's kernel equal to the metadata: the overlay's devices, routes, neighbours and
-// forwarding entries, host NAT, leftovers of dead containers. See README.md.
+// Command lariat-network-manager keeps one host's kernel equal to the metadata: the overlay's devices,
+// routes, neighbours and forwarding entries, host NAT, leftovers of dead containers. See README.md.
 package main
 
 import "os"

@@ -66,7 +66,8 @@ func manage(conf config, log *slog.Logger) error {
 	}
 	m := &reconcile.Manager{
 		Client: metadata.Client{Socket: conf.metadataSocket}, Journal: journal.New(conf.stateDir), Kernel: k,
-		BootID: strings.TrimSpace(string(boot)), Log: log, Every: conf.every, Grace: conf.grace, MetadataAddress: conf.metadataAddress,
+		BootID: strings.TrimSpace(string(boot)), Log: log, Every: conf.every, Grace: conf.grace,
+		MetadataAddress: conf.metadataAddress,
 	}
 	m.Tunnels = tunnels(conf, k, m, log)
 	defer m.Tunnels.Daemon.Close()
@@ -288,11 +289,15 @@ const reloadTimeout = 30 * time.Second
 type collector struct{ m *reconcile.Manager }
 
 var (
-	descUp       = prometheus.NewDesc("lariat_concern_ok", "1 when the concern's last pass succeeded.", []string{"concern"}, nil)
+	descUp = prometheus.NewDesc("lariat_concern_ok", "1 when the concern's last pass succeeded.",
+		[]string{"concern"}, nil)
 	descPasses   = prometheus.NewDesc("lariat_concern_passes_total", "Passes of the concern.", []string{"concern"}, nil)
-	descFailures = prometheus.NewDesc("lariat_concern_failures_total", "Passes of the concern that failed.", []string{"concern"}, nil)
-	descChanges  = prometheus.NewDesc("lariat_concern_changes_total", "Changes that the concern made to the host.", []string{"concern"}, nil)
-	descTook     = prometheus.NewDesc("lariat_concern_duration_seconds", "How long the concern's last pass took.", []string{"concern"}, nil)
+	descFailures = prometheus.NewDesc("lariat_concern_failures_total", "Passes of the concern that failed.",
+		[]string{"concern"}, nil)
+	descChanges = prometheus.NewDesc("lariat_concern_changes_total", "Changes that the concern made to the host.",
+		[]string{"concern"}, nil)
+	descTook = prometheus.NewDesc("lariat_concern_duration_seconds", "How long the concern's last pass took.",
+		[]string{"concern"}, nil)
 	descRevision = prometheus.NewDesc("lariat_metadata_revision", "Revision of the metadata that is in force.", nil, nil)
 )
 

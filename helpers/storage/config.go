@@ -41,7 +41,8 @@ type config struct {
 
 var errHelp = errors.New("help")
 
-// builtIn are the drivers that need no executable: what Swarm is told of their volumes, and what makes one of the environment.
+// builtIn are the drivers that need no executable: what Swarm is told of their volumes, and what makes one of
+// the environment.
 var builtIn = map[string]struct {
 	scope string
 	open  func(getenv func(string) string, log *slog.Logger) (volume.Driver, error)
@@ -79,16 +80,22 @@ func parse(args []string, stdout io.Writer) (config, error) {
 	var level string
 	f := pflag.NewFlagSet("lariat-storage", pflag.ContinueOnError)
 	f.SetOutput(io.Discard)
-	f.StringVar(&c.driver, "driver", "", "one that is built in ("+builtInNames()+"), or the path of an executable that speaks FlexVolume")
+	f.StringVar(&c.driver, "driver", "", "one that is built in ("+builtInNames()+
+		"), or the path of an executable that speaks FlexVolume")
 	f.StringVar(&c.name, "name", "", "what Docker's users call the driver; empty: lariat- and the driver's name")
-	f.StringVar(&c.dialect, "dialect", "rancher", "how an executable is called: rancher (create, mount DIR DEVICE JSON) or kubernetes (mount DIR JSON)")
+	f.StringVar(&c.dialect, "dialect", "rancher", "how an executable is called: rancher (create, mount DIR DEVICE "+
+		"JSON) or kubernetes (mount DIR JSON)")
 	f.StringVar(&c.socket, "socket", "", "unix socket for Docker; empty: /run/docker/plugins/NAME.sock")
-	f.StringVar(&c.stateDir, "state-dir", "/var/lib/lariat/storage", "the journal of volumes and their users, in a folder for each name")
+	f.StringVar(&c.stateDir, "state-dir", "/var/lib/lariat/storage",
+		"the journal of volumes and their users, in a folder for each name")
 	f.StringVar(&c.mountDir, "mount-dir", "/run/lariat/storage", "where volumes are mounted: MOUNT-DIR/NAME/VOLUME")
 	f.StringVar(&c.scope, "scope", "",
-		"what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs, efs and ebs, else local")
-	f.StringVar(&c.listen, "listen-metrics", "", "TCP address for /metrics, /healthz and /readyz, such as 127.0.0.1:9477; empty: the unix socket alone")
-	f.StringVar(&c.metadata, "metadata-socket", metadata.DefaultSocket, "lariat-metadata's unix socket, to list volumes there whenever it answers; empty: never")
+		"what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs, efs and ebs, "+
+			"else local")
+	f.StringVar(&c.listen, "listen-metrics", "", "TCP address for /metrics, /healthz and /readyz, such as "+
+		"127.0.0.1:9477; empty: the unix socket alone")
+	f.StringVar(&c.metadata, "metadata-socket", metadata.DefaultSocket,
+		"lariat-metadata's unix socket, to list volumes there whenever it answers; empty: never")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	showVersion := f.Bool("version", false, "print the version")
 	help := f.BoolP("help", "h", false, "print the manual")

@@ -1,4 +1,5 @@
-// Command lariat-storage lets Docker and Podman use a volume driver: the built-in nfs, or any executable that speaks FlexVolume. See README.md.
+// Command lariat-storage lets Docker and Podman use a volume driver: the built-in nfs, or any executable that
+// speaks FlexVolume. See README.md.
 package main
 
 import (

@@ -11,8 +11,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/dockerapi"
 )
 
-// publisher tells the metadata service which volumes this host has of the driver. Docker's calls do not wait for it and do not fail by it: each pass
-// compares all volumes with what the service has, so what could not be told is told later.
+// publisher tells the metadata service which volumes this host has of the driver. Docker's calls do not wait
+// for it and do not fail by it: each pass compares all volumes with what the service has, so what could not
+// be told is told later.
 type publisher struct {
 	client  metadata.Client
 	driver  string // as Docker's users call it
@@ -28,7 +29,8 @@ const (
 	askTime    = 10 * time.Second       // for one answer of the service
 	retryFirst = time.Second            // after a pass that failed, and twice as long after each further one
 	retryLast  = time.Minute
-	checkEvery = 10 * time.Minute // what the service has is read again: it may have been restored, or have forgotten this host
+	// what the service has is read again: it may have been restored, or have forgotten this host
+	checkEvery = 10 * time.Minute
 )
 
 // changed never waits.
@@ -119,7 +121,8 @@ func (p *publisher) tell(ctx context.Context, told map[string]metadata.Volume) (
 		if told[v.Name] == now {
 			continue
 		}
-		if err := ask(func(ctx context.Context) error { return p.client.PutVolume(ctx, now) }); errors.Is(err, metadata.ErrUnreachable) {
+		if err := ask(func(ctx context.Context) error { return p.client.PutVolume(ctx, now) }); errors.Is(err,
+			metadata.ErrUnreachable) {
 			return nil, err
 		} else if err != nil {
 			errs = append(errs, err) // the others are told nevertheless
@@ -139,9 +142,11 @@ func (p *publisher) tell(ctx context.Context, told map[string]metadata.Volume) (
 	return told, errors.Join(errs...)
 }
 
-// describe is what others may know of a volume. Two are equal by == because the time is in whole seconds of UTC, as in JSON.
+// describe is what others may know of a volume. Two are equal by == because the time is in whole seconds of
+// UTC, as in JSON.
 func (p *publisher) describe(v dockerapi.Volume) metadata.Volume {
-	out := metadata.Volume{Driver: p.driver, Name: v.Name, Scope: p.scope, State: string(v.State), Created: v.Created.UTC().Truncate(time.Second)}
+	out := metadata.Volume{Driver: p.driver, Name: v.Name, Scope: p.scope, State: string(v.State),
+		Created: v.Created.UTC().Truncate(time.Second)}
 	for _, n := range v.Users {
 		out.Users += n
 	}

@@ -74,7 +74,8 @@ func (p *process) kill() {
 // metadataBinary is the real lariat-metadata: of LARIAT_BIN, or built for the test.
 func metadataBinary(t *testing.T) string {
 	t.Helper()
-	if file := filepath.Join(os.Getenv("LARIAT_BIN"), "lariat-metadata"); filepath.IsAbs(file) && exec.Command(file, "--help").Run() == nil {
+	if file := filepath.Join(os.Getenv("LARIAT_BIN"), "lariat-metadata"); filepath.IsAbs(file) &&
+		exec.Command(file, "--help").Run() == nil {
 		return file
 	}
 	file := filepath.Join(t.TempDir(), "lariat-metadata")
@@ -99,9 +100,10 @@ func newHost(t *testing.T) *host {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	h := &host{dir: dir, client: metadata.Client{Socket: dir + "/m"}}
-	h.docker.Transport = &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", dir+"/p")
-	}}
+	h.docker.Transport = &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", dir+"/p")
+		}}
 	for name, text := range map[string]string{"id": strings.Repeat("1", 32), "shell": driver} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o700); err != nil {
 			t.Fatal(err)
@@ -112,7 +114,8 @@ func newHost(t *testing.T) *host {
 
 func (h *host) metadata(t *testing.T, bin string) *process {
 	t.Helper()
-	p := start(t, exec.Command(bin, "--host-name", "h1", "--socket", h.client.Socket, "--data-dir", h.dir+"/etcd", "--underlay", "127.0.0.1/8", "--machine-id-file", h.dir+"/id"))
+	p := start(t, exec.Command(bin, "--host-name", "h1", "--socket", h.client.Socket, "--data-dir", h.dir+"/etcd",
+		"--underlay", "127.0.0.1/8", "--machine-id-file", h.dir+"/id"))
 	eventually(t, "lariat-metadata", func() error { _, err := h.client.View(t.Context()); return err })
 	return p
 }
@@ -123,7 +126,8 @@ func (h *host) storage(t *testing.T) *process {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(self, "--driver", h.dir+"/shell", "--name", "lariat-shell", "--socket", h.dir+"/p", "--state-dir", h.dir+"/state", "--mount-dir", h.dir+"/mounts",
+	cmd := exec.Command(self, "--driver", h.dir+"/shell", "--name", "lariat-shell", "--socket", h.dir+"/p", "--state-dir",
+		h.dir+"/state", "--mount-dir", h.dir+"/mounts",
 		"--metadata-socket", h.client.Socket, "--log-level", "debug")
 	cmd.Env = append(os.Environ(), asProgram+"=1")
 	p := start(t, cmd)
@@ -187,7 +191,8 @@ func eventually(t *testing.T, what string, check func() error) {
 	}
 }
 
-// F103: volumes are listed in the metadata of a real lariat-metadata when it is there, and Docker's calls do not need it.
+// F103: volumes are listed in the metadata of a real lariat-metadata when it is there, and Docker's calls do
+// not need it.
 func TestF103VolumesInMetadata(t *testing.T) {
 	const secret = "hunter2-is-a-secret"
 	h := newHost(t)
@@ -206,7 +211,8 @@ func TestF103VolumesInMetadata(t *testing.T) {
 		t.Errorf("created %s", list[0].Created)
 	}
 	list[0].Created = time.Time{}
-	if want := (metadata.Volume{Driver: "lariat-shell", Name: "early", Scope: "local", Host: "h1", State: "ready"}); list[0] != want {
+	if want := (metadata.Volume{Driver: "lariat-shell", Name: "early", Scope: "local", Host: "h1",
+		State: "ready"}); list[0] != want {
 		t.Errorf("%+v, want %+v", list[0], want)
 	}
 	h.call(t, "Create", "first", nil)
@@ -284,8 +290,10 @@ func TestF103MetadataThatHangs(t *testing.T) {
 func TestDescribe(t *testing.T) {
 	p := publisher{driver: "lariat-nfs", scope: "global"}
 	created := time.Date(2026, 5, 4, 3, 2, 1, 999, time.FixedZone("", 3600))
-	v := dockerapi.Volume{Name: "data", State: dockerapi.Ready, Mounted: true, Users: map[string]int{"a": 2, "b": 1}, Created: created}
-	want := metadata.Volume{Driver: "lariat-nfs", Name: "data", Scope: "global", State: "ready", Users: 3, Created: time.Date(2026, 5, 4, 2, 2, 1, 0, time.UTC)}
+	v := dockerapi.Volume{Name: "data", State: dockerapi.Ready, Mounted: true, Users: map[string]int{"a": 2, "b": 1},
+		Created: created}
+	want := metadata.Volume{Driver: "lariat-nfs", Name: "data", Scope: "global", State: "ready", Users: 3,
+		Created: time.Date(2026, 5, 4, 2, 2, 1, 0, time.UTC)}
 	if got := p.describe(v); got != want {
 		t.Errorf("%+v, want %+v", got, want)
 	}

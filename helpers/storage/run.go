@@ -47,10 +47,12 @@ func serve(conf config, log *slog.Logger) error {
 		return err
 	}
 	m := newMeter()
-	publish := &publisher{client: metadata.Client{Socket: conf.metadata}, driver: conf.name, scope: conf.scope, log: log, wake: make(chan struct{}, 1)}
+	publish := &publisher{client: metadata.Client{Socket: conf.metadata}, driver: conf.name, scope: conf.scope, log: log,
+		wake: make(chan struct{}, 1)}
 	docker, err := dockerapi.New(dockerapi.Config{
-		Driver: driver, Name: conf.name, Scope: conf.scope, Log: log, Observe: m.observe, Changed: publish.changed, DetachDevice: conf.dialect == "rancher",
-		StateDir: filepath.Join(conf.stateDir, conf.name), MountDir: filepath.Join(conf.mountDir, conf.name),
+		Driver: driver, Name: conf.name, Scope: conf.scope, Log: log, Observe: m.observe, Changed: publish.changed,
+		DetachDevice: conf.dialect == "rancher",
+		StateDir:     filepath.Join(conf.stateDir, conf.name), MountDir: filepath.Join(conf.mountDir, conf.name),
 	})
 	if err != nil {
 		return err
@@ -89,7 +91,8 @@ func serve(conf config, log *slog.Logger) error {
 }
 
 // handler returns Docker's protocol, and what people and monitors ask.
-func handler(docker *dockerapi.Server, driver volume.Driver, registry *prometheus.Registry, log *slog.Logger) *service.Server {
+func handler(docker *dockerapi.Server, driver volume.Driver, registry *prometheus.Registry,
+	log *slog.Logger) *service.Server {
 	api := service.New(log, service.Health{Metrics: registry, Ready: func(ctx context.Context) error {
 		ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
@@ -122,8 +125,10 @@ type meter struct {
 
 func newMeter() meter {
 	return meter{
-		prometheus.NewCounterVec(prometheus.CounterOpts{Name: "lariat_storage_calls_total", Help: "Calls of Docker by their result: ok, final or error, which may pass by itself."}, []string{"call", "result"}),
-		prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "lariat_storage_call_duration_seconds", Help: "How long calls took.", Buckets: []float64{.001, .005, .02, .1, .5, 2, 10, 60}}, []string{"call"}),
+		prometheus.NewCounterVec(prometheus.CounterOpts{Name: "lariat_storage_calls_total",
+			Help: "Calls of Docker by their result: ok, final or error, which may pass by itself."}, []string{"call", "result"}),
+		prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "lariat_storage_call_duration_seconds",
+			Help: "How long calls took.", Buckets: []float64{.001, .005, .02, .1, .5, 2, 10, 60}}, []string{"call"}),
 	}
 }
 
@@ -162,7 +167,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.NewInvalidMetric(descVolumes, err)
 		return
 	}
-	states := map[dockerapi.State]int{dockerapi.Creating: 0, dockerapi.Ready: 0, dockerapi.Removing: 0, dockerapi.Recovered: 0}
+	states := map[dockerapi.State]int{dockerapi.Creating: 0, dockerapi.Ready: 0, dockerapi.Removing: 0,
+		dockerapi.Recovered: 0}
 	mounted, users := 0, 0
 	for _, v := range all {
 		states[v.State]++

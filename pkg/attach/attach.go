@@ -1,6 +1,7 @@
 // Package attach plans one container's connection to its host: a routed veth pair, its addresses and routes.
 //
-// Pure: from what the metadata service or another IPAM plugin answered to a delta.Endpoint, which the kernel package makes.
+// Pure: from what the metadata service or another IPAM plugin answered to a delta.Endpoint, which the kernel
+// package makes.
 package attach
 
 import (
@@ -20,8 +21,8 @@ var HostMAC = delta.MAC{0x0e, 0xfe, 0, 0, 0, 1}
 // Gateway6 is every container's IPv6 gateway: the host's end of its port.
 var Gateway6 = netip.MustParseAddr("fe80::1")
 
-// Gateway4 is a container's IPv4 gateway on a host that has no overlay address of its own (all blocks were taken when it
-// joined, so it borrows). Nobody answers for it but the permanent neighbour entry.
+// Gateway4 is a container's IPv4 gateway on a host that has no overlay address of its own (all blocks were
+// taken when it joined, so it borrows). Nobody answers for it but the permanent neighbour entry.
 var Gateway4 = netip.MustParseAddr("169.254.1.1")
 
 var encoding = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPadding(base32.NoPadding)
@@ -57,7 +58,8 @@ func Plan(a *metadata.Attachment, c Config) delta.Endpoint {
 	p := delta.Endpoint{
 		Network: a.Network, ContainerID: c.ID.ContainerID, IfName: c.ID.IfName,
 		HostName: HostName(c.ID), HostMAC: HostMAC, MAC: c.MAC, MTU: a.MTU,
-		Alias: delta.EndpointAlias{Network: a.Network, ContainerID: c.ID.ContainerID, IfName: c.ID.IfName, Name: c.Name}.String(),
+		Alias: delta.EndpointAlias{Network: a.Network, ContainerID: c.ID.ContainerID, IfName: c.ID.IfName,
+			Name: c.Name}.String(),
 	}
 	if p.MAC == (delta.MAC{}) {
 		p.MAC = delta.MAC(a.MAC)
@@ -92,7 +94,10 @@ func Plan(a *metadata.Attachment, c Config) delta.Endpoint {
 	}
 	for _, r := range c.Routes {
 		r.Via = gatewayFor(r.Dst, p.Gateways)
-		if r.Via.IsValid() && !slices.ContainsFunc(p.Routes, func(o delta.EndpointRoute) bool { return o.Dst == r.Dst && o.Table == r.Table }) {
+		if r.Via.IsValid() && !slices.ContainsFunc(p.Routes, func(o delta.EndpointRoute) bool {
+			return o.Dst == r.Dst &&
+				o.Table == r.Table
+		}) {
 			p.Routes = append(p.Routes, r)
 		}
 	}

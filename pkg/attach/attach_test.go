@@ -16,7 +16,8 @@ var id = metadata.AttachmentID{ContainerID: "c0ffee", IfName: "eth0"}
 
 // answer is the metadata service's, with addresses written as address or address>gateway.
 func answer(addresses ...string) *metadata.Attachment {
-	a := &metadata.Attachment{Network: "overlay", MTU: 1450, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")}}
+	a := &metadata.Attachment{Network: "overlay", MTU: 1450, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"),
+		netip.MustParsePrefix("fd42::/48")}}
 	for _, s := range addresses {
 		addr, gw, has := strings.Cut(s, ">")
 		x := metadata.AttachmentAddress{Address: netip.MustParseAddr(addr)}
@@ -40,18 +41,28 @@ func TestF1_F20_Plan(t *testing.T) {
 		routes   string
 	}{
 		{"IPv4", answer("10.42.0.5>10.42.0.1"), attach.Config{}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
-		{"IPv6: the host's end, whatever the host's overlay address is", answer("fd42::5>fd42::1"), attach.Config{}, "[fe80::1]", "::/0 via fe80::1"},
-		{"both", answer("10.42.0.5>10.42.0.1", "fd42::5>fd42::1"), attach.Config{}, "[10.42.0.1 fe80::1]", "0.0.0.0/0 via 10.42.0.1, ::/0 via fe80::1"},
-		{"a host that has no overlay address, since it borrows", answer("10.42.0.5"), attach.Config{}, "[169.254.1.1]", "0.0.0.0/0 via 169.254.1.1"},
-		{"two addresses of a family share the gateway and the route", answer("10.42.0.5>10.42.0.1", "10.42.0.6>10.42.0.1"), attach.Config{}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
-		{"no default route: the network's subnets of the families it has", answer("10.42.0.5>10.42.0.1"), attach.Config{NoDefaultRoute: true}, "[10.42.0.1]", "10.42.0.0/16 via 10.42.0.1"},
-		{"no default route, both", answer("10.42.0.5>10.42.0.1", "fd42::5"), attach.Config{NoDefaultRoute: true}, "[10.42.0.1 fe80::1]", "10.42.0.0/16 via 10.42.0.1, fd42::/48 via fe80::1"},
-		{"further routes take the gateway of their family", answer("10.42.0.5>10.42.0.1", "fd42::5"), attach.Config{Routes: []delta.EndpointRoute{route("10.99.0.0/16", 0), route("fd99::/48", 7)}}, "[10.42.0.1 fe80::1]",
+		{"IPv6: the host's end, whatever the host's overlay address is", answer("fd42::5>fd42::1"), attach.Config{},
+			"[fe80::1]", "::/0 via fe80::1"},
+		{"both", answer("10.42.0.5>10.42.0.1", "fd42::5>fd42::1"), attach.Config{}, "[10.42.0.1 fe80::1]",
+			"0.0.0.0/0 via 10.42.0.1, ::/0 via fe80::1"},
+		{"a host that has no overlay address, since it borrows", answer("10.42.0.5"), attach.Config{}, "[169.254.1.1]",
+			"0.0.0.0/0 via 169.254.1.1"},
+		{"two addresses of a family share the gateway and the route", answer("10.42.0.5>10.42.0.1", "10.42.0.6>10.42.0.1"),
+			attach.Config{}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
+		{"no default route: the network's subnets of the families it has", answer("10.42.0.5>10.42.0.1"),
+			attach.Config{NoDefaultRoute: true}, "[10.42.0.1]", "10.42.0.0/16 via 10.42.0.1"},
+		{"no default route, both", answer("10.42.0.5>10.42.0.1", "fd42::5"), attach.Config{NoDefaultRoute: true},
+			"[10.42.0.1 fe80::1]", "10.42.0.0/16 via 10.42.0.1, fd42::/48 via fe80::1"},
+		{"further routes take the gateway of their family", answer("10.42.0.5>10.42.0.1", "fd42::5"),
+			attach.Config{Routes: []delta.EndpointRoute{route("10.99.0.0/16", 0), route("fd99::/48", 7)}}, "[10.42.0.1 fe80::1]",
 			"0.0.0.0/0 via 10.42.0.1, ::/0 via fe80::1, 10.99.0.0/16 via 10.42.0.1, fd99::/48 via fe80::1 table 7"},
-		{"a route of a family that it has not is left out", answer("10.42.0.5>10.42.0.1"), attach.Config{Routes: []delta.EndpointRoute{route("fd99::/48", 0)}}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
-		{"a default route that is asked for is there once", answer("10.42.0.5>10.42.0.1"), attach.Config{Routes: []delta.EndpointRoute{route("0.0.0.0/0", 0), route("0.0.0.0/0", 7)}}, "[10.42.0.1]",
+		{"a route of a family that it has not is left out", answer("10.42.0.5>10.42.0.1"),
+			attach.Config{Routes: []delta.EndpointRoute{route("fd99::/48", 0)}}, "[10.42.0.1]", "0.0.0.0/0 via 10.42.0.1"},
+		{"a default route that is asked for is there once", answer("10.42.0.5>10.42.0.1"),
+			attach.Config{Routes: []delta.EndpointRoute{route("0.0.0.0/0", 0), route("0.0.0.0/0", 7)}}, "[10.42.0.1]",
 			"0.0.0.0/0 via 10.42.0.1, 0.0.0.0/0 via 10.42.0.1 table 7"},
-		{"no default route but one that is asked for", answer("10.42.0.5>10.42.0.1"), attach.Config{NoDefaultRoute: true, Routes: []delta.EndpointRoute{route("0.0.0.0/0", 0)}}, "[10.42.0.1]",
+		{"no default route but one that is asked for", answer("10.42.0.5>10.42.0.1"),
+			attach.Config{NoDefaultRoute: true, Routes: []delta.EndpointRoute{route("0.0.0.0/0", 0)}}, "[10.42.0.1]",
 			"10.42.0.0/16 via 10.42.0.1, 0.0.0.0/0 via 10.42.0.1"},
 	} {
 		tc.c.ID = id
@@ -90,7 +101,8 @@ func TestF11_MAC(t *testing.T) {
 	if got := attach.Plan(a, attach.Config{ID: id}).MAC; got != (delta.MAC{0x0a, 1, 1, 1, 1, 1}) {
 		t.Errorf("the model's: %s", got)
 	}
-	if got := attach.Plan(a, attach.Config{ID: id, MAC: delta.MAC{0x0a, 2, 2, 2, 2, 2}}).MAC; got != (delta.MAC{0x0a, 2, 2, 2, 2, 2}) {
+	if got := attach.Plan(a, attach.Config{ID: id, MAC: delta.MAC{0x0a, 2, 2, 2, 2, 2}}).MAC; got != (delta.MAC{0x0a, 2, 2,
+		2, 2, 2}) {
 		t.Errorf("the caller's: %s", got)
 	}
 }
@@ -113,7 +125,8 @@ func TestNames(t *testing.T) {
 		names[n], macs[attach.MAC(x)] = x, x
 	}
 	// The two parts do not run into each other.
-	if attach.HostName(metadata.AttachmentID{ContainerID: "a", IfName: "bc"}) == attach.HostName(metadata.AttachmentID{ContainerID: "ab", IfName: "c"}) {
+	if attach.HostName(metadata.AttachmentID{ContainerID: "a",
+		IfName: "bc"}) == attach.HostName(metadata.AttachmentID{ContainerID: "ab", IfName: "c"}) {
 		t.Error("a/bc and ab/c share a name")
 	}
 }

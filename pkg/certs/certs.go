@@ -1,9 +1,10 @@
-// Package certs makes the certificates with which hosts trust each other, for those who have no PKI: one authority, and
-// for each host one certificate that serves as server and as client, between etcd's members as well as towards them.
+// Package certs makes the certificates with which hosts trust each other, for those who have no PKI: one
+// authority, and for each host one certificate that serves as server and as client, between etcd's members as
+// well as towards them.
 //
-// A folder holds it all: ca.crt, ca.key, and for each host NAME.crt and NAME.key. Files appear whole or not at all, with
-// mode 0600 (certificates too: nobody but the service reads them), and nothing is overwritten that was not asked for.
-// Keys are never printed, and never part of an error.
+// A folder holds it all: ca.crt, ca.key, and for each host NAME.crt and NAME.key. Files appear whole or not
+// at all, with mode 0600 (certificates too: nobody but the service reads them), and nothing is overwritten
+// that was not asked for. Keys are never printed, and never part of an error.
 package certs
 
 import (
@@ -72,8 +73,8 @@ type Request struct {
 	Renew bool // replace the certificate and key that are there; without IPs and DNS it keeps the old ones
 }
 
-// Init makes a certificate authority in dir, which may exist. An authority that is there already is never replaced: every
-// certificate in use would be worthless.
+// Init makes a certificate authority in dir, which may exist. An authority that is there already is never
+// replaced: every certificate in use would be worthless.
 func Init(dir, name string, now time.Time) (*Info, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("certificate authority %s: %w", dir, err)
@@ -194,11 +195,13 @@ func Read(file string, now time.Time) (*Info, error) {
 	}
 	switch {
 	case now.After(c.NotAfter):
-		info.Problem = fmt.Sprintf("expired on %s; make a new one: lariat certs host --renew", c.NotAfter.Format(time.DateOnly))
+		info.Problem = fmt.Sprintf("expired on %s; make a new one: lariat certs host --renew",
+			c.NotAfter.Format(time.DateOnly))
 	case now.Before(c.NotBefore):
 		info.Problem = fmt.Sprintf("not valid before %s; is this host's clock right?", c.NotBefore.Format(time.DateTime))
 	case info.Problem == "" && c.NotAfter.Sub(now) < 30*24*time.Hour:
-		info.Problem = fmt.Sprintf("expires on %s; make a new one: lariat certs host --renew", c.NotAfter.Format(time.DateOnly))
+		info.Problem = fmt.Sprintf("expires on %s; make a new one: lariat certs host --renew",
+			c.NotAfter.Format(time.DateOnly))
 	}
 	return info, nil
 }
@@ -265,7 +268,8 @@ func authority(dir string, now time.Time) (*x509.Certificate, *ecdsa.PrivateKey,
 	case !key.PublicKey.Equal(ca.PublicKey):
 		return nil, nil, fmt.Errorf("%s and %s in %s do not belong together", CACert, CAKey, dir)
 	case now.After(ca.NotAfter):
-		return nil, nil, fmt.Errorf("the authority in %s expired on %s; make a new one in another folder", dir, ca.NotAfter.Format(time.DateOnly))
+		return nil, nil, fmt.Errorf("the authority in %s expired on %s; make a new one in another folder", dir,
+			ca.NotAfter.Format(time.DateOnly))
 	}
 	return ca, key, nil
 }

@@ -25,7 +25,8 @@ func TestAuthorityAndHostCertificates(t *testing.T) {
 	if !ca.CA || !ca.HasKey || ca.Problem != "" || ca.NotAfter != now.Add(CALifetime) {
 		t.Errorf("authority: %+v", ca)
 	}
-	h, err := Host(dir, Request{Name: "h1", IPs: []netip.Addr{netip.MustParseAddr("192.0.2.1")}, DNS: []string{"h1.example.org"}}, now)
+	h, err := Host(dir, Request{Name: "h1", IPs: []netip.Addr{netip.MustParseAddr("192.0.2.1")},
+		DNS: []string{"h1.example.org"}}, now)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,7 +121,8 @@ func TestMutualTLS(t *testing.T) {
 	}
 	try := func(client *tls.Config) error {
 		a, b := net.Pipe()
-		srv := tls.Server(a, &tls.Config{Certificates: pair("h1"), ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert})
+		srv := tls.Server(a, &tls.Config{Certificates: pair("h1"), ClientCAs: pool,
+			ClientAuth: tls.RequireAndVerifyClientCert})
 		done := make(chan error, 1)
 		go func() { err := srv.Handshake(); a.Close(); done <- err }()
 		cli := tls.Client(b, client)
@@ -161,7 +163,8 @@ func TestRefusals(t *testing.T) {
 		t.Error("the authority's key was replaced")
 	}
 	for name, want := range map[string]string{
-		"ca": "authority's own", "CA": "authority's own", "../h1": "not a DNS name", "": "1 to 253", "a..b": "not a DNS name", ".": "not a DNS name",
+		"ca": "authority's own", "CA": "authority's own", "../h1": "not a DNS name", "": "1 to 253", "a..b": "not a DNS name",
+		".": "not a DNS name",
 	} {
 		if _, err := Host(dir, Request{Name: name}, now); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("name %q: %v", name, err)
@@ -177,7 +180,8 @@ func TestRefusals(t *testing.T) {
 	if err != nil || strings.Join(h.IPs, " ") != "127.0.0.1 ::1 192.0.2.1" {
 		t.Errorf("renewal keeps the addresses: %+v, %v", h, err)
 	}
-	if _, err := Host(dir, Request{Name: "h2"}, now.Add(CALifetime+time.Hour)); err == nil || !strings.Contains(err.Error(), "expired") {
+	if _, err := Host(dir, Request{Name: "h2"}, now.Add(CALifetime+time.Hour)); err == nil ||
+		!strings.Contains(err.Error(), "expired") {
 		t.Errorf("expired authority: %v", err)
 	}
 	h, err = Host(dir, Request{Name: "h3"}, now.Add(CALifetime-time.Hour))
@@ -224,8 +228,8 @@ func TestShowNamesWhatIsWrong(t *testing.T) {
 	}
 }
 
-// FuzzRead: whatever stands in a certificate's, a key's and the authority's file, reading them ends with an answer or an error that
-// says nothing of the key.
+// FuzzRead: whatever stands in a certificate's, a key's and the authority's file, reading them ends with an
+// answer or an error that says nothing of the key.
 func FuzzRead(f *testing.F) {
 	pki := f.TempDir()
 	if _, err := Init(pki, "lariat", now); err != nil {
@@ -244,7 +248,8 @@ func FuzzRead(f *testing.F) {
 	f.Add(file("h1.crt"), file("h1.key"), file(CACert))
 	f.Add(file("h1.crt"), file(CAKey), file("h1.crt"))
 	f.Add(file("h1.key"), file("h1.crt"), []byte{})
-	f.Add([]byte("-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n"), []byte("-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----\n"), []byte("x"))
+	f.Add([]byte("-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n"),
+		[]byte("-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----\n"), []byte("x"))
 	f.Fuzz(func(t *testing.T, cert, key, ca []byte) {
 		dir := t.TempDir()
 		for name, b := range map[string][]byte{"h1.crt": cert, "h1.key": key, CACert: ca} {

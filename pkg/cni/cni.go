@@ -1,9 +1,10 @@
-// Package cni is the process contract of a CNI plugin (spec 0.3.1 to 1.1.0): what arrives in the environment and on stdin,
-// what must be refused before anything is done, and how results and errors leave.
+// Package cni is the process contract of a CNI plugin (spec 0.3.1 to 1.1.0): what arrives in the environment
+// and on stdin, what must be refused before anything is done, and how results and errors leave.
 //
-// It takes the place of the reference library's skel, which answers an error without cniVersion, a verb that was never
-// written with success, and a wrong netns after the act, with a second document on stdout. Here every verb is written by the
-// plugin, everything is checked first, and exactly one JSON document leaves by stdout, after a panic too.
+// It takes the place of the reference library's skel, which answers an error without cniVersion, a verb that
+// was never written with success, and a wrong netns after the act, with a second document on stdout. Here
+// every verb is written by the plugin, everything is checked first, and exactly one JSON document leaves by
+// stdout, after a panic too.
 package cni
 
 import (
@@ -28,7 +29,8 @@ import (
 // Versions of the spec that every Lariat plugin speaks.
 var Versions = []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}
 
-// Plugin is the six verbs of one executable; VERSION is answered here. A nil verb is answered with an error, never with success.
+// Plugin is the six verbs of one executable; VERSION is answered here. A nil verb is answered with an error,
+// never with success.
 type Plugin struct {
 	Name    string // of the executable
 	Version string // of the build
@@ -57,7 +59,8 @@ func (p Plugin) byHand(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "%s %s, CNI %s\n", p.Name, p.Version, strings.Join(Versions, ", "))
 		return 0
 	}
-	fmt.Fprintf(stderr, "%s: unknown argument %q; a CNI plugin is driven by CNI_COMMAND and JSON on stdin, see --help\n", p.Name, args[0])
+	fmt.Fprintf(stderr, "%s: unknown argument %q; a CNI plugin is driven by CNI_COMMAND and JSON on stdin, see --help\n",
+		p.Name, args[0])
 	return 2
 }
 
@@ -78,7 +81,8 @@ func (p Plugin) Run(getenv func(string) string, stdin io.Reader, stdout, stderr 
 	if result != nil {
 		data, merr := json.Marshal(result)
 		if merr != nil { // cannot happen to the types above; but then it must still be one document
-			data, code = fmt.Appendf(nil, `{"cniVersion":%q,"code":%d,"msg":"encode the answer: %s"}`, r.outputVersion(), ErrInternal, merr), 1
+			data, code = fmt.Appendf(nil, `{"cniVersion":%q,"code":%d,"msg":"encode the answer: %s"}`, r.outputVersion(),
+				ErrInternal, merr), 1
 		}
 		if _, werr := stdout.Write(append(data, '\n')); werr != nil {
 			code = 1
@@ -89,7 +93,9 @@ func (p Plugin) Run(getenv func(string) string, stdin io.Reader, stdout, stderr 
 		if err != nil {
 			outcome = printable.Joined(err.Error())
 		}
-		fmt.Fprintf(stderr, "%s: %s network=%s attachment=%s/%s took=%s: %s\n", p.Name, printable.Line(r.Command), printable.Line(r.Conf.Name), printable.Line(r.ContainerID), printable.Line(r.IfName), time.Since(start).Round(10*time.Microsecond), outcome)
+		fmt.Fprintf(stderr, "%s: %s network=%s attachment=%s/%s took=%s: %s\n", p.Name, printable.Line(r.Command),
+			printable.Line(r.Conf.Name), printable.Line(r.ContainerID), printable.Line(r.IfName),
+			time.Since(start).Round(10*time.Microsecond), outcome)
 	}
 	return code
 }

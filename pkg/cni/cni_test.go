@@ -47,12 +47,13 @@ func (p *plugin) run(env map[string]string, stdin string) (doc map[string]any, d
 		}
 		return nil
 	}
-	plug := cni.Plugin{Name: "test", Del: verb, Check: verb, Status: verb, GC: verb, Add: func(ctx context.Context, r *cni.Request) (*current.Result, error) {
-		if err := verb(ctx, r); err != nil {
-			return nil, err
-		}
-		return result(), nil
-	}}
+	plug := cni.Plugin{Name: "test", Del: verb, Check: verb, Status: verb, GC: verb,
+		Add: func(ctx context.Context, r *cni.Request) (*current.Result, error) {
+			if err := verb(ctx, r); err != nil {
+				return nil, err
+			}
+			return result(), nil
+		}}
 	var out bytes.Buffer
 	code = plug.Run(func(k string) string { return env[k] }, strings.NewReader(stdin), &out, io.Discard)
 	dec := json.NewDecoder(&out)
@@ -69,14 +70,18 @@ func (p *plugin) run(env map[string]string, stdin string) (doc map[string]any, d
 func result() *current.Result {
 	table, scope := 100, 0
 	return &current.Result{CNIVersion: "1.1.0",
-		Interfaces: []*current.Interface{{Name: "eth0", Mac: "0a:00:00:00:00:01", Mtu: 1450, Sandbox: "/x", SocketPath: "/s", PciID: "0000:00:1f.6"}},
-		IPs:        []*current.IPConfig{{Interface: current.Int(0), Address: net.IPNet{IP: net.IPv4(10, 42, 0, 5).To4(), Mask: net.CIDRMask(32, 32)}, Gateway: net.IPv4(10, 42, 0, 1).To4()}},
-		Routes:     []*types.Route{{Dst: net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}, GW: net.IPv4(10, 42, 0, 1).To4(), MTU: 1400, AdvMSS: 1360, Priority: 5, Table: &table, Scope: &scope}},
+		Interfaces: []*current.Interface{{Name: "eth0", Mac: "0a:00:00:00:00:01", Mtu: 1450, Sandbox: "/x", SocketPath: "/s",
+			PciID: "0000:00:1f.6"}},
+		IPs: []*current.IPConfig{{Interface: current.Int(0), Address: net.IPNet{IP: net.IPv4(10, 42, 0, 5).To4(),
+			Mask: net.CIDRMask(32, 32)}, Gateway: net.IPv4(10, 42, 0, 1).To4()}},
+		Routes: []*types.Route{{Dst: net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)},
+			GW: net.IPv4(10, 42, 0, 1).To4(), MTU: 1400, AdvMSS: 1360, Priority: 5, Table: &table, Scope: &scope}},
 	}
 }
 
 func env(verb string, more ...string) map[string]string {
-	e := map[string]string{"CNI_COMMAND": verb, "CNI_CONTAINERID": "c0ffee", "CNI_IFNAME": "eth0", "CNI_NETNS": "/proc/self/ns/net", "CNI_NETNS_OVERRIDE": "1", "CNI_PATH": "/opt/cni/bin"}
+	e := map[string]string{"CNI_COMMAND": verb, "CNI_CONTAINERID": "c0ffee", "CNI_IFNAME": "eth0",
+		"CNI_NETNS": "/proc/self/ns/net", "CNI_NETNS_OVERRIDE": "1", "CNI_PATH": "/opt/cni/bin"}
 	for _, m := range more {
 		k, v, _ := strings.Cut(m, "=")
 		e[k] = v
@@ -93,7 +98,8 @@ func config(version string, more string) string {
 func TestF2_Versions(t *testing.T) {
 	var p plugin
 	doc, n, code := p.run(env("VERSION"), `{"cniVersion":"1.0.0"}`)
-	if code != 0 || n != 1 || fmt.Sprint(doc["supportedVersions"]) != fmt.Sprint(cni.Versions) || doc["cniVersion"] != "1.0.0" {
+	if code != 0 || n != 1 || fmt.Sprint(doc["supportedVersions"]) != fmt.Sprint(cni.Versions) ||
+		doc["cniVersion"] != "1.0.0" {
 		t.Fatalf("VERSION: code %d, %d documents, %v", code, n, doc)
 	}
 	if doc, _, code = p.run(env("VERSION"), ""); code != 0 || doc["cniVersion"] != "1.1.0" {
@@ -156,24 +162,35 @@ func TestF10_F15_Refusals(t *testing.T) {
 		{"no configuration at all", ``, env("ADD"), cni.ErrDecode, "unexpected end of JSON input"},
 		{"unknown version", config("2.0.0", ""), env("ADD"), cni.ErrIncompatibleVersion, "supported: 0.3.1"},
 		{"no version", `{"name":"overlay","type":"test"}`, env("ADD"), cni.ErrIncompatibleVersion, "0.1.0"},
-		{"unknown key, near one", config("1.1.0", `"mtuu":1400,`), env("ADD"), cni.ErrConfig, `unknown key "mtuu", did you mean "mtu"?`},
-		{"unknown key, inside", `{"cniVersion":"1.1.0","name":"n","type":"t","ipam":{"type":"x","waitsecond":3}}`, env("ADD"), cni.ErrConfig, `did you mean "ipam.waitSeconds"?`},
-		{"unknown key, far from all", config("1.1.0", `"zzzzzzzzzzz":1,`), env("ADD"), cni.ErrConfig, `unknown key "zzzzzzzzzzz"`},
+		{"unknown key, near one", config("1.1.0", `"mtuu":1400,`), env("ADD"), cni.ErrConfig,
+			`unknown key "mtuu", did you mean "mtu"?`},
+		{"unknown key, inside", `{"cniVersion":"1.1.0","name":"n","type":"t","ipam":{"type":"x","waitsecond":3}}`, env("ADD"),
+			cni.ErrConfig, `did you mean "ipam.waitSeconds"?`},
+		{"unknown key, far from all", config("1.1.0", `"zzzzzzzzzzz":1,`), env("ADD"), cni.ErrConfig,
+			`unknown key "zzzzzzzzzzz"`},
 		{"wrong type", config("1.1.0", `"mtu":"big",`), env("ADD"), cni.ErrConfig, `key "mtu": a string is not a int`},
 		{"wrong type of a common key", `{"cniVersion":"1.1.0","name":7}`, env("ADD"), cni.ErrConfig, `key "name"`},
 		{"bad network name", `{"cniVersion":"1.1.0","name":"a/b","type":"t"}`, env("ADD"), cni.ErrConfig, `"name"`},
 		{"no verb", config("1.1.0", ""), env(""), cni.ErrEnvironment, "CNI_COMMAND is not set"},
 		{"unknown verb", config("1.1.0", ""), env("INIT"), cni.ErrEnvironment, `"INIT" is unknown`},
 		{"no container id", config("1.1.0", ""), env("ADD", "CNI_CONTAINERID="), cni.ErrEnvironment, "CNI_CONTAINERID"},
-		{"hostile container id", config("1.1.0", ""), env("ADD", "CNI_CONTAINERID=../../etc"), cni.ErrEnvironment, "CNI_CONTAINERID"},
-		{"no interface name and no netns", config("1.1.0", ""), env("ADD", "CNI_IFNAME=", "CNI_NETNS="), cni.ErrEnvironment, "CNI_IFNAME, CNI_NETNS"},
-		{"hostile interface name", config("1.1.0", ""), env("DEL", "CNI_IFNAME=a/b"), cni.ErrEnvironment, "no interface name"},
-		{"interface name too long", config("1.1.0", ""), env("DEL", "CNI_IFNAME=sixteencharacter"), cni.ErrEnvironment, "no interface name"},
-		{"broken CNI_ARGS", config("1.1.0", ""), env("ADD", "CNI_ARGS=IgnoreUnknown=1;nonsense"), cni.ErrEnvironment, `"nonsense"`},
+		{"hostile container id", config("1.1.0", ""), env("ADD", "CNI_CONTAINERID=../../etc"), cni.ErrEnvironment,
+			"CNI_CONTAINERID"},
+		{"no interface name and no netns", config("1.1.0", ""), env("ADD", "CNI_IFNAME=", "CNI_NETNS="), cni.ErrEnvironment,
+			"CNI_IFNAME, CNI_NETNS"},
+		{"hostile interface name", config("1.1.0", ""), env("DEL", "CNI_IFNAME=a/b"), cni.ErrEnvironment,
+			"no interface name"},
+		{"interface name too long", config("1.1.0", ""), env("DEL", "CNI_IFNAME=sixteencharacter"), cni.ErrEnvironment,
+			"no interface name"},
+		{"broken CNI_ARGS", config("1.1.0", ""), env("ADD", "CNI_ARGS=IgnoreUnknown=1;nonsense"), cni.ErrEnvironment,
+			`"nonsense"`},
 		{"own netns", config("1.1.0", ""), env("ADD", "CNI_NETNS_OVERRIDE="), cni.ErrNetns, "itself runs in"},
-		{"vanished netns", config("1.1.0", ""), env("ADD", "CNI_NETNS_OVERRIDE=", "CNI_NETNS=/nonexistent/netns"), cni.ErrNetns, "/nonexistent/netns"},
-		{"a file that is no netns", config("1.1.0", ""), env("ADD", "CNI_NETNS_OVERRIDE=", "CNI_NETNS=/dev/null"), cni.ErrNetns, "no network namespace"},
-		{"CHECK without prevResult", `{"cniVersion":"1.1.0","name":"n","type":"t"}`, env("CHECK"), cni.ErrConfig, "prevResult"},
+		{"vanished netns", config("1.1.0", ""), env("ADD", "CNI_NETNS_OVERRIDE=", "CNI_NETNS=/nonexistent/netns"),
+			cni.ErrNetns, "/nonexistent/netns"},
+		{"a file that is no netns", config("1.1.0", ""), env("ADD", "CNI_NETNS_OVERRIDE=", "CNI_NETNS=/dev/null"),
+			cni.ErrNetns, "no network namespace"},
+		{"CHECK without prevResult", `{"cniVersion":"1.1.0","name":"n","type":"t"}`, env("CHECK"), cni.ErrConfig,
+			"prevResult"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var p plugin
@@ -182,17 +199,20 @@ func TestF10_F15_Refusals(t *testing.T) {
 				t.Fatalf("exit %d, %d documents, verb ran %d times, %v", code, n, p.calls, doc)
 			}
 			text := fmt.Sprint(doc["msg"], doc["details"])
-			if doc["code"] != float64(tc.code) || !strings.Contains(text, tc.want) || doc["cniVersion"] == nil || doc["cniVersion"] == "" {
+			if doc["code"] != float64(tc.code) || !strings.Contains(text, tc.want) || doc["cniVersion"] == nil ||
+				doc["cniVersion"] == "" {
 				t.Errorf("want code %d and %q, got %v", tc.code, tc.want, doc)
 			}
 		})
 	}
 }
 
-// TestF6_DELForgives: a DEL does not fail for a word in the configuration, an unreadable prevResult, or a netns that is gone.
+// TestF6_DELForgives: a DEL does not fail for a word in the configuration, an unreadable prevResult, or a
+// netns that is gone.
 func TestF6_DELForgives(t *testing.T) {
 	var p plugin
-	for _, stdin := range []string{config("1.1.0", `"mtuu":1400,`), `{"cniVersion":"1.1.0","name":"n","type":"t","prevResult":{"ips":"nonsense"}}`} {
+	for _, stdin := range []string{config("1.1.0", `"mtuu":1400,`),
+		`{"cniVersion":"1.1.0","name":"n","type":"t","prevResult":{"ips":"nonsense"}}`} {
 		for _, netns := range []string{"", "/nonexistent"} {
 			if doc, n, code := p.run(env("DEL", "CNI_NETNS_OVERRIDE=", "CNI_NETNS="+netns), stdin); code != 0 || n != 0 {
 				t.Errorf("exit %d, %v", code, doc)
@@ -285,7 +305,8 @@ func TestF7_GCLists(t *testing.T) {
 	}
 }
 
-// TestF15_ErrorsLeaveWhole: code, cause and remedy survive wrapping, a panic becomes an error, and all are one document.
+// TestF15_ErrorsLeaveWhole: code, cause and remedy survive wrapping, a panic becomes an error, and all are
+// one document.
 func TestF15_ErrorsLeaveWhole(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -293,12 +314,16 @@ func TestF15_ErrorsLeaveWhole(t *testing.T) {
 		code float64
 		want string
 	}{
-		{"own, wrapped", fmt.Errorf("connect: %w", cni.Errorf(cni.ErrKernel, "veth: %w", io.EOF).WithDetails("look there")), cni.ErrKernel, "connect: veth: EOF"},
+		{"own, wrapped", fmt.Errorf("connect: %w", cni.Errorf(cni.ErrKernel, "veth: %w", io.EOF).WithDetails("look there")),
+			cni.ErrKernel, "connect: veth: EOF"},
 		{"plain", errors.New("boom"), cni.ErrInternal, "boom"},
 		{"metadata away", cni.FromMetadata(fmt.Errorf("x: %w", metadata.ErrUnreachable)), cni.ErrTryAgain, "unreachable"},
-		{"held", cni.FromMetadata(&metadata.Error{Code: metadata.CodeHeld, Message: "10.42.0.5 is held by x/eth0"}), cni.ErrAddressHeld, "held by x/eth0"},
-		{"exhausted", cni.FromMetadata(&metadata.Error{Code: metadata.CodeExhausted, Message: "62 used, 0 free"}), cni.ErrExhausted, "62 used"},
-		{"not yet", cni.FromMetadata(&metadata.Error{Code: metadata.CodeNotYet, Message: "unknown after 10s"}), cni.ErrTryAgain, "after 10s"},
+		{"held", cni.FromMetadata(&metadata.Error{Code: metadata.CodeHeld, Message: "10.42.0.5 is held by x/eth0"}),
+			cni.ErrAddressHeld, "held by x/eth0"},
+		{"exhausted", cni.FromMetadata(&metadata.Error{Code: metadata.CodeExhausted, Message: "62 used, 0 free"}),
+			cni.ErrExhausted, "62 used"},
+		{"not yet", cni.FromMetadata(&metadata.Error{Code: metadata.CodeNotYet, Message: "unknown after 10s"}),
+			cni.ErrTryAgain, "after 10s"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := plugin{do: func(*cni.Request) error { return tc.err }}
@@ -310,7 +335,8 @@ func TestF15_ErrorsLeaveWhole(t *testing.T) {
 	}
 	p := plugin{do: func(*cni.Request) error { panic("at the disco") }}
 	doc, n, code := p.run(env("ADD"), config("1.0.0", ""))
-	if code != 1 || n != 1 || doc["code"] != float64(cni.ErrInternal) || doc["cniVersion"] != "1.0.0" || !strings.Contains(doc["msg"].(string), "at the disco") {
+	if code != 1 || n != 1 || doc["code"] != float64(cni.ErrInternal) || doc["cniVersion"] != "1.0.0" ||
+		!strings.Contains(doc["msg"].(string), "at the disco") {
 		t.Errorf("panic: exit %d, %d documents, %v", code, n, doc)
 	}
 }
@@ -320,7 +346,8 @@ func TestNilVerbIsAnError(t *testing.T) {
 	for _, verb := range []string{"ADD", "DEL", "CHECK", "STATUS", "GC"} {
 		var out bytes.Buffer
 		e := env(verb)
-		code := cni.Plugin{Name: "empty"}.Run(func(k string) string { return e[k] }, strings.NewReader(config("1.1.0", "")), &out, io.Discard)
+		code := cni.Plugin{Name: "empty"}.Run(func(k string) string { return e[k] }, strings.NewReader(config("1.1.0", "")),
+			&out, io.Discard)
 		if code != 1 || !strings.Contains(out.String(), "not implemented") {
 			t.Errorf("%s: exit %d, %s", verb, code, out.String())
 		}
@@ -333,7 +360,8 @@ func TestF11_F131_WhatTheCallerAsksFor(t *testing.T) {
 		{"nothing", ``, ``, "[]", ""},
 		{"CNI_ARGS", ``, "IP=10.42.0.9;MAC=0A:00:00:00:00:09", "[10.42.0.9/32]", "0a:00:00:00:00:09"},
 		{"Rancher's", ``, "IPAddress=10.42.0.9/16;MACAddress=0a:00:00:00:00:09", "[10.42.0.9/16]", "0a:00:00:00:00:09"},
-		{"args.cni", `"args":{"cni":{"ips":["10.42.0.8"],"mac":"0a:00:00:00:00:08"}},`, "IP=10.42.0.9;MAC=0a:00:00:00:00:09", "[10.42.0.8/32]", "0a:00:00:00:00:08"},
+		{"args.cni", `"args":{"cni":{"ips":["10.42.0.8"],"mac":"0a:00:00:00:00:08"}},`, "IP=10.42.0.9;MAC=0a:00:00:00:00:09",
+			"[10.42.0.8/32]", "0a:00:00:00:00:08"},
 		{"capabilities", `"runtimeConfig":{"ips":["10.42.0.7/24","fd42::7"],"mac":"0a:00:00:00:00:07"},"args":{"cni":{"ips":["10.42.0.8"]}},`, "", "[10.42.0.7/24 fd42::7/128]", "0a:00:00:00:00:07"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -365,7 +393,8 @@ func TestF11_F131_WhatTheCallerAsksFor(t *testing.T) {
 			_, err := r.MAC()
 			return err
 		}}
-		if doc, _, code := p.run(env("ADD", "CNI_ARGS="+bad), config("1.1.0", "")); code != 1 || doc["code"] != float64(cni.ErrConfig) {
+		if doc, _, code := p.run(env("ADD", "CNI_ARGS="+bad), config("1.1.0", "")); code != 1 ||
+			doc["code"] != float64(cni.ErrConfig) {
 			t.Errorf("%s: exit %d, %v", bad, code, doc)
 		}
 	}
@@ -426,7 +455,8 @@ func TestAnnotations(t *testing.T) {
 			}
 			return nil
 		}}
-		if doc, _, code := p.run(env("ADD", "CNI_ARGS="+tc.args), config("1.1.0", tc.more+annotations+",")); code != 0 || strings.Join(got, " ") != tc.want {
+		if doc, _, code := p.run(env("ADD", "CNI_ARGS="+tc.args), config("1.1.0", tc.more+annotations+",")); code != 0 ||
+			strings.Join(got, " ") != tc.want {
 			t.Errorf("%s: exit %d, %v: %q, want %q", tc.more, code, doc, got, tc.want)
 		}
 	}
@@ -445,7 +475,8 @@ func FuzzRun(f *testing.F) {
 			return errors.Join(e1, e2)
 		}}
 		doc, n, code := p.run(env(verb, "CNI_ARGS="+args), stdin)
-		if n > 1 || code == 1 && (n != 1 || doc["code"] == nil || !slices.Contains(cni.Versions, fmt.Sprint(doc["cniVersion"]))) {
+		if n > 1 || code == 1 && (n != 1 || doc["code"] == nil ||
+			!slices.Contains(cni.Versions, fmt.Sprint(doc["cniVersion"]))) {
 			t.Fatalf("exit %d, %d documents, %v", code, n, doc)
 		}
 	})

@@ -9,12 +9,13 @@ import (
 	"strings"
 )
 
-// document is a JSON object that was taken apart by one level. What is in it is decoded key by key, into the field of that name: a
-// process that lives for four milliseconds spends a tenth of them when encoding/json takes whole types apart for the first time.
+// document is a JSON object that was taken apart by one level. What is in it is decoded key by key, into the
+// field of that name: a process that lives for four milliseconds spends a tenth of them when encoding/json
+// takes whole types apart for the first time.
 type document map[string]json.RawMessage
 
-// Decode reads a plugin's own keys, which stand beside those of Conf. Outside of DEL and GC, which must not fail for a word, a key
-// that neither knows is an error that names it and the nearest one that is known.
+// Decode reads a plugin's own keys, which stand beside those of Conf. Outside of DEL and GC, which must not
+// fail for a word, a key that neither knows is an error that names it and the nearest one that is known.
 func Decode[T any](r *Request) (T, error) {
 	var conf T
 	return conf, r.doc.into(&conf, "", r.strict(), reflect.TypeFor[Conf]())
@@ -40,7 +41,8 @@ func parse(data []byte) (document, error) {
 	return doc, nil
 }
 
-// into decodes the document into the struct that target points to. Keys of others, a struct type, are known and left out.
+// into decodes the document into the struct that target points to. Keys of others, a struct type, are known
+// and left out.
 func (d document) into(target any, path string, strict bool, others reflect.Type) error {
 	v := reflect.ValueOf(target).Elem()
 	known := map[string][]int{}
@@ -69,7 +71,8 @@ func (d document) into(target any, path string, strict bool, others reflect.Type
 	return nil
 }
 
-// decodeField goes into a struct of ours, so that its keys are looked at too. What runtimes fill in, and what decodes itself, is free.
+// decodeField goes into a struct of ours, so that its keys are looked at too. What runtimes fill in, and what
+// decodes itself, is free.
 func decodeField(raw json.RawMessage, field reflect.Value, path string, strict bool) error {
 	t := field.Type()
 	ours := t.Name() == "" || strings.HasPrefix(t.PkgPath(), module)

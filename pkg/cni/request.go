@@ -94,9 +94,11 @@ func (r *Request) read(getenv func(string) string, stdin io.Reader) error {
 		version = "0.1.0" // what the spec takes an absent version for
 	}
 	if !slices.Contains(Versions, version) {
-		return Errorf(ErrIncompatibleVersion, "cniVersion %s is not spoken here", version).WithDetails("supported: %s", strings.Join(Versions, ", "))
+		return Errorf(ErrIncompatibleVersion, "cniVersion %s is not spoken here", version).WithDetails("supported: %s",
+			strings.Join(Versions, ", "))
 	}
-	if since := map[string]string{"CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}[r.Command]; since != "" && version < since {
+	if since := map[string]string{"CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}[r.Command]; since != "" &&
+		version < since {
 		return Errorf(ErrIncompatibleVersion, "cniVersion %s has no %s; it came with %s", version, r.Command, since)
 	}
 	if err := r.environment(getenv); err != nil {
@@ -125,7 +127,8 @@ func (r *Request) read(getenv func(string) string, stdin io.Reader) error {
 }
 
 func (r *Request) environment(getenv func(string) string) error {
-	r.ContainerID, r.Netns, r.IfName, r.Path = getenv("CNI_CONTAINERID"), getenv("CNI_NETNS"), getenv("CNI_IFNAME"), getenv("CNI_PATH")
+	r.ContainerID, r.Netns, r.IfName, r.Path = getenv("CNI_CONTAINERID"), getenv("CNI_NETNS"), getenv("CNI_IFNAME"),
+		getenv("CNI_PATH")
 	var missing []string
 	need := func(name, value string, verbs ...string) {
 		if value == "" && slices.Contains(verbs, r.Command) {
@@ -139,10 +142,12 @@ func (r *Request) environment(getenv func(string) string) error {
 		return Errorf(ErrEnvironment, "%s needs %s in the environment", r.Command, strings.Join(missing, ", "))
 	}
 	if r.ContainerID != "" && !validID(r.ContainerID) {
-		return Errorf(ErrEnvironment, "CNI_CONTAINERID %q: want letters, digits, and (not first) . _ -, at most 200", r.ContainerID)
+		return Errorf(ErrEnvironment, "CNI_CONTAINERID %q: want letters, digits, and (not first) . _ -, at most 200",
+			r.ContainerID)
 	}
 	if r.IfName != "" && !validIfName(r.IfName) {
-		return Errorf(ErrEnvironment, "CNI_IFNAME %q is no interface name: want 1 to 15 characters without / : and space, and not . or ..", r.IfName)
+		return Errorf(ErrEnvironment, "CNI_IFNAME %q is no interface name: want 1 to 15 characters without / : and "+
+			"space, and not . or ..", r.IfName)
 	}
 	// What is no pair costs a DEL nothing: container id and interface name tell what it frees. The
 	// other verbs but ADD and CHECK do not look at the arguments.
@@ -161,7 +166,8 @@ func validID(s string) bool {
 		return false
 	}
 	for i, c := range s {
-		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || i > 0 && strings.ContainsRune("._-", c)) {
+		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || i > 0 &&
+			strings.ContainsRune("._-", c)) {
 			return false
 		}
 	}
@@ -169,7 +175,8 @@ func validID(s string) bool {
 }
 
 func validIfName(s string) bool {
-	return len(s) <= 15 && s != "." && s != ".." && !strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c == '/' || c == ':' || c == 0x7f })
+	return len(s) <= 15 && s != "." && s != ".." &&
+		!strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c == '/' || c == ':' || c == 0x7f })
 }
 
 // parseArgs returns the pairs, beside the error too. Unknown keys are for other plugins of the
@@ -298,7 +305,8 @@ func (r *Request) Addresses() ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// MAC is the one that the caller asks for: capability mac, then args.cni.mac, then CNI_ARGS MAC= or Rancher's MACAddress=.
+// MAC is the one that the caller asks for: capability mac, then args.cni.mac, then CNI_ARGS MAC= or Rancher's
+// MACAddress=.
 func (r *Request) MAC() (metadata.MAC, error) {
 	s, from := r.Conf.RuntimeConfig.MAC, "runtimeConfig.mac"
 	if s == "" && r.Conf.Args != nil {
@@ -320,8 +328,9 @@ func (r *Request) MAC() (metadata.MAC, error) {
 	return m, nil
 }
 
-// Owner tells who the container is for people and for service discovery: a name, a uuid, and labels, as far as the runtime says. Of the
-// pod's annotations it takes those that are public, or that the configuration names: others may hold secrets.
+// Owner tells who the container is for people and for service discovery: a name, a uuid, and labels, as far
+// as the runtime says. Of the pod's annotations it takes those that are public, or that the configuration
+// names: others may hold secrets.
 func (r *Request) Owner() (name, uuid string, labels map[string]string) {
 	labels = map[string]string{}
 	if r.Conf.Args != nil && len(r.Conf.Args.CNI.Labels) > 0 {
@@ -338,9 +347,11 @@ func (r *Request) Owner() (name, uuid string, labels map[string]string) {
 	}
 	maps.Copy(labels, metadata.PublicLabels(r.Conf.RuntimeConfig.Annotations, r.Conf.Annotations))
 	for arg, label := range map[string]string{
-		"K8S_POD_NAMESPACE": metadata.LabelPodNamespace, "K8S_POD_NAME": metadata.LabelPodName, "K8S_POD_UID": metadata.LabelPodUID,
-		"NOMAD_JOB_ID": metadata.LabelNomadJob, "NOMAD_GROUP_NAME": metadata.LabelNomadGroup, "NOMAD_NAMESPACE": metadata.LabelNomadNamespace,
-		"NOMAD_REGION": metadata.LabelNomadRegion, "NOMAD_ALLOC_ID": metadata.LabelNomadAlloc,
+		"K8S_POD_NAMESPACE": metadata.LabelPodNamespace, "K8S_POD_NAME": metadata.LabelPodName,
+		"K8S_POD_UID":  metadata.LabelPodUID,
+		"NOMAD_JOB_ID": metadata.LabelNomadJob, "NOMAD_GROUP_NAME": metadata.LabelNomadGroup,
+		"NOMAD_NAMESPACE": metadata.LabelNomadNamespace,
+		"NOMAD_REGION":    metadata.LabelNomadRegion, "NOMAD_ALLOC_ID": metadata.LabelNomadAlloc,
 	} {
 		if v := r.Args[arg]; v != "" {
 			labels[label] = v
@@ -369,7 +380,8 @@ func FromMetadata(err error) error {
 	if errors.Is(err, metadata.ErrUnreachable) || !errors.As(err, &e) {
 		if errors.Is(err, metadata.ErrUnreachable) {
 			if metadata.IsCode(err, metadata.CodeUnavailable) { // the service of this host is well
-				return Errorf(ErrTryAgain, "%w", err).WithDetails("check the store and the way to it: lariat doctor; journalctl -u lariat-metadata")
+				return Errorf(ErrTryAgain, "%w", err).WithDetails("check the store and the way to it: lariat doctor; " +
+					"journalctl -u lariat-metadata")
 			}
 			return Errorf(ErrTryAgain, "%w", err).WithDetails("check: systemctl status lariat-metadata; lariat doctor")
 		}

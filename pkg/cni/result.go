@@ -4,8 +4,8 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
-// render writes a result in the form of a version. The library's converters are loose: they leave fields of 1.1 in older
-// results, so those are taken out first.
+// render writes a result in the form of a version. The library's converters are loose: they leave fields of
+// 1.1 in older results, so those are taken out first.
 func render(res *current.Result, version string) (any, error) {
 	c := *res
 	if version != "1.1.0" {

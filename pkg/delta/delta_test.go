@@ -11,7 +11,8 @@ import (
 )
 
 var (
-	vtep  = delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"), MAC: delta.MAC{0x0e, 0, 0xc0, 0, 2, 1}, MTU: 1450, Alias: "lariat:vxlan:overlay"}
+	vtep = delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"),
+		MAC: delta.MAC{0x0e, 0, 0xc0, 0, 2, 1}, MTU: 1450, Alias: "lariat:vxlan:overlay"}
 	peer  = delta.MAC{0x0e, 0, 0xc0, 0, 2, 2}
 	addr  = netip.MustParseAddr
 	block = netip.MustParsePrefix
@@ -28,15 +29,18 @@ func host() *delta.State {
 	s.Nexthops[5] = delta.Nexthop{Via: addr("192.0.2.2"), Dev: "vtep1042", Onlink: true}
 	s.Routes[delta.To(block("10.42.2.0/26"))] = delta.Route{NH: 5, Src: addr("10.42.1.1")}
 	s.Routes[delta.To(block("10.42.1.0/26"))] = delta.Route{Type: "blackhole"}
-	s.Routes[delta.To(block("10.42.3.0/26"))] = delta.Route{Via: addr("192.0.2.3"), Dev: "eth0", Src: addr("10.42.1.1"), MTU: 1400}
+	s.Routes[delta.To(block("10.42.3.0/26"))] = delta.Route{Via: addr("192.0.2.3"), Dev: "eth0", Src: addr("10.42.1.1"),
+		MTU: 1400}
 	s.Sets["vteps4"] = delta.Set{Elements: []netip.Prefix{block("192.0.2.1/32"), block("192.0.2.2/32")}}
 	s.Sets["nat6"] = delta.Set{V6: true, Interval: true, Elements: []netip.Prefix{block("fd42::/64")}}
 	s.Chains["vtep-sources"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
-		{delta.UDPDport(4789), delta.VXLANVNI(1042), delta.InSet{Field: "saddr", Set: "vteps4", Not: true}, delta.Verdict("drop")},
+		{delta.UDPDport(4789), delta.VXLANVNI(1042), delta.InSet{Field: "saddr", Set: "vteps4", Not: true},
+			delta.Verdict("drop")},
 		{delta.IifPrefix("lrt"), delta.NoReverse{}, delta.Verdict("drop"), delta.MarkComment("own addresses only")},
 	}}
 	s.Chains["egress"] = delta.Chain{Type: "nat", Hook: "postrouting", Priority: 100, Rules: []delta.Rule{
-		{delta.InSet{Field: "saddr", Set: "nat6", V6: true}, delta.Oif{Name: "vtep1042", Not: true}, delta.Iif{Name: "eth0"}, delta.Masquerade{}},
+		{delta.InSet{Field: "saddr", Set: "nat6", V6: true}, delta.Oif{Name: "vtep1042", Not: true}, delta.Iif{Name: "eth0"},
+			delta.Masquerade{}},
 	}}
 	return s
 }
@@ -195,8 +199,10 @@ func random(r *rand.Rand) *delta.State {
 		s.FDB[delta.FDB{Dev: "eth0", MAC: delta.MAC{5: byte(r.IntN(2))}, Dst: ip()}] = struct{}{}
 		s.Nexthops[uint32(r.IntN(4))] = delta.Nexthop{Via: ip(), Dev: "eth0"}
 		s.Routes[delta.To(netip.PrefixFrom(ip(), 32))] = delta.Route{Via: ip(), Dev: "eth0"}
-		s.Sets[fmt.Sprint(r.IntN(3))] = delta.Set{Interval: r.IntN(2) == 0, Elements: []netip.Prefix{netip.PrefixFrom(ip(), 32)}}
-		s.Chains[fmt.Sprint(r.IntN(3))] = delta.Chain{Type: "filter", Hook: "input", Rules: []delta.Rule{{delta.Verdict([]string{"accept", "drop"}[r.IntN(2)])}}}
+		s.Sets[fmt.Sprint(r.IntN(3))] = delta.Set{Interval: r.IntN(2) == 0,
+			Elements: []netip.Prefix{netip.PrefixFrom(ip(), 32)}}
+		s.Chains[fmt.Sprint(r.IntN(3))] = delta.Chain{Type: "filter", Hook: "input",
+			Rules: []delta.Rule{{delta.Verdict([]string{"accept", "drop"}[r.IntN(2)])}}}
 	}
 	return s
 }
@@ -276,7 +282,8 @@ func peers(n int) *delta.State {
 		s.Neighs[delta.Neigh{Dev: "vtep1042", Addr: via}] = mac
 		s.FDB[delta.FDB{Dev: "vtep1042", MAC: mac, Dst: via}] = struct{}{}
 		s.Nexthops[uint32(i+1)] = delta.Nexthop{Via: via, Dev: "vtep1042", Onlink: true}
-		s.Routes[delta.To(netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 10), byte(i >> 2), byte(i << 6)}), 26))] = delta.Route{NH: uint32(i + 1)}
+		s.Routes[delta.To(netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 10), byte(i >> 2), byte(i << 6)}),
+			26))] = delta.Route{NH: uint32(i + 1)}
 	}
 	return s
 }
@@ -325,7 +332,8 @@ func FuzzPortAlias(f *testing.F) {
 			return
 		}
 		got, ok := delta.ParseEndpointAlias(s)
-		if !ok || got.Network != network || got.ContainerID != container || got.IfName != ifname || !strings.HasPrefix(name, got.Name) {
+		if !ok || got.Network != network || got.ContainerID != container || got.IfName != ifname ||
+			!strings.HasPrefix(name, got.Name) {
 			t.Errorf("%+v is read as %+v", a, got)
 		}
 	})

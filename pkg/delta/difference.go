@@ -39,11 +39,12 @@ type Difference struct {
 	Chains   Changes[string, Chain]
 }
 
-// Between returns what must change to make observed equal to desired. observed must hold only what carries our mark:
-// whatever is in it and not in desired will be removed.
+// Between returns what must change to make observed equal to desired. observed must hold only what carries
+// our mark: whatever is in it and not in desired will be removed.
 //
-// A device that must be made again, or that goes, takes with it in the kernel all that stands on it. Between knows: what is
-// still wanted on such a device is in Set although it was observed, and what is not wanted is in no Remove.
+// A device that must be made again, or that goes, takes with it in the kernel all that stands on it. Between
+// knows: what is still wanted on such a device is in Set although it was observed, and what is not wanted is
+// in no Remove.
 //
 // A nil state counts as an empty one.
 func Between(desired, observed *State) *Difference {
@@ -70,7 +71,8 @@ func Between(desired, observed *State) *Difference {
 
 func equal[V comparable](a, b V) bool { return a == b }
 
-func diff[K comparable, V any](c *Changes[K, V], desired, observed map[K]V, equal func(a, b V) bool, compare func(a, b K) int) {
+func diff[K comparable, V any](c *Changes[K, V], desired, observed map[K]V, equal func(a, b V) bool,
+	compare func(a, b K) int) {
 	var keys []K
 	if len(observed) == 0 {
 		keys = make([]K, 0, len(desired))
@@ -132,7 +134,8 @@ func survivors(links *Changes[string, Link], observed *State) *State {
 	if len(gone) == 0 {
 		return observed
 	}
-	sources := map[netip.Addr]bool{} // addresses that go: IPv4 routes that prefer them go too, by whatever device they lead
+	// addresses that go: IPv4 routes that prefer them go too, by whatever device they lead
+	sources := map[netip.Addr]bool{}
 	for a := range observed.Addrs {
 		if gone[a.Dev] {
 			sources[a.Prefix.Addr()] = true
@@ -172,8 +175,8 @@ func filter[K comparable, V any](m map[K]V, keep func(K, V) bool) map[K]V {
 	return out
 }
 
-// SysctlDevice is the device of a sysctl such as net/ipv4/conf/vtep1042/rp_filter, empty of any other. Those values live
-// and die with their device.
+// SysctlDevice is the device of a sysctl such as net/ipv4/conf/vtep1042/rp_filter, empty of any other. Those
+// values live and die with their device.
 func SysctlDevice(key string) string {
 	for _, prefix := range []string{"net/ipv4/conf/", "net/ipv6/conf/", "net/ipv4/neigh/", "net/ipv6/neigh/"} {
 		if len(key) > len(prefix) && key[:len(prefix)] == prefix {
@@ -193,11 +196,12 @@ func (d *Difference) Empty() bool { return d.Len() == 0 }
 
 // Len is the number of objects to change.
 func (d *Difference) Len() int {
-	return d.Sysctls.Len() + d.Links.Len() + d.Addrs.Len() + d.Neighs.Len() + d.FDB.Len() + d.Nexthops.Len() + d.Routes.Len() + d.Sets.Len() + d.Chains.Len()
+	return d.Sysctls.Len() + d.Links.Len() + d.Addrs.Len() + d.Neighs.Len() + d.FDB.Len() + d.Nexthops.Len() +
+		d.Routes.Len() + d.Sets.Len() + d.Chains.Len()
 }
 
-// String prints the changes in the order in which Apply makes them: "+ " adds, "~ " replaces, "- " removes. What is replaced
-// stands behind as a comment, but sets show their elements and chains their rules.
+// String prints the changes in the order in which Apply makes them: "+ " adds, "~ " replaces, "- " removes.
+// What is replaced stands behind as a comment, but sets show their elements and chains their rules.
 func (d *Difference) String() string {
 	var b []byte
 	set(&b, &d.Sysctls, appendSysctl)

@@ -15,7 +15,8 @@ func TestDisjoint(t *testing.T) {
 	for range 500 {
 		var in []netip.Prefix
 		for range rng.IntN(12) {
-			in = append(in, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(rng.IntN(3)), byte(rng.IntN(4) << 6), 0}), 6+rng.IntN(20)).Masked())
+			in = append(in, netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(rng.IntN(3)), byte(rng.IntN(4) << 6), 0}),
+				6+rng.IntN(20)).Masked())
 		}
 		before := slices.Clone(in)
 		out := delta.Disjoint(in)

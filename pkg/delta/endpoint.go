@@ -46,7 +46,8 @@ const VethPrefix = "lrt"
 // EndpointAlias is what the ifalias of a port's host end says. State can be rebuilt from it without any file.
 type EndpointAlias struct{ Network, ContainerID, IfName, Name string }
 
-// String is the ifalias: lariat:port:<network>:<container id>:<ifname>[:<name for people>]. The kernel takes 255 octets; the name is cut to fit.
+// String is the ifalias: lariat:port:<network>:<container id>:<ifname>[:<name for people>]. The kernel takes
+// 255 octets; the name is cut to fit.
 func (a EndpointAlias) String() string {
 	s := fmt.Sprintf("%sport:%s:%s:%s", AliasPrefix, a.Network, a.ContainerID, a.IfName)
 	if a.Name != "" {

@@ -4,9 +4,9 @@ import (
 	"cmp"
 )
 
-// Merge puts the states of several planners together. Two that want the same object differently cannot both have it: the
-// first gets it, and the conflict becomes a Problem. nil states are skipped. The arguments are not changed, but
-// the result shares the slices of their sets and chains.
+// Merge puts the states of several planners together. Two that want the same object differently cannot both
+// have it: the first gets it, and the conflict becomes a Problem. nil states are skipped. The arguments are
+// not changed, but the result shares the slices of their sets and chains.
 func Merge(states ...*State) *State {
 	out := &State{}
 	for _, s := range states {
@@ -15,7 +15,8 @@ func Merge(states ...*State) *State {
 		}
 		merge(out, &out.Sysctls, s.Sysctls, equal, cmp.Compare, appendSysctl)
 		merge(out, &out.Links, s.Links, equal, cmp.Compare, appendLink)
-		merge(out, &out.Addrs, s.Addrs, equal, compareAddr, func(b []byte, a Addr, _ struct{}) []byte { return appendAddr(b, a) })
+		merge(out, &out.Addrs, s.Addrs, equal, compareAddr,
+			func(b []byte, a Addr, _ struct{}) []byte { return appendAddr(b, a) })
 		merge(out, &out.Neighs, s.Neighs, equal, compareNeigh, appendNeigh)
 		merge(out, &out.FDB, s.FDB, equal, compareFDB, func(b []byte, f FDB, _ struct{}) []byte { return appendFDB(b, f) })
 		merge(out, &out.Nexthops, s.Nexthops, equal, cmp.Compare, appendNexthop)
@@ -33,7 +34,8 @@ func Merge(states ...*State) *State {
 	return out
 }
 
-func merge[K comparable, V any](out *State, to *map[K]V, from map[K]V, same func(a, b V) bool, compare func(a, b K) int, line func([]byte, K, V) []byte) {
+func merge[K comparable, V any](out *State, to *map[K]V, from map[K]V, same func(a, b V) bool, compare func(a, b K) int,
+	line func([]byte, K, V) []byte) {
 	if len(*to) == 0 {
 		*to = make(map[K]V, len(from)) // the first brings nearly all
 	}

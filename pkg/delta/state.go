@@ -12,8 +12,9 @@ import (
 	"net/netip"
 )
 
-// Protocol is the routing protocol number that marks Lariat's routes and nexthops (rtm_protocol, nh_protocol). Numbers up
-// to 4 are the kernel's and the administrator's; 76 is unassigned in iproute2's rt_protos.
+// Protocol is the routing protocol number that marks Lariat's routes and nexthops (rtm_protocol,
+// nh_protocol). Numbers up to 4 are the kernel's and the administrator's; 76 is unassigned in iproute2's
+// rt_protos.
 const Protocol = 76
 
 // AliasPrefix begins the ifalias of every link that Lariat owns.
@@ -45,8 +46,9 @@ const TunnelPrefix = "lrx"
 // VTEPPrefix begins the name of every VXLAN device of Lariat's.
 const VTEPPrefix = "vtep"
 
-// OverlayLinkGroup is the link group (IFLA_GROUP) of the devices between which the packets of containers are in clear: the host's ends of ports,
-// and XFRM interfaces. nftables rules ask for it, which costs less than to compare names. 0 is everyone's default.
+// OverlayLinkGroup is the link group (IFLA_GROUP) of the devices between which the packets of containers are
+// in clear: the host's ends of ports, and XFRM interfaces. nftables rules ask for it, which costs less than
+// to compare names. 0 is everyone's default.
 const OverlayLinkGroup = 76
 
 // Kinds of links.
@@ -83,7 +85,8 @@ type Link struct {
 
 // Remake says whether a device l can only be had by removing old and making it again. Everything on old goes with it.
 func (l Link) Remake(old Link) bool {
-	return l.Kind != old.Kind || l.VNI != old.VNI || l.Port != old.Port || l.Local != old.Local || l.IfID != old.IfID || l.Other != old.Other
+	return l.Kind != old.Kind || l.VNI != old.VNI || l.Port != old.Port || l.Local != old.Local || l.IfID != old.IfID ||
+		l.Other != old.Other
 }
 
 // Addr is an address on a device.
@@ -98,8 +101,9 @@ type Neigh struct {
 	Addr netip.Addr
 }
 
-// FDB is a permanent forwarding entry of a vxlan device. The kernel keeps one destination for a unicast MAC, so a plan names a
-// MAC once on each device, and an entry whose destination changes replaces the one before it.
+// FDB is a permanent forwarding entry of a vxlan device. The kernel keeps one destination for a unicast MAC,
+// so a plan names a MAC once on each device, and an entry whose destination changes replaces the one before
+// it.
 type FDB struct {
 	Dev string
 	MAC MAC
@@ -139,20 +143,23 @@ type Route struct {
 // Sysctl is a value under /proc/sys; the key uses slashes.
 type Sysctl struct{ Key, Value string }
 
-// Set is an nftables set of the table Table. Interval sets hold prefixes, others single addresses (as full-length prefixes).
+// Set is an nftables set of the table Table. Interval sets hold prefixes, others single addresses (as
+// full-length prefixes).
 type Set struct {
 	V6       bool
 	Interval bool
 	Elements []netip.Prefix // sorted, without overlaps
 
-	// Ports, when not nil, are what a set of ports holds, sorted; it has no Elements then. Such a set is made anew to be changed.
+	// Ports, when not nil, are what a set of ports holds, sorted; it has no Elements then. Such a set is made
+	// anew to be changed.
 	Ports []uint16
 
 	// Other is empty on desired sets. On an observed one it says what it is that ours never are; such a set is made again.
 	Other string
 }
 
-// Chain is a chain of the table Table: a base chain, whose policy is accept, or, without Type and Hook, one that rules jump to.
+// Chain is a chain of the table Table: a base chain, whose policy is accept, or, without Type and Hook, one
+// that rules jump to.
 type Chain struct {
 	Type     string // filter or nat
 	Hook     string // prerouting, input, forward, output, postrouting
@@ -203,5 +210,6 @@ func NewState() *State {
 
 // Len is the number of objects.
 func (s *State) Len() int {
-	return len(s.Links) + len(s.Addrs) + len(s.Neighs) + len(s.FDB) + len(s.Nexthops) + len(s.Routes) + len(s.Sysctls) + len(s.Sets) + len(s.Chains)
+	return len(s.Links) + len(s.Addrs) + len(s.Neighs) + len(s.FDB) + len(s.Nexthops) + len(s.Routes) + len(s.Sysctls) +
+		len(s.Sets) + len(s.Chains)
 }

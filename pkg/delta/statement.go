@@ -77,8 +77,8 @@ type UDPSport uint16
 // Fragment matches a packet that is a fragment: ip frag-off & 16383 != 0, exthdr frag exists.
 type Fragment struct{ V6 bool }
 
-// VXLANVNI matches the VNI behind the UDP header (RFC 7348 §5): @th,96,24 0x412. It stands behind UDPDport, and has meaning
-// only there.
+// VXLANVNI matches the VNI behind the UDP header (RFC 7348 §5): @th,96,24 0x412. It stands behind UDPDport,
+// and has meaning only there.
 type VXLANVNI uint32
 
 // TooBig matches an ICMP error that says: a packet from From to an address of the set To was too
@@ -115,8 +115,8 @@ type Notrack struct{}
 // NotRouteIPsec matches a packet that will not be transformed by IPsec before it leaves: rt ipsec missing.
 type NotRouteIPsec struct{}
 
-// Masquerade gives the packet the address of the leaving interface; it ends a rule of a nat chain. With First and Last the source
-// port stays, or becomes, one between the two, both included.
+// Masquerade gives the packet the address of the leaving interface; it ends a rule of a nat chain. With First
+// and Last the source port stays, or becomes, one between the two, both included.
 type Masquerade struct{ First, Last uint16 }
 
 // Verdict is accept, drop, or "jump CHAIN", and ends a rule.
@@ -137,8 +137,8 @@ func (s Verdict) JumpTo() string {
 // MarkComment is the rule's comment. It comes last.
 type MarkComment string
 
-// Unknown is what an observed rule holds and Lariat never writes. It is unequal to every desired statement, so the rule is
-// replaced.
+// Unknown is what an observed rule holds and Lariat never writes. It is unequal to every desired statement,
+// so the rule is replaced.
 type Unknown string
 
 func (IifPrefix) statement()     {}
@@ -266,9 +266,11 @@ func (CtDNAT) String() string { return "ct status dnat" }
 // String is the statement as nft lists it.
 func (s TooBig) String() string {
 	if s.From.Is6() {
-		return fmt.Sprintf("icmpv6 mtu < %d @th,112,8 != 0x6 @th,128,128 0x%x @th,256,128 @%s", s.Below, s.From.AsSlice(), s.To)
+		return fmt.Sprintf("icmpv6 mtu < %d @th,112,8 != 0x6 @th,128,128 0x%x @th,256,128 @%s", s.Below, s.From.AsSlice(),
+			s.To)
 	}
-	return fmt.Sprintf("icmp code frag-needed icmp mtu < %d @th,136,8 != 0x6 @th,160,32 0x%x @th,192,32 @%s", s.Below, s.From.AsSlice(), s.To)
+	return fmt.Sprintf("icmp code frag-needed icmp mtu < %d @th,136,8 != 0x6 @th,160,32 0x%x @th,192,32 @%s", s.Below,
+		s.From.AsSlice(), s.To)
 }
 
 // String is the statement as nft lists it.
@@ -335,7 +337,8 @@ func (c Chain) Equal(o Chain) bool {
 
 // SameType says whether two sets differ in nothing but their elements.
 func (s Set) SameType(o Set) bool {
-	return s.V6 == o.V6 && s.Interval == o.Interval && s.Other == o.Other && (s.Ports == nil) == (o.Ports == nil) && slices.Equal(s.Ports, o.Ports)
+	return s.V6 == o.V6 && s.Interval == o.Interval && s.Other == o.Other && (s.Ports == nil) == (o.Ports == nil) &&
+		slices.Equal(s.Ports, o.Ports)
 }
 
 // Equal compares two sets with their elements.

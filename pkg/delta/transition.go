@@ -2,8 +2,9 @@ package delta
 
 import "slices"
 
-// MergeForTransition is a chain as it shall be, and behind that the rules that it had and shall have no longer: what a rule keeps out, it keeps out until what
-// it was for is gone. A chain of another base, and rules that cannot be written again, are not kept.
+// MergeForTransition is a chain as it shall be, and behind that the rules that it had and shall have no
+// longer: what a rule keeps out, it keeps out until what it was for is gone. A chain of another base, and
+// rules that cannot be written again, are not kept.
 func MergeForTransition(want, have Chain) Chain {
 	if !want.SameBase(have) {
 		return want

@@ -74,15 +74,18 @@ func Unreachable(err error, socket string) (what, remedy string) {
 	start := "start it: systemctl start lariat-metadata; if it ends at once: journalctl -u lariat-metadata"
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Sprintf("the metadata service is not running: there is no socket %s", socket), start + ". When it listens elsewhere, give --socket"
+		return fmt.Sprintf("the metadata service is not running: there is no socket %s", socket), start +
+			". When it listens elsewhere, give --socket"
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Sprintf("the metadata service has died: nobody answers on its socket %s", socket), start
 	case errors.Is(err, fs.ErrPermission):
 		return fmt.Sprintf("the metadata service's socket %s is not open to this user", socket), "run this as root"
 	case errors.Is(err, syscall.ENOTSOCK):
-		return fmt.Sprintf("%s is not a socket", socket), "remove the file and restart lariat-metadata, or give the right --socket"
+		return fmt.Sprintf("%s is not a socket", socket),
+			"remove the file and restart lariat-metadata, or give the right --socket"
 	case errors.Is(err, context.DeadlineExceeded):
-		return fmt.Sprintf("the metadata service on %s does not answer in time", socket), "look at journalctl -u lariat-metadata; a store that lost its majority answers nobody"
+		return fmt.Sprintf("the metadata service on %s does not answer in time", socket),
+			"look at journalctl -u lariat-metadata; a store that lost its majority answers nobody"
 	case metadata.IsCode(err, metadata.CodeUnavailable):
 		return fmt.Sprintf("the metadata service has no store: %v", err), storeRemedy
 	}
@@ -90,7 +93,8 @@ func Unreachable(err error, socket string) (what, remedy string) {
 }
 
 // storeRemedy is what helps when the store does not answer, or refuses.
-const storeRemedy = "on the store's host: systemctl status lariat-metadata; with external etcd: etcdctl endpoint health; here: journalctl -u lariat-metadata"
+const storeRemedy = "on the store's host: systemctl status lariat-metadata; with external etcd: etcdctl endpoint " +
+	"health; here: journalctl -u lariat-metadata"
 
 func (e *checkContext) store() {
 	if e.Metadata == nil || e.Metadata.Err != nil || e.Metadata.Store == nil {
@@ -108,9 +112,11 @@ func (e *checkContext) store() {
 	remedy := "defragment it (etcdctl defrag), look for what fills it, or restart lariat-metadata with a larger quota"
 	switch {
 	case used >= storeError:
-		e.add(Error, e.Metadata.Socket, remedy, "the store is %.0f %% full (%s of %s); when it is full it takes no write", used*100, size(s.Size), size(s.Quota))
+		e.add(Error, e.Metadata.Socket, remedy, "the store is %.0f %% full (%s of %s); when it is full it takes no write",
+			used*100, size(s.Size), size(s.Quota))
 	case used >= storeWarning:
-		e.add(Warning, e.Metadata.Socket, remedy, "the store is %.0f %% full (%s of %s)", used*100, size(s.Size), size(s.Quota))
+		e.add(Warning, e.Metadata.Socket, remedy, "the store is %.0f %% full (%s of %s)", used*100, size(s.Size),
+			size(s.Quota))
 	}
 }
 
@@ -140,7 +146,8 @@ func size(n int64) string {
 	return fmt.Sprintf("%d KiB", n>>10)
 }
 
-const startManager = "start it: systemctl start lariat-network-manager. Until then running containers keep their network, but nothing follows changes"
+const startManager = "start it: systemctl start lariat-network-manager. Until then running containers keep their " +
+	"network, but nothing follows changes"
 
 // ManagerUnreachable says in words why the network manager did not answer, and what helps.
 func ManagerUnreachable(err error, socket string) (what, remedy string) {
@@ -150,7 +157,8 @@ func ManagerUnreachable(err error, socket string) (what, remedy string) {
 	case errors.Is(err, fs.ErrNotExist):
 		return "the network manager is not running: there is no socket " + socket, startManager
 	case errors.Is(err, context.DeadlineExceeded):
-		return fmt.Sprintf("the network manager on %s does not answer in time", socket), "look at journalctl -u lariat-network-manager"
+		return fmt.Sprintf("the network manager on %s does not answer in time", socket),
+			"look at journalctl -u lariat-network-manager"
 	}
 	return fmt.Sprintf("the network manager is not running: %v", err), startManager
 }
@@ -170,7 +178,8 @@ func (e *checkContext) manager() {
 	}
 	for _, c := range e.Manager.Concerns {
 		if !c.OK {
-			e.add(Error, where, "it is tried again by itself; the message says what is in the way. More: journalctl -u lariat-network-manager", "the network manager cannot keep %s true: %s", c.Name, c.Error)
+			e.add(Error, where, "it is tried again by itself; the message says what is in the way. More: journalctl -u "+
+				"lariat-network-manager", "the network manager cannot keep %s true: %s", c.Name, c.Error)
 		}
 	}
 }
@@ -186,8 +195,10 @@ func (e *checkContext) journal() {
 		}
 	}
 	for _, dir := range slices.Sorted(maps.Keys(elsewhere)) {
-		e.add(Warning, "host "+e.Self, "set the plugins' \"stateDir\" and lariat-network-manager's --state-dir to the same folder",
-			"plugins with the stateDir %s gave %d of this host's addresses, and the network manager looks in %s alone: it does not give back what a killed one leaves there before the next boot",
+		e.add(Warning, "host "+e.Self, "set the plugins' \"stateDir\" and lariat-network-manager's --state-dir to the "+
+			"same folder",
+			"plugins with the stateDir %s gave %d of this host's addresses, and the network manager looks in %s alone: it "+
+				"does not give back what a killed one leaves there before the next boot",
 			dir, elsewhere[dir], e.Manager.StateDir)
 	}
 }
@@ -243,7 +254,8 @@ func (e *checkContext) hosts() {
 	s := e.Metadata.Snapshot
 	if e.Self != "" {
 		if _, ok := s.Host(e.Self); !ok {
-			e.add(Error, "host "+e.Self, "restart lariat-metadata on this host; it registers itself", "this host is not in the metadata")
+			e.add(Error, "host "+e.Self, "restart lariat-metadata on this host; it registers itself",
+				"this host is not in the metadata")
 		}
 	}
 	blocks, containers := map[string]int{}, map[string]int{}
@@ -257,8 +269,10 @@ func (e *checkContext) hosts() {
 		if h.Live {
 			continue
 		}
-		e.add(Warning, "host "+h.Name, fmt.Sprintf("on %s: systemctl status lariat-metadata. When the host is gone for good: lariat host remove %s", h.Name, h.Name),
-			"host %s does not answer: its metadata service has not been heard of%s", h.Name, holds(blocks[h.Name], containers[h.Name]))
+		e.add(Warning, "host "+h.Name, fmt.Sprintf("on %s: systemctl status lariat-metadata. When the host is gone for "+
+			"good: lariat host remove %s", h.Name, h.Name),
+			"host %s does not answer: its metadata service has not been heard of%s", h.Name,
+			holds(blocks[h.Name], containers[h.Name]))
 	}
 }
 
@@ -299,25 +313,29 @@ func (e *checkContext) duplicates() {
 		for _, v := range slices.Sorted(maps.Keys(users)) {
 			if len(users[v]) > 1 {
 				slices.Sort(users[v])
-				e.add(Error, "hosts "+strings.Join(users[v], ", "), remedy, "hosts %s have the same %s %s", strings.Join(users[v], " and "), what, v)
+				e.add(Error, "hosts "+strings.Join(users[v], ", "), remedy, "hosts %s have the same %s %s",
+					strings.Join(users[v], " and "), what, v)
 			}
 		}
 	}
-	twice("machine id", "one machine under two names: lariat host remove the old name. Two machines from one image: on one of them rm /etc/machine-id; systemd-machine-id-setup; restart lariat-metadata",
+	twice("machine id", "one machine under two names: lariat host remove the old name. Two machines from one image: "+
+		"on one of them rm /etc/machine-id; systemd-machine-id-setup; restart lariat-metadata",
 		func(h metadata.Host) []string { return []string{h.MachineID} })
-	twice("underlay address", "give one of them another address and restart its lariat-metadata, or remove the host that is gone: lariat host remove NAME",
+	twice("underlay address", "give one of them another address and restart its lariat-metadata, or remove the host "+
+		"that is gone: lariat host remove NAME",
 		func(h metadata.Host) (out []string) {
 			for _, u := range h.Underlay {
 				out = append(out, u.Address.Addr().String())
 			}
 			return out
 		})
-	twice("overlay MAC", "restart lariat-metadata on one of them; it derives its MAC from its underlay address", func(h metadata.Host) []string {
-		if h.MAC.IsZero() {
-			return nil
-		}
-		return []string{h.MAC.String()}
-	})
+	twice("overlay MAC", "restart lariat-metadata on one of them; it derives its MAC from its underlay address",
+		func(h metadata.Host) []string {
+			if h.MAC.IsZero() {
+				return nil
+			}
+			return []string{h.MAC.String()}
+		})
 	type claim struct{ network, what string }
 	claims := map[claim][]string{}
 	for _, b := range s.Blocks {
@@ -340,7 +358,8 @@ func (e *checkContext) duplicates() {
 	for _, k := range keys {
 		if who := claims[k]; len(who) > 1 {
 			slices.Sort(who)
-			e.add(Error, "network "+k.network, "this should not be possible: keep a backup (lariat-metadata backup FILE), report it, and remove the host that does not use it",
+			e.add(Error, "network "+k.network, "this should not be possible: keep a backup (lariat-metadata backup FILE), "+
+				"report it, and remove the host that does not use it",
 				"%s is claimed by hosts %s", k.what, strings.Join(slices.Compact(who), " and "))
 		}
 	}
@@ -358,12 +377,14 @@ func (e *checkContext) networks() {
 		}
 		for _, o := range s.Networks[i+1:] {
 			if n.Encapsulation == metadata.EncapVXLAN && o.Encapsulation == metadata.EncapVXLAN && n.VNI == o.VNI {
-				e.add(Error, where, "give one of them another: lariat network update NAME --vni N", "networks %s and %s have the same VNI %d", n.Name, o.Name, n.VNI)
+				e.add(Error, where, "give one of them another: lariat network update NAME --vni N",
+					"networks %s and %s have the same VNI %d", n.Name, o.Name, n.VNI)
 			}
 			for _, p := range n.Subnets {
 				for _, q := range o.Subnets {
 					if p.Overlaps(q) {
-						e.add(Error, where, "make one of them anew with another subnet", "subnet %s of network %s and subnet %s of network %s overlap", p, n.Name, q, o.Name)
+						e.add(Error, where, "make one of them anew with another subnet",
+							"subnet %s of network %s and subnet %s of network %s overlap", p, n.Name, q, o.Name)
 					}
 				}
 			}
@@ -371,7 +392,8 @@ func (e *checkContext) networks() {
 		for _, from := range n.AllowFrom {
 			_, there := s.Network(from)
 			if _, err := netip.ParsePrefix(from); err != nil && from != metadata.AllowAll && !there {
-				e.add(Warning, where, "create it, or: lariat network update "+n.Name+" --allow-from …", "network %s allows network %s, which does not exist", n.Name, from)
+				e.add(Warning, where, "create it, or: lariat network update "+n.Name+" --allow-from …",
+					"network %s allows network %s, which does not exist", n.Name, from)
 			}
 		}
 		if n.Encapsulation == metadata.EncapNone {
@@ -382,7 +404,8 @@ func (e *checkContext) networks() {
 			for _, u := range h.Underlay {
 				for _, p := range n.Subnets {
 					if p.Overlaps(u.Address.Masked()) {
-						e.add(Error, where, "make the network anew with another subnet: packets of the tunnels would be sent into the tunnels",
+						e.add(Error, where, "make the network anew with another subnet: packets of the tunnels would be sent into "+
+							"the tunnels",
 							"subnet %s overlaps the underlay %s of host %s", p, u.Address, h.Name)
 					}
 				}
@@ -399,7 +422,8 @@ func (e *checkContext) crossed(n metadata.Network) {
 			hosts[f] = append(hosts[f], h.Name)
 		}
 	}
-	for _, f := range slices.SortedFunc(maps.Keys(hosts), func(a, b metadata.Foreign) int { return strings.Compare(a.String(), b.String()) }) {
+	for _, f := range slices.SortedFunc(maps.Keys(hosts),
+		func(a, b metadata.Foreign) int { return strings.Compare(a.String(), b.String()) }) {
 		names := hosts[f]
 		slices.Sort(names)
 		if len(names) > oneFindingFor {
@@ -409,8 +433,10 @@ func (e *checkContext) crossed(n metadata.Network) {
 		if f.Via.IsValid() {
 			severity, what = Warning, "is a route"
 		}
-		e.add(severity, "network "+n.Name, fmt.Sprintf("give the link or route other addresses (ip route show %s), or make the network anew with another subnet", f.Prefix),
-			"%s %s of host %s, and network %s has its addresses, too: who is there does not reach those containers, or they do not reach it",
+		e.add(severity, "network "+n.Name, fmt.Sprintf("give the link or route other addresses (ip route show %s), or "+
+			"make the network anew with another subnet", f.Prefix),
+			"%s %s of host %s, and network %s has its addresses, too: who is there does not reach those containers, or "+
+				"they do not reach it",
 			f, what, strings.Join(names, ", "), n.Name)
 	}
 }
@@ -429,19 +455,24 @@ func (e *checkContext) addresses() {
 			if total > 0 {
 				used = float64(u.Used) / float64(total)
 			}
-			remedy := "look for containers that are gone and hold addresses: lariat ip list --network " + st.Network + "; or make a wider network"
+			remedy := "look for containers that are gone and hold addresses: lariat ip list --network " + st.Network +
+				"; or make a wider network"
 			switch {
 			case u.Free <= 0:
 				full = true
 				e.add(Error, where, remedy, "subnet %s has no address left for this host", u.Subnet)
 			case used >= usageWarning && u.BlocksFree == 0:
-				e.add(Warning, where, remedy, "subnet %s is %.0f %% full for this host: %d of %d addresses are left", u.Subnet, used*100, u.Free, total)
+				e.add(Warning, where, remedy, "subnet %s is %.0f %% full for this host: %d of %d addresses are left", u.Subnet,
+					used*100, u.Free, total)
 			case u.BlocksFree == 0:
-				e.add(Warning, where, "a host that joins now must borrow addresses one by one; make a wider network, or smaller blocks in a new one", "subnet %s has no free block left", u.Subnet)
+				e.add(Warning, where, "a host that joins now must borrow addresses one by one; make a wider network, or "+
+					"smaller blocks in a new one", "subnet %s has no free block left", u.Subnet)
 			}
 		}
-		if !st.Ready && !full && (e.Metadata.Snapshot == nil || st.Reason != e.Metadata.Snapshot.Away) { // "store" tells of that one
-			e.add(Error, where, "see the reason", "no container can be attached to network %s on this host: %s", st.Network, st.Reason)
+		// "store" tells of that one
+		if !st.Ready && !full && (e.Metadata.Snapshot == nil || st.Reason != e.Metadata.Snapshot.Away) {
+			e.add(Error, where, "see the reason", "no container can be attached to network %s on this host: %s", st.Network,
+				st.Reason)
 		}
 	}
 }
@@ -459,7 +490,8 @@ func (e *checkContext) features() {
 			if f.Fallback {
 				severity = Warning
 			}
-			e.add(severity, "kernel of host "+e.Self, f.Remedy, "the kernel cannot do %s (%s), without which %s", f.Name, f.Detail, f.Need)
+			e.add(severity, "kernel of host "+e.Self, f.Remedy, "the kernel cannot do %s (%s), without which %s", f.Name,
+				f.Detail, f.Need)
 		}
 	}
 }
@@ -488,14 +520,15 @@ func (e *checkContext) forwarding() {
 	}{{"net/ipv4/ip_forward", "IPv4", v4}, {"net/ipv6/conf/all/forwarding", "IPv6", v6}} {
 		if value, known := e.Kernel.Sysctls[f.key]; f.wanted && known && value == "0" {
 			dotted := strings.ReplaceAll(f.key, "/", ".")
-			e.add(Error, "sysctl "+dotted, fmt.Sprintf("sysctl -w %s=1, and look in /etc/sysctl.d for what turns it off; the network manager turns it on at its next pass", dotted),
+			e.add(Error, "sysctl "+dotted, fmt.Sprintf("sysctl -w %s=1, and look in /etc/sysctl.d for what turns it off; "+
+				"the network manager turns it on at its next pass", dotted),
 				"the host does not forward %s: containers reach nobody", f.family)
 		}
 	}
 }
 
-// The kernel takes the larger of net.ipv4.conf.all.rp_filter and the device's own value: "loose" (2) for all makes a strict
-// check (1) on a container's device loose as well.
+// The kernel takes the larger of net.ipv4.conf.all.rp_filter and the device's own value: "loose" (2) for all
+// makes a strict check (1) on a container's device loose as well.
 func (e *checkContext) rpFilter() {
 	if !e.needs("kernel", e.Kernel != nil) {
 		return
@@ -504,8 +537,10 @@ func (e *checkContext) rpFilter() {
 		return
 	}
 	const key = "sysctl net.ipv4.conf.all.rp_filter"
-	remedy := "sysctl -w net.ipv4.conf.all.rp_filter=0 (each device's own value then counts), and look in /etc/sysctl.d for what sets it"
-	e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices, which overrides the ports' strict one; "+
+	remedy := "sysctl -w net.ipv4.conf.all.rp_filter=0 (each device's own value then counts), and look in " +
+		"/etc/sysctl.d for what sets it"
+	e.add(Warning, key, remedy, "the reverse path check is loose (2) for all devices, which overrides the ports' "+
+		"strict one; "+
 		"only Lariat's own nftables rule keeps containers from using each other's IPv4 addresses")
 }
 
@@ -536,7 +571,8 @@ func (e *checkContext) forwardPolicy() {
 		}
 		remedy := "start lariat-network-manager, which lets the networks' packets through"
 		if !strings.HasPrefix(c.Name, "iptables") && !strings.HasPrefix(c.Name, "ip6tables") {
-			remedy = "add accept rules for the networks' subnets to this chain where it is made; an accept elsewhere does not help, for a packet must pass every chain"
+			remedy = "add accept rules for the networks' subnets to this chain where it is made; an accept elsewhere does " +
+				"not help, for a packet must pass every chain"
 		}
 		e.add(Error, c.Name, remedy, "forwarded packets are dropped by the policy of %s: containers reach nobody", c.Name)
 	}
@@ -548,12 +584,15 @@ func (e *checkContext) stopped(p Passage) {
 	if v6 {
 		family = "IPv6"
 	}
-	if key := map[bool]string{false: "net/ipv4/ip_forward", true: "net/ipv6/conf/all/forwarding"}[v6]; e.Kernel.Sysctls[key] == "0" {
+	if key := map[bool]string{false: "net/ipv4/ip_forward",
+		true: "net/ipv6/conf/all/forwarding"}[v6]; e.Kernel.Sysctls[key] == "0" {
 		return // the check forwarding tells
 	}
 	if p.Chain == "" {
-		e.add(Warning, "network "+p.Network, "look at nft list ruleset and iptables-save for rules that drop or reject what is forwarded",
-			"%s packets of network %s do not pass from one container's port to another on this host; what stops them was not found", family, p.Network)
+		e.add(Warning, "network "+p.Network, "look at nft list ruleset and iptables-save for rules that drop or reject "+
+			"what is forwarded",
+			"%s packets of network %s do not pass from one container's port to another on this host; what stops them was "+
+				"not found", family, p.Network)
 		return
 	}
 	words := strings.Fields(p.Chain)
@@ -571,14 +610,17 @@ func (e *checkContext) stopped(p Passage) {
 		remedy = fmt.Sprintf("firewall-cmd --permanent --zone=trusted --add-source=%s; firewall-cmd --reload", p.Subnet)
 	default:
 		ip := map[bool]string{false: "ip", true: "ip6"}[v6]
-		remedy = fmt.Sprintf("put accept rules in front of it, where the chain is made (now: nft insert rule %[1]s %[2]s daddr %[3]s accept; the same for saddr); "+
-			"an accept elsewhere does not help, for a packet must pass every chain", strings.TrimPrefix(p.Chain, "nft chain "), ip, p.Subnet)
+		remedy = fmt.Sprintf("put accept rules in front of it, where the chain is made (now: nft insert rule %[1]s "+
+			"%[2]s daddr %[3]s accept; the same for saddr); "+
+			"an accept elsewhere does not help, for a packet must pass every chain", strings.TrimPrefix(p.Chain, "nft chain "),
+			ip, p.Subnet)
 	}
 	by := "the policy of " + p.Chain
 	if p.Rule != "" {
 		by = fmt.Sprintf("a rule of %s: %s", p.Chain, p.Rule)
 	}
-	e.add(Error, p.Chain, remedy, "forwarded packets are dropped by %s; containers of network %s do not reach each other by %s", by, p.Network, family)
+	e.add(Error, p.Chain, remedy, "forwarded packets are dropped by %s; containers of network %s do not reach each "+
+		"other by %s", by, p.Network, family)
 }
 
 func (e *checkContext) underlay() {
@@ -591,12 +633,14 @@ func (e *checkContext) underlay() {
 		return
 	}
 	if len(me.Underlay) == 0 {
-		e.add(Error, "host "+e.Self, "give lariat-metadata --underlay ADDRESS/LENGTH", "this host has no underlay address: no other host can reach it")
+		e.add(Error, "host "+e.Self, "give lariat-metadata --underlay ADDRESS/LENGTH",
+			"this host has no underlay address: no other host can reach it")
 	}
 	for i, u := range me.Underlay {
 		dev := ""
 		for _, name := range slices.Sorted(maps.Keys(e.Kernel.Links)) {
-			if slices.ContainsFunc(e.Kernel.Links[name].Addrs, func(p netip.Prefix) bool { return p.Addr() == u.Address.Addr() }) {
+			if slices.ContainsFunc(e.Kernel.Links[name].Addrs,
+				func(p netip.Prefix) bool { return p.Addr() == u.Address.Addr() }) {
 				dev = name
 				break
 			}
@@ -605,26 +649,34 @@ func (e *checkContext) underlay() {
 		link := e.Kernel.Links[dev]
 		switch {
 		case dev == "":
-			e.add(Error, where, "put the address back, or restart lariat-metadata so that it registers the present one", "the underlay address %s of this host is on none of its interfaces", u.Address.Addr())
+			e.add(Error, where, "put the address back, or restart lariat-metadata so that it registers the present one",
+				"the underlay address %s of this host is on none of its interfaces", u.Address.Addr())
 			continue
 		case dev != u.Device && u.Device != "":
-			e.add(Warning, where, "restart lariat-metadata; it registers what is there", "the underlay address %s is on %s, the metadata says %s", u.Address.Addr(), dev, u.Device)
+			e.add(Warning, where, "restart lariat-metadata; it registers what is there",
+				"the underlay address %s is on %s, the metadata says %s", u.Address.Addr(), dev, u.Device)
 		case !link.Up:
 			e.add(Error, where, "ip link set "+dev+" up", "the underlay's interface %s is down", dev)
 		case u.MTU != 0 && link.MTU != u.MTU:
-			e.add(Warning, where, "the network manager tells the metadata; is it running?", "the MTU of %s is %d, the metadata says %d", dev, link.MTU, u.MTU)
+			e.add(Warning, where, "the network manager tells the metadata; is it running?",
+				"the MTU of %s is %d, the metadata says %d", dev, link.MTU, u.MTU)
 		}
 		if i > 0 {
 			continue
 		}
 		for _, n := range e.Metadata.Snapshot.Networks {
 			if need := mtu.Container(n, me) + mtu.Overhead(n, me); n.Encapsulation == metadata.EncapVXLAN && need > link.MTU {
-				e.add(Error, where, fmt.Sprintf("lariat network update %s --mtu %d, or raise the MTU of %s to %d", n.Name, link.MTU-mtu.Overhead(n, me), dev, need),
-					"network %s has an MTU of %d, which with %d octets of encapsulation does not fit the %d of %s: large packets are lost", n.Name, mtu.Container(n, me), mtu.Overhead(n, me), link.MTU, dev)
+				e.add(Error, where, fmt.Sprintf("lariat network update %s --mtu %d, or raise the MTU of %s to %d", n.Name,
+					link.MTU-mtu.Overhead(n, me), dev, need),
+					"network %s has an MTU of %d, which with %d octets of encapsulation does not fit the %d of %s: large packets "+
+						"are lost", n.Name, mtu.Container(n, me), mtu.Overhead(n, me), link.MTU, dev)
 			}
-			if fits := inner(link.MTU, me.UnderlayAddr().Is6()); n.Encapsulation == metadata.EncapIPsec && mtu.Container(n, me) > fits {
-				e.add(Error, where, fmt.Sprintf("lariat network update %s --mtu %d, or raise the MTU of %s to %d", n.Name, fits, dev, outer(n, me)),
-					"network %s has an MTU of %d; encrypted, such packets can have %d octets, which do not fit the %d of %s: large packets are lost", n.Name, mtu.Container(n, me), outer(n, me), link.MTU, dev)
+			if fits := inner(link.MTU, me.UnderlayAddr().Is6()); n.Encapsulation == metadata.EncapIPsec &&
+				mtu.Container(n, me) > fits {
+				e.add(Error, where, fmt.Sprintf("lariat network update %s --mtu %d, or raise the MTU of %s to %d", n.Name, fits,
+					dev, outer(n, me)),
+					"network %s has an MTU of %d; encrypted, such packets can have %d octets, which do not fit the %d of %s: "+
+						"large packets are lost", n.Name, mtu.Container(n, me), outer(n, me), link.MTU, dev)
 			}
 		}
 	}
@@ -654,7 +706,8 @@ func (e *checkContext) devices() {
 		switch {
 		case d.Have == "" && len(missing) > oneFindingFor:
 		case d.Want == "":
-			e.add(Error, where, "start lariat-network-manager, which removes it; or by hand: ip link del "+d.Name, "device %s is left over: no network wants it (%s)", d.Name, d.Have)
+			e.add(Error, where, "start lariat-network-manager, which removes it; or by hand: ip link del "+d.Name,
+				"device %s is left over: no network wants it (%s)", d.Name, d.Have)
 		case d.Have == "":
 			e.add(Error, where, remedy, "device %s is missing (it should be: %s)", d.Name, d.Want)
 		case d.Want != d.Have:
@@ -732,7 +785,8 @@ func (e *checkContext) reach() {
 			silent = append(silent, p)
 		}
 	}
-	e.each(silent, Error, fmt.Sprintf("ping the address; open UDP %d (probes) and the networks' ports between the hosts in every firewall on the way", echo.Port),
+	e.each(silent, Error, fmt.Sprintf("ping the address; open UDP %d (probes) and the networks' ports between the "+
+		"hosts in every firewall on the way", echo.Port),
 		func(p Peer) string {
 			return fmt.Sprintf("host %s does not answer over the underlay: %v", p.Host, p.Echo)
 		},
@@ -740,7 +794,8 @@ func (e *checkContext) reach() {
 	e.each(refused, Warning, "start lariat-network-manager there", func(p Peer) string {
 		return fmt.Sprintf("host %s is reached, but its network manager does not answer probes on UDP %d", p.Host, echo.Port)
 	}, "%d hosts are reached, but their network managers do not answer probes")
-	e.each(odd, Warning, fmt.Sprintf("open UDP %d between the hosts; without it packet size and clock cannot be checked", echo.Port), func(p Peer) string {
+	e.each(odd, Warning, fmt.Sprintf("open UDP %d between the hosts; without it packet size and clock cannot be checked",
+		echo.Port), func(p Peer) string {
 		return fmt.Sprintf("host %s is reached through the tunnel, but not on UDP %d", p.Host, echo.Port)
 	}, "%d hosts are reached through the tunnel, but not on the port of probes")
 }
@@ -773,21 +828,28 @@ func (e *checkContext) tunnel() {
 		return slices.SortedFunc(maps.Keys(m), func(a, b key) int { return strings.Compare(a.network, b.network) })
 	}
 	for _, k := range order(routeless) {
-		e.each(routeless[k], Error, "lariat plan --diff shows what is missing; start lariat-network-manager, which adds it", func(p Peer) string {
-			return fmt.Sprintf("there is no route of network %s to host %s", k.network, p.Host)
-		}, "there is no route of network "+k.network+" to %d hosts")
+		e.each(routeless[k], Error, "lariat plan --diff shows what is missing; start lariat-network-manager, which adds it",
+			func(p Peer) string {
+				return fmt.Sprintf("there is no route of network %s to host %s", k.network, p.Host)
+			}, "there is no route of network "+k.network+" to %d hosts")
 	}
 	for _, k := range order(blocked) {
 		if k.port == 0 {
-			e.each(blocked[k], Error, "lariat ipsec status, on both hosts, tells how their tunnel fares; when it is established, open ESP (IP protocol 50) and UDP 4500 between the hosts in every firewall on the way, or let the network managers use UDP always (--ipsec-encap)",
+			e.each(blocked[k], Error, "lariat ipsec status, on both hosts, tells how their tunnel fares; when it is "+
+				"established, open ESP (IP protocol 50) and UDP 4500 between the hosts in every firewall on the way, or let "+
+				"the network managers use UDP always (--ipsec-encap)",
 				func(p Peer) string {
-					return fmt.Sprintf("host %s answers over the underlay, but not through the encrypted network %s", p.Host, k.network)
+					return fmt.Sprintf("host %s answers over the underlay, but not through the encrypted network %s", p.Host,
+						k.network)
 				}, "%d hosts answer over the underlay, but not through the encrypted network "+k.network)
 			continue
 		}
-		e.each(blocked[k], Error, fmt.Sprintf("open UDP %d between the hosts in every firewall on the way and on both ends; if it is open, look on the other host: lariat doctor", k.port), func(p Peer) string {
-			return fmt.Sprintf("UDP %d is blocked to or from host %s: it answers over the underlay, but not through network %s", k.port, p.Host, k.network)
-		}, fmt.Sprintf("UDP %d is blocked to or from %%d hosts: they answer over the underlay, but not through network %s", k.port, k.network))
+		e.each(blocked[k], Error, fmt.Sprintf("open UDP %d between the hosts in every firewall on the way and on both "+
+			"ends; if it is open, look on the other host: lariat doctor", k.port), func(p Peer) string {
+			return fmt.Sprintf("UDP %d is blocked to or from host %s: it answers over the underlay, but not through network %s",
+				k.port, p.Host, k.network)
+		}, fmt.Sprintf("UDP %d is blocked to or from %%d hosts: they answer over the underlay, but not through network %s",
+			k.port, k.network))
 	}
 }
 
@@ -812,7 +874,8 @@ func (e *checkContext) pathMTU() {
 		if p.Addr.Is6() {
 			overhead = mtu.VXLANOverIPv6
 		}
-		remedy := fmt.Sprintf("raise the MTU on the way, or lower the networks': lariat network update NAME --mtu %d", p.MTU-overhead)
+		remedy := fmt.Sprintf("raise the MTU on the way, or lower the networks': lariat network update NAME --mtu %d",
+			p.MTU-overhead)
 		encrypted := func(o Overlay) bool { return o.Port == 0 }
 		if slices.ContainsFunc(p.Overlay, encrypted) {
 			fits := fmt.Sprintf("%d", inner(p.MTU, p.Addr.Is6()))
@@ -822,7 +885,8 @@ func (e *checkContext) pathMTU() {
 			remedy = "raise the MTU on the way, or lower the networks': lariat network update NAME --mtu " + fits
 		}
 		e.add(Error, fmt.Sprintf("way to host %s (%s)", p.Host, p.Addr), remedy,
-			"packets of %d octets, as the tunnels make them, do not come through to host %s and back; the largest that do have %d", p.WantMTU, p.Host, p.MTU)
+			"packets of %d octets, as the tunnels make them, do not come through to host %s and back; the largest that do "+
+				"have %d", p.WantMTU, p.Host, p.MTU)
 	}
 	if measured < asked {
 		e.skip("%d of %d hosts could not be measured", asked-measured, asked)
@@ -851,7 +915,8 @@ func (e *checkContext) clock() {
 	}
 	remedy := "look at timedatectl on both hosts; run chrony or systemd-timesyncd"
 	if len(off) > 1 && len(off) == answered {
-		e.add(severity(off[0].Skew), "host "+e.Self, remedy, "this host's clock is off by %s against every other host", rough(off[0].Skew))
+		e.add(severity(off[0].Skew), "host "+e.Self, remedy, "this host's clock is off by %s against every other host",
+			rough(off[0].Skew))
 		return
 	}
 	for _, p := range off {
@@ -859,7 +924,8 @@ func (e *checkContext) clock() {
 		if p.Skew < 0 {
 			direction = "behind"
 		}
-		e.add(severity(p.Skew), "host "+p.Host, remedy, "the clock of host %s is %s %s this host's", p.Host, rough(p.Skew), direction)
+		e.add(severity(p.Skew), "host "+p.Host, remedy, "the clock of host %s is %s %s this host's", p.Host, rough(p.Skew),
+			direction)
 	}
 }
 

@@ -46,7 +46,8 @@ func (g Gatherer) containerFacts(ctx context.Context, f *Facts) {
 		return
 	}
 	f.Residents = g.residents(ctx, ports)
-	f.Disagreements, err = g.disagreements(ctx, ports, f.Metadata.Snapshot, cmp.Or(f.Manager.StateDir, metadata.DefaultStateDir))
+	f.Disagreements, err = g.disagreements(ctx, ports, f.Metadata.Snapshot,
+		cmp.Or(f.Manager.StateDir, metadata.DefaultStateDir))
 	if err != nil {
 		f.Disagreements, f.Unavailable["agreement"] = nil, err.Error()
 	}
@@ -120,7 +121,8 @@ func arp(index int, from, to netip.Addr, timeout time.Duration) error {
 	}
 	deadline := time.Now().Add(timeout)
 	link.Addr = [8]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
-	request := slices.Concat([]byte{0, 1, 8, 0, 6, 4, 0, 1}, attach.HostMAC[:], from.AsSlice(), make([]byte, 6), to.AsSlice())
+	request := slices.Concat([]byte{0, 1, 8, 0, 6, 4, 0, 1}, attach.HostMAC[:], from.AsSlice(), make([]byte, 6),
+		to.AsSlice())
 	if err := unix.Sendto(fd, request, 0, &link); err != nil {
 		return err
 	}
@@ -147,7 +149,8 @@ func arp(index int, from, to netip.Addr, timeout time.Duration) error {
 }
 
 // disagreements compares ports, the plugins' records and the service's allocations.
-func (g Gatherer) disagreements(ctx context.Context, ports []delta.VethInfo, s *metadata.Snapshot, stateDir string) ([]string, error) {
+func (g Gatherer) disagreements(ctx context.Context, ports []delta.VethInfo, s *metadata.Snapshot,
+	stateDir string) ([]string, error) {
 	var held []metadata.Allocation
 	for _, n := range s.Networks {
 		list, err := g.Client.Allocations(ctx, n.Name, false)
@@ -160,7 +163,8 @@ func (g Gatherer) disagreements(ctx context.Context, ports []delta.VethInfo, s *
 }
 
 // compare returns how ports, the plugins' records of this boot and the service's allocations differ.
-func compare(s *metadata.Snapshot, ports []delta.VethInfo, held []metadata.Allocation, stateDir string) ([]string, error) {
+func compare(s *metadata.Snapshot, ports []delta.VethInfo, held []metadata.Allocation,
+	stateDir string) ([]string, error) {
 	me, _ := s.Host(s.Self)
 	type key struct {
 		network string
@@ -192,7 +196,8 @@ func compare(s *metadata.Snapshot, ports []delta.VethInfo, held []metadata.Alloc
 	}
 	out := []string{}
 	say := func(k key, format string, a ...any) {
-		out = append(out, fmt.Sprintf("container %s/%s of network %s ", metadata.ShortID(k.id.ContainerID), k.id.IfName, k.network)+fmt.Sprintf(format, a...))
+		out = append(out, fmt.Sprintf("container %s/%s of network %s ", metadata.ShortID(k.id.ContainerID), k.id.IfName,
+			k.network)+fmt.Sprintf(format, a...))
 	}
 	for _, p := range ports {
 		k := key{p.Alias.Network, metadata.AttachmentID{ContainerID: p.Alias.ContainerID, IfName: p.Alias.IfName}}
@@ -226,10 +231,12 @@ func (e *checkContext) containers() {
 	if !e.needs("containers", e.Residents != nil) {
 		return
 	}
-	const remedy = "look inside: is the interface up, and has it the address? lariat ip show ADDRESS tells whose it is; its runtime makes the interface anew when it restarts the container"
+	const remedy = "look inside: is the interface up, and has it the address? lariat ip show ADDRESS tells whose it " +
+		"is; its runtime makes the interface anew when it restarts the container"
 	silent := slices.DeleteFunc(slices.Clone(e.Residents), func(r Resident) bool { return r.Answers })
 	if len(silent) > oneFindingFor {
-		e.add(Error, "port "+silent[0].Veth, remedy, "%d of %d addresses of containers of this host do not answer, the first is %s",
+		e.add(Error, "port "+silent[0].Veth, remedy, "%d of %d addresses of containers of this host do not answer, the "+
+			"first is %s",
 			len(silent), len(e.Residents), silent[0].Address)
 		return
 	}
@@ -243,10 +250,12 @@ func (e *checkContext) agreement() {
 	if !e.needs("agreement", e.Disagreements != nil) {
 		return
 	}
-	const remedy = "the network manager brings them together: is it running? lariat ip show ADDRESS tells who has an address; a DEL of the container, or its runtime's GC, ends what is left over"
+	const remedy = "the network manager brings them together: is it running? lariat ip show ADDRESS tells who has an " +
+		"address; a DEL of the container, or its runtime's GC, ends what is left over"
 	list := e.Disagreements
 	if len(list) > oneFindingFor {
-		e.add(Error, "host "+e.Self, remedy, "journal, kernel and metadata service differ in %d containers, the first: %s", len(list), list[0])
+		e.add(Error, "host "+e.Self, remedy, "journal, kernel and metadata service differ in %d containers, the first: %s",
+			len(list), list[0])
 		return
 	}
 	for _, d := range list {
@@ -255,5 +264,6 @@ func (e *checkContext) agreement() {
 }
 
 // NotLookedAt is what no check of ours looks at, for those who read that nothing was found.
-const NotLookedAt = "what containers themselves do with packets (their firewalls, their services), other hosts' containers and firewalls " +
+const NotLookedAt = "what containers themselves do with packets (their firewalls, their services), other hosts' " +
+	"containers and firewalls " +
 	"(run lariat doctor there), ways from containers to the outside, names, and volumes"

@@ -1,7 +1,8 @@
 // Package doctor finds out why a host's network does not work, and says what to do about it.
 //
-// Gather collects facts: it asks the metadata service and the network manager, reads the kernel, and probes the other hosts. It
-// changes nothing. Check is pure and turns facts into findings, so that each finding has a test that needs no broken host.
+// Gather collects facts: it asks the metadata service and the network manager, reads the kernel, and probes
+// the other hosts. It changes nothing. Check is pure and turns facts into findings, so that each finding has
+// a test that needs no broken host.
 package doctor
 
 import (
@@ -70,7 +71,8 @@ type checkContext struct {
 }
 
 func (e *checkContext) add(s Severity, where, remedy, format string, a ...any) {
-	e.found = append(e.found, Finding{Check: e.name, Severity: s, What: fmt.Sprintf(format, a...), Where: where, Remedy: remedy})
+	e.found = append(e.found, Finding{Check: e.name, Severity: s, What: fmt.Sprintf(format, a...), Where: where,
+		Remedy: remedy})
 }
 
 func (e *checkContext) skip(format string, a ...any) {
@@ -104,7 +106,10 @@ func confirm(f *Facts, before *Report, names []string) *Report {
 		c.run(e)
 		if before != nil {
 			e.found = slices.DeleteFunc(e.found, func(f Finding) bool {
-				return !slices.ContainsFunc(before.Findings, func(b Finding) bool { return b.Check == f.Check && b.Where == f.Where })
+				return !slices.ContainsFunc(before.Findings, func(b Finding) bool {
+					return b.Check == f.Check &&
+						b.Where == f.Where
+				})
 			})
 		}
 		r.Findings = append(r.Findings, e.found...)
@@ -112,7 +117,8 @@ func confirm(f *Facts, before *Report, names []string) *Report {
 			r.Passed = append(r.Passed, Passed{Check: c.name, What: c.good})
 		}
 	}
-	slices.SortStableFunc(r.Findings, func(a, b Finding) int { return cmp.Compare(a.Severity, b.Severity) }) // error < warning
+	// error < warning
+	slices.SortStableFunc(r.Findings, func(a, b Finding) int { return cmp.Compare(a.Severity, b.Severity) })
 	return r
 }
 

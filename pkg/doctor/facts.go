@@ -10,8 +10,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Facts is what a check-up knows. A group that is nil was not looked at, and its checks are skipped with the reason that
-// Unavailable gives for it; an absent fact never passes for a good one.
+// Facts is what a check-up knows. A group that is nil was not looked at, and its checks are skipped with the
+// reason that Unavailable gives for it; an absent fact never passes for a good one.
 type Facts struct {
 	Self string // the host's name in the metadata
 
@@ -139,7 +139,8 @@ type Overlay struct {
 	Network string
 	Port    uint16 // UDP; 0: the network is encrypted
 	Gateway netip.Addr
-	Source  netip.Addr // from which the kernel would send there; not ours on that network: there is no route by the overlay
-	Ours    netip.Addr
-	Err     error
+	// from which the kernel would send there; not ours on that network: there is no route by the overlay
+	Source netip.Addr
+	Ours   netip.Addr
+	Err    error
 }

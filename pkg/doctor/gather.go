@@ -101,7 +101,8 @@ func (g Gatherer) ManagerFacts(ctx context.Context, f *Facts) {
 		Health   []Concern `json:"health"`
 		StateDir string    `json:"stateDir"`
 	}
-	if _, f.Manager.Err = getUnix(ctx, g.ManagerSocket, "/v1/state", func(b []byte) error { return json.Unmarshal(b, &state) }); f.Manager.Err == nil {
+	if _, f.Manager.Err = getUnix(ctx, g.ManagerSocket, "/v1/state",
+		func(b []byte) error { return json.Unmarshal(b, &state) }); f.Manager.Err == nil {
 		f.Manager.Concerns, f.Manager.StateDir = state.Health, state.StateDir
 		g.tunnelFacts(ctx, f)
 	}
@@ -164,9 +165,11 @@ func (g Gatherer) Gather(ctx context.Context) *Facts {
 	case f.Metadata.Snapshot == nil:
 		f.Unavailable["containers"], f.Unavailable["agreement"] = f.Unavailable["metadata"], f.Unavailable["metadata"]
 	case !g.Probe:
-		f.Unavailable["containers"], f.Unavailable["agreement"] = "containers were not asked (--no-probe)", "containers were not asked (--no-probe)"
+		f.Unavailable["containers"], f.Unavailable["agreement"] = "containers were not asked (--no-probe)",
+			"containers were not asked (--no-probe)"
 	case os.Geteuid() != 0:
-		f.Unavailable["containers"], f.Unavailable["agreement"] = "only root may ask containers", "only root may read the plugins' records"
+		f.Unavailable["containers"], f.Unavailable["agreement"] = "only root may ask containers",
+			"only root may read the plugins' records"
 	default:
 		g.containerFacts(ctx, f)
 	}
@@ -176,7 +179,8 @@ func (g Gatherer) Gather(ctx context.Context) *Facts {
 	case f.Metadata.Snapshot != nil:
 		f.Peers = g.peers(ctx, f.Metadata.Snapshot)
 		if f.Manager.Tunnels != nil {
-			g.tunnelFacts(ctx, f) // once more: to a host that nobody sent anything to, the probes were the first to need a tunnel
+			// once more: to a host that nobody sent anything to, the probes were the first to need a tunnel
+			g.tunnelFacts(ctx, f)
 		}
 		if os.Geteuid() != 0 {
 			f.Unavailable["tunnel"] = "only root may ping through the tunnels"
@@ -270,8 +274,8 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 	k.Chains = chains(want, have)
 }
 
-// forwardChains lists the chains that drop by policy what is forwarded: nftables' own, those that iptables makes in nftables, and
-// those of the older iptables.
+// forwardChains lists the chains that drop by policy what is forwarded: nftables' own, those that iptables
+// makes in nftables, and those of the older iptables.
 func forwardChains(ctx context.Context, subnets []netip.Prefix) ([]ForwardChain, error) {
 	c, err := nftables.New()
 	if err != nil {
@@ -283,17 +287,20 @@ func forwardChains(ctx context.Context, subnets []netip.Prefix) ([]ForwardChain,
 	}
 	var out []ForwardChain
 	for _, ch := range chains {
-		if ch.Hooknum == nil || *ch.Hooknum != *nftables.ChainHookForward || ch.Policy == nil || *ch.Policy != nftables.ChainPolicyDrop {
+		if ch.Hooknum == nil || *ch.Hooknum != *nftables.ChainHookForward || ch.Policy == nil ||
+			*ch.Policy != nftables.ChainPolicyDrop {
 			continue
 		}
 		fc := ForwardChain{V6: ch.Table.Family == nftables.TableFamilyIPv6, Both: ch.Table.Family == nftables.TableFamilyINet}
 		switch {
-		case ch.Table.Family != nftables.TableFamilyIPv4 && ch.Table.Family != nftables.TableFamilyIPv6 && ch.Table.Family != nftables.TableFamilyINet:
+		case ch.Table.Family != nftables.TableFamilyIPv4 && ch.Table.Family != nftables.TableFamilyIPv6 &&
+			ch.Table.Family != nftables.TableFamilyINet:
 			continue // of bridges: containers have none
 		case ch.Name == "FORWARD" && ch.Table.Name == "filter":
 			fc.Name = map[bool]string{false: "iptables", true: "ip6tables"}[fc.V6] + " filter FORWARD"
 		default:
-			family := map[nftables.TableFamily]string{nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet"}
+			family := map[nftables.TableFamily]string{nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6",
+				nftables.TableFamilyINet: "inet"}
 			fc.Name = fmt.Sprintf("nft chain %s %s %s", family[ch.Table.Family], ch.Table.Name, ch.Name)
 		}
 		for _, other := range chains {
@@ -312,8 +319,9 @@ func forwardChains(ctx context.Context, subnets []netip.Prefix) ([]ForwardChain,
 	return append(out, legacy...), err
 }
 
-// accepts reports whether a rule lets packets of ours through: it jumps to our chain, or it accepts and names one of our
-// interfaces or subnets. Rules that let everything from somewhere else through are not understood, sets are not looked into.
+// accepts reports whether a rule lets packets of ours through: it jumps to our chain, or it accepts and names
+// one of our interfaces or subnets. Rules that let everything from somewhere else through are not understood,
+// sets are not looked into.
 func accepts(r *nftables.Rule, subnets []netip.Prefix) bool {
 	ours, accept := false, false
 	for _, e := range r.Exprs {
@@ -324,7 +332,8 @@ func accepts(r *nftables.Rule, subnets []netip.Prefix) bool {
 			}
 			accept = accept || v.Kind == expr.VerdictAccept
 		case *expr.Cmp:
-			ours = ours || bytes.HasPrefix(v.Data, []byte(delta.VethPrefix)) || bytes.HasPrefix(v.Data, []byte("vtep")) || bytes.HasPrefix(v.Data, []byte(delta.TunnelPrefix))
+			ours = ours || bytes.HasPrefix(v.Data, []byte(delta.VethPrefix)) || bytes.HasPrefix(v.Data, []byte("vtep")) ||
+				bytes.HasPrefix(v.Data, []byte(delta.TunnelPrefix))
 			for _, s := range subnets {
 				a := s.Addr().AsSlice()
 				ours = ours || len(v.Data) <= len(a) && len(v.Data)*8 >= s.Bits() && bytes.Equal(v.Data, a[:len(v.Data)])
@@ -338,7 +347,8 @@ func legacyChains(ctx context.Context) (out []ForwardChain, err error) {
 	for _, f := range []struct {
 		names, command, show string
 		v6                   bool
-	}{{"/proc/net/ip_tables_names", "iptables-legacy", "iptables", false}, {"/proc/net/ip6_tables_names", "ip6tables-legacy", "ip6tables", true}} {
+	}{{"/proc/net/ip_tables_names", "iptables-legacy", "iptables", false},
+		{"/proc/net/ip6_tables_names", "ip6tables-legacy", "ip6tables", true}} {
 		b, rerr := os.ReadFile(f.names)
 		if rerr != nil || !slices.Contains(strings.Fields(string(b)), "filter") {
 			continue // the older iptables is not in use
@@ -349,7 +359,8 @@ func legacyChains(ctx context.Context) (out []ForwardChain, err error) {
 			continue
 		}
 		if lines := strings.Split(string(rules), "\n"); slices.Contains(lines, "-P FORWARD DROP") {
-			out = append(out, ForwardChain{Name: f.show + " (legacy) filter FORWARD", V6: f.v6, Passes: slices.Contains(lines, "-A FORWARD -j "+iptables.ForwardChain)})
+			out = append(out, ForwardChain{Name: f.show + " (legacy) filter FORWARD", V6: f.v6,
+				Passes: slices.Contains(lines, "-A FORWARD -j "+iptables.ForwardChain)})
 		}
 	}
 	return out, err
@@ -364,7 +375,8 @@ func (g Gatherer) peers(ctx context.Context, s *metadata.Snapshot) []Peer {
 	}
 	gateways := s.AllGateways()
 	for _, h := range s.Hosts {
-		i := slices.IndexFunc(h.Underlay, func(u metadata.Underlay) bool { return u.Address.Addr().Is4() == me.UnderlayAddr().Is4() })
+		i := slices.IndexFunc(h.Underlay,
+			func(u metadata.Underlay) bool { return u.Address.Addr().Is4() == me.UnderlayAddr().Is4() })
 		if h.Name == s.Self || !h.Live || i < 0 {
 			continue
 		}
@@ -443,9 +455,10 @@ func getUnix(ctx context.Context, socket, path string, parse func([]byte) error)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-	}}}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		}}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lariat"+path, nil)
 	if err != nil {
 		return 0, err
@@ -469,7 +482,8 @@ func getUnix(ctx context.Context, socket, path string, parse func([]byte) error)
 // storeFacts reads the store's health and size from the metadata service's own pages.
 func storeFacts(ctx context.Context, socket string) (*Store, error) {
 	s := &Store{}
-	status, err := getUnix(ctx, socket, "/readyz", func(b []byte) error { s.Reason = strings.TrimSpace(string(b)); return nil })
+	status, err := getUnix(ctx, socket, "/readyz",
+		func(b []byte) error { s.Reason = strings.TrimSpace(string(b)); return nil })
 	if err != nil {
 		return nil, fmt.Errorf("readiness of the metadata service: %w", err)
 	}

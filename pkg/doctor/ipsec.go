@@ -31,8 +31,8 @@ func encrypted(s *metadata.Snapshot) (out []string) {
 	return out
 }
 
-// Needed reports whether the model asks for the feature. Nothing is known without a model, and then all is needed but what encrypted
-// networks need, which not many are.
+// Needed reports whether the model asks for the feature. Nothing is known without a model, and then all is
+// needed but what encrypted networks need, which not many are.
 func (f Feature) Needed(s *metadata.Snapshot) bool {
 	if s == nil {
 		return f.Encap != metadata.EncapIPsec
@@ -58,7 +58,8 @@ func (f Feature) Needed(s *metadata.Snapshot) bool {
 	return true
 }
 
-// inner is the longest packet of an encrypted network that fits an underlay packet of so many octets, whatever two hosts agree on.
+// inner is the longest packet of an encrypted network that fits an underlay packet of so many octets,
+// whatever two hosts agree on.
 func inner(underlay int, v6 bool) int { return mtu.ESP(underlay, 16, 16, v6, true) }
 
 // outer is how long the packets of a network become in their tunnels on host h, at most.
@@ -108,7 +109,8 @@ func (g Gatherer) secretFacts(f *Facts) {
 
 // switches are the sysctls that let packets pass by IPsec's policies, of every device.
 func switches() (out []string) {
-	for _, pattern := range []string{"ipv4/conf/*/disable_xfrm", "ipv4/conf/*/disable_policy", "ipv6/conf/*/disable_policy"} {
+	for _, pattern := range []string{"ipv4/conf/*/disable_xfrm", "ipv4/conf/*/disable_policy",
+		"ipv6/conf/*/disable_policy"} {
 		found, _ := filepath.Glob("/proc/sys/net/" + pattern) // the pattern is fine
 		for _, file := range found {
 			out = append(out, strings.TrimPrefix(file, "/proc/sys/"))
@@ -134,20 +136,27 @@ func chains(want, have *delta.State) (out []Device) {
 	return out
 }
 
-const tunnelPorts = "open UDP 500 and 4500 and ESP (IP protocol 50) between the hosts in every firewall on the way and on both ends, and look whether lariat-network-manager runs there"
+const tunnelPorts = "open UDP 500 and 4500 and ESP (IP protocol 50) between the hosts in every firewall on the " +
+	"way and on both ends, and look whether lariat-network-manager runs there"
 
-// cures tells by the words of pkg/ike, or strongSwan's behind them, what helps against what keeps a tunnel from being set up.
+// cures tells by the words of pkg/ike, or strongSwan's behind them, what helps against what keeps a tunnel
+// from being set up.
 var cures = []struct {
 	words  []string
 	remedy string
 }{
-	{[]string{"authentication", "auth_failed", "shared key", "trusted", "private key", "certificate", "signature", "constraint"},
-		"the hosts have different secrets, or certificates of different authorities: compare the KEYS that lariat ipsec status shows on both; lariat ipsec rotate brings the same secret to both"},
+	{[]string{"authentication", "auth_failed", "shared key", "trusted", "private key", "certificate", "signature",
+		"constraint"},
+		"the hosts have different secrets, or certificates of different authorities: compare the KEYS that lariat ipsec " +
+			"status shows on both; lariat ipsec rotate brings the same secret to both"},
 	{[]string{"ts_unacceptable", "selectors", "child_sa config"},
-		"compare lariat network list on both: one of them does not hear of changes; systemctl status lariat-metadata lariat-network-manager there"},
+		"compare lariat network list on both: one of them does not hear of changes; systemctl status lariat-metadata " +
+			"lariat-network-manager there"},
 	{[]string{"no_proposal", "no acceptable", "proposal", "invalid_ke", "ike config", "peer config"},
-		"compare the SUITES that lariat ipsec status shows on both: the kernel of one lacks AES-GCM, or the IKE daemon of one lacks a plugin; lariat doctor features, on both, tells of the kernel. " +
-			"A host that has just joined is known after a moment; when not: systemctl status lariat-metadata lariat-network-manager there"},
+		"compare the SUITES that lariat ipsec status shows on both: the kernel of one lacks AES-GCM, or the IKE daemon " +
+			"of one lacks a plugin; lariat doctor features, on both, tells of the kernel. " +
+			"A host that has just joined is known after a moment; when not: systemctl status lariat-metadata " +
+			"lariat-network-manager there"},
 	{[]string{"answer", "timeout", "timed out", "time out", "respon", "retransmi", "unreachable"}, tunnelPorts},
 }
 
@@ -168,14 +177,17 @@ func (e *checkContext) rules() {
 			changed = append(changed, c.Name)
 		}
 	}
-	const remedy = "start lariat-network-manager, which puts them back; until then containers are not kept apart, and those of encrypted networks may be heard in clear: stop them if that matters. " +
+	const remedy = "start lariat-network-manager, which puts them back; until then containers are not kept apart, " +
+		"and those of encrypted networks may be heard in clear: stop them if that matters. " +
 		"Look for what removes the rules: another program's nft flush ruleset"
 	table := "nftables table inet " + delta.Table
 	if len(missing) > 0 {
-		e.add(Error, table, remedy, "rules that keep containers, networks and the underlay apart are missing: chain %s", strings.Join(missing, ", "))
+		e.add(Error, table, remedy, "rules that keep containers, networks and the underlay apart are missing: chain %s",
+			strings.Join(missing, ", "))
 	}
 	if len(changed) > 0 {
-		e.add(Error, table, remedy, "rules that keep containers, networks and the underlay apart are not as they should be: chain %s", strings.Join(changed, ", "))
+		e.add(Error, table, remedy, "rules that keep containers, networks and the underlay apart are not as they should "+
+			"be: chain %s", strings.Join(changed, ", "))
 	}
 }
 
@@ -245,7 +257,8 @@ func (e *checkContext) ipsec() {
 			}
 			one, many := "no tunnel to host %s: ", "no tunnels to %d hosts: "
 			if severity == Warning {
-				one, many = "trouble with the tunnel to host %s, which stands: ", "trouble with the tunnels to %d hosts, which stand: "
+				one, many = "trouble with the tunnel to host %s, which stands: ",
+					"trouble with the tunnels to %d hosts, which stand: "
 			}
 			e.each(list, severity, remedy, func(p Peer) string {
 				return fmt.Sprintf(one, p.Host) + words[p.Host]
@@ -260,8 +273,10 @@ func (e *checkContext) ipsec() {
 // toldOfTunnel reports whether a finding of this check-up says already why no packet passes the tunnel to a host.
 func (e *checkContext) toldOfTunnel(host string) bool {
 	return slices.ContainsFunc(e.report.Findings, func(f Finding) bool {
-		return f.Check == "ipsec" && f.Severity == Error && (f.Where == "host "+e.Self || strings.HasPrefix(f.Where, "hosts ") && slices.Contains(strings.Split(f.Where[6:], ", "), host) ||
-			strings.HasPrefix(f.Where, "host "+host+" "))
+		return f.Check == "ipsec" && f.Severity == Error &&
+			(f.Where == "host "+e.Self || strings.HasPrefix(f.Where, "hosts ") &&
+				slices.Contains(strings.Split(f.Where[6:], ", "), host) ||
+				strings.HasPrefix(f.Where, "host "+host+" "))
 	})
 }
 
@@ -276,7 +291,8 @@ func (e *checkContext) secret() {
 		e.needs("secret", false)
 	}
 	if f := e.Secret; f != nil && f.There && f.Mode.Perm()&0o077 != 0 {
-		e.add(Error, f.Path, "chmod 600 "+f.Path+"; if somebody did read it, make a new one and lariat ipsec rotate on every host", "others can read the secret of encrypted networks (mode %04o)", f.Mode.Perm())
+		e.add(Error, f.Path, "chmod 600 "+f.Path+"; if somebody did read it, make a new one and lariat ipsec rotate on "+
+			"every host", "others can read the secret of encrypted networks (mode %04o)", f.Mode.Perm())
 	}
 	if !used {
 		return
@@ -310,14 +326,19 @@ func (e *checkContext) secret() {
 			late = append(late, p)
 		}
 	}
-	e.each(none, Error, "there: lariat ipsec status tells why; bring it the secret that the other hosts have ("+ipsec.DefaultSecretFile+")", func(p Peer) string {
+	e.each(none, Error, "there: lariat ipsec status tells why; bring it the secret that the other hosts have ("+
+		ipsec.DefaultSecretFile+")", func(p Peer) string {
 		return fmt.Sprintf("host %s has loaded no secret: no tunnel to it can be set up", p.Host)
 	}, "%d hosts have loaded no secret: no tunnel to them can be set up")
-	e.each(other, Error, "one of the two has the wrong secret: compare the KEYS that lariat ipsec status shows on both, and lariat ipsec rotate on the one that is wrong", func(p Peer) string {
-		return fmt.Sprintf("host %s shares no secret with this one, which has %s: no tunnel to it can be set up", p.Host, strings.Join(mine, ", "))
+	e.each(other, Error, "one of the two has the wrong secret: compare the KEYS that lariat ipsec status shows on "+
+		"both, and lariat ipsec rotate on the one that is wrong", func(p Peer) string {
+		return fmt.Sprintf("host %s shares no secret with this one, which has %s: no tunnel to it can be set up", p.Host,
+			strings.Join(mine, ", "))
 	}, "%d hosts share no secret with this one: no tunnel to them can be set up")
-	e.each(late, Warning, "bring the newest secret to every host: lariat ipsec rotate NEWFILE; when lariat ipsec rotate shows that all have it: lariat ipsec rotate --finish, on every host", func(p Peer) string {
-		return fmt.Sprintf("a rotation of the secret is unfinished: host %s does not use %s first, as this host does", p.Host, mine[0])
+	e.each(late, Warning, "bring the newest secret to every host: lariat ipsec rotate NEWFILE; when lariat ipsec "+
+		"rotate shows that all have it: lariat ipsec rotate --finish, on every host", func(p Peer) string {
+		return fmt.Sprintf("a rotation of the secret is unfinished: host %s does not use %s first, as this host does", p.Host,
+			mine[0])
 	}, "a rotation of the secret is unfinished: %d hosts do not use "+mine[0]+" first, as this host does")
 }
 
@@ -337,7 +358,8 @@ func (e *checkContext) failClosed() {
 	if me, ok := e.Metadata.Snapshot.Host(e.Self); ok {
 		for _, u := range me.Underlay {
 			for name, l := range k.Links {
-				if name != "lo" && (name == u.Device || slices.ContainsFunc(l.Addrs, func(p netip.Prefix) bool { return p.Addr() == u.Address.Addr() })) {
+				if name != "lo" && (name == u.Device ||
+					slices.ContainsFunc(l.Addrs, func(p netip.Prefix) bool { return p.Addr() == u.Address.Addr() })) {
 					devices[name] = true
 				}
 			}
@@ -346,12 +368,14 @@ func (e *checkContext) failClosed() {
 	var keys []string
 	for key, value := range k.Sysctls {
 		dir, name := filepath.Split(key)
-		if (name == "disable_xfrm" || name == "disable_policy") && value != "0" && value != "" && devices[filepath.Base(dir)] {
+		if (name == "disable_xfrm" || name == "disable_policy") && value != "0" && value != "" &&
+			devices[filepath.Base(dir)] {
 			keys = append(keys, key)
 		}
 	}
 	slices.Sort(keys)
 	for _, key := range keys {
-		e.add(Error, "sysctl "+key, fmt.Sprintf("sysctl -w %s=0, and look in /etc/sysctl.d for what sets it", key), "the kernel does not ask IPsec's policies on %s: %s is set", filepath.Base(filepath.Dir(key)), filepath.Base(key))
+		e.add(Error, "sysctl "+key, fmt.Sprintf("sysctl -w %s=0, and look in /etc/sysctl.d for what sets it", key),
+			"the kernel does not ask IPsec's policies on %s: %s is set", filepath.Base(filepath.Dir(key)), filepath.Base(key))
 	}
 }

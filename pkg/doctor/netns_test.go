@@ -25,8 +25,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/vxlan"
 )
 
-// asPatient makes the test's own executable examine the namespace that it runs in, and print the report: facts are gathered by
-// many goroutines, which all must be there.
+// asPatient makes the test's own executable examine the namespace that it runs in, and print the report:
+// facts are gathered by many goroutines, which all must be there.
 const asPatient = "LARIAT_TEST_PATIENT"
 
 func TestMain(m *testing.M) {
@@ -59,17 +59,19 @@ func examine(file string) error {
 	f.Self = f.Metadata.Snapshot.Self
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	g := Gatherer{Want: want, Probe: true, Timeout: 300 * time.Millisecond, Observe: func(ctx context.Context, s *delta.State) (*delta.State, error) {
-		k, err := kernel.New()
-		if err != nil {
-			return nil, err
-		}
-		defer k.Close()
-		return k.Observe(ctx, s)
-	}}
+	g := Gatherer{Want: want, Probe: true, Timeout: 300 * time.Millisecond,
+		Observe: func(ctx context.Context, s *delta.State) (*delta.State, error) {
+			k, err := kernel.New()
+			if err != nil {
+				return nil, err
+			}
+			defer k.Close()
+			return k.Observe(ctx, s)
+		}}
 	g.kernelFacts(ctx, f)
 	f.Peers = g.peers(ctx, f.Metadata.Snapshot)
-	return json.NewEncoder(os.Stdout).Encode(Check(f, "forwarding", "rp-filter", "forward-policy", "underlay", "devices", "rules", "fail-closed", "reach", "tunnel", "mtu", "clock"))
+	return json.NewEncoder(os.Stdout).Encode(Check(f, "forwarding", "rp-filter", "forward-policy", "underlay", "devices",
+		"rules", "fail-closed", "reach", "tunnel", "mtu", "clock"))
 }
 
 // pair is two hosts in namespaces, with one network between them as the network manager makes it.
@@ -85,12 +87,16 @@ func newPair(t *testing.T) *pair {
 	p.devA, p.devB = netnstest.Veth(t, p.a, "192.0.2.1/24", p.b, "192.0.2.2/24")
 	pfx := netip.MustParsePrefix
 	host := func(name, addr, dev string, last byte) metadata.Host {
-		return metadata.Host{Name: name, Live: true, MachineID: name, BootID: name, MAC: metadata.MAC{0x0e, 0, 192, 0, 2, last},
+		return metadata.Host{Name: name, Live: true, MachineID: name, BootID: name,
+			MAC:      metadata.MAC{0x0e, 0, 192, 0, 2, last},
 			Underlay: []metadata.Underlay{{Address: pfx(addr), Device: dev, MTU: 1500}}}
 	}
-	p.snap = &metadata.Snapshot{Self: "a", Hosts: []metadata.Host{host("a", "192.0.2.1/24", p.devA, 1), host("b", "192.0.2.2/24", p.devB, 2)},
-		Networks: []metadata.Network{{Name: "overlay", Subnets: []netip.Prefix{pfx("10.42.0.0/16")}, Encapsulation: "vxlan", VNI: 1042}},
-		Blocks: []metadata.Block{{Network: "overlay", CIDR: pfx("10.42.1.0/26"), Host: "a", Gateway: netip.MustParseAddr("10.42.1.1")},
+	p.snap = &metadata.Snapshot{Self: "a", Hosts: []metadata.Host{host("a", "192.0.2.1/24", p.devA, 1),
+		host("b", "192.0.2.2/24", p.devB, 2)},
+		Networks: []metadata.Network{{Name: "overlay", Subnets: []netip.Prefix{pfx("10.42.0.0/16")}, Encapsulation: "vxlan",
+			VNI: 1042}},
+		Blocks: []metadata.Block{{Network: "overlay", CIDR: pfx("10.42.1.0/26"), Host: "a",
+			Gateway: netip.MustParseAddr("10.42.1.1")},
 			{Network: "overlay", CIDR: pfx("10.42.2.0/26"), Host: "b", Gateway: netip.MustParseAddr("10.42.2.1")}}}
 	for name, ns := range map[string]*netnstest.NS{"a": p.a, "b": p.b} {
 		k, err := kernel.NewAt(ns.Path())
@@ -155,7 +161,10 @@ func (p *pair) examine(t *testing.T, wanted ...string) *Report {
 		ok = ok && strings.HasPrefix(got[i], wanted[i])
 	}
 	// Without any answer there is nothing to compare clocks with.
-	r.Skipped = slices.DeleteFunc(r.Skipped, func(s Skipped) bool { return s.Check == "clock" && strings.Contains(fmt.Sprint(got), "reach ") })
+	r.Skipped = slices.DeleteFunc(r.Skipped, func(s Skipped) bool {
+		return s.Check == "clock" &&
+			strings.Contains(fmt.Sprint(got), "reach ")
+	})
 	if !ok || len(r.Skipped) > 0 {
 		t.Errorf("found\n\t%s\nwanted\n\t%s\nskipped %v", strings.Join(got, "\n\t"), strings.Join(wanted, "\n\t"), r.Skipped)
 	}
@@ -180,14 +189,16 @@ func TestF137RealHostsThatAreWell(t *testing.T) {
 func TestF137RealUDPPortBlocked(t *testing.T) {
 	p := newPair(t)
 	p.respond(t, echo.Server{})
-	p.b.Command(t, "nft", "add table inet firewall; add chain inet firewall in { type filter hook input priority 0; }; add rule inet firewall in udp dport 4789 drop")
+	p.b.Command(t, "nft", "add table inet firewall; add chain inet firewall in { type filter hook input priority 0; "+
+		"}; add rule inet firewall in udp dport 4789 drop")
 	p.examine(t, "tunnel error: UDP 4789 is blocked to or from host b")
 }
 
 func TestF137RealHostUnreachable(t *testing.T) {
 	p := newPair(t)
 	p.respond(t, echo.Server{})
-	p.b.Command(t, "nft", "add table inet firewall; add chain inet firewall in { type filter hook input priority 0; }; add rule inet firewall in meta l4proto udp drop")
+	p.b.Command(t, "nft", "add table inet firewall; add chain inet firewall in { type filter hook input priority 0; "+
+		"}; add rule inet firewall in meta l4proto udp drop")
 	p.examine(t, "reach error: host b does not answer over the underlay")
 }
 
@@ -198,9 +209,11 @@ func TestF137RealManagerOfThePeerStopped(t *testing.T) {
 func TestF137RealMTUTooSmall(t *testing.T) {
 	p := newPair(t)
 	p.respond(t, echo.Server{})
-	// A veth drops what is larger than the MTU of its peer (and the Ethernet header): a switch on the way without jumbo frames.
+	// A veth drops what is larger than the MTU of its peer (and the Ethernet header): a switch on the way
+	// without jumbo frames.
 	p.b.Command(t, "ip", "link", "set", p.devB, "mtu", "1396")
-	r := p.examine(t, "mtu error: packets of 1500 octets, as the tunnels make them, do not come through to host b and back; the largest that do have 1396")
+	r := p.examine(t, "mtu error: packets of 1500 octets, as the tunnels make them, do not come through to host b "+
+		"and back; the largest that do have 1396")
 	if len(r.Findings) == 1 && !strings.Contains(r.Findings[0].Remedy, "--mtu 1346") {
 		t.Error(r.Findings[0].Remedy)
 	}
@@ -219,7 +232,8 @@ func TestF137RealForwardDrop(t *testing.T) {
 	}
 	p.examine(t)
 	// Another firewall drops all the same, until it knows the subnet.
-	p.a.Command(t, "nft", "add table inet firewall; add chain inet firewall through { type filter hook forward priority 0; policy drop; }")
+	p.a.Command(t, "nft", "add table inet firewall; add chain inet firewall through { type filter hook forward "+
+		"priority 0; policy drop; }")
 	p.examine(t, "forward-policy error: forwarded packets are dropped by the policy of nft chain inet firewall through")
 	p.a.Command(t, "nft", "add rule inet firewall through ip saddr 10.42.0.0/16 accept")
 	p.examine(t)
@@ -241,12 +255,14 @@ add rule inet firewalld filter_FORWARD ct state established,related accept
 add rule inet firewalld filter_FORWARD jump filter_FWD_public
 add rule inet firewalld filter_FORWARD reject with icmpx admin-prohibited`)
 	r := p.examine(t, dropped+"nft chain inet firewalld filter_FORWARD: reject with icmpx admin-prohibited")
-	if len(r.Findings) == 1 && !strings.Contains(r.Findings[0].Remedy, "firewall-cmd --permanent --zone=trusted --add-source=10.42.0.0/16") {
+	if len(r.Findings) == 1 && !strings.Contains(r.Findings[0].Remedy,
+		"firewall-cmd --permanent --zone=trusted --add-source=10.42.0.0/16") {
 		t.Error(r.Findings[0].Remedy)
 	}
 	p.a.Command(t, "nft", "delete table inet firewalld")
 	p.examine(t)
-	if out := p.a.Command(t, "sh", "-c", "nft list tables; ip -o link"); strings.Contains(out, "lariat-doctor") || strings.Contains(out, "lrtp") {
+	if out := p.a.Command(t, "sh", "-c", "nft list tables; ip -o link"); strings.Contains(out, "lariat-doctor") ||
+		strings.Contains(out, "lrtp") {
 		t.Errorf("the check-up left something behind:\n%s", out)
 	}
 	// The older iptables, beside the newer.
@@ -275,15 +291,18 @@ func TestF137RealSysctls(t *testing.T) {
 func TestF137RealStaleDevice(t *testing.T) {
 	p := newPair(t)
 	p.respond(t, echo.Server{})
-	p.a.Command(t, "ip", "link", "add", "vtep9", "type", "vxlan", "id", "9", "dstport", "4789", "local", "192.0.2.1", "nolearning")
+	p.a.Command(t, "ip", "link", "add", "vtep9", "type", "vxlan", "id", "9", "dstport", "4789", "local", "192.0.2.1",
+		"nolearning")
 	p.a.Command(t, "ip", "link", "set", "vtep9", "alias", "lariat:vxlan:gone")
-	p.a.Command(t, "ip", "link", "add", "vtep10", "type", "vxlan", "id", "10", "dstport", "4790", "local", "192.0.2.1") // somebody else's
+	// somebody else's
+	p.a.Command(t, "ip", "link", "add", "vtep10", "type", "vxlan", "id", "10", "dstport", "4790", "local", "192.0.2.1")
 	p.examine(t, "devices error: device vtep9 is left over")
 	p.a.Command(t, "ip", "link", "del", "vtep9")
 	p.a.Command(t, "ip", "link", "set", "vtep1042", "mtu", "1300")
 	p.examine(t, "devices error: device vtep1042 is not as it should be")
 	p.a.Command(t, "ip", "link", "del", "vtep1042")
-	p.examine(t, "devices error: device vtep1042 is missing", "tunnel error: there is no route of network overlay to host b")
+	p.examine(t, "devices error: device vtep1042 is missing",
+		"tunnel error: there is no route of network overlay to host b")
 }
 
 func TestF137RealClockSkew(t *testing.T) {
@@ -296,7 +315,9 @@ func TestF137RealBlockingRules(t *testing.T) {
 	p := newPair(t)
 	p.respond(t, echo.Server{})
 	p.a.Command(t, "nft", "delete table inet lariat")
-	p.snap.Networks = append(p.snap.Networks, metadata.Network{Name: "payroll", Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16")}, Encapsulation: metadata.EncapIPsec})
+	p.snap.Networks = append(p.snap.Networks,
+		metadata.Network{Name: "payroll", Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16")},
+			Encapsulation: metadata.EncapIPsec})
 	k, err := kernel.NewAt(p.a.Path())
 	if err != nil {
 		t.Fatal(err)

@@ -119,7 +119,8 @@ type way struct {
 }
 
 // between makes two ports with the addresses, calls f, and takes them away.
-func between(ctx context.Context, k kernel.Kernel, network string, size int, gateway netip.Addr, addrs [2]netip.Addr, f func(*way)) (err error) {
+func between(ctx context.Context, k kernel.Kernel, network string, size int, gateway netip.Addr, addrs [2]netip.Addr,
+	f func(*way)) (err error) {
 	w := &way{}
 	for i, addr := range addrs {
 		inside, err := newNetns()
@@ -281,7 +282,8 @@ table %[1]s {
 				if !more {
 					return "", ""
 				}
-				if m := tracing.FindStringSubmatch(line); m != nil && strings.Contains(line, "addr "+a+" ") && strings.Contains(line, "addr "+b+" ") {
+				if m := tracing.FindStringSubmatch(line); m != nil && strings.Contains(line, "addr "+a+" ") &&
+					strings.Contains(line, "addr "+b+" ") {
 					ours[m[1]] = true
 				}
 				if m := traced.FindStringSubmatch(line); m != nil && ours[m[1]] {

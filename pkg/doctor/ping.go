@@ -60,9 +60,11 @@ func ping(ctx context.Context, from, to netip.Addr, tries int, timeout time.Dura
 	return fmt.Errorf("ping %s from %s: %w", to, from, errors.Join(errNoEcho, ctx.Err()))
 }
 
-// answers reports whether an ICMP message of the type reply answers the request: all that tells ours from others' is in it.
+// answers reports whether an ICMP message of the type reply answers the request: all that tells ours from
+// others' is in it.
 func answers(message, request []byte, reply byte) bool {
-	return len(message) == len(request) && len(message) >= 8 && message[0] == reply && message[1] == 0 && string(message[4:]) == string(request[4:])
+	return len(message) == len(request) && len(message) >= 8 && message[0] == reply && message[1] == 0 &&
+		string(message[4:]) == string(request[4:])
 }
 
 // checksum is the Internet checksum (RFC 1071).

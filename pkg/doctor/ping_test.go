@@ -13,7 +13,8 @@ func FuzzICMP(f *testing.F) {
 	f.Add([]byte{3, 3, 0, 0, 0, 0, 0, 0, 0x45}, byte(0)) // port unreachable
 	f.Add([]byte{}, byte(0))
 	f.Fuzz(func(t *testing.T, message []byte, reply byte) {
-		want := len(message) == len(request) && message[0] == reply && message[1] == 0 && bytes.Equal(message[4:], request[4:])
+		want := len(message) == len(request) && message[0] == reply && message[1] == 0 &&
+			bytes.Equal(message[4:], request[4:])
 		if got := answers(message, request, reply); got != want {
 			t.Errorf("%x: %t", message, got)
 		}

@@ -8,7 +8,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/printable"
 )
 
-// meshLimit is the number of hosts up to which DOT draws each pair of hosts; beyond it, each network is a node of its own.
+// meshLimit is the number of hosts up to which DOT draws each pair of hosts; beyond it, each network is a
+// node of its own.
 const meshLimit = 8
 
 // DOT writes the snapshot in the language of graphviz, for who wants to draw it differently:
@@ -19,7 +20,9 @@ func DOT(s *metadata.Snapshot, o Options) string {
 	var b strings.Builder
 	f := func(format string, a ...any) { fmt.Fprintf(&b, format+"\n", a...) }
 	f("graph lariat {")
-	f("  label=%s; labelloc=t; fontname=\"Helvetica\"; fontsize=18;", quote(fmt.Sprintf("%s, %s, %s", plural(p.hosts, "host"), plural(len(p.networks), "network"), plural(p.containers, "container"))))
+	f("  label=%s; labelloc=t; fontname=\"Helvetica\"; fontsize=18;",
+		quote(fmt.Sprintf("%s, %s, %s", plural(p.hosts, "host"), plural(len(p.networks), "network"),
+			plural(p.containers, "container"))))
 	f("  node [shape=plain, fontname=\"Helvetica\", fontsize=11];")
 	f("  edge [fontname=\"Helvetica\", fontsize=10];")
 	for i, l := range p.links {
@@ -53,13 +56,15 @@ func DOT(s *metadata.Snapshot, o Options) string {
 			}
 		}
 		if len(members) > meshLimit {
-			f("  %s [shape=ellipse, color=%s, label=%s];", quote("network "+n.Name), quote(n.colour()), quote(n.Name, n.subnets(), n.kind()+", each host to each", n.reached()))
+			f("  %s [shape=ellipse, color=%s, label=%s];", quote("network "+n.Name), quote(n.colour()),
+				quote(n.Name, n.subnets(), n.kind()+", each host to each", n.reached()))
 			for _, h := range members {
 				more := ""
 				if t := h.part(n).tunnel; t != nil {
 					more = fmt.Sprintf(", label=%s, fontcolor=%s", quote(t.short()), quote(tunnelColour(n, t)))
 				}
-				f("  %s -- %s [color=%s, style=%s%s];", quote("network "+n.Name), quote("host "+h.Name), quote(n.colour()), style(n.way(true)), more)
+				f("  %s -- %s [color=%s, style=%s%s];", quote("network "+n.Name), quote("host "+h.Name), quote(n.colour()),
+					style(n.way(true)), more)
 			}
 			continue
 		}
@@ -81,7 +86,8 @@ func DOT(s *metadata.Snapshot, o Options) string {
 						colour = tunnelColour(n, t)
 					}
 				}
-				f("  %s -- %s [color=%s, fontcolor=%s, style=%s, label=%s];", quote("host "+h.Name), quote("host "+peer.Name), quote(n.colour()), quote(colour), style(way), quote(label...))
+				f("  %s -- %s [color=%s, fontcolor=%s, style=%s, label=%s];", quote("host "+h.Name), quote("host "+peer.Name),
+					quote(n.colour()), quote(colour), style(way), quote(label...))
 			}
 		}
 	}
@@ -118,14 +124,16 @@ func table(p *picture, h *host) string {
 		under = h.Underlay[0].Address.Addr().String()
 	}
 	fmt.Fprintf(&b, `<table border="1" cellborder="0" cellspacing="0" cellpadding="4" color="#9fb0be">`)
-	fmt.Fprintf(&b, `<tr><td bgcolor="%s" align="left"><b>%s</b></td><td bgcolor="%s" align="right">%s, %s</td></tr>`, head, escape(h.Name), head, escape(under), state)
+	fmt.Fprintf(&b, `<tr><td bgcolor="%s" align="left"><b>%s</b></td><td bgcolor="%s" align="right">%s, %s</td></tr>`,
+		head, escape(h.Name), head, escape(under), state)
 	for i := range h.parts {
 		pt := &h.parts[i]
 		gateway := ""
 		if len(pt.gateways) > 0 {
 			gateway = "gateway " + joined(pt.gateways, " ")
 		}
-		fmt.Fprintf(&b, `<tr><td align="left"><font color="%s"><b>%s</b></font></td><td align="right">%s</td></tr>`, pt.net.colour(), escape(pt.net.Name), orSpace(escape(gateway)))
+		fmt.Fprintf(&b, `<tr><td align="left"><font color="%s"><b>%s</b></font></td><td align="right">%s</td></tr>`,
+			pt.net.colour(), escape(pt.net.Name), orSpace(escape(gateway)))
 		for _, l := range blockLines(pt) {
 			fmt.Fprintf(&b, `<tr><td align="left"><font color="#768592">block</font></td><td align="right"><font color="#768592">%s</font></td></tr>`, escape(l))
 		}
@@ -139,7 +147,8 @@ func table(p *picture, h *host) string {
 func rows(b *strings.Builder, d *drawing, list []metadata.Container) {
 	named, more := d.shown(list)
 	for _, c := range named {
-		fmt.Fprintf(b, `<tr><td align="left">%s</td><td align="right">%s</td></tr>`, escape(title(c)), orSpace(escape(joined(c.Addresses, " "))))
+		fmt.Fprintf(b, `<tr><td align="left">%s</td><td align="right">%s</td></tr>`, escape(title(c)),
+			orSpace(escape(joined(c.Addresses, " "))))
 	}
 	if more > 0 {
 		fmt.Fprintf(b, `<tr><td align="left" colspan="2">and %s more</td></tr>`, plural(more, "container"))

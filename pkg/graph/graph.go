@@ -1,10 +1,12 @@
 // Package graph draws a cluster: hosts, what runs on them, and how they reach each other, as SVG and as DOT.
 //
-// Hosts stand in the frame of the link (the physical subnet) that their underlay address is on, for that is what decides
-// between a tunnel and a plain route. Each network is a rail that its hosts hang on: dashed where packets travel in
-// tunnels, solid where they travel plain. A rail stands for a full mesh, which at thirty hosts would be 435 lines.
+// Hosts stand in the frame of the link (the physical subnet) that their underlay address is on, for that is
+// what decides between a tunnel and a plain route. Each network is a rail that its hosts hang on: dashed
+// where packets travel in tunnels, solid where they travel plain. A rail stands for a full mesh, which at
+// thirty hosts would be 435 lines.
 //
-// Pure: the same snapshot gives the same bytes. No program is run and nothing is fetched, neither here nor by who looks.
+// Pure: the same snapshot gives the same bytes. No program is run and nothing is fetched, neither here nor by
+// who looks.
 package graph
 
 import (
@@ -86,7 +88,8 @@ func (t *tunnel) short() string {
 }
 
 func build(s *metadata.Snapshot, o Options) *picture {
-	p := &picture{self: s.Self, revision: s.Revision, hosts: len(s.Hosts), containers: len(s.Containers), fold: o.Containers}
+	p := &picture{self: s.Self, revision: s.Revision, hosts: len(s.Hosts), containers: len(s.Containers),
+		fold: o.Containers}
 	switch {
 	case p.fold < 0:
 		p.fold = 0

@@ -40,21 +40,26 @@ func fixture(t testing.TB, name string) *metadata.Snapshot {
 func cluster(hosts, containers, networks int) *metadata.Snapshot {
 	s := &metadata.Snapshot{Revision: 99}
 	for n := range networks {
-		s.Networks = append(s.Networks, metadata.Network{Name: fmt.Sprintf("net%d", n+1), Encapsulation: "vxlan", VNI: uint32(1042 + n), HostNAT: true,
+		s.Networks = append(s.Networks, metadata.Network{Name: fmt.Sprintf("net%d", n+1), Encapsulation: "vxlan",
+			VNI: uint32(1042 + n), HostNAT: true,
 			Subnets: []netip.Prefix{netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(42 + n), 0, 0}), 16)}})
 	}
 	for h := range hosts {
 		name := fmt.Sprintf("node-%d", h+1)
 		s.Hosts = append(s.Hosts, metadata.Host{Name: name, Live: h%13 != 12, Underlay: []metadata.Underlay{{
-			Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, byte(2 + h/20), byte(1 + h)}), 24), Device: "ens192", MTU: 9000}}})
+			Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, byte(2 + h/20), byte(1 + h)}), 24), Device: "ens192",
+			MTU: 9000}}})
 		for n := range networks {
 			at := netip.AddrFrom4([4]byte{10, byte(42 + n), byte(h), 0})
-			s.Blocks = append(s.Blocks, metadata.Block{Network: s.Networks[n].Name, Host: name, CIDR: netip.PrefixFrom(at, 26), Gateway: at.Next()})
+			s.Blocks = append(s.Blocks, metadata.Block{Network: s.Networks[n].Name, Host: name, CIDR: netip.PrefixFrom(at, 26),
+				Gateway: at.Next()})
 		}
 		for c := range containers {
 			n := c % max(networks, 1)
-			s.Containers = append(s.Containers, metadata.Container{ID: fmt.Sprintf("%064x", h<<16|c), Name: fmt.Sprintf("service-%d", c+1), Host: name,
-				Network: fmt.Sprintf("net%d", n+1), Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, byte(42 + n), byte(h), byte(2 + c)})}})
+			s.Containers = append(s.Containers, metadata.Container{ID: fmt.Sprintf("%064x", h<<16|c),
+				Name: fmt.Sprintf("service-%d", c+1), Host: name,
+				Network:   fmt.Sprintf("net%d", n+1),
+				Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, byte(42 + n), byte(h), byte(2 + c)})}})
 		}
 	}
 	return s
@@ -117,7 +122,8 @@ func allEstablished(s *metadata.Snapshot) *ipsec.Report {
 	r := &ipsec.Report{}
 	for _, h := range s.Hosts[1:] {
 		r.Tunnels = append(r.Tunnels, ipsec.Status{Peer: h.Name, State: ipsec.StateEstablished,
-			Children: []ipsec.ChildStatus{{Network: s.Networks[0].Name, State: ipsec.StateEstablished, Suite: "AES_GCM_16-256/ESN"}}})
+			Children: []ipsec.ChildStatus{{Network: s.Networks[0].Name, State: ipsec.StateEstablished,
+				Suite: "AES_GCM_16-256/ESN"}}})
 	}
 	return r
 }
@@ -125,7 +131,8 @@ func allEstablished(s *metadata.Snapshot) *ipsec.Report {
 func TestF136PictureShowsHowTunnelsFare(t *testing.T) {
 	s, o := fixture(t, "ipsec"), Options{Tunnels: report(t)}
 	svg, dot := SVG(s, o), DOT(s, o)
-	for _, want := range []string{"payroll: IPsec tunnels", ">established<", ">AES_GCM_16-256/ESN<", ">connecting<", ">with an error<", "tunnel connecting, with an error (the peer says AUTHENTICATION_FAILED: ", ">idle<"} {
+	for _, want := range []string{"payroll: IPsec tunnels", ">established<", ">AES_GCM_16-256/ESN<", ">connecting<",
+		">with an error<", "tunnel connecting, with an error (the peer says AUTHENTICATION_FAILED: ", ">idle<"} {
 		if !strings.Contains(svg, want) {
 			t.Errorf("SVG does not show %s", want)
 		}
@@ -168,7 +175,8 @@ func TestF136PictureDoesNotDependOnOrder(t *testing.T) {
 func TestF136PictureShowsHostsNetworksContainersTunnels(t *testing.T) {
 	s := fixture(t, "three")
 	svg, dot := SVG(s, Options{}), DOT(s, Options{})
-	for _, want := range []string{"h1", "h2", "h3", "overlay", "backend", "VXLAN 1042", "10.42.1.1", "10.42.1.64/26", "web-1", "10.42.1.2", "fd43:0:0:1::2", "192.0.2.1", "198.51.100.0/24"} {
+	for _, want := range []string{"h1", "h2", "h3", "overlay", "backend", "VXLAN 1042", "10.42.1.1", "10.42.1.64/26",
+		"web-1", "10.42.1.2", "fd43:0:0:1::2", "192.0.2.1", "198.51.100.0/24"} {
 		if !strings.Contains(svg, want) {
 			t.Errorf("SVG does not show %s", want)
 		}
@@ -177,7 +185,8 @@ func TestF136PictureShowsHostsNetworksContainersTunnels(t *testing.T) {
 		}
 	}
 	// h1 and h2 share a link and backend wants plain routes there; h3 is elsewhere.
-	for pair, way := range map[string]string{`"host h1" -- "host h2"`: "backend direct", `"host h1" -- "host h3"`: "backend VXLAN 1043", `"host h2" -- "host h3"`: "overlay VXLAN 1042"} {
+	for pair, way := range map[string]string{`"host h1" -- "host h2"`: "backend direct",
+		`"host h1" -- "host h3"`: "backend VXLAN 1043", `"host h2" -- "host h3"`: "overlay VXLAN 1042"} {
 		if !regexp.MustCompile(regexp.QuoteMeta(pair) + `.*` + way).MatchString(dot) {
 			t.Errorf("DOT: %s is not %s", pair, way)
 		}
@@ -191,7 +200,8 @@ func TestHostileNamesStayText(t *testing.T) {
 			for _, name := range []string{"three", "ipsec"} {
 				s, o := fixture(t, name), Options{}
 				s.Blocks = append(s.Blocks, metadata.Block{Network: "none", Host: "none"}) // "not drawn"
-				s.HostRoutes = append(s.HostRoutes, metadata.HostRoute{Network: s.Networks[0].Name, Host: s.Hosts[0].Name, Address: netip.MustParseAddr("fe80::1")})
+				s.HostRoutes = append(s.HostRoutes, metadata.HostRoute{Network: s.Networks[0].Name, Host: s.Hosts[0].Name,
+					Address: netip.MustParseAddr("fe80::1")})
 				if name == "ipsec" {
 					o.Tunnels = report(t)
 				}
@@ -287,18 +297,21 @@ func TestFolding(t *testing.T) {
 
 func TestContainerOnTwoNetworksStandsInBoth(t *testing.T) {
 	s := fixture(t, "three")
-	s.Containers = []metadata.Container{{ID: "c0ffee", Name: "router", Host: "h1", Interfaces: []metadata.ContainerInterface{
-		{Network: "overlay", IfName: "eth0", Addresses: []netip.Addr{netip.MustParseAddr("10.42.1.9")}},
-		{Network: "backend", IfName: "eth1", Addresses: []netip.Addr{netip.MustParseAddr("10.43.1.9")}},
-	}}}
+	s.Containers = []metadata.Container{{ID: "c0ffee", Name: "router", Host: "h1",
+		Interfaces: []metadata.ContainerInterface{
+			{Network: "overlay", IfName: "eth0", Addresses: []netip.Addr{netip.MustParseAddr("10.42.1.9")}},
+			{Network: "backend", IfName: "eth1", Addresses: []netip.Addr{netip.MustParseAddr("10.43.1.9")}},
+		}}}
 	svg := SVG(s, Options{})
-	if strings.Count(svg, ">router<") != 2 || !strings.Contains(svg, ">10.42.1.9<") || !strings.Contains(svg, ">10.43.1.9<") || !strings.Contains(svg, "1 container<") {
+	if strings.Count(svg, ">router<") != 2 || !strings.Contains(svg, ">10.42.1.9<") ||
+		!strings.Contains(svg, ">10.43.1.9<") || !strings.Contains(svg, "1 container<") {
 		t.Error(svg)
 	}
 }
 
 func TestNaturalOrder(t *testing.T) {
-	for _, tc := range [][2]string{{"h2", "h10"}, {"a", "b"}, {"h1", "h1a"}, {"h01", "h2"}, {"", "a"}, {"web-9-1", "web-10-0"}} {
+	for _, tc := range [][2]string{{"h2", "h10"}, {"a", "b"}, {"h1", "h1a"}, {"h01", "h2"}, {"", "a"},
+		{"web-9-1", "web-10-0"}} {
 		if CompareNames(tc[0], tc[1]) >= 0 || CompareNames(tc[1], tc[0]) <= 0 {
 			t.Errorf("%q should stand before %q", tc[0], tc[1])
 		}

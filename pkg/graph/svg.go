@@ -34,7 +34,8 @@ var palette = []string{"#0b6cb0", "#c2540a", "#0a7f5c", "#a3408a", "#8a6d00", "#
 func (n *network) colour() string { return palette[n.index%len(palette)] }
 
 // dashes of a line by how packets travel along it.
-var dashes = map[string]string{"tunnel": ` stroke-dasharray="7 4"`, "direct": "", "flat": ` stroke-dasharray="1 4" stroke-linecap="round"`}
+var dashes = map[string]string{"tunnel": ` stroke-dasharray="7 4"`, "direct": "",
+	"flat": ` stroke-dasharray="1 4" stroke-linecap="round"`}
 
 // SVG draws the snapshot. The text is complete in itself: no script, no font, no link to elsewhere.
 func SVG(s *metadata.Snapshot, o Options) string {
@@ -137,7 +138,8 @@ func (d *drawing) render() string {
 }
 
 func (d *drawing) summary() string {
-	return fmt.Sprintf("%s, %s, %s", plural(d.p.hosts, "host"), plural(len(d.p.networks), "network"), plural(d.p.containers, "container"))
+	return fmt.Sprintf("%s, %s, %s", plural(d.p.hosts, "host"), plural(len(d.p.networks), "network"),
+		plural(d.p.containers, "container"))
 }
 
 // legend draws the title and one line for each network, and returns where the rest begins.
@@ -164,7 +166,8 @@ func (d *drawing) legend() int {
 		if n.DirectRouting && n.Encapsulation != metadata.EncapNone {
 			facts = append(facts, "direct on one link")
 		}
-		d.f(`<text x="%d" y="%d" class="sub"><tspan class="chip" fill="%s">%s</tspan>  %s</text>`, margin+22, y+12, n.colour(), escape(n.Name), escape(strings.Join(facts, "  ·  ")))
+		d.f(`<text x="%d" y="%d" class="sub"><tspan class="chip" fill="%s">%s</tspan>  %s</text>`, margin+22, y+12,
+			n.colour(), escape(n.Name), escape(strings.Join(facts, "  ·  ")))
 		y += chipH - 6
 	}
 	if len(d.p.networks) == 0 {
@@ -197,7 +200,8 @@ func (d *drawing) frame(index int, l link, y int) int {
 		body = append(body, func(y int) { d.row(index, row, nets, y+top, rails, cards, first, len(l.hosts) > 1) })
 		height += rails + cards + gap
 	}
-	d.f(`<rect x="%d" y="%d" width="%d" height="%d" rx="10" fill="#f5f7f9" stroke="#d4dbe1"/>`, margin, y, d.width-2*margin, height)
+	d.f(`<rect x="%d" y="%d" width="%d" height="%d" rx="10" fill="#f5f7f9" stroke="#d4dbe1"/>`, margin, y,
+		d.width-2*margin, height)
 	what := "physical link " + l.prefix.String()
 	if !l.prefix.IsValid() {
 		what = "no underlay address: not reachable by any network"
@@ -256,7 +260,8 @@ func (d *drawing) row(frame int, row []host, nets []*network, y, rails, cards in
 			d.ends = append(d.ends, trunkEnd{net: n, y: railY, frame: frame})
 		}
 		dash := dashes[n.way(company)]
-		d.f(`<path d="M%d %dH%d" stroke="%s" stroke-width="3" fill="none"%s/>`, start, railY, max(last, start), n.colour(), dash)
+		d.f(`<path d="M%d %dH%d" stroke="%s" stroke-width="3" fill="none"%s/>`, start, railY, max(last, start), n.colour(),
+			dash)
 		for j := range row {
 			if row[j].part(n) == nil {
 				continue
@@ -295,7 +300,8 @@ func (d *drawing) railLabel(x, y int, nets []*network, company bool) {
 		if i > 0 {
 			sep = "   "
 		}
-		what := map[string]string{"tunnel": n.kind() + " tunnels", "direct": "plain routes", "flat": "the link itself"}[n.way(company)]
+		what := map[string]string{"tunnel": n.kind() + " tunnels", "direct": "plain routes",
+			"flat": "the link itself"}[n.way(company)]
 		d.f(`<tspan xml:space="preserve" fill="%s">%s%s: %s</tspan>`, n.colour(), sep, escape(n.Name), escape(what))
 	}
 	d.f(`</text>`)
@@ -306,7 +312,8 @@ func (d *drawing) tap(n *network) int { return min(26+18*n.index, cardW-20) }
 
 func (d *drawing) trunkX(n *network) int { return margin + framePad + 4 + trunkStep*n.index }
 
-// drawTrunk joins the rails of each network from row to row: as within a link inside of a frame, as between links across.
+// drawTrunk joins the rails of each network from row to row: as within a link inside of a frame, as between
+// links across.
 func (d *drawing) drawTrunk() {
 	for i := range d.p.networks {
 		n := &d.p.networks[i]
@@ -319,7 +326,8 @@ func (d *drawing) drawTrunk() {
 			if last != nil {
 				way := n.way(last.frame == e.frame)
 				if way != "flat" || last.frame == e.frame {
-					d.f(`<path d="M%d %dV%d" stroke="%s" stroke-width="3" fill="none"%s/>`, d.trunkX(n), last.y, e.y, n.colour(), dashes[way])
+					d.f(`<path d="M%d %dV%d" stroke="%s" stroke-width="3" fill="none"%s/>`, d.trunkX(n), last.y, e.y, n.colour(),
+						dashes[way])
 				}
 			}
 			last = e
@@ -350,7 +358,8 @@ func (d *drawing) listHeight(list []metadata.Container) int {
 func (d *drawing) cardHeight(h host) int {
 	height := cardHead
 	for i := range h.parts {
-		height += partHead + line*(len(blockLines(&h.parts[i]))+h.parts[i].tunnelLines()) + d.listHeight(h.parts[i].containers) + 8
+		height += partHead + line*(len(blockLines(&h.parts[i]))+h.parts[i].tunnelLines()) +
+			d.listHeight(h.parts[i].containers) + 8
 	}
 	if len(h.other) > 0 {
 		height += partHead + d.listHeight(h.other) + 8
@@ -393,7 +402,8 @@ func (d *drawing) card(x, y, height int, h *host) {
 		border, head = "#d08c86", "#f8eae8"
 	}
 	d.f(`<g><title>%s</title>`, escape(hostTitle(h)...))
-	d.f(`<rect x="%d" y="%d" width="%d" height="%d" rx="8" fill="#ffffff" stroke="%s" stroke-width="1.3"/>`, x, y, cardW, height, border)
+	d.f(`<rect x="%d" y="%d" width="%d" height="%d" rx="8" fill="#ffffff" stroke="%s" stroke-width="1.3"/>`, x, y, cardW,
+		height, border)
 	d.f(`<path d="M%d %dv-%dq0 -8 8 -8h%dq8 0 8 8v%dz" fill="%s"/>`, x, y+48, 40, cardW-16, 40, head)
 	state, colour := "live", "#0a7f5c"
 	if !h.Live {
@@ -433,7 +443,8 @@ func (d *drawing) card(x, y, height int, h *host) {
 				left, right = "tunnel", left
 			}
 			d.text(ix, cy+10, "item dim", "", left)
-			d.f(`<text x="%d" y="%d" class="item end"%s>%s</text>`, x+cardW-pad, cy+10, map[bool]string{true: ` style="fill: ` + alarm + `"`}[t.bad()], escape(clip(right, cardW-2*pad-92, 7.8)))
+			d.f(`<text x="%d" y="%d" class="item end"%s>%s</text>`, x+cardW-pad, cy+10,
+				map[bool]string{true: ` style="fill: ` + alarm + `"`}[t.bad()], escape(clip(right, cardW-2*pad-92, 7.8)))
 			cy += line
 		}
 		for j, b := range blockLines(p) {
@@ -526,7 +537,8 @@ func hostTitle(h *host) []string {
 	}
 	for i := range h.parts {
 		p := &h.parts[i]
-		l := fmt.Sprintf("%s: gateway %s, blocks %s, %s", p.net.Name, orNone(p.gateways), orNone(p.blocks), plural(len(p.containers), "container"))
+		l := fmt.Sprintf("%s: gateway %s, blocks %s, %s", p.net.Name, orNone(p.gateways), orNone(p.blocks),
+			plural(len(p.containers), "container"))
 		if len(p.borrowed) > 0 {
 			l += ", borrowed " + joined(p.borrowed, " ")
 		}
@@ -552,7 +564,8 @@ func orNone[T netip.Addr | netip.Prefix](list []T) string {
 	return strings.Join(out, " ")
 }
 
-// clip cuts a text to a width in pixels, estimated by the mean width of a character: fonts differ from viewer to viewer.
+// clip cuts a text to a width in pixels, estimated by the mean width of a character: fonts differ from viewer
+// to viewer.
 func clip(s string, width int, char float64) string {
 	s = printable.Line(s) // a cut escape would be no harm, but a wide one is
 	r := []rune(s)
@@ -566,8 +579,8 @@ func clip(s string, width int, char float64) string {
 // entities are what XML gives a meaning to, in an element or in an attribute.
 var entities = strings.NewReplacer("&", "&amp;", "<", "&lt;", ">", "&gt;", `"`, "&quot;")
 
-// escape makes lines of text safe inside of an element or attribute. What is not printable, which XML 1.0 forbids in part, shows as an
-// escape.
+// escape makes lines of text safe inside of an element or attribute. What is not printable, which XML 1.0
+// forbids in part, shows as an escape.
 func escape(lines ...string) string {
 	out := make([]string, len(lines))
 	for i, l := range lines {

@@ -1,5 +1,5 @@
-// Package guard plans the nftables rules that keep containers, networks and the underlay apart. docs/security.md says what each
-// rule promises.
+// Package guard plans the nftables rules that keep containers, networks and the underlay apart.
+// docs/security.md says what each rule promises.
 //
 //	prerouting  guard      from-port: what a container may send at all
 //	                       tunnel packets to this host: not tracked, so that no NAT can divert them
@@ -45,7 +45,8 @@ const (
 // VTEPSet is the set of the addresses from which VXLAN packets are taken.
 func VTEPSet(v6 bool) string { return "vteps" + family(v6) }
 
-// HostSet is the set of all addresses at which listed hosts have tunnels' ends: of the underlay, and their own on the overlay.
+// HostSet is the set of all addresses at which listed hosts have tunnels' ends: of the underlay, and their
+// own on the overlay.
 func HostSet(v6 bool) string { return "hosts" + family(v6) }
 
 // priority is nftables' "raw": in front of connection tracking (-200).
@@ -175,7 +176,8 @@ func (p *plan) guard() {
 			if n.Encapsulation != metadata.EncapIPsec {
 				continue
 			}
-			for _, subnet := range n.Subnets { // whatever a VXLAN device brings for an encrypted network, or from one, came in clear
+			// whatever a VXLAN device brings for an encrypted network, or from one, came in clear
+			for _, subnet := range n.Subnets {
 				add(delta.InPrefix{Field: "saddr", Prefix: subnet}, delta.IifPrefix(delta.VTEPPrefix), drop)
 				add(delta.InPrefix{Field: "daddr", Prefix: subnet}, delta.IifPrefix(delta.VTEPPrefix), drop)
 			}
@@ -187,7 +189,8 @@ func (p *plan) guard() {
 	if p.local.IsValid() {
 		p.wire(add)
 	}
-	outside := []delta.Statement{delta.IifGroup{Group: delta.OverlayLinkGroup, Not: true}, delta.Iif{Name: "lo", Not: true}}
+	outside := []delta.Statement{delta.IifGroup{Group: delta.OverlayLinkGroup, Not: true},
+		delta.Iif{Name: "lo", Not: true}}
 	for _, n := range p.networks {
 		for _, subnet := range n.Subnets {
 			from, to := delta.InPrefix{Field: "saddr", Prefix: subnet}, delta.InPrefix{Field: "daddr", Prefix: subnet}
@@ -277,9 +280,10 @@ func exempt(n metadata.Network) []netip.Prefix {
 	return n.HostNATExempt
 }
 
-// isolation drops what goes from one network to another that does not allow it, and what comes from the underlay to a network whose containers
-// are seen there, unless it was asked for. Replies pass, and what was sent to a published port. The set is the second match, so a packet within a
-// network costs one comparison for each network.
+// isolation drops what goes from one network to another that does not allow it, and what comes from the
+// underlay to a network whose containers are seen there, unless it was asked for. Replies pass, and what was
+// sent to a published port. The set is the second match, so a packet within a network costs one comparison
+// for each network.
 func (p *plan) isolation() {
 	c := delta.Chain{Type: "filter", Hook: "forward", Priority: -10}
 	var outside []delta.Rule
@@ -292,7 +296,8 @@ func (p *plan) isolation() {
 				set := "deny" + family(v6) + "-" + n.Name
 				p.s.Sets[set] = delta.Set{V6: v6, Interval: true, Elements: delta.Disjoint(denied)}
 				from := delta.InSet{Field: "saddr", Set: set, V6: v6}
-				c.Rules = append(c.Rules, delta.Rule{to, from, delta.CtReply{}, accept}, delta.Rule{to, from, delta.CtDNAT{}, accept}, delta.Rule{to, from, drop})
+				c.Rules = append(c.Rules, delta.Rule{to, from, delta.CtReply{}, accept},
+					delta.Rule{to, from, delta.CtDNAT{}, accept}, delta.Rule{to, from, drop})
 			}
 			sources := ofFamily(n.AllowedPrefixes(), subnet)
 			if len(ofFamily(exempt(n), subnet)) == 0 || all(sources) {
@@ -301,7 +306,8 @@ func (p *plan) isolation() {
 			if n.DirectRouting {
 				sources = append(sources, subnet)
 			}
-			c.Rules = append(c.Rules, delta.Rule{to, delta.IifGroup{Group: delta.OverlayLinkGroup, Not: true}, delta.NotIifPrefix(delta.VTEPPrefix), delta.Jump(FromOutside)})
+			c.Rules = append(c.Rules, delta.Rule{to, delta.IifGroup{Group: delta.OverlayLinkGroup, Not: true},
+				delta.NotIifPrefix(delta.VTEPPrefix), delta.Jump(FromOutside)})
 			for _, source := range sources {
 				outside = append(outside, slices.Concat(within("saddr", source), delta.Rule{to, accept}))
 			}
@@ -312,7 +318,8 @@ func (p *plan) isolation() {
 		p.s.Chains[Isolation] = c
 	}
 	if answers {
-		p.s.Chains[FromOutside] = delta.Chain{Rules: append(outside, delta.Rule{delta.CtReply{}, accept}, delta.Rule{delta.CtDNAT{}, accept}, delta.Rule{drop})}
+		p.s.Chains[FromOutside] = delta.Chain{Rules: append(outside, delta.Rule{delta.CtReply{}, accept},
+			delta.Rule{delta.CtDNAT{}, accept}, delta.Rule{drop})}
 	}
 }
 
@@ -333,7 +340,8 @@ func (p *plan) denied(n metadata.Network, v6 bool) (out []netip.Prefix) {
 
 // ofFamily are the prefixes of a subnet's family, without those that others cover.
 func ofFamily(list []netip.Prefix, subnet netip.Prefix) []netip.Prefix {
-	return slices.DeleteFunc(delta.Disjoint(list), func(p netip.Prefix) bool { return p.Addr().Is6() != subnet.Addr().Is6() })
+	return slices.DeleteFunc(delta.Disjoint(list),
+		func(p netip.Prefix) bool { return p.Addr().Is6() != subnet.Addr().Is6() })
 }
 
 // all reports whether prefixes without overlaps cover every address.

@@ -26,14 +26,16 @@ import (
 // DefaultDir is where a charon of our own has its configuration, socket and log.
 const DefaultDir = "/run/lariat/ipsec"
 
-// Charon is a charon of Lariat's own, apart from the system's: with its own configuration and socket. It outlives this process: the
-// tunnels stay while the network manager is started anew, and the next Ensure finds it again.
+// Charon is a charon of Lariat's own, apart from the system's: with its own configuration and socket. It
+// outlives this process: the tunnels stay while the network manager is started anew, and the next Ensure
+// finds it again.
 type Charon struct {
 	Path string // of charon-systemd or charon; "": the first of those where distributions have it
 	Dir  string // "": DefaultDir
 	Log  *slog.Logger
 
-	// Prepare, when not nil, is called by Ensure before it starts one, while there is none for sure. If it fails none is started.
+	// Prepare, when not nil, is called by Ensure before it starts one, while there is none for sure. If it fails
+	// none is started.
 	Prepare func(ctx context.Context) error
 
 	// OnExit is called, by another goroutine, when a charon that this process started is gone.
@@ -63,11 +65,12 @@ const (
 // maxLog is how large the log may grow; the folder is in memory, usually.
 const maxLog = 4 << 20
 
-// candidates are where distributions have it: Debian and Ubuntu, RHEL and Fedora, Alpine and openSUSE. charon-systemd comes first: charon
-// insists on being the only one of its machine.
+// candidates are where distributions have it: Debian and Ubuntu, RHEL and Fedora, Alpine and openSUSE.
+// charon-systemd comes first: charon insists on being the only one of its machine.
 var candidates = []string{
 	"/usr/sbin/charon-systemd", "/usr/bin/charon-systemd", "/usr/local/sbin/charon-systemd",
-	"/usr/lib/ipsec/charon", "/usr/libexec/ipsec/charon", "/usr/libexec/strongswan/charon", "/usr/lib/strongswan/charon", "/usr/local/libexec/ipsec/charon",
+	"/usr/lib/ipsec/charon", "/usr/libexec/ipsec/charon", "/usr/libexec/strongswan/charon", "/usr/lib/strongswan/charon",
+	"/usr/local/libexec/ipsec/charon",
 }
 
 // FindCharon returns the path of the IKE daemon's executable.
@@ -82,7 +85,8 @@ func FindCharon() (string, error) {
 			return p, nil
 		}
 	}
-	return "", errors.New("charon-systemd is not installed; on Debian: apt-get install charon-systemd; or have the system's own charon used")
+	return "", errors.New("charon-systemd is not installed; on Debian: apt-get install charon-systemd; or have the " +
+		"system's own charon used")
 }
 
 // Socket is where it listens for vici.
@@ -115,8 +119,8 @@ func (c *Charon) Pid() int {
 	return pid
 }
 
-// lock is held by charon itself, which inherits it open and never touches it, so it is free exactly when charon is dead: no pid has to be
-// believed, and no two of them can ever be started.
+// lock is held by charon itself, which inherits it open and never touches it, so it is free exactly when
+// charon is dead: no pid has to be believed, and no two of them can ever be started.
 func (c *Charon) lock() (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(c.dir(), lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -129,8 +133,8 @@ func (c *Charon) lock() (*os.File, error) {
 	return f, nil
 }
 
-// Ensure makes sure that charon runs and answers: it takes the one that runs, or starts one. One that keeps dying is started less and less
-// often, and the error tells what it said last.
+// Ensure makes sure that charon runs and answers: it takes the one that runs, or starts one. One that keeps
+// dying is started less and less often, and the error tells what it said last.
 func (c *Charon) Ensure(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -202,7 +206,8 @@ func (c *Charon) start(lock *os.File) error {
 	defer out.Close()
 	cmd := exec.Command(path)
 	cmd.Dir = "/"
-	// Nothing of this process's environment: NOTIFY_SOCKET above all, by which charon-systemd would speak to systemd in our name.
+	// Nothing of this process's environment: NOTIFY_SOCKET above all, by which charon-systemd would speak to
+	// systemd in our name.
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "STRONGSWAN_CONF=" + conf}
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.ExtraFiles = []*os.File{lock}
@@ -234,8 +239,8 @@ func (c *Charon) start(lock *os.File) error {
 	return nil
 }
 
-// portsFree tells of another IKE daemon, such as the system's own, which Debian starts when charon-systemd is installed. charon itself
-// runs on without its ports, deaf, and says so in its log alone.
+// portsFree tells of another IKE daemon, such as the system's own, which Debian starts when charon-systemd is
+// installed. charon itself runs on without its ports, deaf, and says so in its log alone.
 func (c *Charon) portsFree() error {
 	for _, port := range []uint16{cmp.Or(c.Port, 500), cmp.Or(c.PortNATT, 4500)} {
 		l, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(port)})
@@ -243,7 +248,8 @@ func (c *Charon) portsFree() error {
 		case err == nil:
 			_ = l.Close()
 		case errors.Is(err, unix.EADDRINUSE):
-			return fmt.Errorf("UDP port %d is taken by another IKE daemon; stop it (systemctl disable --now strongswan), or have it used in place of one of our own", port)
+			return fmt.Errorf("UDP port %d is taken by another IKE daemon; stop it (systemctl disable --now strongswan), "+
+				"or have it used in place of one of our own", port)
 		}
 	}
 	return nil
@@ -254,8 +260,8 @@ func writeAt(f *os.File, text string) error {
 	return err
 }
 
-// ended is told of each that was started here, when it is gone. Whoever holds mu may be starting the next one by then; that there is none is to be
-// known meanwhile.
+// ended is told of each that was started here, when it is gone. Whoever holds mu may be starting the next one
+// by then; that there is none is to be known meanwhile.
 func (c *Charon) ended(begun time.Time, stopped *atomic.Bool, how error) {
 	if stopped.Load() {
 		return
@@ -395,9 +401,10 @@ func (c *Charon) say(level slog.Level, msg string, args ...any) {
 
 // config is charon's configuration.
 //
-// A request is repeated after 1, 1.5, 2.3, 3.4, 4 and 4 s and given up after 20: a peer that is just booting is found at most 4 s after it
-// listens, and one that is dead is known for dead 20 s after DPD asked, where strongSwan's defaults take 165. The kernel asks for a tunnel
-// once, and again only when it has forgotten that (xfrm_acq_expires): so long does it take to try again what the peer has refused.
+// A request is repeated after 1, 1.5, 2.3, 3.4, 4 and 4 s and given up after 20: a peer that is just booting
+// is found at most 4 s after it listens, and one that is dead is known for dead 20 s after DPD asked, where
+// strongSwan's defaults take 165. The kernel asks for a tunnel once, and again only when it has forgotten
+// that (xfrm_acq_expires): so long does it take to try again what the peer has refused.
 //
 // No line of the log at level 1 holds a key; from 4 on they would.
 func (c *Charon) config() string {

@@ -22,14 +22,16 @@ func TestF44_CharonThatDies(t *testing.T) {
 		t.Fatal(err)
 	}
 	gone := make(chan struct{}, 9)
-	c := &Charon{Path: script, Dir: filepath.Join(dir, "run"), Port: 50500, PortNATT: 54500, Log: slog.New(slog.NewTextHandler(t.Output(), nil)), OnExit: func() { gone <- struct{}{} }}
+	c := &Charon{Path: script, Dir: filepath.Join(dir, "run"), Port: 50500, PortNATT: 54500,
+		Log: slog.New(slog.NewTextHandler(t.Output(), nil)), OnExit: func() { gone <- struct{}{} }}
 	err := c.Ensure(t.Context())
 	if err == nil || !strings.Contains(err.Error(), "no socket to be had") {
 		t.Fatalf("%v", err)
 	}
 	<-gone
 	err = c.Ensure(t.Context())
-	if err == nil || !strings.Contains(err.Error(), "exit status 3") || !strings.Contains(err.Error(), "no socket to be had") || !strings.Contains(err.Error(), "started again in") {
+	if err == nil || !strings.Contains(err.Error(), "exit status 3") ||
+		!strings.Contains(err.Error(), "no socket to be had") || !strings.Contains(err.Error(), "started again in") {
 		t.Errorf("%v", err)
 	}
 	if c.Running() || c.Pid() != 0 {
@@ -57,7 +59,8 @@ func TestF44_OneCharonOnly(t *testing.T) {
 	defer lock.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	other := &Charon{Path: "/nonexistent/charon", Dir: c.Dir, Port: 50500, PortNATT: 54500, Prepare: func(context.Context) error { return errors.New("there is one") }}
+	other := &Charon{Path: "/nonexistent/charon", Dir: c.Dir, Port: 50500, PortNATT: 54500,
+		Prepare: func(context.Context) error { return errors.New("there is one") }}
 	if !other.Running() {
 		t.Error("does not run")
 	}
@@ -74,7 +77,8 @@ func TestF44_OneCharonOnly(t *testing.T) {
 		}
 		return nil
 	}
-	if err := other.Ensure(t.Context()); err == nil || !strings.Contains(err.Error(), "/nonexistent/charon") || prepared != 1 {
+	if err := other.Ensure(t.Context()); err == nil || !strings.Contains(err.Error(), "/nonexistent/charon") ||
+		prepared != 1 {
 		t.Errorf("%v, prepared %d times", err, prepared)
 	}
 	other.Prepare = func(context.Context) error { return errors.New("not now") }
@@ -107,7 +111,8 @@ func TestLogIsTrimmed(t *testing.T) {
 	}
 	now, err := os.Stat(c.LogFile())
 	old, err2 := os.ReadFile(c.LogFile() + ".1")
-	if err != nil || err2 != nil || now.Size() != 0 || len(old) > maxLog/2+8 || !strings.HasPrefix(string(old), "a line\n") {
+	if err != nil || err2 != nil || now.Size() != 0 || len(old) > maxLog/2+8 ||
+		!strings.HasPrefix(string(old), "a line\n") {
 		t.Errorf("%v %v, %d octets, %d beside", err, err2, now.Size(), len(old))
 	}
 }
@@ -156,13 +161,18 @@ func TestF143_LoadCertificates(t *testing.T) {
 		want  string
 	}{
 		{"good", map[string][]byte{"ca.crt": read("ca.crt"), "h1.crt": read("h1.crt"), "h1.key": read("h1.key")}, 0o600, ""},
-		{"the authority's key beside it", map[string][]byte{"ca.crt": read("ca.crt"), "ca.key": read("ca.key"), "h1.crt": read("h1.crt"), "h1.key": read("h1.key")}, 0o600, ""},
+		{"the authority's key beside it", map[string][]byte{"ca.crt": read("ca.crt"), "ca.key": read("ca.key"),
+			"h1.crt": read("h1.crt"), "h1.key": read("h1.key")}, 0o600, ""},
 		{"no authority", map[string][]byte{"h1.crt": read("h1.crt"), "h1.key": read("h1.key")}, 0o600, "ca.crt"},
 		{"no key", map[string][]byte{"ca.crt": read("ca.crt"), "h1.crt": read("h1.crt")}, 0o600, "holds 0 keys"},
-		{"two keys", map[string][]byte{"ca.crt": read("ca.crt"), "h1.key": read("h1.key"), "h2.key": read("h2.key")}, 0o600, "holds 2 keys"},
-		{"another's key", map[string][]byte{"ca.crt": read("ca.crt"), "h1.crt": read("h1.crt"), "h1.key": read("h2.key")}, 0o600, "not the key of the certificate"},
-		{"open to all", map[string][]byte{"ca.crt": read("ca.crt"), "h1.crt": read("h1.crt"), "h1.key": read("h1.key")}, 0o644, "chmod 600"},
-		{"no PEM", map[string][]byte{"ca.crt": read("ca.crt"), "h1.crt": []byte("x"), "h1.key": read("h1.key")}, 0o600, "no certificate in PEM"},
+		{"two keys", map[string][]byte{"ca.crt": read("ca.crt"), "h1.key": read("h1.key"), "h2.key": read("h2.key")}, 0o600,
+			"holds 2 keys"},
+		{"another's key", map[string][]byte{"ca.crt": read("ca.crt"), "h1.crt": read("h1.crt"), "h1.key": read("h2.key")},
+			0o600, "not the key of the certificate"},
+		{"open to all", map[string][]byte{"ca.crt": read("ca.crt"), "h1.crt": read("h1.crt"), "h1.key": read("h1.key")},
+			0o644, "chmod 600"},
+		{"no PEM", map[string][]byte{"ca.crt": read("ca.crt"), "h1.crt": []byte("x"), "h1.key": read("h1.key")}, 0o600,
+			"no certificate in PEM"},
 	} {
 		dir := t.TempDir()
 		for name, content := range tc.files {

@@ -35,13 +35,15 @@ func (PrivateKey) GoString() string { return "(private key)" }
 // Format keeps every other verb from printing it.
 func (k PrivateKey) Format(f fmt.State, _ rune) { fmt.Fprint(f, k.String()) }
 
-// LoadCertificates reads a folder as "lariat certs" makes it for a host: ca.crt, and one certificate with its key, NAME.crt and NAME.key. A
-// ca.crt of several certificates trusts them all. Errors never hold what is in a key.
+// LoadCertificates reads a folder as "lariat certs" makes it for a host: ca.crt, and one certificate with its
+// key, NAME.crt and NAME.key. A ca.crt of several certificates trusts them all. Errors never hold what is in
+// a key.
 func LoadCertificates(dir string) (Credentials, error) {
 	var c Credentials
 	var err error
 	if c.CAs, err = readCerts(filepath.Join(dir, certs.CACert)); err != nil {
-		return Credentials{}, fmt.Errorf("authority of the encrypted networks: %w; copy ca.crt there from where \"lariat certs\" made it", err)
+		return Credentials{}, fmt.Errorf("authority of the encrypted networks: %w; copy ca.crt there from where "+
+			"\"lariat certs\" made it", err)
 	}
 	found, err := filepath.Glob(filepath.Join(dir, "*.key"))
 	if err != nil {
@@ -49,7 +51,8 @@ func LoadCertificates(dir string) (Credentials, error) {
 	}
 	found = slices.DeleteFunc(found, func(f string) bool { return filepath.Base(f) == certs.CAKey })
 	if len(found) != 1 {
-		return Credentials{}, fmt.Errorf("certificate of this host: %s holds %d keys; there must be one, NAME.key, beside NAME.crt", dir, len(found))
+		return Credentials{}, fmt.Errorf("certificate of this host: %s holds %d keys; there must be one, NAME.key, "+
+			"beside NAME.crt", dir, len(found))
 	}
 	file := found[0]
 	if c.Certificate, err = readCerts(file[:len(file)-len(".key")] + ".crt"); err != nil {

@@ -37,10 +37,14 @@ func join(parts ...[]byte) (out []byte) {
 }
 
 // anSA is what charon answers to list-sas, in short.
-var anSA = join(element(sectionStart, "lariat-b"), value("uniqueid", "7"), value("state", "ESTABLISHED"), value("local-host", "192.0.2.1"), value("local-port", "500"),
-	value("remote-host", "192.0.2.2"), value("encr-alg", "AES_GCM_16"), value("encr-keysize", "256"), value("established", "12"),
+var anSA = join(element(sectionStart, "lariat-b"), value("uniqueid", "7"), value("state", "ESTABLISHED"),
+	value("local-host", "192.0.2.1"), value("local-port", "500"),
+	value("remote-host", "192.0.2.2"), value("encr-alg", "AES_GCM_16"), value("encr-keysize", "256"),
+	value("established", "12"),
 	element(listStart, "tasks-active"), []byte{listItem, 0, 3}, []byte("FOO"), []byte{listEnd},
-	element(sectionStart, "child-sas"), element(sectionStart, "red-1"), value("name", "red"), value("if-id-in", "4c000001"), value("spi-in", "c0ffee"), value("bytes-in", "99"), []byte{sectionEnd}, []byte{sectionEnd},
+	element(sectionStart, "child-sas"), element(sectionStart, "red-1"), value("name", "red"),
+	value("if-id-in", "4c000001"), value("spi-in", "c0ffee"), value("bytes-in", "99"), []byte{sectionEnd},
+	[]byte{sectionEnd},
 	[]byte{sectionEnd})
 
 func packet(typ byte, name string, body []byte) []byte {
@@ -52,7 +56,8 @@ func packet(typ byte, name string, body []byte) []byte {
 	return append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...)
 }
 
-// fakeCharon answers every command on a socket with an event of list-sa and with a response; it is told which by the bodies.
+// fakeCharon answers every command on a socket with an event of list-sa and with a response; it is told which
+// by the bodies.
 func fakeCharon(f *testing.F, bodies <-chan [2][]byte) (socket string) {
 	dir, err := os.MkdirTemp("", "vici")
 	if err != nil {
@@ -96,11 +101,13 @@ func fakeCharon(f *testing.F, bodies <-chan [2][]byte) (socket string) {
 	return socket
 }
 
-// FuzzReply: whatever charon says to a command, and in its log, what is made of it is an SA of a connection of ours, or an error.
+// FuzzReply: whatever charon says to a command, and in its log, what is made of it is an SA of a connection
+// of ours, or an error.
 func FuzzReply(f *testing.F) {
 	f.Add(anSA, value("success", "yes"), "received AUTHENTICATION_FAILED notify error")
 	f.Add(join(anSA, anSA[:20]), []byte{}, "giving up after 5 retransmits")
-	f.Add(join(element(sectionStart, "lariat-b"), element(listStart, "state"), []byte{listEnd}, value("child-sas", "none"), []byte{sectionEnd}), value("errmsg", "no"), "IKE_SA x established")
+	f.Add(join(element(sectionStart, "lariat-b"), element(listStart, "state"), []byte{listEnd}, value("child-sas", "none"),
+		[]byte{sectionEnd}), value("errmsg", "no"), "IKE_SA x established")
 	f.Add([]byte{sectionStart, 255}, join(value("success", "no"), value("errmsg", "not found")), "no trusted \x1b[31m")
 	bodies := make(chan [2][]byte, 1)
 	socket := fakeCharon(f, bodies)
@@ -133,7 +140,8 @@ func FuzzReply(f *testing.F) {
 	})
 }
 
-// TestFakeCharonIsUnderstood: the seed of FuzzReply is read as an SA, so that the fuzzer begins behind the first checks.
+// TestFakeCharonIsUnderstood: the seed of FuzzReply is read as an SA, so that the fuzzer begins behind the
+// first checks.
 func TestFakeCharonIsUnderstood(t *testing.T) {
 	m := vici.NewMessage()
 	if err := m.Set("uniqueid", "7"); err != nil {
@@ -144,7 +152,8 @@ func TestFakeCharonIsUnderstood(t *testing.T) {
 	}
 }
 
-// FuzzCertificates: whatever stands in the files of a host's credentials, they are used whole or refused, without a word of the key.
+// FuzzCertificates: whatever stands in the files of a host's credentials, they are used whole or refused,
+// without a word of the key.
 func FuzzCertificates(f *testing.F) {
 	pki := f.TempDir()
 	at := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
@@ -162,7 +171,8 @@ func FuzzCertificates(f *testing.F) {
 		return b
 	}
 	f.Add(file(certs.CACert), file("h1.crt"), file("h1.key"))
-	f.Add(join(file(certs.CACert), file(certs.CACert)), join(file("h1.crt"), []byte("x"), file(certs.CACert)), file(certs.CAKey))
+	f.Add(join(file(certs.CACert), file(certs.CACert)), join(file("h1.crt"), []byte("x"), file(certs.CACert)),
+		file(certs.CAKey))
 	f.Add(file("h1.key"), file("h1.crt"), []byte("-----BEGIN EC PRIVATE KEY-----\nMAA=\n-----END EC PRIVATE KEY-----\n"))
 	f.Add([]byte{}, []byte{}, []byte("-----BEGIN RSA PRIVATE KEY-----\nMAA=\n-----END RSA PRIVATE KEY-----\n"))
 	f.Fuzz(func(t *testing.T, ca, cert, key []byte) {
@@ -174,7 +184,8 @@ func FuzzCertificates(f *testing.F) {
 		}
 		c, err := LoadCertificates(dir)
 		if err != nil {
-			if len(key) > 60 && strings.Contains(err.Error(), string(key[30:60])) || len(c.CAs)+len(c.Certificate)+len(c.Key) > 0 {
+			if len(key) > 60 && strings.Contains(err.Error(), string(key[30:60])) || len(c.CAs)+len(c.Certificate)+
+				len(c.Key) > 0 {
 				t.Errorf("%v", err)
 			}
 			return

@@ -1,9 +1,10 @@
-// Package ike keeps an IKE daemon, strongSwan's charon, equal to the planned tunnels. It speaks vici, the daemon's own protocol, and
-// can start the daemon and look after it.
+// Package ike keeps an IKE daemon, strongSwan's charon, equal to the planned tunnels. It speaks vici, the
+// daemon's own protocol, and can start the daemon and look after it.
 //
-// Only what bears Lariat's prefix is ever changed: the system's own connections, keys and certificates may live in the same
-// daemon. What is loaded is remembered as long as the connection to the daemon lasts, so that nothing is asked of it while nothing
-// changes; a daemon that was started anew has lost all, and so has the connection.
+// Only what bears Lariat's prefix is ever changed: the system's own connections, keys and certificates may
+// live in the same daemon. What is loaded is remembered as long as the connection to the daemon lasts, so
+// that nothing is asked of it while nothing changes; a daemon that was started anew has lost all, and so has
+// the connection.
 //
 // This package never routes, blocks or opens anything: without it packets of encrypted networks are dropped.
 package ike
@@ -40,14 +41,16 @@ type Daemon struct {
 	Socket string       // of vici; "": SystemSocket
 	Log    *slog.Logger // nil: nowhere
 
-	// Notify is called, by another goroutine, when something happened that Apply or whoever reports should know: a tunnel came up or failed. Gone is
-	// when the connection to the daemon ended, whoever did it. They must not block.
+	// Notify is called, by another goroutine, when something happened that Apply or whoever reports should know:
+	// a tunnel came up or failed. Gone is when the connection to the daemon ended, whoever did it. They must not
+	// block.
 	Notify, Gone func()
 
-	// ReauthOnRotation has tunnels that are established authenticate anew when the key to be sent has changed; else it is used when they are set up
-	// the next time, and what is established lives on: its own keys came from Diffie-Hellman, not from that one. The new SAs are made
-	// before the old are broken, but the peer sends by the new ones as soon as it has them, and what arrives before this end has them too
-	// is lost: some milliseconds' worth.
+	// ReauthOnRotation has tunnels that are established authenticate anew when the key to be sent has changed;
+	// else it is used when they are set up the next time, and what is established lives on: its own keys came
+	// from Diffie-Hellman, not from that one. The new SAs are made before the old are broken, but the peer sends
+	// by the new ones as soon as it has them, and what arrives before this end has them too is lost: some
+	// milliseconds' worth.
 	ReauthOnRotation bool
 
 	// Timeout of one command. 0: 20 seconds.
@@ -77,7 +80,8 @@ type Failure struct {
 // Calls is how many commands the daemon was given.
 func (d *Daemon) Calls() uint64 { return d.calls.Load() }
 
-// Version is the daemon's name and version as of when it was last spoken to, such as "strongSwan 5.9.8"; "" if it never was.
+// Version is the daemon's name and version as of when it was last spoken to, such as "strongSwan 5.9.8"; ""
+// if it never was.
 func (d *Daemon) Version() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -92,12 +96,14 @@ func (d *Daemon) Close() error {
 	return nil
 }
 
-// Apply makes the daemon's connections and keys that are Lariat's equal to want, and returns what it changed as lines for the log.
-// A tunnel that cannot be made is told in the error and tried again the next time; the others are not kept from anything.
+// Apply makes the daemon's connections and keys that are Lariat's equal to want, and returns what it changed
+// as lines for the log. A tunnel that cannot be made is told in the error and tried again the next time; the
+// others are not kept from anything.
 //
-// Nothing is asked of the daemon when want and creds are what they were. With verify it is: connections, keys, traps and SAs are listed,
-// and what somebody else has removed, or added under our prefix, is mended.
-func (d *Daemon) Apply(ctx context.Context, want []ipsec.Tunnel, creds Credentials, verify bool) (changed []string, err error) {
+// Nothing is asked of the daemon when want and creds are what they were. With verify it is: connections,
+// keys, traps and SAs are listed, and what somebody else has removed, or added under our prefix, is mended.
+func (d *Daemon) Apply(ctx context.Context, want []ipsec.Tunnel, creds Credentials,
+	verify bool) (changed []string, err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	fresh, err := d.connect(ctx)
@@ -186,7 +192,8 @@ func explain(s step, err error) error {
 	case "load-shared":
 		return fmt.Errorf("load a key of %s: %w", s.tunnel, err)
 	case "install":
-		return fmt.Errorf("install the trap of %s: %w; does the kernel have ESP and XFRM? charon's log says more", s.tunnel, err)
+		return fmt.Errorf("install the trap of %s: %w; does the kernel have ESP and XFRM? charon's log says more", s.tunnel,
+			err)
 	}
 	if s.tunnel == "" {
 		return fmt.Errorf("%s: %w", s.cmd, err)
@@ -410,7 +417,8 @@ func (d *Daemon) forget(seen *observed) {
 			h.conn = ""
 		}
 		h.keys = slices.DeleteFunc(slices.Clone(h.keys), func(k key) bool { return !slices.Contains(seen.keys, k.id) })
-		slices.SortStableFunc(h.keys, func(a, b key) int { return slices.Index(seen.keys, a.id) - slices.Index(seen.keys, b.id) })
+		slices.SortStableFunc(h.keys,
+			func(a, b key) int { return slices.Index(seen.keys, a.id) - slices.Index(seen.keys, b.id) })
 		d.have[name] = h
 	}
 }
@@ -429,8 +437,9 @@ func (d *Daemon) Initiate(ctx context.Context, name, network string) error {
 	return d.command(ctx, "initiate", name, section{{"ike", name}, {"child", network}, {"timeout", "-1"}})
 }
 
-// Reinstall gives the kernel anew the policies of a tunnel for a network, which the daemon takes for being there. The tunnel's SAs end: of those
-// that hold the same policies the daemon would give the kernel none. The next packet sets them up again.
+// Reinstall gives the kernel anew the policies of a tunnel for a network, which the daemon takes for being
+// there. The tunnel's SAs end: of those that hold the same policies the daemon would give the kernel none.
+// The next packet sets them up again.
 func (d *Daemon) Reinstall(ctx context.Context, name, network string) error {
 	trap := section{{"child", network}, {"ike", name}}
 	for _, s := range []step{

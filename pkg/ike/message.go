@@ -10,9 +10,10 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipsec"
 )
 
-// overlap is how long keys outlive the moment when new ones are asked for. strongSwan's default is a tenth of their life, which with a short one is
-// less than an exchange takes on a slow host, or one retransmission: packets would be dropped until its end. A minute is an exchange that is
-// given up (20 s: see the retransmissions in strongswan.conf), and another one.
+// overlap is how long keys outlive the moment when new ones are asked for. strongSwan's default is a tenth of
+// their life, which with a short one is less than an exchange takes on a slow host, or one retransmission:
+// packets would be dropped until its end. A minute is an exchange that is given up (20 s: see the
+// retransmissions in strongswan.conf), and another one.
 func overlap(rekey time.Duration) time.Duration { return max(rekey/10, time.Minute) }
 
 // renewal is when an end asks for new keys, what is taken off that by chance so that not all are renewed at once, and
@@ -83,8 +84,8 @@ func childSection(c ipsec.Child, leads bool) section {
 		{"rand_time", seconds(chance)},
 		{"life_time", seconds(end)},
 		{"replay_window", strconv.Itoa(ipsec.ReplayWindow)},
-		// The trap alone sets tunnels up: the next packet tries again. Together with a restart on DPD or close there would be two
-		// of everything; strongSwan #541.
+		// The trap alone sets tunnels up: the next packet tries again. Together with a restart on DPD or close
+		// there would be two of everything; strongSwan #541.
 		{"start_action", "trap"},
 		{"dpd_action", "clear"},
 		{"close_action", "none"},
@@ -115,8 +116,8 @@ func keys(t ipsec.Tunnel, c Credentials) ([]key, error) {
 			{"id", k.id},
 			{"type", "ike"},
 			{"data", secret(data)},
-			// The peer alone is the owner. To verify a peer the daemon tries each key of which one owner matches, whichever: were
-			// this host an owner too, every peer's key would do for every other peer's name.
+			// The peer alone is the owner. To verify a peer the daemon tries each key of which one owner matches,
+			// whichever: were this host an owner too, every peer's key would do for every other peer's name.
 			{"owners", []string{t.RemoteID}},
 		}
 		k.digest = sha256.Sum256(fmt.Appendf(data, "%q", t.RemoteID))

@@ -53,8 +53,9 @@ func indent(text string) string {
 	return "  " + strings.ReplaceAll(strings.TrimSuffix(text, "\n"), "\n", "\n  ") + "\n"
 }
 
-// steps lead from what is held to what is wished. What is unwanted goes first, for its selectors may be another's now; keys come
-// before the connections that need them, and go after the connections that used them.
+// steps lead from what is held to what is wished. What is unwanted goes first, for its selectors may be
+// another's now; keys come before the connections that need them, and go after the connections that used
+// them.
 func steps(want map[string]wish, have map[string]held, seen *observed) []step {
 	var out []step
 	add := func(tunnel, line string, soft bool, cmd string, args section) {
@@ -80,7 +81,8 @@ func steps(want map[string]wish, have map[string]held, seen *observed) []step {
 			if h.conn != "" {
 				sign = "~"
 			}
-			add(name, fmt.Sprintf("%s tunnel %s %s to %s", sign, name, w.tunnel.Local, w.tunnel.Remote), false, "load-conn", w.conn)
+			add(name, fmt.Sprintf("%s tunnel %s %s to %s", sign, name, w.tunnel.Local, w.tunnel.Remote), false, "load-conn",
+				w.conn)
 		}
 		out = append(out, refresh(w, h)...)
 		if seen != nil {
@@ -134,8 +136,9 @@ func unwantedKeys(want map[string]wish, have map[string]held, seen *observed) []
 	return slices.Sorted(maps.Keys(ids))
 }
 
-// keysToLoad are the keys to load, in this order, so that the daemon tries them as wanted: it puts each that is loaded in front of all others,
-// and replaces one of the same id in the same breath, so at no time is there one missing.
+// keysToLoad are the keys to load, in this order, so that the daemon tries them as wanted: it puts each that
+// is loaded in front of all others, and replaces one of the same id in the same breath, so at no time is
+// there one missing.
 func keysToLoad(want, have []key) []key {
 	have = slices.DeleteFunc(slices.Clone(have), func(h key) bool {
 		return !slices.ContainsFunc(want, func(w key) bool { return w.id == h.id && w.digest == h.digest })
@@ -176,30 +179,36 @@ func refresh(w wish, h held) (out []step) {
 	}
 	for _, c := range w.tunnel.Children {
 		i := slices.IndexFunc(h.tunnel.Children, func(x ipsec.Child) bool { return x.Network == c.Network })
-		if i >= 0 && childSection(h.tunnel.Children[i], leads(h.tunnel)).String() != childSection(c, leads(w.tunnel)).String() {
-			again("- security associations of "+name+"/"+c.Network+", which has other settings", section{{"ike", name}, {"child", c.Network}, {"timeout", "-1"}})
+		if i >= 0 && childSection(h.tunnel.Children[i], leads(h.tunnel)).String() != childSection(c,
+			leads(w.tunnel)).String() {
+			again("- security associations of "+name+"/"+c.Network+", which has other settings",
+				section{{"ike", name}, {"child", c.Network}, {"timeout", "-1"}})
 		}
 	}
 	for _, c := range h.tunnel.Children {
 		if !slices.ContainsFunc(w.tunnel.Children, func(x ipsec.Child) bool { return x.Network == c.Network }) {
-			again("- security associations of "+name+"/"+c.Network, section{{"ike", name}, {"child", c.Network}, {"timeout", "-1"}})
+			again("- security associations of "+name+"/"+c.Network,
+				section{{"ike", name}, {"child", c.Network}, {"timeout", "-1"}})
 		}
 	}
 	// One end does it, or both would at once.
-	if first(h.tunnel.Keys) != "" && first(w.tunnel.Keys) != "" && first(h.tunnel.Keys) != first(w.tunnel.Keys) && leads(w.tunnel) {
+	if first(h.tunnel.Keys) != "" && first(w.tunnel.Keys) != "" && first(h.tunnel.Keys) != first(w.tunnel.Keys) &&
+		leads(w.tunnel) {
 		out = append(out, step{cmd: "rekey", args: section{{"ike", name}, {"reauth", "yes"}}, tunnel: name, soft: true,
 			line: "~ tunnel " + name + " authenticates anew with key " + first(w.tunnel.Keys)})
 	}
 	return out
 }
 
-// outdated ends what was established under settings of an earlier life of this process, as far as it shows: without UDP where that is wanted now.
+// outdated ends what was established under settings of an earlier life of this process, as far as it shows:
+// without UDP where that is wanted now.
 func outdated(w wish, seen *observed) (out []step) {
 	for _, sa := range seen.sas[w.tunnel.Name] {
 		if sa.State != Established || sa.NAT || !w.tunnel.Encap {
 			continue
 		}
-		out = append(out, step{cmd: "terminate", args: section{{"ike-id", fmt.Sprint(sa.ID)}, {"timeout", "-1"}}, tunnel: w.tunnel.Name, soft: true,
+		out = append(out, step{cmd: "terminate", args: section{{"ike-id", fmt.Sprint(sa.ID)}, {"timeout", "-1"}},
+			tunnel: w.tunnel.Name, soft: true,
 			line: fmt.Sprintf("- IKE SA %d of %s, which is not in UDP", sa.ID, w.tunnel.Name)})
 	}
 	return out
@@ -226,19 +235,21 @@ func repair(w wish, seen *observed) (out []step) {
 	name := w.tunnel.Name
 	for _, c := range w.tunnel.Children {
 		if !seen.traps[name+"/"+c.Network] {
-			out = append(out, step{cmd: "install", args: section{{"child", c.Network}, {"ike", name}}, tunnel: name, line: "+ trap " + name + "/" + c.Network})
+			out = append(out, step{cmd: "install", args: section{{"child", c.Network}, {"ike", name}}, tunnel: name,
+				line: "+ trap " + name + "/" + c.Network})
 		}
 	}
 	for _, sa := range extra(w.tunnel, seen.sas[name]) {
-		out = append(out, step{cmd: "terminate", args: section{{"ike-id", fmt.Sprint(sa.ID)}, {"timeout", "-1"}}, tunnel: name, soft: true,
+		out = append(out, step{cmd: "terminate", args: section{{"ike-id", fmt.Sprint(sa.ID)}, {"timeout", "-1"}},
+			tunnel: name, soft: true,
 			line: fmt.Sprintf("- IKE SA %d of %s, which is there twice", sa.ID, name)})
 	}
 	return out
 }
 
-// extra are the IKE SAs to end when both hosts have set one up at the same time. Neither is wrong, so the daemons keep both for
-// ever. One end decides, and keeps the one by which it sends: what it sends by another until the peer has agreed is lost, and what
-// it is sent is not.
+// extra are the IKE SAs to end when both hosts have set one up at the same time. Neither is wrong, so the
+// daemons keep both for ever. One end decides, and keeps the one by which it sends: what it sends by another
+// until the peer has agreed is lost, and what it is sent is not.
 func extra(t ipsec.Tunnel, sas []SA) []SA {
 	if !leads(t) {
 		return nil

@@ -33,9 +33,13 @@ func secrets(t testing.TB, n int) ipsec.Secrets {
 
 func tunnel(peer, remote string, keys ...string) ipsec.Tunnel {
 	return ipsec.Tunnel{
-		Name: ipsec.ConnPrefix + peer, Peer: peer, PeerBoot: "boot-1", Local: netip.MustParseAddr("192.0.2.1"), Remote: netip.MustParseAddr(remote),
-		LocalID: "h1", RemoteID: peer, Auth: ipsec.AuthPSK, Keys: keys, Proposals: []string{"aes256gcm16-prfsha256-x25519"}, Rekey: 4 * time.Hour, DPD: 30 * time.Second,
-		Children: []ipsec.Child{{Network: "overlay", IfID: 0x4c000001, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}, Proposals: []string{"aes256gcm16-x25519-esn"}, Rekey: time.Hour}},
+		Name: ipsec.ConnPrefix + peer, Peer: peer, PeerBoot: "boot-1", Local: netip.MustParseAddr("192.0.2.1"),
+		Remote:  netip.MustParseAddr(remote),
+		LocalID: "h1", RemoteID: peer, Auth: ipsec.AuthPSK, Keys: keys, Proposals: []string{"aes256gcm16-prfsha256-x25519"},
+		Rekey: 4 * time.Hour, DPD: 30 * time.Second,
+		Children: []ipsec.Child{{Network: "overlay", IfID: 0x4c000001,
+			Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}, Proposals: []string{"aes256gcm16-x25519-esn"},
+			Rekey: time.Hour}},
 	}
 }
 
@@ -74,7 +78,8 @@ func TestStepsGolden(t *testing.T) {
 	}
 	held1 := has(wishes(t, c, base()))
 	good := func() *observed {
-		return &observed{conns: []string{"lariat-h2"}, keys: []string{"lariat-h2-" + ids[0]}, traps: map[string]bool{"lariat-h2/overlay": true}}
+		return &observed{conns: []string{"lariat-h2"}, keys: []string{"lariat-h2-" + ids[0]},
+			traps: map[string]bool{"lariat-h2/overlay": true}}
 	}
 	twice := good()
 	twice.sas = map[string][]SA{"lariat-h2": {
@@ -99,14 +104,20 @@ func TestStepsGolden(t *testing.T) {
 		{"with certificates", x509, []ipsec.Tunnel{cert}, nil, nil},
 		{"nothing changed", c, []ipsec.Tunnel{base()}, held1, good()},
 		{"a peer is gone", c, nil, held1, nil},
-		{"another address", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.Remote = netip.MustParseAddr("192.0.2.9") })}, held1, nil},
+		{"another address", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.Remote = netip.MustParseAddr("192.0.2.9") })},
+			held1, nil},
 		{"the peer was booted", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.PeerBoot = "boot-2" })}, held1, nil},
 		{"another DPD", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.DPD = 10 * time.Second })}, held1, nil},
-		{"another suite of ESP", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.Children[0].Proposals = []string{"aes256-sha256-x25519-esn"} })}, held1, nil},
+		{"another suite of ESP", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) {
+			x.Children[0].Proposals = []string{"aes256-sha256-x25519-esn"}
+		})}, held1, nil},
 		{"a network is gone", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.Children = nil })}, held1, nil},
-		{"a new key, to be accepted", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.Keys = []string{ids[0], ids[1]} })}, held1, nil},
-		{"a new key, to be sent", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.Keys = []string{ids[1], ids[0]} })}, held1, nil},
-		{"an old key is dropped", c, []ipsec.Tunnel{base()}, has(wishes(t, c, change(func(x *ipsec.Tunnel) { x.Keys = []string{ids[0], ids[1]} }))), nil},
+		{"a new key, to be accepted", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.Keys = []string{ids[0], ids[1]} })},
+			held1, nil},
+		{"a new key, to be sent", c, []ipsec.Tunnel{change(func(x *ipsec.Tunnel) { x.Keys = []string{ids[1], ids[0]} })},
+			held1, nil},
+		{"an old key is dropped", c, []ipsec.Tunnel{base()},
+			has(wishes(t, c, change(func(x *ipsec.Tunnel) { x.Keys = []string{ids[0], ids[1]} }))), nil},
 		{"set up by both at once", c, []ipsec.Tunnel{base()}, held1, twice},
 		{"somebody used our prefix", c, []ipsec.Tunnel{base()}, held1, added},
 		{"somebody removed a trap", c, []ipsec.Tunnel{base()}, held1, untrapped},
@@ -236,7 +247,8 @@ func TestF43_NoKeyPrints(t *testing.T) {
 	}
 	fmt.Fprintf(&out, "%v %+v %#v %s %q %x", c, c, c, c, c, c)
 	fmt.Fprintf(&out, "%s", ks[0].args)
-	for _, bad := range []string{string(psk), fmt.Sprintf("%x", psk), base64.StdEncoding.EncodeToString(psk), "PRIVATE PRIVATE", fmt.Sprintf("%x", "PRIVATE PRIVATE"), "80, 82, 73"} {
+	for _, bad := range []string{string(psk), fmt.Sprintf("%x", psk), base64.StdEncoding.EncodeToString(psk),
+		"PRIVATE PRIVATE", fmt.Sprintf("%x", "PRIVATE PRIVATE"), "80, 82, 73"} {
 		if strings.Contains(out.String(), bad) {
 			t.Errorf("prints %q", bad)
 		}
@@ -255,7 +267,8 @@ func TestF43_UnknownSecret(t *testing.T) {
 	}
 }
 
-// TestF142_OneEndDecides: of what both have set up at once, one end alone ends one, and never while something is going on.
+// TestF142_OneEndDecides: of what both have set up at once, one end alone ends one, and never while something
+// is going on.
 func TestF142_OneEndDecides(t *testing.T) {
 	a := tunnel("h2", "192.0.2.2")
 	b := a
@@ -289,8 +302,10 @@ func TestF142_OneEndDecides(t *testing.T) {
 func TestF142_TheOneInUseStays(t *testing.T) {
 	used, unused := []ChildSA{{IdleOut: time.Second}}, []ChildSA{{IdleOut: time.Minute}}
 	for _, sas := range [][]SA{
-		{{ID: 1, State: Established, Age: time.Minute, Children: used}, {ID: 2, State: Established, Age: time.Minute, Children: unused}},
-		{{ID: 3, State: Established, Age: time.Minute, Children: unused}, {ID: 1, State: Established, Age: time.Minute, Children: used}},
+		{{ID: 1, State: Established, Age: time.Minute, Children: used}, {ID: 2, State: Established, Age: time.Minute,
+			Children: unused}},
+		{{ID: 3, State: Established, Age: time.Minute, Children: unused}, {ID: 1, State: Established, Age: time.Minute,
+			Children: used}},
 	} {
 		if got := extra(tunnel("h2", "192.0.2.2"), sas); len(got) != 1 || got[0].ID == 1 {
 			t.Errorf("of %v %v goes", sas, got)
@@ -324,7 +339,8 @@ func TestJudge(t *testing.T) {
 
 // TestRecent: 5.9 is the oldest.
 func TestRecent(t *testing.T) {
-	for v, want := range map[string]bool{"5.9.8": true, "5.9": true, "5.10.1": true, "6.0.1": true, "6.0dr4": true, "5.8.4": false, "4.6.1": false, "": false, "x.y": false, "5.9dr1": true} {
+	for v, want := range map[string]bool{"5.9.8": true, "5.9": true, "5.10.1": true, "6.0.1": true, "6.0dr4": true,
+		"5.8.4": false, "4.6.1": false, "": false, "x.y": false, "5.9dr1": true} {
 		if recent(v) != want {
 			t.Errorf("%q: %t", v, !want)
 		}

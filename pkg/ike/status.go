@@ -77,7 +77,8 @@ func (d *Daemon) SAs(ctx context.Context) ([]SA, error) {
 }
 
 func (d *Daemon) sas(ctx context.Context) ([]SA, error) {
-	// With noblock those that are busy would be left out, and whoever removes what the daemon does not know would remove theirs.
+	// With noblock those that are busy would be left out, and whoever removes what the daemon does not know
+	// would remove theirs.
 	all, err := d.list(ctx, "list-sas", eventSA, nil)
 	if err != nil {
 		return nil, err
@@ -102,8 +103,10 @@ func (d *Daemon) sas(ctx context.Context) ([]SA, error) {
 func parseSA(name string, m *vici.Message) SA {
 	sa := SA{
 		Name: name, Peer: strings.TrimPrefix(name, ipsec.ConnPrefix), ID: number(m, "uniqueid", 10), State: str(m, "state"),
-		Initiator: str(m, "initiator") == "yes", NAT: str(m, "nat-any") == "yes", Suite: suite(m, "encr", "integ", "prf", "dh-group"),
-		Local: addrPort(m, "local"), Remote: addrPort(m, "remote"), Age: since(m, "established"), RekeyIn: since(m, "rekey-time"),
+		Initiator: str(m, "initiator") == "yes", NAT: str(m, "nat-any") == "yes",
+		Suite: suite(m, "encr", "integ", "prf", "dh-group"),
+		Local: addrPort(m, "local"), Remote: addrPort(m, "remote"), Age: since(m, "established"),
+		RekeyIn: since(m, "rekey-time"),
 	}
 	for _, k := range []string{"tasks-active", "tasks-queued", "tasks-passive"} {
 		list, _ := m.Get(k).([]string)
@@ -127,8 +130,10 @@ func parseSA(name string, m *vici.Message) SA {
 			idle = since(c, "install-time")
 		}
 		sa.Children = append(sa.Children, ChildSA{
-			Network: str(c, "name"), ID: number(c, "uniqueid", 10), IfID: uint32(number(c, "if-id-in", 16)), State: str(c, "state"),
-			SPIIn: uint32(number(c, "spi-in", 16)), SPIOut: uint32(number(c, "spi-out", 16)), Encap: str(c, "encap") == "yes", Suite: s,
+			Network: str(c, "name"), ID: number(c, "uniqueid", 10), IfID: uint32(number(c, "if-id-in", 16)),
+			State: str(c, "state"),
+			SPIIn: uint32(number(c, "spi-in", 16)), SPIOut: uint32(number(c, "spi-out", 16)), Encap: str(c, "encap") == "yes",
+			Suite:   s,
 			BytesIn: number(c, "bytes-in", 10), BytesOut: number(c, "bytes-out", 10),
 			PacketsIn: number(c, "packets-in", 10), PacketsOut: number(c, "packets-out", 10),
 			IdleOut: idle, Age: since(c, "install-time"), RekeyIn: since(c, "rekey-time"),
@@ -188,8 +193,9 @@ func (d *Daemon) LastErrors() map[string]Failure {
 	return maps.Clone(d.errs)
 }
 
-// listen follows the daemon's log, on a connection of its own: the library waits for ever when an event comes while it subscribes to the
-// next, so this one subscribes to a single kind. Vici's other events tell of tunnels that come and go, and not why.
+// listen follows the daemon's log, on a connection of its own: the library waits for ever when an event comes
+// while it subscribes to the next, so this one subscribes to a single kind. Vici's other events tell of
+// tunnels that come and go, and not why.
 func (d *Daemon) listen() error {
 	s, err := vici.NewSession(vici.WithSocketPath(d.socket()))
 	if err != nil {
@@ -255,12 +261,17 @@ var judgements = []struct {
 	mean string // "": that it is up
 }{
 	{regexp.MustCompile(`^(IKE|CHILD)_SA \S+ established`), ""},
-	{regexp.MustCompile(`^received AUTHENTICATION_FAILED`), "the peer says AUTHENTICATION_FAILED: its key or certificate does not match; do both hosts have the same secret?"},
-	{regexp.MustCompile(`^received NO_PROPOSAL_CHOSEN`), "the peer says NO_PROPOSAL_CHOSEN: it has no suite in common, or does not know this host yet"},
-	{regexp.MustCompile(`^received TS_UNACCEPTABLE`), "the peer says TS_UNACCEPTABLE: the network has other subnets there"},
+	{regexp.MustCompile(`^received AUTHENTICATION_FAILED`),
+		"the peer says AUTHENTICATION_FAILED: its key or certificate does not match; do both hosts have the same secret?"},
+	{regexp.MustCompile(`^received NO_PROPOSAL_CHOSEN`), "the peer says NO_PROPOSAL_CHOSEN: it has no suite in " +
+		"common, or does not know this host yet"},
+	{regexp.MustCompile(`^received TS_UNACCEPTABLE`), "the peer says TS_UNACCEPTABLE: the network has other " +
+		"subnets there"},
 	{regexp.MustCompile(`^received (\w+) notify error`), "the peer says $1"},
-	{regexp.MustCompile(`^giving up after (\d+) retransmits`), "no answer: gave up after $1 retransmits; is UDP 500 and 4500 open between the hosts, and charon running there?"},
-	{regexp.MustCompile(`^tried \d+ shared keys? for .* but MAC mismatched`), "authentication failed: the peer's key does not match; do both hosts have the same secret?"},
+	{regexp.MustCompile(`^giving up after (\d+) retransmits`),
+		"no answer: gave up after $1 retransmits; is UDP 500 and 4500 open between the hosts, and charon running there?"},
+	{regexp.MustCompile(`^tried \d+ shared keys? for .* but MAC mismatched`),
+		"authentication failed: the peer's key does not match; do both hosts have the same secret?"},
 	{regexp.MustCompile(`^(no shared key found for .*)`), "$1"},
 	{regexp.MustCompile(`^(no trusted .*|no private key found .*|no issuer certificate found .*|constraint check failed.*|.*certificate .* (expired|not valid).*|signature validation failed.*)`), "$1"},
 	{regexp.MustCompile(`^(no acceptable .* found|no matching CHILD_SA config found.*|no IKE config found.*|traffic selectors .* unacceptable|selected peer config .* unacceptable.*)`), "$1"},
@@ -284,5 +295,6 @@ func judge(line string) (wrong string, up bool) {
 
 // String is a line for people.
 func (s SA) String() string {
-	return fmt.Sprintf("%s[%d] %s %s to %s %s, %d children", s.Name, s.ID, s.State, s.Local, s.Remote, s.Suite, len(s.Children))
+	return fmt.Sprintf("%s[%d] %s %s to %s %s, %d children", s.Name, s.ID, s.State, s.Local, s.Remote, s.Suite,
+		len(s.Children))
 }

@@ -98,9 +98,10 @@ func missing(err error) bool {
 // session is one connection to the daemon's socket, on which one command at a time is under way.
 type session struct {
 	vici *vici.Session
-	// events are those of commands that list; it is closed when the connection is. The library's reader fills it, in the order in which
-	// things come, so all events of a command are in it when the command's answer is there. Not so with the library's own streams (0.8.0):
-	// they take events and the answer from two channels at random, and lose what is left.
+	// events are those of commands that list; it is closed when the connection is. The library's reader fills
+	// it, in the order in which things come, so all events of a command are in it when the command's answer is
+	// there. Not so with the library's own streams (0.8.0): they take events and the answer from two channels at
+	// random, and lose what is left.
 	events chan vici.Event
 }
 

@@ -1,3 +1,5 @@
+// Package ipam acquires, releases, checks and collects the addresses of attachments: through the metadata service
+// when it answers, from the host's journal when it does not.
 package ipam
 
 import (
@@ -18,20 +20,23 @@ const IPAMType = "lariat-ipam"
 
 // Config is the ipam block of a configuration whose type is lariat-ipam.
 type Config struct {
-	Type             string        `json:"type"`
-	Network          string        `json:"network,omitempty"`          // in metadata; default: the configuration's name
-	Socket           string        `json:"socket,omitempty"`           // of the metadata service
-	StateDir         string        `json:"stateDir,omitempty"`         // where the journal is
-	WaitSeconds      int           `json:"waitSeconds,omitempty"`      // wait so long until the model lists the container with an address
-	SubnetPrefixSize string        `json:"subnetPrefixSize,omitempty"` // "/24": length of the address in the result; default: the subnet's
+	Type     string `json:"type"`
+	Network  string `json:"network,omitempty"`  // in metadata; default: the configuration's name
+	Socket   string `json:"socket,omitempty"`   // of the metadata service
+	StateDir string `json:"stateDir,omitempty"` // where the journal is
+	// wait so long until the model lists the container with an address
+	WaitSeconds int `json:"waitSeconds,omitempty"`
+	// "/24": length of the address in the result; default: the subnet's
+	SubnetPrefixSize string        `json:"subnetPrefixSize,omitempty"`
 	Routes           []types.Route `json:"routes,omitempty"`
 	DNS              *types.DNS    `json:"dns,omitempty"`
-	StrictStatus     bool          `json:"strictStatus,omitempty"` // STATUS fails also without a store, and without free addresses
+	// STATUS fails also without a store, and without free addresses
+	StrictStatus bool `json:"strictStatus,omitempty"`
 	Definition
 }
 
-// Definition is what a configuration may say about a network so that its first use creates it. Once the network exists, metadata
-// alone counts.
+// Definition is what a configuration may say about a network so that its first use creates it. Once the
+// network exists, metadata alone counts.
 type Definition struct {
 	Subnet        string   `json:"subnet,omitempty"`  // one subnet
 	Subnets       []string `json:"subnets,omitempty"` // or one of each family
@@ -57,7 +62,8 @@ func (d Definition) Create(name, encapsulation string) (*metadata.Network, error
 	if len(list) == 0 {
 		return nil, nil
 	}
-	n := &metadata.Network{Name: name, Encapsulation: encapsulation, VNI: d.VNI, Port: d.Port, HostNAT: d.HostNAT == nil || *d.HostNAT,
+	n := &metadata.Network{Name: name, Encapsulation: encapsulation, VNI: d.VNI, Port: d.Port, HostNAT: d.HostNAT == nil ||
+		*d.HostNAT,
 		DirectRouting: d.DirectRouting, BlockSizeV4: d.BlockSizeV4, BlockSizeV6: d.BlockSizeV6, Exclude: d.Exclude}
 	for _, s := range list {
 		p, err := netip.ParsePrefix(s)
@@ -93,7 +99,8 @@ func (c Config) PrefixLength() (int, error) {
 	var n int
 	s, slash := strings.CutPrefix(c.SubnetPrefixSize, "/")
 	if k, err := fmt.Sscanf(s, "%d", &n); !slash || k != 1 || err != nil || fmt.Sprint(n) != s || n < 1 || n > 128 {
-		return 0, cni.Errorf(cni.ErrConfig, "key \"ipam.subnetPrefixSize\": %q is not a slash and a length, as \"/24\"", c.SubnetPrefixSize)
+		return 0, cni.Errorf(cni.ErrConfig, "key \"ipam.subnetPrefixSize\": %q is not a slash and a length, as \"/24\"",
+			c.SubnetPrefixSize)
 	}
 	return n, nil
 }
@@ -105,7 +112,8 @@ func (c Config) Client(pluginType string) Client {
 
 // Request turns a call of a runtime into a question to the metadata service, and into the answer that stands in for it
 // when the service is away and the caller named the addresses with their lengths.
-func Request(r *cni.Request, waitSeconds int, create *metadata.Network) (req metadata.AttachRequest, explicit []netip.Prefix, err error) {
+func Request(r *cni.Request, waitSeconds int,
+	create *metadata.Network) (req metadata.AttachRequest, explicit []netip.Prefix, err error) {
 	if waitSeconds < 0 || waitSeconds > 600 {
 		return req, nil, cni.Errorf(cni.ErrConfig, "key \"ipam.waitSeconds\": %d is not between 0 and 600", waitSeconds)
 	}

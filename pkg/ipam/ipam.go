@@ -25,10 +25,11 @@ type Netns struct {
 	Inode uint64
 }
 
-// Acquire gives the interface its addresses and notes them, before anything in the kernel holds them. Asked again for the same
-// interface it gives the same. explicit holds lengths and gateways for the case that the service is away and the
-// addresses were asked for by name: they are then used and the service is told later.
-func (b Client) Acquire(ctx context.Context, network string, req metadata.AttachRequest, ns Netns, explicit *metadata.Attachment) (*metadata.Attachment, error) {
+// Acquire gives the interface its addresses and notes them, before anything in the kernel holds them. Asked
+// again for the same interface it gives the same. explicit holds lengths and gateways for the case that the
+// service is away and the addresses were asked for by name: they are then used and the service is told later.
+func (b Client) Acquire(ctx context.Context, network string, req metadata.AttachRequest, ns Netns,
+	explicit *metadata.Attachment) (*metadata.Attachment, error) {
 	id := metadata.AttachmentID{ContainerID: req.ContainerID, IfName: req.IfName}
 	if err := b.refuseOtherNetns(network, id, ns); err != nil {
 		return nil, err
@@ -56,8 +57,11 @@ func (b Client) Acquire(ctx context.Context, network string, req metadata.Attach
 	}
 	old, known, _ := b.Journal.Get(network, id)
 	known = known && old.State != journal.Released
-	err = b.Journal.Put(journal.Record{AttachmentID: id, Attachment: *a, State: state, Type: b.Type, Netns: ns.Path, NetnsInode: ns.Inode,
-		BootID: a.BootID, Name: req.Name, UUID: req.UUID, Labels: req.Labels, Created: time.Now().UTC(), Terminating: known && old.Terminating})
+	err = b.Journal.Put(journal.Record{AttachmentID: id, Attachment: *a, State: state, Type: b.Type, Netns: ns.Path,
+		NetnsInode: ns.Inode,
+		BootID:     a.BootID, Name: req.Name, UUID: req.UUID, Labels: req.Labels, Created: time.Now().UTC(),
+		Terminating: known &&
+			old.Terminating})
 	if err != nil {
 		if !known { // an earlier ADD's container may run with these addresses
 			err = errors.Join(err, b.Service.Release(ctx, network, id, 0))
@@ -136,8 +140,8 @@ func (b Client) refuseOtherNetns(network string, id metadata.AttachmentID, ns Ne
 		WithDetails("DEL the attachment first")
 }
 
-// attach asks the service, and while the caller is ready to wait, asks again when the service went away meanwhile: it may
-// be restarting.
+// attach asks the service, and while the caller is ready to wait, asks again when the service went away
+// meanwhile: it may be restarting.
 func (b Client) attach(ctx context.Context, network string, req metadata.AttachRequest) (*metadata.Attachment, error) {
 	start, wait := time.Now(), time.Duration(req.WaitSeconds)*time.Second
 	for {
@@ -157,8 +161,9 @@ func (b Client) attach(ctx context.Context, network string, req metadata.AttachR
 	}
 }
 
-// Release gives the addresses back. With the service away it notes the release for the network manager to replay, and
-// succeeds: a runtime must not be kept from removing a container. Only a journal that cannot be written either is an error.
+// Release gives the addresses back. With the service away it notes the release for the network manager to
+// replay, and succeeds: a runtime must not be kept from removing a container. Only a journal that cannot be
+// written either is an error.
 func (b Client) Release(ctx context.Context, network string, id metadata.AttachmentID) error {
 	old, known, _ := b.Journal.Get(network, id)
 	if known && old.State == journal.Unregistered {
@@ -175,7 +180,8 @@ func (b Client) Release(ctx context.Context, network string, id metadata.Attachm
 		return err
 	}
 	if !known {
-		old = journal.Record{AttachmentID: id, Attachment: metadata.Attachment{Network: network}, BootID: journal.BootID(), Created: time.Now().UTC(), Type: b.Type}
+		old = journal.Record{AttachmentID: id, Attachment: metadata.Attachment{Network: network}, BootID: journal.BootID(),
+			Created: time.Now().UTC(), Type: b.Type}
 	}
 	old.State = journal.Released
 	if jerr := b.Journal.Put(old); jerr != nil {
@@ -191,8 +197,8 @@ func (b Client) forget(network string, id metadata.AttachmentID) error {
 	return nil
 }
 
-// Check compares what the service and the journal hold with the addresses that a result named. With the service away the
-// journal alone decides.
+// Check compares what the service and the journal hold with the addresses that a result named. With the
+// service away the journal alone decides.
 func (b Client) Check(ctx context.Context, network string, id metadata.AttachmentID) (*metadata.Attachment, error) {
 	rec, known, err := b.Journal.Get(network, id)
 	if err != nil {
@@ -215,8 +221,8 @@ func (b Client) Check(ctx context.Context, network string, id metadata.Attachmen
 	return a, nil
 }
 
-// Collect releases every attachment of the network on this host that valid does not list, those of the journal and those that the
-// service alone knows. Their interfaces must be gone. It goes on after errors.
+// Collect releases every attachment of the network on this host that valid does not list, those of the
+// journal and those that the service alone knows. Their interfaces must be gone. It goes on after errors.
 func (b Client) Collect(ctx context.Context, network string, valid []metadata.AttachmentID) error {
 	keep := make(map[metadata.AttachmentID]bool, len(valid))
 	for _, id := range valid {
@@ -236,7 +242,8 @@ func (b Client) Collect(ctx context.Context, network string, valid []metadata.At
 	}
 	// What a killed ADD allocated and did not come to note is known to the service alone. When it is away the manager will
 	// find it later.
-	if _, err := b.Service.GC(ctx, network, valid); err != nil && !errors.Is(err, metadata.ErrUnreachable) && !metadata.IsCode(err, metadata.CodeNotFound) {
+	if _, err := b.Service.GC(ctx, network, valid); err != nil && !errors.Is(err, metadata.ErrUnreachable) &&
+		!metadata.IsCode(err, metadata.CodeNotFound) {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)

@@ -44,8 +44,9 @@ func service(t *testing.T) metadata.Client {
 		must(t, c.Up(ctx))
 		must(t, c.Hosts[0].Manager.Stop())
 		c.Hosts[0].Manager = nil
-		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay", metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
-			Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}))
+		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay",
+			metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
+				Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}))
 	})
 	if cluster == nil {
 		t.Fatal("the service did not start")
@@ -58,8 +59,10 @@ func id(container string) metadata.AttachmentID {
 }
 
 func record(container, address string) journal.Record {
-	return journal.Record{AttachmentID: id(container), State: journal.Held, Type: "lariat-vxlan", BootID: journal.BootID(), Netns: "/run/netns/x", NetnsInode: 7,
-		Attachment: metadata.Attachment{Network: "overlay", Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address), Sequence: 3}}}}
+	return journal.Record{AttachmentID: id(container), State: journal.Held, Type: "lariat-vxlan", BootID: journal.BootID(),
+		Netns: "/run/netns/x", NetnsInode: 7,
+		Attachment: metadata.Attachment{Network: "overlay",
+			Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address), Sequence: 3}}}}
 }
 
 // same reports whether an attachment holds exactly these addresses.
@@ -73,7 +76,8 @@ func same(a *metadata.Attachment, want ...string) bool {
 
 // away is a book whose service does not answer.
 func away(t *testing.T) ipam.Client {
-	return ipam.Client{Service: metadata.Client{Socket: "/run/nobody"}, Journal: journal.New(t.TempDir()), Type: "lariat-ipam"}
+	return ipam.Client{Service: metadata.Client{Socket: "/run/nobody"}, Journal: journal.New(t.TempDir()),
+		Type: "lariat-ipam"}
 }
 
 func state(t *testing.T, b ipam.Client, container string) string {
@@ -93,10 +97,12 @@ func request(container string) metadata.AttachRequest {
 // TestF19_F127_BookWithTheServiceAway: each call does what the journal alone allows.
 func TestF19_F127_BookWithTheServiceAway(t *testing.T) {
 	b := away(t)
-	if _, err := b.Acquire(ctx, "overlay", request("c1"), ipam.Netns{}, nil); !errors.Is(err, metadata.ErrUnreachable) || state(t, b, "c1") != "none" {
+	if _, err := b.Acquire(ctx, "overlay", request("c1"), ipam.Netns{}, nil); !errors.Is(err, metadata.ErrUnreachable) ||
+		state(t, b, "c1") != "none" {
 		t.Errorf("an address from nowhere: %v, record %s", err, state(t, b, "c1"))
 	}
-	explicit := &metadata.Attachment{Network: "overlay", Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.9")}}}
+	explicit := &metadata.Attachment{Network: "overlay",
+		Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.9")}}}
 	for range 2 {
 		a, err := b.Acquire(ctx, "overlay", request("c1"), ipam.Netns{Path: "/run/netns/x", Inode: 7}, explicit)
 		if err != nil || !same(a, "10.42.0.9") || state(t, b, "c1") != journal.Unregistered {
@@ -151,7 +157,8 @@ func TestF19_F127_BookWithTheServiceAway(t *testing.T) {
 	}
 	// What cannot be noted either is an error, and names both causes.
 	b.Journal.Dir = "/proc/nowhere"
-	if err := b.Release(ctx, "overlay", id("c7")); !errors.Is(err, metadata.ErrUnreachable) || !strings.Contains(err.Error(), "/proc/nowhere") {
+	if err := b.Release(ctx, "overlay", id("c7")); !errors.Is(err, metadata.ErrUnreachable) ||
+		!strings.Contains(err.Error(), "/proc/nowhere") {
 		t.Errorf("%v", err)
 	}
 }
@@ -214,7 +221,8 @@ func TestBookWithTheService(t *testing.T) {
 // TestStatus: exhaustion is an error of ADD, not of STATUS, unless the configuration is strict about it.
 func TestStatus(t *testing.T) {
 	c := service(t)
-	must(t, c.Put(ctx, metadata.KindNetwork, "tiny", metadata.Network{Name: "tiny", Encapsulation: metadata.EncapVXLAN, VNI: 1043, BlockSizeV4: 30,
+	must(t, c.Put(ctx, metadata.KindNetwork, "tiny", metadata.Network{Name: "tiny", Encapsulation: metadata.EncapVXLAN,
+		VNI: 1043, BlockSizeV4: 30,
 		Subnets: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/30")}}))
 	b := ipam.Client{Service: c, Journal: journal.New(t.TempDir()), Type: "lariat-ipam"}
 	for i := 0; ; i++ {
@@ -248,7 +256,8 @@ func TestStatus(t *testing.T) {
 	} {
 		_, err := ipam.Status(ctx, tc.book, tc.network, tc.d, tc.strict)
 		var e *cni.Error
-		if tc.want == "" && err != nil || tc.want != "" && (!errors.As(err, &e) || e.Code != cni.ErrNotAvailable || !strings.Contains(e.Error(), tc.want)) {
+		if tc.want == "" && err != nil || tc.want != "" && (!errors.As(err, &e) || e.Code != cni.ErrNotAvailable ||
+			!strings.Contains(e.Error(), tc.want)) {
 			t.Errorf("%s: %v", tc.name, err)
 		}
 	}
@@ -263,12 +272,18 @@ func TestDefinition(t *testing.T) {
 	}{
 		{"nothing", metadata.EncapVXLAN, ipam.Definition{VNI: 7}, "none"},
 		{"one subnet", metadata.EncapVXLAN, ipam.Definition{Subnet: "10.1.0.0/16"}, "[10.1.0.0/16] [] true"},
-		{"two families", metadata.EncapVXLAN, ipam.Definition{Subnets: []string{"10.1.0.0/16", "fd00::/48"}, HostNAT: &off}, "[10.1.0.0/16 fd00::/48] [] false"},
-		{"flat, without a router: the first address is it", metadata.EncapNone, ipam.Definition{Subnets: []string{"10.1.0.0/16", "fd00::/64"}}, "[10.1.0.0/16 fd00::/64] [10.1.0.1 fd00::1] true"},
-		{"flat, with one", metadata.EncapNone, ipam.Definition{Subnet: "10.1.0.0/16", Gateways: []string{"10.1.0.254"}}, "[10.1.0.0/16] [10.1.0.254] true"},
-		{"both keys", metadata.EncapVXLAN, ipam.Definition{Subnet: "10.1.0.0/16", Subnets: []string{"fd00::/48"}}, `keys "subnet" and "subnets" contradict each other; give one of them`},
-		{"no subnet", metadata.EncapVXLAN, ipam.Definition{Subnet: "10.1.0.0"}, `key "subnet": netip.ParsePrefix("10.1.0.0"): no '/'`},
-		{"no gateway", metadata.EncapNone, ipam.Definition{Subnet: "10.1.0.0/16", Gateways: []string{"x"}}, `key "gateways": ParseAddr("x"): unable to parse IP`},
+		{"two families", metadata.EncapVXLAN, ipam.Definition{Subnets: []string{"10.1.0.0/16", "fd00::/48"}, HostNAT: &off},
+			"[10.1.0.0/16 fd00::/48] [] false"},
+		{"flat, without a router: the first address is it", metadata.EncapNone,
+			ipam.Definition{Subnets: []string{"10.1.0.0/16", "fd00::/64"}}, "[10.1.0.0/16 fd00::/64] [10.1.0.1 fd00::1] true"},
+		{"flat, with one", metadata.EncapNone, ipam.Definition{Subnet: "10.1.0.0/16", Gateways: []string{"10.1.0.254"}},
+			"[10.1.0.0/16] [10.1.0.254] true"},
+		{"both keys", metadata.EncapVXLAN, ipam.Definition{Subnet: "10.1.0.0/16", Subnets: []string{"fd00::/48"}},
+			`keys "subnet" and "subnets" contradict each other; give one of them`},
+		{"no subnet", metadata.EncapVXLAN, ipam.Definition{Subnet: "10.1.0.0"},
+			`key "subnet": netip.ParsePrefix("10.1.0.0"): no '/'`},
+		{"no gateway", metadata.EncapNone, ipam.Definition{Subnet: "10.1.0.0/16", Gateways: []string{"x"}},
+			`key "gateways": ParseAddr("x"): unable to parse IP`},
 	} {
 		n, err := tc.d.Create("x", tc.encap)
 		got := "none"
@@ -285,7 +300,8 @@ func TestDefinition(t *testing.T) {
 }
 
 func TestF20_PrefixLength(t *testing.T) {
-	for in, want := range map[string]int{"": 0, "/24": 24, "/128": 128, "24": -1, "/0": -1, "/129": -1, "/-1": -1, "/24 ": -1, "/024": -1, "/": -1, "/x": -1} {
+	for in, want := range map[string]int{"": 0, "/24": 24, "/128": 128, "24": -1, "/0": -1, "/129": -1, "/-1": -1,
+		"/24 ": -1, "/024": -1, "/": -1, "/x": -1} {
 		got, err := ipam.Config{SubnetPrefixSize: in}.PrefixLength()
 		if err != nil {
 			got = -1

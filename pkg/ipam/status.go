@@ -21,13 +21,15 @@ func Status(ctx context.Context, b Client, network string, d Definition, strict 
 	case metadata.IsCode(err, metadata.CodeNotFound) && (d.Subnet != "" || len(d.Subnets) > 0):
 		return nil, nil
 	case metadata.IsCode(err, metadata.CodeNotFound):
-		return nil, cni.Errorf(cni.ErrNotAvailable, "network %s: %w", network, err).WithDetails("lariat network create %s", network)
+		return nil, cni.Errorf(cni.ErrNotAvailable, "network %s: %w", network, err).WithDetails("lariat network create %s",
+			network)
 	case err == nil && !s.Ready && (s.Local || strict):
 		return s, cni.Errorf(cni.ErrNotAvailable, "network %s: %s", network, s.Reason)
 	case err == nil:
 		return s, nil
 	case !answered(err):
-		return nil, cni.Errorf(cni.ErrNotAvailable, "network %s: %w", network, err).WithDetails("check: systemctl status lariat-metadata; lariat doctor")
+		return nil, cni.Errorf(cni.ErrNotAvailable, "network %s: %w", network,
+			err).WithDetails("check: systemctl status lariat-metadata; lariat doctor")
 	case strict:
 		return nil, cni.Errorf(cni.ErrNotAvailable, "network %s: %w", network, err).WithDetails("check: lariat doctor")
 	}

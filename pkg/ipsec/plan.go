@@ -1,10 +1,11 @@
-// Package ipsec plans the encrypted networks of a host: for each network a device that holds the host's own address, for
-// each other host that takes part one XFRM interface and one route per block, the tunnels that IKE has to keep, and the
-// rules which make that no packet of a container ever travels in clear.
+// Package ipsec plans the encrypted networks of a host: for each network a device that holds the host's own
+// address, for each other host that takes part one XFRM interface and one route per block, the tunnels that
+// IKE has to keep, and the rules which make that no packet of a container ever travels in clear.
 //
-// A packet to 10.42.7.9 takes the route of its block to the XFRM interface of its host. The interface has a number, the if_id,
-// and a packet leaves by it only as ESP under a policy of the same number; without such a policy, or a key for it, it is dropped.
-// Selectors are the network's subnets on both sides, so blocks come and go without a word to the other host.
+// A packet to 10.42.7.9 takes the route of its block to the XFRM interface of its host. The interface has a
+// number, the if_id, and a packet leaves by it only as ESP under a policy of the same number; without such a
+// policy, or a key for it, it is dropped. Selectors are the network's subnets on both sides, so blocks come
+// and go without a word to the other host.
 //
 // Same input, same output. No clock, no kernel, no logging, no secrets.
 package ipsec
@@ -22,18 +23,19 @@ import (
 	"github.com/lariat-net/lariat/pkg/underlay"
 )
 
-// ClearOut is the nftables chain that keeps clear packets of the overlay off the wire. pkg/guard keeps those of others out.
+// ClearOut is the nftables chain that keeps clear packets of the overlay off the wire. pkg/guard keeps those
+// of others out.
 const ClearOut = "clear-out"
 
-// Owned reports whether an if_id is of the range from which Lariat takes them, 0x4c000000 to 0x4cffffff (0x4c is 76, as with its
-// routes). SAs and policies under such an if_id are Lariat's.
+// Owned reports whether an if_id is of the range from which Lariat takes them, 0x4c000000 to 0x4cffffff (0x4c
+// is 76, as with its routes). SAs and policies under such an if_id are Lariat's.
 func Owned(ifID uint32) bool { return ifID>>24 == delta.Protocol }
 
 // Device is the XFRM interface of an if_id.
 func Device(ifID uint32) string { return fmt.Sprintf("%s%06x", delta.TunnelPrefix, ifID&0xffffff) }
 
-// GatewayDevice is the device that carries a host's own addresses on a network. It is an XFRM interface whose if_id has neither
-// policies nor keys: what is sent to it goes nowhere.
+// GatewayDevice is the device that carries a host's own addresses on a network. It is an XFRM interface whose
+// if_id has neither policies nor keys: what is sent to it goes nowhere.
 func GatewayDevice(network string) string { return Device(gatewayID(network)) }
 
 // Alias is the ifalias of a network's device: of the tunnel to a peer, or, with no peer, of the home device.
@@ -44,9 +46,9 @@ func Alias(network, peer string) string {
 	return delta.AliasPrefix + "ipsec:" + network + ":" + peer
 }
 
-// Plan returns what the kernel of host self needs for all of its encrypted networks, but for the SAs and policies, which are
-// IKE's. A host or entry that cannot be planned is left out and told in Problems; the rest stands. It plans from what is sane of
-// the snapshot.
+// Plan returns what the kernel of host self needs for all of its encrypted networks, but for the SAs and
+// policies, which are IKE's. A host or entry that cannot be planned is left out and told in Problems; the
+// rest stands. It plans from what is sane of the snapshot.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	s, snap := delta.NewState(), snap.Sane()
 	me, _ := snap.Host(self)
@@ -60,7 +62,8 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	if len(all) == 0 {
 		return s
 	}
-	// Of every network, those too that cannot be planned, and on a host that nothing can be planned for: there may be containers.
+	// Of every network, those too that cannot be planned, and on a host that nothing can be planned for: there
+	// may be containers.
 	block(s, all)
 	if l, ok := layOut(snap, self, s); ok {
 		prefixes := underlay.Prefixes(snap)
@@ -93,7 +96,8 @@ func layOut(snap *metadata.Snapshot, self string, s *delta.State) (*layout, bool
 	for _, n := range found {
 		id := gatewayID(n.Name)
 		if other, used := taken[id]; used {
-			s.Problemf("network %s hashes to the same interface as network %s and is left out; give it another name", n.Name, other)
+			s.Problemf("network %s hashes to the same interface as network %s and is left out; give it another name", n.Name,
+				other)
 			continue
 		}
 		taken[id] = n.Name
@@ -138,10 +142,12 @@ func hashID(network, peer string) uint32 {
 	return delta.Protocol<<24 | uint32(sum^sum>>24^sum>>48)&0xffffff // FNV is folded, not cut, to fewer bits
 }
 
-func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Network, prefixes map[string][]netip.Prefix) {
+func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Network,
+	prefixes map[string][]netip.Prefix) {
 	link := func(id uint32, peer string) string {
 		dev := Device(id)
-		s.Links[dev] = delta.Link{Kind: delta.KindXFRM, IfID: id, Group: delta.OverlayLinkGroup, MTU: mtu.Container(n, l.me), Alias: Alias(n.Name, peer), NoIPv6: !n.HasIPv6()}
+		s.Links[dev] = delta.Link{Kind: delta.KindXFRM, IfID: id, Group: delta.OverlayLinkGroup, MTU: mtu.Container(n, l.me),
+			Alias: Alias(n.Name, peer), NoIPv6: !n.HasIPv6()}
 		return dev
 	}
 	home := link(gatewayID(n.Name), "")
@@ -171,8 +177,8 @@ func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Net
 	}
 }
 
-// block keeps the overlay's addresses inside: a packet to one leaves this host by a container's port or by a tunnel, or it is dropped.
-// The rules know no peers, so they stand, unchanged, whatever happens to those.
+// block keeps the overlay's addresses inside: a packet to one leaves this host by a container's port or by a
+// tunnel, or it is dropped. The rules know no peers, so they stand, unchanged, whatever happens to those.
 func block(s *delta.State, networks []metadata.Network) {
 	var subnets []netip.Prefix
 	for _, n := range networks {
@@ -180,12 +186,15 @@ func block(s *delta.State, networks []metadata.Network) {
 	}
 	slices.SortFunc(subnets, netip.Prefix.Compare)
 	out := delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300}
-	// What costs is ESP on the wire: there every packet comes alone, while those of a stream pass the containers' ports and the tunnels' interfaces by the
-	// dozen. So the address is first, which lets ESP go after one comparison for each rule, and there is no rule more than needed (make bench/guest).
+	// What costs is ESP on the wire: there every packet comes alone, while those of a stream pass the
+	// containers' ports and the tunnels' interfaces by the dozen. So the address is first, which lets ESP go
+	// after one comparison for each rule, and there is no rule more than needed (make bench/guest).
 	for _, p := range subnets {
-		// A packet passes here twice: on its way into the tunnel's interface, and on its way to the wire with the transformation ahead of it.
+		// A packet passes here twice: on its way into the tunnel's interface, and on its way to the wire with the
+		// transformation ahead of it.
 		out.Rules = append(out.Rules,
-			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.OifGroup{Group: delta.OverlayLinkGroup, Not: true}, delta.NotRouteIPsec{}, delta.Oif{Name: "lo", Not: true}, delta.Verdict("drop")})
+			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.OifGroup{Group: delta.OverlayLinkGroup, Not: true},
+				delta.NotRouteIPsec{}, delta.Oif{Name: "lo", Not: true}, delta.Verdict("drop")})
 	}
 	s.Chains[ClearOut] = out
 }

@@ -94,17 +94,22 @@ func shuffle[T any](list []T) {
 
 // cluster is n hosts with a block each.
 func cluster(n int) *metadata.Snapshot {
-	s := &metadata.Snapshot{Self: "h0", Networks: []metadata.Network{{Name: "overlay", Encapsulation: metadata.EncapIPsec, Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}}
+	s := &metadata.Snapshot{Self: "h0",
+		Networks: []metadata.Network{{Name: "overlay", Encapsulation: metadata.EncapIPsec,
+			Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}}}
 	for i := range n {
 		name := fmt.Sprint("h", i)
-		s.Hosts = append(s.Hosts, metadata.Host{Name: name, Underlay: []metadata.Underlay{{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)}), 12), Device: "eth0", MTU: 1500}}})
-		s.Blocks = append(s.Blocks, metadata.Block{Network: "overlay", Host: name, CIDR: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0}), 26)})
+		s.Hosts = append(s.Hosts, metadata.Host{Name: name,
+			Underlay: []metadata.Underlay{{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)}),
+				12), Device: "eth0", MTU: 1500}}})
+		s.Blocks = append(s.Blocks, metadata.Block{Network: "overlay", Host: name,
+			CIDR: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(i >> 8), byte(i), 0}), 26)})
 	}
 	return s
 }
 
-// TestInterfacesOfMany: with ten thousand peers some hashes are bound to fall together; every peer has an interface and an if_id of
-// its own all the same, all of them ours.
+// TestInterfacesOfMany: with ten thousand peers some hashes are bound to fall together; every peer has an
+// interface and an if_id of its own all the same, all of them ours.
 func TestInterfacesOfMany(t *testing.T) {
 	snap := cluster(10_000)
 	s := ipsec.Plan(snap, "h0")
@@ -120,7 +125,8 @@ func TestInterfacesOfMany(t *testing.T) {
 			t.Fatalf("%s: if_id %#x, device %+v", x.Peer, id, l)
 		}
 		alone := cluster(0)
-		alone.Hosts = []metadata.Host{snap.Hosts[0], {Name: x.Peer, Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix("172.31.0.1/12")}}}}
+		alone.Hosts = []metadata.Host{snap.Hosts[0],
+			{Name: x.Peer, Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix("172.31.0.1/12")}}}}
 		if ipsec.Tunnels(alone, "h0", ipsec.Options{})[0].Children[0].IfID != id {
 			shifted++
 		}
@@ -130,8 +136,8 @@ func TestInterfacesOfMany(t *testing.T) {
 	}
 }
 
-// TestF37_F144_RulesKnowNoPeers: what blocks clear packets is the same with one host and with many, so nothing that happens to
-// a peer touches it.
+// TestF37_F144_RulesKnowNoPeers: what blocks clear packets is the same with one host and with many, so
+// nothing that happens to a peer touches it.
 func TestF37_F144_RulesKnowNoPeers(t *testing.T) {
 	few, many := ipsec.Plan(cluster(1), "h0"), ipsec.Plan(cluster(50), "h0")
 	for _, chain := range []string{ipsec.ClearOut} {
@@ -166,8 +172,8 @@ func TestF43_KeyThatBothHave(t *testing.T) {
 	}
 }
 
-// TestF37_FailsClosed: a host that the metadata does not list (any more), or that has no underlay address, and a network that hashes to the
-// same interface as another, keep what blocks: there may be containers.
+// TestF37_FailsClosed: a host that the metadata does not list (any more), or that has no underlay address,
+// and a network that hashes to the same interface as another, keep what blocks: there may be containers.
 func TestF37_FailsClosed(t *testing.T) {
 	blocked := func(what string, s *delta.State, subnets ...string) {
 		t.Helper()
@@ -189,7 +195,8 @@ func TestF37_FailsClosed(t *testing.T) {
 	bare.Hosts[0].Underlay = nil
 	blocked("without an underlay", ipsec.Plan(bare, "h0"), "10.0.0.0/8")
 	twins := cluster(2)
-	twins.Networks = []metadata.Network{{Name: "net4225", Encapsulation: metadata.EncapIPsec, Subnets: []netip.Prefix{netip.MustParsePrefix("10.50.0.0/16")}},
+	twins.Networks = []metadata.Network{{Name: "net4225", Encapsulation: metadata.EncapIPsec,
+		Subnets: []netip.Prefix{netip.MustParsePrefix("10.50.0.0/16")}},
 		{Name: "net3917", Encapsulation: metadata.EncapIPsec, Subnets: []netip.Prefix{netip.MustParsePrefix("10.60.0.0/16")}}}
 	s := ipsec.Plan(twins, "h0")
 	if len(s.Problems) != 1 {

@@ -17,7 +17,8 @@ const (
 type Report struct {
 	Networks []string `json:"networks"` // that are encrypted, sorted; with none, the rest is empty
 
-	// Missing says what the host lacks so that none of them can work: a feature of the kernel, the secret. ADD is refused for it.
+	// Missing says what the host lacks so that none of them can work: a feature of the kernel, the secret. ADD
+	// is refused for it.
 	Missing string `json:"missing,omitempty"`
 	// Problem says what keeps tunnels from being set up or kept for now: the IKE daemon does not run, say.
 	Problem string `json:"problem,omitempty"`

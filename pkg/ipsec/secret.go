@@ -21,15 +21,16 @@ const DefaultSecretFile = "/etc/lariat/ipsec.secret" //nolint:gosec // the name 
 // MinSecret is the least length of a secret, in characters. 32 random octets are 44 characters of base64.
 const MinSecret = 32
 
-// The salt and the labels of HKDF (RFC 5869). They keep these keys apart from whatever else derives from the same secret.
+// The salt and the labels of HKDF (RFC 5869). They keep these keys apart from whatever else derives from the
+// same secret.
 const (
 	salt     = "lariat ipsec v1"
 	labelPSK = "pair "
 	labelID  = "id"
 )
 
-// Secrets are what a file of secrets holds: the one in use first, and behind it those that are accepted still. They print as
-// their ids.
+// Secrets are what a file of secrets holds: the one in use first, and behind it those that are accepted
+// still. They print as their ids.
 type Secrets struct{ list []secret }
 
 type secret struct {
@@ -37,13 +38,15 @@ type secret struct {
 	value []byte
 }
 
-// ReadSecrets reads a file of secrets: one a line, the one to use first; empty lines and those that begin with # are skipped. The file
-// must be a regular one that nobody but its owner, root or the caller, may read. Errors name the file and the line, never a secret.
+// ReadSecrets reads a file of secrets: one a line, the one to use first; empty lines and those that begin
+// with # are skipped. The file must be a regular one that nobody but its owner, root or the caller, may read.
+// Errors name the file and the line, never a secret.
 func ReadSecrets(path string) (Secrets, error) {
 	data, err := private.Read(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return Secrets{}, fmt.Errorf("secret of the encrypted networks: %w; make one with: lariat ipsec secret --out %s, and give the same to every host", err, path)
+		return Secrets{}, fmt.Errorf("secret of the encrypted networks: %w; make one with: lariat ipsec secret --out "+
+			"%s, and give the same to every host", err, path)
 	case err != nil:
 		return Secrets{}, fmt.Errorf("secret file %w", err)
 	}
@@ -65,7 +68,8 @@ func ParseSecrets(text []byte) (Secrets, error) {
 			continue
 		}
 		if len(line) < MinSecret {
-			return Secrets{}, fmt.Errorf("line %d: a secret of %d characters; want at least %d: lariat ipsec secret makes one", n, len(line), MinSecret)
+			return Secrets{}, fmt.Errorf("line %d: a secret of %d characters; want at least %d: lariat ipsec secret makes one",
+				n, len(line), MinSecret)
 		}
 		value := bytes.Clone(line)
 		id := derive(value, labelID, 4)
@@ -106,8 +110,8 @@ func (s Secrets) String() string { return strings.Join(s.IDs(), ",") }
 // GoString is the ids too: %#v must not print what %v does not.
 func (s Secrets) GoString() string { return s.String() }
 
-// Pair is the key of two IKE identities under one secret, the same whichever comes first: 32 octets. nil when there is no
-// secret of that id.
+// Pair is the key of two IKE identities under one secret, the same whichever comes first: 32 octets. nil when
+// there is no secret of that id.
 func (s Secrets) Pair(id, a, b string) []byte {
 	if b < a {
 		a, b = b, a

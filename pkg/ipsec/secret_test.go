@@ -57,10 +57,12 @@ func TestSecretsNeverPrint(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x"} {
-		if out := fmt.Sprintf(verb, s); strings.Contains(out, first[:12]) || strings.Contains(out, fmt.Sprintf("%x", first[:12])) {
+		if out := fmt.Sprintf(verb, s); strings.Contains(out, first[:12]) ||
+			strings.Contains(out, fmt.Sprintf("%x", first[:12])) {
 			t.Errorf("%s prints %s", verb, out)
 		}
-		if out := fmt.Sprintf(verb, struct{ S ipsec.Secrets }{s}); strings.Contains(out, first[:12]) || strings.Contains(out, fmt.Sprintf("%x", first[:12])) {
+		if out := fmt.Sprintf(verb, struct{ S ipsec.Secrets }{s}); strings.Contains(out, first[:12]) ||
+			strings.Contains(out, fmt.Sprintf("%x", first[:12])) {
 			t.Errorf("%s inside of another value prints %s", verb, out)
 		}
 	}
@@ -97,7 +99,8 @@ func TestReadSecrets(t *testing.T) {
 			t.Errorf("%s: the error tells the secret: %v", tc.name, err)
 		}
 	}
-	if _, err := ipsec.ReadSecrets(filepath.Join(dir, "none")); err == nil || !strings.Contains(err.Error(), "lariat ipsec secret --out "+filepath.Join(dir, "none")) {
+	if _, err := ipsec.ReadSecrets(filepath.Join(dir, "none")); err == nil ||
+		!strings.Contains(err.Error(), "lariat ipsec secret --out "+filepath.Join(dir, "none")) {
 		t.Errorf("no file: %v", err)
 	}
 	pipe := filepath.Join(dir, "pipe")

@@ -13,8 +13,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/printable"
 )
 
-// ConnPrefix begins the name of every IKE connection, and of every secret, that Lariat gives to the IKE daemon. Others are never
-// touched.
+// ConnPrefix begins the name of every IKE connection, and of every secret, that Lariat gives to the IKE
+// daemon. Others are never touched.
 const ConnPrefix = "lariat-"
 
 // How hosts prove to each other who they are.
@@ -29,8 +29,8 @@ const (
 	DefaultDPD   = 30 * time.Second
 )
 
-// ReplayWindow is the number of packets that may arrive out of order (RFC 4303 §3.4.3). The kernel's default of 32 drops
-// packets as soon as several queues are busy.
+// ReplayWindow is the number of packets that may arrive out of order (RFC 4303 §3.4.3). The kernel's default
+// of 32 drops packets as soon as several queues are busy.
 const ReplayWindow = 1024
 
 // Options are what a host knows beside the metadata.
@@ -74,8 +74,9 @@ type Child struct {
 	Rekey     time.Duration
 }
 
-// Suites in strongSwan's words: x25519 for forward secrecy, extended sequence numbers. An AES-NI core does AES-256-GCM at nearly
-// the speed of AES-128-GCM, so the longer key is offered first. CBC with SHA-256 is for kernels without GCM.
+// Suites in strongSwan's words: x25519 for forward secrecy, extended sequence numbers. An AES-NI core does
+// AES-256-GCM at nearly the speed of AES-128-GCM, so the longer key is offered first. CBC with SHA-256 is for
+// kernels without GCM.
 var (
 	ikeSuites = []string{"aes256gcm16-prfsha256-x25519", "aes128gcm16-prfsha256-x25519", "aes256-sha256-x25519"}
 	espGCM    = []string{"aes256gcm16-x25519-esn", "aes128gcm16-x25519-esn"}
@@ -85,12 +86,12 @@ var (
 // Identity is the IKE identity of a host: its name, unless the metadata says otherwise.
 func Identity(h metadata.Host) string { return cmp.Or(h.IKEIdentity, h.Name) }
 
-// Tunnels returns the connections that host self has to offer, sorted by name. What cannot be planned is left out, as in Plan, which
-// tells why.
+// Tunnels returns the connections that host self has to offer, sorted by name. What cannot be planned is left
+// out, as in Plan, which tells why.
 //
-// Of a pair's keys, the first of this host's that the peer has announced too comes first: a peer that does not have a new secret
-// yet is still spoken to with the old one, and both ends change over on their own. Whatever the snapshot holds, Tunnels plans from
-// what is sane of it.
+// Of a pair's keys, the first of this host's that the peer has announced too comes first: a peer that does
+// not have a new secret yet is still spoken to with the old one, and both ends change over on their own.
+// Whatever the snapshot holds, Tunnels plans from what is sane of it.
 func Tunnels(snap *metadata.Snapshot, self string, o Options) []Tunnel {
 	l, ok := layOut(snap.Sane(), self, delta.NewState())
 	if !ok {
@@ -112,7 +113,8 @@ func Tunnels(snap *metadata.Snapshot, self string, o Options) []Tunnel {
 			t.Keys = preferred(o.Keys, p.IKEKeys)
 		}
 		for _, n := range l.networks {
-			t.Children = append(t.Children, Child{Network: n.Name, IfID: l.ids[[2]string{n.Name, p.Name}], Subnets: n.Subnets, Proposals: esp, Rekey: rekey})
+			t.Children = append(t.Children, Child{Network: n.Name, IfID: l.ids[[2]string{n.Name, p.Name}], Subnets: n.Subnets,
+				Proposals: esp, Rekey: rekey})
 		}
 		out = append(out, t)
 	}
@@ -138,7 +140,8 @@ func preferred(mine, peers []string) []string {
 // String prints a line for the connection and one for each child. Keys show as their ids.
 func (t Tunnel) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "conn  %s local %s id %s remote %s id %s auth %s", printable.Line(t.Name), t.Local, printable.Line(t.LocalID), t.Remote, printable.Line(t.RemoteID), t.Auth)
+	fmt.Fprintf(&b, "conn  %s local %s id %s remote %s id %s auth %s", printable.Line(t.Name), t.Local,
+		printable.Line(t.LocalID), t.Remote, printable.Line(t.RemoteID), t.Auth)
 	if len(t.Keys) > 0 {
 		fmt.Fprintf(&b, " keys %s", printable.Line(strings.Join(t.Keys, ",")))
 	}
@@ -147,7 +150,8 @@ func (t Tunnel) String() string {
 	}
 	fmt.Fprintf(&b, " rekey %s dpd %s ike %s\n", t.Rekey, t.DPD, strings.Join(t.Proposals, ","))
 	for _, c := range t.Children {
-		fmt.Fprintf(&b, "child %s/%s if_id %#x subnets %s rekey %s esp %s\n", printable.Line(t.Name), printable.Line(c.Network), c.IfID, join(c.Subnets), c.Rekey, strings.Join(c.Proposals, ","))
+		fmt.Fprintf(&b, "child %s/%s if_id %#x subnets %s rekey %s esp %s\n", printable.Line(t.Name),
+			printable.Line(c.Network), c.IfID, join(c.Subnets), c.Rekey, strings.Join(c.Proposals, ","))
 	}
 	return b.String()
 }

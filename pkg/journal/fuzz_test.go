@@ -10,7 +10,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// FuzzJournal: whatever a file of the journal says, it is the record of its name or none, and can be replaced and removed.
+// FuzzJournal: whatever a file of the journal says, it is the record of its name or none, and can be replaced
+// and removed.
 func FuzzJournal(f *testing.F) {
 	f.Add("c1:eth0", []byte(`{"containerID":"c1","ifname":"eth0","attachment":{"network":"overlay","addresses":[{"address":"10.42.0.2","sequence":7}]},"state":"held","bootID":"b1"}`))
 	f.Add("c1:eth0", []byte(`{"containerID":"c1","ifname":"eth0","attachment":{"network":"../../etc"},"state":"held"}`))
@@ -50,7 +51,8 @@ func FuzzJournal(f *testing.F) {
 		if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
 			t.Errorf("it left the journal: %v %v", entries, err)
 		}
-		r := journal.Record{AttachmentID: metadata.AttachmentID{ContainerID: "c1", IfName: "eth0"}, Attachment: metadata.Attachment{Network: "overlay"}, State: journal.Held}
+		r := journal.Record{AttachmentID: metadata.AttachmentID{ContainerID: "c1", IfName: "eth0"},
+			Attachment: metadata.Attachment{Network: "overlay"}, State: journal.Held}
 		if err := j.Put(r); err != nil {
 			t.Error(err)
 		}

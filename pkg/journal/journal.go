@@ -1,8 +1,9 @@
-// Package journal is a host's own record of its attachments: which container interface holds which addresses of which network.
+// Package journal is a host's own record of its attachments: which container interface holds which addresses
+// of which network.
 //
-// The metadata service decides about addresses; the journal lets DEL, CHECK and GC work while it is away, and lets the
-// network manager find what a killed plugin or a reboot has left over. One small JSON file per attachment, replaced
-// atomically, so that a lookup costs the same with one attachment and with ten thousand.
+// The metadata service decides about addresses; the journal lets DEL, CHECK and GC work while it is away, and
+// lets the network manager find what a killed plugin or a reboot has left over. One small JSON file per
+// attachment, replaced atomically, so that a lookup costs the same with one attachment and with ten thousand.
 package journal
 
 import (
@@ -39,19 +40,21 @@ const (
 // Record is one attachment.
 type Record struct {
 	metadata.AttachmentID
-	Attachment metadata.Attachment `json:"attachment"` // as the service answered; of a Released record maybe only the network
+	// as the service answered; of a Released record maybe only the network
+	Attachment metadata.Attachment `json:"attachment"`
 	State      string              `json:"state"`
-	Type       string              `json:"type"` // of the plugin that asked: lariat-vxlan, or lariat-ipam under another one
-	Netns      string              `json:"netns,omitempty"`
-	NetnsInode uint64              `json:"netnsInode,omitempty"`
-	BootID     string              `json:"bootID"`
-	Name       string              `json:"name,omitempty"`
-	UUID       string              `json:"uuid,omitempty"`
-	Labels     map[string]string   `json:"labels,omitempty"`
-	Created    time.Time           `json:"created"`
+	// of the plugin that asked: lariat-vxlan, or lariat-ipam under another one
+	Type       string            `json:"type"`
+	Netns      string            `json:"netns,omitempty"`
+	NetnsInode uint64            `json:"netnsInode,omitempty"`
+	BootID     string            `json:"bootID"`
+	Name       string            `json:"name,omitempty"`
+	UUID       string            `json:"uuid,omitempty"`
+	Labels     map[string]string `json:"labels,omitempty"`
+	Created    time.Time         `json:"created"`
 
-	// Terminating: a DEL has begun to take the interface away, and may have asked the network manager to. Even if that DEL died, what it asked
-	// for may come yet, so the interface that stands must not be relied on.
+	// Terminating: a DEL has begun to take the interface away, and may have asked the network manager to. Even
+	// if that DEL died, what it asked for may come yet, so the interface that stands must not be relied on.
 	Terminating bool `json:"leaving,omitempty"`
 }
 
@@ -135,8 +138,8 @@ func (j Journal) TryLock(network string, id metadata.AttachmentID) (unlock func(
 	return j.lock(network, id, unix.F_OFD_SETLK)
 }
 
-// LockIfPossible is Lock for who takes away. On a disk that is full or read-only no lock file can be made; a runtime must be able to remove
-// a container all the same, and nobody can add one meanwhile.
+// LockIfPossible is Lock for who takes away. On a disk that is full or read-only no lock file can be made; a
+// runtime must be able to remove a container all the same, and nobody can add one meanwhile.
 func (j Journal) LockIfPossible(network string, id metadata.AttachmentID) (unlock func()) {
 	unlock, err := j.Lock(network, id)
 	if err != nil {
@@ -170,7 +173,8 @@ func (j Journal) lockBytes(network string, start, length int64, how int) (unlock
 		}
 		for {
 			// Locks of a file description, not of a process: also two threads of one process exclude each other.
-			err = unix.FcntlFlock(f.Fd(), how, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: start, Len: length})
+			err = unix.FcntlFlock(f.Fd(), how, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: start,
+				Len: length})
 			if !errors.Is(err, unix.EINTR) {
 				break
 			}
@@ -203,9 +207,10 @@ func (j Journal) create(name string, flag int) (*os.File, error) {
 
 // Put writes a record, whole or not at all. The caller holds its lock, so the temporary name is its own.
 //
-// There is no fsync, on purpose. What a power failure can tear is by then a record of an earlier boot, whose containers are
-// gone and whose addresses the manager gives back by their boot id, so nothing hangs on it (docs/design/journal.md). What
-// kill -9 can interrupt is covered by the rename. The 0.7 ms of two fsyncs are a sixth of an ADD.
+// There is no fsync, on purpose. What a power failure can tear is by then a record of an earlier boot, whose
+// containers are gone and whose addresses the manager gives back by their boot id, so nothing hangs on it
+// (docs/design/journal.md). What kill -9 can interrupt is covered by the rename. The 0.7 ms of two fsyncs are
+// a sixth of an ADD.
 func (j Journal) Put(r Record) error {
 	data, err := json.Marshal(r)
 	if err != nil {
@@ -291,7 +296,8 @@ func (j Journal) EndHostSetup(network string) error {
 	return nil
 }
 
-// HostSetupPending reports whether a BeginHostSetup has found no EndHostSetup yet: it is under way, or was killed. It costs one system call.
+// HostSetupPending reports whether a BeginHostSetup has found no EndHostSetup yet: it is under way, or was
+// killed. It costs one system call.
 func (j Journal) HostSetupPending(network string) bool {
 	_, err := os.Lstat(j.hostSetupFile(network))
 	return err == nil
@@ -305,7 +311,8 @@ func (j Journal) hostSetupFile(network string) string {
 // a directory that has records, or that somebody works in, stays.
 func (j Journal) RemoveNetwork(network string) (bool, error) {
 	dir := filepath.Join(j.Dir, network)
-	if entries, err := os.ReadDir(dir); err != nil || slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !strings.HasPrefix(e.Name(), ".") }) {
+	if entries, err := os.ReadDir(dir); err != nil ||
+		slices.ContainsFunc(entries, func(e fs.DirEntry) bool { return !strings.HasPrefix(e.Name(), ".") }) {
 		if errors.Is(err, fs.ErrNotExist) {
 			err = nil
 		}
@@ -359,8 +366,9 @@ func (j Journal) Networks() ([]string, error) {
 	return out, nil
 }
 
-// List reads all records of a network. A torn one is listed with its id and the State Released: all that can be done about it
-// is to give back what it held. Temporary files of killed processes are removed, unless the caller holds their record's lock.
+// List reads all records of a network. A torn one is listed with its id and the State Released: all that can
+// be done about it is to give back what it held. Temporary files of killed processes are removed, unless the
+// caller holds their record's lock.
 func (j Journal) List(network string) ([]Record, error) {
 	dir := filepath.Join(j.Dir, network)
 	entries, err := os.ReadDir(dir)

@@ -42,8 +42,10 @@ func id(container string) metadata.AttachmentID {
 }
 
 func record(container, address string) journal.Record {
-	return journal.Record{AttachmentID: id(container), State: journal.Held, Type: "lariat-vxlan", BootID: journal.BootID(), Netns: "/run/netns/x", NetnsInode: 7,
-		Attachment: metadata.Attachment{Network: "overlay", Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address), Sequence: 3}}}}
+	return journal.Record{AttachmentID: id(container), State: journal.Held, Type: "lariat-vxlan", BootID: journal.BootID(),
+		Netns: "/run/netns/x", NetnsInode: 7,
+		Attachment: metadata.Attachment{Network: "overlay",
+			Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address), Sequence: 3}}}}
 }
 
 func files(t *testing.T, j journal.Journal) (out []string) {
@@ -76,7 +78,8 @@ func TestJournalKeepsRecords(t *testing.T) {
 		must(t, j.Put(record(c, "10.42.0.9")))
 	}
 	r, ok, err := j.Get("overlay", id("c1"))
-	if !ok || err != nil || r.Attachment.Addresses[0].Address.String() != "10.42.0.9" || r.Sequence() != 3 || r.NetnsInode != 7 {
+	if !ok || err != nil || r.Attachment.Addresses[0].Address.String() != "10.42.0.9" || r.Sequence() != 3 ||
+		r.NetnsInode != 7 {
 		t.Errorf("%+v %t %v", r, ok, err)
 	}
 	if list, err := j.List("overlay"); len(list) != 2 || err != nil {
@@ -138,13 +141,15 @@ func TestTornRecord(t *testing.T) {
 	must(t, j.Put(record("c2", "10.42.0.8")))
 	whole, err := os.ReadFile(filepath.Join(j.Dir, "overlay", "c1:eth0"))
 	must(t, err)
-	for _, torn := range [][]byte{nil, whole[:len(whole)/2], []byte("\x00\x00\x00"), []byte("{}"), []byte(strings.Replace(string(whole), "c1", "c9", 1))} {
+	for _, torn := range [][]byte{nil, whole[:len(whole)/2], []byte("\x00\x00\x00"), []byte("{}"),
+		[]byte(strings.Replace(string(whole), "c1", "c9", 1))} {
 		must(t, os.WriteFile(filepath.Join(j.Dir, "overlay", "c1:eth0"), torn, 0o600))
 		if _, ok, err := j.Get("overlay", id("c1")); ok || err != nil {
 			t.Errorf("%q counts as a record: %v", torn, err)
 		}
 		list, err := j.List("overlay")
-		if err != nil || len(list) != 2 || list[0].AttachmentID != id("c1") || list[0].State != journal.Released || list[0].Attachment.Network != "overlay" || list[1].State != journal.Held {
+		if err != nil || len(list) != 2 || list[0].AttachmentID != id("c1") || list[0].State != journal.Released ||
+			list[0].Attachment.Network != "overlay" || list[1].State != journal.Held {
 			t.Errorf("%q is listed as %+v %v", torn, list, err)
 		}
 	}
@@ -327,8 +332,8 @@ func TestLockOnADiskThatTakesNoFiles(t *testing.T) {
 	must(t, j.Remove("overlay", id("c1")))
 }
 
-// TestLookupDoesNotGrow: with 10 000 records a lookup costs what it costs with ten. The fastest of many is compared: it has no
-// neighbours' noise in it.
+// TestLookupDoesNotGrow: with 10 000 records a lookup costs what it costs with ten. The fastest of many is
+// compared: it has no neighbours' noise in it.
 func TestLookupDoesNotGrow(t *testing.T) {
 	fastest := func(n int) time.Duration {
 		j := journal.New(t.TempDir())
@@ -351,4 +356,3 @@ func TestLookupDoesNotGrow(t *testing.T) {
 		t.Errorf("%s against %s", many, few)
 	}
 }
-

@@ -13,13 +13,14 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// maxErrors is how many refusals of one kind of object are told one by one. What is wrong with ten thousand is one thing.
+// maxErrors is how many refusals of one kind of object are told one by one. What is wrong with ten thousand
+// is one thing.
 const maxErrors = 10
 
-// Apply implements Kernel. What nftables shall have in addition comes first, in one transaction: rules that block stand before there
-// is anything to block, and without them no encrypted device is made. Then sysctls, links, addresses, neighbours, forwarding
-// entries, nexthops, and routes; what goes, goes in reverse, with nftables last. What stands on a device that could not be made
-// is left out.
+// Apply implements Kernel. What nftables shall have in addition comes first, in one transaction: rules that
+// block stand before there is anything to block, and without them no encrypted device is made. Then sysctls,
+// links, addresses, neighbours, forwarding entries, nexthops, and routes; what goes, goes in reverse, with
+// nftables last. What stands on a device that could not be made is left out.
 func (n *Netns) Apply(ctx context.Context, d *delta.Difference) error {
 	if d.Empty() {
 		return nil
@@ -55,7 +56,8 @@ func (a *application) run() {
 	a.sysctls(false)
 	a.links()
 	a.sysctls(true)
-	send(a, "set", d.Addrs.Set, a.addAddr, func(e *delta.Entry[delta.Addr, struct{}]) string { return e.Key.String() }, unix.EEXIST)
+	send(a, "set", d.Addrs.Set, a.addAddr, func(e *delta.Entry[delta.Addr, struct{}]) string { return e.Key.String() },
+		unix.EEXIST)
 	send(a, "set", d.Neighs.Set, a.setNeigh, neighName)
 	send(a, "set", d.FDB.Set, a.addFDB, fdbName)
 	a.nexthops()
@@ -65,7 +67,8 @@ func (a *application) run() {
 	send(a, "remove", d.Nexthops.Remove, a.removeNexthop, nexthopName, unix.ENOENT, unix.ESRCH)
 	send(a, "remove", d.FDB.Remove, a.removeFDB, fdbName, unix.ENOENT)
 	send(a, "remove", d.Neighs.Remove, a.removeNeigh, neighName, unix.ENOENT)
-	send(a, "remove", d.Addrs.Remove, a.removeAddr, func(e *delta.Entry[delta.Addr, struct{}]) string { return e.Key.String() }, unix.EADDRNOTAVAIL)
+	send(a, "remove", d.Addrs.Remove, a.removeAddr,
+		func(e *delta.Entry[delta.Addr, struct{}]) string { return e.Key.String() }, unix.EADDRNOTAVAIL)
 	for _, e := range d.Links.Remove {
 		a.removeLink(e.Key)
 	}
@@ -102,7 +105,8 @@ func (a *application) index(dev string) uint32 {
 }
 
 // send sends one message for each entry, in batches. Refusals in harmless mean that there was nothing to do.
-func send[K comparable, V any](a *application, verb string, entries []delta.Entry[K, V], build func(*message, *delta.Entry[K, V]) bool,
+func send[K comparable, V any](a *application, verb string, entries []delta.Entry[K, V],
+	build func(*message, *delta.Entry[K, V]) bool,
 	name func(*delta.Entry[K, V]) string, harmless ...error) {
 	if len(entries) == 0 {
 		return
@@ -137,7 +141,8 @@ func (a *application) links() {
 	d := a.d
 	for _, e := range d.Links.Remove { // one tunnel end per VNI and port: the old one has to go first
 		if slices.ContainsFunc(d.Links.Set, func(s delta.Entry[string, delta.Link]) bool {
-			return s.Value.Kind == e.Value.Kind && s.Value.VNI == e.Value.VNI && s.Value.Port == e.Value.Port && s.Value.IfID == e.Value.IfID
+			return s.Value.Kind == e.Value.Kind && s.Value.VNI == e.Value.VNI && s.Value.Port == e.Value.Port &&
+				s.Value.IfID == e.Value.IfID
 		}) {
 			a.removeLink(e.Key)
 		}
@@ -176,7 +181,8 @@ func (a *application) create(name string, l delta.Link) error {
 		case gerr != nil:
 			return fmt.Errorf("another device has %s: %w", identity(l), err)
 		case f.kind != l.Kind:
-			return fmt.Errorf("a device of that name is there, of kind %q, and is left alone; rename it, or give the network another %s: %w",
+			return fmt.Errorf("a device of that name is there, of kind %q, and is left alone; rename it, or give the "+
+				"network another %s: %w",
 				cmp.Or(f.kind, "hardware"), map[string]string{delta.KindVXLAN: "VNI", delta.KindXFRM: "name"}[l.Kind], err)
 		case l.Remake(f.link):
 			return fmt.Errorf("appeared meanwhile as %s: %w", delta.LinkString(name, f.link), err)
@@ -193,7 +199,8 @@ func (a *application) create(name string, l delta.Link) error {
 }
 
 // lacking is what a kernel that does not know a kind of device is without.
-var lacking = map[string]string{delta.KindVXLAN: "VXLAN devices (CONFIG_VXLAN, module vxlan)", delta.KindXFRM: "XFRM interfaces (CONFIG_XFRM_INTERFACE, module xfrm_interface)"}
+var lacking = map[string]string{delta.KindVXLAN: "VXLAN devices (CONFIG_VXLAN, module vxlan)",
+	delta.KindXFRM: "XFRM interfaces (CONFIG_XFRM_INTERFACE, module xfrm_interface)"}
 
 // identity is what no two devices of a kind may have in common.
 func identity(l delta.Link) string {
@@ -203,8 +210,9 @@ func identity(l delta.Link) string {
 	return fmt.Sprintf("VNI %d and port %d", l.VNI, l.Port)
 }
 
-// adjust sets what can be set in place and differs from old, and ends with the device up. The address is set only when it has to
-// be: the kernel flushes the neighbours of a device that is given an address, be it the one that it has.
+// adjust sets what can be set in place and differs from old, and ends with the device up. The address is set
+// only when it has to be: the kernel flushes the neighbours of a device that is given an address, be it the
+// one that it has.
 func (a *application) adjust(name string, l, old delta.Link) error {
 	index, err := a.n.index(name)
 	if err != nil {
@@ -212,7 +220,8 @@ func (a *application) adjust(name string, l, old delta.Link) error {
 	}
 	a.indexes[name] = index
 	err = a.n.rt.do(func(m *message) { noLinkLocal(m, index) })
-	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EINVAL) {
+	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) &&
+		!errors.Is(err, unix.EINVAL) {
 		return err // those three are a kernel or device without IPv6
 	}
 	if l.NoIPv6 != old.NoIPv6 || l.AcceptRA != old.AcceptRA {
@@ -314,8 +323,9 @@ func (a *application) removeNeigh(m *message, e *delta.Entry[delta.Neigh, delta.
 }
 
 func (a *application) addFDB(m *message, e *delta.Entry[delta.FDB, struct{}]) bool {
-	// The kernel takes an appended destination for a unicast MAC, says nothing, and forgets it. A replaced one works, and the
-	// removal of the former, which follows, finds nothing. For what is no unicast address it is the other way round.
+	// The kernel takes an appended destination for a unicast MAC, says nothing, and forgets it. A replaced one
+	// works, and the removal of the former, which follows, finds nothing. For what is no unicast address it is
+	// the other way round.
 	how := uint16(unix.NLM_F_REPLACE)
 	if e.Key.MAC[0]&1 != 0 || e.Key.MAC == (delta.MAC{}) {
 		how = unix.NLM_F_APPEND

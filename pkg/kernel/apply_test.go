@@ -62,7 +62,8 @@ func TestF23F26IPRouteListsExactlyTheRowsOfThePlan(t *testing.T) {
 		"0e:00:c6:12:00:01 dst 198.18.0.1 self permanent",
 		"0e:00:c6:12:00:02 dst 198.18.0.2 self permanent")
 	link := ns.Command(t, "ip", "-d", "link", "show", "vtep1042")
-	for _, w := range []string{"vxlan id 1042 local 192.0.2.1", "dstport 4789", "nolearning", "mtu 1450", "link/ether 0e:00:c0:00:02:01", "alias lariat:vxlan:overlay", "udpcsum", ",UP"} {
+	for _, w := range []string{"vxlan id 1042 local 192.0.2.1", "dstport 4789", "nolearning", "mtu 1450",
+		"link/ether 0e:00:c0:00:02:01", "alias lariat:vxlan:overlay", "udpcsum", ",UP"} {
 		if !strings.Contains(link, w) {
 			t.Errorf("ip link does not say %q:\n%s", w, link)
 		}
@@ -95,26 +96,36 @@ func TestF25TheMACIsThereFromTheFirstMomentAndStays(t *testing.T) {
 
 func TestF29WhatIsTakenAwayByHandComesBack(t *testing.T) {
 	for _, tc := range []struct{ name, command, diff string }{
-		{"a forwarding entry", "bridge fdb del 0e:00:c6:12:00:01 dev vtep1042 dst 198.18.0.1 self", "+ fdb   0e:00:c6:12:00:01 dev vtep1042 dst 198.18.0.1\n"},
-		{"a neighbour", "ip neigh del 198.18.0.1 dev vtep1042", "+ neigh 198.18.0.1 dev vtep1042 lladdr 0e:00:c6:12:00:01 permanent\n"},
+		{"a forwarding entry", "bridge fdb del 0e:00:c6:12:00:01 dev vtep1042 dst 198.18.0.1 self",
+			"+ fdb   0e:00:c6:12:00:01 dev vtep1042 dst 198.18.0.1\n"},
+		{"a neighbour", "ip neigh del 198.18.0.1 dev vtep1042",
+			"+ neigh 198.18.0.1 dev vtep1042 lladdr 0e:00:c6:12:00:01 permanent\n"},
 		{"a neighbour's MAC", "ip neigh replace 198.18.0.1 lladdr 02:00:00:00:00:01 dev vtep1042 nud permanent",
-			"~ neigh 198.18.0.1 dev vtep1042 lladdr 0e:00:c6:12:00:01 permanent # was neigh 198.18.0.1 dev vtep1042 lladdr 02:00:00:00:00:01 permanent\n"},
-		{"a neighbour that is not permanent any more", "ip neigh replace 198.18.0.1 lladdr 0e:00:c6:12:00:01 dev vtep1042 nud stale", "+ neigh 198.18.0.1 dev vtep1042 lladdr 0e:00:c6:12:00:01 permanent\n"},
+			"~ neigh 198.18.0.1 dev vtep1042 lladdr 0e:00:c6:12:00:01 permanent # was neigh 198.18.0.1 dev vtep1042 lladdr " +
+				"02:00:00:00:00:01 permanent\n"},
+		{"a neighbour that is not permanent any more", "ip neigh replace 198.18.0.1 lladdr 0e:00:c6:12:00:01 dev " +
+			"vtep1042 nud stale", "+ neigh 198.18.0.1 dev vtep1042 lladdr 0e:00:c6:12:00:01 permanent\n"},
 		{"a route", "ip route del 10.43.0.64/26", "+ route 10.43.0.64/26 nhid 1275068417 src 10.42.0.1 proto 76\n"},
 		{"a route's way", "ip route replace 10.43.0.64/26 dev vtep1042 proto 76",
 			"~ route 10.43.0.64/26 nhid 1275068417 src 10.42.0.1 proto 76 # was route 10.43.0.64/26 dev vtep1042 proto 76\n"},
 		{"a blackhole", "ip route del blackhole 10.42.0.0/26", "+ route blackhole 10.42.0.0/26 proto 76\n"},
 		{"a blackhole of IPv6", "ip -6 route del blackhole fd42::/122", "+ route blackhole fd42::/122 proto 76\n"},
 		{"a nexthop with its route", "ip nexthop del id 1275068417",
-			"+ nexthop id 1275068417 via 198.18.0.1 dev vtep1042 onlink proto 76\n+ route 10.43.0.64/26 nhid 1275068417 src 10.42.0.1 proto 76\n"},
+			"+ nexthop id 1275068417 via 198.18.0.1 dev vtep1042 onlink proto 76\n+ route 10.43.0.64/26 nhid 1275068417 " +
+				"src 10.42.0.1 proto 76\n"},
 		{"the IPv6 address", "ip addr del fd42::1/128 dev vtep1042", "+ addr  fd42::1/128 dev vtep1042\n"},
 		{"an address too many", "ip addr add 10.99.0.1/32 dev vtep1042", "- addr  10.99.0.1/32 dev vtep1042\n"},
-		{"a route too many", "ip route add 10.99.0.0/24 dev vtep1042 proto 76", "- route 10.99.0.0/24 dev vtep1042 proto 76\n"},
-		{"a blackhole of IPv6 too many", "ip -6 route add blackhole fd99::/64 proto 76", "- route blackhole fd99::/64 proto 76\n"},
-		{"a forwarding entry too many", "bridge fdb append 0e:00:c6:12:00:09 dev vtep1042 dst 198.18.0.9 self permanent", "- fdb   0e:00:c6:12:00:09 dev vtep1042 dst 198.18.0.9\n"},
-		{"F28: the destination of a forwarding entry", "bridge fdb replace 0e:00:c6:12:00:01 dev vtep1042 dst 198.18.0.9 self permanent",
+		{"a route too many", "ip route add 10.99.0.0/24 dev vtep1042 proto 76",
+			"- route 10.99.0.0/24 dev vtep1042 proto 76\n"},
+		{"a blackhole of IPv6 too many", "ip -6 route add blackhole fd99::/64 proto 76",
+			"- route blackhole fd99::/64 proto 76\n"},
+		{"a forwarding entry too many", "bridge fdb append 0e:00:c6:12:00:09 dev vtep1042 dst 198.18.0.9 self permanent",
+			"- fdb   0e:00:c6:12:00:09 dev vtep1042 dst 198.18.0.9\n"},
+		{"F28: the destination of a forwarding entry",
+			"bridge fdb replace 0e:00:c6:12:00:01 dev vtep1042 dst 198.18.0.9 self permanent",
 			"+ fdb   0e:00:c6:12:00:01 dev vtep1042 dst 198.18.0.1\n- fdb   0e:00:c6:12:00:01 dev vtep1042 dst 198.18.0.9\n"},
-		{"a forwarding entry for what nobody knows", "bridge fdb append 00:00:00:00:00:00 dev vtep1042 dst 198.18.0.9 self permanent", "- fdb   00:00:00:00:00:00 dev vtep1042 dst 198.18.0.9\n"},
+		{"a forwarding entry for what nobody knows", "bridge fdb append 00:00:00:00:00:00 dev vtep1042 dst 198.18.0.9 " +
+			"self permanent", "- fdb   00:00:00:00:00:00 dev vtep1042 dst 198.18.0.9\n"},
 		{"the MTU", "ip link set vtep1042 mtu 1300", ""},
 		{"the MAC, and with it the neighbours", "ip link set vtep1042 address 02:00:00:00:00:01", ""},
 		{"the alias", "ip link set vtep1042 alias nothing", ""},
@@ -187,7 +198,8 @@ func TestF31EverythingIsBackInTheSamePass(t *testing.T) {
 
 func TestF31DeviceWithoutAliasIsAdopted(t *testing.T) {
 	ns, k := newKernel(t)
-	ns.Command(t, "ip", strings.Fields("link add vtep1042 address 0e:00:c0:00:02:01 type vxlan id 1042 dstport 4789 local 192.0.2.1 nolearning")...)
+	ns.Command(t, "ip", strings.Fields("link add vtep1042 address 0e:00:c0:00:02:01 type vxlan id 1042 dstport 4789 "+
+		"local 192.0.2.1 nolearning")...)
 	index := ns.Command(t, "cat", "/proc/net/dev")
 	_ = index
 	want := overlay(1)
@@ -207,7 +219,8 @@ func TestF32ForeignDeviceUnderOurNameIsLeftAloneAndNamed(t *testing.T) {
 		t.Errorf("problems %q", have.Problems)
 	}
 	_, err := kernel.Reconcile(t.Context(), k, want)
-	if !errors.Is(err, unix.EEXIST) || !strings.Contains(err.Error(), "vtep1042") || !strings.Contains(err.Error(), "veth") {
+	if !errors.Is(err, unix.EEXIST) || !strings.Contains(err.Error(), "vtep1042") ||
+		!strings.Contains(err.Error(), "veth") {
 		t.Errorf("error %v, want one that names vtep1042 and veth", err)
 	}
 	ns.Command(t, "ip", "addr", "del", "169.254.169.250/32", "dev", "lo") // was set: the rest applies
@@ -223,7 +236,8 @@ func TestF32ForeignStateSurvives(t *testing.T) {
 	probe.Need(t, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.Veth)
 	ns, other := netnstest.New(t), netnstest.New(t)
 	k := openKernel(t, ns)
-	for _, n := range []*netnstest.NS{ns, other} { // the kernel's own link-local addresses come late, with routes, and send packets
+	// the kernel's own link-local addresses come late, with routes, and send packets
+	for _, n := range []*netnstest.NS{ns, other} {
 		n.Do(t, func() {
 			if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/addr_gen_mode", []byte("1"), 0); err != nil {
 				t.Fatal(err)
@@ -248,10 +262,12 @@ func TestF32ForeignStateSurvives(t *testing.T) {
 		ns.Command(t, "ip", strings.Fields(c)...)
 	}
 	ns.Command(t, "bridge", strings.Fields("fdb append 02:00:00:00:00:01 dev mine dst 192.0.2.9 self permanent")...)
-	ns.Command(t, "nft", "add table inet others; add chain inet others c { type filter hook input priority 0; }; add rule inet others c counter")
+	ns.Command(t, "nft", "add table inet others; add chain inet others c { type filter hook input priority 0; }; add "+
+		"rule inet others c counter")
 	world := func() string {
 		var b strings.Builder
-		for _, c := range []string{"ip addr", "ip route show table all", "ip -6 route show table all", "ip neigh show dev " + dev, "ip nexthop", "bridge fdb show dev mine", "nft list ruleset"} {
+		for _, c := range []string{"ip addr", "ip route show table all", "ip -6 route show table all", "ip neigh show dev " +
+			dev, "ip nexthop", "bridge fdb show dev mine", "nft list ruleset"} {
 			f := strings.Fields(c)
 			b.WriteString(ns.Command(t, f[0], f[1:]...))
 		}
@@ -282,7 +298,8 @@ func TestF32ForeignRouteToOurDestinationIsNamedAndKept(t *testing.T) {
 	ns.Command(t, "ip", "link", "add", "lrtaaaa", "type", "veth", "peer", "name", "lrtbbbb")
 	ns.Command(t, "ip", "link", "set", "lrtaaaa", "up")
 	ns.Command(t, "ip", "route", "add", "10.43.0.64/26", "dev", "x", "proto", "static")
-	ns.Command(t, "ip", "route", "add", "10.43.0.128/26", "dev", "lrtaaaa", "proto", "76") // of a container that moved here a moment ago
+	// of a container that moved here a moment ago
+	ns.Command(t, "ip", "route", "add", "10.43.0.128/26", "dev", "lrtaaaa", "proto", "76")
 	ns.Command(t, "ip", "nexthop", "add", "id", "1275068419", "dev", "x")
 	_, err := kernel.Reconcile(t.Context(), k, overlay(3))
 	for _, w := range []string{"10.43.0.64/26", "10.43.0.128/26", "id 1275068419"} {
@@ -305,7 +322,8 @@ func TestF32TheLastMetricComesBehindEveryOtherRoute(t *testing.T) {
 	want := overlay(1)
 	subnets := []string{"10.42.0.0/16", "fd42::/48"}
 	for _, p := range subnets {
-		want.Routes[delta.RouteKey{Dst: netip.MustParsePrefix(p), Metric: delta.LastMetric}] = delta.Route{Type: "unreachable"}
+		want.Routes[delta.RouteKey{Dst: netip.MustParsePrefix(p),
+			Metric: delta.LastMetric}] = delta.Route{Type: "unreachable"}
 	}
 	ns.Command(t, "sh", "-ec", "ip link add x type veth peer name y; ip link set y up; ip link set x up")
 	for _, p := range subnets {
@@ -383,7 +401,8 @@ func TestSysctlsAreThoseOfTheNamespace(t *testing.T) {
 	if !strings.Contains(d.String(), "sysctl net/ipv4/conf/vtep1042/rp_filter=2") {
 		t.Errorf("diff\n%s", d)
 	}
-	if got := ns.Command(t, "cat", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv4/conf/vtep1042/rp_filter"); got != "1\n2\n" {
+	if got := ns.Command(t, "cat", "/proc/sys/net/ipv4/ip_forward",
+		"/proc/sys/net/ipv4/conf/vtep1042/rp_filter"); got != "1\n2\n" {
 		t.Errorf("sysctls are %q", got)
 	}
 	if d := reconcile(t, k, want); !d.Empty() {
@@ -412,16 +431,20 @@ func TestDirectRoutesNeedNoTunnel(t *testing.T) {
 	dev, _ := netnstest.Veth(t, ns, "192.0.2.1/24", other, "192.0.2.2/24")
 	want := overlay(1)
 	want.Nexthops[0x4c00ffff] = delta.Nexthop{Via: netip.MustParseAddr("192.0.2.2"), Dev: dev}
-	want.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c00ffff, Src: netip.MustParseAddr("10.42.0.1")}
-	want.Routes[delta.To(netip.MustParsePrefix("10.61.0.0/26"))] = delta.Route{Via: netip.MustParseAddr("192.0.2.2"), Dev: dev, MTU: 1400}
+	want.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c00ffff,
+		Src: netip.MustParseAddr("10.42.0.1")}
+	want.Routes[delta.To(netip.MustParsePrefix("10.61.0.0/26"))] = delta.Route{Via: netip.MustParseAddr("192.0.2.2"),
+		Dev: dev, MTU: 1400}
 	want.Routes[delta.To(netip.MustParsePrefix("10.62.0.0/26"))] = delta.Route{Type: "unreachable"}
 	want.Routes[delta.To(netip.MustParsePrefix("10.63.0.0/26"))] = delta.Route{Dev: dev}
 	// IPv4 by a nexthop of IPv6, as over an IPv6 underlay.
 	ll := netip.MustParseAddr("fe80::c00:c6ff:fe12:1")
 	want.Nexthops[0x4c00fffe] = delta.Nexthop{Via: ll, Dev: "vtep1042", Onlink: true}
 	want.Neighs[delta.Neigh{Dev: "vtep1042", Addr: ll}] = delta.MAC{0x0e, 0, 198, 18, 0, 1}
-	want.Routes[delta.To(netip.MustParsePrefix("10.64.0.0/26"))] = delta.Route{NH: 0x4c00fffe, Src: netip.MustParseAddr("10.42.0.1")}
-	want.Routes[delta.To(netip.MustParsePrefix("fd64::/64"))] = delta.Route{NH: 0x4c00fffe, Src: netip.MustParseAddr("fd42::1")}
+	want.Routes[delta.To(netip.MustParsePrefix("10.64.0.0/26"))] = delta.Route{NH: 0x4c00fffe,
+		Src: netip.MustParseAddr("10.42.0.1")}
+	want.Routes[delta.To(netip.MustParsePrefix("fd64::/64"))] = delta.Route{NH: 0x4c00fffe,
+		Src: netip.MustParseAddr("fd42::1")}
 	reconcile(t, k, want)
 	wantText(t, observe(t, k, want).String(), want.String())
 	if d := reconcile(t, k, want); !d.Empty() {
@@ -432,8 +455,10 @@ func TestDirectRoutesNeedNoTunnel(t *testing.T) {
 func TestVXLANOverIPv6(t *testing.T) {
 	_, k := newKernel(t)
 	want := delta.NewState()
-	want.Links["vtep7"] = delta.Link{Kind: "vxlan", VNI: 7, Port: 4789, Local: netip.MustParseAddr("2001:db8::1"), MAC: delta.MAC{0x0e, 1, 2, 3, 4, 5}, MTU: 1430, Alias: "lariat:vxlan:six"}
-	want.FDB[delta.FDB{Dev: "vtep7", MAC: delta.MAC{0x0e, 1, 2, 3, 4, 6}, Dst: netip.MustParseAddr("2001:db8::2")}] = struct{}{}
+	want.Links["vtep7"] = delta.Link{Kind: "vxlan", VNI: 7, Port: 4789, Local: netip.MustParseAddr("2001:db8::1"),
+		MAC: delta.MAC{0x0e, 1, 2, 3, 4, 5}, MTU: 1430, Alias: "lariat:vxlan:six"}
+	want.FDB[delta.FDB{Dev: "vtep7", MAC: delta.MAC{0x0e, 1, 2, 3, 4, 6},
+		Dst: netip.MustParseAddr("2001:db8::2")}] = struct{}{}
 	reconcile(t, k, want)
 	wantText(t, observe(t, k, want).String(), want.String())
 }
@@ -457,7 +482,8 @@ func BenchmarkSettled1000Beside2000Ports(b *testing.B) {
 	reconcile(b, k, want)
 	var batch strings.Builder
 	for i := range 1000 {
-		fmt.Fprintf(&batch, "link add lrt%d type veth peer name p%d\nlink set lrt%d up\nroute add 10.42.%d.%d/32 dev lrt%d proto 76\n", i, i, i, i>>8, i&255, i)
+		fmt.Fprintf(&batch, "link add lrt%d type veth peer name p%d\nlink set lrt%d up\nroute add 10.42.%d.%d/32 dev "+
+			"lrt%d proto 76\n", i, i, i, i>>8, i&255, i)
 	}
 	file := b.TempDir() + "/batch"
 	write(b, file, batch.String())

@@ -9,20 +9,24 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// worlds are states of a host with an underlay device, each unlike the others in something that makes the kernel flush more than was
-// asked for.
+// worlds are states of a host with an underlay device, each unlike the others in something that makes the
+// kernel flush more than was asked for.
 func worlds(underlay string) map[string]*delta.State {
 	base := func(change func(s *delta.State, l *delta.Link)) *delta.State {
 		s := overlay(3)
 		ll := netip.MustParseAddr("fe80::c00:c6ff:fe12:1")
 		s.Neighs[delta.Neigh{Dev: "vtep1042", Addr: ll}] = delta.MAC{0x0e, 0, 198, 18, 0, 1}
 		s.Nexthops[0x4c00fffe] = delta.Nexthop{Via: ll, Dev: "vtep1042", Onlink: true}
-		s.Routes[delta.To(netip.MustParsePrefix("fd43::/64"))] = delta.Route{NH: 0x4c00fffe, Src: netip.MustParseAddr("fd42::1")}
+		s.Routes[delta.To(netip.MustParsePrefix("fd43::/64"))] = delta.Route{NH: 0x4c00fffe,
+			Src: netip.MustParseAddr("fd42::1")}
 		// Direct routes: by the underlay, but from the address of the tunnel device.
 		s.Nexthops[0x4c00ffff] = delta.Nexthop{Via: netip.MustParseAddr("192.0.2.2"), Dev: underlay}
-		s.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c00ffff, Src: netip.MustParseAddr("10.42.0.1")}
-		s.Routes[delta.To(netip.MustParsePrefix("10.61.0.0/26"))] = delta.Route{Via: netip.MustParseAddr("192.0.2.2"), Dev: underlay, Src: netip.MustParseAddr("10.42.0.1")}
-		s.Routes[delta.To(netip.MustParsePrefix("fd60::/64"))] = delta.Route{Via: netip.MustParseAddr("2001:db8::2"), Dev: underlay, Src: netip.MustParseAddr("fd42::1")}
+		s.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c00ffff,
+			Src: netip.MustParseAddr("10.42.0.1")}
+		s.Routes[delta.To(netip.MustParsePrefix("10.61.0.0/26"))] = delta.Route{Via: netip.MustParseAddr("192.0.2.2"),
+			Dev: underlay, Src: netip.MustParseAddr("10.42.0.1")}
+		s.Routes[delta.To(netip.MustParsePrefix("fd60::/64"))] = delta.Route{Via: netip.MustParseAddr("2001:db8::2"),
+			Dev: underlay, Src: netip.MustParseAddr("fd42::1")}
 		l := s.Links["vtep1042"]
 		change(s, &l)
 		if l.Kind != "" {
@@ -55,7 +59,8 @@ func worlds(underlay string) map[string]*delta.State {
 			}
 		}),
 		"another way": base(func(s *delta.State, _ *delta.Link) {
-			s.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c000001, Src: netip.MustParseAddr("10.42.0.1")}
+			s.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c000001,
+				Src: netip.MustParseAddr("10.42.0.1")}
 			s.Routes[delta.To(netip.MustParsePrefix("fd43::/64"))] = delta.Route{Type: "blackhole"}
 			s.Routes[delta.To(netip.MustParsePrefix("10.43.0.64/26"))] = delta.Route{Type: "blackhole"}
 			s.Routes[delta.To(netip.MustParsePrefix("fd42::/122"))] = delta.Route{NH: 0x4c00fffe}
@@ -64,7 +69,8 @@ func worlds(underlay string) map[string]*delta.State {
 		"peers with other addresses": base(func(s *delta.State, _ *delta.Link) {
 			clear(s.FDB)
 			for i := range 3 {
-				s.FDB[delta.FDB{Dev: "vtep1042", MAC: delta.MAC{0x0e, 0, 198, 18, 0, byte(i + 1)}, Dst: netip.AddrFrom4([4]byte{198, 19, 0, byte(i)})}] = struct{}{}
+				s.FDB[delta.FDB{Dev: "vtep1042", MAC: delta.MAC{0x0e, 0, 198, 18, 0, byte(i + 1)},
+					Dst: netip.AddrFrom4([4]byte{198, 19, 0, byte(i)})}] = struct{}{}
 			}
 			s.Nexthops[0x4c000001] = delta.Nexthop{Via: netip.MustParseAddr("198.18.0.3"), Dev: "vtep1042", Onlink: true}
 		}),
@@ -76,7 +82,8 @@ func worlds(underlay string) map[string]*delta.State {
 	}
 }
 
-// One pass leads from every state to every other, and a second one finds nothing to do: delta.Between knows what the kernel flushes.
+// One pass leads from every state to every other, and a second one finds nothing to do: delta.Between knows
+// what the kernel flushes.
 func TestOnePassLeadsFromEveryStateToEveryOther(t *testing.T) {
 	probe.Need(t, probe.VXLAN, probe.NexthopObjects, probe.IPv6, probe.Veth)
 	ns, other := netnstest.New(t), netnstest.New(t)

@@ -23,9 +23,9 @@ import (
 
 // AddEndpoint implements Kernel.
 //
-// Both ends are made by one message, the container's already in its own namespace, each with its MAC: set later, udev's
-// MACAddressPolicy may replace it. What is to be done at each end then goes in one batch. The two settings that no message
-// carries are written before the host's end is up.
+// Both ends are made by one message, the container's already in its own namespace, each with its MAC: set
+// later, udev's MACAddressPolicy may replace it. What is to be done at each end then goes in one batch. The
+// two settings that no message carries are written before the host's end is up.
 func (n *Netns) AddEndpoint(ctx context.Context, path string, p delta.Endpoint) (err error) {
 	inside, err := os.Open(path)
 	if err != nil {
@@ -88,7 +88,8 @@ func (n *Netns) AddEndpoint(ctx context.Context, path string, p delta.Endpoint) 
 //
 // An address joins the group to which such questions are sent, becomes local and is announced by
 // addrconf_dad_work, also where no duplicates are to be detected.
-func (s *socket) operational(ctx context.Context, told *os.File, index uint32, states []byte, addrs []netip.Addr) error {
+func (s *socket) operational(ctx context.Context, told *os.File, index uint32, states []byte,
+	addrs []netip.Addr) error {
 	up, missing := false, map[netip.Addr]bool{}
 	for _, a := range addrs {
 		missing[a] = true
@@ -359,7 +360,8 @@ func endpointSteps(index uint32, p delta.Endpoint) []step {
 			newAddr(m, index, netip.PrefixFrom(a, a.BitLen()))
 		}})
 	}
-	list = append(list, step{"set " + p.IfName + " up", func(m *message) { changeLink(m, index, unix.IFF_UP, unix.IFF_UP) }})
+	list = append(list, step{"set " + p.IfName + " up",
+		func(m *message) { changeLink(m, index, unix.IFF_UP, unix.IFF_UP) }})
 	for _, g := range p.Gateways {
 		list = append(list, step{"neighbour " + g.String() + " of " + p.IfName, func(m *message) {
 			m.begin(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
@@ -381,7 +383,8 @@ func endpointSteps(index uint32, p delta.Endpoint) []step {
 	return list
 }
 
-// newAddr adds an address without duplicate address detection: it is ours alone by construction, and waiting costs seconds.
+// newAddr adds an address without duplicate address detection: it is ours alone by construction, and waiting
+// costs seconds.
 func newAddr(m *message, index uint32, p netip.Prefix) {
 	ip := p.Addr()
 	m.begin(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
@@ -486,8 +489,8 @@ func (n *Netns) deleteVeth(name string) error {
 	return nil
 }
 
-// DelEndpoints implements Kernel: the links are put into a group of their own, and the group is deleted. The kernel unregisters all
-// members in one go, and waits for RCU once.
+// DelEndpoints implements Kernel: the links are put into a group of their own, and the group is deleted. The
+// kernel unregisters all members in one go, and waits for RCU once.
 func (n *Netns) DelEndpoints(ctx context.Context, names []string) error {
 	if len(names) == 0 {
 		return nil
@@ -507,8 +510,9 @@ func (n *Netns) DelEndpoints(ctx context.Context, names []string) error {
 	return errors.Join(append(errs, n.removeGroup(links))...)
 }
 
-// removeGroup removes links that the caller knows by their index; those that are gone are no error. Another process may be at the same links, such as
-// the network manager during a GC: between the two steps they are gone, or in its group.
+// removeGroup removes links that the caller knows by their index; those that are gone are no error. Another
+// process may be at the same links, such as the network manager during a GC: between the two steps they are
+// gone, or in its group.
 func (n *Netns) removeGroup(links []uint32) error {
 	if len(links) == 0 {
 		return nil
@@ -550,7 +554,8 @@ func (n *Netns) tryRemoveGroup(links []uint32) error {
 	return errors.Join(errs...)
 }
 
-// VethIndex is the interface index of a port's host end in the calling goroutine's network namespace; 0 when there is none.
+// VethIndex is the interface index of a port's host end in the calling goroutine's network namespace; 0 when
+// there is none.
 func VethIndex(hostName string) uint32 {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -664,8 +669,8 @@ func (f foundLink) port(alias delta.EndpointAlias) delta.VethInfo {
 		RPFilter: f.rpFilter, Forwarding: f.forwarding, AcceptRA: f.link.AcceptRA, NoIPv6: f.link.NoIPv6}
 }
 
-// RetryDump repeats a dump that changed while it was read. One that was interrupted over and over is complete enough: what it
-// missed changed a moment ago, and will be seen by the next pass.
+// RetryDump repeats a dump that changed while it was read. One that was interrupted over and over is complete
+// enough: what it missed changed a moment ago, and will be seen by the next pass.
 func RetryDump[T any](dump func() ([]T, error)) ([]T, error) {
 	var out []T
 	var err error
@@ -810,7 +815,8 @@ func hasRoute(h *netlink.Handle, index int, want delta.EndpointRoute) (bool, err
 		table = unix.RT_TABLE_MAIN
 	}
 	routes, err := RetryDump(func() ([]netlink.Route, error) {
-		return h.RouteListFiltered(family, &netlink.Route{LinkIndex: index, Table: table}, netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
+		return h.RouteListFiltered(family, &netlink.Route{LinkIndex: index, Table: table},
+			netlink.RT_FILTER_OIF|netlink.RT_FILTER_TABLE)
 	})
 	if err != nil {
 		return false, err

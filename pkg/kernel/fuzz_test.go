@@ -13,7 +13,8 @@ func FuzzParse(f *testing.F) {
 	m.finish(1)
 	f.Add(m.b[16:])
 	m = &message{}
-	if err := rule(m, "c", delta.Rule{delta.IifPrefix("lrt"), delta.NoReverse{}, delta.UDPDport(4789), delta.VXLANVNI(1), delta.InSet{Field: "saddr", Set: "s", V6: true}, delta.Verdict("drop"), delta.MarkComment("c")}); err != nil {
+	if err := rule(m, "c", delta.Rule{delta.IifPrefix("lrt"), delta.NoReverse{}, delta.UDPDport(4789), delta.VXLANVNI(1),
+		delta.InSet{Field: "saddr", Set: "s", V6: true}, delta.Verdict("drop"), delta.MarkComment("c")}); err != nil {
 		f.Fatal(err)
 	}
 	m.finish(1)
@@ -29,7 +30,8 @@ func FuzzParse(f *testing.F) {
 		parseRule(b, chains)
 		_, s, _ := parseSet(b)
 		fromElements(parseElements(nil, b), s)
-		w := watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1), owned: map[uint32]string{0: "x"}, macs: map[uint32]delta.MAC{}}
+		w := watcher{pending: map[Event]struct{}{}, notify: make(chan struct{}, 1), owned: map[uint32]string{0: "x"},
+			macs: map[uint32]delta.MAC{}}
 		w.nft(0xa03, b)
 	})
 }

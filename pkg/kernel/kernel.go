@@ -20,7 +20,8 @@ var ErrExists = errors.New("interface exists")
 // container that runs, or to something that is not Lariat's.
 var ErrTaken = errors.New("the address is in use on this host")
 
-// Kernel is one network namespace. New gives the real one; package fake has one that prints itself and fails on request.
+// Kernel is one network namespace. New gives the real one; package fake has one that prints itself and fails
+// on request.
 type Kernel interface {
 	// Observe reads what carries Lariat's mark. Sysctls and addresses on devices of others carry no mark: of them it
 	// reads those that want names, and no other. want may be nil. Nothing is changed.

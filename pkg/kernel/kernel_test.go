@@ -22,7 +22,8 @@ func TestMain(m *testing.M) { netnstest.Main(m) }
 func overlay(n int) *delta.State {
 	s := delta.NewState()
 	const dev = "vtep1042"
-	s.Links[dev] = delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"), MAC: delta.MAC{0x0e, 0, 192, 0, 2, 1}, MTU: 1450, Alias: "lariat:vxlan:overlay"}
+	s.Links[dev] = delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"),
+		MAC: delta.MAC{0x0e, 0, 192, 0, 2, 1}, MTU: 1450, Alias: "lariat:vxlan:overlay"}
 	for _, p := range []string{"10.42.0.1/32", "fd42::1/128", "fe80::c00:c0ff:fe00:201/64"} {
 		s.Addrs[delta.Addr{Dev: dev, Prefix: netip.MustParsePrefix(p)}] = struct{}{}
 	}
@@ -119,8 +120,8 @@ func TestF141SettledPassWritesNothing(t *testing.T) {
 	})
 	var log bytes.Buffer
 	passes := []*kernel.Netns{k, k, openKernel(t, ns)}
-	// The kernel tells of an IPv6 address some time after it was set, from a work queue: that is not the passes' doing, and
-	// comes once. So one round of several must be silent.
+	// The kernel tells of an IPv6 address some time after it was set, from a work queue: that is not the passes'
+	// doing, and comes once. So one round of several must be silent.
 	var e kernel.Event
 	for round := range 5 {
 		for _, k := range passes {

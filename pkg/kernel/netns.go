@@ -12,8 +12,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Netns is the Kernel of one real network namespace. It keeps its sockets open, and may be used from any goroutine, whatever
-// namespace that is in; calls that need the sockets take turns.
+// Netns is the Kernel of one real network namespace. It keeps its sockets open, and may be used from any
+// goroutine, whatever namespace that is in; calls that need the sockets take turns.
 type Netns struct {
 	// Log is told of what is out of the ordinary, such as a device that had to be made again. nil: slog.Default().
 	Log *slog.Logger
@@ -22,8 +22,8 @@ type Netns struct {
 	rt *socket
 	nf *nftables // nil until something needs nftables
 
-	// unknown are the kinds of devices that the kernel did not know when it was asked. What it does not know it has none of,
-	// and a list of all devices instead can be long.
+	// unknown are the kinds of devices that the kernel did not know when it was asked. What it does not know it
+	// has none of, and a list of all devices instead can be long.
 	unknown map[string]bool
 
 	ns *os.File // the namespace itself
@@ -34,8 +34,8 @@ type nsID struct{ dev, ino uint64 }
 
 const ownNamespace = "/proc/thread-self/ns/net"
 
-// New opens the network namespace of the calling goroutine. A goroutine that is in another namespace than its process must
-// be locked to its thread, as ever.
+// New opens the network namespace of the calling goroutine. A goroutine that is in another namespace than its
+// process must be locked to its thread, as ever.
 func New() (*Netns, error) {
 	f, err := os.Open(ownNamespace)
 	if err != nil {
@@ -89,8 +89,8 @@ func (n *Netns) log() *slog.Logger {
 	return slog.Default()
 }
 
-// do calls f on a thread that is in the namespace: the caller's own if it is there already, and otherwise one that ends with the
-// call, for a thread that came from elsewhere must not go back into Go's pool.
+// do calls f on a thread that is in the namespace: the caller's own if it is there already, and otherwise one
+// that ends with the call, for a thread that came from elsewhere must not go back into Go's pool.
 func (n *Netns) do(f func() error) error {
 	runtime.LockOSThread()
 	var st unix.Stat_t

@@ -14,7 +14,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// Numbers of include/uapi/linux/netfilter/nf_tables.h that golang.org/x/sys/unix has under the same names are used from there.
+// Numbers of include/uapi/linux/netfilter/nf_tables.h that golang.org/x/sys/unix has under the same names are
+// used from there.
 const (
 	nfprotoInet   = 1
 	keyIPv4       = 7 // nft's numbers of its types ipv4_addr and ipv6_addr
@@ -31,8 +32,8 @@ var hooks = []string{"prerouting", "input", "forward", "output", "postrouting"}
 
 // nftables is the kernel's ruleset as far as it is ours.
 //
-// The ruleset has a generation number that every change of anyone's counts up. What was read is kept with it, so that a pass
-// over an unchanged ruleset asks for that number and for nothing else.
+// The ruleset has a generation number that every change of anyone's counts up. What was read is kept with it,
+// so that a pass over an unchanged ruleset asks for that number and for nothing else.
 type nftables struct {
 	s      *socket
 	read   bool
@@ -69,13 +70,14 @@ func nftMessage(m *message, typ, flags uint16) {
 }
 
 func (f *nftables) generation() (gen uint32, err error) {
-	err = f.s.get(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN, func(m *message) { m.raw(0, 0, 0, 0) }, func(_ uint16, body []byte) {
-		for a := newAttrs(body[min(4, len(body)):]); a.next(); {
-			if a.typ == unix.NFTA_GEN_ID {
-				gen = a.u32be()
+	err = f.s.get(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETGEN, func(m *message) { m.raw(0, 0, 0, 0) },
+		func(_ uint16, body []byte) {
+			for a := newAttrs(body[min(4, len(body)):]); a.next(); {
+				if a.typ == unix.NFTA_GEN_ID {
+					gen = a.u32be()
+				}
 			}
-		}
-	})
+		})
 	if err != nil {
 		return 0, fmt.Errorf("this kernel lacks nftables (CONFIG_NF_TABLES_INET): %w", err)
 	}
@@ -147,7 +149,8 @@ func (f *nftables) load() error {
 			continue
 		}
 		var elements []element
-		err := f.list(unix.NFT_MSG_GETSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, name, func(body []byte) { elements = parseElements(elements, body) })
+		err := f.list(unix.NFT_MSG_GETSETELEM, unix.NFTA_SET_ELEM_LIST_TABLE, name,
+			func(body []byte) { elements = parseElements(elements, body) })
 		if err != nil {
 			return err
 		}
@@ -161,7 +164,8 @@ func (f *nftables) load() error {
 	if err := f.list(unix.NFT_MSG_GETCHAIN, 0, "", func(body []byte) { parseChain(body, f.chains) }); err != nil {
 		return err
 	}
-	if err := f.list(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, "", func(body []byte) { parseRule(body, f.chains) }); err != nil {
+	if err := f.list(unix.NFT_MSG_GETRULE, unix.NFTA_RULE_TABLE, "",
+		func(body []byte) { parseRule(body, f.chains) }); err != nil {
 		return err
 	}
 	if f.dormant { // no chain of it does anything, so none is as it is wanted
@@ -215,7 +219,8 @@ func parseSet(body []byte) (name string, s delta.Set, anonymous bool) {
 	return name, s, flags&unix.NFT_SET_ANONYMOUS != 0
 }
 
-// element is one element of a set as the kernel holds it: an interval is two of them, its first address and the first one behind.
+// element is one element of a set as the kernel holds it: an interval is two of them, its first address and
+// the first one behind.
 type element struct {
 	addr netip.Addr
 	port uint16
@@ -305,7 +310,8 @@ func fromElements(elements []element, s delta.Set) (out []netip.Prefix, other st
 	return out, ""
 }
 
-// prefixBetween is the prefix of the addresses from first up to and without end; an invalid end stands for the end of all addresses.
+// prefixBetween is the prefix of the addresses from first up to and without end; an invalid end stands for
+// the end of all addresses.
 func prefixBetween(first, end netip.Addr) (netip.Prefix, bool) {
 	for bits := 0; bits <= first.BitLen(); bits++ {
 		p := netip.PrefixFrom(first, bits)
@@ -383,8 +389,9 @@ func (n *Netns) observeNft(s, want *delta.State) error {
 	return nil
 }
 
-// applyNft changes the table in one transaction. What the difference says to set or remove is held against the table as it is by
-// now, so that what is done already is left out, and nothing is done by halves. With grow it takes nothing away yet.
+// applyNft changes the table in one transaction. What the difference says to set or remove is held against
+// the table as it is by now, so that what is done already is left out, and nothing is done by halves. With
+// grow it takes nothing away yet.
 func (n *Netns) applyNft(d *delta.Difference, grow bool) error {
 	if d.Sets.Len()+d.Chains.Len() == 0 || !grow && !shrinks(d) {
 		return nil
@@ -409,15 +416,17 @@ func (n *Netns) applyNft(d *delta.Difference, grow bool) error {
 
 // shrinks reports whether a difference takes anything of nftables away.
 func shrinks(d *delta.Difference) bool {
-	return len(d.Sets.Remove)+len(d.Chains.Remove) > 0 || slices.ContainsFunc(d.Sets.Set, func(e delta.Entry[string, delta.Set]) bool {
-		_, gone := delta.ElementChanges(e.Value.Elements, e.Old.Elements)
-		return len(gone) > 0
-	}) || slices.ContainsFunc(d.Chains.Set, func(e delta.Entry[string, delta.Chain]) bool {
+	return len(d.Sets.Remove)+len(d.Chains.Remove) > 0 ||
+		slices.ContainsFunc(d.Sets.Set, func(e delta.Entry[string, delta.Set]) bool {
+			_, gone := delta.ElementChanges(e.Value.Elements, e.Old.Elements)
+			return len(gone) > 0
+		}) || slices.ContainsFunc(d.Chains.Set, func(e delta.Entry[string, delta.Chain]) bool {
 		return len(delta.MergeForTransition(e.Value, e.Old).Rules) > len(e.Value.Rules)
 	})
 }
 
-// target is what the table should hold once the difference is applied to what it holds now; with grow, and nothing that goes is gone.
+// target is what the table should hold once the difference is applied to what it holds now; with grow, and
+// nothing that goes is gone.
 func (f *nftables) target(d *delta.Difference, grow bool) (sets map[string]delta.Set, chains map[string]delta.Chain) {
 	sets, chains = maps.Clone(f.sets), maps.Clone(f.chains)
 	if sets == nil {
@@ -464,8 +473,8 @@ func (f *nftables) change(d *delta.Difference, grow bool) error {
 		f.read = false
 		return err
 	}
-	// No read-back: the transaction was refused unless it was built on this very generation, so the outcome is known. The number
-	// itself is the next one, but is asked for, because somebody may have been there since.
+	// No read-back: the transaction was refused unless it was built on this very generation, so the outcome is
+	// known. The number itself is the next one, but is asked for, because somebody may have been there since.
 	if gen, err := f.generation(); err == nil && gen == next(f.gen) {
 		f.gen, f.sets, f.chains = gen, sets, chains
 		f.exists, f.dormant = len(sets)+len(chains) > 0, false
@@ -483,7 +492,8 @@ func next(gen uint32) uint32 {
 	return gen
 }
 
-// plan is the shortest transaction that leads to sets and chains: whatever refers to a set goes before it and comes after it.
+// plan is the shortest transaction that leads to sets and chains: whatever refers to a set goes before it and
+// comes after it.
 func (f *nftables) plan(sets map[string]delta.Set, chains map[string]delta.Chain) ([]nftStep, error) {
 	var steps []nftStep
 	add := func(name string, build func(m *message) error) { steps = append(steps, nftStep{name, build}) }
@@ -547,7 +557,8 @@ func (f *nftables) plan(sets map[string]delta.Set, chains map[string]delta.Chain
 		}
 		more, less := delta.ElementChanges(want.Elements, have.Elements)
 		for part := range slices.Chunk(less, elementsOnce) {
-			add("delete elements of set "+name, func(m *message) error { elements(m, unix.NFT_MSG_DELSETELEM, 0, name, want, part); return nil })
+			add("delete elements of set "+name,
+				func(m *message) error { elements(m, unix.NFT_MSG_DELSETELEM, 0, name, want, part); return nil })
 		}
 		for part := range slices.Chunk(more, elementsOnce) {
 			add("add elements to set "+name, func(m *message) error {
@@ -738,7 +749,8 @@ func (f *nftables) explain(err error, d *delta.Difference) error {
 		}
 	}
 	if len(lacks) > 0 {
-		return fmt.Errorf("%w; the kernel may lack %s; lariat doctor features tells", err, strings.Join(slices.Sorted(maps.Keys(lacks)), ", or "))
+		return fmt.Errorf("%w; the kernel may lack %s; lariat doctor features tells", err,
+			strings.Join(slices.Sorted(maps.Keys(lacks)), ", or "))
 	}
 	return err
 }

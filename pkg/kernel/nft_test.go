@@ -29,7 +29,8 @@ func prefixes(list ...string) []netip.Prefix {
 func filters() *delta.State {
 	s := delta.NewState()
 	s.Sets["nat4-overlay"] = delta.Set{Interval: true, Elements: prefixes("10.42.0.0/16")}
-	s.Sets["keep4-overlay"] = delta.Set{Interval: true, Elements: prefixes("0.0.0.0/8", "10.42.0.0/16", "10.43.0.0/16", "240.0.0.0/4")}
+	s.Sets["keep4-overlay"] = delta.Set{Interval: true, Elements: prefixes("0.0.0.0/8", "10.42.0.0/16", "10.43.0.0/16",
+		"240.0.0.0/4")}
 	s.Sets["keep6-overlay"] = delta.Set{Interval: true, V6: true, Elements: prefixes("fd42::/64", "ff00::/8")}
 	s.Sets["vteps4"] = delta.Set{Elements: prefixes("192.0.2.1/32", "192.0.2.2/32")}
 	s.Sets["vteps6"] = delta.Set{V6: true, Elements: prefixes("2001:db8::1/128")}
@@ -37,23 +38,30 @@ func filters() *delta.State {
 	s.Sets["hosts4"] = delta.Set{Elements: prefixes("192.0.2.1/32", "192.0.2.2/32")}
 	s.Sets["hosts6"] = delta.Set{V6: true, Elements: prefixes("2001:db8::1/128")}
 	s.Chains["antispoof"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
-		{delta.IifPrefix(delta.VethPrefix), delta.NoReverse{}, delta.Verdict("drop"), delta.MarkComment("own addresses only")},
+		{delta.IifPrefix(delta.VethPrefix), delta.NoReverse{}, delta.Verdict("drop"),
+			delta.MarkComment("own addresses only")},
 	}}
 	s.Chains["vtep-sources"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
-		{delta.UDPDport(4789), delta.VXLANVNI(1042), delta.InSet{Field: "saddr", Set: "vteps4", Not: true}, delta.Verdict("drop")},
-		{delta.Iif{Name: "vtep1042", Not: true}, delta.UDPDport(4789), delta.InSet{Field: "saddr", Set: "vteps6", V6: true}, delta.Verdict("accept")},
+		{delta.UDPDport(4789), delta.VXLANVNI(1042), delta.InSet{Field: "saddr", Set: "vteps4", Not: true},
+			delta.Verdict("drop")},
+		{delta.Iif{Name: "vtep1042", Not: true}, delta.UDPDport(4789), delta.InSet{Field: "saddr", Set: "vteps6", V6: true},
+			delta.Verdict("accept")},
 	}}
 	s.Chains["clear-out"] = delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300, Rules: []delta.Rule{
-		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.44.0.0/16")}, delta.OifGroup{Group: 76, Not: true}, delta.NotRouteIPsec{}, delta.Verdict("drop")},
-		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("10.45.16.0/20")}, delta.IifGroup{Group: 76}, delta.Verdict("accept")},
+		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.44.0.0/16")}, delta.OifGroup{Group: 76, Not: true},
+			delta.NotRouteIPsec{}, delta.Verdict("drop")},
+		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("10.45.16.0/20")}, delta.IifGroup{Group: 76},
+			delta.Verdict("accept")},
 		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("fd44::/48")}, delta.Verdict("drop")},
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("fd44::/50")}, delta.Verdict("drop")},
 		{delta.InPrefix{Field: "saddr", Prefix: netip.MustParsePrefix("192.0.2.1/32")}, delta.Verdict("drop")},
 	}}
 	s.Chains["guard"] = delta.Chain{Type: "filter", Hook: "prerouting", Priority: -300, Rules: []delta.Rule{
 		{delta.IifPrefix(delta.VethPrefix), delta.Jump("from-port")},
-		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("192.0.2.1/32")}, delta.UDPDport(4789), delta.Notrack{}, delta.Verdict("accept")},
-		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.42.0.0/16")}, delta.Reverse{}, delta.Verdict("accept")},
+		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("192.0.2.1/32")}, delta.UDPDport(4789), delta.Notrack{},
+			delta.Verdict("accept")},
+		{delta.InPrefix{Field: "daddr", Prefix: netip.MustParsePrefix("10.42.0.0/16")}, delta.Reverse{},
+			delta.Verdict("accept")},
 	}}
 	s.Chains["from-port"] = delta.Chain{Rules: []delta.Rule{
 		{delta.DportIn{Proto: 6, Set: "ports"}, delta.Verdict("drop")},
@@ -66,9 +74,11 @@ func filters() *delta.State {
 	}}
 	s.Chains["isolation"] = delta.Chain{Type: "filter", Hook: "forward", Priority: -10, Rules: []delta.Rule{
 		{delta.NotAddr{Field: "daddr", Addr: netip.MustParseAddr("192.0.2.1")}, delta.UDPDport(4789), delta.Verdict("drop")},
-		{delta.NotAddr{Field: "saddr", Addr: netip.MustParseAddr("2001:db8::1")}, delta.Fragment{V6: true}, delta.Verdict("drop")},
+		{delta.NotAddr{Field: "saddr", Addr: netip.MustParseAddr("2001:db8::1")}, delta.Fragment{V6: true},
+			delta.Verdict("drop")},
 		{delta.DportIn{Proto: 17, Set: "ports"}, delta.Fragment{}, delta.ToLocal{}, delta.Verdict("drop")},
-		{delta.UDPDport(4789), delta.Fragment{V6: true}, delta.InSet{Field: "saddr", Set: "hosts6", V6: true, Not: true}, delta.Verdict("drop")},
+		{delta.UDPDport(4789), delta.Fragment{V6: true}, delta.InSet{Field: "saddr", Set: "hosts6", V6: true, Not: true},
+			delta.Verdict("drop")},
 		{delta.TooBig{From: netip.MustParseAddr("192.0.2.1"), To: "hosts4", Below: 1500}, delta.Verdict("drop")},
 		{delta.TooBig{From: netip.MustParseAddr("2001:db8::1"), To: "hosts6", Below: 1500}, delta.Verdict("drop")},
 		{delta.NotIifPrefix(delta.VTEPPrefix), delta.CtReply{}, delta.Verdict("accept")},
@@ -80,7 +90,8 @@ func filters() *delta.State {
 		{delta.L4Proto(33), delta.Masquerade{First: 1, Last: 2}},
 	}}
 	s.Chains["egress"] = delta.Chain{Type: "nat", Hook: "postrouting", Priority: 100, Rules: []delta.Rule{
-		{delta.InSet{Field: "saddr", Set: "nat4-overlay"}, delta.InSet{Field: "daddr", Set: "keep4-overlay", Not: true}, delta.Oif{Name: "vtep1042", Not: true}, delta.Masquerade{}},
+		{delta.InSet{Field: "saddr", Set: "nat4-overlay"}, delta.InSet{Field: "daddr", Set: "keep4-overlay", Not: true},
+			delta.Oif{Name: "vtep1042", Not: true}, delta.Masquerade{}},
 	}}
 	return s
 }
@@ -147,7 +158,8 @@ func TestF29NftablesChangedByHandAreMended(t *testing.T) {
 		{"a port removed", "delete element inet lariat ports { 500 }"},
 		{"a range added", "add element inet lariat keep4-overlay { 192.0.2.5-192.0.2.9 }"},
 		{"a chain added", "add chain inet lariat mine { type filter hook input priority 0; policy drop; }"},
-		{"a chain without hook that a rule jumps to", "add chain inet lariat mine; add rule inet lariat mine drop; add rule inet lariat antispoof jump mine"},
+		{"a chain without hook that a rule jumps to", "add chain inet lariat mine; add rule inet lariat mine drop; add " +
+			"rule inet lariat antispoof jump mine"},
 		{"a policy of drop", "add chain inet lariat antispoof { policy drop; }"},
 		{"a set added", "add set inet lariat mine { type inet_service; flags timeout; }"},
 		{"a map added", "add map inet lariat mine { type ipv4_addr : ipv4_addr; }"},
@@ -280,7 +292,8 @@ func TestF29_SetsThatGoWhileTheyAreRead(t *testing.T) {
 	var add, remove strings.Builder
 	fmt.Fprintln(&add, "add table inet lariat")
 	for i := range 200 {
-		fmt.Fprintf(&add, "add set inet lariat passing%[1]d { type ipv4_addr; flags interval; elements = { 10.%[1]d.0.0/16 }; }\n", i)
+		fmt.Fprintf(&add, "add set inet lariat passing%[1]d { type ipv4_addr; flags interval; elements = { "+
+			"10.%[1]d.0.0/16 }; }\n", i)
 		fmt.Fprintf(&remove, "delete set inet lariat passing%d\n", i)
 	}
 	dir := t.TempDir()

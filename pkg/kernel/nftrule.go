@@ -24,7 +24,8 @@ const (
 
 	rtXFRM = 4 // NFT_RT_XFRM (Linux 4.20)
 
-	// Bits of include/uapi/linux/netfilter/nf_conntrack_common.h: of the state, established and related; of the status, IPS_DST_NAT.
+	// Bits of include/uapi/linux/netfilter/nf_conntrack_common.h: of the state, established and related; of the
+	// status, IPS_DST_NAT.
 	ctReply = 1<<1 | 1<<2
 	ctDNAT  = 1 << 5
 
@@ -74,7 +75,8 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 	}
 	bit := func(key expr.CtKey, mask uint32) {
 		add(&expr.Ct{Key: key, Register: reg},
-			&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, mask), Xor: make([]byte, 4)})
+			&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: binary.NativeEndian.AppendUint32(nil, mask),
+				Xor: make([]byte, 4)})
 		cmp(true, make([]byte, 4))
 	}
 	for _, s := range r {
@@ -110,7 +112,8 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 				mask[i/8] |= 0x80 >> (i % 8)
 			}
 			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(len(addr))},
-				&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: uint32(len(addr)), Mask: mask, Xor: make([]byte, len(addr))})
+				&expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: uint32(len(addr)), Mask: mask,
+					Xor: make([]byte, len(addr))})
 			cmp(false, addr)
 		case delta.Iif:
 			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
@@ -141,7 +144,8 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 			udp(2, uint16(s))
 		case delta.DportIn:
 			l4(byte(s.Proto))
-			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Lookup{SourceRegister: reg, SetName: s.Set})
+			add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+				&expr.Lookup{SourceRegister: reg, SetName: s.Set})
 		case delta.UDPSport:
 			udp(0, uint16(s))
 		case delta.Fragment:
@@ -152,7 +156,8 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 				cmp(true, make([]byte, 2))
 				continue
 			}
-			add(&expr.Exthdr{DestRegister: reg, Type: fragmentHeader, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT, Op: expr.ExthdrOpIpv6})
+			add(&expr.Exthdr{DestRegister: reg, Type: fragmentHeader, Len: 1, Flags: unix.NFT_EXTHDR_F_PRESENT,
+				Op: expr.ExthdrOpIpv6})
 			cmp(false, []byte{1})
 		case delta.Reverse:
 			add(&expr.Fib{Register: reg, ResultOIF: true, FlagSADDR: true, FlagIIF: true, FlagPRESENT: true})
@@ -225,7 +230,8 @@ func tooBig(s delta.TooBig) []expr.Any {
 			[]expr.Any{load(4, 4), compare(expr.CmpOpLt, below...), load(inner+6, 1), compare(expr.CmpOpNeq, unix.IPPROTO_TCP)})
 	} else {
 		out = slices.Concat(is(l4proto, unix.IPPROTO_ICMP), is(load(0, 1), 3), is(load(1, 1), 4),
-			[]expr.Any{load(6, 2), compare(expr.CmpOpLt, below[2:]...), load(inner+9, 1), compare(expr.CmpOpNeq, unix.IPPROTO_TCP)})
+			[]expr.Any{load(6, 2), compare(expr.CmpOpLt, below[2:]...), load(inner+9, 1),
+				compare(expr.CmpOpNeq, unix.IPPROTO_TCP)})
 	}
 	return slices.Concat(out, is(load(inner+addrField[v6]["saddr"], length(v6)), s.From.AsSlice()...),
 		[]expr.Any{load(inner+addrField[v6]["daddr"], length(v6)), &expr.Lookup{SourceRegister: reg, SetName: s.To}})
@@ -242,7 +248,8 @@ func readTooBig(x []expression) (s delta.TooBig, n int, ok bool) {
 	if !isAddr || len(below) < 2 {
 		return s, 0, false
 	}
-	s = delta.TooBig{From: from, To: cstring(x[n-1].attrs[unix.NFTA_LOOKUP_SET]), Below: binary.BigEndian.Uint16(below[len(below)-2:])}
+	s = delta.TooBig{From: from, To: cstring(x[n-1].attrs[unix.NFTA_LOOKUP_SET]),
+		Below: binary.BigEndian.Uint16(below[len(below)-2:])}
 	all := tooBig(s)
 	if len(all) != n {
 		return s, 0, false
@@ -255,7 +262,8 @@ func readTooBig(x []expression) (s delta.TooBig, n int, ok bool) {
 		case *expr.Payload:
 			same = x[i].payload(unix.NFT_PAYLOAD_TRANSPORT_HEADER, e.Offset, e.Len)
 		case *expr.Cmp:
-			same = x[i].name == "cmp" && x[i].u32(unix.NFTA_CMP_SREG) == reg && x[i].u32(unix.NFTA_CMP_OP) == uint32(e.Op) && bytes.Equal(x[i].data(unix.NFTA_CMP_DATA), e.Data)
+			same = x[i].name == "cmp" && x[i].u32(unix.NFTA_CMP_SREG) == reg && x[i].u32(unix.NFTA_CMP_OP) == uint32(e.Op) &&
+				bytes.Equal(x[i].data(unix.NFTA_CMP_DATA), e.Data)
 		case *expr.Lookup:
 			same = x[i].plainLookup()
 		}
@@ -311,8 +319,8 @@ func masqueradePorts(m *message, masq *expr.Masq) {
 	m.end(elem)
 }
 
-// expression is one expression of a rule as the kernel tells it. Whatever attribute it has is kept: an expression with one more
-// than expected is another expression.
+// expression is one expression of a rule as the kernel tells it. Whatever attribute it has is kept: an
+// expression with one more than expected is another expression.
 type expression struct {
 	name  string
 	attrs map[uint16][]byte
@@ -367,8 +375,8 @@ func parseRule(body []byte, chains map[string]delta.Chain) {
 	chains[chain] = c
 }
 
-// statements reads a rule back, expression by expression. It knows what expressions writes and nothing else; the rest becomes
-// Unknown, and with it the rule is replaced.
+// statements reads a rule back, expression by expression. It knows what expressions writes and nothing else;
+// the rest becomes Unknown, and with it the rule is replaced.
 func statements(exprs []expression, comment string) delta.Rule {
 	var out delta.Rule
 	for len(exprs) > 0 {
@@ -384,8 +392,8 @@ func statements(exprs []expression, comment string) delta.Rule {
 	return out
 }
 
-// statement reads the first statement and says of how many expressions it is; nil for a match on the network protocol, which nft
-// does not print either.
+// statement reads the first statement and says of how many expressions it is; nil for a match on the network
+// protocol, which nft does not print either.
 func statement(x []expression) (delta.Statement, int) {
 	first := x[0]
 	unknown := delta.Unknown(first.name)
@@ -448,7 +456,8 @@ func statement(x []expression) (delta.Statement, int) {
 			for v6, fields := range addrField {
 				for field, offset := range fields {
 					if first.payload(unix.NFT_PAYLOAD_NETWORK_HEADER, offset, length(v6)) {
-						return delta.InSet{Field: field, Set: cstring(l.attrs[unix.NFTA_LOOKUP_SET]), V6: v6, Not: l.u32(unix.NFTA_LOOKUP_FLAGS)&unix.NFT_LOOKUP_F_INV != 0}, 2
+						return delta.InSet{Field: field, Set: cstring(l.attrs[unix.NFTA_LOOKUP_SET]), V6: v6,
+							Not: l.u32(unix.NFTA_LOOKUP_FLAGS)&unix.NFT_LOOKUP_F_INV != 0}, 2
 					}
 				}
 			}
@@ -498,15 +507,18 @@ func statement(x []expression) (delta.Statement, int) {
 			return delta.CtDNAT{}, 3
 		}
 	case "exthdr":
-		if c, ok := second("cmp"); ok && c.equals(1) && c.data(unix.NFTA_CMP_DATA)[0] == 1 && first.u32(unix.NFTA_EXTHDR_DREG) == reg &&
-			bytes.Equal(first.attrs[unix.NFTA_EXTHDR_TYPE], []byte{fragmentHeader}) && first.u32(unix.NFTA_EXTHDR_OP) == unix.NFT_EXTHDR_OP_IPV6 &&
+		if c, ok := second("cmp"); ok && c.equals(1) && c.data(unix.NFTA_CMP_DATA)[0] == 1 &&
+			first.u32(unix.NFTA_EXTHDR_DREG) == reg &&
+			bytes.Equal(first.attrs[unix.NFTA_EXTHDR_TYPE], []byte{fragmentHeader}) &&
+			first.u32(unix.NFTA_EXTHDR_OP) == unix.NFT_EXTHDR_OP_IPV6 &&
 			first.u32(unix.NFTA_EXTHDR_FLAGS) == unix.NFT_EXTHDR_F_PRESENT && first.u32(unix.NFTA_EXTHDR_OFFSET) == 0 {
 			return delta.Fragment{V6: true}, 2
 		}
 	case "notrack":
 		return delta.Notrack{}, 1
 	case "rt":
-		if c, ok := second("cmp"); ok && c.equals(1) && first.u32(unix.NFTA_RT_KEY) == rtXFRM && c.data(unix.NFTA_CMP_DATA)[0] == 0 {
+		if c, ok := second("cmp"); ok && c.equals(1) && first.u32(unix.NFTA_RT_KEY) == rtXFRM &&
+			c.data(unix.NFTA_CMP_DATA)[0] == 0 {
 			return delta.NotRouteIPsec{}, 2
 		}
 	case "masq":
@@ -557,7 +569,8 @@ func verdict(e expression) (delta.Verdict, bool) {
 
 // masqueradeTo reads the two ports and the masquerade that uses them.
 func masqueradeTo(x []expression) (delta.Masquerade, bool) {
-	if len(x) < 3 || x[1].name != "immediate" || x[2].name != "masq" || x[2].u32(unix.NFTA_MASQ_FLAGS) != unix.NF_NAT_RANGE_PROTO_SPECIFIED {
+	if len(x) < 3 || x[1].name != "immediate" || x[2].name != "masq" ||
+		x[2].u32(unix.NFTA_MASQ_FLAGS) != unix.NF_NAT_RANGE_PROTO_SPECIFIED {
 		return delta.Masquerade{}, false
 	}
 	var ports [2]uint16
@@ -573,8 +586,10 @@ func masqueradeTo(x []expression) (delta.Masquerade, bool) {
 
 // anyBit reads the comparison behind the first expression, which asks whether any bit of a mask is set.
 func anyBit(x []expression) (mask []byte, ok bool) {
-	if len(x) < 3 || x[1].name != "bitwise" || x[1].u32(unix.NFTA_BITWISE_SREG) != reg || x[1].u32(unix.NFTA_BITWISE_DREG) != reg ||
-		!x[2].compares() || x[2].u32(unix.NFTA_CMP_OP) != unix.NFT_CMP_NEQ || len(bytes.Trim(x[1].data(unix.NFTA_BITWISE_XOR), "\x00")) > 0 {
+	if len(x) < 3 || x[1].name != "bitwise" || x[1].u32(unix.NFTA_BITWISE_SREG) != reg ||
+		x[1].u32(unix.NFTA_BITWISE_DREG) != reg ||
+		!x[2].compares() || x[2].u32(unix.NFTA_CMP_OP) != unix.NFT_CMP_NEQ ||
+		len(bytes.Trim(x[1].data(unix.NFTA_BITWISE_XOR), "\x00")) > 0 {
 		return nil, false
 	}
 	mask = x[1].data(unix.NFTA_BITWISE_MASK)
@@ -605,7 +620,8 @@ func length(v6 bool) uint32 {
 	return 4
 }
 
-// matchesFamily says whether a match on the network protocol is the one that the next statement, on an address, brings along.
+// matchesFamily says whether a match on the network protocol is the one that the next statement, on an
+// address, brings along.
 func matchesFamily(x []expression, proto byte) bool {
 	var v6 bool
 	switch s, _ := statement(x); s := s.(type) {
@@ -638,7 +654,8 @@ func inPrefix(x []expression) (p delta.InPrefix, n int, ok bool) {
 					return delta.InPrefix{Field: field, Prefix: netip.PrefixFrom(addr, 8*k)}, 2, true
 				}
 			}
-			if len(x) < 3 || x[1].name != "bitwise" || !x[2].equals(int(full)) || !x[0].payload(unix.NFT_PAYLOAD_NETWORK_HEADER, offset, full) ||
+			if len(x) < 3 || x[1].name != "bitwise" || !x[2].equals(int(full)) || !x[0].payload(unix.NFT_PAYLOAD_NETWORK_HEADER,
+				offset, full) ||
 				x[1].u32(unix.NFTA_BITWISE_SREG) != reg || x[1].u32(unix.NFTA_BITWISE_DREG) != reg {
 				continue
 			}
@@ -646,7 +663,8 @@ func inPrefix(x []expression) (p delta.InPrefix, n int, ok bool) {
 			for _, b := range mask {
 				bits += mathbits.OnesCount8(b)
 			}
-			if !bytes.Equal(mask, net.CIDRMask(bits, 8*int(full))) || len(bytes.Trim(x[1].data(unix.NFTA_BITWISE_XOR), "\x00")) > 0 {
+			if !bytes.Equal(mask, net.CIDRMask(bits, 8*int(full))) ||
+				len(bytes.Trim(x[1].data(unix.NFTA_BITWISE_XOR), "\x00")) > 0 {
 				continue
 			}
 			addr, _ := netip.AddrFromSlice(x[2].data(unix.NFTA_CMP_DATA))
@@ -659,7 +677,8 @@ func inPrefix(x []expression) (p delta.InPrefix, n int, ok bool) {
 
 // plainLookup says whether this asks whether register 1 is in a set.
 func (e expression) plainLookup() bool {
-	return e.name == "lookup" && e.u32(unix.NFTA_LOOKUP_SREG) == reg && e.attrs[unix.NFTA_LOOKUP_DREG] == nil && e.u32(unix.NFTA_LOOKUP_FLAGS) == 0
+	return e.name == "lookup" && e.u32(unix.NFTA_LOOKUP_SREG) == reg && e.attrs[unix.NFTA_LOOKUP_DREG] == nil &&
+		e.u32(unix.NFTA_LOOKUP_FLAGS) == 0
 }
 
 func (e expression) compares() bool {
@@ -674,5 +693,6 @@ func (e expression) equals(n int) bool {
 
 func (e expression) payload(base, offset, length uint32) bool {
 	return e.name == "payload" && e.attrs[unix.NFTA_PAYLOAD_SREG] == nil && e.u32(unix.NFTA_PAYLOAD_DREG) == reg &&
-		e.u32(unix.NFTA_PAYLOAD_BASE) == base && e.u32(unix.NFTA_PAYLOAD_OFFSET) == offset && e.u32(unix.NFTA_PAYLOAD_LEN) == length
+		e.u32(unix.NFTA_PAYLOAD_BASE) == base && e.u32(unix.NFTA_PAYLOAD_OFFSET) == offset &&
+		e.u32(unix.NFTA_PAYLOAD_LEN) == length
 }

@@ -14,8 +14,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// interruptedTries is how often an inconsistent list is read again. After that it is taken as it is: each change that follows
-// from it is harmless when it comes to nothing, and the next pass sees the rest.
+// interruptedTries is how often an inconsistent list is read again. After that it is taken as it is: each
+// change that follows from it is harmless when it comes to nothing, and the next pass sees the rest.
 const interruptedTries = 4
 
 // Observe implements Kernel.
@@ -176,7 +176,8 @@ func (o *observation) links() error {
 			continue
 		}
 		if _, err := o.n.index(name); err == nil {
-			o.s.Problemf("%s is there and is no %s device; it is left alone: rename it, or give the network another %s", name, l.Kind, map[string]string{delta.KindVXLAN: "VNI", delta.KindXFRM: "name"}[l.Kind])
+			o.s.Problemf("%s is there and is no %s device; it is left alone: rename it, or give the network another %s", name,
+				l.Kind, map[string]string{delta.KindVXLAN: "VNI", delta.KindXFRM: "name"}[l.Kind])
 		}
 	}
 	return nil
@@ -315,7 +316,8 @@ func (o *observation) fdb(index uint32) error {
 }
 
 func parseNeigh(body []byte, index uint32, states uint16) (addr netip.Addr, mac delta.MAC, ok bool) {
-	if len(body) < unix.SizeofNdMsg || binary.NativeEndian.Uint32(body[4:]) != index || binary.NativeEndian.Uint16(body[8:])&states == 0 {
+	if len(body) < unix.SizeofNdMsg || binary.NativeEndian.Uint32(body[4:]) != index ||
+		binary.NativeEndian.Uint16(body[8:])&states == 0 {
 		return
 	}
 	for a := newAttrs(body[unix.SizeofNdMsg:]); a.next(); {
@@ -341,24 +343,25 @@ const (
 )
 
 func (o *observation) nexthops() error {
-	err := o.dump("nexthops", unix.RTM_GETNEXTHOP, func(m *message) { m.raw(make([]byte, sizeofNhMsg)...) }, func(body []byte) {
-		if len(body) < sizeofNhMsg || body[2] != delta.Protocol {
-			return
-		}
-		var id uint32
-		nh := delta.Nexthop{Onlink: binary.NativeEndian.Uint32(body[4:])&unix.RTNH_F_ONLINK != 0}
-		for a := newAttrs(body[sizeofNhMsg:]); a.next(); {
-			switch a.typ {
-			case nhaID:
-				id = a.u32()
-			case nhaGateway:
-				nh.Via = a.addr()
-			case nhaOIF:
-				nh.Dev = o.name(a.u32())
+	err := o.dump("nexthops", unix.RTM_GETNEXTHOP, func(m *message) { m.raw(make([]byte, sizeofNhMsg)...) },
+		func(body []byte) {
+			if len(body) < sizeofNhMsg || body[2] != delta.Protocol {
+				return
 			}
-		}
-		o.s.Nexthops[id] = nh
-	})
+			var id uint32
+			nh := delta.Nexthop{Onlink: binary.NativeEndian.Uint32(body[4:])&unix.RTNH_F_ONLINK != 0}
+			for a := newAttrs(body[sizeofNhMsg:]); a.next(); {
+				switch a.typ {
+				case nhaID:
+					id = a.u32()
+				case nhaGateway:
+					nh.Via = a.addr()
+				case nhaOIF:
+					nh.Dev = o.name(a.u32())
+				}
+			}
+			o.s.Nexthops[id] = nh
+		})
 	if errors.Is(err, unix.EOPNOTSUPP) && len(o.want.Nexthops) == 0 {
 		return nil
 	}

@@ -15,10 +15,11 @@ import (
 
 // LinkReaper removes ports for callers who need not wait for the kernel's house-keeping.
 //
-// A link is out of everyone's sight, its routes and addresses gone, after a third of a millisecond, and the kernel says so
-// (RTM_DELLINK). The request that asked for it returns 16 ms later, when RCU has let go of the device (netdev_run_todo),
-// and what is in that wait cannot be killed. So a short-lived process lets a long-lived one do it. Nobody holds a lock during
-// that wait, so a few workers take turns; requests that find them all waiting are made into one, for a group of links.
+// A link is out of everyone's sight, its routes and addresses gone, after a third of a millisecond, and the
+// kernel says so (RTM_DELLINK). The request that asked for it returns 16 ms later, when RCU has let go of the
+// device (netdev_run_todo), and what is in that wait cannot be killed. So a short-lived process lets a
+// long-lived one do it. Nobody holds a lock during that wait, so a few workers take turns; requests that find
+// them all waiting are made into one, for a group of links.
 type LinkReaper struct {
 	kick  chan struct{}
 	names int // a socket to ask for names by; it lives as long as the process
@@ -28,8 +29,8 @@ type LinkReaper struct {
 	waiting map[uint32][]chan error
 }
 
-// workers is how many requests may wait in the kernel at once: four at 16 ms each remove 250 ports a second one by one, and any number
-// in groups.
+// workers is how many requests may wait in the kernel at once: four at 16 ms each remove 250 ports a second
+// one by one, and any number in groups.
 const workers = 4
 
 // NewLinkReaper works in the calling goroutine's network namespace until the context ends.
@@ -56,11 +57,11 @@ func NewLinkReaper(ctx context.Context) (*LinkReaper, error) {
 	return r, nil
 }
 
-// Remove returns when the kernel has announced that the port's host end is gone, or was not there. Its error is DelEndpoints', or the
-// context's.
+// Remove returns when the kernel has announced that the port's host end is gone, or was not there. Its error
+// is DelEndpoints', or the context's.
 //
-// The link is named by its index, which the kernel does not use again: a request whose caller was killed may wait its turn until
-// after the next ADD of the same container, and that one's port has the same name.
+// The link is named by its index, which the kernel does not use again: a request whose caller was killed may
+// wait its turn until after the next ADD of the same container, and that one's port has the same name.
 func (r *LinkReaper) Remove(ctx context.Context, hostName string, index uint32) error {
 	if !strings.HasPrefix(hostName, delta.VethPrefix) || index == 0 {
 		return fmt.Errorf("remove %s, index %d: it is no container's port", hostName, index)

@@ -13,8 +13,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TestF132RemoverSparesTheNextPort: ports go, many at once; the request of a DEL that was killed meanwhile does not cost the next ADD
-// of the same container its port, which has the same name.
+// TestF132RemoverSparesTheNextPort: ports go, many at once; the request of a DEL that was killed meanwhile
+// does not cost the next ADD of the same container its port, which has the same name.
 func TestF132RemoverSparesTheNextPort(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	host.Do(t, func() {
@@ -30,7 +30,9 @@ func TestF132RemoverSparesTheNextPort(t *testing.T) {
 		port := func(round, n int) (string, uint32) {
 			t.Helper()
 			id := metadata.AttachmentID{ContainerID: fmt.Sprint("c", round, "-", n), IfName: fmt.Sprint("e", round, "-", n)}
-			p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.AddrFrom4([4]byte{10, 0, byte(round), byte(n)})}}}, attach.Config{ID: id})
+			p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450,
+				Addresses: []metadata.AttachmentAddress{{Address: netip.AddrFrom4([4]byte{10, 0, byte(round), byte(n)})}}},
+				attach.Config{ID: id})
 			if err := k.AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 				t.Fatal(err)
 			}
@@ -78,7 +80,8 @@ func TestF132RemoverSparesTheNextPort(t *testing.T) {
 	})
 }
 
-// TestF132PortsThatTwoRemoveAtOnce: a GC and the network manager come upon the same leftovers; both find in the end that they are gone.
+// TestF132PortsThatTwoRemoveAtOnce: a GC and the network manager come upon the same leftovers; both find in
+// the end that they are gone.
 func TestF132PortsThatTwoRemoveAtOnce(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	host.Do(t, func() {
@@ -95,7 +98,9 @@ func TestF132PortsThatTwoRemoveAtOnce(t *testing.T) {
 			var names []string
 			for n := range 6 {
 				id := metadata.AttachmentID{ContainerID: fmt.Sprint("c", round, "-", n), IfName: fmt.Sprint("e", round, "-", n)}
-				p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.AddrFrom4([4]byte{10, 0, byte(round), byte(n)})}}}, attach.Config{ID: id})
+				p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450,
+					Addresses: []metadata.AttachmentAddress{{Address: netip.AddrFrom4([4]byte{10, 0, byte(round), byte(n)})}}},
+					attach.Config{ID: id})
 				if err := kernels[0].AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 					t.Fatal(err)
 				}

@@ -86,24 +86,29 @@ func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 			}{
 				{command: "ip link set D down", lacks: []string{"link  D up"}, of: true},
 				{command: "ip link set D down; ip link set D up", lacks: []string{"route 10.42.0"}, of: port.v4},
-				{command: "ip link set D down; ip link set D up", lacks: []string{"addr  fe80::1/64 dev D", "route fd42::"}, of: port.v6},
+				{command: "ip link set D down; ip link set D up", lacks: []string{"addr  fe80::1/64 dev D", "route fd42::"},
+					of: port.v6},
 				{command: "ip route flush dev D", lacks: []string{"route 10.42.0"}, of: port.v4},
 				{command: "ip -6 route flush dev D", lacks: []string{"route fd42::"}, of: port.v6},
 				{command: "ip route flush proto 76", lacks: []string{"route 10.42.0"}, of: port.v4},
 				{command: "ip -6 addr flush dev D", lacks: []string{"addr  fe80::1/64 dev D"}, of: port.v6},
 				{command: "ip link set D group 0", lacks: []string{"link  D group 76"}, of: true},
-				{command: "ip link set D address 02:00:00:00:00:01", lacks: []string{"link  D address 0e:fe:00:00:00:01"}, of: true},
+				{command: "ip link set D address 02:00:00:00:00:01", lacks: []string{"link  D address 0e:fe:00:00:00:01"},
+					of: true},
 				{command: "ip link set D mtu 1400", lacks: []string{"link  D mtu 1450"}, of: true, silent: true},
 				{command: sysctl("0", "ipv4/conf/D/rp_filter"), lacks: []string{"sysctl net/ipv4/conf/D/rp_filter=1"}, of: true},
 				{command: sysctl("2", "ipv4/conf/D/rp_filter"), lacks: []string{"sysctl net/ipv4/conf/D/rp_filter=1"}, of: true},
 				{command: sysctl("0", "ipv4/conf/D/forwarding"), lacks: []string{"sysctl net/ipv4/conf/D/forwarding=1"}, of: true},
-				{command: sysctl("1", "ipv6/conf/D/accept_ra"), lacks: []string{"sysctl net/ipv6/conf/D/accept_ra=0"}, of: true, silent: true},
+				{command: sysctl("1", "ipv6/conf/D/accept_ra"), lacks: []string{"sysctl net/ipv6/conf/D/accept_ra=0"}, of: true,
+					silent: true},
 				{command: sysctl("1", "ipv6/conf/all/disable_ipv6"),
 					lacks: []string{"sysctl net/ipv6/conf/D/disable_ipv6=0", "addr  fe80::1/64 dev D", "route fd42::"}, of: port.v6},
 				{command: sysctl("1", "ipv6/conf/all/disable_ipv6") + "; " + sysctl("0", "ipv6/conf/all/disable_ipv6"),
 					lacks: []string{"addr  fe80::1/64 dev D", "route fd42::"}, of: port.v6},
-				{command: sysctl("0", "ipv6/conf/all/disable_ipv6"), lacks: []string{"sysctl net/ipv6/conf/D/disable_ipv6=1"}, of: !port.v6, silent: true},
-				{command: "ip addr del 10.42.0.1/32 dev own; ip addr add 10.42.0.1/32 dev own", lacks: []string{"route 10.42.0"}, of: port.v4, silent: true},
+				{command: sysctl("0", "ipv6/conf/all/disable_ipv6"), lacks: []string{"sysctl net/ipv6/conf/D/disable_ipv6=1"},
+					of: !port.v6, silent: true},
+				{command: "ip addr del 10.42.0.1/32 dev own; ip addr add 10.42.0.1/32 dev own", lacks: []string{"route 10.42.0"},
+					of: port.v4, silent: true},
 			} {
 				if !tc.of {
 					continue
@@ -162,7 +167,8 @@ func TestF29_PortsThatComeAreNoNews(t *testing.T) {
 		}
 	})
 	p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{
-		{Address: netip.MustParseAddr("10.42.0.5")}, {Address: netip.MustParseAddr("fd42::5")}}}, attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
+		{Address: netip.MustParseAddr("10.42.0.5")}, {Address: netip.MustParseAddr("fd42::5")}}},
+		attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
 	if err := k.AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 		t.Fatal(err)
 	}
@@ -213,7 +219,8 @@ func TestAddressOfAnotherPort(t *testing.T) {
 				t.Fatal(err)
 			}
 			err := k.AddEndpoint(t.Context(), two.Path(), thief)
-			if !errors.Is(err, kernel.ErrTaken) || !strings.Contains(err.Error(), address) || !strings.Contains(err.Error(), "running") {
+			if !errors.Is(err, kernel.ErrTaken) || !strings.Contains(err.Error(), address) ||
+				!strings.Contains(err.Error(), "running") {
 				t.Errorf("a second port with the address: %v", err)
 			}
 			leads(running.HostName)
@@ -258,7 +265,8 @@ func TestF1_LoopbackIsUp(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	inside.Command(t, "ip", "link", "set", "lo", "down")
 	k := openKernel(t, host)
-	p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450, Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.5")}}},
+	p := attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450,
+		Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.5")}}},
 		attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
 	if err := k.AddEndpoint(t.Context(), inside.Path(), p); err != nil {
 		t.Fatal(err)
@@ -290,7 +298,8 @@ func TestF1_LoopbackIsUp(t *testing.T) {
 // TestHostPortLeavingHasNoFaults: a port that is being removed is in a group of its own, and must not be taken
 // out of it.
 func TestHostPortLeavingHasNoFaults(t *testing.T) {
-	if f := (delta.VethInfo{Group: delta.Protocol<<24 | 5}).Faults(delta.VethInfo{Up: true, Group: delta.OverlayLinkGroup}); len(f) > 0 {
+	if f := (delta.VethInfo{Group: delta.Protocol<<24 | 5}).Faults(delta.VethInfo{Up: true,
+		Group: delta.OverlayLinkGroup}); len(f) > 0 {
 		t.Errorf("faults %q", f)
 	}
 }

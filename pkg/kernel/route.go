@@ -14,8 +14,9 @@ type (
 	routeEntry   = delta.Entry[delta.RouteKey, delta.Route]
 )
 
-// collisions collects what EEXIST refused: an object of that key is there, and Observe did not see it. Either it is ours, made by
-// someone faster or by this very difference applied before, and is replaced; or it is not, and is left alone.
+// collisions collects what EEXIST refused: an object of that key is there, and Observe did not see it. Either
+// it is ours, made by someone faster or by this very difference applied before, and is replaced; or it is
+// not, and is left alone.
 type collisions struct {
 	a      *application
 	seen   *delta.State
@@ -47,7 +48,8 @@ func (a *application) nexthops() {
 			}
 			continue
 		}
-		a.fail("set %s: the id is taken by a nexthop that is not Lariat's (see: ip nexthop show id %d): %w", nexthopName(&e), e.Key, errors.Join(unix.EEXIST, c.failed))
+		a.fail("set %s: the id is taken by a nexthop that is not Lariat's (see: ip nexthop show id %d): %w", nexthopName(&e),
+			e.Key, errors.Join(unix.EEXIST, c.failed))
 	}
 	send(a, "set", ours, a.setNexthop, nexthopName)
 }
@@ -67,13 +69,15 @@ func (a *application) routes() {
 			}
 			continue
 		}
-		a.fail("set %s: the destination has a route that is not the overlay's and is left alone (see: ip route show %s): %w", routeName(&e), e.Key.Dst, errors.Join(unix.EEXIST, c.failed))
+		a.fail("set %s: the destination has a route that is not the overlay's and is left alone (see: ip route show %s): %w",
+			routeName(&e), e.Key.Dst, errors.Join(unix.EEXIST, c.failed))
 	}
 	send(a, "set", ours, a.setRoute, routeName)
 }
 
 // refuse sends like send, and gives what exists already to exists.
-func refuse[K comparable, V any](a *application, entries []delta.Entry[K, V], build func(*message, *delta.Entry[K, V]) bool,
+func refuse[K comparable, V any](a *application, entries []delta.Entry[K, V],
+	build func(*message, *delta.Entry[K, V]) bool,
 	name func(*delta.Entry[K, V]) string, exists func(*delta.Entry[K, V])) {
 	if len(entries) == 0 {
 		return
@@ -94,8 +98,8 @@ func refuse[K comparable, V any](a *application, entries []delta.Entry[K, V], bu
 	}
 }
 
-// createOrReplace are the flags of an object that is known to be there, or known not to be. What is not known to be ours is
-// never replaced.
+// createOrReplace are the flags of an object that is known to be there, or known not to be. What is not known
+// to be ours is never replaced.
 func createOrReplace(replaces bool) uint16 {
 	if replaces {
 		return unix.NLM_F_CREATE | unix.NLM_F_REPLACE
@@ -134,8 +138,8 @@ func (a *application) setRoute(m *message, e *routeEntry) bool {
 	return a.route(m, unix.RTM_NEWROUTE, createOrReplace(e.Replaces), e.Key, e.Value)
 }
 
-// removeRoute names all that it knows of the route: another of the same destination may have come meanwhile, such as a container's
-// that moved here, and must stay.
+// removeRoute names all that it knows of the route: another of the same destination may have come meanwhile,
+// such as a container's that moved here, and must stay.
 func (a *application) removeRoute(m *message, e *routeEntry) bool {
 	return a.route(m, unix.RTM_DELROUTE, 0, e.Key, e.Value)
 }

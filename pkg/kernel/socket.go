@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// batchSize is how much is sent to the kernel at once, in octets. Beyond 64 KiB nothing is gained, and the default send buffer
-// takes no more than 208 KiB.
+// batchSize is how much is sent to the kernel at once, in octets. Beyond 64 KiB nothing is gained, and the
+// default send buffer takes no more than 208 KiB.
 const batchSize = 60 << 10
 
 // replyTimeout is how long the kernel may take for one answer. It answers while the request is sent, so to wait at all
@@ -22,8 +22,8 @@ const replyTimeout = 30 * time.Second
 // errInterrupted says that what a dump lists changed while it was read (NLM_F_DUMP_INTR).
 var errInterrupted = errors.New("the kernel's list changed while it was read")
 
-// socket is a netlink socket that sends many requests at once and reads answers without garbage. It belongs to one caller
-// at a time.
+// socket is a netlink socket that sends many requests at once and reads answers without garbage. It belongs
+// to one caller at a time.
 type socket struct {
 	fd  int
 	seq uint32
@@ -143,12 +143,13 @@ func (s *socket) get(typ uint16, build func(m *message), each func(typ uint16, b
 	return s.acks(s.seq, s.seq, each, func(_ uint32, err error) error { return err })
 }
 
-// run sends n requests in batches. build writes request i with m.begin and what follows, or returns false to leave it out.
-// failed is told of each that the kernel refuses; the others are carried out. The error is one of the socket itself.
+// run sends n requests in batches. build writes request i with m.begin and what follows, or returns false to
+// leave it out. failed is told of each that the kernel refuses; the others are carried out. The error is one
+// of the socket itself.
 //
 // Only the last of each batch asks for an acknowledgement: the kernel works through a batch in order and
-// reports refusals unasked, so its acknowledgement stands for all before it. An acknowledgement for each would cost a
-// quarter more, and overflow a small receive buffer.
+// reports refusals unasked, so its acknowledgement stands for all before it. An acknowledgement for each
+// would cost a quarter more, and overflow a small receive buffer.
 func (s *socket) run(n int, build func(m *message, i int) bool, failed func(i int, err error)) error {
 	m := &s.out
 	m.b = m.b[:0]
@@ -188,7 +189,8 @@ func (s *socket) do(build func(m *message)) (err error) {
 	return errors.Join(err, serr)
 }
 
-func (s *socket) acks(first, last uint32, each func(typ uint16, body []byte), failed func(seq uint32, err error) error) error {
+func (s *socket) acks(first, last uint32, each func(typ uint16, body []byte),
+	failed func(seq uint32, err error) error) error {
 	for {
 		in, err := s.receive()
 		if err != nil {
@@ -229,7 +231,8 @@ func (h header) typ() uint16   { return binary.NativeEndian.Uint16(h[4:]) }
 func (h header) flags() uint16 { return binary.NativeEndian.Uint16(h[6:]) }
 func (h header) seq() uint32   { return binary.NativeEndian.Uint32(h[8:]) }
 
-// ackError reads NLMSG_ERROR and NLMSG_DONE: the error number, and the kernel's own words where it has some (NETLINK_EXT_ACK).
+// ackError reads NLMSG_ERROR and NLMSG_DONE: the error number, and the kernel's own words where it has some
+// (NETLINK_EXT_ACK).
 func ackError(body []byte, h header) error {
 	if len(body) < 4 {
 		return nil

@@ -94,5 +94,6 @@ func ipv6Settings(dev string, off bool) []delta.Sysctl {
 	if off {
 		disable = "1"
 	}
-	return []delta.Sysctl{{Key: "net/ipv6/conf/" + dev + "/accept_ra", Value: "0"}, {Key: "net/ipv6/conf/" + dev + "/disable_ipv6", Value: disable}}
+	return []delta.Sysctl{{Key: "net/ipv6/conf/" + dev + "/accept_ra", Value: "0"},
+		{Key: "net/ipv6/conf/" + dev + "/disable_ipv6", Value: disable}}
 }

@@ -18,8 +18,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Underlays lists the addresses of the current network namespace that could carry tunnels: global ones that last, on devices
-// that are up and are neither Lariat's nor the loopback. They are sorted by device, then address, IPv4 first.
+// Underlays lists the addresses of the current network namespace that could carry tunnels: global ones that
+// last, on devices that are up and are neither Lariat's nor the loopback. They are sorted by device, then
+// address, IPv4 first.
 func Underlays() ([]metadata.Underlay, error) {
 	addrs, err := RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
@@ -48,7 +49,8 @@ func Underlays() ([]metadata.Underlay, error) {
 			links[a.LinkIndex] = link
 		}
 		attrs := link.Attrs()
-		if attrs.Flags&net.FlagUp == 0 || attrs.Flags&net.FlagLoopback != 0 || strings.HasPrefix(attrs.Alias, delta.AliasPrefix) {
+		if attrs.Flags&net.FlagUp == 0 || attrs.Flags&net.FlagLoopback != 0 ||
+			strings.HasPrefix(attrs.Alias, delta.AliasPrefix) {
 			continue
 		}
 		bits, _ := a.Mask.Size()
@@ -61,7 +63,8 @@ func Underlays() ([]metadata.Underlay, error) {
 }
 
 // foreignProtocols are those of routes that somebody set up. Routing daemons' come and go by the thousand.
-var foreignProtocols = []byte{unix.RTPROT_KERNEL, unix.RTPROT_BOOT, unix.RTPROT_STATIC, unix.RTPROT_RA, unix.RTPROT_DHCP}
+var foreignProtocols = []byte{unix.RTPROT_KERNEL, unix.RTPROT_BOOT, unix.RTPROT_STATIC, unix.RTPROT_RA,
+	unix.RTPROT_DHCP}
 
 // Foreign lists the links that the current network namespace is on, and its routes by gateways, in the main table:
 // addresses that no network of ours should have. The underlay's own links, default routes (and what is as wide), single
@@ -138,7 +141,8 @@ func parseForeign(body []byte, name func(index uint32) string) (f metadata.Forei
 		}
 	}
 	bits := int(body[1])
-	if !dst.IsValid() || bits < 8 || bits == dst.BitLen() || dst.IsLinkLocalUnicast() || dst.IsMulticast() || dst.IsLoopback() {
+	if !dst.IsValid() || bits < 8 || bits == dst.BitLen() || dst.IsLinkLocalUnicast() || dst.IsMulticast() ||
+		dst.IsLoopback() {
 		return f, false
 	}
 	f.Prefix, f.Device = netip.PrefixFrom(dst, bits), name(oif)
@@ -158,7 +162,10 @@ func Neighbour(index int, a netip.Addr) bool {
 	}
 	list, err := RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(index, family) })
 	const answered = netlink.NUD_REACHABLE | netlink.NUD_STALE | netlink.NUD_DELAY | netlink.NUD_PROBE
-	return err == nil && slices.ContainsFunc(list, func(n netlink.Neigh) bool { return n.IP.Equal(a.AsSlice()) && n.State&answered != 0 })
+	return err == nil && slices.ContainsFunc(list, func(n netlink.Neigh) bool {
+		return n.IP.Equal(a.AsSlice()) &&
+			n.State&answered != 0
+	})
 }
 
 // Forwarding says whether the current network namespace forwards packets of each family.
@@ -170,8 +177,8 @@ func Forwarding() (v4, v6 bool) {
 	return on("net/ipv4/ip_forward"), on("net/ipv6/conf/all/forwarding")
 }
 
-// ForwardPolicyDrops says whether some nftables or iptables-nft chain at the forward hook drops what no rule accepts, as Docker
-// sets it, and names those chains (ip filter FORWARD). iptables-legacy is not seen.
+// ForwardPolicyDrops says whether some nftables or iptables-nft chain at the forward hook drops what no rule
+// accepts, as Docker sets it, and names those chains (ip filter FORWARD). iptables-legacy is not seen.
 func ForwardPolicyDrops() (chains []string, err error) {
 	s, err := openSocket(unix.NETLINK_NETFILTER)
 	if err != nil {
@@ -179,32 +186,33 @@ func ForwardPolicyDrops() (chains []string, err error) {
 	}
 	defer s.close()
 	families := map[byte]string{nfprotoInet: "inet", unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6"}
-	err = s.dump(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETCHAIN, func(m *message) { m.raw(0, 0, 0, 0) }, func(_ uint16, body []byte) {
-		if len(body) < 4 || families[body[0]] == "" {
-			return
-		}
-		var table, name string
-		policy, hook := uint32(verdictAccept), uint32(0)
-		for a := newAttrs(body[4:]); a.next(); {
-			switch a.typ {
-			case unix.NFTA_CHAIN_TABLE:
-				table = cstring(a.value)
-			case unix.NFTA_CHAIN_NAME:
-				name = cstring(a.value)
-			case unix.NFTA_CHAIN_POLICY:
-				policy = a.u32be()
-			case unix.NFTA_CHAIN_HOOK:
-				for h := newAttrs(a.value); h.next(); {
-					if h.typ == unix.NFTA_HOOK_HOOKNUM {
-						hook = h.u32be()
+	err = s.dump(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETCHAIN, func(m *message) { m.raw(0, 0, 0, 0) },
+		func(_ uint16, body []byte) {
+			if len(body) < 4 || families[body[0]] == "" {
+				return
+			}
+			var table, name string
+			policy, hook := uint32(verdictAccept), uint32(0)
+			for a := newAttrs(body[4:]); a.next(); {
+				switch a.typ {
+				case unix.NFTA_CHAIN_TABLE:
+					table = cstring(a.value)
+				case unix.NFTA_CHAIN_NAME:
+					name = cstring(a.value)
+				case unix.NFTA_CHAIN_POLICY:
+					policy = a.u32be()
+				case unix.NFTA_CHAIN_HOOK:
+					for h := newAttrs(a.value); h.next(); {
+						if h.typ == unix.NFTA_HOOK_HOOKNUM {
+							hook = h.u32be()
+						}
 					}
 				}
 			}
-		}
-		if policy == verdictDrop && hook == uint32(slices.Index(hooks, "forward")) {
-			chains = append(chains, families[body[0]]+" "+table+" "+name)
-		}
-	})
+			if policy == verdictDrop && hook == uint32(slices.Index(hooks, "forward")) {
+				chains = append(chains, families[body[0]]+" "+table+" "+name)
+			}
+		})
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, errInterrupted) {
 		err = nil // no nftables; or it changes, and Watch will tell
 	}

@@ -83,7 +83,8 @@ type deviceConf struct {
 	forwarding, disableIPv6 bool
 }
 
-// parseConf reads IFLA_AF_SPEC. The arrays inside are indexed by include/uapi/linux/ip.h (from 1) and include/uapi/linux/ipv6.h.
+// parseConf reads IFLA_AF_SPEC. The arrays inside are indexed by include/uapi/linux/ip.h (from 1) and
+// include/uapi/linux/ipv6.h.
 func parseConf(spec []byte) deviceConf {
 	const (
 		conf        = 1 // IFLA_INET_CONF
@@ -184,8 +185,9 @@ func parseXFRM(l *delta.Link, data []byte) {
 	}
 }
 
-// createLink is the message that makes a device. The MAC is part of it: set afterwards, udev may replace it with one of its own
-// (MACAddressPolicy=persistent), and the forwarding entries of every peer are then wrong; flannel-io/flannel#1155.
+// createLink is the message that makes a device. The MAC is part of it: set afterwards, udev may replace it
+// with one of its own (MACAddressPolicy=persistent), and the forwarding entries of every peer are then wrong;
+// flannel-io/flannel#1155.
 func createLink(m *message, name string, l delta.Link) {
 	m.begin(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
 	m.raw(make([]byte, unix.SizeofIfInfomsg)...)
@@ -229,8 +231,8 @@ func changeLink(m *message, index uint32, flags, mask uint32) {
 	m.rawU32(mask)
 }
 
-// noLinkLocal keeps the kernel from making a link-local address by itself: it would detect duplicates for a second, and until
-// then nothing leaves from it. The planners name the address, and it is added without that.
+// noLinkLocal keeps the kernel from making a link-local address by itself: it would detect duplicates for a
+// second, and until then nothing leaves from it. The planners name the address, and it is added without that.
 func noLinkLocal(m *message, index uint32) {
 	const in6AddrGenModeNone = 1
 	changeLink(m, index, 0, 0)

@@ -54,7 +54,8 @@ const quiet = 10 * time.Millisecond
 //
 // Lariat's own changes are reported as well; the pass that follows finds nothing to do.
 func Watch(ctx context.Context) (<-chan Event, error) {
-	rt, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+	rt, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR,
+		unix.RTNLGRP_IPV6_IFADDR,
 		unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_NETCONF)
 	if err != nil {
 		return nil, fmt.Errorf("watch the kernel: %w", err)

@@ -55,14 +55,18 @@ func TestF29WatchTellsWhatIsTouchedByHand(t *testing.T) {
 		command []string
 		event   kernel.Event
 	}{
-		{[]string{"bridge", "fdb", "del", "0e:00:c6:12:00:01", "dev", "vtep1042", "dst", "198.18.0.1", "self"}, kernel.Event{Kind: kernel.EventNeigh, Name: "vtep1042"}},
-		{[]string{"ip", "neigh", "del", "198.18.0.2", "dev", "vtep1042"}, kernel.Event{Kind: kernel.EventNeigh, Name: "vtep1042"}},
+		{[]string{"bridge", "fdb", "del", "0e:00:c6:12:00:01", "dev", "vtep1042", "dst", "198.18.0.1", "self"},
+			kernel.Event{Kind: kernel.EventNeigh, Name: "vtep1042"}},
+		{[]string{"ip", "neigh", "del", "198.18.0.2", "dev", "vtep1042"},
+			kernel.Event{Kind: kernel.EventNeigh, Name: "vtep1042"}},
 		{[]string{"ip", "route", "del", "10.43.0.64/26"}, kernel.Event{Kind: kernel.EventRoute, Name: "10.43.0.64/26"}},
 		{[]string{"ip", "nexthop", "del", "id", "1275068418"}, kernel.Event{Kind: kernel.EventNexthop}},
-		{[]string{"ip", "addr", "del", "10.42.0.1/32", "dev", "vtep1042"}, kernel.Event{Kind: kernel.EventAddr, Name: "vtep1042"}},
+		{[]string{"ip", "addr", "del", "10.42.0.1/32", "dev", "vtep1042"},
+			kernel.Event{Kind: kernel.EventAddr, Name: "vtep1042"}},
 		{[]string{"ip", "link", "set", "vtep1042", "mtu", "1400"}, kernel.Event{Kind: kernel.EventLink, Name: "vtep1042"}},
 		{[]string{"nft", "flush set inet lariat vteps4"}, kernel.Event{Kind: kernel.EventNft, Name: delta.Table}},
-		{[]string{"nft", "add table ip filter; add chain ip filter FORWARD; add rule ip filter FORWARD reject"}, kernel.Event{Kind: kernel.EventNft, Name: "filter"}},
+		{[]string{"nft", "add table ip filter; add chain ip filter FORWARD; add rule ip filter FORWARD reject"},
+			kernel.Event{Kind: kernel.EventNft, Name: "filter"}},
 		{[]string{"nft", "flush chain ip filter FORWARD"}, kernel.Event{Kind: kernel.EventNft, Name: "filter"}},
 		{[]string{"sh", "-c", "echo 2 > /proc/sys/net/ipv4/conf/all/rp_filter"}, kernel.Event{Kind: kernel.EventSysctl}},
 		{[]string{"sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/all/rp_filter"}, kernel.Event{Kind: kernel.EventSysctl}},
@@ -113,7 +117,8 @@ func TestUnderlaysListWhatMayCarryTunnels(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(got) != 2 || got[0].Address.String() != "192.0.2.1/24" || got[1].Address.String() != "2001:db8::1/64" || got[0].MTU != 9000 || got[1].Device != dev {
+		if len(got) != 2 || got[0].Address.String() != "192.0.2.1/24" || got[1].Address.String() != "2001:db8::1/64" ||
+			got[0].MTU != 9000 || got[1].Device != dev {
 			t.Errorf("got %v, want both addresses of %s", got, dev)
 		}
 	})
@@ -129,8 +134,10 @@ func TestForeignListsWhatANetworkMustNotHave(t *testing.T) {
 	ns.Command(t, "ip", "link", "add", "docker0", "type", "bridge")
 	ns.Up(t, "docker0", "172.17.0.1/16")
 	ns.Up(t, "docker0", "fd17::1/64")
-	for _, route := range []string{"default via 192.0.2.2", "128.0.0.0/1 via 192.0.2.2", "10.0.0.0/8 via 192.0.2.2", "10.9.9.9/32 via 192.0.2.2",
-		"10.10.0.0/16 via 192.0.2.2 proto bird", "10.11.0.0/16 via 192.0.2.2 proto dhcp", "10.12.0.0/16 nexthop via 192.0.2.2 nexthop via 192.0.2.3"} {
+	for _, route := range []string{"default via 192.0.2.2", "128.0.0.0/1 via 192.0.2.2", "10.0.0.0/8 via 192.0.2.2",
+		"10.9.9.9/32 via 192.0.2.2",
+		"10.10.0.0/16 via 192.0.2.2 proto bird", "10.11.0.0/16 via 192.0.2.2 proto dhcp",
+		"10.12.0.0/16 nexthop via 192.0.2.2 nexthop via 192.0.2.3"} {
 		ns.Command(t, "ip", append([]string{"route", "add"}, strings.Fields(route)...)...)
 	}
 	ns.Do(t, func() {
@@ -161,7 +168,8 @@ func TestForwardPolicyOfOthersIsFound(t *testing.T) {
 	if got := drops(); got != nil {
 		t.Errorf("an empty ruleset drops by %v", got)
 	}
-	ns.Command(t, "nft", "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }")
+	ns.Command(t, "nft", "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; "+
+		"policy drop; }")
 	if got := drops(); len(got) != 1 || got[0] != "ip filter FORWARD" {
 		t.Errorf("got %v, want ip filter FORWARD", got)
 	}

@@ -42,8 +42,8 @@ func (p XFRMPolicy) String() string {
 	return fmt.Sprintf("xfrm policy src %s dst %s dir %s if_id %#x", p.Src, p.Dst, p.Dir, p.IfID)
 }
 
-// XFRM lists the security associations and policies whose if_id is one of ours. Larval SAs, with which the kernel waits for IKE,
-// are left out.
+// XFRM lists the security associations and policies whose if_id is one of ours. Larval SAs, with which the
+// kernel waits for IKE, are left out.
 func (n *Netns) XFRM(ctx context.Context, ours func(ifID uint32) bool) ([]SA, []XFRMPolicy, error) {
 	h, err := n.xfrmHandle(ctx)
 	if err != nil {
@@ -67,8 +67,8 @@ func (n *Netns) XFRM(ctx context.Context, ours func(ifID uint32) bool) ([]SA, []
 	return sas, policies, err
 }
 
-// policies is XfrmPolicyList of the common library, which (1.3.1) takes an IPv6 prefix whose last twelve octets are zero, such as fd44::/48, for one
-// of IPv4.
+// policies is XfrmPolicyList of the common library, which (1.3.1) takes an IPv6 prefix whose last twelve
+// octets are zero, such as fd44::/48, for one of IPv4.
 func (n *Netns) policies(ours func(ifID uint32) bool) (list []XFRMPolicy, err error) {
 	var s *socket
 	if err := n.do(func() (err error) { s, err = openSocket(unix.NETLINK_XFRM); return err }); err != nil {
@@ -87,7 +87,8 @@ func (n *Netns) policies(ours func(ifID uint32) bool) (list []XFRMPolicy, err er
 			return
 		}
 		dir := netlink.Dir(info.Dir)
-		p := XFRMPolicy{Dir: cmp.Or(directions[dir], dir.String()), Src: prefix(info.Sel.Family, info.Sel.Saddr, info.Sel.PrefixlenS),
+		p := XFRMPolicy{Dir: cmp.Or(directions[dir], dir.String()),
+			Src: prefix(info.Sel.Family, info.Sel.Saddr, info.Sel.PrefixlenS),
 			Dst: prefix(info.Sel.Family, info.Sel.Daddr, info.Sel.PrefixlenD)}
 		for _, a := range attrs {
 			if a.Attr.Type == nl.XFRMA_IF_ID && len(a.Value) == 4 {
@@ -110,7 +111,8 @@ func (n *Netns) policies(ours func(ifID uint32) bool) (list []XFRMPolicy, err er
 }
 
 // directions are ip's words for them.
-var directions = map[netlink.Dir]string{netlink.XFRM_DIR_IN: "in", netlink.XFRM_DIR_OUT: "out", netlink.XFRM_DIR_FWD: "fwd"}
+var directions = map[netlink.Dir]string{netlink.XFRM_DIR_IN: "in", netlink.XFRM_DIR_OUT: "out",
+	netlink.XFRM_DIR_FWD: "fwd"}
 
 func prefix(family uint16, a nl.XfrmAddress, length uint8) netip.Prefix {
 	if family == unix.AF_INET6 {
@@ -119,8 +121,8 @@ func prefix(family uint16, a nl.XfrmAddress, length uint8) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte(a[:4])), int(length))
 }
 
-// Flushes calls each when all SAs or all policies of the namespace were removed at once, as by "ip xfrm policy flush", whoever's they were, and when it
-// cannot be told whether they were. It ends with the context.
+// Flushes calls each when all SAs or all policies of the namespace were removed at once, as by "ip xfrm
+// policy flush", whoever's they were, and when it cannot be told whether they were. It ends with the context.
 func (n *Netns) Flushes(ctx context.Context, each func()) error {
 	var f *os.File
 	err := n.do(func() (err error) {

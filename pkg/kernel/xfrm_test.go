@@ -21,11 +21,15 @@ import (
 
 // encrypted is what host a needs for an encrypted network with one peer.
 func encrypted(mtu int, blocks ...string) *delta.State {
-	s := &metadata.Snapshot{Networks: []metadata.Network{{Name: "private", Encapsulation: metadata.EncapIPsec, MTU: mtu, Subnets: prefixes("10.44.0.0/16", "fd44::/48")}}}
+	s := &metadata.Snapshot{Networks: []metadata.Network{{Name: "private", Encapsulation: metadata.EncapIPsec, MTU: mtu,
+		Subnets: prefixes("10.44.0.0/16", "fd44::/48")}}}
 	for i, name := range []string{"a", "b"} {
-		s.Hosts = append(s.Hosts, metadata.Host{Name: name, Underlay: []metadata.Underlay{{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)}), 24), Device: "eth0", MTU: 1500}}})
+		s.Hosts = append(s.Hosts, metadata.Host{Name: name,
+			Underlay: []metadata.Underlay{{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)}), 24),
+				Device: "eth0", MTU: 1500}}})
 	}
-	s.Blocks = []metadata.Block{{Network: "private", Host: "a", CIDR: netip.MustParsePrefix("10.44.0.0/26"), Gateway: netip.MustParseAddr("10.44.0.1")},
+	s.Blocks = []metadata.Block{{Network: "private", Host: "a", CIDR: netip.MustParsePrefix("10.44.0.0/26"),
+		Gateway: netip.MustParseAddr("10.44.0.1")},
 		{Network: "private", Host: "a", CIDR: netip.MustParsePrefix("fd44::/122"), Gateway: netip.MustParseAddr("fd44::1")}}
 	for _, b := range blocks {
 		s.Blocks = append(s.Blocks, metadata.Block{Network: "private", Host: "b", CIDR: netip.MustParsePrefix(b)})
@@ -33,7 +37,8 @@ func encrypted(mtu int, blocks ...string) *delta.State {
 	return ipsec.Plan(s, "a")
 }
 
-// TestXFRMInterfacesHoldWhatThePlanSays: made, settled, changed in place, made again by hand's damage, and removed without a trace.
+// TestXFRMInterfacesHoldWhatThePlanSays: made, settled, changed in place, made again by hand's damage, and
+// removed without a trace.
 func TestXFRMInterfacesHoldWhatThePlanSays(t *testing.T) {
 	probe.Need(t, probe.XfrmInterface, probe.Nft, probe.IPv6)
 	ns, k := newKernel(t)
@@ -67,7 +72,8 @@ func TestXFRMInterfacesHoldWhatThePlanSays(t *testing.T) {
 	wantText(t, observe(t, k, nil).String(), empty)
 }
 
-// TestXFRMRulesComeFirst: a host whose rules cannot be made gets no encrypted device, and one whose rules can has them before any device.
+// TestXFRMRulesComeFirst: a host whose rules cannot be made gets no encrypted device, and one whose rules can
+// has them before any device.
 func TestXFRMRulesComeFirst(t *testing.T) {
 	probe.Need(t, probe.XfrmInterface, probe.Nft)
 	_, k := newKernel(t)
@@ -77,7 +83,8 @@ func TestXFRMRulesComeFirst(t *testing.T) {
 	c.Rules = append(c.Rules, delta.Rule{delta.Unknown("no such rule")})
 	broken.Chains[ipsec.ClearOut] = c
 	have := observe(t, k, broken)
-	if err := k.Apply(t.Context(), delta.Between(broken, have)); err == nil || !strings.Contains(err.Error(), "it is not made") {
+	if err := k.Apply(t.Context(), delta.Between(broken, have)); err == nil ||
+		!strings.Contains(err.Error(), "it is not made") {
 		t.Errorf("rules that cannot be: %v", err)
 	}
 	if s := observe(t, k, broken); len(s.Links)+len(s.Chains) > 0 {
@@ -87,7 +94,8 @@ func TestXFRMRulesComeFirst(t *testing.T) {
 	wantText(t, observe(t, k, want).String(), want.String())
 }
 
-// TestXFRMListsAndRemovesOursAlone: SAs and policies under an if_id of Lariat's range are listed and removed; others stay.
+// TestXFRMListsAndRemovesOursAlone: SAs and policies under an if_id of Lariat's range are listed and removed;
+// others stay.
 func TestXFRMListsAndRemovesOursAlone(t *testing.T) {
 	probe.Need(t, probe.ESP, probe.AESGCM, probe.XfrmInterface)
 	ns, k := newKernel(t)
@@ -101,14 +109,16 @@ func TestXFRMListsAndRemovesOursAlone(t *testing.T) {
 	}
 	ns.Do(t, func() {
 		for i, id := range []int{0x4c000007, 7} {
-			state := &netlink.XfrmState{Src: net.ParseIP("192.0.2.1"), Dst: net.ParseIP("192.0.2.2"), Proto: netlink.XFRM_PROTO_ESP, Mode: netlink.XFRM_MODE_TUNNEL, Spi: 0x1000 + i, Ifid: id,
+			state := &netlink.XfrmState{Src: net.ParseIP("192.0.2.1"), Dst: net.ParseIP("192.0.2.2"),
+				Proto: netlink.XFRM_PROTO_ESP, Mode: netlink.XFRM_MODE_TUNNEL, Spi: 0x1000 + i, Ifid: id,
 				Aead: &netlink.XfrmStateAlgo{Name: "rfc4106(gcm(aes))", Key: make([]byte, 20), ICVLen: 128}}
 			if err := netlink.XfrmStateAdd(state); err != nil {
 				t.Fatal(err)
 			}
 			for _, dir := range []string{"in", "fwd", "out"} {
 				for _, p := range subnets { // not by the library, which takes fd44::/48 for 253.68.0.0/48
-					if out, err := exec.Command("ip", "xfrm", "policy", "add", "src", p.String(), "dst", p.String(), "dir", dir, "if_id", fmt.Sprint(id), "action", "block").CombinedOutput(); err != nil {
+					if out, err := exec.Command("ip", "xfrm", "policy", "add", "src", p.String(), "dst", p.String(), "dir", dir,
+						"if_id", fmt.Sprint(id), "action", "block").CombinedOutput(); err != nil {
 						t.Fatalf("%v: %s", err, out)
 					}
 				}

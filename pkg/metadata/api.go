@@ -34,8 +34,8 @@ type AttachRequest struct {
 	Labels map[string]string `json:"labels,omitempty"`
 	MAC    MAC               `json:"mac,omitzero"`
 
-	// StateDir is the folder in which the caller keeps its record of the interface: only a network manager that looks there
-	// can know that nobody uses the addresses any more. Empty: DefaultStateDir.
+	// StateDir is the folder in which the caller keeps its record of the interface: only a network manager that
+	// looks there can know that nobody uses the addresses any more. Empty: DefaultStateDir.
 	StateDir string `json:"stateDir,omitempty"`
 
 	// Create defines the network when it does not exist yet.
@@ -44,17 +44,18 @@ type AttachRequest struct {
 
 // Attachment is all that an ADD needs to know: one round trip.
 type Attachment struct {
-	Network       string              `json:"network"`
-	Encapsulation string              `json:"encapsulation"`
-	Device        string              `json:"device,omitempty"`   // that carries the network on this host
-	MTU           int                 `json:"mtu"`                // for the container's interface
-	Overhead      int                 `json:"overhead,omitempty"` // octets that the encapsulation takes of the underlay's MTU
-	MAC           MAC                 `json:"mac,omitzero"`       // that the model assigned; zero: the caller's choice
-	Addresses     []AttachmentAddress `json:"addresses"`          // IPv4 before IPv6
-	Subnets       []netip.Prefix      `json:"subnets"`            // of the network
-	Host          string              `json:"host"`               // that owns the attachment
-	BootID        string              `json:"bootID"`             // under which it was recorded
-	PreAssigned   bool                `json:"preAssigned,omitempty"`
+	Network       string `json:"network"`
+	Encapsulation string `json:"encapsulation"`
+	Device        string `json:"device,omitempty"` // that carries the network on this host
+	MTU           int    `json:"mtu"`              // for the container's interface
+	// octets that the encapsulation takes of the underlay's MTU
+	Overhead    int                 `json:"overhead,omitempty"`
+	MAC         MAC                 `json:"mac,omitzero"` // that the model assigned; zero: the caller's choice
+	Addresses   []AttachmentAddress `json:"addresses"`    // IPv4 before IPv6
+	Subnets     []netip.Prefix      `json:"subnets"`      // of the network
+	Host        string              `json:"host"`         // that owns the attachment
+	BootID      string              `json:"bootID"`       // under which it was recorded
+	PreAssigned bool                `json:"preAssigned,omitempty"`
 }
 
 // AttachmentAddress is one address of an interface.
@@ -107,7 +108,8 @@ type SubnetUsage struct {
 
 // Event is one line of a watch.
 type Event struct {
-	Type     string          `json:"type"` // put, delete, snapshot (start over from it), bookmark (nothing new up to Revision)
+	// put, delete, snapshot (start over from it), bookmark (nothing new up to Revision)
+	Type     string          `json:"type"`
 	Kind     string          `json:"kind,omitempty"`
 	Key      string          `json:"key,omitempty"` // within the kind, as in the API's path
 	Revision int64           `json:"revision"`

@@ -46,10 +46,12 @@ func (c Client) socket() string {
 	return c.Socket
 }
 
-// Attach gives the interface its addresses. Errors are *Error (held, exhausted, not-yet, invalid, not-found) or wrap ErrUnreachable.
+// Attach gives the interface its addresses. Errors are *Error (held, exhausted, not-yet, invalid, not-found)
+// or wrap ErrUnreachable.
 func (c Client) Attach(ctx context.Context, network string, req AttachRequest) (*Attachment, error) {
 	if req.StateDir == DefaultStateDir {
-		req.StateDir = "" // it is what the service takes it for, tables stay short, and one that is older than the key does not refuse it
+		// it is what the service takes it for, tables stay short, and one that is older than the key does not refuse it
+		req.StateDir = ""
 	}
 	var a Attachment
 	return &a, c.Do(ctx, "POST", "/v1/networks/"+url.PathEscape(network)+"/attachments", req, &a)
@@ -72,11 +74,12 @@ func (c Client) Attachment(ctx context.Context, network string, id AttachmentID)
 // Allocations lists the addresses of a network that attachments of this host hold; all hosts' with all set.
 func (c Client) Allocations(ctx context.Context, network string, all bool) ([]Allocation, error) {
 	var out []Allocation
-	return out, c.Do(ctx, "GET", fmt.Sprintf("/v1/networks/%s/attachments?all=%t", url.PathEscape(network), all), nil, &out)
+	return out, c.Do(ctx, "GET", fmt.Sprintf("/v1/networks/%s/attachments?all=%t", url.PathEscape(network), all), nil,
+		&out)
 }
 
-// Join claims the first block of each of the network's subnets for this host, and with it the host's own overlay address. Joining
-// again changes nothing. An *Error with CodeExhausted when all blocks are taken.
+// Join claims the first block of each of the network's subnets for this host, and with it the host's own
+// overlay address. Joining again changes nothing. An *Error with CodeExhausted when all blocks are taken.
 func (c Client) Join(ctx context.Context, network string) error {
 	return c.Do(ctx, "POST", "/v1/networks/"+url.PathEscape(network)+"/join", nil, nil)
 }
@@ -128,7 +131,8 @@ func (c Client) snapshot(ctx context.Context, query string) (*Snapshot, error) {
 	return s.Sane(), err
 }
 
-// Problems returns the entries of the store that cannot be used, of all kinds. The service reads the whole store for it.
+// Problems returns the entries of the store that cannot be used, of all kinds. The service reads the whole
+// store for it.
 func (c Client) Problems(ctx context.Context) ([]Problem, error) {
 	var out []Problem
 	return out, c.Do(ctx, "GET", "/v1/problems", nil, &out)

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// conn is a blocking unix socket. Package net would do, but for its poller: a process that asks one question and ends spends more
-// on setting that up, and on the threads that it wakes, than on the question.
+// conn is a blocking unix socket. Package net would do, but for its poller: a process that asks one question
+// and ends spends more on setting that up, and on the threads that it wakes, than on the question.
 type conn struct {
 	mu     sync.Mutex // guards against a shutdown of a descriptor that is closed, and maybe someone else's by then
 	fd     int

@@ -21,7 +21,8 @@ var entries = []struct{ kind, key, value string }{
 	{KindBlock, "red/0.0.0.0/0", `{"network":"red","cidr":"0.0.0.0/0","host":"a"}`},
 	{KindHostRoute, "red/10.42.9.9", `{"network":"red","address":"10.42.9.9","host":"a"}`},
 	{KindContainer, "a/c1", `{"id":"c1","host":"a","network":"red","addresses":["10.42.0.2"],"interfaces":[{"network":"red","ifname":"eth0","addresses":["10.42.0.2"]}]}`},
-	{KindVolume, "a/lariat-nfs/v", `{"driver":"lariat-nfs","name":"v","scope":"global","host":"a","state":"ready","users":1}`},
+	{KindVolume, "a/lariat-nfs/v",
+		`{"driver":"lariat-nfs","name":"v","scope":"global","host":"a","state":"ready","users":1}`},
 	{KindHost, "a", `{}`}, {KindBlock, "red/10.42.0.0/26", `null`}, {KindNetwork, "red", `{not json`},
 }
 
@@ -47,7 +48,8 @@ func decodeAny(kind, key string, data []byte) (o any, ok bool) {
 	return o, err == nil
 }
 
-// FuzzEntry: an entry that is used belongs under its key, keeps to the limits, and is the same after it was written and read again.
+// FuzzEntry: an entry that is used belongs under its key, keeps to the limits, and is the same after it was
+// written and read again.
 func FuzzEntry(f *testing.F) {
 	for _, e := range entries {
 		f.Add(e.kind, e.key, []byte(e.value))
@@ -93,7 +95,9 @@ func FuzzEntry(f *testing.F) {
 
 // FuzzSnapshot: what is sane of a snapshot is sane, and stays so.
 func FuzzSnapshot(f *testing.F) {
-	f.Add([]byte(`{"revision":3,"self":"a","hosts":[` + entries[0].value + `,{}],"networks":[` + entries[1].value + `,` + entries[2].value + `],"blocks":[` + entries[3].value + `,` + entries[4].value + `],"endpoints":[` + entries[5].value + `]}`))
+	f.Add([]byte(`{"revision":3,"self":"a","hosts":[` + entries[0].value + `,{}],"networks":[` + entries[1].value + `,` +
+		entries[2].value + `],"blocks":[` + entries[3].value + `,` + entries[4].value + `],"endpoints":[` + entries[5].value +
+		`]}`))
 	f.Add([]byte(`{"hosts":[null,7,{"name":7}],"blocks":[{"cidr":"10.0.0.0/99"}],"problems":[{"key":"k","what":"w"}]}`))
 	f.Add([]byte(`{"networks":[{"name":"b","subnets":["10.0.0.0/8"],"encapsulation":"vxlan","vni":1},{"name":"a","subnets":["10.0.0.0/9"],"encapsulation":"vxlan","vni":2,"created":"2026-01-01T00:00:00Z"}]}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -103,7 +107,8 @@ func FuzzSnapshot(f *testing.F) {
 		}
 		first := s.Sane()
 		for _, p := range first.Problems {
-			if text := p.String() + p.Remedy(); strings.ContainsAny(p.Name(), "\n\x1b") || len(p.Name()) > 4*maxShown+8 || text == "" {
+			if text := p.String() + p.Remedy(); strings.ContainsAny(p.Name(), "\n\x1b") || len(p.Name()) > 4*maxShown+8 ||
+				text == "" {
 				t.Errorf("%q", text)
 			}
 		}
@@ -135,8 +140,10 @@ func FuzzSnapshot(f *testing.F) {
 		}
 		plain := *first
 		plain.sane = false
-		if again := plain.Sane(); len(again.Problems) != len(first.Problems) || len(again.Hosts) != len(first.Hosts) || len(again.Networks) != len(first.Networks) ||
-			len(again.Blocks) != len(first.Blocks) || len(again.HostRoutes) != len(first.HostRoutes) || len(again.Containers) != len(first.Containers) {
+		if again := plain.Sane(); len(again.Problems) != len(first.Problems) || len(again.Hosts) != len(first.Hosts) ||
+			len(again.Networks) != len(first.Networks) ||
+			len(again.Blocks) != len(first.Blocks) || len(again.HostRoutes) != len(first.HostRoutes) ||
+			len(again.Containers) != len(first.Containers) {
 			t.Errorf("less of it is sane the second time: %v", again.Problems[len(first.Problems):])
 		}
 	})
@@ -145,13 +152,15 @@ func FuzzSnapshot(f *testing.F) {
 // FuzzAnswer: whatever the service's socket says, the client neither fails badly nor hands out what nobody can use.
 func FuzzAnswer(f *testing.F) {
 	head := "HTTP/1.0 200 OK\r\nContent-Type: application/x-ndjson\r\n\r\n"
-	f.Add([]byte(head + `{"type":"snapshot","revision":3,"object":{"revision":3,"self":"a","hosts":[` + entries[0].value + `],"networks":[` + entries[1].value + `],"blocks":[]}}` + "\n" +
+	f.Add([]byte(head + `{"type":"snapshot","revision":3,"object":{"revision":3,"self":"a","hosts":[` + entries[0].value +
+		`],"networks":[` + entries[1].value + `],"blocks":[]}}` + "\n" +
 		`{"type":"put","kind":"blocks","key":"red/10.42.0.0/26","revision":4,"object":` + entries[3].value + "}\n" +
 		`{"type":"put","kind":"blocks","key":"red/0.0.0.0/0","revision":5,"object":` + entries[4].value + "}\n" +
 		`{"type":"put","kind":"hosts","key":"b","revision":5,"object":7}` + "\n" +
 		`{"type":"put","kind":"problems","key":"hosts/x","revision":5,"object":"w"}` + "\n" +
 		`{"type":"delete","kind":"problems","key":"hosts/x","revision":6}` + "\n" +
-		`{"type":"delete","kind":"blocks","key":"red/10.42.0.0/26","revision":7}` + "\n" + `{"type":"bookmark","revision":9}` + "\n"))
+		`{"type":"delete","kind":"blocks","key":"red/10.42.0.0/26","revision":7}` + "\n" +
+		`{"type":"bookmark","revision":9}` + "\n"))
 	f.Add([]byte(head + `{"type":"put","kind":"hosts","key":"a","revision":1,"object":{}}` + "\n"))
 	f.Add([]byte("HTTP/1.1 404 Not Found\r\n\r\n" + `{"code":"not-found","message":"no"}`))
 	f.Add([]byte("HTTP/1.0\r\n"))
@@ -182,44 +191,54 @@ func FuzzAnswer(f *testing.F) {
 func TestWatchBeforeSnapshot(t *testing.T) {
 	var view viewState
 	run := func(lines ...string) (got *Snapshot, err error) {
-		err = follow(bufio.NewReader(strings.NewReader(strings.Join(lines, "\n")+"\n")), &view, func(s *Snapshot) error { got = s; return nil }, func() {})
+		err = follow(bufio.NewReader(strings.NewReader(strings.Join(lines, "\n")+"\n")), &view,
+			func(s *Snapshot) error { got = s; return nil }, func() {})
 		return got, err
 	}
-	if s, err := run(`{"type":"put","kind":"hosts","key":"a","revision":1,"object":` + entries[0].value + `}`); s != nil || err == nil || !strings.Contains(err.Error(), "before a first snapshot") {
+	if s, err := run(`{"type":"put","kind":"hosts","key":"a","revision":1,"object":` + entries[0].value + `}`); s != nil ||
+		err == nil || !strings.Contains(err.Error(), "before a first snapshot") {
 		t.Errorf("%v %v", s, err)
 	}
-	s, err := run(`{"type":"snapshot","revision":1,"object":{"hosts":[`+entries[0].value+`,7],"networks":[`+entries[1].value+`]}}`,
+	s, err := run(`{"type":"snapshot","revision":1,"object":{"hosts":[`+entries[0].value+`,7],"networks":[`+
+		entries[1].value+`]}}`,
 		`{"type":"put","kind":"blocks","key":"red/10.42.0.0/26","revision":2,"object":`+entries[3].value+`}`,
 		`{"type":"put","kind":"blocks","key":"red/0.0.0.0/0","revision":3,"object":`+entries[4].value+`}`,
 		`{"type":"put","kind":"blocks","key":"red/10.42.0.0/26","revision":4,"object":{}}`)
 	if !errors.Is(err, ErrUnreachable) || len(s.Hosts) != 1 || len(s.Blocks) != 1 || len(s.Problems) != 3 {
 		t.Errorf("%+v %v", s, err)
 	}
-	if s, _ = run(`{"type":"delete","kind":"blocks","key":"red/0.0.0.0/0","revision":5}`, `{"type":"delete","kind":"blocks","key":"red/10.42.0.0/26","revision":6}`); len(s.Blocks) != 0 || len(s.Problems) != 1 {
+	if s, _ = run(`{"type":"delete","kind":"blocks","key":"red/0.0.0.0/0","revision":5}`,
+		`{"type":"delete","kind":"blocks","key":"red/10.42.0.0/26","revision":6}`); len(s.Blocks) != 0 ||
+		len(s.Problems) != 1 {
 		t.Errorf("%+v", s)
 	}
 }
 
 // TestEndlessAnswer: what has no end is given up.
 func TestEndlessAnswer(t *testing.T) {
-	for name, text := range map[string]string{"status": strings.Repeat("x", 1<<20), "line": "HTTP/1.0 200 OK\r\n" + strings.Repeat("x", 1<<20), "head": "HTTP/1.0 200 OK\r\n" + strings.Repeat("a: b\r\n", 1000)} {
+	for name, text := range map[string]string{"status": strings.Repeat("x", 1<<20), "line": "HTTP/1.0 200 OK\r\n" +
+		strings.Repeat("x", 1<<20), "head": "HTTP/1.0 200 OK\r\n" + strings.Repeat("a: b\r\n", 1000)} {
 		r := strings.NewReader(text)
 		if _, err := readHead(bufio.NewReader(r)); err == nil || r.Len() == 0 {
 			t.Errorf("%s: %v, %d bytes left", name, err, r.Len())
 		}
 	}
-	if _, err := readLine(bufio.NewReader(strings.NewReader(strings.Repeat("x", 1<<20))), 1<<16); err == nil || len(err.Error()) > 1000 {
+	if _, err := readLine(bufio.NewReader(strings.NewReader(strings.Repeat("x", 1<<20))), 1<<16); err == nil ||
+		len(err.Error()) > 1000 {
 		t.Error(err)
 	}
 }
 
 // BenchmarkSane is what the check of a view of 10 000 hosts costs.
 func BenchmarkSane(b *testing.B) {
-	s := &Snapshot{Networks: []Network{{Name: "overlay", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Encapsulation: EncapVXLAN, VNI: 1042}}}
+	s := &Snapshot{Networks: []Network{{Name: "overlay", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
+		Encapsulation: EncapVXLAN, VNI: 1042}}}
 	for i := range 10_000 {
 		name := fmt.Sprint("h", i)
 		at := netip.AddrFrom4([4]byte{10, byte(i >> 10), byte(i >> 2), byte(i << 6)})
-		s.Hosts = append(s.Hosts, Host{Name: name, Underlay: []Underlay{{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)}), 12), Device: "eth0", MTU: 1500}}})
+		s.Hosts = append(s.Hosts, Host{Name: name,
+			Underlay: []Underlay{{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)}), 12),
+				Device: "eth0", MTU: 1500}}})
 		s.Blocks = append(s.Blocks, Block{Network: "overlay", CIDR: netip.PrefixFrom(at, 26), Host: name, Gateway: at.Next()})
 	}
 	b.ReportAllocs()

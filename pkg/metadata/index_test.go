@@ -42,7 +42,8 @@ func TestAllGateways(t *testing.T) {
 func TestHostsApartFromNetworks(t *testing.T) {
 	at := func(s int) time.Time { return time.Unix(int64(1e9+s), 0) }
 	network := func(name, subnet string, created int) Network {
-		return Network{Name: name, Subnets: []netip.Prefix{netip.MustParsePrefix(subnet)}, Encapsulation: EncapVXLAN, Created: at(created)}
+		return Network{Name: name, Subnets: []netip.Prefix{netip.MustParsePrefix(subnet)}, Encapsulation: EncapVXLAN,
+			Created: at(created)}
 	}
 	host := func(name string, joined int, addrs ...string) Host {
 		h := Host{Name: name, Joined: at(joined)}
@@ -53,9 +54,11 @@ func TestHostsApartFromNetworks(t *testing.T) {
 	}
 	flat := network("flat", "192.168.0.0/16", 0)
 	flat.Encapsulation = EncapNone
-	hosts := []Host{host("a", 5, "192.0.2.1/24", "10.1.0.1/24", "10.2.0.1/24"), host("b", 5, "10.3.255.255/8"), host("c", 5, "192.168.0.1/24"),
+	hosts := []Host{host("a", 5, "192.0.2.1/24", "10.1.0.1/24", "10.2.0.1/24"), host("b", 5, "10.3.255.255/8"),
+		host("c", 5, "192.168.0.1/24"),
 		host("d", 5, "fd42::1/64"), host("e", 15, "10.1.7.7/24")}
-	networks := []Network{network("old", "10.1.0.0/16", 1), network("new", "10.2.0.0/16", 9), network("six", "fd42::/48", 9), flat, network("far", "10.4.0.0/16", 9)}
+	networks := []Network{network("old", "10.1.0.0/16", 1), network("new", "10.2.0.0/16", 9),
+		network("six", "fd42::/48", 9), flat, network("far", "10.4.0.0/16", 9)}
 	keptHosts, keptNetworks, problems := apart(hosts, networks)
 	var got []string
 	for _, h := range keptHosts {

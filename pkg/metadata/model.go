@@ -93,17 +93,20 @@ func (f Foreign) String() string {
 
 // Host is one machine of the cluster. The first underlay address is the one tunnels use.
 type Host struct {
-	Name         string            `json:"name"`
-	Underlay     []Underlay        `json:"underlay"`
-	Labels       map[string]string `json:"labels,omitempty"`
-	MachineID    string            `json:"machineID"` // of /etc/machine-id: what tells a reinstalled host from a second one
-	BootID       string            `json:"bootID"`    // of /proc/sys/kernel/random/boot_id
-	MAC          MAC               `json:"mac,omitzero"`
-	IKEIdentity  string            `json:"ikeIdentity,omitempty"` // default: the name
-	IKEKeys      []string          `json:"ikeKeys,omitempty"`     // ids of the secrets of encrypted networks that this host has loaded
-	AgentVersion string            `json:"agentVersion,omitempty"`
-	Foreign      []Foreign         `json:"foreign,omitempty"` // at most MaxForeign; the underlay's own link is not among them
-	Joined       time.Time         `json:"joined,omitzero"`
+	Name     string            `json:"name"`
+	Underlay []Underlay        `json:"underlay"`
+	Labels   map[string]string `json:"labels,omitempty"`
+	// of /etc/machine-id: what tells a reinstalled host from a second one
+	MachineID   string `json:"machineID"`
+	BootID      string `json:"bootID"` // of /proc/sys/kernel/random/boot_id
+	MAC         MAC    `json:"mac,omitzero"`
+	IKEIdentity string `json:"ikeIdentity,omitempty"` // default: the name
+	// ids of the secrets of encrypted networks that this host has loaded
+	IKEKeys      []string `json:"ikeKeys,omitempty"`
+	AgentVersion string   `json:"agentVersion,omitempty"`
+	// at most MaxForeign; the underlay's own link is not among them
+	Foreign []Foreign `json:"foreign,omitempty"`
+	Joined  time.Time `json:"joined,omitzero"`
 
 	// Live is derived, never stored: the host's metadata service holds its lease.
 	Live bool `json:"live,omitempty"`
@@ -129,30 +132,34 @@ func (h Host) On(p netip.Prefix) (out []Foreign) {
 
 // Network is one address space that spans hosts.
 type Network struct {
-	Name            string                     `json:"name"`
-	Subnets         []netip.Prefix             `json:"subnets"` // at most one of each family
-	BlockSizeV4     int                        `json:"blockSizeV4,omitempty"`
-	BlockSizeV6     int                        `json:"blockSizeV6,omitempty"`
-	Encapsulation   string                     `json:"encapsulation"`
-	VNI             uint32                     `json:"vni,omitempty"`
-	Port            uint16                     `json:"port,omitempty"` // UDP
-	MTU             int                        `json:"mtu,omitempty"`  // of the containers' interfaces; 0: from the underlay
-	HostNAT         bool                       `json:"hostNAT"`        // masquerade what leaves the network
-	HostNATExempt   []netip.Prefix             `json:"hostNATExempt,omitempty"`
-	AllowFrom       []string                   `json:"allowFrom,omitempty"` // whose packets may come in: names of networks, AllowAll, prefixes outside
-	HostPorts       bool                       `json:"hostPorts,omitempty"`
-	DirectRouting   bool                       `json:"directRouting,omitempty"` // plain routes to hosts on the same link
-	StrictAffinity  bool                       `json:"strictAffinity,omitempty"`
-	CooldownSeconds int                        `json:"cooldownSeconds,omitempty"` // a released address rests so long; 0: DefaultCooldown
-	Exclude         []string                   `json:"exclude,omitempty"`         // address, prefix, or first-last
-	Gateways        []netip.Addr               `json:"gateways,omitempty"`        // of a flat network: the LAN's routers
+	Name          string         `json:"name"`
+	Subnets       []netip.Prefix `json:"subnets"` // at most one of each family
+	BlockSizeV4   int            `json:"blockSizeV4,omitempty"`
+	BlockSizeV6   int            `json:"blockSizeV6,omitempty"`
+	Encapsulation string         `json:"encapsulation"`
+	VNI           uint32         `json:"vni,omitempty"`
+	Port          uint16         `json:"port,omitempty"` // UDP
+	// of the containers' interfaces; 0: from the underlay
+	MTU           int            `json:"mtu,omitempty"`
+	HostNAT       bool           `json:"hostNAT"` // masquerade what leaves the network
+	HostNATExempt []netip.Prefix `json:"hostNATExempt,omitempty"`
+	// whose packets may come in: names of networks, AllowAll, prefixes outside
+	AllowFrom      []string `json:"allowFrom,omitempty"`
+	HostPorts      bool     `json:"hostPorts,omitempty"`
+	DirectRouting  bool     `json:"directRouting,omitempty"` // plain routes to hosts on the same link
+	StrictAffinity bool     `json:"strictAffinity,omitempty"`
+	// a released address rests so long; 0: DefaultCooldown
+	CooldownSeconds int                        `json:"cooldownSeconds,omitempty"`
+	Exclude         []string                   `json:"exclude,omitempty"`  // address, prefix, or first-last
+	Gateways        []netip.Addr               `json:"gateways,omitempty"` // of a flat network: the LAN's routers
 	IsDefault       bool                       `json:"isDefault,omitempty"`
 	CNIConfig       map[string]json.RawMessage `json:"cniConfig,omitempty"` // file name to conflist
 	Created         time.Time                  `json:"created,omitzero"`
 }
 
-// MarshalJSON writes what the tags say. That it is a method keeps encoding/json from taking the whole type apart for a request
-// that has a nil *Network in it, as nearly all have: a tenth of a millisecond in a process that lives for four.
+// MarshalJSON writes what the tags say. That it is a method keeps encoding/json from taking the whole type
+// apart for a request that has a nil *Network in it, as nearly all have: a tenth of a millisecond in a
+// process that lives for four.
 func (n Network) MarshalJSON() ([]byte, error) {
 	type plain Network
 	return json.Marshal(plain(n))
@@ -167,8 +174,8 @@ const (
 	DefaultCooldown    = 60 * time.Second
 )
 
-// ProbePort is the UDP port at which network managers answer each other's probes: the one before VXLAN's. IANA has assigned it to
-// nobody for UDP.
+// ProbePort is the UDP port at which network managers answer each other's probes: the one before VXLAN's.
+// IANA has assigned it to nobody for UDP.
 const ProbePort = 4788
 
 // StorePorts are the TCP ports of the store, for clients and between its members, by default: etcd's.
@@ -200,7 +207,8 @@ func (n Network) Crosses(h Host) (out []Foreign) {
 	return out
 }
 
-// AllowedPrefixes are the sources outside of all networks from which this one's containers may be reached, without a published port.
+// AllowedPrefixes are the sources outside of all networks from which this one's containers may be reached,
+// without a published port.
 func (n Network) AllowedPrefixes() (out []netip.Prefix) {
 	for _, s := range n.AllowFrom {
 		if p, err := netip.ParsePrefix(s); err == nil {
@@ -286,7 +294,8 @@ type ContainerInterface struct {
 	Addresses []netip.Addr `json:"addresses"`
 }
 
-// Volume is one that a driver of a host has for its containers. What it was made with is not told: a driver's options may be secrets.
+// Volume is one that a driver of a host has for its containers. What it was made with is not told: a driver's
+// options may be secrets.
 type Volume struct {
 	Driver  string    `json:"driver"` // as the runtime's users call it: lariat-nfs
 	Name    string    `json:"name"`
@@ -530,7 +539,8 @@ func LastAddr(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// Lengths of names, in octets: of networks and hosts, and of volumes and their drivers, which may be as long as the drivers allow.
+// Lengths of names, in octets: of networks and hosts, and of volumes and their drivers, which may be as long
+// as the drivers allow.
 const (
 	MaxNameLength       = 63
 	MaxVolumeNameLength = 128
@@ -547,7 +557,8 @@ func validName(s string, most int) error {
 		return fmt.Errorf("name %.100q: want 1 to %d characters", s, most)
 	}
 	for i, c := range s {
-		ok := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || i > 0 && (c == '-' || c == '_' || c == '.')
+		ok := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || i > 0 &&
+			(c == '-' || c == '_' || c == '.')
 		if !ok {
 			return fmt.Errorf("name %q: only letters, digits, and (not first) . _ - may stand in it", s)
 		}

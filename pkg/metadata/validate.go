@@ -13,9 +13,10 @@ import (
 	"unicode"
 )
 
-// What an entry of the store must be to be used. The service checks it where it reads the store, the client where it receives
-// a view, and the planners before they plan: whoever wrote an entry may have had another version, a mistake, or bad intentions.
-// An entry that fails becomes a Problem and is left out; all others stand.
+// What an entry of the store must be to be used. The service checks it where it reads the store, the client
+// where it receives a view, and the planners before they plan: whoever wrote an entry may have had another
+// version, a mistake, or bad intentions. An entry that fails becomes a Problem and is left out; all others
+// stand.
 
 // Problem is an entry that is left out because it cannot be used.
 type Problem struct {
@@ -40,7 +41,8 @@ func (p Problem) Remedy() string {
 	return remove
 }
 
-// show returns s as it may stand in a message: quoted when it has anything but printable characters, and cut when it is long.
+// show returns s as it may stand in a message: quoted when it has anything but printable characters, and cut
+// when it is long.
 func show(s string) string {
 	cut := ""
 	if len(s) > maxShown {
@@ -72,8 +74,8 @@ func NewProblem(key string, err error) Problem {
 
 func problem(kind, key string, err error) Problem { return NewProblem(kind+"/"+key, err) }
 
-// Decode reads the entry of that key. It fails when the entry is not JSON, or not one that its kind can be. It returns the zero
-// value then.
+// Decode reads the entry of that key. It fails when the entry is not JSON, or not one that its kind can be.
+// It returns the zero value then.
 func Decode[T interface{ Check(key string) error }](key string, data []byte) (T, error) {
 	var o, none T
 	if err := json.Unmarshal(data, &o); err != nil {
@@ -196,15 +198,20 @@ func ValidAddress(a netip.Addr) bool {
 
 // ValidContainerID checks the id of a container, as a runtime gives it.
 func ValidContainerID(id string) error {
-	if id == "" || len(id) > 256 || strings.ContainsFunc(id, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '/' }) {
-		return fmt.Errorf("containerID %s: want 1 to 256 characters, none of them space or /", strconv.Quote(id[:min(len(id), maxShown)]))
+	if id == "" || len(id) > 256 ||
+		strings.ContainsFunc(id, func(r rune) bool { return r <= ' ' || r == 0x7f || r == '/' }) {
+		return fmt.Errorf("containerID %s: want 1 to 256 characters, none of them space or /",
+			strconv.Quote(id[:min(len(id), maxShown)]))
 	}
 	return nil
 }
 
 // plain reports whether a word of an entry may stand in the configuration of other programs, and in the output of ours.
 func plain(s string) bool {
-	return len(s) <= 253 && !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) || r == unicode.ReplacementChar })
+	return len(s) <= 253 && !strings.ContainsFunc(s, func(r rune) bool {
+		return !unicode.IsPrint(r) ||
+			r == unicode.ReplacementChar
+	})
 }
 
 // validDevice reports whether an interface may have the name. A host need not name the device of its underlay.
@@ -214,7 +221,8 @@ func validDevice(s string) bool {
 
 // reserved are the addresses that mean something to every host; a network that holds one of them would take it away.
 var reserved = []netip.Prefix{
-	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"), netip.MustParsePrefix("224.0.0.0/3"),
+	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"),
+	netip.MustParsePrefix("224.0.0.0/3"),
 	netip.MustParsePrefix("::/8"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("ff00::/8"),
 }
 
@@ -246,8 +254,8 @@ func (n Network) unsafe() (errs []error) {
 	return errs
 }
 
-// Admits returns why a block cannot be one of the network's, or nil. Blocks that a network admits overlap nowhere: they are of
-// one size.
+// Admits returns why a block cannot be one of the network's, or nil. Blocks that a network admits overlap
+// nowhere: they are of one size.
 func (n Network) Admits(b Block) error {
 	for _, p := range n.Subnets {
 		if !p.Contains(b.CIDR.Addr()) || b.CIDR.Bits() < p.Bits() {
@@ -282,9 +290,9 @@ func joined(list []netip.Prefix) string {
 	return strings.Join(words, " ")
 }
 
-// Announceable returns why a container's address outside of its network's subnets cannot be announced to other hosts, or nil.
-// Hosts send to it by the network what they would have sent elsewhere. So it must be a private address (RFC 1918, RFC 4193), of
-// no other network and of no link between hosts.
+// Announceable returns why a container's address outside of its network's subnets cannot be announced to
+// other hosts, or nil. Hosts send to it by the network what they would have sent elsewhere. So it must be a
+// private address (RFC 1918, RFC 4193), of no other network and of no link between hosts.
 func Announceable(a netip.Addr, networks []Network, links []netip.Prefix) error {
 	if !a.IsPrivate() {
 		return fmt.Errorf("address %s lies outside of the network's subnets and is not a private one", a)
@@ -334,8 +342,9 @@ func Senior(a, b Host) int {
 	return first(a.Joined, b.Joined, a.Name, b.Name)
 }
 
-// Compatible returns the networks that can be used together, in their order, and a Problem for each of the others. Of two that
-// overlap or share a VNI, the one that was created first is used. Flat networks may overlap anything.
+// Compatible returns the networks that can be used together, in their order, and a Problem for each of the
+// others. Of two that overlap or share a VNI, the one that was created first is used. Flat networks may
+// overlap anything.
 func Compatible(all []Network) ([]Network, []Problem) {
 	if len(all) < 2 {
 		return all, nil
@@ -404,9 +413,10 @@ func Compatible(all []Network) ([]Network, []Problem) {
 	return kept, problems
 }
 
-// apart returns the hosts and encapsulated networks of which no host has an underlay address in a network, with a Problem for each of the others. Hosts
-// drop what comes from the underlay and claims an address of a network: with both, they would cut each other off. The one that was there
-// first is kept, and the host where that is not known.
+// apart returns the hosts and encapsulated networks of which no host has an underlay address in a network,
+// with a Problem for each of the others. Hosts drop what comes from the underlay and claims an address of a
+// network: with both, they would cut each other off. The one that was there first is kept, and the host where
+// that is not known.
 func apart(hosts []Host, networks []Network) ([]Host, []Network, []Problem) {
 	// Networks that can be used together overlap nowhere, so an address lies in one of them at most.
 	in, lengths := map[netip.Prefix]int{}, map[int]bool{}
@@ -441,13 +451,15 @@ func apart(hosts []Host, networks []Network) ([]Host, []Network, []Problem) {
 	for _, c := range clashes {
 		if h, n := hosts[c.h], networks[c.n]; !bad[n.Name] && !after(h, n) {
 			bad[n.Name] = true
-			problems = append(problems, problem(KindNetwork, n.Name, fmt.Errorf("host %s has the address %s of it on its underlay", h.Name, c.a)))
+			problems = append(problems, problem(KindNetwork, n.Name, fmt.Errorf("host %s has the address %s of it on its "+
+				"underlay", h.Name, c.a)))
 		}
 	}
 	for _, c := range clashes {
 		if h, n := hosts[c.h], networks[c.n]; !bad[n.Name] && !late[h.Name] {
 			late[h.Name] = true
-			problems = append(problems, problem(KindHost, h.Name, fmt.Errorf("its underlay address %s is one of network %s, which was first", c.a, n.Name)))
+			problems = append(problems, problem(KindHost, h.Name, fmt.Errorf("its underlay address %s is one of network "+
+				"%s, which was first", c.a, n.Name)))
 		}
 	}
 	if len(problems) == 0 {
@@ -457,11 +469,11 @@ func apart(hosts []Host, networks []Network) ([]Host, []Network, []Problem) {
 		slices.DeleteFunc(slices.Clone(networks), func(n Network) bool { return bad[n.Name] }), problems
 }
 
-// Sane returns what of a snapshot can be planned from, with a Problem for everything else. The snapshot itself stays as it is.
-// Sane costs nothing for a snapshot that comes from Sane.
+// Sane returns what of a snapshot can be planned from, with a Problem for everything else. The snapshot
+// itself stays as it is. Sane costs nothing for a snapshot that comes from Sane.
 //
-// The same entries give the same result on every host. Blocks and endpoints of a network that is not there are left out without
-// a word: a network that is removed goes before they do.
+// The same entries give the same result on every host. Blocks and endpoints of a network that is not there
+// are left out without a word: a network that is removed goes before they do.
 func (s *Snapshot) Sane() *Snapshot {
 	if s.sane {
 		return s
@@ -512,7 +524,8 @@ func (s *Snapshot) Sane() *Snapshot {
 }
 
 // keep returns the objects that pass their own check and fits, each key once. It returns the list itself when all do.
-func keep[T interface{ Check(key string) error }](list []T, kind string, key func(T) string, tell func(...Problem), fits func(T) (bool, error)) []T {
+func keep[T interface{ Check(key string) error }](list []T, kind string, key func(T) string, tell func(...Problem),
+	fits func(T) (bool, error)) []T {
 	out := list
 	seen := make(map[string]struct{}, len(list))
 	drop := false
@@ -580,7 +593,8 @@ func understood[T any](s *Snapshot, kind string, list []json.RawMessage) []T {
 		if err := json.Unmarshal(data, &o); err == nil {
 			out = append(out, o)
 		} else if s != nil {
-			s.Problems = append(s.Problems, problem(kind, "#"+strconv.Itoa(i), fmt.Errorf("%s is not understood: %w", show(string(data)), err)))
+			s.Problems = append(s.Problems,
+				problem(kind, "#"+strconv.Itoa(i), fmt.Errorf("%s is not understood: %w", show(string(data)), err)))
 		}
 	}
 	return out

@@ -90,7 +90,8 @@ func (v *viewState) apply(ev Event) (bool, error) {
 	return true, nil
 }
 
-// change takes one event of a kind. What is not understood changes nothing but the problems: what was known of the entry stays.
+// change takes one event of a kind. What is not understood changes nothing but the problems: what was known
+// of the entry stays.
 func change[T interface{ Check(key string) error }](v *viewState, l *listed[T], ev Event) {
 	at := ev.Kind + "/" + ev.Key
 	if ev.Type == EventDelete {
@@ -118,7 +119,8 @@ func changeText(m map[string]string, ev Event) {
 }
 
 func (v *viewState) load(s *Snapshot) {
-	*v = viewState{revision: s.Revision, self: s.Self, away: s.Away, anew: true, unsettled: true, problems: map[string]string{}}
+	*v = viewState{revision: s.Revision, self: s.Self, away: s.Away, anew: true, unsettled: true,
+		problems: map[string]string{}}
 	v.hosts = list(v, KindHost, s.Hosts, func(h Host) string { return h.Name })
 	v.networks = list(v, KindNetwork, s.Networks, func(n Network) string { return n.Name })
 	v.blocks = list(v, KindBlock, s.Blocks, BlockKey)

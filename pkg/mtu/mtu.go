@@ -3,15 +3,17 @@ package mtu
 
 import "github.com/lariat-net/lariat/pkg/metadata"
 
-// Octets that VXLAN adds in front of the inner IP packet (RFC 7348 §5): inner Ethernet 14, VXLAN 8, UDP 8, and the outer
-// IPv4 (20) or IPv6 (40) header. The outer Ethernet header does not count against the underlay's MTU.
+// Octets that VXLAN adds in front of the inner IP packet (RFC 7348 §5): inner Ethernet 14, VXLAN 8, UDP 8,
+// and the outer IPv4 (20) or IPv6 (40) header. The outer Ethernet header does not count against the
+// underlay's MTU.
 const (
 	VXLANOverIPv4 = 14 + 8 + 8 + 20
 	VXLANOverIPv6 = 14 + 8 + 8 + 40
 )
 
-// Octets of ESP in tunnel mode (RFC 4303 §2) apart from the outer IP header and padding: SPI and sequence number 8, and an
-// integrity check value of 16 with every suite that Lariat offers. UDP encapsulation (RFC 3948) adds a header of 8.
+// Octets of ESP in tunnel mode (RFC 4303 §2) apart from the outer IP header and padding: SPI and sequence
+// number 8, and an integrity check value of 16 with every suite that Lariat offers. UDP encapsulation (RFC
+// 3948) adds a header of 8.
 const (
 	espHeader  = 8
 	espICV     = 16
@@ -19,8 +21,9 @@ const (
 	udpHeader  = 8
 )
 
-// ESP is the longest inner packet, in octets, that fits an underlay packet of so many: with an initialisation vector of iv octets,
-// encryption in blocks of so many octets (4 when the cipher has none, RFC 4303 §2.4), over IPv4 or IPv6, with or without UDP.
+// ESP is the longest inner packet, in octets, that fits an underlay packet of so many: with an initialisation
+// vector of iv octets, encryption in blocks of so many octets (4 when the cipher has none, RFC 4303 §2.4),
+// over IPv4 or IPv6, with or without UDP.
 func ESP(underlay, iv, block int, v6, udp bool) int {
 	room := underlay - 20 - espHeader - iv - espICV
 	if v6 {
@@ -32,8 +35,8 @@ func ESP(underlay, iv, block int, v6, udp bool) int {
 	return room/block*block - espTrailer
 }
 
-// ipsec is what fits whatever two hosts agree on: the fallback suite, AES-CBC, takes most, and NAT, which brings UDP, is found out only
-// by IKE.
+// ipsec is what fits whatever two hosts agree on: the fallback suite, AES-CBC, takes most, and NAT, which
+// brings UDP, is found out only by IKE.
 func ipsec(underlay int, v6 bool) int { return ESP(underlay, 16, 16, v6, true) }
 
 // Default is assumed of an underlay that does not tell its MTU.
@@ -42,8 +45,8 @@ const Default = 1500
 // MinIPv6 is the smallest MTU on which IPv6 works (RFC 8200 §5).
 const MinIPv6 = 1280
 
-// Container is the MTU, in octets, of containers' interfaces on host h and of the network's device there: what the network
-// says, or the underlay's less the overhead.
+// Container is the MTU, in octets, of containers' interfaces on host h and of the network's device there:
+// what the network says, or the underlay's less the overhead.
 func Container(n metadata.Network, h metadata.Host) int {
 	if n.MTU != 0 {
 		return n.MTU

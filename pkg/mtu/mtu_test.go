@@ -28,7 +28,8 @@ func TestF8_MTU(t *testing.T) {
 		{"an underlay that does not tell", metadata.EncapVXLAN, 0, host(v4, 0), 1450, 50},
 		{"a host without an underlay", metadata.EncapVXLAN, 0, metadata.Host{}, 1450, 50},
 		{"a network that says it", metadata.EncapVXLAN, 1400, host(v4, 1500), 1400, 50},
-		{"a network that says more than fits: it is the operator's word", metadata.EncapVXLAN, 9000, host(v4, 1500), 9000, 50},
+		{"a network that says more than fits: it is the operator's word", metadata.EncapVXLAN, 9000, host(v4, 1500), 9000,
+			50},
 		{"a flat network", metadata.EncapNone, 0, host(v4, 1500), 1500, 0},
 		{"a flat network over IPv6", metadata.EncapNone, 0, host(v6, 9000), 9000, 0},
 	} {

@@ -1,7 +1,7 @@
 // Package nat plans host NAT: what containers send to the outside leaves with the host's address.
 //
-// It is one nftables rule per network and family over sets of prefixes, so it does not grow with containers and a container's
-// start or stop changes nothing. Pure: no kernel, no clock.
+// It is one nftables rule per network and family over sets of prefixes, so it does not grow with containers
+// and a container's start or stop changes nothing. Pure: no kernel, no clock.
 package nat
 
 import (
@@ -15,8 +15,9 @@ import (
 // Chain is where the rules stand: postrouting, at nft's own priority for source NAT.
 const Chain = "egress"
 
-// The source ports that masqueraded packets have, which are those that Linux gives to clients (ip_local_port_range): a container that
-// chooses the port of a service of its host would otherwise receive what peers send to that service (CVE-2021-3773).
+// The source ports that masqueraded packets have, which are those that Linux gives to clients
+// (ip_local_port_range): a container that chooses the port of a service of its host would otherwise receive
+// what peers send to that service (CVE-2021-3773).
 const (
 	FirstPort = 32768
 	LastPort  = 60999
@@ -25,8 +26,8 @@ const (
 // portProtocols have ports that NAT can choose, by IANA's numbers: TCP, UDP, SCTP, DCCP.
 var portProtocols = []delta.L4Proto{6, 17, 132, 33}
 
-// Plan returns the rules of every network that wants host NAT. What stays inside of any of our networks, goes to an exempted
-// prefix, or to a link-local or multicast address keeps its source.
+// Plan returns the rules of every network that wants host NAT. What stays inside of any of our networks, goes
+// to an exempted prefix, or to a link-local or multicast address keeps its source.
 func Plan(snap *metadata.Snapshot) *delta.State {
 	s := delta.NewState()
 	var inside []netip.Prefix

@@ -21,13 +21,17 @@ func prefixes(list ...string) (out []netip.Prefix) {
 
 // TestF58_F59_Golden: the rules of each little set of networks are the text of testdata.
 func TestF58_F59_Golden(t *testing.T) {
-	overlay := metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, HostNAT: true, Subnets: prefixes("10.42.0.0/16", "fd42::/48")}
-	second := metadata.Network{Name: "second", Encapsulation: metadata.EncapVXLAN, HostNAT: true, Subnets: prefixes("10.43.0.0/16")}
+	overlay := metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, HostNAT: true,
+		Subnets: prefixes("10.42.0.0/16", "fd42::/48")}
+	second := metadata.Network{Name: "second", Encapsulation: metadata.EncapVXLAN, HostNAT: true,
+		Subnets: prefixes("10.43.0.0/16")}
 	bare := metadata.Network{Name: "bare", Encapsulation: metadata.EncapVXLAN, Subnets: prefixes("10.44.0.0/16")}
-	flat := metadata.Network{Name: "flat", Encapsulation: metadata.EncapNone, HostNAT: true, Subnets: prefixes("192.0.2.0/24")}
+	flat := metadata.Network{Name: "flat", Encapsulation: metadata.EncapNone, HostNAT: true,
+		Subnets: prefixes("192.0.2.0/24")}
 	exempt := overlay
 	// Host bits, one within another, one twice, one that covers the network itself, and both families.
-	exempt.HostNATExempt = prefixes("198.51.100.7/24", "198.51.100.128/25", "198.51.100.0/24", "10.0.0.0/8", "2001:db8::/32", "fd00::/8")
+	exempt.HostNATExempt = prefixes("198.51.100.7/24", "198.51.100.128/25", "198.51.100.0/24", "10.0.0.0/8",
+		"2001:db8::/32", "fd00::/8")
 	for _, tc := range []struct {
 		name     string
 		networks []metadata.Network

@@ -19,11 +19,12 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// delegate executes another IPAM plugin for an attachment with our configuration and environment, as the spec says. Its result
-// comes back for ADD.
+// delegate executes another IPAM plugin for an attachment with our configuration and environment, as the spec
+// says. Its result comes back for ADD.
 //
-// The reference library's invoke package does the same, and since 1.3.1 links OpenTelemetry and net/http for it: two thirds
-// of a millisecond more for the start of every container, whether or not there is anything to delegate.
+// The reference library's invoke package does the same, and since 1.3.1 links OpenTelemetry and net/http for
+// it: two thirds of a millisecond more for the start of every container, whether or not there is anything to
+// delegate.
 func (c *call) delegate(ctx context.Context, verb string, id metadata.AttachmentID) (*current.Result, error) {
 	path, err := c.find(c.ipam.Type)
 	if err != nil {
@@ -48,7 +49,8 @@ func (c *call) delegate(ctx context.Context, verb string, id metadata.Attachment
 		if json.Unmarshal(out.Bytes(), &e) == nil && e.Code != 0 {
 			return nil, &cni.Error{Code: e.Code, Msg: "IPAM plugin " + c.ipam.Type + ": " + e.Msg, Details: e.Details}
 		}
-		return nil, cni.Errorf(cni.ErrConfig, "IPAM plugin %s, %s: %w: %s", path, verb, err, strings.TrimSpace(out.String()+errs.String()))
+		return nil, cni.Errorf(cni.ErrConfig, "IPAM plugin %s, %s: %w: %s", path, verb, err,
+			strings.TrimSpace(out.String()+errs.String()))
 	}
 	if verb != "ADD" {
 		return nil, nil
@@ -77,7 +79,8 @@ func (c *call) find(name string) (string, error) {
 			return path, nil
 		}
 	}
-	return "", cni.Errorf(cni.ErrConfig, "the IPAM plugin %s is not in CNI_PATH (%s)", name, c.Path).WithDetails("install it there, or use %q", "lariat-ipam")
+	return "", cni.Errorf(cni.ErrConfig, "the IPAM plugin %s is not in CNI_PATH (%s)", name,
+		c.Path).WithDetails("install it there, or use %q", "lariat-ipam")
 }
 
 func (c *call) delegateDel(ctx context.Context) error {

@@ -50,11 +50,15 @@ func start(t *testing.T) *lab.Host {
 		must(t, c.Up(ctx))
 		must(t, c.Hosts[0].Manager.Stop())
 		c.Hosts[0].Manager = nil
-		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay", metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true,
-			BlockSizeV4: 22, BlockSizeV6: 118, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")}}))
+		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay", metadata.Network{Name: "overlay",
+			Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true,
+			BlockSizeV4: 22, BlockSizeV6: 118, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"),
+				netip.MustParsePrefix("fd42::/48")}}))
 		must(t, c.Hosts[0].Client().Join(ctx, "overlay"))
-		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "private", metadata.Network{Name: "private", Encapsulation: metadata.EncapIPsec,
-			BlockSizeV4: 22, BlockSizeV6: 118, Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16"), netip.MustParsePrefix("fd44::/48")}}))
+		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "private", metadata.Network{Name: "private",
+			Encapsulation: metadata.EncapIPsec,
+			BlockSizeV4:   22, BlockSizeV6: 118, Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16"),
+				netip.MustParsePrefix("fd44::/48")}}))
 		must(t, c.Hosts[0].Client().Join(ctx, "private"))
 	})
 	if cluster == nil {
@@ -70,8 +74,8 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// mortal is the fake kernel of a process that can die in the middle: what a killed process does not do, its code must not do
-// here either, so it is left by a panic, which runs no roll-back.
+// mortal is the fake kernel of a process that can die in the middle: what a killed process does not do, its
+// code must not do here either, so it is left by a panic, which runs no roll-back.
 type mortal struct{ *fake.Kernel }
 
 func (m mortal) AddEndpoint(ctx context.Context, netns string, p delta.Endpoint) error {
@@ -139,7 +143,8 @@ func (b *bench) setUp() {
 
 // run calls the plugin in-process. A nil error is exit code 0.
 func (b *bench) run(verb string, more map[string]any) (string, error) {
-	conf := map[string]any{"cniVersion": "1.1.0", "name": b.network, "type": "lariat-" + b.encapsulation, "socket": b.socket, "stateDir": b.host.StateDir(), "ipam": b.ipam}
+	conf := map[string]any{"cniVersion": "1.1.0", "name": b.network, "type": "lariat-" + b.encapsulation,
+		"socket": b.socket, "stateDir": b.host.StateDir(), "ipam": b.ipam}
 	for k, v := range more {
 		conf[k] = v
 	}
@@ -196,14 +201,16 @@ func (b *bench) leftovers() {
 	b.t.Helper()
 	boot, err := os.ReadFile(filepath.Join(b.host.Dir, "boot-id"))
 	must(b.t, err)
-	l := &reconcile.GarbageCollector{Client: b.host.Client(), Journal: journal.New(b.host.StateDir()), Kernel: b.k, BootID: strings.TrimSpace(string(boot))}
+	l := &reconcile.GarbageCollector{Client: b.host.Client(), Journal: journal.New(b.host.StateDir()), Kernel: b.k,
+		BootID: strings.TrimSpace(string(boot))}
 	_, err = l.Run(ctx)
 	must(b.t, err)
 }
 
 var empty = map[string]any{"cni.dev/valid-attachments": []any{}}
 
-// TestF132_ADDFailsAtEveryStep: the failing ADD itself leaves the world as it was, a DEL behind it does too, and the next ADD works.
+// TestF132_ADDFailsAtEveryStep: the failing ADD itself leaves the world as it was, a DEL behind it does too,
+// and the next ADD works.
 func TestF132_ADDFailsAtEveryStep(t *testing.T) {
 	b := newBench(t)
 	b.setUp()
@@ -237,7 +244,8 @@ func TestF132_ADDFailsAtEveryStep(t *testing.T) {
 	}
 }
 
-// TestF132_ADDKilledAtEveryStep: nothing is rolled back; DEL, or GC, or (when the container is gone) the manager's pass does it.
+// TestF132_ADDKilledAtEveryStep: nothing is rolled back; DEL, or GC, or (when the container is gone) the
+// manager's pass does it.
 func TestF132_ADDKilledAtEveryStep(t *testing.T) {
 	for _, cure := range []string{"DEL", "GC", "leftovers", "ADD"} {
 		t.Run(cure, func(t *testing.T) {
@@ -283,8 +291,9 @@ func TestF132_ADDKilledAtEveryStep(t *testing.T) {
 	}
 }
 
-// TestF132_HostSetUpByADD: without a manager the ADD sets the host up. Failing or killed at any step, the container's part is
-// gone; what the host needs may stay, and the next ADD completes it. No encrypted device is ever there without the rules that block.
+// TestF132_HostSetUpByADD: without a manager the ADD sets the host up. Failing or killed at any step, the
+// container's part is gone; what the host needs may stay, and the next ADD completes it. No encrypted device
+// is ever there without the rules that block.
 func TestF132_HostSetUpByADD(t *testing.T) {
 	for _, encrypted := range []bool{false, true} {
 		for _, killed := range []bool{false, true} {
@@ -330,7 +339,8 @@ func TestF132_HostSetUpByADD(t *testing.T) {
 	}
 }
 
-// TestF132_DELAndGCFailOrDie: while the interface is there the address is not free, whatever happens; the next call does it.
+// TestF132_DELAndGCFailOrDie: while the interface is there the address is not free, whatever happens; the
+// next call does it.
 func TestF132_DELAndGCFailOrDie(t *testing.T) {
 	for _, verb := range []string{"DEL", "GC"} {
 		for _, killed := range []bool{false, true} {
@@ -428,8 +438,9 @@ func (p *proxy) hit() bool {
 	return p.broken
 }
 
-// TestF132_MetadataDiesBetweenSteps: at the n-th question of a verb the metadata service dies, before it hears or before it answers,
-// for a moment or for good. Whatever came of the verb, what follows it puts all in order.
+// TestF132_MetadataDiesBetweenSteps: at the n-th question of a verb the metadata service dies, before it
+// hears or before it answers, for a moment or for good. Whatever came of the verb, what follows it puts all
+// in order.
 func TestF132_MetadataDiesBetweenSteps(t *testing.T) {
 	for _, ever := range []bool{false, true} {
 		for _, deliver := range []bool{false, true} {
@@ -505,8 +516,9 @@ func TestF127_DELWhileMetadataDies(t *testing.T) {
 	}
 }
 
-// TestADDAfterADELThatDied: the DEL may have asked the manager to remove the interface before it died, and the manager may get to it after the
-// next ADD. So that ADD makes the interface anew, though it is there and whole.
+// TestADDAfterADELThatDied: the DEL may have asked the manager to remove the interface before it died, and
+// the manager may get to it after the next ADD. So that ADD makes the interface anew, though it is there and
+// whole.
 func TestADDAfterADELThatDied(t *testing.T) {
 	b := newBench(t)
 	b.setUp()
@@ -539,7 +551,8 @@ func script(t *testing.T, b *bench, add string) (calls func() string) {
 	t.Helper()
 	dir := t.TempDir()
 	log := filepath.Join(dir, "log")
-	must(t, os.WriteFile(filepath.Join(dir, "other"), []byte("#!/bin/sh\necho $CNI_COMMAND $CNI_CONTAINERID >> "+log+"\ncase $CNI_COMMAND in ADD) "+add+";; esac\n"), 0o755))
+	must(t, os.WriteFile(filepath.Join(dir, "other"), []byte("#!/bin/sh\necho $CNI_COMMAND $CNI_CONTAINERID >> "+log+
+		"\ncase $CNI_COMMAND in ADD) "+add+";; esac\n"), 0o755))
 	t.Setenv("CNI_PATH", dir)
 	t.Setenv("CNI_CONTAINERID", b.c.ID)
 	b.ipam = map[string]any{"type": "other"}
@@ -589,7 +602,8 @@ func TestF5_IPAMFails(t *testing.T) {
 		{"a result that is none", "echo '{\"cniVersion\":\"1.1.0\",\"ips\":7}'", cni.ErrDecode, "result"},
 		{"a result without an address", "echo '{\"cniVersion\":\"1.1.0\"}'", cni.ErrConfig, "no address"},
 		{"death by a signal", "kill -9 $$", cni.ErrConfig, "killed"},
-		{"an address that is held already", `echo '{"cniVersion":"1.1.0","ips":[{"address":"10.42.0.1/16"}]}'`, cni.ErrAddressHeld, "10.42.0.1"},
+		{"an address that is held already", `echo '{"cniVersion":"1.1.0","ips":[{"address":"10.42.0.1/16"}]}'`,
+			cni.ErrAddressHeld, "10.42.0.1"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			b := newBench(t)
@@ -688,7 +702,8 @@ func TestF7_CHECKNames(t *testing.T) {
 	if _, err := b.run("STATUS", nil); err != nil {
 		t.Errorf("the next ADD makes the device; STATUS said %v", err)
 	}
-	if _, err := b.run("STATUS", map[string]any{"strictStatus": true}); err == nil || !strings.Contains(err.Error(), "vtep1042") {
+	if _, err := b.run("STATUS", map[string]any{"strictStatus": true}); err == nil || !strings.Contains(err.Error(),
+		"vtep1042") {
 		t.Errorf("the device is gone; strict STATUS said %v", err)
 	}
 	b.setUp()
@@ -774,7 +789,8 @@ func TestADDInAnotherNamespace(t *testing.T) {
 	must(t, err)
 }
 
-// TestADDAfterADELThatCouldNotBeTold: the old record waits to be replayed; a new ADD of the same id that fails must not keep what it got.
+// TestADDAfterADELThatCouldNotBeTold: the old record waits to be replayed; a new ADD of the same id that
+// fails must not keep what it got.
 func TestADDAfterADELThatCouldNotBeTold(t *testing.T) {
 	b := newBench(t)
 	b.setUp()
@@ -811,7 +827,8 @@ func TestAddressThatRuns(t *testing.T) {
 	b.c, err = b.host.NewContainer(running.ID[:8] + "-next")
 	must(t, err)
 	t.Cleanup(func() { b.c.Netns.Remove() })
-	_, err = b.run("ADD", map[string]any{"args": map[string]any{"cni": map[string]any{"ips": []string{held.Addresses[0].Address.String()}}}})
+	ips := []string{held.Addresses[0].Address.String()}
+	_, err = b.run("ADD", map[string]any{"args": map[string]any{"cni": map[string]any{"ips": ips}}})
 	var e *types.Error
 	if !errors.As(err, &e) || e.Code != cni.ErrAddressHeld || !strings.Contains(e.Msg, running.ID) {
 		t.Errorf("%v", err)
@@ -820,7 +837,8 @@ func TestAddressThatRuns(t *testing.T) {
 	if err != nil || now.Addresses[0].Address != held.Addresses[0].Address || len(now.Addresses) != len(held.Addresses) {
 		t.Errorf("registered: %+v, %v, want %+v", now, err, held)
 	}
-	if _, err := client.Attachment(ctx, b.network, metadata.AttachmentID{ContainerID: b.c.ID, IfName: "eth0"}); !metadata.IsCode(err, metadata.CodeNotFound) {
+	if _, err := client.Attachment(ctx, b.network, metadata.AttachmentID{ContainerID: b.c.ID,
+		IfName: "eth0"}); !metadata.IsCode(err, metadata.CodeNotFound) {
 		t.Errorf("the one that failed: %v", err)
 	}
 	_, err = b.run("ADD", nil)

@@ -37,8 +37,9 @@ type Plugin struct {
 	Help          string
 	Encapsulation string
 
-	// Ready reports what keeps the encapsulation from working on this host, as a *cni.Error: with code cni.ErrNotAvailable no ADD is
-	// begun, with any other only STATUS tells. nil: nothing can. It asks the network manager at the socket, when that answers.
+	// Ready reports what keeps the encapsulation from working on this host, as a *cni.Error: with code
+	// cni.ErrNotAvailable no ADD is begun, with any other only STATUS tells. nil: nothing can. It asks the
+	// network manager at the socket, when that answers.
 	Ready func(ctx context.Context, managerSocket string) error
 
 	// Kernel opens the namespace that the plugin runs in.
@@ -47,7 +48,8 @@ type Plugin struct {
 
 // CNI is the plugin as the process contract wants it.
 func (p Plugin) CNI() cni.Plugin {
-	return cni.Plugin{Name: p.Name, Version: p.Version, Help: p.Help, Add: p.add, Del: p.del, Check: p.check, Status: p.status, GC: p.gc}
+	return cni.Plugin{Name: p.Name, Version: p.Version, Help: p.Help, Add: p.add, Del: p.del, Check: p.check,
+		Status: p.status, GC: p.gc}
 }
 
 // call is one verb at work.
@@ -77,7 +79,8 @@ func (p Plugin) open(r *cni.Request) (*call, error) {
 		block.StateDir = conf.StateDir
 	}
 	if block.Network != "" && block.Network != r.Conf.Name {
-		return nil, cni.Errorf(cni.ErrConfig, "key \"ipam.network\": %q differs from the name %q; under %s they are one and the same", block.Network, r.Conf.Name, p.Name)
+		return nil, cni.Errorf(cni.ErrConfig, "key \"ipam.network\": %q differs from the name %q; under %s they are one "+
+			"and the same", block.Network, r.Conf.Name, p.Name)
 	}
 	if block.Subnet == "" && block.Subnets == nil {
 		block.Definition = conf.Definition
@@ -143,7 +146,8 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 		return nil, err
 	}
 	if earlier.Terminating {
-		_ = c.client.Journal.SetTerminating(r.Conf.Name, r.ID(), false) // if it stays, the next ADD makes the interface anew, and no harm is done
+		// if it stays, the next ADD makes the interface anew, and no harm is done
+		_ = c.client.Journal.SetTerminating(r.Conf.Name, r.ID(), false)
 	}
 	return cni.After(r.Prev, c.result(port, fromIPAM)), nil
 }
@@ -184,7 +188,8 @@ func (c *call) ready(ctx context.Context) error {
 }
 
 // addresses asks our own IPAM in-process, or executes another one and announces what it chose.
-func (c *call) addresses(ctx context.Context, again bool, undo *[]func() error) (*metadata.Attachment, *current.Result, error) {
+func (c *call) addresses(ctx context.Context, again bool, undo *[]func() error) (*metadata.Attachment, *current.Result,
+	error) {
 	create, err := c.ipam.Create(c.Conf.Name, c.Encapsulation)
 	if err != nil {
 		return nil, nil, err
@@ -224,8 +229,9 @@ func (c *call) addresses(ctx context.Context, again bool, undo *[]func() error) 
 	return a, res, nil
 }
 
-// join makes sure that the host takes part in the network. Usually the manager has seen to it long ago. When it has not, or
-// does not run, the whole plan is applied here, so that a host works before, and without, the manager.
+// join makes sure that the host takes part in the network. Usually the manager has seen to it long ago. When
+// it has not, or does not run, the whole plan is applied here, so that a host works before, and without, the
+// manager.
 func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment) error {
 	var own []netip.Addr
 	for _, addr := range a.Addresses {
@@ -244,13 +250,14 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 	if err != nil {
 		return cni.FromMetadata(err)
 	}
-	// The device stands long before the routes and the filters do, so the device alone does not tell a later ADD that this one
-	// came to its end.
+	// The device stands long before the routes and the filters do, so the device alone does not tell a later ADD
+	// that this one came to its end.
 	if err := c.client.Journal.BeginHostSetup(c.Conf.Name); err != nil {
 		return cni.Errorf(cni.ErrIO, "%w", err)
 	}
 	if _, err := kernel.Reconcile(ctx, k, plan.Desired(snap, a.Host, kernel.LooseReversePath())); err != nil {
-		return cni.Errorf(cni.ErrKernel, "set up network %s on this host: %w", c.Conf.Name, err).WithDetails("check: lariat doctor; lariat plan --diff")
+		return cni.Errorf(cni.ErrKernel, "set up network %s on this host: %w", c.Conf.Name,
+			err).WithDetails("check: lariat doctor; lariat plan --diff")
 	}
 	return c.client.Journal.EndHostSetup(c.Conf.Name)
 }
@@ -262,7 +269,8 @@ func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.End
 	if err != nil {
 		return delta.Endpoint{}, err
 	}
-	conf := attach.Config{ID: c.ID(), Name: name, MAC: delta.MAC(mac), NoDefaultRoute: c.conf.DefaultRoute != nil && !*c.conf.DefaultRoute}
+	conf := attach.Config{ID: c.ID(), Name: name, MAC: delta.MAC(mac), NoDefaultRoute: c.conf.DefaultRoute != nil &&
+		!*c.conf.DefaultRoute}
 	routes := c.ipam.Routes
 	if fromIPAM != nil {
 		routes = nil
@@ -305,7 +313,8 @@ func (c *call) result(p delta.Endpoint, fromIPAM *current.Result) *current.Resul
 		{Name: p.IfName, Mac: p.MAC.String(), Mtu: p.MTU, Sandbox: c.Netns},
 	}}
 	for _, addr := range p.Addrs {
-		ip := &current.IPConfig{Interface: current.Int(1), Address: net.IPNet{IP: addr.AsSlice(), Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())}}
+		ip := &current.IPConfig{Interface: current.Int(1), Address: net.IPNet{IP: addr.AsSlice(),
+			Mask: net.CIDRMask(addr.BitLen(), addr.BitLen())}}
 		for _, g := range p.Gateways {
 			if g.BitLen() == addr.BitLen() {
 				ip.Gateway = g.AsSlice()
@@ -314,7 +323,8 @@ func (c *call) result(p delta.Endpoint, fromIPAM *current.Result) *current.Resul
 		res.IPs = append(res.IPs, ip)
 	}
 	for _, r := range p.Routes {
-		route := &types.Route{Dst: net.IPNet{IP: r.Dst.Addr().AsSlice(), Mask: net.CIDRMask(r.Dst.Bits(), r.Dst.Addr().BitLen())},
+		route := &types.Route{Dst: net.IPNet{IP: r.Dst.Addr().AsSlice(), Mask: net.CIDRMask(r.Dst.Bits(),
+			r.Dst.Addr().BitLen())},
 			GW: r.Via.AsSlice(), MTU: r.MTU, AdvMSS: r.AdvMSS, Priority: r.Priority}
 		if r.Table != 0 {
 			route.Table = &r.Table
@@ -406,13 +416,15 @@ func (p Plugin) check(ctx context.Context, r *cni.Request) error {
 	}
 	var named []string
 	for _, ip := range r.Prev.IPs {
-		if ip.Interface == nil || *ip.Interface >= 0 && *ip.Interface < len(r.Prev.Interfaces) && r.Prev.Interfaces[*ip.Interface].Name == r.IfName {
+		if ip.Interface == nil || *ip.Interface >= 0 && *ip.Interface < len(r.Prev.Interfaces) &&
+			r.Prev.Interfaces[*ip.Interface].Name == r.IfName {
 			named = append(named, ip.Address.IP.String())
 		}
 	}
 	for _, addr := range a.Addresses {
 		if !slices.Contains(named, addr.Address.String()) {
-			return cni.Errorf(cni.ErrDiffers, "attachment %s holds %s, but its result lists %s", r.ID(), addr.Address, strings.Join(named, ", "))
+			return cni.Errorf(cni.ErrDiffers, "attachment %s holds %s, but its result lists %s", r.ID(), addr.Address,
+				strings.Join(named, ", "))
 		}
 	}
 	k, err := p.Kernel()
@@ -429,13 +441,14 @@ func (p Plugin) check(ctx context.Context, r *cni.Request) error {
 		return cni.Errorf(cni.ErrDiffers, "attachment %s: %w", r.ID(), err)
 	}
 	if ok, err := k.Joined(ctx, a.Device, nil); err != nil || !ok {
-		return cni.Errorf(cni.ErrDiffers, "network %s: device %s is missing on this host", r.Conf.Name, a.Device).WithDetails("check: systemctl status lariat-network-manager; lariat plan --diff")
+		return cni.Errorf(cni.ErrDiffers, "network %s: device %s is missing on this host", r.Conf.Name,
+			a.Device).WithDetails("check: systemctl status lariat-network-manager; lariat plan --diff")
 	}
 	return nil
 }
 
-// asResulted judges only what this plugin made and the result still says: plugins behind it may have changed MTU, MAC and routes,
-// and recorded that in the result.
+// asResulted judges only what this plugin made and the result still says: plugins behind it may have changed
+// MTU, MAC and routes, and recorded that in the result.
 func (c *call) asResulted(p *delta.Endpoint) {
 	gateways := p.Gateways
 	p.MTU = 0 // not compared: the reference "tuning" changes it and leaves the result as it was
@@ -486,7 +499,8 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 		return nil // not in use yet: the first ADD makes it
 	}
 	if v, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err == nil && strings.TrimSpace(string(v)) == "0" {
-		return cni.Errorf(cni.ErrLimited, "net.ipv4.ip_forward is 0: no container's packet leaves this host").WithDetails("sysctl -w net.ipv4.ip_forward=1, or start lariat-network-manager, which sets it")
+		return cni.Errorf(cni.ErrLimited, "net.ipv4.ip_forward is 0: no container's packet leaves this host").
+			WithDetails("sysctl -w net.ipv4.ip_forward=1, or start lariat-network-manager, which sets it")
 	}
 	k, err := p.Kernel()
 	if err != nil {
@@ -497,7 +511,8 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 		return nil // a device that is missing is made by the manager, or by the next ADD
 	}
 	if ok, err := k.Joined(ctx, s.Device, nil); err != nil || !ok {
-		return cni.Errorf(cni.ErrLimited, "network %s: device %s is missing on this host", r.Conf.Name, s.Device).WithDetails("check: systemctl status lariat-network-manager; lariat plan --diff")
+		return cni.Errorf(cni.ErrLimited, "network %s: device %s is missing on this host", r.Conf.Name,
+			s.Device).WithDetails("check: systemctl status lariat-network-manager; lariat plan --diff")
 	}
 	return nil
 }
@@ -525,7 +540,8 @@ func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
 	if !c.owned {
 		_, err := c.delegate(ctx, "GC", metadata.AttachmentID{})
 		errs = append(errs, err)
-		// None of the reference IPAM plugins has a GC of its own, and their library answers one with success. A DEL they have.
+		// None of the reference IPAM plugins has a GC of its own, and their library answers one with success. A DEL
+		// they have.
 		for _, id := range records {
 			if _, err := c.delegate(ctx, "DEL", id); err != nil {
 				errs = append(errs, err)
@@ -536,8 +552,9 @@ func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
 	return join(append(errs, c.client.Collect(ctx, r.Conf.Name, keep)))
 }
 
-// unlisted are the host ends of this network's ports that the list does not name: by their alias, and, for one whose ADD was killed
-// before it had an alias, by the journal. The journal's unlisted attachments are told too.
+// unlisted are the host ends of this network's ports that the list does not name: by their alias, and, for
+// one whose ADD was killed before it had an alias, by the journal. The journal's unlisted attachments are
+// told too.
 func (c *call) unlisted(ctx context.Context, k kernel.Kernel) (names []string, ids []metadata.AttachmentID, err error) {
 	keep, listed := make(map[string]bool, len(*c.Valid)), make(map[metadata.AttachmentID]bool, len(*c.Valid))
 	for _, id := range *c.Valid {

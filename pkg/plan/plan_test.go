@@ -17,14 +17,18 @@ import (
 	"github.com/lariat-net/lariat/pkg/plan"
 )
 
-// check fails when a plan could harm its host: it diverts what is not the networks', or the kernel refuses the whole of it.
+// check fails when a plan could harm its host: it diverts what is not the networks', or the kernel refuses
+// the whole of it.
 func check(t *testing.T, snap *metadata.Snapshot, s *delta.State) {
 	t.Helper()
 	sane := snap.Sane()
 	for k := range s.Routes {
 		p := k.Dst
 		inside := slices.ContainsFunc(sane.Networks, func(n metadata.Network) bool {
-			return slices.ContainsFunc(n.Subnets, func(q netip.Prefix) bool { return q.Bits() <= p.Bits() && q.Contains(p.Addr()) })
+			return slices.ContainsFunc(n.Subnets, func(q netip.Prefix) bool {
+				return q.Bits() <= p.Bits() &&
+					q.Contains(p.Addr())
+			})
 		})
 		if p.Bits() < 8 || !inside && !(p.IsSingleIP() && p.Addr().IsPrivate()) || p != p.Masked() {
 			t.Errorf("route to %s, which is no network's", p)
@@ -100,7 +104,8 @@ func tunnels(t *testing.T, snap *metadata.Snapshot) {
 	t.Helper()
 	names := map[string]bool{}
 	for _, x := range ipsec.Tunnels(snap, snap.Self, ipsec.Options{Keys: []string{"k1"}}) {
-		if names[x.Name] || strings.ContainsAny(x.Name+x.LocalID+x.RemoteID, " \n\x00\x1b") && metadata.ValidName(x.Peer) != nil || !x.Remote.IsValid() || x.Remote == x.Local || len(x.Children) == 0 {
+		if names[x.Name] || strings.ContainsAny(x.Name+x.LocalID+x.RemoteID, " \n\x00\x1b") &&
+			metadata.ValidName(x.Peer) != nil || !x.Remote.IsValid() || x.Remote == x.Local || len(x.Children) == 0 {
 			t.Errorf("%+v", x)
 		}
 		names[x.Name] = true
@@ -146,7 +151,8 @@ func FuzzDesired(f *testing.F) {
 	})
 }
 
-// hostile are snapshots with one entry each that harmed every host, or made the kernel refuse all of a plan. red and green are in order.
+// hostile are snapshots with one entry each that harmed every host, or made the kernel refuse all of a plan.
+// red and green are in order.
 var hostile = []string{
 	with(`"blocks":[{"network":"red","cidr":"0.0.0.0/0","host":"b"}]`),
 	with(`"blocks":[{"network":"green","cidr":"0.0.0.0/0","host":"b"}]`),
@@ -155,7 +161,8 @@ var hostile = []string{
 	with(`"endpoints":[{"network":"red","address":"8.8.8.8","host":"b"},{"network":"red","address":"192.0.2.254","host":"b"},{"network":"red","address":"10.43.0.9","host":"b"}]`),
 	with(`"blocks":[{"network":"red","cidr":"10.42.0.0/26","host":"b","gateway":"8.8.8.8"}]`),
 	with(`"blocks":[{"network":"red","cidr":"","host":"b"},null,{}]`),
-	networks(`{"name":"` + strings.Repeat("n", 3000) + `","subnets":["10.99.0.0/16"],"encapsulation":"vxlan","vni":9,"hostNAT":true}`),
+	networks(`{"name":"` + strings.Repeat("n", 3000) +
+		`","subnets":["10.99.0.0/16"],"encapsulation":"vxlan","vni":9,"hostNAT":true}`),
 	networks(`{"name":"aaa","subnets":["0.0.0.0/0"],"encapsulation":"ipsec","hostNAT":true}`),
 	networks(`{"name":"aaa","subnets":["10.42.0.0/15"],"encapsulation":"ipsec"}`),
 	networks(`{"name":"aaa","subnets":["10.99.0.0/16"],"encapsulation":"vxlan","vni":1042}`),
@@ -166,8 +173,10 @@ var hostile = []string{
 	networks(`{"name":"aaa","subnets":["192.0.2.0/24"],"encapsulation":"vxlan","vni":9,"created":"2026-02-01T00:00:00Z"}`),
 	hosts(`{"name":"b2","underlay":[{"address":"10.42.1.9/26","device":"eth0"}],"mac":"0e:00:00:00:00:09","joined":"2026-02-01T00:00:00Z"}`),
 	hosts(`{"name":"b2","underlay":[{"address":"224.0.0.1/32"}],"mac":"0e:00:00:00:00:09"}`),
-	hosts(`{"name":"b2","underlay":[{"address":"192.0.2.9/24","device":"` + strings.Repeat("d", 99) + `"}],"mac":"01:00:00:00:00:09"}`),
-	hosts(`{"name":"` + strings.Repeat("h", 3000) + `","underlay":[{"address":"192.0.2.9/24"}],"mac":"0e:00:00:00:00:09"}`),
+	hosts(`{"name":"b2","underlay":[{"address":"192.0.2.9/24","device":"` + strings.Repeat("d", 99) +
+		`"}],"mac":"01:00:00:00:00:09"}`),
+	hosts(`{"name":"` + strings.Repeat("h", 3000) +
+		`","underlay":[{"address":"192.0.2.9/24"}],"mac":"0e:00:00:00:00:09"}`),
 	hosts(`{}`), hosts(`null`), hosts(`{"name":"\u001b[31m"}`),
 }
 
@@ -232,7 +241,8 @@ func TestSeniorHostKeepsItsAddress(t *testing.T) {
 	}
 	s.Hosts[0].Joined = time.Date(2026, 2, 1, 0, 0, 0, 0, time.UTC)
 	got := plan.Desired(&s, "a", false)
-	if len(got.FDB) != 1 || len(got.Problems) == 0 || !strings.Contains(got.Problems[0], "host aaa has the underlay address 192.0.2.2 of host b") {
+	if len(got.FDB) != 1 || len(got.Problems) == 0 ||
+		!strings.Contains(got.Problems[0], "host aaa has the underlay address 192.0.2.2 of host b") {
 		t.Errorf("%s", got)
 	}
 }
@@ -252,18 +262,23 @@ func (p *picker) n(most int) int {
 func pick[T any](p *picker, list ...T) T { return list[p.n(len(list))] }
 
 func (p *picker) name() string {
-	return pick(p, "a", "b", "c", "red", "green", "", "../x", strings.Repeat("n", 63), strings.Repeat("n", 64), "x\x1b", "ä")
+	return pick(p, "a", "b", "c", "red", "green", "", "../x", strings.Repeat("n", 63), strings.Repeat("n", 64), "x\x1b",
+		"ä")
 }
 
 func (p *picker) prefix() netip.Prefix {
-	q, _ := netip.ParsePrefix(pick(p, "10.42.0.0/16", "10.42.0.0/26", "10.42.0.64/26", "10.42.0.0/24", "10.43.0.0/16", "10.43.0.0/26", "fd42::/64", "fd42::/122", "192.0.2.0/24", "192.0.2.0/26",
-		"0.0.0.0/0", "::/0", "0.0.0.0/1", "127.0.0.0/8", "224.0.0.0/8", "fe80::/10", "::ffff:10.42.0.0/122", "10.42.0.1/26", "10.0.0.0/8", "2000::/3", "", "255.255.255.255/32", "ffff::/16", "8.8.8.0/26"))
+	q, _ := netip.ParsePrefix(pick(p, "10.42.0.0/16", "10.42.0.0/26", "10.42.0.64/26", "10.42.0.0/24", "10.43.0.0/16",
+		"10.43.0.0/26", "fd42::/64", "fd42::/122", "192.0.2.0/24", "192.0.2.0/26",
+		"0.0.0.0/0", "::/0", "0.0.0.0/1", "127.0.0.0/8", "224.0.0.0/8", "fe80::/10", "::ffff:10.42.0.0/122", "10.42.0.1/26",
+		"10.0.0.0/8", "2000::/3", "", "255.255.255.255/32", "ffff::/16", "8.8.8.0/26"))
 	return q
 }
 
 func (p *picker) addr() netip.Addr {
-	a, _ := netip.ParseAddr(pick(p, "10.42.0.1", "10.42.0.65", "10.43.0.1", "fd42::1", "192.0.2.1", "192.0.2.2", "192.0.2.254", "2001:db8::1", "8.8.8.8", "0.0.0.0", "::", "127.0.0.1", "::1",
-		"224.0.0.1", "ff02::1", "fe80::1%eth0", "fe80::1", "::ffff:10.42.0.1", "255.255.255.255", "172.30.0.5", "fd99::1", ""))
+	a, _ := netip.ParseAddr(pick(p, "10.42.0.1", "10.42.0.65", "10.43.0.1", "fd42::1", "192.0.2.1", "192.0.2.2",
+		"192.0.2.254", "2001:db8::1", "8.8.8.8", "0.0.0.0", "::", "127.0.0.1", "::1",
+		"224.0.0.1", "ff02::1", "fe80::1%eth0", "fe80::1", "::ffff:10.42.0.1", "255.255.255.255", "172.30.0.5", "fd99::1",
+		""))
 	return a
 }
 
@@ -271,16 +286,20 @@ func (p *picker) snapshot() *metadata.Snapshot {
 	s := &metadata.Snapshot{Self: pick(p, "a", "b", "red", "")}
 	when := func() time.Time { return pick(p, time.Time{}, time.Unix(1, 0), time.Unix(2, 0)) }
 	for range p.n(4) {
-		h := metadata.Host{Name: p.name(), Live: p.n(2) == 0, Joined: when(), MAC: metadata.MAC{byte(p.n(3)), 0, byte(p.n(3)), 0, 0, 1}, IKEIdentity: pick(p, "", "id", "x\n")}
+		h := metadata.Host{Name: p.name(), Live: p.n(2) == 0, Joined: when(), MAC: metadata.MAC{byte(p.n(3)), 0, byte(p.n(3)),
+			0, 0, 1}, IKEIdentity: pick(p, "", "id", "x\n")}
 		for range p.n(3) {
 			a := p.addr()
-			h.Underlay = append(h.Underlay, metadata.Underlay{Address: netip.PrefixFrom(a, pick(p, 24, 32, 0, 64, 128, 200)), Device: pick(p, "eth0", "", strings.Repeat("d", 16), "a/b"), MTU: pick(p, 1500, 0, -1, 9000, 60, 1<<30)})
+			h.Underlay = append(h.Underlay, metadata.Underlay{Address: netip.PrefixFrom(a, pick(p, 24, 32, 0, 64, 128, 200)),
+				Device: pick(p, "eth0", "", strings.Repeat("d", 16), "a/b"), MTU: pick(p, 1500, 0, -1, 9000, 60, 1<<30)})
 		}
 		s.Hosts = append(s.Hosts, h)
 	}
 	for range p.n(5) {
-		n := metadata.Network{Name: p.name(), Encapsulation: pick(p, "vxlan", "ipsec", "none", "", "x"), VNI: pick[uint32](p, 1042, 1043, 0, 1<<24), Port: pick[uint16](p, 0, 4789, 1),
-			MTU: pick(p, 0, 1400, 1, -5, 65535), HostNAT: p.n(2) == 0, DirectRouting: p.n(2) == 0, BlockSizeV4: pick(p, 0, 26, 32, 8, -1, 99), BlockSizeV6: pick(p, 0, 122, 128, -1), Created: when()}
+		n := metadata.Network{Name: p.name(), Encapsulation: pick(p, "vxlan", "ipsec", "none", "", "x"),
+			VNI: pick[uint32](p, 1042, 1043, 0, 1<<24), Port: pick[uint16](p, 0, 4789, 1),
+			MTU: pick(p, 0, 1400, 1, -5, 65535), HostNAT: p.n(2) == 0, DirectRouting: p.n(2) == 0,
+			BlockSizeV4: pick(p, 0, 26, 32, 8, -1, 99), BlockSizeV6: pick(p, 0, 122, 128, -1), Created: when()}
 		for range 1 + p.n(3) {
 			n.Subnets = append(n.Subnets, p.prefix())
 		}
@@ -298,7 +317,8 @@ func (p *picker) snapshot() *metadata.Snapshot {
 	return s
 }
 
-// FuzzDesiredOf is FuzzDesired with snapshots that are built of the words which matter, so that the fuzzer need not find JSON first.
+// FuzzDesiredOf is FuzzDesired with snapshots that are built of the words which matter, so that the fuzzer
+// need not find JSON first.
 func FuzzDesiredOf(f *testing.F) {
 	r := rand.New(rand.NewPCG(1, 2))
 	for range 300 { // each of them is a test of its own, without the fuzzer as well

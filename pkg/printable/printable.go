@@ -1,7 +1,8 @@
 // Package printable makes text of others safe for a terminal, a log and a line of a table.
 //
-// Names of containers, hosts and networks, labels, and errors that quote them come from elsewhere. Raw, they can move the cursor,
-// change colours and titles, begin lines of their own, or turn around the order of what stands behind them.
+// Names of containers, hosts and networks, labels, and errors that quote them come from elsewhere. Raw, they
+// can move the cursor, change colours and titles, begin lines of their own, or turn around the order of what
+// stands behind them.
 package printable
 
 import (
@@ -13,9 +14,10 @@ import (
 	"unicode/utf8"
 )
 
-// Line returns s as one line in which everything shows. What Unicode does not count as printable stands as an escape of Go, such as \n,
-// \x1b, \u202e or \xff: controls (C0, DEL, C1), format characters (bidirectional ones among them), all spaces but the ASCII one,
-// separators of lines, characters that are not assigned, and invalid UTF-8. Line of its own result changes nothing.
+// Line returns s as one line in which everything shows. What Unicode does not count as printable stands as an
+// escape of Go, such as \n, \x1b, \u202e or \xff: controls (C0, DEL, C1), format characters (bidirectional
+// ones among them), all spaces but the ASCII one, separators of lines, characters that are not assigned, and
+// invalid UTF-8. Line of its own result changes nothing.
 func Line(s string) string {
 	return escape(s, func(b *strings.Builder, r rune, bytes string) {
 		if r == utf8.RuneError && len(bytes) == 1 {
@@ -39,8 +41,8 @@ func Text(s string) string {
 // Joined is Line for errors, which may be several, joined by newlines: semicolons stand between them.
 func Joined(s string) string { return Line(strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")) }
 
-// JSON returns a JSON document that says the same in printable characters and newlines. Encoders leave DEL, C1 and format characters as
-// they are; outside of strings there are none.
+// JSON returns a JSON document that says the same in printable characters and newlines. Encoders leave DEL,
+// C1 and format characters as they are; outside of strings there are none.
 func JSON(document string) string {
 	return escape(document, func(b *strings.Builder, r rune, bytes string) {
 		switch {

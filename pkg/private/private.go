@@ -34,8 +34,8 @@ func Create(path string) (*File, error) {
 	return out, nil
 }
 
-// Publish gives the file its name, once its content is on the disk. It fails with fs.ErrExist when the name is taken, by a symbolic
-// link too: link(2) neither replaces nor follows one.
+// Publish gives the file its name, once its content is on the disk. It fails with fs.ErrExist when the name
+// is taken, by a symbolic link too: link(2) neither replaces nor follows one.
 func (f *File) Publish() error {
 	return f.finish(func(tmp string) error {
 		err := os.Link(tmp, f.path)
@@ -94,8 +94,8 @@ func write(path string, content []byte, finish func(*File) error) error {
 	return finish(f)
 }
 
-// Check returns why a file of that description is not its owner's alone, with the remedy; nil when it is. The owner has to be root or the
-// caller.
+// Check returns why a file of that description is not its owner's alone, with the remedy; nil when it is. The
+// owner has to be root or the caller.
 func Check(path string, info fs.FileInfo) error {
 	st, _ := info.Sys().(*syscall.Stat_t)
 	switch {

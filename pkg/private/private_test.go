@@ -46,13 +46,15 @@ func TestFilesAreTheirOwnersAloneUnderEveryUmask(t *testing.T) {
 func TestWriteNeitherReplacesNorFollows(t *testing.T) {
 	dir := t.TempDir()
 	path := func(name string) string { return filepath.Join(dir, name) }
-	for _, err := range []error{os.WriteFile(path("file"), []byte("old"), 0o644), os.Symlink("file", path("link")), os.Symlink("none", path("dangling")), os.Mkdir(path("dir"), 0o700)} {
+	for _, err := range []error{os.WriteFile(path("file"), []byte("old"), 0o644), os.Symlink("file", path("link")),
+		os.Symlink("none", path("dangling")), os.Mkdir(path("dir"), 0o700)} {
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
 	for _, name := range []string{"file", "link", "dangling", "dir"} {
-		if err := private.Write(path(name), []byte("new")); !errors.Is(err, fs.ErrExist) || !strings.Contains(err.Error(), path(name)) {
+		if err := private.Write(path(name), []byte("new")); !errors.Is(err, fs.ErrExist) ||
+			!strings.Contains(err.Error(), path(name)) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -106,7 +108,8 @@ func TestReadRefuses(t *testing.T) {
 		if err := os.Chmod(path, mode); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := private.Read(path); err == nil || !strings.Contains(err.Error(), "chmod 600 "+path) || strings.Contains(err.Error(), "hunter2") {
+		if _, err := private.Read(path); err == nil || !strings.Contains(err.Error(), "chmod 600 "+path) ||
+			strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("mode %04o: %v", mode, err)
 		}
 	}

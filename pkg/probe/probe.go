@@ -1,8 +1,10 @@
-// Package probe finds out what this kernel and this process can do, by doing it in a network namespace that is thrown away.
-// Modules load on first use, configurations lie, and containers forbid: only a try tells. Nothing outside of that namespace changes.
+// Package probe finds out what this kernel and this process can do, by doing it in a network namespace that
+// is thrown away. Modules load on first use, configurations lie, and containers forbid: only a try tells.
+// Nothing outside of that namespace changes.
 //
-// "lariat doctor" asks Check; tests say what they need with Need, and are skipped, with the names of what is missing, where
-// it is missing. REQUIRE=vxlan,nftfib (or REQUIRE=all) turns such a skip into a failure, so that coverage cannot leak away unseen.
+// "lariat doctor" asks Check; tests say what they need with Need, and are skipped, with the names of what is
+// missing, where it is missing. REQUIRE=vxlan,nftfib (or REQUIRE=all) turns such a skip into a failure, so
+// that coverage cannot leak away unseen.
 package probe
 
 import (
@@ -85,7 +87,8 @@ var tries = map[Feature]func() error{
 	Nft:    func() error { return chain("filter", "input", delta.Verdict("accept")) },
 	NftFib: func() error { return chain("filter", "prerouting", delta.NoReverse{}, delta.Verdict("drop")) },
 	NftCT: func() error {
-		return errors.Join(chain("filter", "output", delta.Notrack{}), chain("filter", "forward", delta.CtReply{}, delta.Verdict("accept")))
+		return errors.Join(chain("filter", "output", delta.Notrack{}),
+			chain("filter", "forward", delta.CtReply{}, delta.Verdict("accept")))
 	},
 	NftNAT: func() error { return chain("nat", "postrouting", delta.Masquerade{}) },
 }
@@ -95,7 +98,8 @@ var (
 	results = map[Feature]error{}
 )
 
-// Check tries a feature until it is there, once then in the life of the process, and says why it is missing. A try takes some milliseconds.
+// Check tries a feature until it is there, once then in the life of the process, and says why it is missing.
+// A try takes some milliseconds.
 func Check(f Feature) error {
 	try, ok := tries[f]
 	if !ok {
@@ -138,8 +142,8 @@ type TB interface {
 	Fatalf(format string, args ...any)
 }
 
-// Need skips a test with the names of what is missing. A feature that the environment variable REQUIRE lists, or any if that is
-// "all", makes it fail instead.
+// Need skips a test with the names of what is missing. A feature that the environment variable REQUIRE lists,
+// or any if that is "all", makes it fail instead.
 func Need(t TB, features ...Feature) {
 	t.Helper()
 	if Short() {
@@ -201,7 +205,8 @@ func remedy(err error, what string) error {
 
 // The ciphers that a security association is tried with, the likeliest first.
 var (
-	gcm     = netlink.XfrmState{Aead: &netlink.XfrmStateAlgo{Name: "rfc4106(gcm(aes))", Key: make([]byte, 20), ICVLen: 128}}
+	gcm = netlink.XfrmState{Aead: &netlink.XfrmStateAlgo{Name: "rfc4106(gcm(aes))", Key: make([]byte, 20),
+		ICVLen: 128}}
 	ciphers = []netlink.XfrmState{
 		gcm,
 		{
@@ -215,8 +220,8 @@ var (
 	}
 )
 
-// esp makes a security association in tunnel mode with one of the ciphers. The kernel refuses a protocol that it does not have as
-// well as a cipher, with different errors; they are all told.
+// esp makes a security association in tunnel mode with one of the ciphers. The kernel refuses a protocol that
+// it does not have as well as a cipher, with different errors; they are all told.
 func esp(src, dst string, with ...netlink.XfrmState) error {
 	return inside(func() error {
 		var errs []error
@@ -274,7 +279,8 @@ func apply(build func(s *delta.State)) error {
 }
 
 func device(s *delta.State) string {
-	s.Links["probe"] = delta.Link{Kind: "vxlan", VNI: 1, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"), MAC: delta.MAC{2, 0, 0, 0, 0, 1}, MTU: 1450, Alias: delta.AliasPrefix + "probe"}
+	s.Links["probe"] = delta.Link{Kind: "vxlan", VNI: 1, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"),
+		MAC: delta.MAC{2, 0, 0, 0, 0, 1}, MTU: 1450, Alias: delta.AliasPrefix + "probe"}
 	return "probe"
 }
 

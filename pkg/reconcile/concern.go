@@ -1,5 +1,5 @@
-// Package reconcile keeps a host's kernel equal to the metadata: one loop per concern, each of which observes, diffs and applies
-// on an event, on a timer, and again with back-off after an error.
+// Package reconcile keeps a host's kernel equal to the metadata: one loop per concern, each of which
+// observes, diffs and applies on an event, on a timer, and again with back-off after an error.
 package reconcile
 
 import (
@@ -40,7 +40,8 @@ type Health struct {
 
 // NewConcern makes a concern that has not run yet, and so is not healthy yet.
 func NewConcern(name string, every time.Duration, run func(ctx context.Context) ([]string, error)) *Concern {
-	return &Concern{Name: name, Every: every, Run: run, trigger: make(chan struct{}, 1), ask: make(chan chan error), health: Health{Concern: name, Error: "has not run yet"}}
+	return &Concern{Name: name, Every: every, Run: run, trigger: make(chan struct{}, 1), ask: make(chan chan error),
+		health: Health{Concern: name, Error: "has not run yet"}}
 }
 
 // Trigger asks for a pass soon. Triggers that come while a pass runs, or shortly after, are folded into the next one.
@@ -51,8 +52,8 @@ func (c *Concern) Trigger() {
 	}
 }
 
-// Broken says that what was kept true has been seen to break, and asks for a pass: until one that began after that is through the concern is not
-// healthy.
+// Broken says that what was kept true has been seen to break, and asks for a pass: until one that began after
+// that is through the concern is not healthy.
 func (c *Concern) Broken(err error) {
 	c.mu.Lock()
 	c.breaks++

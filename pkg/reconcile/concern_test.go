@@ -68,7 +68,11 @@ func TestConcernNeverWaitsLongerThanItsTimer(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
 		passes := 0
-		c := NewConcern("test", time.Second, func(context.Context) ([]string, error) { passes++; return nil, errors.New("no") })
+		c := NewConcern("test", time.Second, func(context.Context) ([]string, error) {
+			passes++
+			return nil,
+				errors.New("no")
+		})
 		go c.Loop(ctx, discard())
 		time.Sleep(10*time.Second + 1) //nolint:forbidigo // the bubble's clock
 		synctest.Wait()
@@ -201,7 +205,8 @@ func TestConcernWaitsForTheFirstViewInSilence(t *testing.T) {
 	})
 }
 
-// TestConcernLogsOnce: a failure, each new one, the recovery, every change; nothing twice, and nothing when nothing happens.
+// TestConcernLogsOnce: a failure, each new one, the recovery, every change; nothing twice, and nothing when
+// nothing happens.
 func TestConcernLogsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -223,7 +228,8 @@ func TestConcernLogsOnce(t *testing.T) {
 		synctest.Wait()
 		cancel()
 		synctest.Wait()
-		for words, want := range map[string]int{"error=first": 1, "error=second": 1, "msg=recovered": 1, "failures=8": 1, `change="+ one"`: 3, `change="- two"`: 3} {
+		for words, want := range map[string]int{"error=first": 1, "error=second": 1, "msg=recovered": 1, "failures=8": 1,
+			`change="+ one"`: 3, `change="- two"`: 3} {
 			if got := strings.Count(log.String(), words); got != want {
 				t.Errorf("%q is said %d times, want %d", words, got, want)
 			}
@@ -239,7 +245,11 @@ func TestConcernEndsInTheMiddleOfAPass(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		var log bytes.Buffer
-		c := NewConcern("test", time.Second, func(ctx context.Context) ([]string, error) { <-ctx.Done(); return nil, ctx.Err() })
+		c := NewConcern("test", time.Second, func(ctx context.Context) ([]string, error) {
+			<-ctx.Done()
+			return nil,
+				ctx.Err()
+		})
 		done := make(chan struct{})
 		go func() { c.Loop(ctx, slog.New(slog.NewTextHandler(&log, nil))); close(done) }()
 		synctest.Wait()
@@ -251,7 +261,8 @@ func TestConcernEndsInTheMiddleOfAPass(t *testing.T) {
 	})
 }
 
-// TestF47_DoAnswersForItsOwnPass: a pass that was under way when it was asked has seen the old files, and is not the one that counts.
+// TestF47_DoAnswersForItsOwnPass: a pass that was under way when it was asked has seen the old files, and is
+// not the one that counts.
 func TestF47_DoAnswersForItsOwnPass(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -276,7 +287,8 @@ func TestF47_DoAnswersForItsOwnPass(t *testing.T) {
 	})
 }
 
-// TestF44_MendingIsRedUntilTheEndOfThePass: what a pass finds broken is told while it mends, and is no reason for another pass.
+// TestF44_MendingIsRedUntilTheEndOfThePass: what a pass finds broken is told while it mends, and is no reason
+// for another pass.
 func TestF44_MendingIsRedUntilTheEndOfThePass(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())

@@ -56,7 +56,8 @@ func EndpointFaults(
 // wantedVeth is what a port should be. Without a record, which may be in another runtime's state directory,
 // its addresses are not known: then what protects the host and other containers is all that is wanted. own are the
 // host's addresses on the network: it may have others than at the time of the ADD, and speaks from those.
-func wantedVeth(have delta.VethInfo, r journal.Record, known bool, s *metadata.Snapshot, own []netip.Addr) delta.VethInfo {
+func wantedVeth(have delta.VethInfo, r journal.Record, known bool, s *metadata.Snapshot,
+	own []netip.Addr) delta.VethInfo {
 	if known {
 		a := r.Attachment
 		a.Addresses = slices.Clone(a.Addresses)

@@ -20,22 +20,35 @@ func TestF28_F139_Follow(t *testing.T) {
 		registered, seen list
 		want             list
 	}{
-		{"nothing changed", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.1/24", "eth0", 1500), underlay("198.51.100.1/24", "eth1", 1500)}, nil},
-		{"another MTU", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.1/24", "eth0", 9000)}, list{underlay("192.0.2.1/24", "eth0", 9000)}},
-		{"another length", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.1/16", "eth0", 1500)}, list{underlay("192.0.2.1/16", "eth0", 1500)}},
-		{"the address moved to a bridge", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.1/24", "br0", 1500)}, list{underlay("192.0.2.1/24", "br0", 1500)}},
-		{"the device got another address", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.9/24", "eth0", 1500)}, list{underlay("192.0.2.9/24", "eth0", 1500)}},
-		{"the device got two others: nobody can tell which", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.8/24", "eth0", 1500), underlay("192.0.2.9/24", "eth0", 1500)}, nil},
-		{"only one of another family is left", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("2001:db8::1/64", "eth0", 1500)}, nil},
-		{"the device is gone; another one is not taken for it", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("198.51.100.1/24", "eth1", 1500)}, nil},
+		{"nothing changed", list{underlay("192.0.2.1/24", "eth0", 1500)},
+			list{underlay("192.0.2.1/24", "eth0", 1500), underlay("198.51.100.1/24", "eth1", 1500)}, nil},
+		{"another MTU", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.1/24", "eth0", 9000)},
+			list{underlay("192.0.2.1/24", "eth0", 9000)}},
+		{"another length", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.1/16", "eth0", 1500)},
+			list{underlay("192.0.2.1/16", "eth0", 1500)}},
+		{"the address moved to a bridge", list{underlay("192.0.2.1/24", "eth0", 1500)},
+			list{underlay("192.0.2.1/24", "br0", 1500)}, list{underlay("192.0.2.1/24", "br0", 1500)}},
+		{"the device got another address", list{underlay("192.0.2.1/24", "eth0", 1500)},
+			list{underlay("192.0.2.9/24", "eth0", 1500)}, list{underlay("192.0.2.9/24", "eth0", 1500)}},
+		{"the device got two others: nobody can tell which", list{underlay("192.0.2.1/24", "eth0", 1500)},
+			list{underlay("192.0.2.8/24", "eth0", 1500), underlay("192.0.2.9/24", "eth0", 1500)}, nil},
+		{"only one of another family is left", list{underlay("192.0.2.1/24", "eth0", 1500)},
+			list{underlay("2001:db8::1/64", "eth0", 1500)}, nil},
+		{"the device is gone; another one is not taken for it", list{underlay("192.0.2.1/24", "eth0", 1500)},
+			list{underlay("198.51.100.1/24", "eth1", 1500)}, nil},
 		{"no device at all", list{underlay("192.0.2.1/24", "eth0", 1500)}, nil, nil},
-		{"the address is there, and a second one beside it", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.0/24", "eth0", 1500), underlay("192.0.2.1/24", "eth0", 1500)}, nil},
-		{"two, one of which changed", list{underlay("192.0.2.1/24", "eth0", 1500), underlay("2001:db8::1/64", "eth0", 1500)}, list{underlay("192.0.2.1/24", "eth0", 1500), underlay("2001:db8::2/64", "eth0", 1500)},
+		{"the address is there, and a second one beside it", list{underlay("192.0.2.1/24", "eth0", 1500)},
+			list{underlay("192.0.2.0/24", "eth0", 1500), underlay("192.0.2.1/24", "eth0", 1500)}, nil},
+		{"two, one of which changed", list{underlay("192.0.2.1/24", "eth0", 1500), underlay("2001:db8::1/64", "eth0", 1500)},
+			list{underlay("192.0.2.1/24", "eth0", 1500), underlay("2001:db8::2/64", "eth0", 1500)},
 			list{underlay("192.0.2.1/24", "eth0", 1500), underlay("2001:db8::2/64", "eth0", 1500)}},
-		{"a virtual address is left", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.100/32", "eth0", 1500)}, nil},
-		{"another one beside a virtual address", list{underlay("192.0.2.1/24", "eth0", 1500)}, list{underlay("192.0.2.100/32", "eth0", 1500), underlay("192.0.2.9/24", "eth0", 1500)},
+		{"a virtual address is left", list{underlay("192.0.2.1/24", "eth0", 1500)},
+			list{underlay("192.0.2.100/32", "eth0", 1500)}, nil},
+		{"another one beside a virtual address", list{underlay("192.0.2.1/24", "eth0", 1500)},
+			list{underlay("192.0.2.100/32", "eth0", 1500), underlay("192.0.2.9/24", "eth0", 1500)},
 			list{underlay("192.0.2.9/24", "eth0", 1500)}},
-		{"a host whose address stands alone got another", list{underlay("192.0.2.1/32", "eth0", 1500)}, list{underlay("192.0.2.9/32", "eth0", 1500)}, list{underlay("192.0.2.9/32", "eth0", 1500)}},
+		{"a host whose address stands alone got another", list{underlay("192.0.2.1/32", "eth0", 1500)},
+			list{underlay("192.0.2.9/32", "eth0", 1500)}, list{underlay("192.0.2.9/32", "eth0", 1500)}},
 		{"none registered", nil, list{underlay("192.0.2.1/24", "eth0", 1500)}, nil},
 	} {
 		now, changed := follow(tc.registered, tc.seen, map[netip.Addr]netip.Addr{})
@@ -60,7 +73,8 @@ func TestF28_F139_Follow(t *testing.T) {
 // TestFollowHome: what was adopted while the host's own address was away goes back with its return, also by way of
 // another.
 func TestFollowHome(t *testing.T) {
-	own, vip, vip2 := underlay("192.0.2.1/24", "eth0", 1500), underlay("192.0.2.100/24", "eth0", 1500), underlay("192.0.2.101/24", "eth0", 1500)
+	own, vip, vip2 := underlay("192.0.2.1/24", "eth0", 1500), underlay("192.0.2.100/24", "eth0", 1500),
+		underlay("192.0.2.101/24", "eth0", 1500)
 	home := map[netip.Addr]netip.Addr{}
 	now := []metadata.Underlay{own}
 	for i, step := range []struct {

@@ -17,20 +17,20 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Garbage gives back what nobody uses any more: attachments of an earlier boot, of containers whose runtime died
-// between two steps or never sends GC, and allocations that a killed ADD did not come to note. It also tells the metadata
-// service what could not be told when it was away, and what it has forgotten.
+// GarbageCollector gives back what nobody uses any more: attachments of an earlier boot, of containers whose
+// runtime died between two steps or never sends GC, and allocations that a killed ADD did not come to note.
+// It also tells the metadata service what could not be told when it was away, and what it has forgotten.
 //
-// A live container's attachment is never touched. The proof of life is the container's network namespace: while it exists, so
-// does its end of the port, and the host's end with it.
+// A live container's attachment is never touched. The proof of life is the container's network namespace:
+// while it exists, so does its end of the port, and the host's end with it.
 type GarbageCollector struct {
 	Client  metadata.Client
 	Journal journal.Journal
 	Kernel  kernel.Kernel
 	BootID  string
 
-	// Grace is how long something must look dead, at every pass, before it is taken for dead; an ADD under way must have the time
-	// to finish. Things of an earlier boot need none.
+	// Grace is how long something must look dead, at every pass, before it is taken for dead; an ADD under way
+	// must have the time to finish. Things of an earlier boot need none.
 	Grace time.Duration
 
 	suspects map[string]time.Time // by what, since when; monotonic
@@ -107,7 +107,8 @@ func (l *GarbageCollector) Run(ctx context.Context) (changed []string, err error
 	return changed, errors.Join(errs...)
 }
 
-func (l *GarbageCollector) record(ctx context.Context, network string, r journal.Record, alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (string, error) {
+func (l *GarbageCollector) record(ctx context.Context, network string, r journal.Record,
+	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (string, error) {
 	what := fmt.Sprintf("attachment %s of network %s", r.AttachmentID, network)
 	switch r.State {
 	case journal.Released:
@@ -147,7 +148,8 @@ func (l *GarbageCollector) record(ctx context.Context, network string, r journal
 }
 
 // locked does something about a record that is still the same once its lock is held.
-func (l *GarbageCollector) locked(network string, r journal.Record, do func(now journal.Record) (string, error)) (string, error) {
+func (l *GarbageCollector) locked(network string, r journal.Record,
+	do func(now journal.Record) (string, error)) (string, error) {
 	unlock, err := l.Journal.Lock(network, r.AttachmentID)
 	if err != nil {
 		return "", err
@@ -169,7 +171,8 @@ func (l *GarbageCollector) locked(network string, r journal.Record, do func(now 
 // allocations compares what the journal and the service hold, network by network. Addresses that no record and no
 // port vouches for are given back; only those count whose record would be in this journal. Attachments that live
 // and are not known are registered.
-func (l *GarbageCollector) allocations(ctx context.Context, view *metadata.Snapshot, records map[string][]journal.Record,
+func (l *GarbageCollector) allocations(ctx context.Context, view *metadata.Snapshot,
+	records map[string][]journal.Record,
 	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool,
 ) (changed []string, err error) {
 	var errs []error
@@ -248,7 +251,8 @@ func (l *GarbageCollector) register(ctx context.Context, network string, lost []
 }
 
 // homeless is the error of containers that run on a network that is not there.
-func (l *GarbageCollector) homeless(network string, records []journal.Record, alive map[metadata.AttachmentID]bool) error {
+func (l *GarbageCollector) homeless(network string, records []journal.Record,
+	alive map[metadata.AttachmentID]bool) error {
 	n := 0
 	for _, r := range records {
 		if r.State != journal.Released && !r.Terminating && l.lives(r, alive) {
@@ -258,7 +262,8 @@ func (l *GarbageCollector) homeless(network string, records []journal.Record, al
 	if n == 0 {
 		return nil
 	}
-	return fmt.Errorf("%d attachments of this host are on network %s, which the metadata service does not know: make it anew "+
+	return fmt.Errorf("%d attachments of this host are on network %s, which the metadata service does not know: make "+
+		"it anew "+
 		"under the same name and with the same subnets, or remove their containers", n, network)
 }
 
@@ -281,7 +286,8 @@ func addresses(r journal.Record) string {
 }
 
 // unfinished finds addresses that the service holds for this host and nobody vouches for.
-func (l *GarbageCollector) unfinished(ctx context.Context, network, self string, held []metadata.Allocation, records []journal.Record,
+func (l *GarbageCollector) unfinished(ctx context.Context, network, self string, held []metadata.Allocation,
+	records []journal.Record,
 	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (changed []string, err error) {
 	known := make(map[metadata.AttachmentID]bool, len(records))
 	for _, r := range records {

@@ -41,7 +41,8 @@ func newAttic(t *testing.T) *attic {
 	boot, err := os.ReadFile(filepath.Join(h.Dir, "boot-id"))
 	must(t, err)
 	k := fake.New()
-	a := &attic{t: t, h: h, k: k, GarbageCollector: &GarbageCollector{Client: h.Client(), Journal: journal.New(t.TempDir()), Kernel: k, BootID: strings.TrimSpace(string(boot))}}
+	a := &attic{t: t, h: h, k: k, GarbageCollector: &GarbageCollector{Client: h.Client(),
+		Journal: journal.New(t.TempDir()), Kernel: k, BootID: strings.TrimSpace(string(boot))}}
 	t.Cleanup(func() {
 		if _, err := h.Client().GC(ctx, "overlay", nil); err != nil {
 			t.Error(err)
@@ -66,7 +67,8 @@ func (a *attic) connected(container string, port bool) lab.Netns {
 	inode, err := cni.NetnsInode(ns.Path)
 	must(a.t, err)
 	book := ipam.Client{Service: a.Client, Journal: a.Journal, Type: "lariat-vxlan"}
-	got, err := book.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: container, IfName: "eth0"}, ipam.Netns{Path: ns.Path, Inode: inode}, nil)
+	got, err := book.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: container, IfName: "eth0"},
+		ipam.Netns{Path: ns.Path, Inode: inode}, nil)
 	must(a.t, err)
 	if port {
 		must(a.t, a.k.AddEndpoint(ctx, ns.Path, attach.Plan(got, attach.Config{ID: attachment(container)})))
@@ -127,7 +129,8 @@ func TestF133_LiveContainersStay(t *testing.T) {
 	a.connected("live", true)
 	a.stays("live")
 
-	// An ADD under way, or one that was killed before the port: while the namespace exists, the runtime may come back for it.
+	// An ADD under way, or one that was killed before the port: while the namespace exists, the runtime may come
+	// back for it.
 	a.connected("unfinished", false)
 	a.stays("unfinished")
 
@@ -212,7 +215,8 @@ func TestF128_EarlierBoot(t *testing.T) {
 func TestF132_AllocationsWithoutARecord(t *testing.T) {
 	a := newAttic(t)
 	a.Grace = time.Hour
-	_, err := a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "killed", IfName: "eth0", StateDir: a.Journal.StateDir()})
+	_, err := a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "killed", IfName: "eth0",
+		StateDir: a.Journal.StateDir()})
 	must(t, err)
 	a.pass() // it may be under way
 	a.pass()
@@ -234,12 +238,14 @@ func TestF132_AllocationsWithoutARecord(t *testing.T) {
 	}
 }
 
-// TestF132_AllocationsOfAnotherJournal: lariat-ipam under a bridge leaves no port of ours, so a record is the only sign of life. A manager that
-// looks elsewhere than the plugin writes must not take its absence for death.
+// TestF132_AllocationsOfAnotherJournal: lariat-ipam under a bridge leaves no port of ours, so a record is the
+// only sign of life. A manager that looks elsewhere than the plugin writes must not take its absence for
+// death.
 func TestF132_AllocationsOfAnotherJournal(t *testing.T) {
 	a := newAttic(t)
 	theirs := ipam.Client{Service: a.Client, Journal: journal.New(t.TempDir()), Type: "lariat-ipam"}
-	_, err := theirs.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: "bridged", IfName: "eth0"}, ipam.Netns{Path: "/proc/self/ns/net"}, nil)
+	_, err := theirs.Acquire(ctx, "overlay", metadata.AttachRequest{ContainerID: "bridged", IfName: "eth0"},
+		ipam.Netns{Path: "/proc/self/ns/net"}, nil)
 	must(t, err)
 	// So of one that says nothing of itself: it is of who keeps to the default.
 	_, err = a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "plain", IfName: "eth0"})
@@ -255,7 +261,8 @@ func TestF132_AllocationsOfAnotherJournal(t *testing.T) {
 	for _, x := range held {
 		dirs[x.ContainerID] = x.StateDir
 	}
-	if want := map[string]string{"bridged": theirs.Journal.StateDir(), "plain": metadata.DefaultStateDir}; !maps.Equal(dirs, want) {
+	if want := map[string]string{"bridged": theirs.Journal.StateDir(),
+		"plain": metadata.DefaultStateDir}; !maps.Equal(dirs, want) {
 		t.Errorf("state directories %v, want %v", dirs, want)
 	}
 
@@ -316,8 +323,10 @@ func TestF19_Register(t *testing.T) {
 		t.Helper()
 		inode, err := cni.NetnsInode("/proc/self/ns/net")
 		must(t, err)
-		must(t, a.Journal.Put(journal.Record{AttachmentID: attachment(container), State: journal.Unregistered, Type: "lariat-ipam", BootID: a.BootID, Netns: "/proc/self/ns/net", NetnsInode: inode, Created: time.Now(),
-			Attachment: metadata.Attachment{Network: "overlay", Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address)}}}}))
+		must(t, a.Journal.Put(journal.Record{AttachmentID: attachment(container), State: journal.Unregistered,
+			Type: "lariat-ipam", BootID: a.BootID, Netns: "/proc/self/ns/net", NetnsInode: inode, Created: time.Now(),
+			Attachment: metadata.Attachment{Network: "overlay",
+				Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address)}}}}))
 	}
 	unregistered("explicit", "10.42.200.9")
 	a.pass("registered attachment explicit")
@@ -328,7 +337,8 @@ func TestF19_Register(t *testing.T) {
 	// Somebody else has it by now: that is told with both names, again at each pass, and the record stays.
 	unregistered("too-late", "10.42.200.9")
 	for range 2 {
-		if _, err := a.Run(ctx); err == nil || !strings.Contains(err.Error(), "too-late") || !strings.Contains(err.Error(), "explicit") {
+		if _, err := a.Run(ctx); err == nil || !strings.Contains(err.Error(), "too-late") ||
+			!strings.Contains(err.Error(), "explicit") {
 			t.Errorf("%v", err)
 		}
 	}
@@ -337,7 +347,8 @@ func TestF19_Register(t *testing.T) {
 	}
 }
 
-// TestServiceAway: nothing is released on a guess, what could not be told is kept, and the rest of the pass is not given up.
+// TestServiceAway: nothing is released on a guess, what could not be told is kept, and the rest of the pass
+// is not given up.
 func TestServiceAway(t *testing.T) {
 	a := newAttic(t)
 	must(t, a.connected("dead", false).Remove())
@@ -393,7 +404,8 @@ func TestF29_NetworkDeletedMeanwhile(t *testing.T) {
 	if _, err := a.Run(ctx); err != nil {
 		t.Errorf("the leftovers of a network that was deleted: %v", err)
 	}
-	if v, err := real.View(ctx); err != nil || slices.ContainsFunc(v.Networks, func(n metadata.Network) bool { return n.Name == passing.Name }) {
+	if v, err := real.View(ctx); err != nil ||
+		slices.ContainsFunc(v.Networks, func(n metadata.Network) bool { return n.Name == passing.Name }) {
 		t.Fatalf("the network was not deleted: %v", err)
 	}
 	me, _ := seen.Host(seen.Self)
@@ -457,7 +469,8 @@ func TestTheServiceForgot(t *testing.T) {
 		must(t, err)
 		r, _, err := a.Journal.Get("overlay", attachment(c))
 		must(t, err)
-		if addresses(journal.Record{Attachment: *now}) != addresses(before[c]) || r.Sequence() != now.Addresses[0].Sequence || r.Netns != before[c].Netns {
+		if addresses(journal.Record{Attachment: *now}) != addresses(before[c]) || r.Sequence() != now.Addresses[0].Sequence ||
+			r.Netns != before[c].Netns {
 			t.Errorf("%s had %s, now %+v, recorded %+v", c, addresses(before[c]), now, r)
 		}
 	}
@@ -468,10 +481,12 @@ func TestTheServiceForgot(t *testing.T) {
 
 	taken := before["port"].Attachment.Addresses[0].Address
 	forget("port")
-	_, err := a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "heir", IfName: "eth0", Requested: []netip.Addr{taken}})
+	_, err := a.Client.Attach(ctx, "overlay", metadata.AttachRequest{ContainerID: "heir", IfName: "eth0",
+		Requested: []netip.Addr{taken}})
 	must(t, err)
 	for range 2 {
-		if _, err := a.Run(ctx); err == nil || !strings.Contains(err.Error(), "port/eth0") || !strings.Contains(err.Error(), "heir/eth0") {
+		if _, err := a.Run(ctx); err == nil || !strings.Contains(err.Error(), "port/eth0") ||
+			!strings.Contains(err.Error(), "heir/eth0") {
 			t.Errorf("%v", err)
 		}
 	}
@@ -490,7 +505,8 @@ func TestTheServiceForgot(t *testing.T) {
 	r := before["bridged"]
 	r.Attachment.Network = "lost"
 	must(t, a.Journal.Put(r))
-	if _, err := a.Run(ctx); err == nil || !strings.Contains(err.Error(), "1 attachments of this host are on network lost") {
+	if _, err := a.Run(ctx); err == nil ||
+		!strings.Contains(err.Error(), "1 attachments of this host are on network lost") {
 		t.Errorf("%v", err)
 	}
 }

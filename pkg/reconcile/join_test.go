@@ -37,7 +37,8 @@ func TestBlocksForAll(t *testing.T) {
 		claim := func(count int, subnet netip.Prefix) {
 			a := subnet.Addr()
 			for i := range count {
-				b := metadata.Block{Network: "overlay", CIDR: netip.PrefixFrom(a, n.BlockSize(subnet)), Host: fmt.Sprint("h", i%max(1, tc.hosts-1))}
+				b := metadata.Block{Network: "overlay", CIDR: netip.PrefixFrom(a, n.BlockSize(subnet)),
+					Host: fmt.Sprint("h", i%max(1, tc.hosts-1))}
 				if tc.neighbour != "" {
 					b.Network = tc.neighbour
 				}

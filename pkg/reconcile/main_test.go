@@ -37,8 +37,9 @@ func start(t *testing.T) *lab.Host {
 		must(t, c.Up(ctx))
 		must(t, c.Hosts[0].Manager.Stop())
 		c.Hosts[0].Manager = nil
-		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay", metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
-			Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}))
+		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay",
+			metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
+				Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}))
 	})
 	if cluster == nil {
 		t.Fatal("the host did not start")

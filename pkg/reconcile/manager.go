@@ -32,8 +32,8 @@ type Manager struct {
 	// Every is the slow timer of the overlay pass; Grace is GarbageCollector.Grace.
 	Every, Grace time.Duration
 
-	// MetadataAddress is put on the loopback device, for containers and host processes to reach the metadata tree by; the zero
-	// Addr leaves it out.
+	// MetadataAddress is put on the loopback device, for containers and host processes to reach the metadata
+	// tree by; the zero Addr leaves it out.
 	MetadataAddress netip.Addr
 
 	// Tunnels keeps encrypted networks' tunnels; nil: nobody does.
@@ -57,18 +57,19 @@ type Manager struct {
 // be whole again.
 const settle = 100 * time.Millisecond
 
-// errNoView is told until the metadata service has answered once. Nothing is changed before that: an empty view would mean
-// to remove everything.
+// errNoView is told until the metadata service has answered once. Nothing is changed before that: an empty
+// view would mean to remove everything.
 var errNoView = errors.New("the metadata service has not answered yet")
 
-// Run keeps everything true until the context ends. It ends with nothing removed: the kernel carries the containers' packets
-// without it.
+// Run keeps everything true until the context ends. It ends with nothing removed: the kernel carries the
+// containers' packets without it.
 func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	overlay := NewConcern("overlay", m.Every, m.overlay)
 	m.home = map[netip.Addr]netip.Addr{}
 	underlay := NewConcern("underlay", m.Every, m.underlay)
 	m.again = overlay.Trigger
-	m.leftovers = &GarbageCollector{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID, Grace: m.Grace}
+	m.leftovers = &GarbageCollector{Client: m.Client, Journal: m.Journal, Kernel: m.Kernel, BootID: m.BootID,
+		Grace: m.Grace}
 	gc := NewConcern("leftovers", m.Every, func(ctx context.Context) ([]string, error) {
 		waiting := m.waiting()
 		changed, err := m.leftovers.Run(ctx)
@@ -264,8 +265,9 @@ func (m *Manager) overlay(ctx context.Context) ([]string, error) {
 	return changed, errors.Join(err, m.join(ctx, s))
 }
 
-// join claims this host's first block of every overlay network, while there are blocks enough for every host. With it the host
-// has an overlay address of its own, and its processes can reach containers on other hosts before it runs any.
+// join claims this host's first block of every overlay network, while there are blocks enough for every host.
+// With it the host has an overlay address of its own, and its processes can reach containers on other hosts
+// before it runs any.
 func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 	var errs []error
 	me, _ := s.Host(s.Self)
@@ -422,7 +424,8 @@ func follow(registered, links []metadata.Underlay, home map[netip.Addr]netip.Add
 			}
 		}
 		if next != u {
-			changed = append(changed, fmt.Sprintf("underlay %s dev %s mtu %d is now %s dev %s mtu %d", u.Address, u.Device, u.MTU, next.Address, next.Device, next.MTU))
+			changed = append(changed, fmt.Sprintf("underlay %s dev %s mtu %d is now %s dev %s mtu %d", u.Address, u.Device,
+				u.MTU, next.Address, next.Device, next.MTU))
 		}
 		now = append(now, next)
 	}

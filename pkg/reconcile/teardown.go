@@ -24,7 +24,8 @@ func (m *Manager) Teardown(ctx context.Context, apply bool) (lines []string, err
 	var names []string
 	for _, p := range ports {
 		names = append(names, p.Name)
-		lines = append(lines, fmt.Sprintf("- port %s of container %s, network %s", p.Name, p.Alias.ContainerID, p.Alias.Network))
+		lines = append(lines, fmt.Sprintf("- port %s of container %s, network %s", p.Name, p.Alias.ContainerID,
+			p.Alias.Network))
 	}
 	slices.Sort(lines)
 	own := delta.NewState() // addresses of devices that are not ours are found by name

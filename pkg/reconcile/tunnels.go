@@ -20,8 +20,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// Tunnels keeps the IKE daemon equal to the metadata: one connection to each peer, for all encrypted networks. What keeps packets
-// from leaving in clear is not here but in the overlay's plan, and stands without this.
+// Tunnels keeps the IKE daemon equal to the metadata: one connection to each peer, for all encrypted
+// networks. What keeps packets from leaving in clear is not here but in the overlay's plan, and stands
+// without this.
 type Tunnels struct {
 	View   func() *metadata.Snapshot
 	Client metadata.Client
@@ -37,7 +38,8 @@ type Tunnels struct {
 	Encap      bool
 	Rekey      time.Duration
 
-	// Every is how often what the daemon and the kernel hold is looked at; a pass in between asks nobody when nothing changed.
+	// Every is how often what the daemon and the kernel hold is looked at; a pass in between asks nobody when
+	// nothing changed.
 	Every time.Duration
 
 	concern    *Concern
@@ -51,13 +53,14 @@ type Tunnels struct {
 	watched    bool                              // flushes are told, or cannot be
 	unknownSAs map[saKey]time.Time               // SAs of ours that the daemon did not list, and since when
 	reinstalls map[missingState]reinstallAttempt // policies that the kernel was given anew and did not have since
-	clean      bool                              // nothing of ours is left to take away while there is no encrypted network
+	// nothing of ours is left to take away while there is no encrypted network
+	clean bool
 }
 
 type saKey struct{ ifID, spi uint32 }
 
-// unknownFor is how long an SA must be unknown to the daemon before it is taken for a leftover: while keys change, the kernel has SAs that are
-// not in the daemon's list yet, or not any more.
+// unknownFor is how long an SA must be unknown to the daemon before it is taken for a leftover: while keys
+// change, the kernel has SAs that are not in the daemon's list yet, or not any more.
 const unknownFor = 15 * time.Second
 
 // XFRM is the part of the kernel that Tunnels tidies up.
@@ -143,11 +146,13 @@ func (t *Tunnels) disable(ctx context.Context) (changed []string, err error) {
 }
 
 // reconcile is a pass with something to keep.
-func (t *Tunnels) reconcile(ctx context.Context, s *metadata.Snapshot, r *ipsec.Report) (changed []string, tunnels []ipsec.Tunnel, err error) {
+func (t *Tunnels) reconcile(ctx context.Context, s *metadata.Snapshot,
+	r *ipsec.Report) (changed []string, tunnels []ipsec.Tunnel, err error) {
 	t.clean = false
 	opts := ipsec.Options{Auth: r.Auth, Encap: t.Encap, Rekey: t.Rekey}
 	if err := t.features(s, &opts); err != nil {
-		r.Missing, r.Remedy = err.Error(), "load the module, or use a kernel that has it; until then nothing is sent, in clear neither"
+		r.Missing, r.Remedy = err.Error(),
+			"load the module, or use a kernel that has it; until then nothing is sent, in clear neither"
 		return nil, nil, err
 	}
 	problem := t.credentials()
@@ -157,7 +162,8 @@ func (t *Tunnels) reconcile(ctx context.Context, s *metadata.Snapshot, r *ipsec.
 			return nil, nil, err
 		}
 		// What was read before stays in force.
-		r.Problem, r.Remedy = err.Error(), "what was read before stays in use; lariat-network-manager reads the file again by itself"
+		r.Problem, r.Remedy = err.Error(),
+			"what was read before stays in use; lariat-network-manager reads the file again by itself"
 	}
 	opts.Keys = t.creds.Secrets.IDs()
 	if r.Auth == ipsec.AuthPSK {
@@ -174,8 +180,8 @@ func (t *Tunnels) reconcile(ctx context.Context, s *metadata.Snapshot, r *ipsec.
 	if t.Charon != nil {
 		t.Charon.Prepare = func(ctx context.Context) error {
 			t.concern.Repairing(errors.New("the IKE daemon does not run; it is started"))
-			// One that starts knows none of the SAs that there are. They would be used until they expire, and the peers will have dropped
-			// theirs with the first word of the new one.
+			// One that starts knows none of the SAs that there are. They would be used until they expire, and the
+			// peers will have dropped theirs with the first word of the new one.
 			l, err := t.observe(ctx, true)
 			if err != nil {
 				return err
@@ -281,9 +287,11 @@ func (t *Tunnels) observe(ctx context.Context, dead bool) (l observation, err er
 	return l, err
 }
 
-// removeStale removes from the kernel what a daemon that was killed left behind: policies of no tunnel, and SAs that the daemon does not know.
-// An SA of those would be used on and on, and the peer has long forgotten it.
-func (t *Tunnels) removeStale(ctx context.Context, tunnels []ipsec.Tunnel, l observation) (changed []string, err error) {
+// removeStale removes from the kernel what a daemon that was killed left behind: policies of no tunnel, and
+// SAs that the daemon does not know. An SA of those would be used on and on, and the peer has long forgotten
+// it.
+func (t *Tunnels) removeStale(ctx context.Context, tunnels []ipsec.Tunnel,
+	l observation) (changed []string, err error) {
 	wanted := map[uint32]bool{}
 	for _, x := range tunnels {
 		for _, c := range x.Children {
@@ -331,15 +339,16 @@ func (t *Tunnels) removeStale(ctx context.Context, tunnels []ipsec.Tunnel, l obs
 	return changed, errors.Join(errs...)
 }
 
-// reinstallMissing has the IKE daemon give the kernel anew what the kernel has lost, as after "ip xfrm policy flush": the daemon does not look, and the tunnel
-// would be dead until its keys are renewed.
-func (t *Tunnels) reinstallMissing(ctx context.Context, tunnels []ipsec.Tunnel, l observation) (changed []string, err error) {
+// reinstallMissing has the IKE daemon give the kernel anew what the kernel has lost, as after "ip xfrm policy
+// flush": the daemon does not look, and the tunnel would be dead until its keys are renewed.
+func (t *Tunnels) reinstallMissing(ctx context.Context, tunnels []ipsec.Tunnel,
+	l observation) (changed []string, err error) {
 	lost := t.missing(tunnels, l)
 	if len(lost) == 0 {
 		return nil, nil
 	}
-	// What came or went between the look at the kernel and the one at the daemon seems lost. What both looks at the daemon show was in the kernel
-	// at the second look at that, or is lost indeed.
+	// What came or went between the look at the kernel and the one at the daemon seems lost. What both looks at
+	// the daemon show was in the kernel at the second look at that, or is lost indeed.
 	if l, err = t.observe(ctx, false); err != nil {
 		return nil, err
 	}
@@ -355,7 +364,8 @@ func (t *Tunnels) reinstallMissing(ctx context.Context, tunnels []ipsec.Tunnel, 
 			err = t.Daemon.CloseChild(ctx, l.tunnel, l.child)
 		case g.times > 0 && time.Since(g.last) < min(t.Every<<g.times, time.Hour):
 			// It ends SAs, which other networks may use. It is not for every pass when it does not help.
-			errs = append(errs, fmt.Errorf("the kernel has no policies of %s/%s, and did not keep them when it was given them %d times; ip xfrm policy lists what it has", l.tunnel, l.network, g.times))
+			errs = append(errs, fmt.Errorf("the kernel has no policies of %s/%s, and did not keep them when it was given "+
+				"them %d times; ip xfrm policy lists what it has", l.tunnel, l.network, g.times))
 			continue
 		default:
 			if t.reinstalls == nil {
@@ -378,7 +388,8 @@ func (t *Tunnels) reinstallMissing(ctx context.Context, tunnels []ipsec.Tunnel, 
 	return changed, errors.Join(errs...)
 }
 
-// waitInstalled waits for a moment until the kernel has what it was given: the daemon ends SAs beside the command that asks for it.
+// waitInstalled waits for a moment until the kernel has what it was given: the daemon ends SAs beside the
+// command that asks for it.
 func (t *Tunnels) waitInstalled(ctx context.Context, tunnels []ipsec.Tunnel) error {
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()
@@ -426,8 +437,9 @@ func (l missingState) String() string {
 	return fmt.Sprintf("- ESP SA %#08x of %s/%s, which the kernel lost", l.spi, l.tunnel, l.network)
 }
 
-// missingStates compares, policies first. Of a pair of SAs only the one for what comes in is looked for: it is the first that is there and the last that
-// goes, and for a packet that finds no SA to go out by the kernel asks for another.
+// missingStates compares, policies first. Of a pair of SAs only the one for what comes in is looked for: it
+// is the first that is there and the last that goes, and for a packet that finds no SA to go out by the
+// kernel asks for another.
 func missingStates(tunnels []ipsec.Tunnel, l observation) (out []missingState) {
 	type selector struct {
 		ifID     uint32
@@ -441,7 +453,8 @@ func missingStates(tunnels []ipsec.Tunnel, l observation) (out []missingState) {
 	for _, x := range tunnels {
 		for _, c := range x.Children {
 			if slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { // one of each family, and they do not mix
-				return !have[selector{c.IfID, "in", p, p}] || !have[selector{c.IfID, "fwd", p, p}] || !have[selector{c.IfID, "out", p, p}]
+				return !have[selector{c.IfID, "in", p, p}] || !have[selector{c.IfID, "fwd", p, p}] ||
+					!have[selector{c.IfID, "out", p, p}]
 			}) {
 				out = append(out, missingState{tunnel: x.Name, network: c.Network})
 			}
@@ -461,8 +474,8 @@ func missingStates(tunnels []ipsec.Tunnel, l observation) (out []missingState) {
 	return out
 }
 
-// Reauth has the ends of every established tunnel prove anew who they are, with the secret or certificate of now. The new keys are made beside
-// the old ones.
+// Reauth has the ends of every established tunnel prove anew who they are, with the secret or certificate of
+// now. The new keys are made beside the old ones.
 func (t *Tunnels) Reauth(ctx context.Context) error {
 	sas, err := t.Daemon.SAs(ctx)
 	if err != nil {
@@ -485,7 +498,8 @@ func (t *Tunnels) Report(ctx context.Context, detail bool) ipsec.Report {
 	r.Tunnels = []ipsec.Status{}
 	if r.Networks == nil {
 		r.Networks = []string{}
-		r.Problem, r.Remedy = "the network manager has not looked for encrypted networks yet", "it does as soon as the metadata service answers it: ask again"
+		r.Problem, r.Remedy = "the network manager has not looked for encrypted networks yet",
+			"it does as soon as the metadata service answers it: ask again"
 	}
 	if !detail || len(tunnels) == 0 {
 		return r
@@ -505,9 +519,11 @@ func (t *Tunnels) Report(ctx context.Context, detail bool) ipsec.Report {
 	return r
 }
 
-// status puts together what is planned of a tunnel and what there is of it. While keys change there is more than one SA: the newest counts.
+// status puts together what is planned of a tunnel and what there is of it. While keys change there is more
+// than one SA: the newest counts.
 func status(x ipsec.Tunnel, sas []ike.SA, last ike.Failure, running bool, now time.Time) ipsec.Status {
-	s := ipsec.Status{Peer: x.Peer, Remote: x.Remote, State: ipsec.StateIdle, Keys: x.Keys, LastError: last.Text, ErrorAt: last.At}
+	s := ipsec.Status{Peer: x.Peer, Remote: x.Remote, State: ipsec.StateIdle, Keys: x.Keys, LastError: last.Text,
+		ErrorAt: last.At}
 	if !running {
 		s.State = ipsec.StateDown
 	}
@@ -518,7 +534,8 @@ func status(x ipsec.Tunnel, sas []ike.SA, last ike.Failure, running bool, now ti
 			}
 			continue
 		}
-		s.State, s.Since, s.Initiator, s.Encap, s.Suite = ipsec.StateEstablished, now.Add(-sa.Age).UTC().Truncate(time.Second), sa.Initiator, sa.NAT, sa.Suite
+		s.State, s.Since, s.Initiator, s.Encap, s.Suite = ipsec.StateEstablished,
+			now.Add(-sa.Age).UTC().Truncate(time.Second), sa.Initiator, sa.NAT, sa.Suite
 	}
 	for _, c := range x.Children {
 		child := ipsec.ChildStatus{Network: c.Network, IfID: c.IfID, Device: ipsec.Device(c.IfID), State: ipsec.StateIdle}

@@ -121,7 +121,8 @@ func (s *Server) Handle(pattern string, h http.Handler) {
 // HandleFunc is Handle for a function.
 func (s *Server) HandleFunc(pattern string, h http.HandlerFunc) { s.Handle(pattern, h) }
 
-// ServeHTTP answers as on the unix socket. The socket's mode keeps others out; when somebody has opened it to them, they can read.
+// ServeHTTP answers as on the unix socket. The socket's mode keeps others out; when somebody has opened it to
+// them, they can read.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead && !Privileged(r) {
 		Forbid(w, fmt.Sprintf("%s %s: only root may write, and the caller is not root", r.Method, r.URL.Path))
@@ -157,7 +158,10 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 		return ctx
 	}
 	var cred *unix.Ucred
-	if err := raw.Control(func(fd uintptr) { cred, _ = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil || cred == nil {
+	if err := raw.Control(func(fd uintptr) {
+		cred, _ = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET,
+			unix.SO_PEERCRED)
+	}); err != nil || cred == nil {
 		return ctx
 	}
 	return context.WithValue(ctx, Peer{}, *cred)
@@ -165,8 +169,9 @@ func withPeer(ctx context.Context, c net.Conn) context.Context {
 
 // Serve answers every route on a unix socket. An answer may take any time: watches, waits and mounts do.
 func (s *Server) Serve(l *Socket) {
-	s.serve(l, Listener{"unix:" + l.path, Root, s.routes}, running{private: true, Server: &http.Server{Handler: s, ConnContext: withPeer,
-		ReadHeaderTimeout: headTime, MaxHeaderBytes: 64 << 10}})
+	s.serve(l, Listener{"unix:" + l.path, Root, s.routes},
+		running{private: true, Server: &http.Server{Handler: s, ConnContext: withPeer,
+			ReadHeaderTimeout: headTime, MaxHeaderBytes: 64 << 10}})
 }
 
 // ListenMetrics answers the routes of monitors on a TCP address, and nothing else. An empty address means nowhere.
@@ -222,7 +227,8 @@ func (s *Server) Listeners() []Listener {
 // Failed tells of a listener that broke.
 func (s *Server) Failed() <-chan error { return s.failed }
 
-// Stop ends all listeners. Requests on the unix socket may take until patience is over; then they are cut off, and an error says so.
+// Stop ends all listeners. Requests on the unix socket may take until patience is over; then they are cut
+// off, and an error says so.
 func (s *Server) Stop(patience time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()

@@ -23,7 +23,8 @@ import (
 
 func server(t *testing.T) *Server {
 	t.Helper()
-	s := New(slog.New(slog.DiscardHandler), Health{Metrics: prometheus.NewRegistry(), Ready: func(context.Context) error { return errors.New("a cause") }})
+	s := New(slog.New(slog.DiscardHandler),
+		Health{Metrics: prometheus.NewRegistry(), Ready: func(context.Context) error { return errors.New("a cause") }})
 	t.Cleanup(func() { s.Stop(0) })
 	return s
 }
@@ -31,7 +32,8 @@ func server(t *testing.T) *Server {
 // from returns a client that sends from an address of the loopback device.
 func from(source string) *http.Client {
 	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(source)}}
-	return &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DialContext: d.DialContext, DisableKeepAlives: true}}
+	return &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DialContext: d.DialContext,
+		DisableKeepAlives: true}}
 }
 
 func get(t *testing.T, c *http.Client, url string) (int, string) {
@@ -78,7 +80,8 @@ func alive(c net.Conn) bool {
 	return err == nil
 }
 
-// TestListenersAnswerTheirOwn: what was added by Handle is on the unix socket and nowhere else, and the listeners are listed there.
+// TestListenersAnswerTheirOwn: what was added by Handle is on the unix socket and nowhere else, and the
+// listeners are listed there.
 func TestListenersAnswerTheirOwn(t *testing.T) {
 	s := server(t)
 	s.HandleFunc("POST /v1/order", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "done") })
@@ -88,17 +91,23 @@ func TestListenersAnswerTheirOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Serve(l)
-	guests := Guests{http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "guest") }), func(netip.Addr) bool { return true }}
-	if err := errors.Join(s.ListenMetrics("127.0.0.1:0"), s.ListenGuests("127.0.0.1:0", guests), s.ListenMetrics(""), s.ListenGuests("", guests)); err != nil {
+	guests := Guests{http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "guest") }),
+		func(netip.Addr) bool { return true }}
+	if err := errors.Join(s.ListenMetrics("127.0.0.1:0"), s.ListenGuests("127.0.0.1:0", guests), s.ListenMetrics(""),
+		s.ListenGuests("", guests)); err != nil {
 		t.Fatal(err)
 	}
 	list := s.Listeners()
-	if len(list) != 3 || list[0].Callers != Root || list[1].Callers != Everybody || list[2].Callers != Known || list[0].Address != "unix:"+path ||
-		!slices.Equal(list[0].Routes, []string{"GET /healthz", "GET /metrics", "GET /readyz", "GET /v1/routes", "POST /v1/order"}) ||
-		!slices.Equal(list[1].Routes, []string{"GET /healthz", "GET /metrics", "GET /readyz"}) || !slices.Equal(list[2].Routes, []string{"GET /"}) {
+	if len(list) != 3 || list[0].Callers != Root || list[1].Callers != Everybody || list[2].Callers != Known ||
+		list[0].Address != "unix:"+path ||
+		!slices.Equal(list[0].Routes, []string{"GET /healthz", "GET /metrics", "GET /readyz", "GET /v1/routes",
+			"POST /v1/order"}) ||
+		!slices.Equal(list[1].Routes, []string{"GET /healthz", "GET /metrics", "GET /readyz"}) ||
+		!slices.Equal(list[2].Routes, []string{"GET /"}) {
 		t.Fatalf("%+v", list)
 	}
-	root := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", path) }}}
+	root := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return net.Dial("unix", path) }}}
 	tcp := from("127.0.0.1")
 	for _, tc := range []struct {
 		client      *http.Client
@@ -107,8 +116,10 @@ func TestListenersAnswerTheirOwn(t *testing.T) {
 		status      int
 	}{
 		{root, "x", "POST", "/v1/order", 200}, {root, "x", "GET", "/v1/routes", 200}, {root, "x", "GET", "/readyz", 503},
-		{tcp, list[1].Address, "POST", "/v1/order", 404}, {tcp, list[1].Address, "GET", "/v1/routes", 404}, {tcp, list[1].Address, "GET", "/readyz", 503},
-		{tcp, list[1].Address, "GET", "/healthz", 200}, {tcp, list[1].Address, "GET", "/metrics", 200}, {tcp, list[1].Address, "POST", "/metrics", 405},
+		{tcp, list[1].Address, "POST", "/v1/order", 404}, {tcp, list[1].Address, "GET", "/v1/routes", 404},
+		{tcp, list[1].Address, "GET", "/readyz", 503},
+		{tcp, list[1].Address, "GET", "/healthz", 200}, {tcp, list[1].Address, "GET", "/metrics", 200},
+		{tcp, list[1].Address, "POST", "/metrics", 405},
 		{tcp, list[2].Address, "GET", "/readyz", 200},
 	} {
 		req, _ := http.NewRequest(tc.method, "http://"+tc.base+tc.url, nil)
@@ -124,11 +135,14 @@ func TestListenersAnswerTheirOwn(t *testing.T) {
 	}
 }
 
-// TestConnectionsAreLimited: a source has no more connections than its share, strangers have one share together, and others are served.
+// TestConnectionsAreLimited: a source has no more connections than its share, strangers have one share
+// together, and others are served.
 func TestConnectionsAreLimited(t *testing.T) {
 	s := server(t)
 	known := netip.MustParseAddr("127.0.0.2")
-	err := s.ListenGuests("127.0.0.1:0", Guests{http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "ok") }), func(a netip.Addr) bool { return a == known }})
+	err := s.ListenGuests("127.0.0.1:0",
+		Guests{http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "ok") }),
+			func(a netip.Addr) bool { return a == known }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -229,7 +243,8 @@ func TestUnreadAnswersAreLimited(t *testing.T) {
 		t.Errorf("%d answers were made at a time, want %d and one of another source", n, maxAnswerEach)
 	}
 	// What waits longer than its turn is refused, unless those before it have been cut off meanwhile.
-	if status, body := get(t, from("127.0.0.2"), "http://"+address); status != http.StatusServiceUnavailable && len(body) != len(big) {
+	if status, body := get(t, from("127.0.0.2"), "http://"+address); status != http.StatusServiceUnavailable &&
+		len(body) != len(big) {
 		t.Errorf("%d %q", status, body)
 	}
 }
@@ -253,7 +268,8 @@ func TestBodiesAreRefused(t *testing.T) {
 // TestEveryWaitEnds: no caller on TCP keeps a connection by doing nothing.
 func TestEveryWaitEnds(t *testing.T) {
 	hs := (&limiter{}).server(nil)
-	for what, d := range map[string]time.Duration{"head": hs.ReadHeaderTimeout, "request": hs.ReadTimeout, "answer": hs.WriteTimeout, "idle": hs.IdleTimeout} {
+	for what, d := range map[string]time.Duration{"head": hs.ReadHeaderTimeout, "request": hs.ReadTimeout,
+		"answer": hs.WriteTimeout, "idle": hs.IdleTimeout} {
 		if d <= 0 || d > 30*time.Second {
 			t.Errorf("%s: %s", what, d)
 		}
@@ -261,7 +277,8 @@ func TestEveryWaitEnds(t *testing.T) {
 }
 
 func TestNetworkOfACaller(t *testing.T) {
-	for in, want := range map[string]string{"192.0.2.1": "192.0.2.1", "2001:db8::1": "2001:db8::", "2001:db8:0:0:ffff::1": "2001:db8::"} {
+	for in, want := range map[string]string{"192.0.2.1": "192.0.2.1", "2001:db8::1": "2001:db8::",
+		"2001:db8:0:0:ffff::1": "2001:db8::"} {
 		if got := network(netip.MustParseAddr(in)); got.String() != want {
 			t.Errorf("%s: %s, want %s", in, got, want)
 		}

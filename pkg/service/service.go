@@ -1,5 +1,5 @@
-// Package service is what every long-running helper does towards its host: one process for a socket, who may ask what, and systemd's
-// protocol.
+// Package service is what every long-running helper does towards its host: one process for a socket, who may
+// ask what, and systemd's protocol.
 package service
 
 import (
@@ -17,9 +17,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Listen listens on a unix socket that only its owner may open. What a killed process left there is replaced; a socket that
-// somebody serves is not, and the error says who. A file beside it (path + ".lock") decides, so that of two processes which start at
-// once one gives up. Closing takes both away.
+// Listen listens on a unix socket that only its owner may open. What a killed process left there is replaced;
+// a socket that somebody serves is not, and the error says who. A file beside it (path + ".lock") decides, so
+// that of two processes which start at once one gives up. Closing takes both away.
 func Listen(path string) (*Socket, error) {
 	l, err := listen(path)
 	if err != nil {
@@ -115,8 +115,9 @@ func (l *Socket) Close() error {
 	return l.err
 }
 
-// Ready tells systemd that the service can be asked, and from then on, if the unit wants it (WatchdogSec=), that it is alive: for as
-// long as ctx lives and alive says so; nil means always. Without systemd it does nothing.
+// Ready tells systemd that the service can be asked, and from then on, if the unit wants it (WatchdogSec=),
+// that it is alive: for as long as ctx lives and alive says so; nil means always. Without systemd it does
+// nothing.
 func Ready(ctx context.Context, alive func() bool) {
 	notify(daemon.SdNotifyReady)
 	every, err := daemon.SdWatchdogEnabled(false)
@@ -147,4 +148,7 @@ func Starting(patience time.Duration) {
 // Stopping tells systemd that the service ends in good order.
 func Stopping() { notify(daemon.SdNotifyStopping) }
 
-func notify(state string) { daemon.SdNotify(false, state) } //nolint:errcheck // nobody may listen, and then nobody misses it
+func notify(state string) {
+	daemon.SdNotify(false,
+		state)
+} //nolint:errcheck // nobody may listen, and then nobody misses it

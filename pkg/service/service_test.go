@@ -25,7 +25,8 @@ func folder(t *testing.T) string {
 	return dir
 }
 
-// TestOneAtATime: of many that want a socket whose last holder was killed, one gets it, and the others are told who that is.
+// TestOneAtATime: of many that want a socket whose last holder was killed, one gets it, and the others are
+// told who that is.
 func TestOneAtATime(t *testing.T) {
 	path := filepath.Join(folder(t), "new", "x.sock")
 	for round := range 20 {

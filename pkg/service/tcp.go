@@ -13,8 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What callers of one TCP listener may take of the process, which has a store to run. A source is a caller's address, or its
-// network: see the key of listenTCP.
+// What callers of one TCP listener may take of the process, which has a store to run. A source is a caller's
+// address, or its network: see the key of listenTCP.
 const (
 	maxConns      = 1024 // in all, and never more than a quarter of the process' descriptors
 	maxConnsEach  = 32   // of one source
@@ -48,7 +48,8 @@ type source struct {
 	answers chan struct{}
 }
 
-// network is the key of a caller that nothing is known of: its IPv4 address, or its IPv6 network, of which it may have all addresses.
+// network is the key of a caller that nothing is known of: its IPv4 address, or its IPv6 network, of which it
+// may have all addresses.
 func network(a netip.Addr) netip.Addr {
 	if a.Is6() {
 		p, _ := a.Prefix(64) // of a length that IPv6 has
@@ -57,8 +58,8 @@ func network(a netip.Addr) netip.Addr {
 	return a
 }
 
-// listenTCP listens on an address; freely means also on one that the host does not have yet. key returns by what a caller's connections
-// are counted.
+// listenTCP listens on an address; freely means also on one that the host does not have yet. key returns by
+// what a caller's connections are counted.
 func listenTCP(address string, freely bool, key func(netip.Addr) netip.Addr) (*limiter, error) {
 	lc := net.ListenConfig{Control: func(net, _ string, raw syscall.RawConn) error {
 		var errs []error
@@ -86,7 +87,8 @@ func listenTCP(address string, freely bool, key func(netip.Addr) netip.Addr) (*l
 	if unix.Getrlimit(unix.RLIMIT_NOFILE, &files) == nil && files.Cur/4 < maxConns {
 		conns = int(files.Cur / 4)
 	}
-	return &limiter{Listener: l, key: key, conns: conns, answers: make(chan struct{}, maxAnswers), sources: map[netip.Addr]*source{}}, nil
+	return &limiter{Listener: l, key: key, conns: conns, answers: make(chan struct{}, maxAnswers),
+		sources: map[netip.Addr]*source{}}, nil
 }
 
 // Accept implements net.Listener. A connection above the limits is reset at once.
@@ -163,13 +165,14 @@ func (l *limiter) server(h http.Handler) *http.Server {
 			return context.WithValue(ctx, sourceKey{}, c.(*guest).source)
 		},
 
-		ReadHeaderTimeout: headTime, ReadTimeout: readTime, WriteTimeout: sendTime, IdleTimeout: idleTime, MaxHeaderBytes: maxHead,
+		ReadHeaderTimeout: headTime, ReadTimeout: readTime, WriteTimeout: sendTime, IdleTimeout: idleTime,
+		MaxHeaderBytes:               maxHead,
 		DisableGeneralOptionsHandler: true,
 	}
 }
 
-// inTurn lets so many answers be made and sent at a time as the limits say. Further requests wait. A request with a body is refused: no route
-// on TCP has a use for one.
+// inTurn lets so many answers be made and sent at a time as the limits say. Further requests wait. A request
+// with a body is refused: no route on TCP has a use for one.
 func (l *limiter) inTurn(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.ContentLength != 0 {

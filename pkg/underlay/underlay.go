@@ -1,4 +1,5 @@
-// Package underlay sees the cluster's hosts as one of them does: by which address each can be reached, and what lies behind it.
+// Package underlay sees the cluster's hosts as one of them does: by which address each can be reached, and
+// what lies behind it.
 //
 // Every encapsulation plans from this. Pure: no kernel, no clock.
 package underlay
@@ -17,8 +18,9 @@ type Peer struct {
 	OnLink bool       // on the link of the viewer's underlay
 }
 
-// Peers are the other hosts as me sees them, in the snapshot's order. One that cannot be reached, or claims an address that
-// a senior one has, is left out and told in the state's Problems. me must have an underlay address, and keeps it.
+// Peers are the other hosts as me sees them, in the snapshot's order. One that cannot be reached, or claims
+// an address that a senior one has, is left out and told in the state's Problems. me must have an underlay
+// address, and keeps it.
 func Peers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []Peer {
 	local := me.UnderlayAddr()
 	link := me.Underlay[0].Address.Masked()
@@ -42,10 +44,12 @@ func Peers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []Peer {
 		}
 		switch {
 		case !addr.IsValid():
-			s.Problemf("host %s has no %s underlay address and cannot be reached from %s; give its lariat-metadata one with --underlay", h.Name, family, me.Name)
+			s.Problemf("host %s has no %s underlay address and cannot be reached from %s; give its lariat-metadata one "+
+				"with --underlay", h.Name, family, me.Name)
 			continue
 		case taken[addr].Name != h.Name:
-			s.Problemf("host %s has the underlay address %s of host %s and is left out; remove the one that is gone: lariat host remove", h.Name, addr, taken[addr].Name)
+			s.Problemf("host %s has the underlay address %s of host %s and is left out; remove the one that is gone: "+
+				"lariat host remove", h.Name, addr, taken[addr].Name)
 			continue
 		}
 		peers = append(peers, Peer{Host: h, Addr: addr, OnLink: link.Contains(addr)})

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// Deadlines of verbs whose caller sets none. kubelet waits for ever, dockerd for two minutes at Create and Mount and for one at the others;
-// an answer must be out before, because what comes later is thrown away.
+// Deadlines of verbs whose caller sets none. kubelet waits for ever, dockerd for two minutes at Create and
+// Mount and for one at the others; an answer must be out before, because what comes later is thrown away.
 var Deadlines = struct{ Long, Short time.Duration }{Long: 110 * time.Second, Short: 50 * time.Second}
 
 // WithDeadline gives a context a deadline unless it has one.
@@ -17,7 +17,8 @@ func WithDeadline(ctx context.Context, d time.Duration) (context.Context, contex
 	return context.WithTimeoutCause(ctx, d, Timeout(d))
 }
 
-// WithReserve ends a while before the deadline of a context, so that there is time left to say why. The context has one: see WithDeadline.
+// WithReserve ends a while before the deadline of a context, so that there is time left to say why. The
+// context has one: see WithDeadline.
 func WithReserve(ctx context.Context) (context.Context, context.CancelFunc) {
 	end, _ := ctx.Deadline()
 	left := time.Until(end)

@@ -11,7 +11,8 @@ var (
 	ErrNotSupported = errors.New("not supported")
 	// ErrInvalid is a request that cannot be right: a name, an option, a value. Nothing was done.
 	ErrInvalid = errors.New("invalid request")
-	// ErrConflict is when what was asked for and what is there differ: another volume mounted at the folder, another definition of the name.
+	// ErrConflict is when what was asked for and what is there differ: another volume mounted at the folder,
+	// another definition of the name.
 	ErrConflict = errors.New("conflict")
 	// ErrNotFound is a volume that does not exist, where it must.
 	ErrNotFound = errors.New("not found")

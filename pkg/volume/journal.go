@@ -24,11 +24,13 @@ var Environment = [][2]string{
 	{"LARIAT_RUN_DIR", "where locks are; default " + DefaultRunDir},
 }
 
-// Journal is a folder of small records, one file for each key. A record is replaced whole or not at all and is on the disk when Put returns:
-// other than the journal of attachments it tells of data that outlives a power failure.
+// Journal is a folder of small records, one file for each key. A record is replaced whole or not at all and
+// is on the disk when Put returns: other than the journal of attachments it tells of data that outlives a
+// power failure.
 //
-// Who changes a record holds its lock (see Locks); readers need none. A journal is a memory, not the truth: drivers can do without a record,
-// by the mount table, the export's own marks or the cloud's tags. So a damaged one is set aside and counts as missing.
+// Who changes a record holds its lock (see Locks); readers need none. A journal is a memory, not the truth:
+// drivers can do without a record, by the mount table, the export's own marks or the cloud's tags. So a
+// damaged one is set aside and counts as missing.
 type Journal[T any] struct{ Dir string }
 
 // entry is a file's content. The key is in it because the file's name may be a hash.
@@ -107,7 +109,8 @@ func (j Journal[T]) read(path string) (e entry[T], found bool, err error) {
 	}
 	if err := json.Unmarshal(data, &e); err != nil || fileName(e.Key)+".json" != filepath.Base(path) {
 		// Kept for a person to look at. The name hides it from List.
-		if err := os.Rename(path, filepath.Join(j.Dir, ".damaged-"+filepath.Base(path))); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.Rename(path, filepath.Join(j.Dir, ".damaged-"+filepath.Base(path))); err != nil &&
+			!errors.Is(err, fs.ErrNotExist) {
 			return entry[T]{}, false, fmt.Errorf("journal: set the damaged %s aside: %w", path, err)
 		}
 		return entry[T]{}, false, nil

@@ -55,7 +55,8 @@ func TestJournal(t *testing.T) {
 // F158: a torn record, or one under another's name, is set aside and stops nobody.
 func TestF158DamagedRecord(t *testing.T) {
 	j := Journal[toy]{Dir: t.TempDir()}
-	for name, text := range map[string]string{"empty": "", "torn": `{"key":"torn","val`, "stranger": `{"key":"other","value":{"Text":"x"}}`, "type": `{"key":"type","value":[]}`} {
+	for name, text := range map[string]string{"empty": "", "torn": `{"key":"torn","val`,
+		"stranger": `{"key":"other","value":{"Text":"x"}}`, "type": `{"key":"type","value":[]}`} {
 		must(t, os.WriteFile(filepath.Join(j.Dir, name+".json"), []byte(text), 0o600))
 		if _, found, err := j.Get(name); found || err != nil {
 			t.Errorf("%s: %v %v", name, found, err)
@@ -115,7 +116,8 @@ func TestLocks(t *testing.T) {
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 50*time.Millisecond, Timeout(50*time.Millisecond))
 	defer cancel()
 	_, err = l.Lock(ctx, "v", "unmount")
-	if !errors.Is(err, ErrInUse) || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "unmount of v waited for process") || !strings.Contains(err.Error(), "(mount)") {
+	if !errors.Is(err, ErrInUse) || !errors.Is(err, context.DeadlineExceeded) ||
+		!strings.Contains(err.Error(), "unmount of v waited for process") || !strings.Contains(err.Error(), "(mount)") {
 		t.Errorf("%v", err)
 	}
 	other, err := l.Lock(t.Context(), "w", "mount") // nobody waits for another volume
@@ -140,7 +142,8 @@ func TestLocks(t *testing.T) {
 
 func TestErrors(t *testing.T) {
 	for _, e := range []error{ErrNotSupported, ErrInvalid, ErrConflict, ErrNotFound} {
-		if wrapped := Errorf(e, "what: %w", os.ErrNotExist); !IsFinal(wrapped) || !errors.Is(wrapped, e) || !errors.Is(wrapped, os.ErrNotExist) || wrapped.Error() != "what: file does not exist" {
+		if wrapped := Errorf(e, "what: %w", os.ErrNotExist); !IsFinal(wrapped) || !errors.Is(wrapped, e) ||
+			!errors.Is(wrapped, os.ErrNotExist) || wrapped.Error() != "what: file does not exist" {
 			t.Errorf("%v: %v", e, wrapped)
 		}
 	}

@@ -11,8 +11,8 @@ import (
 	"syscall"
 )
 
-// Locks serialise the work on one volume, or one folder, between processes. The kernel drops a lock with its process. Each key has a file of its
-// own, so that a volume whose server hangs holds up no other.
+// Locks serialise the work on one volume, or one folder, between processes. The kernel drops a lock with its
+// process. Each key has a file of its own, so that a volume whose server hangs holds up no other.
 type Locks struct{ Dir string }
 
 // LockAll takes the locks of several keys, in their order: the volume's before the folder's.
@@ -74,11 +74,13 @@ func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), er
 		return func() { release(r.f) }, nil
 	case <-ctx.Done():
 		holder, _ := os.ReadFile(path)
-		return nil, Errorf(ErrInUse, "%s of %s waited for %s: %w", purpose, key, strings.TrimSpace(string(holder)), context.Cause(ctx))
+		return nil, Errorf(ErrInUse, "%s of %s waited for %s: %w", purpose, key, strings.TrimSpace(string(holder)),
+			context.Cause(ctx))
 	}
 }
 
-// lock opens and locks a file until the one that is locked is the one that has the name, or nobody waits for it any more.
+// lock opens and locks a file until the one that is locked is the one that has the name, or nobody waits for
+// it any more.
 func lock(ctx context.Context, path string) (*os.File, error) {
 	for {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)

@@ -19,24 +19,27 @@ const (
 	MaxPath  = 4095
 )
 
-// CheckName refuses names of volumes that could mean something else as one element of a path, an argument or a line of a log:
-// they are [A-Za-z0-9][A-Za-z0-9_.-]*, at most MaxName long.
+// CheckName refuses names of volumes that could mean something else as one element of a path, an argument or
+// a line of a log: they are [A-Za-z0-9][A-Za-z0-9_.-]*, at most MaxName long.
 func CheckName(name string) error {
 	switch {
 	case name == "":
 		return Errorf(ErrInvalid, "the volume has no name")
 	case len(name) > MaxName:
-		return Errorf(ErrInvalid, "volume name %s… is %d octets long, at most %d are allowed", strconv.Quote(name[:20]), len(name), MaxName)
+		return Errorf(ErrInvalid, "volume name %s… is %d octets long, at most %d are allowed", strconv.Quote(name[:20]),
+			len(name), MaxName)
 	}
 	for i, r := range []byte(name) {
-		if letter := r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z'; !letter && (i == 0 || !strings.ContainsRune("_.-", rune(r))) {
+		if letter := r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z'; !letter &&
+			(i == 0 || !strings.ContainsRune("_.-", rune(r))) {
 			return Errorf(ErrInvalid, "volume name %q: only letters, digits and, after the first, _ . - are allowed", name)
 		}
 	}
 	return nil
 }
 
-// CheckDir refuses a folder to mount at that is not plainly one: absolute, without dots and double slashes, without control characters.
+// CheckDir refuses a folder to mount at that is not plainly one: absolute, without dots and double slashes,
+// without control characters.
 func CheckDir(dir string) error {
 	switch {
 	case !strings.HasPrefix(dir, "/"):
@@ -94,10 +97,11 @@ func OneOf[T ~string](into *T, text []byte, allowed ...T) error {
 	return nil
 }
 
-// Decode fills a struct from a volume's options. A field tagged `option:"size"` takes the option of that name; one that is absent leaves
-// the field as it is, which is how defaults are given. Fields are strings, bools, integers, or encoding.TextUnmarshalers; bool is true,
-// false, 1, 0, yes or no. Embedded structs count as their fields. An option without a field is an error that names the nearest, unless
-// it is among those to ignore.
+// Decode fills a struct from a volume's options. A field tagged `option:"size"` takes the option of that
+// name; one that is absent leaves the field as it is, which is how defaults are given. Fields are strings,
+// bools, integers, or encoding.TextUnmarshalers; bool is true, false, 1, 0, yes or no. Embedded structs count
+// as their fields. An option without a field is an error that names the nearest, unless it is among those to
+// ignore.
 func Decode(options map[string]string, into any, ignore ...string) error {
 	if err := CheckOptions(options); err != nil {
 		return err

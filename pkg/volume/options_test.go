@@ -9,7 +9,8 @@ import (
 
 // F109: unsafe names are refused.
 func TestF109UnsafeNames(t *testing.T) {
-	for _, name := range []string{"", ".", "..", "../x", "a/b", "/a", "-o", "a\x00b", "a\nb", "a b", "é", ".hidden", "_x", "a,b", "a:b", "$(id)", strings.Repeat("a", 129), strings.Repeat("a", 4096)} {
+	for _, name := range []string{"", ".", "..", "../x", "a/b", "/a", "-o", "a\x00b", "a\nb", "a b", "é", ".hidden", "_x",
+		"a,b", "a:b", "$(id)", strings.Repeat("a", 129), strings.Repeat("a", 4096)} {
 		err := CheckName(name)
 		if !errors.Is(err, ErrInvalid) || !IsFinal(err) {
 			t.Errorf("%q: %v", name, err)
@@ -17,7 +18,8 @@ func TestF109UnsafeNames(t *testing.T) {
 			t.Errorf("%q: an error that nobody wants in a log: %q", name, err)
 		}
 	}
-	for _, name := range []string{"a", "0", "pvc-7f9c1d7e-3a4b-4c5d-8e6f-001122334455", "stack_data_a1b2c", "v1.2", strings.Repeat("a", 128)} {
+	for _, name := range []string{"a", "0", "pvc-7f9c1d7e-3a4b-4c5d-8e6f-001122334455", "stack_data_a1b2c", "v1.2",
+		strings.Repeat("a", 128)} {
 		if err := CheckName(name); err != nil {
 			t.Errorf("%q: %v", name, err)
 		}
@@ -25,7 +27,8 @@ func TestF109UnsafeNames(t *testing.T) {
 }
 
 func TestF109UnsafeFolders(t *testing.T) {
-	for _, dir := range []string{"", "x", "../x", "/", "//", "/a//b", "/a/../b", "/a/.", "/a/..", "/a\nb", "/a\x00", "-o", "/" + strings.Repeat("a", 256), "/" + strings.Repeat("a/", 2100)} {
+	for _, dir := range []string{"", "x", "../x", "/", "//", "/a//b", "/a/../b", "/a/.", "/a/..", "/a\nb", "/a\x00", "-o",
+		"/" + strings.Repeat("a", 256), "/" + strings.Repeat("a/", 2100)} {
 		if err := CheckDir(dir); !errors.Is(err, ErrInvalid) || len(err.Error()) > 300 {
 			t.Errorf("%q: %v", dir, err)
 		}
@@ -66,12 +69,14 @@ func TestDecode(t *testing.T) {
 		{"nor one in another case", map[string]string{"Host": "h"}, `unknown option "Host", did you mean "host"?`},
 		{"makes no wild guesses", map[string]string{"zzzzzz": "h"}, `unknown option "zzzzzz"`},
 		{"a number that is none", map[string]string{"size": "5G"}, `option size: "5G" is not a number that fits`},
-		{"a number beyond all bounds", map[string]string{"size": "99999999999999999999"}, `option size: "99999999999999999999" is not a number that fits`},
+		{"a number beyond all bounds", map[string]string{"size": "99999999999999999999"},
+			`option size: "99999999999999999999" is not a number that fits`},
 		{"a truth that is none", map[string]string{"secure": "maybe"}, `option secure: "maybe" is neither true nor false`},
 		{"a newline", map[string]string{"host": "a\nb"}, "option host: control characters are not allowed"},
 		{"a NUL", map[string]string{"host": "a\x00b"}, "option host: control characters are not allowed"},
 		{"octets that are no text", map[string]string{"host": "\xff"}, "option host: control characters are not allowed"},
-		{"a long value", map[string]string{"host": strings.Repeat("a", 4097)}, "option host: 4097 octets, at most 4096 are allowed"},
+		{"a long value", map[string]string{"host": strings.Repeat("a", 4097)},
+			"option host: 4097 octets, at most 4096 are allowed"},
 		{"a name that is none", map[string]string{"a\nb": ""}, `option "a\nb": not a name`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

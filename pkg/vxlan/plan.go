@@ -1,10 +1,10 @@
-// Package vxlan plans the VXLAN part of a host: for each network one device, and for each other host that takes part one
-// neighbour, one forwarding entry, one nexthop, and a route for each of its blocks.
+// Package vxlan plans the VXLAN part of a host: for each network one device, and for each other host that
+// takes part one neighbour, one forwarding entry, one nexthop, and a route for each of its blocks.
 //
-// A packet to 10.42.7.9 takes the route of its block to the nexthop of its host, the neighbour entry turns the nexthop
-// into a MAC, and the forwarding entry turns the MAC into the host's real address. State grows with hosts and blocks,
-// never with containers. Device names, MACs and nexthop ids are derived, so hosts that know the same facts agree without
-// talking.
+// A packet to 10.42.7.9 takes the route of its block to the nexthop of its host, the neighbour entry turns
+// the nexthop into a MAC, and the forwarding entry turns the MAC into the host's real address. State grows
+// with hosts and blocks, never with containers. Device names, MACs and nexthop ids are derived, so hosts that
+// know the same facts agree without talking.
 //
 // Same input, same output. No clock, no kernel, no logging.
 package vxlan
@@ -29,11 +29,13 @@ func Alias(network string) string { return delta.AliasPrefix + "vxlan:" + networ
 // LinkLocal is the IPv6 link-local address that follows from a MAC (modified EUI-64, RFC 4291 appendix A). It is the
 // nexthop of IPv6 routes: they accept no other kind of on-link gateway.
 func LinkLocal(m metadata.MAC) netip.Addr {
-	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3], 14: m[4], 15: m[5]})
+	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3],
+		14: m[4], 15: m[5]})
 }
 
-// Plan returns what host self needs for all of its VXLAN networks. A host or entry that cannot be planned is left out and
-// told in Problems; the rest stands. It plans from what is sane of the snapshot. A self that the snapshot does not list gives an empty state with that problem.
+// Plan returns what host self needs for all of its VXLAN networks. A host or entry that cannot be planned is
+// left out and told in Problems; the rest stands. It plans from what is sane of the snapshot. A self that the
+// snapshot does not list gives an empty state with that problem.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	s, snap := delta.NewState(), snap.Sane()
 	me, ok := snap.Host(self)
@@ -44,7 +46,8 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 		}
 	}
 	if len(networks) > 0 {
-		s.Routes = make(map[delta.RouteKey]delta.Route, len(snap.Blocks)+len(snap.HostRoutes)) // most of them are this planner's
+		// most of them are this planner's
+		s.Routes = make(map[delta.RouteKey]delta.Route, len(snap.Blocks)+len(snap.HostRoutes))
 	}
 	for _, n := range networks {
 		underlay.Enclose(s, me, n)
@@ -95,7 +98,8 @@ func findPeers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []peer
 			s.Problemf("host %s has no overlay MAC and is left out; restart its lariat-metadata", p.Name)
 			continue
 		case taken[p.MAC].Name != p.Name:
-			s.Problemf("host %s has the overlay MAC %s of host %s and is left out; restart its lariat-metadata", p.Name, p.MAC, taken[p.MAC].Name)
+			s.Problemf("host %s has the overlay MAC %s of host %s and is left out; restart its lariat-metadata", p.Name, p.MAC,
+				taken[p.MAC].Name)
 			continue
 		}
 		peers = append(peers, peer{name: p.Name, addr: p.Addr, mac: p.MAC, ll: LinkLocal(p.MAC), onLink: p.OnLink})
@@ -103,10 +107,12 @@ func findPeers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []peer
 	return peers
 }
 
-func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me metadata.Host, peers []peer, prefixes map[string][]netip.Prefix, ids *nexthopIDs) {
+func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me metadata.Host, peers []peer,
+	prefixes map[string][]netip.Prefix, ids *nexthopIDs) {
 	dev := Device(n.VNI)
 	v6 := n.HasIPv6() || me.UnderlayAddr().Is6()
-	s.Links[dev] = delta.Link{Kind: delta.KindVXLAN, VNI: n.VNI, Port: n.UDPPort(), Local: me.UnderlayAddr(), MAC: delta.MAC(me.MAC), MTU: mtu.Container(n, me), Alias: Alias(n.Name), NoIPv6: !v6}
+	s.Links[dev] = delta.Link{Kind: delta.KindVXLAN, VNI: n.VNI, Port: n.UDPPort(), Local: me.UnderlayAddr(),
+		MAC: delta.MAC(me.MAC), MTU: mtu.Container(n, me), Alias: Alias(n.Name), NoIPv6: !v6}
 	s.Sysctls["net/ipv4/ip_forward"] = "1"
 	if v6 {
 		s.Sysctls["net/ipv6/conf/all/forwarding"] = "1"
@@ -152,7 +158,8 @@ func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me
 // planNexthop makes the way to one peer for routes of one family. Routes share it by its id: ten thousand routes with a
 // gateway each on one device are quadratic in the kernel (fib_info is hashed by device), with nexthop objects they
 // are not; and a peer that changes its address changes this one object.
-func planNexthop(s *delta.State, network, dev string, me metadata.Host, p peer, ids *nexthopIDs, direct, v6 bool) uint32 {
+func planNexthop(s *delta.State, network, dev string, me metadata.Host, p peer, ids *nexthopIDs, direct,
+	v6 bool) uint32 {
 	id := ids.next(network, p.name, v6)
 	if direct && p.addr.Is6() == v6 {
 		s.Nexthops[id] = delta.Nexthop{Via: p.addr, Dev: me.Underlay[0].Device}
@@ -170,8 +177,8 @@ func planNexthop(s *delta.State, network, dev string, me metadata.Host, p peer, 
 	return id
 }
 
-// nexthopIDs hands out ids in the range 0x4c000000 to 0x4cffffff (0x4c is 76), from a hash of whom they lead to. Two that
-// fall together are told apart by the order of the hosts' names, which all passes see alike.
+// nexthopIDs hands out ids in the range 0x4c000000 to 0x4cffffff (0x4c is 76), from a hash of whom they lead
+// to. Two that fall together are told apart by the order of the hosts' names, which all passes see alike.
 type nexthopIDs struct{ taken map[uint32]struct{} }
 
 func (n *nexthopIDs) next(network, host string, v6 bool) uint32 {

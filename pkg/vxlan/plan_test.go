@@ -77,7 +77,8 @@ func TestPlanOfUnknownHostSaysSo(t *testing.T) {
 	}
 }
 
-// TestF27_MovedBlockChangesOneRoute: a block that moves to another host is one route replaced and nothing removed before it.
+// TestF27_MovedBlockChangesOneRoute: a block that moves to another host is one route replaced and nothing
+// removed before it.
 func TestF27_MovedBlockChangesOneRoute(t *testing.T) {
 	snap := load(t, "testdata/three.json")
 	before := vxlan.Plan(snap, "a")
@@ -87,23 +88,27 @@ func TestF27_MovedBlockChangesOneRoute(t *testing.T) {
 		}
 	}
 	d := delta.Between(vxlan.Plan(snap, "a"), before)
-	if len(d.Routes.Set) != 1 || d.Routes.Set[0].Key.Dst.String() != "10.42.0.192/26" || len(d.Routes.Remove) != 0 || d.Len() != 1 {
+	if len(d.Routes.Set) != 1 || d.Routes.Set[0].Key.Dst.String() != "10.42.0.192/26" || len(d.Routes.Remove) != 0 ||
+		d.Len() != 1 {
 		t.Fatalf("want one route replaced, got:\n%s", d)
 	}
 }
 
 // TestF28_HostAddressChange: a peer's new underlay address changes its nexthop in place, so that no route is touched.
 func TestF28_HostAddressChange(t *testing.T) {
-	d := delta.Between(vxlan.Plan(load(t, "testdata/moved-peer.json"), "a"), vxlan.Plan(load(t, "testdata/three.json"), "a"))
+	d := delta.Between(vxlan.Plan(load(t, "testdata/moved-peer.json"), "a"),
+		vxlan.Plan(load(t, "testdata/three.json"), "a"))
 	if len(d.Routes.Set)+len(d.Routes.Remove) != 0 {
 		t.Errorf("routes are touched:\n%s", d)
 	}
-	if len(d.FDB.Set) != 1 || d.FDB.Set[0].Key.Dst.String() != "192.0.2.9" || len(d.FDB.Remove) != 1 || len(d.Nexthops.Set) != 1 || !d.Nexthops.Set[0].Replaces {
+	if len(d.FDB.Set) != 1 || d.FDB.Set[0].Key.Dst.String() != "192.0.2.9" || len(d.FDB.Remove) != 1 ||
+		len(d.Nexthops.Set) != 1 || !d.Nexthops.Set[0].Replaces {
 		t.Errorf("want one forwarding entry added, one removed, and the nexthop replaced, got:\n%s", d)
 	}
 }
 
-// TestF25_DeterministicMAC: whatever the subnet's size, device names and MACs follow from the metadata alone; no two hosts share one.
+// TestF25_DeterministicMAC: whatever the subnet's size, device names and MACs follow from the metadata alone;
+// no two hosts share one.
 func TestF25_DeterministicMAC(t *testing.T) {
 	snap := cluster(300)
 	seen := map[delta.MAC]string{}
@@ -139,7 +144,8 @@ func TestNexthopIDsAreUniqueAndOurs(t *testing.T) {
 
 // cluster has n hosts with a block each.
 func cluster(n int) *metadata.Snapshot {
-	s := &metadata.Snapshot{Networks: []metadata.Network{{Name: "overlay", Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Encapsulation: metadata.EncapVXLAN, VNI: 1042}}}
+	s := &metadata.Snapshot{Networks: []metadata.Network{{Name: "overlay",
+		Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Encapsulation: metadata.EncapVXLAN, VNI: 1042}}}
 	for i := range n {
 		u := netip.AddrFrom4([4]byte{172, byte(16 + i>>16), byte(i >> 8), byte(i)})
 		b := u.As4()
@@ -147,7 +153,8 @@ func cluster(n int) *metadata.Snapshot {
 		name := fmt.Sprintf("h%d", i)
 		s.Hosts = append(s.Hosts, metadata.Host{Name: name, MAC: metadata.MAC{0x0e, 0, b[0], b[1], b[2], b[3]},
 			Underlay: []metadata.Underlay{{Address: netip.PrefixFrom(u, 12), Device: "eth0", MTU: 1500}}})
-		s.Blocks = append(s.Blocks, metadata.Block{Network: "overlay", CIDR: netip.PrefixFrom(base, 26), Host: name, Gateway: base.Next()})
+		s.Blocks = append(s.Blocks, metadata.Block{Network: "overlay", CIDR: netip.PrefixFrom(base, 26), Host: name,
+			Gateway: base.Next()})
 	}
 	return s
 }

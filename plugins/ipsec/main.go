@@ -1,9 +1,11 @@
 //go:debug containermaxprocs=0
 
-// Command lariat-ipsec is the CNI plugin that joins a container to an encrypted network which spans the hosts.
+// Command lariat-ipsec is the CNI plugin that joins a container to an encrypted network which spans the
+// hosts.
 //
-// The container gets a routed veth and an address that is unique in the cluster; which hosts there are, and which addresses
-// they own, comes from the metadata service. What it sends to other hosts leaves as ESP or not at all. See README.md.
+// The container gets a routed veth and an address that is unique in the cluster; which hosts there are, and
+// which addresses they own, comes from the metadata service. What it sends to other hosts leaves as ESP or
+// not at all. See README.md.
 package main
 
 import (

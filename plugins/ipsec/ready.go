@@ -10,8 +10,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// ready asks the network manager, who keeps the tunnels and has tried the kernel. When it does not answer, the kernel is tried here: a
-// container on a host that cannot encrypt would be cut off from the others for good, while a manager comes back.
+// ready asks the network manager, who keeps the tunnels and has tried the kernel. When it does not answer,
+// the kernel is tried here: a container on a host that cannot encrypt would be cut off from the others for
+// good, while a manager comes back.
 func ready(ctx context.Context, managerSocket string) error {
 	var r ipsec.Report
 	if err := (metadata.Client{Socket: managerSocket}).Do(ctx, "GET", "/v1/tunnels?summary=1", nil, &r); err != nil {
@@ -20,12 +21,14 @@ func ready(ctx context.Context, managerSocket string) error {
 				return cni.Errorf(cni.ErrNotAvailable, "this host cannot encrypt: %w", err)
 			}
 		}
-		return cni.Errorf(cni.ErrLimited, "the network manager does not answer, so nobody keeps the tunnels to other hosts: %w", err).
+		return cni.Errorf(cni.ErrLimited, "the network manager does not answer, so nobody keeps the tunnels to other "+
+			"hosts: %w", err).
 			WithDetails("check: systemctl status lariat-network-manager")
 	}
 	switch {
 	case r.Missing != "":
-		return cni.Errorf(cni.ErrNotAvailable, "this host cannot encrypt: %s", strings.ReplaceAll(r.Missing, "\n", "; ")).WithDetails("%s", r.Remedy)
+		return cni.Errorf(cni.ErrNotAvailable, "this host cannot encrypt: %s",
+			strings.ReplaceAll(r.Missing, "\n", "; ")).WithDetails("%s", r.Remedy)
 	case r.Problem != "":
 		return cni.Errorf(cni.ErrLimited, "tunnels to other hosts: %s", r.Problem).WithDetails("%s", r.Remedy)
 	}

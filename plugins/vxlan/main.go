@@ -2,8 +2,8 @@
 
 // Command lariat-vxlan is the CNI plugin that joins a container to a VXLAN network which spans the hosts.
 //
-// The container gets a routed veth and an address that is unique in the cluster; which hosts there are, and which addresses
-// they own, comes from the metadata service. See README.md.
+// The container gets a routed veth and an address that is unique in the cluster; which hosts there are, and
+// which addresses they own, comes from the metadata service. See README.md.
 package main
 
 import (

@@ -42,7 +42,8 @@ func list(t *testing.T) []pkg {
 }
 
 // What a CNI executable links decides how fast a container starts.
-var heavy = []string{"go.etcd.io/", "google.golang.org/grpc", "github.com/aws/", "github.com/coredns/", "github.com/prometheus/", "go.opentelemetry.io/", "net/http", "crypto/tls", module + "/pkg/metadata/store"}
+var heavy = []string{"go.etcd.io/", "google.golang.org/grpc", "github.com/aws/", "github.com/coredns/",
+	"github.com/prometheus/", "go.opentelemetry.io/", "net/http", "crypto/tls", module + "/pkg/metadata/store"}
 
 // TestCNIExecutablesAreLight: plugins and ipam link neither etcd, gRPC, AWS, CoreDNS nor Prometheus, nor net/http.
 func TestCNIExecutablesAreLight(t *testing.T) {
@@ -65,22 +66,24 @@ func TestCNIExecutablesAreLight(t *testing.T) {
 	}
 }
 
-// TestVolumeDriversAreLight: kubelet starts one for every call; they link neither etcd, gRPC, Prometheus nor Kubernetes' own libraries. One door does not
-// know the other, and the core knows neither door nor driver.
+// TestVolumeDriversAreLight: kubelet starts one for every call; they link neither etcd, gRPC, Prometheus nor
+// Kubernetes' own libraries. One door does not know the other, and the core knows neither door nor driver.
 func TestVolumeDriversAreLight(t *testing.T) {
 	found := 0
 	for _, p := range list(t) {
 		if p.Name == "main" && strings.HasPrefix(p.ImportPath, "flexvolume/") {
 			found++
 			for _, d := range p.Deps {
-				for _, h := range []string{"go.etcd.io/", "google.golang.org/grpc", "github.com/prometheus/", "go.opentelemetry.io/", "k8s.io/"} {
+				for _, h := range []string{"go.etcd.io/", "google.golang.org/grpc", "github.com/prometheus/",
+					"go.opentelemetry.io/", "k8s.io/"} {
 					if strings.HasPrefix(d, h) {
 						t.Errorf("%s links %s", p.ImportPath, d)
 					}
 				}
 			}
 		}
-		if strings.HasPrefix(p.ImportPath, "pkg/volume/flex") || strings.HasPrefix(p.ImportPath, "pkg/volume/dockerapi") || strings.HasPrefix(p.ImportPath, "pkg/volume/mounts") {
+		if strings.HasPrefix(p.ImportPath, "pkg/volume/flex") || strings.HasPrefix(p.ImportPath, "pkg/volume/dockerapi") ||
+			strings.HasPrefix(p.ImportPath, "pkg/volume/mounts") {
 			for _, d := range p.Deps {
 				if own, ours := strings.CutPrefix(d, module+"/pkg/"); ours && own != "volume" && own != "volume/mounts" {
 					t.Errorf("%s links %s", p.ImportPath, d)
@@ -125,7 +128,11 @@ func TestArrows(t *testing.T) {
 				t.Errorf("%s imports %s", p.ImportPath, own)
 			}
 		}
-		if p.ImportPath != "pkg/kernel" && slices.ContainsFunc(p.Deps, func(d string) bool { return strings.HasPrefix(d, "github.com/vishvananda/") || d == "os/exec" }) {
+		if p.ImportPath != "pkg/kernel" &&
+			slices.ContainsFunc(p.Deps, func(d string) bool {
+				return strings.HasPrefix(d, "github.com/vishvananda/") ||
+					d == "os/exec"
+			}) {
 			t.Errorf("%s is to be pure, but reaches the kernel or other programs", p.ImportPath)
 		}
 	}
@@ -134,7 +141,8 @@ func TestArrows(t *testing.T) {
 	}
 }
 
-// TestOneServer: only pkg/service serves HTTP or listens on TCP. It knows who may call what, and keeps callers within limits.
+// TestOneServer: only pkg/service serves HTTP or listens on TCP. It knows who may call what, and keeps
+// callers within limits.
 func TestOneServer(t *testing.T) {
 	root, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}").Output()
 	if err != nil {

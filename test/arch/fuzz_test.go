@@ -11,7 +11,8 @@ import (
 	"testing"
 )
 
-// parsers are all that read what somebody else wrote: whose bytes, by what, and which fuzz target has them. A new parser adds a line, and a target.
+// parsers are all that read what somebody else wrote: whose bytes, by what, and which fuzz target has them. A
+// new parser adds a line, and a target.
 var parsers = []struct{ bytes, by, pkg, fuzz string }{
 	{"entries of the store", "metadata.Decode", "pkg/metadata", "FuzzEntry"},
 	{"snapshots: files, and what the service answers", "metadata.Snapshot", "pkg/metadata", "FuzzSnapshot"},
@@ -48,7 +49,8 @@ var parsers = []struct{ bytes, by, pkg, fuzz string }{
 
 var fuzzFunc = regexp.MustCompile(`(?m)^func (Fuzz[A-Z]\w*)\(`)
 
-// TestF163_ParsersHaveFuzzTargets: every target of the list exists and has seeds, every target of the tree is in the list, and hack/fuzz runs them all.
+// TestF163_ParsersHaveFuzzTargets: every target of the list exists and has seeds, every target of the tree is
+// in the list, and hack/fuzz runs them all.
 func TestF163_ParsersHaveFuzzTargets(t *testing.T) {
 	root := "../.."
 	var found []string
@@ -69,7 +71,8 @@ func TestF163_ParsersHaveFuzzTargets(t *testing.T) {
 		dir, err := filepath.Rel(root, filepath.Dir(path))
 		for _, m := range fuzzFunc.FindAllSubmatch(source, -1) {
 			found = append(found, dir+" "+string(m[1]))
-			if body := string(source[strings.Index(string(source), string(m[0])):]); !strings.Contains(body[:strings.Index(body, "\n}\n")], "f.Add(") {
+			if body := string(source[strings.Index(string(source), string(m[0])):]); !strings.Contains(body[:strings.Index(body,
+				"\n}\n")], "f.Add(") {
 				t.Errorf("%s in %s has no seeds", m[1], path)
 			}
 		}

@@ -13,7 +13,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// TestMain lets the test binary be the bench: the bench runs itself anew inside of its namespaces, and as the ends of traffic.
+// TestMain lets the test binary be the bench: the bench runs itself anew inside of its namespaces, and as the
+// ends of traffic.
 func TestMain(m *testing.M) {
 	if os.Getenv(asBench) != "" {
 		main()
@@ -39,7 +40,8 @@ func TestQuickRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := filepath.Join(t.TempDir(), "bench.json")
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-quick", "-json", file, "-dir", t.TempDir(), "-bin", bin, "-peers", peers)
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-quick", "-json", file, "-dir", t.TempDir(), "-bin", bin,
+		"-peers", peers)
 	cmd.Env = append(os.Environ(), asBench+"=1")
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out

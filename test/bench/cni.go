@@ -34,8 +34,8 @@ type contender struct {
 	daemons []int
 }
 
-// plugin calls a CNI plugin as libcni does: one process for each call, environment, configuration on stdin, and for DEL the
-// result of the ADD within it.
+// plugin calls a CNI plugin as libcni does: one process for each call, environment, configuration on stdin,
+// and for DEL the result of the ADD within it.
 type plugin struct {
 	c       *contender
 	path    string // of the executable
@@ -111,8 +111,9 @@ func clip(b []byte) []byte {
 	return b[:min(len(b), 600)]
 }
 
-// floor is what the kernel alone takes for a routed port, by a process that already runs and keeps its sockets: the veth
-// with its peer in the container, addresses, routes, neighbour. No process start, no addresses to find, nothing durable.
+// floor is what the kernel alone takes for a routed port, by a process that already runs and keeps its
+// sockets: the veth with its peer in the container, addresses, routes, neighbour. No process start, no
+// addresses to find, nothing durable.
 type floor struct {
 	c    *contender
 	host *netlink.Handle
@@ -147,7 +148,8 @@ func (f *floor) Add(i int) (cost, error) {
 		return cost{}, err
 	}
 	defer ns.Close()
-	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: f.name(i), Flags: 0, MTU: 1450}, PeerName: "eth0", PeerNamespace: netlink.NsFd(int(ns.Fd()))}
+	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: f.name(i), Flags: 0, MTU: 1450}, PeerName: "eth0",
+		PeerNamespace: netlink.NsFd(int(ns.Fd()))}
 	if err := f.host.LinkAdd(veth); err != nil {
 		return cost{}, fmt.Errorf("floor veth: %w", err)
 	}
@@ -175,7 +177,8 @@ func (f *floor) Add(i int) (cost, error) {
 			return f.in[i].RouteAdd(&netlink.Route{LinkIndex: inner.Attrs().Index, Dst: ipNet([]byte{0, 0, 0, 0}, 0), Gw: gw.IP})
 		},
 		func() error {
-			return f.in[i].NeighSet(&netlink.Neigh{LinkIndex: inner.Attrs().Index, IP: gw.IP, HardwareAddr: outer.Attrs().HardwareAddr, State: netlink.NUD_PERMANENT})
+			return f.in[i].NeighSet(&netlink.Neigh{LinkIndex: inner.Attrs().Index, IP: gw.IP,
+				HardwareAddr: outer.Attrs().HardwareAddr, State: netlink.NUD_PERMANENT})
 		},
 		func() error {
 			return f.host.RouteAdd(&netlink.Route{LinkIndex: outer.Attrs().Index, Dst: dst, Scope: netlink.SCOPE_LINK})

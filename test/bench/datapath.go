@@ -32,7 +32,8 @@ func (b *bench) datapath() error {
 	}
 	return b.scope(func() error {
 		var paths []*path
-		for _, h := range []struct{ name, prefix, more string }{{"by hand", "h", masquerade}, {"by hand, guarded", "g", masquerade + guards}} {
+		for _, h := range []struct{ name, prefix, more string }{{"by hand", "h", masquerade},
+			{"by hand, guarded", "g", masquerade + guards}} {
 			p, err := b.byHand(h.name, h.prefix, h.more)
 			if err != nil {
 				return fmt.Errorf("%s: %w", h.name, err)
@@ -207,8 +208,8 @@ func (b *bench) pair(prefix string) (hosts, containers [2]*namespace, err error)
 	return hosts, containers, wire(hosts[0], hosts[1], "up0", "up0", "192.0.2.1/24", "192.0.2.2/24")
 }
 
-// byHandHost is the overlay of DESIGN.md §5 in the commands that an administrator would type: $i is this host, $j the other,
-// $c what the containers' names begin with.
+// byHandHost is the overlay of DESIGN.md §5 in the commands that an administrator would type: $i is this
+// host, $j the other, $c what the containers' names begin with.
 const byHandHost = `
 ip link add vtep1042 address 0e:00:c0:00:02:0$i type vxlan id 1042 dstport 4789 local 192.0.2.$i nolearning
 ip address add 10.42.$i.1/32 dev vtep1042

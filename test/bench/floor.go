@@ -126,7 +126,8 @@ func (b *batcher) program(dev int, peers []peer) error {
 	index := binary.NativeEndian.AppendUint32(nil, uint32(dev))
 	rounds := []func(i int, p peer){
 		func(_ int, p peer) {
-			b.message(unix.RTM_NEWNEIGH, create, append(append([]byte{unix.AF_INET, 0, 0, 0}, index...), unix.NUD_PERMANENT, 0, 0, 0)...)
+			b.message(unix.RTM_NEWNEIGH, create, append(append([]byte{unix.AF_INET, 0, 0, 0}, index...), unix.NUD_PERMANENT, 0,
+				0, 0)...)
 			b.attr(unix.NDA_DST, p.Underlay.AsSlice())
 			b.attr(unix.NDA_LLADDR, p.MAC[:])
 		},
@@ -143,7 +144,8 @@ func (b *batcher) program(dev int, peers []peer) error {
 			b.attr(nhaGateway, p.Underlay.AsSlice())
 		},
 		func(i int, p peer) {
-			b.message(unix.RTM_NEWROUTE, create, unix.AF_INET, byte(p.Block.Bits()), 0, 0, unix.RT_TABLE_MAIN, 76, unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST, 0, 0, 0, 0)
+			b.message(unix.RTM_NEWROUTE, create, unix.AF_INET, byte(p.Block.Bits()), 0, 0, unix.RT_TABLE_MAIN, 76,
+				unix.RT_SCOPE_UNIVERSE, unix.RTN_UNICAST, 0, 0, 0, 0)
 			b.attr(unix.RTA_DST, p.Block.Addr().AsSlice())
 			b.attr32(rtaNHID, uint32(1000+i))
 		},

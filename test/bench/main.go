@@ -1,12 +1,12 @@
-// Command bench measures Lariat against the reference CNI plugins and against a VXLAN made by hand, all in one run on one
-// machine, in turn.
+// Command bench measures Lariat against the reference CNI plugins and against a VXLAN made by hand, all in
+// one run on one machine, in turn.
 //
-// It runs itself in a user, network and mount namespace, so it needs no privileges and leaves nothing behind. The CNI part
-// needs nothing but the executables of `make build peers`; masquerading by the peers needs nft or iptables, the datapath
-// iproute2 and iperf3. What cannot be measured is named.
+// It runs itself in a user, network and mount namespace, so it needs no privileges and leaves nothing behind.
+// The CNI part needs nothing but the executables of `make build peers`; masquerading by the peers needs nft
+// or iptables, the datapath iproute2 and iperf3. What cannot be measured is named.
 //
-// The figures are medians of one machine at one time: only ratios within one run mean anything. It never fails on a
-// figure; the exit code says only whether the bench itself worked.
+// The figures are medians of one machine at one time: only ratios within one run mean anything. It never
+// fails on a figure; the exit code says only whether the bench itself worked.
 package main
 
 import (
@@ -119,7 +119,8 @@ func run(ctx context.Context, o options) (err error) {
 	b.rep.judge()
 	b.rep.explain()
 	m := b.rep.Machine
-	fmt.Printf("Lariat bench: %d CPUs, Linux %s, %s, state on %s, load %s, %.0f s\n", m.CPUs, m.Kernel, m.Go, m.Store, m.Load, m.Seconds)
+	fmt.Printf("Lariat bench: %d CPUs, Linux %s, %s, state on %s, load %s, %.0f s\n", m.CPUs, m.Kernel, m.Go, m.Store,
+		m.Load, m.Seconds)
 	b.rep.print(os.Stdout)
 	if o.json == "" {
 		return nil

@@ -144,7 +144,8 @@ func wire(a, b *namespace, devA, devB, addrA, addrB string) error {
 			}
 			if ip.IP.To4() != nil { // a default route, as every real host has one
 				_, all, _ := net.ParseCIDR("0.0.0.0/0")
-				if err := netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: all}); err != nil && !errors.Is(err, unix.EEXIST) {
+				if err := netlink.RouteAdd(&netlink.Route{LinkIndex: l.Attrs().Index, Dst: all}); err != nil &&
+					!errors.Is(err, unix.EEXIST) {
 					return err
 				}
 			}

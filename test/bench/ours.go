@@ -32,9 +32,10 @@ type lariatHost struct {
 
 func (h *lariatHost) path(name string) string { return filepath.Join(h.dir, name) }
 
-// startHost starts lariat-metadata and lariat-network-manager in a namespace. Without a join it keeps the store and, when certs
-// is given, lets others reach it; with one it uses the store at that endpoint.
-func (b *bench) startHost(ns *namespace, dir, name string, underlay netip.Prefix, certDir, join string) (*lariatHost, error) {
+// startHost starts lariat-metadata and lariat-network-manager in a namespace. Without a join it keeps the
+// store and, when certs is given, lets others reach it; with one it uses the store at that endpoint.
+func (b *bench) startHost(ns *namespace, dir, name string, underlay netip.Prefix, certDir,
+	join string) (*lariatHost, error) {
 	h := &lariatHost{namespace: ns, name: name, dir: dir, underlay: underlay}
 	h.client.Socket = h.path("metadata.sock")
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -44,7 +45,8 @@ func (b *bench) startHost(ns *namespace, dir, name string, underlay netip.Prefix
 	if err := os.WriteFile(h.path("machine-id"), []byte(hex.EncodeToString(id[:16])+"\n"), 0o600); err != nil {
 		return nil, err
 	}
-	args := []string{filepath.Join(b.opt.bin, "lariat-metadata"), "--host-name", name, "--socket", h.client.Socket, "--underlay", underlay.String(),
+	args := []string{filepath.Join(b.opt.bin, "lariat-metadata"), "--host-name", name, "--socket", h.client.Socket,
+		"--underlay", underlay.String(),
 		"--machine-id-file", h.path("machine-id")}
 	endpoint := "https://" + netip.AddrPortFrom(underlay.Addr(), 2379).String()
 	if join != "" {
@@ -53,16 +55,19 @@ func (b *bench) startHost(ns *namespace, dir, name string, underlay netip.Prefix
 		args = append(args, "--data-dir", h.path("etcd"))
 	}
 	if certDir != "" {
-		if _, err := certs.Host(certDir, certs.Request{Name: name, IPs: []netip.Addr{underlay.Addr()}}, time.Now()); err != nil {
+		if _, err := certs.Host(certDir, certs.Request{Name: name, IPs: []netip.Addr{underlay.Addr()}},
+			time.Now()); err != nil {
 			return nil, err
 		}
-		args = append(args, "--etcd-ca", filepath.Join(certDir, certs.CACert), "--etcd-cert", filepath.Join(certDir, name+".crt"),
+		args = append(args, "--etcd-ca", filepath.Join(certDir, certs.CACert), "--etcd-cert",
+			filepath.Join(certDir, name+".crt"),
 			"--etcd-key", filepath.Join(certDir, name+".key"))
 		if join == "" {
 			args = append(args, "--listen-client", endpoint)
 		}
 	}
-	for _, args := range [][]string{args, {filepath.Join(b.opt.bin, "lariat-network-manager"), "--metadata-socket", h.client.Socket,
+	for _, args := range [][]string{args, {filepath.Join(b.opt.bin, "lariat-network-manager"), "--metadata-socket",
+		h.client.Socket,
 		"--socket", h.path("manager.sock"), "--state-dir", h.path("state")}} {
 		p, err := ns.Start(b.ctx, dir, nil, args...)
 		if err != nil {
@@ -111,7 +116,8 @@ func until(ctx context.Context, what string, check func() error) error {
 
 func (h *lariatHost) conf() map[string]any {
 	return map[string]any{"cniVersion": "1.1.0", "name": networkName, "type": "lariat-vxlan",
-		"socket": h.client.Socket, "managerSocket": h.path("manager.sock"), "stateDir": h.path("state"), "ipam": map[string]any{"type": "lariat-ipam"}}
+		"socket": h.client.Socket, "managerSocket": h.path("manager.sock"), "stateDir": h.path("state"),
+		"ipam": map[string]any{"type": "lariat-ipam"}}
 }
 
 // ours is lariat-vxlan with lariat-ipam in-process, beside a live service and manager.
@@ -134,7 +140,8 @@ func (b *bench) ours(c *contender, dir string, s setup) error {
 		return err
 	}
 	c.daemons = h.pids
-	c.attacher = &plugin{c: c, path: filepath.Join(b.opt.bin, "lariat-vxlan"), cniPath: b.opt.bin, conf: h.conf(), prefix: c.host.Name + "x",
+	c.attacher = &plugin{c: c, path: filepath.Join(b.opt.bin, "lariat-vxlan"), cniPath: b.opt.bin, conf: h.conf(),
+		prefix:  c.host.Name + "x",
 		results: make([]json.RawMessage, s.n)}
 	return nil
 }
@@ -151,7 +158,8 @@ func (b *bench) roundTrips(n int) error {
 		if err != nil {
 			return err
 		}
-		h, err := b.startHost(host, filepath.Join(b.work, host.Name), host.Name, netip.MustParsePrefix("172.16.0.1/12"), "", "")
+		h, err := b.startHost(host, filepath.Join(b.work, host.Name), host.Name, netip.MustParsePrefix("172.16.0.1/12"), "",
+			"")
 		if err != nil {
 			return err
 		}
@@ -161,7 +169,8 @@ func (b *bench) roundTrips(n int) error {
 		for i := range n + 1 {
 			id := metadata.AttachmentID{ContainerID: fmt.Sprintf("trip%06d", i), IfName: "eth0"}
 			start := time.Now()
-			if _, err := h.client.Attach(b.ctx, networkName, metadata.AttachRequest{ContainerID: id.ContainerID, IfName: id.IfName}); err != nil {
+			if _, err := h.client.Attach(b.ctx, networkName, metadata.AttachRequest{ContainerID: id.ContainerID,
+				IfName: id.IfName}); err != nil {
 				return err
 			}
 			middle := time.Now()
@@ -193,7 +202,8 @@ func (b *bench) allocate(h *lariatHost, n int) error {
 		go func() {
 			defer wg.Done()
 			for i := w; i < n && errs[w] == nil; i += workers {
-				_, errs[w] = h.client.Attach(b.ctx, networkName, metadata.AttachRequest{ContainerID: fmt.Sprintf("existing%06d", i), IfName: "eth0"})
+				_, errs[w] = h.client.Attach(b.ctx, networkName, metadata.AttachRequest{ContainerID: fmt.Sprintf("existing%06d", i),
+					IfName: "eth0"})
 			}
 		}()
 	}
@@ -202,7 +212,8 @@ func (b *bench) allocate(h *lariatHost, n int) error {
 		return fmt.Errorf("%d existing reservations: %w", n, err)
 	}
 	took := time.Since(start)
-	b.rep.note("%d addresses were allocated by %d callers at once in %.2f s, %.0f a second", n, workers, took.Seconds(), float64(n)/took.Seconds())
+	b.rep.note("%d addresses were allocated by %d callers at once in %.2f s, %.0f a second", n, workers, took.Seconds(),
+		float64(n)/took.Seconds())
 	return nil
 }
 
@@ -230,7 +241,8 @@ func (b *bench) oursPath() (*path, error) {
 		}
 		if i == 0 {
 			join = "https://192.0.2.1:2379"
-			if err := b.define(h, metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")}, HostNAT: true}); err != nil {
+			if err := b.define(h, metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("10.43.0.0/16")},
+				HostNAT: true}); err != nil {
 				return nil, err
 			}
 		}
@@ -240,7 +252,8 @@ func (b *bench) oursPath() (*path, error) {
 		}
 		var out []byte
 		err = ns.Do(func() (err error) {
-			out, _, err = execPlugin(filepath.Join(b.opt.bin, "lariat-vxlan"), conf, "CNI_COMMAND=ADD", "CNI_CONTAINERID="+containers[i].Name,
+			out, _, err = execPlugin(filepath.Join(b.opt.bin, "lariat-vxlan"), conf, "CNI_COMMAND=ADD", "CNI_CONTAINERID="+
+				containers[i].Name,
 				"CNI_NETNS="+containers[i].Path, "CNI_IFNAME=eth0", "CNI_PATH="+b.opt.bin)
 			return err
 		})

@@ -19,7 +19,8 @@ func peersOf(n int) []peer {
 		u := netip.AddrFrom4([4]byte{172, 16 + byte((i+2)>>16), byte((i + 2) >> 8), byte(i + 2)})
 		a := u.As4()
 		out[i] = peer{Underlay: u, MAC: [6]byte{0x0e, 0, a[0], a[1], a[2], a[3]},
-			Block: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 64 + byte((i+1)>>10), byte((i + 1) >> 2), byte((i + 1) << 6)}), 26)}
+			Block: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 64 + byte((i+1)>>10), byte((i + 1) >> 2), byte((i + 1) << 6)}),
+				26)}
 	}
 	return out
 }
@@ -80,7 +81,8 @@ func (b *bench) floorOnce(peers []peer, s *series) error {
 	}
 	return host.Do(func() error {
 		start := time.Now()
-		vtep := &netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "vtep1042", MTU: 1450}, VxlanId: 1042, Port: 4789, SrcAddr: []byte{172, 16, 0, 1}}
+		vtep := &netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "vtep1042", MTU: 1450}, VxlanId: 1042, Port: 4789,
+			SrcAddr: []byte{172, 16, 0, 1}}
 		if err := netlink.LinkAdd(vtep); err != nil {
 			return fmt.Errorf("vxlan device: %w", err)
 		}
@@ -167,7 +169,8 @@ func snapshotOf(peers []peer) *metadata.Snapshot {
 	add := func(name string, underlay netip.Addr, mac [6]byte, block netip.Prefix) {
 		s.Hosts = append(s.Hosts, metadata.Host{Name: name, MAC: mac, Live: true,
 			Underlay: []metadata.Underlay{{Address: netip.PrefixFrom(underlay, 12), Device: "up0", MTU: 1500}}})
-		s.Blocks = append(s.Blocks, metadata.Block{Network: networkName, CIDR: block, Host: name, Gateway: block.Addr().Next()})
+		s.Blocks = append(s.Blocks, metadata.Block{Network: networkName, CIDR: block, Host: name,
+			Gateway: block.Addr().Next()})
 	}
 	add("self", netip.MustParseAddr("172.16.0.1"), [6]byte{0x0e, 0, 172, 16, 0, 1}, netip.MustParsePrefix("10.64.0.0/26"))
 	for i, p := range peers {

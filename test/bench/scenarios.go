@@ -215,8 +215,8 @@ func (b *bench) peer(c *contender, dir, kind, backend string, s setup) error {
 	return nil
 }
 
-// reserve writes host-local's store as it would stand after n ADDs: a file for each address, named by it, which holds the
-// container's id and interface, and the address handed out last.
+// reserve writes host-local's store as it would stand after n ADDs: a file for each address, named by it,
+// which holds the container's id and interface, and the address handed out last.
 func reserve(dir string, subnet netip.Prefix, n int) error {
 	if n == 0 {
 		return nil
@@ -261,11 +261,15 @@ func (b *bench) containers() error {
 		{"masq", setup{n: pick(n/2, 2), rounds: rounds, masq: true, who: masq}},
 		{"dual stack", setup{n: pick(max(4, n/8), 1), rounds: 1, dual: true, who: []string{oursName, "bridge", "ptp"}}},
 		{existing(0), setup{n: pick(n/2, 2), rounds: rounds, who: []string{oursName, "bridge", "ptp"}}},
-		{existing(pick(1000, 100)), setup{n: pick(n/2, 2), rounds: rounds, existing: pick(1000, 100), who: []string{oursName, "bridge", "ptp"}}},
-		{existing(10000), setup{n: pick(n/4, 0), rounds: pick(2, 1), existing: 10000, who: []string{oursName, "bridge", "ptp"}}},
+		{existing(pick(1000, 100)), setup{n: pick(n/2, 2), rounds: rounds, existing: pick(1000, 100),
+			who: []string{oursName, "bridge", "ptp"}}},
+		{existing(10000), setup{n: pick(n/4, 0), rounds: pick(2, 1), existing: 10000,
+			who: []string{oursName, "bridge", "ptp"}}},
 		{existing(60000), setup{n: pick(n/2, 0), rounds: rounds, existing: 60000, who: []string{oursName, oursEmpty}}},
-		{fmt.Sprintf("%d parallel", par), setup{n: pick(80, 8), rounds: rounds, parallel: par, who: []string{oursName, "bridge", "ptp"}}},
-		{fmt.Sprintf("%d parallel masq", par), setup{n: pick(80, 8), rounds: pick(min(rounds, 2), 1), parallel: par, masq: true, who: masq}},
+		{fmt.Sprintf("%d parallel", par), setup{n: pick(80, 8), rounds: rounds, parallel: par,
+			who: []string{oursName, "bridge", "ptp"}}},
+		{fmt.Sprintf("%d parallel masq", par), setup{n: pick(80, 8), rounds: pick(min(rounds, 2), 1), parallel: par,
+			masq: true, who: masq}},
 	}
 	for _, s := range list {
 		if s.n == 0 {

@@ -84,7 +84,8 @@ func (b *bench) starts() error {
 	return b.ctx.Err()
 }
 
-// writeDurably writes a small file so that it survives a crash: the least that an ADD has to do to be known after a reboot.
+// writeDurably writes a small file so that it survives a crash: the least that an ADD has to do to be known
+// after a reboot.
 func writeDurably(dir, name string) error {
 	f, err := os.CreateTemp(dir, ".durable")
 	if err != nil {
@@ -109,8 +110,9 @@ func writeDurably(dir, name string) error {
 // touched is how many pages are written to at once, so that the clock's own cost does not count.
 const touched = 256
 
-// touch takes fresh pages from the kernel one by one, as a process does that starts and goes its way through its code and heap. What
-// that costs differs by machine more than anything else does, most of all within virtual ones.
+// touch takes fresh pages from the kernel one by one, as a process does that starts and goes its way through
+// its code and heap. What that costs differs by machine more than anything else does, most of all within
+// virtual ones.
 func touch() (time.Duration, error) {
 	size := os.Getpagesize()
 	m, err := unix.Mmap(-1, 0, touched*size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
@@ -125,8 +127,9 @@ func touch() (time.Duration, error) {
 	return took, unix.Munmap(m)
 }
 
-// linkRemoval measures what the kernel does when a veth pair is deleted: when it says that the link is gone, and when the call
-// that asked for it returns. Between the two it waits for others to let go of what was freed (netdev_run_todo), without any lock.
+// linkRemoval measures what the kernel does when a veth pair is deleted: when it says that the link is gone,
+// and when the call that asked for it returns. Between the two it waits for others to let go of what was
+// freed (netdev_run_todo), without any lock.
 func (b *bench) linkRemoval(n int) error {
 	gone := &series{Section: "start", Scenario: "parts", Who: "link removal", Op: "until it is gone", Unit: "ms"}
 	returned := &series{Section: "start", Scenario: "parts", Who: "link removal", Op: "until the call returns", Unit: "ms"}
@@ -169,7 +172,8 @@ func (b *bench) linkRemoval(n int) error {
 	return nil
 }
 
-// explain says what an ADD and a DEL are made of, so that a target that was missed can be judged by how near the floor it is.
+// explain says what an ADD and a DEL are made of, so that a target that was missed can be judged by how near
+// the floor it is.
 func (r *report) explain() {
 	start := r.find(seriesKey{"start", "VERSION", "empty program", "start"})
 	durable := r.find(seriesKey{"start", "parts", "durable file", "write"})
@@ -183,7 +187,9 @@ func (r *report) explain() {
 		}
 		floor := start.P50 + kernel.P50 + trip.P50
 		more := ours.Faults - start.Faults
-		r.note("%s: ours takes %s ms; its parts alone are %s: a Go process %s, the kernel's work %s, the metadata round trip %s, of which one durable write is %s; it takes %.0f page faults more than an empty program's %.0f, and a fault is %.2f µs here: %s",
+		r.note("%s: ours takes %s ms; its parts alone are %s: a Go process %s, the kernel's work %s, the metadata round "+
+			"trip %s, of which one durable write is %s; it takes %.0f page faults more than an empty program's %.0f, and a "+
+			"fault is %.2f µs here: %s",
 			op, number(ours.P50), number(floor), number(start.P50), number(kernel.P50), number(trip.P50), number(durable.P50),
 			more, start.Faults, pages.P50*1000/touched, number(more*pages.P50/touched))
 	}

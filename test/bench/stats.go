@@ -148,7 +148,8 @@ func (r *report) print(w io.Writer) {
 		})
 		for _, s := range rows {
 			ratio := ""
-			if ours := r.find(seriesKey{section, s.Scenario, oursName, s.Op}); ours != nil && s.N > 0 && s.Who != oursName && ours.P50 > 0 {
+			if ours := r.find(seriesKey{section, s.Scenario, oursName, s.Op}); ours != nil && s.N > 0 && s.Who != oursName &&
+				ours.P50 > 0 {
 				ratio = fmt.Sprintf("%.2f", s.P50/ours.P50)
 			}
 			errs := ""

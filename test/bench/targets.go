@@ -13,9 +13,10 @@ const oursEmpty = oursName + " empty"
 
 // Fields of a series that a target compares.
 const (
-	p50    = "p50"
-	rate   = "rate"
-	paired = "paired" // the median of the rounds' ratios: throughput follows what else the machine does, neighbours in time do so alike
+	p50  = "p50"
+	rate = "rate"
+	// the median of the rounds' ratios: throughput follows what else the machine does, neighbours in time do so alike
+	paired = "paired"
 )
 
 // target is one promise: a ratio of ours to theirs, or, without theirs, a plain figure of ours.
@@ -54,10 +55,12 @@ func targets() []target {
 	bridgeMasq := []string{"bridge ipt", "bridge nft"}
 	ptpMasq := []string{"ptp ipt", "ptp nft"}
 	plain := func(op, who string, limit float64) target {
-		return target{op + " of " + who + "+host-local", cniKey("plain", oursName, op), cniKeys("plain", op, who), p50, limit, 0}
+		return target{op + " of " + who + "+host-local", cniKey("plain", oursName, op), cniKeys("plain", op, who), p50, limit,
+			0}
 	}
 	masq := func(op, name string, who []string, limit float64) target {
-		return target{op + " with masquerade of " + name, cniKey("masq", oursName, op), cniKeys("masq", op, who...), p50, limit, 0}
+		return target{op + " with masquerade of " + name, cniKey("masq", oursName, op), cniKeys("masq", op, who...), p50,
+			limit, 0}
 	}
 	list := []target{
 		plain("ADD", "bridge", 0.5),
@@ -69,13 +72,19 @@ func targets() []target {
 		plain("DEL", "ptp", 0.9),
 		masq("DEL", "bridge", bridgeMasq, 0.35),
 		masq("DEL", "ptp", ptpMasq, 0.35),
-		{"ADD at 10000 existing of bridge", cniKey("10000 existing", oursName, "ADD"), cniKeys("10000 existing", "ADD", "bridge"), p50, 0.05, 0},
-		{"ADD at 60000 existing of empty", cniKey("60000 existing", oursName, "ADD"), cniKeys("60000 existing", "ADD", oursEmpty), p50, 1.1, 0},
-		{"40 parallel ADD rate of bridge", cniKey("40 parallel", oursName, "ADD"), cniKeys("40 parallel", "ADD", "bridge"), rate, 0, 1.5},
-		{"40 parallel ADD rate of ptp", cniKey("40 parallel", oursName, "ADD"), cniKeys("40 parallel", "ADD", "ptp"), rate, 0, 1.5},
-		{"40 parallel ADD rate with masquerade of bridge", cniKey("40 parallel masq", oursName, "ADD"), cniKeys("40 parallel masq", "ADD", bridgeMasq...), rate, 0, 4},
+		{"ADD at 10000 existing of bridge", cniKey("10000 existing", oursName, "ADD"),
+			cniKeys("10000 existing", "ADD", "bridge"), p50, 0.05, 0},
+		{"ADD at 60000 existing of empty", cniKey("60000 existing", oursName, "ADD"),
+			cniKeys("60000 existing", "ADD", oursEmpty), p50, 1.1, 0},
+		{"40 parallel ADD rate of bridge", cniKey("40 parallel", oursName, "ADD"), cniKeys("40 parallel", "ADD", "bridge"),
+			rate, 0, 1.5},
+		{"40 parallel ADD rate of ptp", cniKey("40 parallel", oursName, "ADD"), cniKeys("40 parallel", "ADD", "ptp"), rate, 0,
+			1.5},
+		{"40 parallel ADD rate with masquerade of bridge", cniKey("40 parallel masq", oursName, "ADD"),
+			cniKeys("40 parallel masq", "ADD", bridgeMasq...), rate, 0, 4},
 		{"settled reconcile of 1000 peers, ms", seriesKey{"reconcile", "1000 peers", oursName, "settled"}, nil, p50, 5, 0},
-		{"settled reconcile of 1000 peers, writes", seriesKey{"reconcile", "1000 peers", oursName, "writes when settled"}, nil, p50, 0, 0},
+		{"settled reconcile of 1000 peers, writes", seriesKey{"reconcile", "1000 peers", oursName, "writes when settled"},
+			nil, p50, 0, 0},
 		{"10000 peers from nothing of the batched floor", seriesKey{"reconcile", "10000 peers", oursName, "from nothing"},
 			[]seriesKey{{"reconcile", "10000 peers", "batched floor", "from nothing"}}, p50, 2, 0},
 	}

@@ -75,7 +75,8 @@ func echo(address string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1), unix.Bind(fd, sa), unix.Listen(fd, 8)); err != nil {
+	if err := errors.Join(unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1), unix.Bind(fd, sa),
+		unix.Listen(fd, 8)); err != nil {
 		return err
 	}
 	fmt.Println("ready")
@@ -110,7 +111,8 @@ func ask(address, seconds string) error {
 	if err != nil {
 		return err
 	}
-	if err := errors.Join(unix.Connect(fd, sa), unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1)); err != nil {
+	if err := errors.Join(unix.Connect(fd, sa), unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY,
+		1)); err != nil {
 		return err
 	}
 	buf := make([]byte, 64)

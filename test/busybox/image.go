@@ -1,4 +1,5 @@
-// Package busybox makes images of containers from a static busybox: what tests run in real runtimes, without any registry.
+// Package busybox makes images of containers from a static busybox: what tests run in real runtimes, without
+// any registry.
 package busybox
 
 import (
@@ -54,7 +55,8 @@ func WriteImage(path, name, tag, busybox string, command []string) error {
 	if err != nil {
 		return err
 	}
-	docker, err := json.Marshal([]m{{"Config": blob(config), "RepoTags": []string{name + ":" + tag}, "Layers": []string{blob(layer)}}})
+	docker, err := json.Marshal([]m{{"Config": blob(config), "RepoTags": []string{name + ":" + tag},
+		"Layers": []string{blob(layer)}}})
 	if err != nil {
 		return err
 	}

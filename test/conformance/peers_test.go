@@ -48,7 +48,8 @@ func peers(t *testing.T, programs ...string) {
 }
 
 // connect is an ADD that must work; the DEL at the test's end must too, and must leave the addresses free.
-func connect(t *testing.T, h *lab.Host, network string, plugin object, call lab.Call, chained ...object) (*lab.Container, lab.Call) {
+func connect(t *testing.T, h *lab.Host, network string, plugin object, call lab.Call,
+	chained ...object) (*lab.Container, lab.Call) {
 	t.Helper()
 	c := container(t, h)
 	conf, err := h.Conf(network, plugin, chained...)
@@ -90,10 +91,14 @@ func holds(t *testing.T, h *lab.Host, network string, c *lab.Container) bool {
 	t.Helper()
 	list, err := h.Client().Allocations(ctx, network, false)
 	must(t, err)
-	return slices.ContainsFunc(list, func(a metadata.Allocation) bool { return a.ContainerID == c.ID && a.Address == c.Addr(false) })
+	return slices.ContainsFunc(list, func(a metadata.Allocation) bool {
+		return a.ContainerID == c.ID &&
+			a.Address == c.Addr(false)
+	})
 }
 
-// TestF12_OurAddressesUnderTheirPlugins: each of them gives its container the address of the metadata service, and gives it back.
+// TestF12_OurAddressesUnderTheirPlugins: each of them gives its container the address of the metadata
+// service, and gives it back.
 func TestF12_OurAddressesUnderTheirPlugins(t *testing.T) {
 	peers(t)
 	for _, tc := range []struct {
@@ -154,9 +159,13 @@ func TestF13_FlatL2(t *testing.T) {
 		a, _ := netlink.ParseAddr(beyond.String() + "/32")
 		return netlink.AddrAdd(lo, a)
 	}))
-	must(t, host(t, 0).Client().Put(ctx, metadata.KindNetwork, "lan", metadata.Network{Name: "lan", Encapsulation: metadata.EncapNone,
-		Subnets: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, Gateways: []netip.Addr{netip.MustParseAddr("192.0.2.254")}, Exclude: []string{"192.0.2.1-192.0.2.99"}, BlockSizeV4: 28}))
-	plugin := object{"type": "macvlan", "master": "eth0", "ipam": object{"type": ipam, "routes": []object{{"dst": "0.0.0.0/0"}}}}
+	must(t, host(t, 0).Client().Put(ctx, metadata.KindNetwork, "lan",
+		metadata.Network{Name: "lan", Encapsulation: metadata.EncapNone,
+			Subnets:  []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")},
+			Gateways: []netip.Addr{netip.MustParseAddr("192.0.2.254")}, Exclude: []string{"192.0.2.1-192.0.2.99"},
+			BlockSizeV4: 28}))
+	plugin := object{"type": "macvlan", "master": "eth0",
+		"ipam": object{"type": ipam, "routes": []object{{"dst": "0.0.0.0/0"}}}}
 	a, _ := connect(t, host(t, 0), "lan", plugin, lab.Call{})
 	b, _ := connect(t, host(t, 1), "lan", plugin, lab.Call{})
 	for _, c := range []*lab.Container{a, b} {
@@ -180,7 +189,8 @@ func TestF12_TheirAddressesUnderOurs(t *testing.T) {
 		ipam func(h *lab.Host) object
 	}{
 		{"host-local", func(h *lab.Host) object {
-			return object{"type": "host-local", "dataDir": filepath.Join(h.Dir, "host-local"), "subnet": fmt.Sprintf("10.60.%d.0/24", h.Index)}
+			return object{"type": "host-local", "dataDir": filepath.Join(h.Dir, "host-local"),
+				"subnet": fmt.Sprintf("10.60.%d.0/24", h.Index)}
 		}},
 		{"static", func(h *lab.Host) object {
 			return object{"type": "static", "addresses": []object{{"address": fmt.Sprintf("10.61.0.%d/24", h.Index+9)}}}
@@ -206,12 +216,14 @@ func TestF12_TheirAddressesUnderOurs(t *testing.T) {
 	}
 }
 
-// TestF3_RepeatedADDWithAnotherIPAM: host-local refuses to answer twice, and that must cost the running container nothing.
+// TestF3_RepeatedADDWithAnotherIPAM: host-local refuses to answer twice, and that must cost the running
+// container nothing.
 func TestF3_RepeatedADDWithAnotherIPAM(t *testing.T) {
 	peers(t)
 	h := host(t, 0)
 	dir := filepath.Join(h.Dir, "again")
-	c, call := connect(t, h, "overlay", object{"ipam": object{"type": "host-local", "dataDir": dir, "subnet": "10.62.0.0/24"}}, lab.Call{})
+	c, call := connect(t, h, "overlay",
+		object{"ipam": object{"type": "host-local", "dataDir": dir, "subnet": "10.62.0.0/24"}}, lab.Call{})
 	address := c.Addr(false)
 	err := c.Add(ctx, call)
 	t.Logf("the second ADD: %v", err)
@@ -284,22 +296,25 @@ func ask(t *testing.T, from lab.Netns, to netip.AddrPort) (string, error) {
 	return string(said), err
 }
 
-// TestF9_F12_Portmap: a published port is reached from another host, from the host itself, and by the container's own way out and
-// back in.
+// TestF9_F12_Portmap: a published port is reached from another host, from the host itself, and by the
+// container's own way out and back in.
 func TestF9_F12_Portmap(t *testing.T) {
 	for _, backend := range []struct{ name, program string }{{"nftables", "nft"}, {"iptables", "iptables"}} {
 		t.Run(backend.name, func(t *testing.T) {
 			peers(t, backend.program)
 			a, b := host(t, 0), host(t, 1)
-			call := lab.Call{Capabilities: object{"portMappings": []object{{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}}}
-			c, call := connect(t, a, "overlay", nil, call, object{"type": "portmap", "backend": backend.name, "snat": true, "capabilities": map[string]bool{"portMappings": true}})
+			call := lab.Call{Capabilities: object{"portMappings": []object{{"hostPort": 8080, "containerPort": 80,
+				"protocol": "tcp"}}}}
+			c, call := connect(t, a, "overlay", nil, call, object{"type": "portmap", "backend": backend.name, "snat": true,
+				"capabilities": map[string]bool{"portMappings": true}})
 			serve(t, c, 80, "hello")
 			other, _ := connect(t, b, "overlay", nil, lab.Call{})
 			published := netip.AddrPortFrom(a.Addr.Addr(), 8080)
 			for _, from := range []struct {
 				name string
 				ns   lab.Netns
-			}{{"another host", b.Netns}, {"a container on another host", other.Netns}, {"the host itself", a.Netns}, {"F9: the container itself", c.Netns}} {
+			}{{"another host", b.Netns}, {"a container on another host", other.Netns}, {"the host itself", a.Netns},
+				{"F9: the container itself", c.Netns}} {
 				if said, err := ask(t, from.ns, published); err != nil || said != "hello" {
 					t.Errorf("%s heard %q: %v", from.name, said, err)
 				}
@@ -317,7 +332,8 @@ func TestF12_Bandwidth(t *testing.T) {
 	probe.Need(t, probe.IFB)
 	h := host(t, 0)
 	// 8 Mbit/s and a burst of a tenth of a second: 1 MiB takes a second less that.
-	c, call := connect(t, h, "overlay", nil, lab.Call{}, object{"type": "bandwidth", "ingressRate": 8000000, "ingressBurst": 800000, "egressRate": 8000000, "egressBurst": 800000})
+	c, call := connect(t, h, "overlay", nil, lab.Call{}, object{"type": "bandwidth", "ingressRate": 8000000,
+		"ingressBurst": 800000, "egressRate": 8000000, "egressBurst": 800000})
 	if err := c.Check(ctx, call); err != nil {
 		t.Errorf("CHECK: %v", err)
 	}
@@ -333,7 +349,8 @@ func TestF12_Bandwidth(t *testing.T) {
 func TestF12_Tuning(t *testing.T) {
 	peers(t)
 	h := host(t, 0)
-	c, call := connect(t, h, "overlay", nil, lab.Call{}, object{"type": "tuning", "mtu": 1400, "mac": "0a:77:77:77:77:77", "sysctl": map[string]string{"net.ipv4.conf.eth0.arp_filter": "1"}})
+	c, call := connect(t, h, "overlay", nil, lab.Call{}, object{"type": "tuning", "mtu": 1400, "mac": "0a:77:77:77:77:77",
+		"sysctl": map[string]string{"net.ipv4.conf.eth0.arp_filter": "1"}})
 	if _, mtu := inside(t, c); mtu != 1400 {
 		t.Errorf("the MTU is %d, not tuning's 1400", mtu)
 	}
@@ -359,8 +376,11 @@ func TestF12_Firewall(t *testing.T) {
 func TestF12_WholeChain(t *testing.T) {
 	peers(t, "iptables")
 	h := host(t, 0)
-	call := lab.Call{Capabilities: object{"portMappings": []object{{"hostPort": 8081, "containerPort": 80, "protocol": "tcp"}}}}
-	c, call := connect(t, h, "overlay", nil, call, object{"type": "portmap", "capabilities": map[string]bool{"portMappings": true}}, object{"type": "firewall"}, object{"type": "tuning"})
+	call := lab.Call{Capabilities: object{"portMappings": []object{{"hostPort": 8081, "containerPort": 80,
+		"protocol": "tcp"}}}}
+	c, call := connect(t, h, "overlay", nil, call,
+		object{"type": "portmap", "capabilities": map[string]bool{"portMappings": true}}, object{"type": "firewall"},
+		object{"type": "tuning"})
 	serve(t, c, 80, "chain")
 	if said, err := ask(t, host(t, 1).Netns, netip.AddrPortFrom(h.Addr.Addr(), 8081)); err != nil || said != "chain" {
 		t.Errorf("heard %q: %v", said, err)

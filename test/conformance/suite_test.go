@@ -30,8 +30,8 @@ var (
 	once    sync.Once
 )
 
-// host returns one of the two hosts that the tests share, with the network "overlay" on both. Their managers take a minute
-// before they remove anything, so what is gone at the end of a call was removed by the call.
+// host returns one of the two hosts that the tests share, with the network "overlay" on both. Their managers
+// take a minute before they remove anything, so what is gone at the end of a call was removed by the call.
 func host(t testing.TB, i int) *lab.Host {
 	t.Helper()
 	once.Do(func() {
@@ -41,9 +41,11 @@ func host(t testing.TB, i int) *lab.Host {
 		}
 		cluster = c
 		must(t, c.Up(ctx))
-		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay", metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true,
-			BlockSizeV4: 22, BlockSizeV6: 118, // a second block, claimed in the middle of a test, would look like something left over
-			Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")}}))
+		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay",
+			metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true,
+				// a second block, claimed in the middle of a test, would look like something left over
+				BlockSizeV4: 22, BlockSizeV6: 118,
+				Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")}}))
 		for _, h := range c.Hosts {
 			eventually(t, func() error { return h.Do(func() error { _, err := netlink.LinkByName("vtep1042"); return err }) })
 			// And until the host has heard of the other's blocks, or the world changes by itself under a test.
@@ -182,9 +184,11 @@ type object = map[string]any
 // configuration is what a runtime would send to an executable of ours on the host.
 func configuration(h *lab.Host, exe, version string) object {
 	if exe == vxlan {
-		return object{"cniVersion": version, "name": "overlay", "type": vxlan, "socket": h.Socket(), "stateDir": h.StateDir(), "ipam": object{"type": ipam}}
+		return object{"cniVersion": version, "name": "overlay", "type": vxlan, "socket": h.Socket(), "stateDir": h.StateDir(),
+			"ipam": object{"type": ipam}}
 	}
-	return object{"cniVersion": version, "name": "overlay", "type": "macvlan", "master": "eth0", "ipam": object{"type": ipam, "socket": h.Socket(), "stateDir": h.StateDir()}}
+	return object{"cniVersion": version, "name": "overlay", "type": "macvlan", "master": "eth0",
+		"ipam": object{"type": ipam, "socket": h.Socket(), "stateDir": h.StateDir()}}
 }
 
 func text(t testing.TB, c object) string {
@@ -205,8 +209,8 @@ func environment(verb string, c *lab.Container, changes map[string]string) map[s
 	return env
 }
 
-// run calls an executable and holds it to what is true of every call: exit code 0 and at most one document, or exit code 1 and
-// one error object; silent verbs are silent.
+// run calls an executable and holds it to what is true of every call: exit code 0 and at most one document,
+// or exit code 1 and one error object; silent verbs are silent.
 func run(t testing.TB, h *lab.Host, exe, conf string, env map[string]string) cnirun.Outcome {
 	t.Helper()
 	o, err := cnirun.Call{Exe: filepath.Join(cluster.Bin, exe), Env: env, Conf: conf}.Run(ctx, h.Netns)

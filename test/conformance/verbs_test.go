@@ -16,7 +16,8 @@ import (
 // needs are those of lariat-vxlan.
 func needs(t testing.TB) {
 	t.Helper()
-	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib, probe.NftNAT, probe.IPv6)
+	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib,
+		probe.NftNAT, probe.IPv6)
 }
 
 // TestF2_F3_F6_F7_EveryVerbInEveryVersion goes through the life of an attachment in each version of the specification.
@@ -67,7 +68,8 @@ func TestF2_F3_F6_F7_EveryVerbInEveryVersion(t *testing.T) {
 
 				if version == "1.1.0" {
 					gc := configuration(h, exe, version)
-					for _, list := range []any{nil, []object{{"containerID": c.ID, "ifname": "eth0"}, {"containerID": "another", "ifname": "eth0"}}} {
+					for _, list := range []any{nil, []object{{"containerID": c.ID, "ifname": "eth0"},
+						{"containerID": "another", "ifname": "eth0"}}} {
 						if list != nil {
 							gc["cni.dev/valid-attachments"] = list
 						}
@@ -169,7 +171,8 @@ func shape(t *testing.T, stdout, version, exe, netns string) {
 		return out
 	}
 	interfaces := list("interfaces", iface)
-	if exe == vxlan && (len(interfaces) != 2 || interfaces[1]["name"] != "eth0" || interfaces[1]["sandbox"] != netns || interfaces[0]["sandbox"] != nil) {
+	if exe == vxlan && (len(interfaces) != 2 || interfaces[1]["name"] != "eth0" || interfaces[1]["sandbox"] != netns ||
+		interfaces[0]["sandbox"] != nil) {
 		t.Errorf("want the host's end and eth0 in %s: %v", netns, interfaces)
 	}
 	for _, i := range interfaces {
@@ -216,14 +219,16 @@ func TestF2_RoutesOf11StayIn11(t *testing.T) {
 			h := host(t, 0)
 			c := container(t, h)
 			conf := configuration(h, exe, version)
-			conf["ipam"].(object)["routes"] = []object{{"dst": "10.99.0.0/16", "mtu": 1300, "advmss": 1200, "priority": 5, "table": 7}}
+			conf["ipam"].(object)["routes"] = []object{{"dst": "10.99.0.0/16", "mtu": 1300, "advmss": 1200, "priority": 5,
+				"table": 7}}
 			var doc struct{ Routes []object }
 			must(t, json.Unmarshal([]byte(succeeds(t, h, exe, text(t, conf), environment("ADD", c, nil)).Stdout), &doc))
 			last := doc.Routes[len(doc.Routes)-1]
 			if last["dst"] != "10.99.0.0/16" {
 				t.Errorf("%s %s: the route is not there: %v", exe, version, doc.Routes)
 			}
-			if new := last["mtu"] == 1300.0 && last["advmss"] == 1200.0 && last["priority"] == 5.0 && last["table"] == 7.0; version == "1.1.0" && !new {
+			if new := last["mtu"] == 1300.0 && last["advmss"] == 1200.0 && last["priority"] == 5.0 &&
+				last["table"] == 7.0; version == "1.1.0" && !new {
 				t.Errorf("%s %s: %v", exe, version, last)
 			}
 			if version != "1.1.0" {
@@ -241,7 +246,8 @@ func TestF2_Index(t *testing.T) {
 	before := world(t, h)
 	c := container(t, h)
 	conf := configuration(h, vxlan, "1.1.0")
-	conf["prevResult"] = json.RawMessage(`{"cniVersion":"1.1.0","interfaces":[{"name":"lo","sandbox":"` + c.Path + `"}],"ips":[{"interface":0,"address":"127.0.0.1/8"}]}`)
+	conf["prevResult"] = json.RawMessage(`{"cniVersion":"1.1.0","interfaces":[{"name":"lo","sandbox":"` + c.Path +
+		`"}],"ips":[{"interface":0,"address":"127.0.0.1/8"}]}`)
 	var doc struct {
 		Interfaces []struct{ Name string }
 		IPs        []struct {
@@ -250,7 +256,8 @@ func TestF2_Index(t *testing.T) {
 		}
 	}
 	must(t, json.Unmarshal([]byte(succeeds(t, h, vxlan, text(t, conf), environment("ADD", c, nil)).Stdout), &doc))
-	if len(doc.Interfaces) != 3 || len(doc.IPs) != 3 || doc.Interfaces[0].Name != "lo" || doc.IPs[0].Interface != 0 || doc.Interfaces[doc.IPs[1].Interface].Name != "eth0" || doc.Interfaces[doc.IPs[2].Interface].Name != "eth0" {
+	if len(doc.Interfaces) != 3 || len(doc.IPs) != 3 || doc.Interfaces[0].Name != "lo" || doc.IPs[0].Interface != 0 ||
+		doc.Interfaces[doc.IPs[1].Interface].Name != "eth0" || doc.Interfaces[doc.IPs[2].Interface].Name != "eth0" {
 		t.Errorf("%+v", doc)
 	}
 	succeeds(t, h, vxlan, text(t, conf), environment("DEL", c, nil))
@@ -286,62 +293,112 @@ func TestF10_F15_Mistakes(t *testing.T) {
 		code  uint
 		words []string
 	}{
-		{name: "is not JSON", verbs: []string{"ADD", "DEL", "CHECK", "STATUS", "GC", "VERSION"}, raw: "{\"cniVersion\": \"1.1.0\",\n \"name\": overlay}", code: cni.ErrDecode, words: []string{"line 2"}},
+		{name: "is not JSON", verbs: []string{"ADD", "DEL", "CHECK", "STATUS", "GC", "VERSION"},
+			raw: "{\"cniVersion\": \"1.1.0\",\n \"name\": overlay}", code: cni.ErrDecode, words: []string{"line 2"}},
 		{name: "is empty", verbs: []string{"ADD", "DEL", "CHECK", "STATUS", "GC"}, raw: " ", code: cni.ErrDecode},
-		{name: "is cut off", verbs: []string{"ADD", "DEL"}, raw: `{"cniVersion": "1.1.0", "name": "over`, code: cni.ErrDecode},
+		{name: "is cut off", verbs: []string{"ADD", "DEL"}, raw: `{"cniVersion": "1.1.0", "name": "over`,
+			code: cni.ErrDecode},
 		{name: "is two documents", verbs: []string{"ADD", "DEL"}, raw: `{"cniVersion": "1.1.0"} {}`, code: cni.ErrDecode},
 		{name: "is a list", verbs: []string{"ADD", "DEL"}, raw: `[]`, code: cni.ErrConfig},
-		{name: "speaks a version of the future", verbs: []string{"ADD", "DEL", "CHECK", "STATUS", "GC"}, edit: set("cniVersion", "9.9.9"), code: cni.ErrIncompatibleVersion, words: []string{"9.9.9", "1.1.0"}},
-		{name: "speaks a version of the past", verbs: []string{"ADD"}, edit: set("cniVersion", "0.2.0"), code: cni.ErrIncompatibleVersion, words: []string{"0.2.0"}},
+		{name: "speaks a version of the future", verbs: []string{"ADD", "DEL", "CHECK", "STATUS", "GC"},
+			edit: set("cniVersion", "9.9.9"), code: cni.ErrIncompatibleVersion, words: []string{"9.9.9", "1.1.0"}},
+		{name: "speaks a version of the past", verbs: []string{"ADD"}, edit: set("cniVersion", "0.2.0"),
+			code: cni.ErrIncompatibleVersion, words: []string{"0.2.0"}},
 		{name: "speaks no version", verbs: []string{"ADD"}, edit: set("cniVersion", ""), code: cni.ErrIncompatibleVersion},
-		{name: "has no name", verbs: []string{"ADD", "DEL", "STATUS", "GC"}, edit: set("name", ""), code: cni.ErrConfig, words: []string{"name"}},
-		{name: "has a path for a name", verbs: []string{"ADD", "DEL", "GC"}, edit: set("name", "../../etc"), code: cni.ErrConfig, words: []string{"name"}},
-		{name: "has a number for a name", verbs: []string{"ADD"}, edit: set("name", 7), code: cni.ErrConfig, words: []string{"name"}},
-		{name: "F10: has an unknown key", exe: vxlan, verbs: []string{"ADD", "STATUS"}, edit: set("mtuu", 1400), code: cni.ErrConfig, words: []string{`"mtuu"`, `"mtu"`}},
-		{name: "F10: has an unknown key far from all", exe: vxlan, verbs: []string{"ADD"}, edit: set("zzzzzzzzzzz", 1400), code: cni.ErrConfig, words: []string{`"zzzzzzzzzzz"`}},
-		{name: "F10: has an unknown key of the ipam block", verbs: []string{"ADD", "STATUS"}, edit: in("waitSecond", 3), code: cni.ErrConfig, words: []string{`"ipam.waitSecond"`, `"ipam.waitSeconds"`}},
-		{name: "F10: has a word for a number", exe: vxlan, verbs: []string{"ADD"}, edit: set("mtu", "1400"), code: cni.ErrConfig, words: []string{"mtu"}},
-		{name: "F10: has a number for a word", exe: vxlan, verbs: []string{"ADD"}, edit: set("socket", 7), code: cni.ErrConfig, words: []string{"socket"}},
-		{name: "F10: has a list for the ipam block", exe: vxlan, verbs: []string{"ADD"}, edit: set("ipam", []string{}), code: cni.ErrConfig, words: []string{"ipam"}},
-		{name: "F10: has a word for a number of the ipam block", verbs: []string{"ADD"}, edit: in("waitSeconds", "3"), code: cni.ErrConfig, words: []string{"waitSeconds"}},
-		{name: "F10: says mtu and linkMTUOverhead", exe: vxlan, verbs: []string{"ADD"}, edit: func(o object) { o["mtu"], o["linkMTUOverhead"] = 1400, 50 }, code: cni.ErrConfig, words: []string{`"mtu"`, `"linkMTUOverhead"`}},
+		{name: "has no name", verbs: []string{"ADD", "DEL", "STATUS", "GC"}, edit: set("name", ""), code: cni.ErrConfig,
+			words: []string{"name"}},
+		{name: "has a path for a name", verbs: []string{"ADD", "DEL", "GC"}, edit: set("name", "../../etc"),
+			code: cni.ErrConfig, words: []string{"name"}},
+		{name: "has a number for a name", verbs: []string{"ADD"}, edit: set("name", 7), code: cni.ErrConfig,
+			words: []string{"name"}},
+		{name: "F10: has an unknown key", exe: vxlan, verbs: []string{"ADD", "STATUS"}, edit: set("mtuu", 1400),
+			code: cni.ErrConfig, words: []string{`"mtuu"`, `"mtu"`}},
+		{name: "F10: has an unknown key far from all", exe: vxlan, verbs: []string{"ADD"}, edit: set("zzzzzzzzzzz", 1400),
+			code: cni.ErrConfig, words: []string{`"zzzzzzzzzzz"`}},
+		{name: "F10: has an unknown key of the ipam block", verbs: []string{"ADD", "STATUS"}, edit: in("waitSecond", 3),
+			code: cni.ErrConfig, words: []string{`"ipam.waitSecond"`, `"ipam.waitSeconds"`}},
+		{name: "F10: has a word for a number", exe: vxlan, verbs: []string{"ADD"}, edit: set("mtu", "1400"),
+			code: cni.ErrConfig, words: []string{"mtu"}},
+		{name: "F10: has a number for a word", exe: vxlan, verbs: []string{"ADD"}, edit: set("socket", 7),
+			code: cni.ErrConfig, words: []string{"socket"}},
+		{name: "F10: has a list for the ipam block", exe: vxlan, verbs: []string{"ADD"}, edit: set("ipam", []string{}),
+			code: cni.ErrConfig, words: []string{"ipam"}},
+		{name: "F10: has a word for a number of the ipam block", verbs: []string{"ADD"}, edit: in("waitSeconds", "3"),
+			code: cni.ErrConfig, words: []string{"waitSeconds"}},
+		{name: "F10: says mtu and linkMTUOverhead", exe: vxlan, verbs: []string{"ADD"},
+			edit: func(o object) { o["mtu"], o["linkMTUOverhead"] = 1400, 50 }, code: cni.ErrConfig,
+			words: []string{`"mtu"`, `"linkMTUOverhead"`}},
 		{name: "F10: says subnet and subnets", verbs: []string{"ADD"}, edit: func(o object) {
 			o["ipam"].(object)["subnet"], o["ipam"].(object)["subnets"] = "10.1.0.0/16", []string{"10.2.0.0/16"}
 		}, code: cni.ErrConfig, words: []string{`"subnet"`, `"subnets"`}},
-		{name: "F10: has an MTU that is none", exe: vxlan, verbs: []string{"ADD"}, edit: set("mtu", 70000), code: cni.ErrConfig, words: []string{"70000"}},
-		{name: "F10: waits too long", verbs: []string{"ADD"}, edit: in("waitSeconds", 601), code: cni.ErrConfig, words: []string{"waitSeconds", "601"}},
-		{name: "F10: has a subnet that is none", verbs: []string{"ADD"}, edit: in("subnet", "10.1.0.0/99"), code: cni.ErrConfig, words: []string{"subnet"}},
-		{name: "F10: has a prefix length that is none", exe: ipam, verbs: []string{"ADD"}, edit: in("subnetPrefixSize", "24"), code: cni.ErrConfig, words: []string{"subnetPrefixSize", `"24"`}},
-		{name: "F10: names another network for the addresses", exe: vxlan, verbs: []string{"ADD"}, edit: in("network", "other"), code: cni.ErrConfig, words: []string{"other", "overlay"}},
-		{name: "has no ipam block", verbs: []string{"ADD", "DEL", "STATUS"}, edit: func(o object) { delete(o, "ipam") }, code: cni.ErrConfig, words: []string{"ipam.type"}},
-		{name: "has an ipam plugin with a path", exe: vxlan, verbs: []string{"ADD", "DEL"}, edit: set("ipam", object{"type": "../lariat-ipam"}), code: cni.ErrConfig, words: []string{"../lariat-ipam"}},
-		{name: "has an ipam plugin that is not installed", exe: vxlan, verbs: []string{"ADD"}, edit: set("ipam", object{"type": "whereabouts"}), code: cni.ErrConfig, words: []string{"whereabouts", "CNI_PATH"}},
-		{name: "has an ipam plugin and no CNI_PATH", exe: vxlan, verbs: []string{"ADD"}, edit: set("ipam", object{"type": "static"}), env: env("CNI_PATH", "-"), code: cni.ErrEnvironment, words: []string{"CNI_PATH"}},
-		{name: "is for another ipam plugin", exe: ipam, verbs: []string{"ADD", "DEL"}, edit: set("ipam", object{"type": "static"}), code: cni.ErrConfig, words: []string{"static"}},
-		{name: "is of a network that nobody created", verbs: []string{"ADD"}, edit: set("name", "nowhere"), code: cni.ErrConfig, words: []string{"nowhere"}},
-		{name: "is of a network that nobody created", verbs: []string{"STATUS"}, edit: set("name", "nowhere"), code: cni.ErrNotAvailable, words: []string{"nowhere"}},
-		{name: "has a prevResult that is none", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", 7), code: cni.ErrDecode, words: []string{"prevResult"}},
-		{name: "has a list of attachments that is none", verbs: []string{"GC"}, edit: set("cni.dev/valid-attachments", 7), code: cni.ErrConfig, words: []string{"valid-attachments"}},
-		{name: "asks for an address that is none", verbs: []string{"ADD"}, env: env("CNI_ARGS", "IP=10.42.0.999"), code: cni.ErrConfig, words: []string{"10.42.0.999"}},
-		{name: "asks for a MAC that is none", verbs: []string{"ADD"}, env: env("CNI_ARGS", "MAC=01:00:5e:00:00:01"), code: cni.ErrConfig, words: []string{"01:00:5e:00:00:01"}},
+		{name: "F10: has an MTU that is none", exe: vxlan, verbs: []string{"ADD"}, edit: set("mtu", 70000),
+			code: cni.ErrConfig, words: []string{"70000"}},
+		{name: "F10: waits too long", verbs: []string{"ADD"}, edit: in("waitSeconds", 601), code: cni.ErrConfig,
+			words: []string{"waitSeconds", "601"}},
+		{name: "F10: has a subnet that is none", verbs: []string{"ADD"}, edit: in("subnet", "10.1.0.0/99"),
+			code: cni.ErrConfig, words: []string{"subnet"}},
+		{name: "F10: has a prefix length that is none", exe: ipam, verbs: []string{"ADD"}, edit: in("subnetPrefixSize", "24"),
+			code: cni.ErrConfig, words: []string{"subnetPrefixSize", `"24"`}},
+		{name: "F10: names another network for the addresses", exe: vxlan, verbs: []string{"ADD"},
+			edit: in("network", "other"), code: cni.ErrConfig, words: []string{"other", "overlay"}},
+		{name: "has no ipam block", verbs: []string{"ADD", "DEL", "STATUS"}, edit: func(o object) { delete(o, "ipam") },
+			code: cni.ErrConfig, words: []string{"ipam.type"}},
+		{name: "has an ipam plugin with a path", exe: vxlan, verbs: []string{"ADD", "DEL"},
+			edit: set("ipam", object{"type": "../lariat-ipam"}), code: cni.ErrConfig, words: []string{"../lariat-ipam"}},
+		{name: "has an ipam plugin that is not installed", exe: vxlan, verbs: []string{"ADD"},
+			edit: set("ipam", object{"type": "whereabouts"}), code: cni.ErrConfig, words: []string{"whereabouts", "CNI_PATH"}},
+		{name: "has an ipam plugin and no CNI_PATH", exe: vxlan, verbs: []string{"ADD"},
+			edit: set("ipam", object{"type": "static"}), env: env("CNI_PATH", "-"), code: cni.ErrEnvironment,
+			words: []string{"CNI_PATH"}},
+		{name: "is for another ipam plugin", exe: ipam, verbs: []string{"ADD", "DEL"},
+			edit: set("ipam", object{"type": "static"}), code: cni.ErrConfig, words: []string{"static"}},
+		{name: "is of a network that nobody created", verbs: []string{"ADD"}, edit: set("name", "nowhere"),
+			code: cni.ErrConfig, words: []string{"nowhere"}},
+		{name: "is of a network that nobody created", verbs: []string{"STATUS"}, edit: set("name", "nowhere"),
+			code: cni.ErrNotAvailable, words: []string{"nowhere"}},
+		{name: "has a prevResult that is none", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", 7),
+			code: cni.ErrDecode, words: []string{"prevResult"}},
+		{name: "has a list of attachments that is none", verbs: []string{"GC"}, edit: set("cni.dev/valid-attachments", 7),
+			code: cni.ErrConfig, words: []string{"valid-attachments"}},
+		{name: "asks for an address that is none", verbs: []string{"ADD"}, env: env("CNI_ARGS", "IP=10.42.0.999"),
+			code: cni.ErrConfig, words: []string{"10.42.0.999"}},
+		{name: "asks for a MAC that is none", verbs: []string{"ADD"}, env: env("CNI_ARGS", "MAC=01:00:5e:00:00:01"),
+			code: cni.ErrConfig, words: []string{"01:00:5e:00:00:01"}},
 
-		{name: "lacks CNI_COMMAND", verbs: []string{"ADD"}, env: env("CNI_COMMAND", "-"), code: cni.ErrEnvironment, words: []string{"CNI_COMMAND"}},
-		{name: "has an unknown CNI_COMMAND", verbs: []string{"ADD"}, env: env("CNI_COMMAND", "FROB"), code: cni.ErrEnvironment, words: []string{"FROB"}},
-		{name: "has a CNI_COMMAND in small letters", verbs: []string{"ADD"}, env: env("CNI_COMMAND", "add"), code: cni.ErrEnvironment, words: []string{"add"}},
-		{name: "lacks CNI_CONTAINERID", verbs: []string{"ADD", "DEL", "CHECK"}, edit: set("prevResult", prev), env: env("CNI_CONTAINERID", "-"), code: cni.ErrEnvironment, words: []string{"CNI_CONTAINERID"}},
-		{name: "lacks CNI_IFNAME", verbs: []string{"ADD", "DEL", "CHECK"}, edit: set("prevResult", prev), env: env("CNI_IFNAME", "-"), code: cni.ErrEnvironment, words: []string{"CNI_IFNAME"}},
-		{name: "lacks CNI_NETNS", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", prev), env: env("CNI_NETNS", "-"), code: cni.ErrEnvironment, words: []string{"CNI_NETNS"}},
-		{name: "lacks all three", verbs: []string{"ADD"}, env: env("CNI_NETNS", "-", "CNI_IFNAME", "-", "CNI_CONTAINERID", "-"), code: cni.ErrEnvironment, words: []string{"CNI_NETNS", "CNI_IFNAME", "CNI_CONTAINERID"}},
-		{name: "has a path for a container id", verbs: []string{"ADD", "DEL"}, env: env("CNI_CONTAINERID", "../x"), code: cni.ErrEnvironment, words: []string{"../x"}},
-		{name: "has an interface name with a slash", verbs: []string{"ADD", "DEL"}, env: env("CNI_IFNAME", "eth/0"), code: cni.ErrEnvironment, words: []string{"eth/0"}},
-		{name: "has an interface name that is too long", verbs: []string{"ADD"}, env: env("CNI_IFNAME", "sixteencharacter"), code: cni.ErrEnvironment, words: []string{"sixteencharacter"}},
-		{name: "has CNI_ARGS without a value", verbs: []string{"ADD"}, env: env("CNI_ARGS", "IP"), code: cni.ErrEnvironment, words: []string{"IP"}},
-		{name: "names the plugin's own namespace", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", prev), env: env("CNI_NETNS", h.Path), code: cni.ErrNetns, words: []string{h.Path}},
-		{name: "names the plugin's own namespace by /proc", verbs: []string{"ADD"}, env: env("CNI_NETNS", "/proc/self/ns/net"), code: cni.ErrNetns},
-		{name: "names a namespace that vanished", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", prev), env: env("CNI_NETNS", "/run/netns/vanished"), code: cni.ErrNetns, words: []string{"/run/netns/vanished"}},
-		{name: "names a plain file as namespace", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", prev), env: env("CNI_NETNS", plain), code: cni.ErrNetns, words: []string{plain}},
-		{name: "names a namespace of another kind", verbs: []string{"ADD"}, env: env("CNI_NETNS", "/proc/self/ns/uts"), code: cni.ErrNetns},
-		{name: "CHECK of what was never added", verbs: []string{"CHECK"}, edit: set("prevResult", prev), code: cni.ErrConfig, words: []string{c.ID}},
+		{name: "lacks CNI_COMMAND", verbs: []string{"ADD"}, env: env("CNI_COMMAND", "-"), code: cni.ErrEnvironment,
+			words: []string{"CNI_COMMAND"}},
+		{name: "has an unknown CNI_COMMAND", verbs: []string{"ADD"}, env: env("CNI_COMMAND", "FROB"),
+			code: cni.ErrEnvironment, words: []string{"FROB"}},
+		{name: "has a CNI_COMMAND in small letters", verbs: []string{"ADD"}, env: env("CNI_COMMAND", "add"),
+			code: cni.ErrEnvironment, words: []string{"add"}},
+		{name: "lacks CNI_CONTAINERID", verbs: []string{"ADD", "DEL", "CHECK"}, edit: set("prevResult", prev),
+			env: env("CNI_CONTAINERID", "-"), code: cni.ErrEnvironment, words: []string{"CNI_CONTAINERID"}},
+		{name: "lacks CNI_IFNAME", verbs: []string{"ADD", "DEL", "CHECK"}, edit: set("prevResult", prev),
+			env: env("CNI_IFNAME", "-"), code: cni.ErrEnvironment, words: []string{"CNI_IFNAME"}},
+		{name: "lacks CNI_NETNS", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", prev), env: env("CNI_NETNS", "-"),
+			code: cni.ErrEnvironment, words: []string{"CNI_NETNS"}},
+		{name: "lacks all three", verbs: []string{"ADD"}, env: env("CNI_NETNS", "-", "CNI_IFNAME", "-", "CNI_CONTAINERID",
+			"-"), code: cni.ErrEnvironment, words: []string{"CNI_NETNS", "CNI_IFNAME", "CNI_CONTAINERID"}},
+		{name: "has a path for a container id", verbs: []string{"ADD", "DEL"}, env: env("CNI_CONTAINERID", "../x"),
+			code: cni.ErrEnvironment, words: []string{"../x"}},
+		{name: "has an interface name with a slash", verbs: []string{"ADD", "DEL"}, env: env("CNI_IFNAME", "eth/0"),
+			code: cni.ErrEnvironment, words: []string{"eth/0"}},
+		{name: "has an interface name that is too long", verbs: []string{"ADD"}, env: env("CNI_IFNAME", "sixteencharacter"),
+			code: cni.ErrEnvironment, words: []string{"sixteencharacter"}},
+		{name: "has CNI_ARGS without a value", verbs: []string{"ADD"}, env: env("CNI_ARGS", "IP"), code: cni.ErrEnvironment,
+			words: []string{"IP"}},
+		{name: "names the plugin's own namespace", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", prev),
+			env: env("CNI_NETNS", h.Path), code: cni.ErrNetns, words: []string{h.Path}},
+		{name: "names the plugin's own namespace by /proc", verbs: []string{"ADD"},
+			env: env("CNI_NETNS", "/proc/self/ns/net"), code: cni.ErrNetns},
+		{name: "names a namespace that vanished", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", prev),
+			env: env("CNI_NETNS", "/run/netns/vanished"), code: cni.ErrNetns, words: []string{"/run/netns/vanished"}},
+		{name: "names a plain file as namespace", verbs: []string{"ADD", "CHECK"}, edit: set("prevResult", prev),
+			env: env("CNI_NETNS", plain), code: cni.ErrNetns, words: []string{plain}},
+		{name: "names a namespace of another kind", verbs: []string{"ADD"}, env: env("CNI_NETNS", "/proc/self/ns/uts"),
+			code: cni.ErrNetns},
+		{name: "CHECK of what was never added", verbs: []string{"CHECK"}, edit: set("prevResult", prev), code: cni.ErrConfig,
+			words: []string{c.ID}},
 	} {
 		for _, exe := range []string{vxlan, ipam} {
 			if tc.exe != "" && tc.exe != exe {

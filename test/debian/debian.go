@@ -85,7 +85,8 @@ func translateSources(from, to, codename string) error {
 		return err
 	}
 	found := false
-	for pattern, entries := range map[string]string{"sources.list": "\n", "sources.list.d/*.list": "\n", "sources.list.d/*.sources": "\n\n"} {
+	for pattern, entries := range map[string]string{"sources.list": "\n", "sources.list.d/*.list": "\n",
+		"sources.list.d/*.sources": "\n\n"} {
 		files, err := filepath.Glob(filepath.Join(from, pattern))
 		if err != nil {
 			return err
@@ -210,7 +211,8 @@ func (a Apt) Download(ctx context.Context, packages []Package, report func(int))
 // Unpack lays packages out below root as they would be installed, without running their scripts. What people read is
 // left out, and what matches the patterns, as tar knows them.
 func Unpack(ctx context.Context, debs, root string, packages []Package, excluded ...string) error {
-	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} { // where some packages still ship files: all is below usr now
+	// where some packages still ship files: all is below usr now
+	for _, dir := range []string{"bin", "sbin", "lib", "lib64"} {
 		if err := os.MkdirAll(filepath.Join(root, "usr", dir), 0o755); err != nil {
 			return err
 		}
@@ -258,15 +260,19 @@ func pipe(from, to *exec.Cmd) error {
 
 // links are what the packages' scripts would have made.
 var links = map[string]string{
-	"usr/bin/sh": "dash", "usr/bin/awk": "mawk", "etc/mtab": "/proc/self/mounts", "var/run": "/run", "var/lock": "/run/lock",
-	"usr/sbin/iptables": "iptables-nft", "usr/sbin/ip6tables": "ip6tables-nft", "usr/sbin/iptables-save": "iptables-nft-save",
-	"usr/sbin/ip6tables-save": "ip6tables-nft-save", "usr/sbin/iptables-restore": "iptables-nft-restore", "usr/sbin/ip6tables-restore": "ip6tables-nft-restore",
+	"usr/bin/sh": "dash", "usr/bin/awk": "mawk", "etc/mtab": "/proc/self/mounts", "var/run": "/run",
+	"var/lock":          "/run/lock",
+	"usr/sbin/iptables": "iptables-nft", "usr/sbin/ip6tables": "ip6tables-nft",
+	"usr/sbin/iptables-save":  "iptables-nft-save",
+	"usr/sbin/ip6tables-save": "ip6tables-nft-save", "usr/sbin/iptables-restore": "iptables-nft-restore",
+	"usr/sbin/ip6tables-restore": "ip6tables-nft-restore",
 }
 
 // Furnish does to an unpacked root what the packages' scripts would do to a system, as far as programs need it. The
 // further users are lines of passwd, the further groups of group.
 func Furnish(root, hostname, users, groups string) error {
-	for _, dir := range []string{"proc", "sys", "dev", "run", "tmp", "root", "mnt", "srv", "etc", "var/lib", "var/log", "var/tmp", "usr/local/bin"} {
+	for _, dir := range []string{"proc", "sys", "dev", "run", "tmp", "root", "mnt", "srv", "etc", "var/lib", "var/log",
+		"var/tmp", "usr/local/bin"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
 			return err
 		}
@@ -280,8 +286,10 @@ func Furnish(root, hostname, users, groups string) error {
 			return err
 		}
 	}
-	files := map[string]string{"hostname": hostname + "\n", "hosts": "127.0.0.1 localhost " + hostname + "\n::1 localhost\n", "resolv.conf": "", "fstab": "",
-		"nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\nnetworks: files\nprotocols: files\nservices: files\nrpc: files\n"}
+	files := map[string]string{"hostname": hostname + "\n", "hosts": "127.0.0.1 localhost " + hostname +
+		"\n::1 localhost\n", "resolv.conf": "", "fstab": "",
+		"nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\nnetworks: files\nprotocols: files\nservices: " +
+			"files\nrpc: files\n"}
 	for name, more := range map[string]string{"passwd": users, "group": groups} {
 		data, err := os.ReadFile(filepath.Join(root, "usr/share/base-passwd", name+".master"))
 		if err != nil {

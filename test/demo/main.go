@@ -1,8 +1,9 @@
-// Command demo shows Lariat at work on one machine: three hosts in network namespaces, the metadata store on the first, containers
-// connected by real CNI calls, pings and a TCP transfer between all of them, and a picture. Nothing is left behind, and nothing
-// but a kernel with user namespaces is needed.
+// Command demo shows Lariat at work on one machine: three hosts in network namespaces, the metadata store on
+// the first, containers connected by real CNI calls, pings and a TCP transfer between all of them, and a
+// picture. Nothing is left behind, and nothing but a kernel with user namespaces is needed.
 //
-// KEEP=1 leaves it up until Enter is pressed, or until SIGINT where there is no terminal, and prints how to go inside.
+// KEEP=1 leaves it up until Enter is pressed, or until SIGINT where there is no terminal, and prints how to
+// go inside.
 package main
 
 import (
@@ -66,7 +67,8 @@ func demo(ctx context.Context) (err error) {
 	}
 	fmt.Print(indent(out))
 
-	step("%d containers, connected by CNI ADD (libcni executes bin/lariat-vxlan, as a runtime would)", hosts*containersPerHost)
+	step("%d containers, connected by CNI ADD (libcni executes bin/lariat-vxlan, as a runtime would)",
+		hosts*containersPerHost)
 	all, err := connect(ctx, c)
 	if err != nil {
 		return err
@@ -124,7 +126,8 @@ func connect(ctx context.Context, c *lab.Cluster) ([]member, error) {
 			if err != nil {
 				return nil, err
 			}
-			m := member{ct, name, lab.Call{Conf: conf, Args: map[string]string{"K8S_POD_NAMESPACE": "demo", "K8S_POD_NAME": name + "-" + h.Name, "IgnoreUnknown": "1"}}}
+			m := member{ct, name, lab.Call{Conf: conf, Args: map[string]string{"K8S_POD_NAMESPACE": "demo",
+				"K8S_POD_NAME": name + "-" + h.Name, "IgnoreUnknown": "1"}}}
 			start := time.Now()
 			if err := ct.Add(ctx, m.call); err != nil {
 				return nil, fmt.Errorf("ADD %s: %w", m.label(), err)
@@ -174,7 +177,8 @@ func pingAll(ctx context.Context, c *lab.Cluster, all []member) (crossed []strin
 			}
 		}
 	}
-	fmt.Printf("  %d pings crossed hosts, %d stayed on one; the slowest first one took %.1f ms\n", len(crossed), local, ms(worst))
+	fmt.Printf("  %d pings crossed hosts, %d stayed on one; the slowest first one took %.1f ms\n", len(crossed), local,
+		ms(worst))
 	return crossed, nil
 }
 

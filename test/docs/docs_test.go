@@ -29,7 +29,8 @@ const root = "../.."
 func manuals(t *testing.T) []string {
 	t.Helper()
 	var out []string
-	for _, pattern := range []string{"plugins/*/README.md", "helpers/*/README.md", "flexvolume/*/README.md", "ipam/README.md"} {
+	for _, pattern := range []string{"plugins/*/README.md", "helpers/*/README.md", "flexvolume/*/README.md",
+		"ipam/README.md"} {
 		found, err := filepath.Glob(filepath.Join(root, pattern))
 		if err != nil {
 			t.Fatal(err)
@@ -68,7 +69,8 @@ func bin(t *testing.T, name string) string {
 }
 
 func TestManualsHaveTheirSections(t *testing.T) {
-	want := []string{"Name", "Synopsis", "Description", "Configuration", "Examples", "Verbs", "What it owns", "Errors", "Limits", "See also"}
+	want := []string{"Name", "Synopsis", "Description", "Configuration", "Examples", "Verbs", "What it owns", "Errors",
+		"Limits", "See also"}
 	for _, m := range manuals(t) {
 		text := read(t, m)
 		at := 0
@@ -136,7 +138,8 @@ func TestExamplesSuitDebian(t *testing.T) {
 		if missing != nil {
 			continue // the constant was found with it: test/runtimes
 		}
-		if _, err := libcni.NewCNIConfig([]string{ours, debianPlugins}, nil).ValidateNetworkList(t.Context(), list); err != nil {
+		if _, err := libcni.NewCNIConfig([]string{ours, debianPlugins}, nil).ValidateNetworkList(t.Context(),
+			list); err != nil {
 			t.Errorf("%s: %v", where, err)
 		}
 	}
@@ -156,7 +159,8 @@ func TestNewerListOfThreeHosts(t *testing.T) {
 		t.Fatalf("%q is no command that changes %s", command, conf)
 	}
 	mine := filepath.Join(t.TempDir(), "list")
-	if err := os.WriteFile(mine, []byte(read(t, filepath.Join(root, "examples/cni/10-lariat.conflist"))), 0o600); err != nil {
+	if err := os.WriteFile(mine, []byte(read(t, filepath.Join(root, "examples/cni/10-lariat.conflist"))),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := exec.Command("sh", "-c", strings.ReplaceAll(command, conf, mine)).CombinedOutput(); err != nil {
@@ -236,7 +240,8 @@ var tableKey = regexp.MustCompile("(?m)^\\| (`[^|]*`) \\|")
 
 // TestKeyTables: the table of keys and the struct that decodes them name the same.
 func TestKeyTables(t *testing.T) {
-	for manual, typ := range map[string]reflect.Type{"plugins/vxlan/README.md": reflect.TypeFor[overlay.Config](), "ipam/README.md": reflect.TypeFor[ipam.Config]()} {
+	for manual, typ := range map[string]reflect.Type{"plugins/vxlan/README.md": reflect.TypeFor[overlay.Config](),
+		"ipam/README.md": reflect.TypeFor[ipam.Config]()} {
 		text := read(t, filepath.Join(root, manual))
 		from := strings.Index(text, "\n## Configuration")
 		section := text[from : from+strings.Index(text[from+5:], "\n## ")]
@@ -264,14 +269,16 @@ var flagName = regexp.MustCompile("--([a-z][a-z-]+)")
 
 // TestFlagTables: every flag that --help lists is in the manual's table, and the other way round.
 func TestFlagTables(t *testing.T) {
-	for manual, name := range map[string]string{"helpers/metadata/README.md": "lariat-metadata", "helpers/network-manager/README.md": "lariat-network-manager", "helpers/storage/README.md": "lariat-storage"} {
+	for manual, name := range map[string]string{"helpers/metadata/README.md": "lariat-metadata",
+		"helpers/network-manager/README.md": "lariat-network-manager", "helpers/storage/README.md": "lariat-storage"} {
 		out, err := exec.Command(bin(t, name), "--help").CombinedOutput()
 		if err != nil {
 			t.Fatalf("%s --help: %v\n%s", name, err, out)
 		}
 		help := map[string]bool{}
 		for _, line := range strings.Split(string(out), "\n") {
-			if f := flagName.FindStringSubmatch(line); f != nil && strings.HasPrefix(strings.TrimLeft(strings.TrimPrefix(strings.TrimSpace(line), "-h, "), " "), "--") {
+			if f := flagName.FindStringSubmatch(line); f != nil &&
+				strings.HasPrefix(strings.TrimLeft(strings.TrimPrefix(strings.TrimSpace(line), "-h, "), " "), "--") {
 				help[f[1]] = true
 			}
 		}
@@ -347,7 +354,8 @@ func TestRecipesAgree(t *testing.T) {
 	var proxy struct{ APIVersion, Kind, Mode, ClusterCIDR, DetectLocalMode string }
 	_, text, _ := strings.Cut(page, "```yaml\n")
 	text, _, _ = strings.Cut(text, "```")
-	if err := yaml.UnmarshalStrict([]byte(text), &proxy); err != nil || proxy.Kind != "KubeProxyConfiguration" || proxy.DetectLocalMode != "ClusterCIDR" {
+	if err := yaml.UnmarshalStrict([]byte(text), &proxy); err != nil || proxy.Kind != "KubeProxyConfiguration" ||
+		proxy.DetectLocalMode != "ClusterCIDR" {
 		t.Fatalf("%+v %v", proxy, err)
 	}
 	for _, command := range []string{"kubeadm init --pod-network-cidr ", "lariat network create overlay --subnet "} {

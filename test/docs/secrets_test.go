@@ -10,7 +10,8 @@ import (
 	"testing"
 )
 
-// Redirections of a shell make files by its umask. The first is of our own command, the second of anything into a file of that kind.
+// Redirections of a shell make files by its umask. The first is of our own command, the second of anything
+// into a file of that kind.
 var (
 	secretRedirected = regexp.MustCompile(`lariat ipsec secret[^|]*>`)
 	intoSecret       = regexp.MustCompile(`(^|\s)>\s*\S*(secret|\.key)\b`)
@@ -19,7 +20,8 @@ var (
 // tracked are the files of the repository that a person may copy commands from.
 func tracked(t *testing.T, patterns ...string) []string {
 	t.Helper()
-	out, err := exec.Command("git", append([]string{"-C", root, "ls-files", "--cached", "--others", "--exclude-standard", "--"}, patterns...)...).Output()
+	out, err := exec.Command("git",
+		append([]string{"-C", root, "ls-files", "--cached", "--others", "--exclude-standard", "--"}, patterns...)...).Output()
 	if err != nil {
 		t.Skip("not a git checkout")
 	}
@@ -32,7 +34,8 @@ func tracked(t *testing.T, patterns ...string) []string {
 	return files
 }
 
-// TestNoDocumentedCommandLeavesASecretReadable: --out writes secrets with mode 0600, and where there is a redirection it has an umask.
+// TestNoDocumentedCommandLeavesASecretReadable: --out writes secrets with mode 0600, and where there is a
+// redirection it has an umask.
 func TestNoDocumentedCommandLeavesASecretReadable(t *testing.T) {
 	found := 0
 	for _, f := range tracked(t, "*.md", "*.go", "examples", "hack") {
@@ -68,8 +71,9 @@ func copied(line string) []string {
 	return out
 }
 
-// TestAuthorityKeyStaysWithTheAdministrator: every document and help text makes certificates in a directory of the administrator and
-// copies to hosts what is theirs, never ca.key. What they say works, and leaves every file its owner's alone.
+// TestAuthorityKeyStaysWithTheAdministrator: every document and help text makes certificates in a directory
+// of the administrator and copies to hosts what is theirs, never ca.key. What they say works, and leaves
+// every file its owner's alone.
 func TestAuthorityKeyStaysWithTheAdministrator(t *testing.T) {
 	lariat := bin(t, "lariat")
 	texts := map[string]string{}
@@ -91,7 +95,8 @@ func TestAuthorityKeyStaysWithTheAdministrator(t *testing.T) {
 				}
 			}
 			for _, f := range copied(line) {
-				if base := filepath.Base(f); base == "ca.key" || base == "pki" || strings.Contains(base, "*") && strings.Contains(f, "pki") {
+				if base := filepath.Base(f); base == "ca.key" || base == "pki" || strings.Contains(base, "*") &&
+					strings.Contains(f, "pki") {
 					t.Errorf("%s: ca.key is copied to a host: %s", name, strings.TrimSpace(line))
 				}
 			}

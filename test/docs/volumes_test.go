@@ -29,7 +29,8 @@ var volumeDrivers = map[string]struct {
 	"nfs": {func(r volume.Request) error { _, err := nfs.Config{}.Volume(r); return err }, nfs.Options{}, nfs.Environment},
 }
 
-// TestVolumeExamples: the driver understands each JSON of its manual, and what pods and PersistentVolumes among the examples say.
+// TestVolumeExamples: the driver understands each JSON of its manual, and what pods and PersistentVolumes
+// among the examples say.
 func TestVolumeExamples(t *testing.T) {
 	for name, d := range volumeDrivers {
 		found := 0
@@ -108,7 +109,8 @@ var optionRow = regexp.MustCompile("(?m)^\\| `([A-Za-z]+)` \\| (string|list|bool
 func TestVolumeOptionTables(t *testing.T) {
 	for name, d := range volumeDrivers {
 		var table []string
-		for _, row := range optionRow.FindAllStringSubmatch(read(t, filepath.Join(root, "flexvolume", name, "README.md")), -1) {
+		for _, row := range optionRow.FindAllStringSubmatch(read(t, filepath.Join(root, "flexvolume", name, "README.md")),
+			-1) {
 			table = append(table, row[1])
 		}
 		slices.Sort(table)
@@ -125,7 +127,8 @@ func TestVolumeHelp(t *testing.T) {
 		manual := read(t, filepath.Join(root, "flexvolume", name, "README.md"))
 		for _, line := range strings.Split(p.Help(), "\n") {
 			word, _, _ := strings.Cut(strings.TrimPrefix(strings.TrimPrefix(line, "  "), name+" "), " ")
-			if strings.HasPrefix(line, "  ") && !strings.HasPrefix(line, "   ") && !strings.Contains(line, ", ") && !strings.Contains(manual, "`"+word) {
+			if strings.HasPrefix(line, "  ") && !strings.HasPrefix(line, "   ") && !strings.Contains(line, ", ") &&
+				!strings.Contains(manual, "`"+word) {
 				t.Errorf("the manual of %s does not tell of %q", name, word)
 			}
 		}
@@ -140,7 +143,8 @@ func TestComposeExample(t *testing.T) {
 			Options map[string]string `json:"driver_opts"`
 		}
 	}
-	if err := yaml.Unmarshal([]byte(read(t, filepath.Join(root, "examples/docker/compose.yaml"))), &file); err != nil || len(file.Volumes) == 0 {
+	if err := yaml.Unmarshal([]byte(read(t, filepath.Join(root, "examples/docker/compose.yaml"))), &file); err != nil ||
+		len(file.Volumes) == 0 {
 		t.Fatalf("%v %v", file, err)
 	}
 	for name, v := range file.Volumes {

@@ -50,9 +50,10 @@ const (
 	gone    = "gone"    // DEL was acknowledged
 )
 
-// TestF124_F126_F132_F133_Chaos: for 15 s (CHAOS=60s for longer) containers come and go on all hosts while plugins, metadata services (up to
-// all of them at once, and with them the store) and managers are killed and started again. No address is ever given twice; nothing
-// acknowledged is lost; nothing stays of what is gone. The schedule follows from a seed (CHAOS_SEED repeats one).
+// TestF124_F126_F132_F133_Chaos: for 15 s (CHAOS=60s for longer) containers come and go on all hosts while
+// plugins, metadata services (up to all of them at once, and with them the store) and managers are killed and
+// started again. No address is ever given twice; nothing acknowledged is lost; nothing stays of what is gone.
+// The schedule follows from a seed (CHAOS_SEED repeats one).
 func TestF124_F126_F132_F133_Chaos(t *testing.T) {
 	duration, err := time.ParseDuration(cmp.Or(os.Getenv("CHAOS"), "15s"))
 	must(t, err)
@@ -73,7 +74,8 @@ func TestF124_F126_F132_F133_Chaos(t *testing.T) {
 	}
 	wg.Go(func() { c.saboteur(rand.New(rand.NewPCG(seed, 1000))) })
 	wg.Wait()
-	t.Logf("%d ADDs and %d DELs acknowledged, %d verbs killed, %d refused", c.adds.Load(), c.dels.Load(), c.kills.Load(), c.refused.Load())
+	t.Logf("%d ADDs and %d DELs acknowledged, %d verbs killed, %d refused", c.adds.Load(), c.dels.Load(), c.kills.Load(),
+		c.refused.Load())
 	if c.adds.Load() < 50 || c.kills.Load() < 10 {
 		t.Errorf("hardly anything happened")
 	}
@@ -152,7 +154,8 @@ func (c *chaos) add(v *victim, rng *rand.Rand) {
 	for _, ip := range res.IPs {
 		a := ip.Address.Addr()
 		if other := c.owner[a]; other != nil && other != v {
-			c.t.Errorf("F124: %s was given to %s on %s, while %s on %s has it", a, v.Name, v.Host.Name, other.Name, other.Host.Name)
+			c.t.Errorf("F124: %s was given to %s on %s, while %s on %s has it", a, v.Name, v.Host.Name, other.Name,
+				other.Host.Name)
 		}
 		c.owner[a] = v
 		v.addrs = append(v.addrs, a)
@@ -252,7 +255,8 @@ func (c *chaos) judge(before []string) {
 			must(t, v.Netns.Remove()) // the runtime has no such container any more
 		}
 	}
-	// Right after the storm, before anybody cleans up: each address has one holder, and that of a live container is itself.
+	// Right after the storm, before anybody cleans up: each address has one holder, and that of a live container
+	// is itself.
 	holders := map[netip.Addr]string{}
 	list, err := c.hosts[0].Client().Allocations(ctx, "overlay", true)
 	must(t, err)
@@ -290,7 +294,8 @@ func (c *chaos) judge(before []string) {
 			for _, a := range list {
 				have[a.Address.String()+" "+a.ContainerID] = true
 				if !want[i][a.Address.String()+" "+a.ContainerID] {
-					errs = append(errs, fmt.Errorf("host %s: %s is held by %s/%s, which is not alive", h.Name, a.Address, a.ContainerID, a.IfName))
+					errs = append(errs, fmt.Errorf("host %s: %s is held by %s/%s, which is not alive", h.Name, a.Address,
+						a.ContainerID, a.IfName))
 				}
 			}
 			for x := range want[i] {
@@ -329,7 +334,8 @@ func (c *chaos) judge(before []string) {
 			defer cancel()
 			for _, a := range to.addrs {
 				if _, err := v.Ping(short, a, 56); err != nil {
-					t.Errorf("%v (%s on %s, %d ADDs, to %s on %s, %d ADDs)\n%s%s", err, v.Name, v.Host.Name, v.count, to.Name, to.Host.Name, to.count, autopsy(v), autopsy(to))
+					t.Errorf("%v (%s on %s, %d ADDs, to %s on %s, %d ADDs)\n%s%s", err, v.Name, v.Host.Name, v.count, to.Name,
+						to.Host.Name, to.count, autopsy(v), autopsy(to))
 				}
 			}
 		})
@@ -354,15 +360,17 @@ func (c *chaos) judge(before []string) {
 func autopsy(v *victim) string {
 	port := attach.HostName(metadata.AttachmentID{ContainerID: v.ID, IfName: "eth0"})
 	inside, _ := v.Output(ctx, "sh", "-c", "ip -d addr show dev eth0; ip neigh; ip route; ip -6 route")
-	outside, _ := v.Host.Output(ctx, "sh", "-c", "ip -d link show dev "+port+"; ip route show dev "+port+"; ip -6 route show dev "+port)
+	outside, _ := v.Host.Output(ctx, "sh", "-c", "ip -d link show dev "+port+"; ip route show dev "+port+
+		"; ip -6 route show dev "+port)
 	return fmt.Sprintf("in %s:\n%son %s:\n%s", v.Name, inside, v.Host.Name, outside)
 }
 
-// mentions reports whether a line of a world is about a live container: by its id, its port or its address; or about an address
-// that another host announces.
+// mentions reports whether a line of a world is about a live container: by its id, its port or its address;
+// or about an address that another host announces.
 func mentions(line string, lives map[string]*victim) bool {
 	for id, v := range lives {
-		if strings.Contains(line, id) || strings.Contains(line, attach.HostName(metadata.AttachmentID{ContainerID: id, IfName: "eth0"})) {
+		if strings.Contains(line, id) ||
+			strings.Contains(line, attach.HostName(metadata.AttachmentID{ContainerID: id, IfName: "eth0"})) {
 			return true
 		}
 		for _, a := range v.addrs {

@@ -1,5 +1,5 @@
-// Package failure_test breaks things on purpose: processes killed between any two system calls, hosts of the store lost, disks full, devices
-// deleted, and everything at once.
+// Package failure_test breaks things on purpose: processes killed between any two system calls, hosts of the
+// store lost, disks full, devices deleted, and everything at once.
 package failure_test
 
 import (
@@ -14,25 +14,28 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-// groups are the system calls by which a plugin touches the world. At each of the first so many calls of each group by a
-// thread, the process is killed before the kernel does what it asks for. What the runtime of Go opens and closes at its start is
-// of no interest, but comes first.
+// groups are the system calls by which a plugin touches the world. At each of the first so many calls of each
+// group by a thread, the process is killed before the kernel does what it asks for. What the runtime of Go
+// opens and closes at its start is of no interest, but comes first.
 var groups = []struct {
 	calls string
 	most  int
 }{
-	{"openat", 40}, {"fcntl", 8}, {"socket", 8}, {"connect,bind", 8}, {"sendto,sendmsg", 16}, {"recvfrom,recvmsg", 24}, {"write", 8}, {"renameat,renameat2,rename", 3},
+	{"openat", 40}, {"fcntl", 8}, {"socket", 8}, {"connect,bind", 8}, {"sendto,sendmsg", 16}, {"recvfrom,recvmsg", 24},
+	{"write", 8}, {"renameat,renameat2,rename", 3},
 	{"unlinkat,unlink", 4}, {"setns", 3}, {"mkdirat,mkdir", 4}, {"ioctl", 4},
 }
 
 // under puts a call under strace, which kills the process at the n-th of some system calls.
 func under(c cnirun.Call, calls string, n int) cnirun.Call {
-	c.Wrap = []string{"strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + calls, "-e", fmt.Sprintf("inject=%s:signal=KILL:when=%d", calls, n)}
+	c.Wrap = []string{"strace", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + calls, "-e",
+		fmt.Sprintf("inject=%s:signal=KILL:when=%d", calls, n)}
 	return c
 }
 
-// TestF132_KilledAtEachSystemCall kills the real plugin during ADD, and DEL during DEL, at each system call. What follows as a runtime does
-// it, DEL or GC, or what the manager does alone when the container is gone, leaves the host as it was.
+// TestF132_KilledAtEachSystemCall kills the real plugin during ADD, and DEL during DEL, at each system call.
+// What follows as a runtime does it, DEL or GC, or what the manager does alone when the container is gone,
+// leaves the host as it was.
 func TestF132_KilledAtEachSystemCall(t *testing.T) {
 	need(t, "strace")
 	h := start(t).Hosts[0]
@@ -68,7 +71,8 @@ func TestF132_KilledAtEachSystemCall(t *testing.T) {
 			}
 		}
 	}
-	for _, must := range []string{"openat", "fcntl", "connect,bind", "sendto,sendmsg", "write", "renameat,renameat2,rename", "setns"} {
+	for _, must := range []string{"openat", "fcntl", "connect,bind", "sendto,sendmsg", "write",
+		"renameat,renameat2,rename", "setns"} {
 		if kills[must] == 0 {
 			t.Errorf("no ADD was killed at %s: is the group right?", must)
 		}
@@ -101,7 +105,8 @@ func TestF132_KilledAtEachSystemCall(t *testing.T) {
 	}
 }
 
-// TestF132_DELKilledAtEachSystemCall: the next DEL, or GC, finishes it. A DEL that was killed never freed an address whose interface was there.
+// TestF132_DELKilledAtEachSystemCall: the next DEL, or GC, finishes it. A DEL that was killed never freed an
+// address whose interface was there.
 func TestF132_DELKilledAtEachSystemCall(t *testing.T) {
 	need(t, "strace")
 	h := start(t).Hosts[0]
@@ -146,5 +151,6 @@ func probeStrace(t *testing.T, h *lab.Host) {
 
 // lines are those that hold a word.
 func lines(text, word string) string {
-	return strings.Join(slices.DeleteFunc(strings.Split(text, "\n"), func(l string) bool { return !strings.Contains(l, word) }), "\n")
+	return strings.Join(slices.DeleteFunc(strings.Split(text, "\n"),
+		func(l string) bool { return !strings.Contains(l, word) }), "\n")
 }

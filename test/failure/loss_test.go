@@ -17,8 +17,8 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-// TestMemberOfTheStoreLost: with one of three members dead, whichever it is, containers on the other two hosts come and go; what the dead
-// host runs keeps its network, and DEL works there.
+// TestMemberOfTheStoreLost: with one of three members dead, whichever it is, containers on the other two
+// hosts come and go; what the dead host runs keeps its network, and DEL works there.
 func TestMemberOfTheStoreLost(t *testing.T) {
 	c := start(t)
 	for i, lost := range c.Hosts {
@@ -60,8 +60,8 @@ func TestMemberOfTheStoreLost(t *testing.T) {
 	}
 }
 
-// TestF29_DeviceDeletedUnderLoad: while containers come and go, the tunnel's device is deleted by hand. It is back within a second, with
-// everything on it, by the kernel's own account of when.
+// TestF29_DeviceDeletedUnderLoad: while containers come and go, the tunnel's device is deleted by hand. It is
+// back within a second, with everything on it, by the kernel's own account of when.
 func TestF29_DeviceDeletedUnderLoad(t *testing.T) {
 	c := start(t)
 	a, b := c.Hosts[0], c.Hosts[1]
@@ -157,12 +157,12 @@ func TestF29_DeviceDeletedUnderLoad(t *testing.T) {
 	works(t, b, call(far, "DEL"))
 }
 
-// TestDiskFull: an ADD that cannot note what it does is refused, names the file, and leaves nothing; a second ADD of a running
-// container costs it nothing; DEL works.
+// TestDiskFull: an ADD that cannot note what it does is refused, names the file, and leaves nothing; a second
+// ADD of a running container costs it nothing; DEL works.
 func TestDiskFull(t *testing.T) {
 	h := start(t).Hosts[0]
-	// The disk is the manager's too: what is in another folder is unknown to it, and it gives back addresses that no record and no
-	// port vouches for.
+	// The disk is the manager's too: what is in another folder is unknown to it, and it gives back addresses
+	// that no record and no port vouches for.
 	dir := h.StateDir()
 	must(t, os.MkdirAll(dir, 0o700))
 	before := world(t, h)

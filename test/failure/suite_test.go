@@ -53,7 +53,8 @@ var (
 // start makes three hosts that the tests share. Each keeps a member of the store, so that any one may be lost.
 func start(t testing.TB) *lab.Cluster {
 	t.Helper()
-	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib, probe.NftNAT, probe.IPv6)
+	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib,
+		probe.NftNAT, probe.IPv6)
 	once.Do(func() {
 		c, err := lab.New(lab.Options{Hosts: 3, Manager: []string{"--interval", "1s", "--grace", "0s"}})
 		must(t, err)
@@ -71,9 +72,11 @@ func start(t testing.TB) *lab.Cluster {
 		for range c.Hosts {
 			must(t, <-errs)
 		}
-		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay", metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true,
-			BlockSizeV4: 18, BlockSizeV6: 114, // a second block, claimed in the middle of a test, would look like something left over
-			Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")}}))
+		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay",
+			metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true,
+				// a second block, claimed in the middle of a test, would look like something left over
+				BlockSizeV4: 18, BlockSizeV6: 114,
+				Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/48")}}))
 		for _, h := range c.Hosts {
 			must(t, h.StartManager(ctx))
 		}
@@ -107,10 +110,14 @@ func startMetadata(c *lab.Cluster, h *lab.Host) (err error) {
 	for _, x := range c.Hosts {
 		members = append(members, fmt.Sprintf("%s=https://%s:2380", x.Name, x.Addr.Addr()))
 	}
-	h.Metadata, err = h.Netns.Start(ctx, h.Dir, nil, filepath.Join(c.Bin, "lariat-metadata"), "--host-name", h.Name, "--socket", h.Socket(), "--underlay", h.Addr.String(),
-		"--machine-id-file", filepath.Join(h.Dir, "machine-id"), "--boot-id-file", filepath.Join(h.Dir, "boot-id"), "--data-dir", filepath.Join(h.Dir, "etcd"),
-		"--initial-cluster", strings.Join(members, ","), "--listen-peer", fmt.Sprintf("https://%s:2380", h.Addr.Addr()), "--listen-client", fmt.Sprintf("https://%s:2379", h.Addr.Addr()),
-		"--etcd-ca", filepath.Join(pki(c), certs.CACert), "--etcd-cert", filepath.Join(pki(c), h.Name+".crt"), "--etcd-key", filepath.Join(pki(c), h.Name+".key"))
+	h.Metadata, err = h.Netns.Start(ctx, h.Dir, nil, filepath.Join(c.Bin, "lariat-metadata"), "--host-name", h.Name,
+		"--socket", h.Socket(), "--underlay", h.Addr.String(),
+		"--machine-id-file", filepath.Join(h.Dir, "machine-id"), "--boot-id-file", filepath.Join(h.Dir, "boot-id"),
+		"--data-dir", filepath.Join(h.Dir, "etcd"),
+		"--initial-cluster", strings.Join(members, ","), "--listen-peer", fmt.Sprintf("https://%s:2380", h.Addr.Addr()),
+		"--listen-client", fmt.Sprintf("https://%s:2379", h.Addr.Addr()),
+		"--etcd-ca", filepath.Join(pki(c), certs.CACert), "--etcd-cert", filepath.Join(pki(c), h.Name+".crt"), "--etcd-key",
+		filepath.Join(pki(c), h.Name+".key"))
 	return err
 }
 
@@ -168,8 +175,9 @@ func container(t testing.TB, h *lab.Host) *lab.Container {
 // call is lariat-vxlan as a runtime calls it for a container.
 func call(c *lab.Container, verb string) cnirun.Call {
 	return cnirun.Call{
-		Exe:  filepath.Join(cluster.Bin, "lariat-vxlan"),
-		Env:  map[string]string{"CNI_COMMAND": verb, "CNI_CONTAINERID": c.ID, "CNI_NETNS": c.Path, "CNI_IFNAME": "eth0", "CNI_PATH": cluster.Bin},
+		Exe: filepath.Join(cluster.Bin, "lariat-vxlan"),
+		Env: map[string]string{"CNI_COMMAND": verb, "CNI_CONTAINERID": c.ID, "CNI_NETNS": c.Path, "CNI_IFNAME": "eth0",
+			"CNI_PATH": cluster.Bin},
 		Conf: conf(c.Host, c.Host.StateDir(), ""),
 	}
 }

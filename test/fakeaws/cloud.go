@@ -1,12 +1,13 @@
-// Package fakeaws is the part of AWS that the volume drivers talk to, in one process: EC2, EFS and the metadata service of
-// instances (IMDSv2), each as the real SDK speaks it.
+// Package fakeaws is the part of AWS that the volume drivers talk to, in one process: EC2, EFS and the
+// metadata service of instances (IMDSv2), each as the real SDK speaks it.
 //
-// It is stricter than it is complete. Requests must be signed; a parameter that it does not know is an error, not ignored; states
-// change as slowly as the real ones, namely by being looked at (see Options.Lag); limits, zones, idempotency tokens and error codes are
-// those of AWS. With Devices a volume that is attached is a block device of this machine.
+// It is stricter than it is complete. Requests must be signed; a parameter that it does not know is an error,
+// not ignored; states change as slowly as the real ones, namely by being looked at (see Options.Lag); limits,
+// zones, idempotency tokens and error codes are those of AWS. With Devices a volume that is attached is a
+// block device of this machine.
 //
-// A request goes from serve through its signature (sign.go) and the failures that a test ordered to the action's function, of ec2_*.go
-// or efs_*.go, which runs alone: one lock guards all state.
+// A request goes from serve through its signature (sign.go) and the failures that a test ordered to the
+// action's function, of ec2_*.go or efs_*.go, which runs alone: one lock guards all state.
 package fakeaws
 
 import (
@@ -28,8 +29,8 @@ import (
 type Options struct {
 	// Region is the cloud's only one. "": eu-test-1.
 	Region string
-	// Lag is how many answers still show what was before, at each step of a change: a volume is unknown to that many Describe calls, then
-	// "creating" in as many, then "available". 0: 2. Negative: 0.
+	// Lag is how many answers still show what was before, at each step of a change: a volume is unknown to that
+	// many Describe calls, then "creating" in as many, then "available". 0: 2. Negative: 0.
 	Lag int
 	// Devices makes block devices of attached volumes. nil: there are none.
 	Devices Devices
@@ -160,7 +161,8 @@ func (e *apiError) status() int {
 		return http.StatusPreconditionFailed
 	case "FileSystemNotFound", "MountTargetNotFound", "AccessPointNotFound":
 		return http.StatusNotFound
-	case "FileSystemAlreadyExists", "FileSystemInUse", "MountTargetConflict", "AccessPointAlreadyExists", "IncorrectFileSystemLifeCycleState",
+	case "FileSystemAlreadyExists", "FileSystemInUse", "MountTargetConflict", "AccessPointAlreadyExists",
+		"IncorrectFileSystemLifeCycleState",
 		"IncorrectMountTargetState", "IpAddressInUse", "NoFreeAddressesInSubnet":
 		return http.StatusConflict
 	}
@@ -245,8 +247,8 @@ func (c *Cloud) partition() (name, domain string) {
 
 func (c *Cloud) zoneNames() []string { return slices.Sorted(maps.Keys(c.zones())) }
 
-// progress is a state that moves on by being looked at: each step but the last shows in lag looks. The step "" is a change that does
-// not show yet.
+// progress is a state that moves on by being looked at: each step but the last shows in lag looks. The step
+// "" is a change that does not show yet.
 type progress struct {
 	steps []string
 	lag   int

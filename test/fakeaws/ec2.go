@@ -12,7 +12,8 @@ import (
 	"strings"
 )
 
-// ec2Actions are what EC2's endpoint can do. The functions run with the lock held and return what is inside of <ActionResponse>.
+// ec2Actions are what EC2's endpoint can do. The functions run with the lock held and return what is inside
+// of <ActionResponse>.
 var ec2Actions = map[string]func(*Cloud, *params) (any, *apiError){
 	"CreateVolume":                 (*Cloud).createVolume,
 	"DeleteVolume":                 (*Cloud).deleteVolume,
@@ -98,7 +99,8 @@ type params struct {
 func (p *params) unknown() *apiError {
 	for key := range p.form {
 		if !p.known[key] {
-			return fail("UnknownParameter", "The emulator does not know the parameter %s=%q, or not this value of it.", key, p.form.Get(key))
+			return fail("UnknownParameter", "The emulator does not know the parameter %s=%q, or not this value of it.", key,
+				p.form.Get(key))
 		}
 	}
 	return nil
@@ -127,7 +129,10 @@ func (p *params) yes(key string) bool {
 func (p *params) each(name string, yield func(prefix string)) {
 	for i := 1; ; i++ {
 		prefix := name + "." + strconv.Itoa(i)
-		if !slices.ContainsFunc(slices.Collect(maps.Keys(p.form)), func(key string) bool { return key == prefix || strings.HasPrefix(key, prefix+".") }) {
+		if !slices.ContainsFunc(slices.Collect(maps.Keys(p.form)), func(key string) bool {
+			return key == prefix ||
+				strings.HasPrefix(key, prefix+".")
+		}) {
 			return
 		}
 		yield(prefix)
@@ -174,7 +179,8 @@ func (f fields) match(filters []filter) (bool, *apiError) {
 		if !ok && !strings.HasPrefix(want.name, "tag:") {
 			return false, fail("InvalidParameterValue", "The filter '%s' is invalid", want.name)
 		}
-		if !slices.ContainsFunc(want.values, func(pattern string) bool { return slices.ContainsFunc(have, wildcard(pattern)) }) {
+		if !slices.ContainsFunc(want.values,
+			func(pattern string) bool { return slices.ContainsFunc(have, wildcard(pattern)) }) {
 			return false, nil
 		}
 	}
@@ -199,7 +205,8 @@ func (p *params) selection(idKey string) (s selection, e *apiError) {
 	s = selection{ids: p.texts(idKey), filters: p.filters()}
 	if p.has("MaxResults") {
 		if s.max = p.number("MaxResults"); s.max < 5 {
-			return s, fail("InvalidParameterValue", "Value ( %d ) for parameter maxResults is invalid. Expecting a value greater than 5.", s.max)
+			return s, fail("InvalidParameterValue", "Value ( %d ) for parameter maxResults is invalid. Expecting a value "+
+				"greater than 5.", s.max)
 		}
 		if len(s.ids) > 0 {
 			return s, fail("InvalidParameterCombination", "The parameter %s cannot be used with the parameter maxResults", idKey)
@@ -215,9 +222,10 @@ func (p *params) selection(idKey string) (s selection, e *apiError) {
 	return s, nil
 }
 
-// choose picks of all things those of a selection. describe says what a thing has, or nil if it does not show; notFound is the code for
-// an id that nothing shows.
-func choose[T any](s selection, notFound string, all []T, describe func(T) fields, idField string) (page []T, next string, e *apiError) {
+// choose picks of all things those of a selection. describe says what a thing has, or nil if it does not
+// show; notFound is the code for an id that nothing shows.
+func choose[T any](s selection, notFound string, all []T, describe func(T) fields,
+	idField string) (page []T, next string, e *apiError) {
 	var found []string
 	var chosen []T
 	for _, thing := range all {

@@ -29,15 +29,19 @@ func (c *Cloud) attachVolume(p *params) (any, *apiError) {
 	case in.State != "running" && in.State != "stopped" && in.State != "stopping":
 		return nil, fail("IncorrectState", "Instance '%s' is not 'running'.", in.ID)
 	case v.Zone != in.Zone:
-		return nil, fail("InvalidVolume.ZoneMismatch", "The volume '%s' is not in the same availability zone as instance '%s'", v.ID, in.ID)
+		return nil, fail("InvalidVolume.ZoneMismatch", "The volume '%s' is not in the same availability zone as "+
+			"instance '%s'", v.ID, in.ID)
 	case !deviceName.MatchString(device):
-		return nil, fail("InvalidParameterValue", "Value (%s) for parameter device is invalid. %s is not a valid EBS device name.", device, device)
+		return nil, fail("InvalidParameterValue", "Value (%s) for parameter device is invalid. %s is not a valid EBS "+
+			"device name.", device, device)
 	case slices.Contains(c.devices(in), device):
-		return nil, fail("InvalidParameterValue", "Invalid value '%s' for unixDevice. Attachment point %s is already in use", device, device)
+		return nil, fail("InvalidParameterValue", "Invalid value '%s' for unixDevice. Attachment point %s is already in use",
+			device, device)
 	case len(c.devices(in))+in.others() >= in.MaxVolumes:
 		return nil, fail("AttachmentLimitExceeded", "%s is at its limit of %d attachments", in.ID, in.MaxVolumes)
 	}
-	v.attached = &attachment{instance: in.ID, device: device, since: c.o.Now(), noDevice: v.never, progress: c.begin("", "attaching", "attached")}
+	v.attached = &attachment{instance: in.ID, device: device, since: c.o.Now(), noDevice: v.never,
+		progress: c.begin("", "attaching", "attached")}
 	if c.o.Devices != nil && !v.never {
 		if err := c.o.Devices.Attach(v.ID, in.ID, device, inBytes(v.Size)); err != nil {
 			v.attached = nil
@@ -69,7 +73,8 @@ func (c *Cloud) detachVolume(p *params) (any, *apiError) {
 	case a == nil:
 		return nil, fail("IncorrectState", "Volume '%s' is in the '%s' state.", v.ID, v.truth().State)
 	case instance != "" && instance != a.instance, device != "" && device != a.device:
-		return nil, fail("InvalidAttachment.NotFound", "The volume '%s' is not attached to instance '%s' as device '%s'", v.ID, instance, device)
+		return nil, fail("InvalidAttachment.NotFound", "The volume '%s' is not attached to instance '%s' as device '%s'",
+			v.ID, instance, device)
 	case !force && (a.truth() == "busy" || a.truth() == "detaching"):
 		return nil, fail("IncorrectState", "Cannot detach volume '%s' when it is in '%s' state.", v.ID, a.truth())
 	}

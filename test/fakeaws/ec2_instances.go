@@ -49,7 +49,8 @@ func (in *instance) others() int {
 	return in.NICs
 }
 
-// AddInstance starts an instance and its metadata service. Its subnet and groups are added, too, if there are none of these names.
+// AddInstance starts an instance and its metadata service. Its subnet and groups are added, too, if there are
+// none of these names.
 func (c *Cloud) AddInstance(i Instance) *Instance {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -76,7 +77,8 @@ func (c *Cloud) AddInstance(i Instance) *Instance {
 	if !i.PrivateIP.IsValid() {
 		i.PrivateIP = netip.AddrFrom4([4]byte{10, 0, byte(n >> 8), byte(n)})
 	}
-	i.PrivateDNSName = cmp.Or(i.PrivateDNSName, "ip-"+strings.ReplaceAll(i.PrivateIP.String(), ".", "-")+"."+c.o.Region+".compute.internal")
+	i.PrivateDNSName = cmp.Or(i.PrivateDNSName, "ip-"+strings.ReplaceAll(i.PrivateIP.String(), ".", "-")+"."+c.o.Region+
+		".compute.internal")
 	i.State, i.NICs = cmp.Or(i.State, "running"), cmp.Or(i.NICs, 1)
 	if i.Nitro {
 		i.Type, i.MaxVolumes = cmp.Or(i.Type, "m7i.large"), cmp.Or(i.MaxVolumes, 28)
@@ -89,8 +91,8 @@ func (c *Cloud) AddInstance(i Instance) *Instance {
 	return &i
 }
 
-// SetInstanceState moves an instance to a state of EC2: pending, running, stopping, stopped, shutting-down, terminated. Volumes of one
-// that is terminated are detached, as AWS does; others stay.
+// SetInstanceState moves an instance to a state of EC2: pending, running, stopping, stopped, shutting-down,
+// terminated. Volumes of one that is terminated are detached, as AWS does; others stay.
 func (c *Cloud) SetInstanceState(id, state string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -114,12 +116,15 @@ func (c *Cloud) instance(id string) (*instance, *apiError) {
 
 // noAccount unsets what a developer's own environment may have of AWS, so that no test reaches a real account.
 var noAccount = []string{
-	"AWS_CONFIG_FILE=/dev/null", "AWS_SHARED_CREDENTIALS_FILE=/dev/null", "AWS_PROFILE=", "AWS_REGION=", "AWS_DEFAULT_REGION=", "AWS_SESSION_TOKEN=",
-	"AWS_ENDPOINT_URL_EC2=", "AWS_ENDPOINT_URL_EFS=", "AWS_ROLE_ARN=", "AWS_WEB_IDENTITY_TOKEN_FILE=", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI=",
+	"AWS_CONFIG_FILE=/dev/null", "AWS_SHARED_CREDENTIALS_FILE=/dev/null", "AWS_PROFILE=", "AWS_REGION=",
+	"AWS_DEFAULT_REGION=", "AWS_SESSION_TOKEN=",
+	"AWS_ENDPOINT_URL_EC2=", "AWS_ENDPOINT_URL_EFS=", "AWS_ROLE_ARN=", "AWS_WEB_IDENTITY_TOKEN_FILE=",
+	"AWS_CONTAINER_CREDENTIALS_RELATIVE_URI=",
 	"AWS_CONTAINER_CREDENTIALS_FULL_URI=", "AWS_EC2_METADATA_DISABLED=",
 }
 
-// Env is the environment of a process on an instance: the endpoints and a user's keys. The region is for the metadata service to tell.
+// Env is the environment of a process on an instance: the endpoints and a user's keys. The region is for the
+// metadata service to tell.
 func (c *Cloud) Env(instanceID string) []string {
 	return append(c.RoleEnv(instanceID), "AWS_ACCESS_KEY_ID="+AccessKeyID, "AWS_SECRET_ACCESS_KEY="+SecretAccessKey)
 }
@@ -131,7 +136,8 @@ func (c *Cloud) RoleEnv(instanceID string) []string {
 	in, e := c.instance(instanceID)
 	c.must(e)
 	return append(slices.Clone(noAccount),
-		"AWS_ENDPOINT_URL="+c.url, "AWS_EC2_METADATA_SERVICE_ENDPOINT="+in.imds, "AWS_ACCESS_KEY_ID=", "AWS_SECRET_ACCESS_KEY=")
+		"AWS_ENDPOINT_URL="+c.url, "AWS_EC2_METADATA_SERVICE_ENDPOINT="+in.imds, "AWS_ACCESS_KEY_ID=",
+		"AWS_SECRET_ACCESS_KEY=")
 }
 
 type reservationXML struct {
@@ -141,14 +147,17 @@ type reservationXML struct {
 }
 
 func (c *Cloud) describeInstances(p *params) (any, *apiError) {
-	return describe(p, listing[*instance, reservationXML]{"InstanceId", "instance-id", "InvalidInstanceID.NotFound", "reservationSet", func(in *instance) fields {
-		return fields{
-			"instance-id": {in.ID}, "instance-state-name": {in.State}, "instance-type": {in.Type}, "availability-zone": {in.Zone}, "subnet-id": {in.SubnetID},
-			"vpc-id": {in.VPCID}, "private-dns-name": {in.PrivateDNSName}, "private-ip-address": {in.PrivateIP.String()},
-		}
-	}, func(in *instance) reservationXML {
-		return reservationXML{"r-" + strings.TrimPrefix(in.ID, "i-"), Account, list[instanceXML]{[]instanceXML{c.instanceXML(in)}}}
-	}}, c.instances)
+	return describe(p, listing[*instance, reservationXML]{"InstanceId", "instance-id", "InvalidInstanceID.NotFound",
+		"reservationSet", func(in *instance) fields {
+			return fields{
+				"instance-id": {in.ID}, "instance-state-name": {in.State}, "instance-type": {in.Type},
+				"availability-zone": {in.Zone}, "subnet-id": {in.SubnetID},
+				"vpc-id": {in.VPCID}, "private-dns-name": {in.PrivateDNSName}, "private-ip-address": {in.PrivateIP.String()},
+			}
+		}, func(in *instance) reservationXML {
+			return reservationXML{"r-" + strings.TrimPrefix(in.ID, "i-"), Account,
+				list[instanceXML]{[]instanceXML{c.instanceXML(in)}}}
+		}}, c.instances)
 }
 
 type instanceXML struct {
@@ -191,7 +200,8 @@ type groupXML struct {
 	Name string `xml:"groupName"`
 }
 
-var stateCodes = map[string]int{"pending": 0, "running": 16, "shutting-down": 32, "terminated": 48, "stopping": 64, "stopped": 80}
+var stateCodes = map[string]int{"pending": 0, "running": 16, "shutting-down": 32, "terminated": 48, "stopping": 64,
+	"stopped": 80}
 
 func (c *Cloud) instanceXML(in *instance) instanceXML {
 	// EC2 calls both kinds "xen" here; only the type's description tells.
@@ -214,7 +224,8 @@ func (c *Cloud) instanceXML(in *instance) instanceXML {
 		out.Groups.Items = append(out.Groups.Items, groupXML{id, groupName(id)})
 	}
 	for i := range in.NICs {
-		out.NICs.Items = append(out.NICs.Items, nicXML{fmt.Sprintf("eni-%s%x", strings.TrimPrefix(in.ID, "i-")[:16], i), in.mac, in.SubnetID, in.VPCID, i, out.Groups})
+		out.NICs.Items = append(out.NICs.Items, nicXML{fmt.Sprintf("eni-%s%x", strings.TrimPrefix(in.ID, "i-")[:16], i),
+			in.mac, in.SubnetID, in.VPCID, i, out.Groups})
 	}
 	return out
 }
@@ -235,16 +246,17 @@ func (c *Cloud) describeInstanceTypes(p *params) (any, *apiError) {
 			kinds = append(kinds, in)
 		}
 	}
-	return describe(p, listing[*instance, typeXML]{"InstanceType", "instance-type", "InvalidInstanceType", "instanceTypeSet", func(in *instance) fields {
-		return fields{"instance-type": {in.Type}}
-	}, func(in *instance) typeXML {
-		x := typeXML{in.Type, "xen", "unsupported", in.MaxVolumes, "shared", 3}
-		if in.Nitro {
-			x.Hypervisor, x.NVMe = "nitro", "required"
-		}
-		if in.Dedicated {
-			x.Limit = "dedicated"
-		}
-		return x
-	}}, kinds)
+	return describe(p, listing[*instance, typeXML]{"InstanceType", "instance-type", "InvalidInstanceType",
+		"instanceTypeSet", func(in *instance) fields {
+			return fields{"instance-type": {in.Type}}
+		}, func(in *instance) typeXML {
+			x := typeXML{in.Type, "xen", "unsupported", in.MaxVolumes, "shared", 3}
+			if in.Nitro {
+				x.Hypervisor, x.NVMe = "nitro", "required"
+			}
+			if in.Dedicated {
+				x.Limit = "dedicated"
+			}
+			return x
+		}}, kinds)
 }

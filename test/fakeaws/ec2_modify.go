@@ -24,7 +24,8 @@ func (c *Cloud) modifyVolume(p *params) (any, *apiError) {
 		}
 		if c.o.Now().Sub(m.began) < coolDown {
 			return nil, fail("VolumeModificationRateExceeded",
-				"You've reached the maximum modification rate per volume limit. Wait at least 6 hours between modifications per EBS volume.")
+				"You've reached the maximum modification rate per volume limit. Wait at least 6 hours between modifications "+
+					"per EBS volume.")
 		}
 	}
 	after := before
@@ -39,7 +40,8 @@ func (c *Cloud) modifyVolume(p *params) (any, *apiError) {
 	if e := after.check(); e != nil {
 		return nil, e
 	}
-	v.change = &modification{before: before, after: after, began: c.o.Now(), progress: c.begin("modifying", "optimizing", "completed")}
+	v.change = &modification{before: before, after: after, began: c.o.Now(),
+		progress: c.begin("modifying", "optimizing", "completed")}
 	return struct {
 		Modification modificationXML `xml:"volumeModification"`
 	}{v.change.inXML(v.change.truth())}, nil
@@ -104,6 +106,7 @@ type modificationXML struct {
 func (m *modification) inXML(state string) modificationXML {
 	return modificationXML{
 		m.after.ID, state, map[string]int{"modifying": 0, "optimizing": 50, "completed": 100}[state], m.began.UTC(),
-		m.before.Size, m.before.IOPS, m.before.Throughput, m.before.Type, m.after.Size, m.after.IOPS, m.after.Throughput, m.after.Type,
+		m.before.Size, m.before.IOPS, m.before.Throughput, m.before.Type, m.after.Size, m.after.IOPS, m.after.Throughput,
+		m.after.Type,
 	}
 }

@@ -62,14 +62,16 @@ type snapshotXML struct {
 
 func (c *Cloud) describeSnapshots(p *params) (any, *apiError) {
 	owners := p.texts("Owner")
-	return describe(p, listing[snapshot, snapshotXML]{"SnapshotId", "snapshot-id", "InvalidSnapshot.NotFound", "snapshotSet", func(s snapshot) fields {
-		if len(owners) > 0 && !slices.Contains(owners, "self") && !slices.Contains(owners, Account) {
-			return nil
-		}
-		return fields{"snapshot-id": {s.id}, "status": {"completed"}, "owner-id": {Account}, "encrypted": {fmt.Sprint(s.encrypted)}, "volume-size": {fmt.Sprint(s.gib)}}.withTags(s.tags)
-	}, func(s snapshot) snapshotXML {
-		return snapshotXML{s.id, s.gib, "completed", Account, s.at.UTC(), "100%", s.encrypted, tagsXML(s.tags)}
-	}}, c.snapshots)
+	return describe(p, listing[snapshot, snapshotXML]{"SnapshotId", "snapshot-id", "InvalidSnapshot.NotFound",
+		"snapshotSet", func(s snapshot) fields {
+			if len(owners) > 0 && !slices.Contains(owners, "self") && !slices.Contains(owners, Account) {
+				return nil
+			}
+			return fields{"snapshot-id": {s.id}, "status": {"completed"}, "owner-id": {Account},
+				"encrypted": {fmt.Sprint(s.encrypted)}, "volume-size": {fmt.Sprint(s.gib)}}.withTags(s.tags)
+		}, func(s snapshot) snapshotXML {
+			return snapshotXML{s.id, s.gib, "completed", Account, s.at.UTC(), "100%", s.encrypted, tagsXML(s.tags)}
+		}}, c.snapshots)
 }
 
 type subnetXML struct {
@@ -82,11 +84,13 @@ type subnetXML struct {
 }
 
 func (c *Cloud) describeSubnets(p *params) (any, *apiError) {
-	return describe(p, listing[subnet, subnetXML]{"SubnetId", "subnet-id", "InvalidSubnetID.NotFound", "subnetSet", func(s subnet) fields {
-		return fields{"subnet-id": {s.ID}, "vpc-id": {s.VPC}, "availability-zone": {s.Zone}, "availability-zone-id": {c.zones()[s.Zone]}, "state": {"available"}}
-	}, func(s subnet) subnetXML {
-		return subnetXML{s.ID, s.VPC, s.Zone, c.zones()[s.Zone], "available", Account}
-	}}, c.subnets)
+	return describe(p, listing[subnet, subnetXML]{"SubnetId", "subnet-id", "InvalidSubnetID.NotFound", "subnetSet",
+		func(s subnet) fields {
+			return fields{"subnet-id": {s.ID}, "vpc-id": {s.VPC}, "availability-zone": {s.Zone},
+				"availability-zone-id": {c.zones()[s.Zone]}, "state": {"available"}}
+		}, func(s subnet) subnetXML {
+			return subnetXML{s.ID, s.VPC, s.Zone, c.zones()[s.Zone], "available", Account}
+		}}, c.subnets)
 }
 
 func groupName(id string) string {
@@ -105,11 +109,12 @@ type securityGroupXML struct {
 }
 
 func (c *Cloud) describeSecurityGroups(p *params) (any, *apiError) {
-	return describe(p, listing[group, securityGroupXML]{"GroupId", "group-id", "InvalidGroup.NotFound", "securityGroupInfo", func(g group) fields {
-		return fields{"group-id": {g.ID}, "group-name": {groupName(g.ID)}, "vpc-id": {g.VPC}}
-	}, func(g group) securityGroupXML {
-		return securityGroupXML{g.ID, groupName(g.ID), "a group", g.VPC, Account}
-	}}, c.groups)
+	return describe(p, listing[group, securityGroupXML]{"GroupId", "group-id", "InvalidGroup.NotFound",
+		"securityGroupInfo", func(g group) fields {
+			return fields{"group-id": {g.ID}, "group-name": {groupName(g.ID)}, "vpc-id": {g.VPC}}
+		}, func(g group) securityGroupXML {
+			return securityGroupXML{g.ID, groupName(g.ID), "a group", g.VPC, Account}
+		}}, c.groups)
 }
 
 type zoneXML struct {
@@ -121,9 +126,10 @@ type zoneXML struct {
 }
 
 func (c *Cloud) describeAvailabilityZones(p *params) (any, *apiError) {
-	return describe(p, listing[string, zoneXML]{"ZoneName", "zone-name", "InvalidParameterValue", "availabilityZoneInfo", func(zone string) fields {
-		return fields{"zone-name": {zone}, "zone-id": {c.zones()[zone]}, "region-name": {c.o.Region}, "state": {"available"}}
-	}, func(zone string) zoneXML {
-		return zoneXML{zone, c.zones()[zone], c.o.Region, "available", "availability-zone"}
-	}}, c.zoneNames())
+	return describe(p, listing[string, zoneXML]{"ZoneName", "zone-name", "InvalidParameterValue", "availabilityZoneInfo",
+		func(zone string) fields {
+			return fields{"zone-name": {zone}, "zone-id": {c.zones()[zone]}, "region-name": {c.o.Region}, "state": {"available"}}
+		}, func(zone string) zoneXML {
+			return zoneXML{zone, c.zones()[zone], c.o.Region, "available", "availability-zone"}
+		}}, c.zoneNames())
 }

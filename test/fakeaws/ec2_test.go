@@ -106,7 +106,8 @@ func (b bench) states(id string, looks int) string {
 // create makes a gp3 and waits for it.
 func (b bench) create(gib int32) string {
 	b.t.Helper()
-	out := try[*ec2.CreateVolumeOutput](b.t)(b.CreateVolume(b.t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, Size: &gib, VolumeType: "gp3"}))
+	out := try[*ec2.CreateVolumeOutput](b.t)(b.CreateVolume(b.t.Context(),
+		&ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, Size: &gib, VolumeType: "gp3"}))
 	for range 3 * (b.o.Lag + 1) {
 		if b.states(*out.VolumeId, 1) == "available" {
 			return *out.VolumeId
@@ -129,20 +130,27 @@ func (b bench) detach(id, instance string, force bool) error {
 func TestVolumeFromCreationToDeletion(t *testing.T) {
 	b := newBench(t, Options{})
 	out := try[*ec2.CreateVolumeOutput](t)(b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{
-		AvailabilityZone: aws.String("eu-test-1a"), Size: aws.Int32(20), VolumeType: types.VolumeTypeGp3, Iops: aws.Int32(4000), Throughput: aws.Int32(250), Encrypted: aws.Bool(true),
-		KmsKeyId: aws.String("alias/data"), TagSpecifications: []types.TagSpecification{{ResourceType: types.ResourceTypeVolume, Tags: []types.Tag{{Key: aws.String("Name"), Value: aws.String("data")}}}},
+		AvailabilityZone: aws.String("eu-test-1a"), Size: aws.Int32(20), VolumeType: types.VolumeTypeGp3,
+		Iops: aws.Int32(4000), Throughput: aws.Int32(250), Encrypted: aws.Bool(true),
+		KmsKeyId: aws.String("alias/data"),
+		TagSpecifications: []types.TagSpecification{{ResourceType: types.ResourceTypeVolume,
+			Tags: []types.Tag{{Key: aws.String("Name"), Value: aws.String("data")}}}},
 	}))
 	id := *out.VolumeId
 	want(t, "answer", out.State, types.VolumeStateCreating)
 	unknown := "InvalidVolume.NotFound"
-	want(t, "created", b.states(id, 6), strings.Join([]string{unknown, unknown, "creating", "creating", "available", "available"}, " "))
-	v := try[*ec2.DescribeVolumesOutput](t)(b.DescribeVolumes(t.Context(), &ec2.DescribeVolumesInput{VolumeIds: []string{id}})).Volumes[0]
-	got := words(*v.AvailabilityZone, *v.Size, v.VolumeType, *v.Iops, *v.Throughput, *v.Encrypted, *v.KmsKeyId, *v.Tags[0].Key, *v.Tags[0].Value)
+	want(t, "created", b.states(id, 6),
+		strings.Join([]string{unknown, unknown, "creating", "creating", "available", "available"}, " "))
+	v := try[*ec2.DescribeVolumesOutput](t)(b.DescribeVolumes(t.Context(),
+		&ec2.DescribeVolumesInput{VolumeIds: []string{id}})).Volumes[0]
+	got := words(*v.AvailabilityZone, *v.Size, v.VolumeType, *v.Iops, *v.Throughput, *v.Encrypted, *v.KmsKeyId,
+		*v.Tags[0].Key, *v.Tags[0].Value)
 	want(t, "volume", got, words("eu-test-1a", 20, "gp3", 4000, 250, true, "alias/data", "Name", "data"))
 
 	want(t, "attach", code(b.attach(id, b.a.ID, "/dev/xvdba")), "<nil>")
 	want(t, "attach again", code(b.attach(id, b.a.ID, "/dev/xvdba")), "VolumeInUse")
-	want(t, "attached", b.states(id, 6), "available available in-use/attaching in-use/attaching in-use/attached in-use/attached")
+	want(t, "attached", b.states(id, 6), "available available in-use/attaching in-use/attaching in-use/attached "+
+		"in-use/attached")
 	want(t, "truth", b.Volumes()[0].Attachment, Attachment{b.a.ID, "/dev/xvdba", "attached"})
 	_, err := b.DeleteVolume(t.Context(), &ec2.DeleteVolumeInput{VolumeId: &id})
 	want(t, "delete", code(err), "VolumeInUse")
@@ -170,23 +178,32 @@ func TestVolumeThatCannotBe(t *testing.T) {
 		in         ec2.CreateVolumeInput
 	}{
 		{"no zone", "MissingParameter", ec2.CreateVolumeInput{Size: num(1)}},
-		{"zone of another region", "InvalidZone.NotFound", ec2.CreateVolumeInput{Size: num(1), AvailabilityZone: aws.String("us-east-1a")}},
+		{"zone of another region", "InvalidZone.NotFound",
+			ec2.CreateVolumeInput{Size: num(1), AvailabilityZone: aws.String("us-east-1a")}},
 		{"neither size nor snapshot", "MissingParameter", ec2.CreateVolumeInput{}},
 		{"type unknown", "UnknownVolumeType", ec2.CreateVolumeInput{Size: num(1), VolumeType: "gp9"}},
 		{"too small", "InvalidParameterValue", ec2.CreateVolumeInput{Size: num(124), VolumeType: "st1"}},
 		{"too large", "InvalidParameterValue", ec2.CreateVolumeInput{Size: num(16385), VolumeType: "gp2"}},
-		{"iops of a gp2", "InvalidParameterCombination", ec2.CreateVolumeInput{Size: num(10), VolumeType: "gp2", Iops: num(300)}},
+		{"iops of a gp2", "InvalidParameterCombination", ec2.CreateVolumeInput{Size: num(10), VolumeType: "gp2",
+			Iops: num(300)}},
 		{"io1 without iops", "MissingParameter", ec2.CreateVolumeInput{Size: num(10), VolumeType: "io1"}},
-		{"too many iops for its size", "InvalidParameterValue", ec2.CreateVolumeInput{Size: num(10), VolumeType: "gp3", Iops: num(6000)}},
+		{"too many iops for its size", "InvalidParameterValue", ec2.CreateVolumeInput{Size: num(10), VolumeType: "gp3",
+			Iops: num(6000)}},
 		{"too few iops", "InvalidParameterValue", ec2.CreateVolumeInput{Size: num(10), VolumeType: "gp3", Iops: num(2999)}},
-		{"throughput of an io1", "InvalidParameterCombination", ec2.CreateVolumeInput{Size: num(10), VolumeType: "io1", Iops: num(100), Throughput: num(125)}},
-		{"too much throughput for its iops", "InvalidParameterValue", ec2.CreateVolumeInput{Size: num(10), VolumeType: "gp3", Throughput: num(751)}},
-		{"key but not encrypted", "InvalidParameterDependency", ec2.CreateVolumeInput{Size: num(1), KmsKeyId: aws.String("alias/data")}},
-		{"snapshot unknown", "InvalidSnapshot.NotFound", ec2.CreateVolumeInput{SnapshotId: aws.String("snap-0123456789abcdef1")}},
-		{"smaller than its snapshot", "InvalidParameterValue", ec2.CreateVolumeInput{Size: num(9), SnapshotId: aws.String("snap-0123456789abcdef0")}},
-		{"tag of AWS", "InvalidParameterValue", ec2.CreateVolumeInput{Size: num(1), TagSpecifications: []types.TagSpecification{{
-			ResourceType: types.ResourceTypeVolume, Tags: []types.Tag{{Key: aws.String("aws:x"), Value: aws.String("")}},
-		}}}},
+		{"throughput of an io1", "InvalidParameterCombination", ec2.CreateVolumeInput{Size: num(10), VolumeType: "io1",
+			Iops: num(100), Throughput: num(125)}},
+		{"too much throughput for its iops", "InvalidParameterValue", ec2.CreateVolumeInput{Size: num(10), VolumeType: "gp3",
+			Throughput: num(751)}},
+		{"key but not encrypted", "InvalidParameterDependency",
+			ec2.CreateVolumeInput{Size: num(1), KmsKeyId: aws.String("alias/data")}},
+		{"snapshot unknown", "InvalidSnapshot.NotFound",
+			ec2.CreateVolumeInput{SnapshotId: aws.String("snap-0123456789abcdef1")}},
+		{"smaller than its snapshot", "InvalidParameterValue",
+			ec2.CreateVolumeInput{Size: num(9), SnapshotId: aws.String("snap-0123456789abcdef0")}},
+		{"tag of AWS", "InvalidParameterValue",
+			ec2.CreateVolumeInput{Size: num(1), TagSpecifications: []types.TagSpecification{{
+				ResourceType: types.ResourceTypeVolume, Tags: []types.Tag{{Key: aws.String("aws:x"), Value: aws.String("")}},
+			}}}},
 		{"dry run", "DryRunOperation", ec2.CreateVolumeInput{Size: num(1), DryRun: aws.Bool(true)}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -198,13 +215,15 @@ func TestVolumeThatCannotBe(t *testing.T) {
 		})
 	}
 	want(t, "volumes", len(b.Volumes()), 0)
-	out := try[*ec2.CreateVolumeOutput](t)(b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, SnapshotId: aws.String("snap-0123456789abcdef0")}))
+	out := try[*ec2.CreateVolumeOutput](t)(b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone,
+		SnapshotId: aws.String("snap-0123456789abcdef0")}))
 	want(t, "of the snapshot", words(*out.Size, *out.Encrypted, out.VolumeType), "10 true gp2")
 }
 
 func TestUnknownParameterIsNoSuccess(t *testing.T) {
 	b := newBench(t, Options{})
-	_, err := b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, Size: aws.Int32(1), OutpostArn: aws.String("arn")})
+	_, err := b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, Size: aws.Int32(1),
+		OutpostArn: aws.String("arn")})
 	want(t, "error", code(err), "UnknownParameter")
 }
 
@@ -273,7 +292,8 @@ func TestAttachmentThatSticks(t *testing.T) {
 
 func TestWithoutLagEachStepIsDoneAtOnce(t *testing.T) {
 	b := newBench(t, Options{Lag: -1})
-	id := *try[*ec2.CreateVolumeOutput](t)(b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, Size: aws.Int32(1)})).VolumeId
+	id := *try[*ec2.CreateVolumeOutput](t)(b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone,
+		Size: aws.Int32(1)})).VolumeId
 	for range 2 {
 		want(t, "attach", code(b.attach(id, b.a.ID, "/dev/xvdba")), "<nil>")
 		want(t, "truth", b.Volumes()[0].Attachment.State, "attached")
@@ -338,7 +358,8 @@ func TestModifyVolume(t *testing.T) {
 		return code(err)
 	}
 	progress := func() string {
-		out, err := b.DescribeVolumesModifications(t.Context(), &ec2.DescribeVolumesModificationsInput{VolumeIds: []string{id}})
+		out, err := b.DescribeVolumesModifications(t.Context(),
+			&ec2.DescribeVolumesModificationsInput{VolumeIds: []string{id}})
 		if err != nil {
 			return code(err)
 		}
@@ -346,7 +367,8 @@ func TestModifyVolume(t *testing.T) {
 		return words(m.ModificationState, *m.OriginalSize, *m.TargetSize)
 	}
 	want(t, "never modified", progress(), "InvalidVolumeModification.NotFound")
-	want(t, "modify", modify(ec2.ModifyVolumeInput{Size: aws.Int32(4), Iops: aws.Int32(2000 + 1500)}), "InvalidParameterValue")
+	want(t, "modify", modify(ec2.ModifyVolumeInput{Size: aws.Int32(4), Iops: aws.Int32(2000 + 1500)}),
+		"InvalidParameterValue")
 	want(t, "modify", modify(ec2.ModifyVolumeInput{Size: aws.Int32(8), Iops: aws.Int32(3500)}), "<nil>")
 	want(t, "modify again", modify(ec2.ModifyVolumeInput{Size: aws.Int32(9)}), "IncorrectModificationState")
 	want(t, "size, while modifying", b.Volumes()[0].Size, 1)
@@ -365,7 +387,8 @@ func TestModifyVolume(t *testing.T) {
 func TestDescribeVolumes(t *testing.T) {
 	b := newBench(t, Options{Lag: 1})
 	for i := range 12 {
-		b.AddVolume(Volume{ID: fmt.Sprintf("vol-000000000000000%02x", i), Tags: map[string]string{"n": fmt.Sprint(i), "odd": fmt.Sprint(i%2 == 1)}})
+		b.AddVolume(Volume{ID: fmt.Sprintf("vol-000000000000000%02x", i),
+			Tags: map[string]string{"n": fmt.Sprint(i), "odd": fmt.Sprint(i%2 == 1)}})
 	}
 	b.AddVolume(Volume{Attachment: Attachment{Instance: b.a.ID, Device: "/dev/xvdbz"}})
 	find := func(filters ...string) int {
@@ -383,15 +406,18 @@ func TestDescribeVolumes(t *testing.T) {
 	want(t, "no such tag", find("tag:none", "*"), 0)
 	want(t, "attachment", find("attachment.instance-id", b.a.ID), 1)
 	want(t, "status", find("status", "in-use"), 1)
-	_, err := b.DescribeVolumes(t.Context(), &ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("colour"), Values: []string{"x"}}}})
+	_, err := b.DescribeVolumes(t.Context(),
+		&ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("colour"), Values: []string{"x"}}}})
 	want(t, "unknown filter", code(err), "InvalidParameterValue")
 
 	var pages []int
-	for p := ec2.NewDescribeVolumesPaginator(b.Client, &ec2.DescribeVolumesInput{MaxResults: aws.Int32(5)}); p.HasMorePages(); {
+	for p := ec2.NewDescribeVolumesPaginator(b.Client,
+		&ec2.DescribeVolumesInput{MaxResults: aws.Int32(5)}); p.HasMorePages(); {
 		pages = append(pages, len(try[*ec2.DescribeVolumesOutput](t)(p.NextPage(t.Context())).Volumes))
 	}
 	want(t, "pages", words(pages), "[5 5 3]")
-	id := *try[*ec2.CreateVolumeOutput](t)(b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, Size: aws.Int32(1)})).VolumeId
+	id := *try[*ec2.CreateVolumeOutput](t)(b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone,
+		Size: aws.Int32(1)})).VolumeId
 	want(t, "fresh", find("volume-id", id), 0)
 	want(t, "fresh", find("volume-id", id), 1)
 }
@@ -400,10 +426,13 @@ func TestTags(t *testing.T) {
 	b := newBench(t, Options{Lag: -1})
 	id := b.create(1)
 	tag := func(k, v string) types.Tag { return types.Tag{Key: &k, Value: &v} }
-	try[*ec2.CreateTagsOutput](t)(b.CreateTags(t.Context(), &ec2.CreateTagsInput{Resources: []string{id}, Tags: []types.Tag{tag("a", "1"), tag("b", "2"), tag("c", "3")}}))
-	try[*ec2.DeleteTagsOutput](t)(b.DeleteTags(t.Context(), &ec2.DeleteTagsInput{Resources: []string{id}, Tags: []types.Tag{{Key: aws.String("a")}, tag("b", "other"), tag("c", "3")}}))
+	try[*ec2.CreateTagsOutput](t)(b.CreateTags(t.Context(), &ec2.CreateTagsInput{Resources: []string{id},
+		Tags: []types.Tag{tag("a", "1"), tag("b", "2"), tag("c", "3")}}))
+	try[*ec2.DeleteTagsOutput](t)(b.DeleteTags(t.Context(), &ec2.DeleteTagsInput{Resources: []string{id},
+		Tags: []types.Tag{{Key: aws.String("a")}, tag("b", "other"), tag("c", "3")}}))
 	want(t, "tags", words(b.Volumes()[0].Tags), "map[b:2]")
-	_, err := b.CreateTags(t.Context(), &ec2.CreateTagsInput{Resources: []string{id, "vol-00000000000000000"}, Tags: []types.Tag{tag("d", "")}})
+	_, err := b.CreateTags(t.Context(), &ec2.CreateTagsInput{Resources: []string{id, "vol-00000000000000000"},
+		Tags: []types.Tag{tag("d", "")}})
 	want(t, "one that is not there", code(err), "InvalidVolume.NotFound")
 	want(t, "tags", words(b.Volumes()[0].Tags), "map[b:2]")
 }
@@ -422,29 +451,38 @@ func TestInstances(t *testing.T) {
 	}
 	in := find(ec2.DescribeInstancesInput{InstanceIds: []string{b.a.ID}})
 	want(t, "devices before it shows", len(in.BlockDeviceMappings), 1)
-	in = find(ec2.DescribeInstancesInput{Filters: []types.Filter{{Name: aws.String("private-dns-name"), Values: []string{b.a.PrivateDNSName}}}})
+	in = find(ec2.DescribeInstancesInput{Filters: []types.Filter{{Name: aws.String("private-dns-name"),
+		Values: []string{b.a.PrivateDNSName}}}})
 	m := in.BlockDeviceMappings[1]
 	want(t, "device", words(*m.DeviceName, *m.Ebs.VolumeId, m.Ebs.Status), words("/dev/xvdba", id, "attaching"))
-	want(t, "place", words(*in.Placement.AvailabilityZone, *in.SubnetId, *in.VpcId, *in.SecurityGroups[0].GroupId, len(in.NetworkInterfaces), in.State.Name),
+	want(t, "place", words(*in.Placement.AvailabilityZone, *in.SubnetId, *in.VpcId, *in.SecurityGroups[0].GroupId,
+		len(in.NetworkInterfaces), in.State.Name),
 		words(b.a.Zone, b.a.SubnetID, b.a.VPCID, b.a.SecurityGroups[0], 1, "running"))
 	_, err := b.DescribeInstances(t.Context(), &ec2.DescribeInstancesInput{InstanceIds: []string{"i-00000000000000000"}})
 	want(t, "unknown", code(err), "InvalidInstanceID.NotFound")
 
-	out := try[*ec2.DescribeInstanceTypesOutput](t)(b.DescribeInstanceTypes(t.Context(), &ec2.DescribeInstanceTypesInput{InstanceTypes: []types.InstanceType{types.InstanceType(b.a.Type)}}))
+	out := try[*ec2.DescribeInstanceTypesOutput](t)(b.DescribeInstanceTypes(t.Context(),
+		&ec2.DescribeInstanceTypesInput{InstanceTypes: []types.InstanceType{types.InstanceType(b.a.Type)}}))
 	k := out.InstanceTypes[0]
-	want(t, "type", words(k.Hypervisor, k.EbsInfo.NvmeSupport, *k.EbsInfo.MaximumEbsAttachments, k.EbsInfo.AttachmentLimitType), "nitro required 28 shared")
+	want(t, "type", words(k.Hypervisor, k.EbsInfo.NvmeSupport, *k.EbsInfo.MaximumEbsAttachments,
+		k.EbsInfo.AttachmentLimitType), "nitro required 28 shared")
 }
 
 func TestPlaces(t *testing.T) {
 	b := newBench(t, Options{})
 	b.AddSnapshot("snap-0123456789abcdef0", 10, map[string]string{"Name": "base"}, false)
-	b.AddInstance(Instance{SubnetID: "subnet-of-mine", VPCID: "vpc-of-mine", Zone: "eu-test-1c", SecurityGroups: []string{"sg-of-mine"}})
+	b.AddInstance(Instance{SubnetID: "subnet-of-mine", VPCID: "vpc-of-mine", Zone: "eu-test-1c",
+		SecurityGroups: []string{"sg-of-mine"}})
 	vpc := []types.Filter{{Name: aws.String("vpc-id"), Values: []string{"vpc-of-mine"}}}
-	subnets := try[*ec2.DescribeSubnetsOutput](t)(b.DescribeSubnets(t.Context(), &ec2.DescribeSubnetsInput{Filters: vpc})).Subnets
-	want(t, "subnets", words(len(subnets), *subnets[0].SubnetId, *subnets[0].AvailabilityZone), "1 subnet-of-mine eu-test-1c")
-	groups := try[*ec2.DescribeSecurityGroupsOutput](t)(b.DescribeSecurityGroups(t.Context(), &ec2.DescribeSecurityGroupsInput{Filters: vpc})).SecurityGroups
+	subnets := try[*ec2.DescribeSubnetsOutput](t)(b.DescribeSubnets(t.Context(),
+		&ec2.DescribeSubnetsInput{Filters: vpc})).Subnets
+	want(t, "subnets", words(len(subnets), *subnets[0].SubnetId, *subnets[0].AvailabilityZone),
+		"1 subnet-of-mine eu-test-1c")
+	groups := try[*ec2.DescribeSecurityGroupsOutput](t)(b.DescribeSecurityGroups(t.Context(),
+		&ec2.DescribeSecurityGroupsInput{Filters: vpc})).SecurityGroups
 	want(t, "groups", words(len(groups), *groups[0].GroupId), "1 sg-of-mine")
-	zones := try[*ec2.DescribeAvailabilityZonesOutput](t)(b.DescribeAvailabilityZones(t.Context(), &ec2.DescribeAvailabilityZonesInput{})).AvailabilityZones
+	zones := try[*ec2.DescribeAvailabilityZonesOutput](t)(b.DescribeAvailabilityZones(t.Context(),
+		&ec2.DescribeAvailabilityZonesInput{})).AvailabilityZones
 	want(t, "zones", words(len(zones), *zones[0].ZoneName, *zones[0].ZoneId), "3 eu-test-1a eut1-az2")
 	s := try[*ec2.DescribeSnapshotsOutput](t)(b.DescribeSnapshots(t.Context(), &ec2.DescribeSnapshotsInput{
 		OwnerIds: []string{"self"}, Filters: []types.Filter{{Name: aws.String("tag:Name"), Values: []string{"base"}}},
@@ -455,7 +493,8 @@ func TestPlaces(t *testing.T) {
 func TestFailures(t *testing.T) {
 	b := newBench(t, Options{Lag: -1})
 	again := ec2.NewFromConfig(session(t, b.Env(b.a.ID), 3))
-	for code, status := range map[string]int{"RequestLimitExceeded": 503, "UnauthorizedOperation": 403, "VolumeLimitExceeded": 400} {
+	for code, status := range map[string]int{"RequestLimitExceeded": 503, "UnauthorizedOperation": 403,
+		"VolumeLimitExceeded": 400} {
 		b.Fail("CreateVolume", code, 1)
 		_, err := b.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, Size: aws.Int32(1)})
 		var api smithy.APIError
@@ -465,11 +504,13 @@ func TestFailures(t *testing.T) {
 		}
 	}
 	want(t, "volumes", len(b.Volumes()), 0)
-	// The SDK repeats what was throttled, and what got no answer; the token, which the SDK makes, keeps that from being two volumes.
+	// The SDK repeats what was throttled, and what got no answer; the token, which the SDK makes, keeps that
+	// from being two volumes.
 	b.Fail("CreateVolume", "RequestLimitExceeded", 2)
 	b.Lose("CreateVolume", 1)
 	before := b.Calls("CreateVolume")
-	try[*ec2.CreateVolumeOutput](t)(again.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone, Size: aws.Int32(1)}))
+	try[*ec2.CreateVolumeOutput](t)(again.CreateVolume(t.Context(), &ec2.CreateVolumeInput{AvailabilityZone: &b.a.Zone,
+		Size: aws.Int32(1)}))
 	want(t, "calls", b.Calls("CreateVolume")-before, 4)
 	want(t, "volumes", len(b.Volumes()), 1)
 }
@@ -499,7 +540,9 @@ func TestSignature(t *testing.T) {
 		t.Run("signed "+name, func(t *testing.T) {
 			body := "Action=DescribeVolumes&Version=2016-11-15"
 			req := try[*http.Request](t)(http.NewRequest("POST", b.URL(), strings.NewReader(body)))
-			err := v4.NewSigner().SignHTTP(t.Context(), aws.Credentials{AccessKeyID: AccessKeyID, SecretAccessKey: SecretAccessKey}, req, hash([]byte(body)), "ec2", "eu-test-1", time.Now().Add(off))
+			err := v4.NewSigner().SignHTTP(t.Context(),
+				aws.Credentials{AccessKeyID: AccessKeyID, SecretAccessKey: SecretAccessKey}, req, hash([]byte(body)), "ec2",
+				"eu-test-1", time.Now().Add(off))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -508,7 +551,8 @@ func TestSignature(t *testing.T) {
 			want(t, "status", res.StatusCode, map[bool]int{true: 200, false: 400}[off == 0])
 		})
 	}
-	res := try[*http.Response](t)(http.Post(b.URL(), "application/x-www-form-urlencoded", strings.NewReader("Action=DescribeVolumes")))
+	res := try[*http.Response](t)(http.Post(b.URL(), "application/x-www-form-urlencoded",
+		strings.NewReader("Action=DescribeVolumes")))
 	defer res.Body.Close()
 	want(t, "without a signature", res.StatusCode, http.StatusUnauthorized)
 	want(t, "calls", b.Calls("DescribeVolumes"), 3)
@@ -537,9 +581,11 @@ func testMetadata(t *testing.T, region, partition, domain string) {
 	}
 	mac := get("mac")
 	for path, value := range map[string]string{
-		"instance-id": in.ID, "instance-type": in.Type, "placement/availability-zone": in.Zone, "placement/availability-zone-id": "eut1-az3", "placement/region": region,
+		"instance-id": in.ID, "instance-type": in.Type, "placement/availability-zone": in.Zone,
+		"placement/availability-zone-id": "eut1-az3", "placement/region": region,
 		"network/interfaces/macs/" + mac + "/subnet-id": in.SubnetID, "network/interfaces/macs/" + mac + "/vpc-id": in.VPCID,
-		"network/interfaces/macs/" + mac + "/security-group-ids": "sg-1\nsg-2", "services/domain": domain, "services/partition": partition,
+		"network/interfaces/macs/" + mac + "/security-group-ids": "sg-1\nsg-2", "services/domain": domain,
+		"services/partition": partition,
 	} {
 		want(t, path, get(path), value)
 	}

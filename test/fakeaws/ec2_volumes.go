@@ -143,15 +143,17 @@ func (c *Cloud) Volumes() (all []Volume) {
 	return all
 }
 
-// AddVolume adds one that somebody else made. It shows at once, as available, or attached where v.Attachment says, but without a device;
-// what is zero is as of a gp3 of 1 GiB in the first zone.
+// AddVolume adds one that somebody else made. It shows at once, as available, or attached where v.Attachment
+// says, but without a device; what is zero is as of a gp3 of 1 GiB in the first zone.
 func (c *Cloud) AddVolume(v Volume) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	v.ID, v.Type, v.Zone, v.Size = cmp.Or(v.ID, newID("vol")), cmp.Or(v.Type, "gp3"), cmp.Or(v.Zone, c.zoneNames()[0]), cmp.Or(v.Size, 1)
+	v.ID, v.Type, v.Zone, v.Size = cmp.Or(v.ID, newID("vol")), cmp.Or(v.Type, "gp3"), cmp.Or(v.Zone, c.zoneNames()[0]),
+		cmp.Or(v.Size, 1)
 	n := &volume{created: c.o.Now(), life: c.begin(cmp.Or(v.State, "available"))}
 	if a := v.Attachment; a.Instance != "" {
-		n.attached = &attachment{instance: a.Instance, device: a.Device, since: c.o.Now(), progress: c.begin(cmp.Or(a.State, "attached"))}
+		n.attached = &attachment{instance: a.Instance, device: a.Device, since: c.o.Now(),
+			progress: c.begin(cmp.Or(a.State, "attached"))}
 		n.life = c.begin("available")
 	}
 	v.State, v.Attachment, v.Tags = "", Attachment{}, cloneTags(v.Tags)
@@ -170,8 +172,9 @@ func (c *Cloud) NeverAppears(volumeID string) {
 	c.mustVolume(volumeID, func(v *volume) { v.never = true })
 }
 
-// Stick lets the volume's attachment not leave a state once it is in it: "attaching", or "busy", which is how EC2 calls a detachment that
-// the instance does not allow because it has the volume mounted. It ends with Stick(volumeID, ""), or a DetachVolume, which a busy one must force.
+// Stick lets the volume's attachment not leave a state once it is in it: "attaching", or "busy", which is how
+// EC2 calls a detachment that the instance does not allow because it has the volume mounted. It ends with
+// Stick(volumeID, ""), or a DetachVolume, which a busy one must force.
 func (c *Cloud) Stick(volumeID, state string) {
 	c.mustVolume(volumeID, func(v *volume) {
 		v.stuck = state
@@ -257,15 +260,18 @@ func (v *Volume) check() *apiError {
 	case v.Type == "gp3" && (v.Throughput < 125 || v.Throughput > 2000):
 		return bad("Throughput of %d MiBps is out of range; gp3 allows 125 to 2000.", v.Throughput)
 	case v.Throughput*4 > v.IOPS:
-		return bad("Throughput (MiBps) to iops ratio of %f is too high; maximum is 0.25.", float64(v.Throughput)/float64(v.IOPS))
+		return bad("Throughput (MiBps) to iops ratio of %f is too high; maximum is 0.25.",
+			float64(v.Throughput)/float64(v.IOPS))
 	}
 	return nil
 }
 
 func (c *Cloud) createVolume(p *params) (any, *apiError) {
 	asked := Volume{
-		Zone: p.text("AvailabilityZone"), Size: p.number("Size"), Type: cmp.Or(p.text("VolumeType"), "gp2"), IOPS: p.number("Iops"), Throughput: p.number("Throughput"),
-		Encrypted: p.yes("Encrypted"), KMSKeyID: p.text("KmsKeyId"), SnapshotID: p.text("SnapshotId"), ClientToken: p.text("ClientToken"), Tags: map[string]string{},
+		Zone: p.text("AvailabilityZone"), Size: p.number("Size"), Type: cmp.Or(p.text("VolumeType"), "gp2"),
+		IOPS: p.number("Iops"), Throughput: p.number("Throughput"),
+		Encrypted: p.yes("Encrypted"), KMSKeyID: p.text("KmsKeyId"), SnapshotID: p.text("SnapshotId"),
+		ClientToken: p.text("ClientToken"), Tags: map[string]string{},
 	}
 	p.each("TagSpecification", func(at string) {
 		if p.text(at+".ResourceType") == "volume" {
@@ -273,10 +279,14 @@ func (c *Cloud) createVolume(p *params) (any, *apiError) {
 		}
 	})
 	// The answer to a token is the volume that was made with it, even if that was deleted since.
-	if i := slices.IndexFunc(c.volumes, func(v *volume) bool { return asked.ClientToken != "" && v.asked.ClientToken == asked.ClientToken }); i >= 0 {
+	if i := slices.IndexFunc(c.volumes, func(v *volume) bool {
+		return asked.ClientToken != "" &&
+			v.asked.ClientToken == asked.ClientToken
+	}); i >= 0 {
 		v := c.volumes[i]
 		if !reflect.DeepEqual(v.asked, asked) {
-			return nil, fail("IdempotentParameterMismatch", "The client token you have provided is associated with a resource for which the parameters are different.")
+			return nil, fail("IdempotentParameterMismatch", "The client token you have provided is associated with a "+
+				"resource for which the parameters are different.")
 		}
 		return c.volumeXML(v, v.truth()), nil
 	}
@@ -300,7 +310,8 @@ func (c *Cloud) createVolume(p *params) (any, *apiError) {
 			return nil, e
 		}
 		if v.Size = cmp.Or(v.Size, s.gib); v.Size < s.gib {
-			return nil, fail("InvalidParameterValue", "Volume of %dGiB is smaller than snapshot '%s', expect size >= %dGiB.", v.Size, v.SnapshotID, s.gib)
+			return nil, fail("InvalidParameterValue", "Volume of %dGiB is smaller than snapshot '%s', expect size >= %dGiB.",
+				v.Size, v.SnapshotID, s.gib)
 		}
 		v.Encrypted = v.Encrypted || s.encrypted
 	} else if v.Size == 0 {
@@ -365,11 +376,14 @@ func (c *Cloud) describeVolumes(p *params) (any, *apiError) {
 			return nil
 		}
 		f := fields{
-			"volume-id": {v.ID}, "status": {look.State}, "size": {fmt.Sprint(look.Size)}, "volume-type": {look.Type}, "encrypted": {fmt.Sprint(look.Encrypted)},
-			"snapshot-id": {look.SnapshotID}, "availability-zone": {look.Zone}, "attachment.instance-id": nil, "attachment.device": nil, "attachment.status": nil,
+			"volume-id": {v.ID}, "status": {look.State}, "size": {fmt.Sprint(look.Size)}, "volume-type": {look.Type},
+			"encrypted":   {fmt.Sprint(look.Encrypted)},
+			"snapshot-id": {look.SnapshotID}, "availability-zone": {look.Zone}, "attachment.instance-id": nil,
+			"attachment.device": nil, "attachment.status": nil,
 		}
 		if a := look.Attachment; a.Instance != "" {
-			f["attachment.instance-id"], f["attachment.device"], f["attachment.status"] = []string{a.Instance}, []string{a.Device}, []string{a.State}
+			f["attachment.instance-id"], f["attachment.device"], f["attachment.status"] = []string{a.Instance},
+				[]string{a.Device}, []string{a.State}
 		}
 		return f.withTags(look.Tags)
 	}, "volume-id")
@@ -407,7 +421,8 @@ func (c *Cloud) deleteTags(p *params) (any, *apiError) {
 	})
 }
 
-// changeTags changes those of volumes, if all of them are there. The emulator keeps no tags of other things that can change.
+// changeTags changes those of volumes, if all of them are there. The emulator keeps no tags of other things
+// that can change.
 func (c *Cloud) changeTags(p *params, change func(map[string]string)) (any, *apiError) {
 	var all []*volume
 	for _, id := range p.texts("ResourceId") {
@@ -472,8 +487,10 @@ type volumeXML struct {
 
 func (c *Cloud) volumeXML(v *volume, look Volume) volumeXML {
 	out := volumeXML{
-		ID: look.ID, Size: look.Size, SnapshotID: look.SnapshotID, Zone: look.Zone, ZoneID: c.zones()[look.Zone], State: look.State, Created: v.created.UTC(),
-		Tags: tagsXML(look.Tags), Type: look.Type, IOPS: look.IOPS, Throughput: look.Throughput, Encrypted: look.Encrypted, KMSKeyID: look.KMSKeyID,
+		ID: look.ID, Size: look.Size, SnapshotID: look.SnapshotID, Zone: look.Zone, ZoneID: c.zones()[look.Zone],
+		State: look.State, Created: v.created.UTC(),
+		Tags: tagsXML(look.Tags), Type: look.Type, IOPS: look.IOPS, Throughput: look.Throughput, Encrypted: look.Encrypted,
+		KMSKeyID: look.KMSKeyID,
 	}
 	if look.Attachment.Instance != "" {
 		out.Attachments.Items = []attachmentXML{v.attached.inXML(look.ID, look.Attachment.State)}

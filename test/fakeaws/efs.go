@@ -32,8 +32,10 @@ var efsActions = []efsAction{
 	{"CreateMountTarget", "POST /2015-02-01/mount-targets", (*Cloud).createMountTarget},
 	{"DescribeMountTargets", "GET /2015-02-01/mount-targets", (*Cloud).describeMountTargets},
 	{"DeleteMountTarget", "DELETE /2015-02-01/mount-targets/{id}", (*Cloud).deleteMountTarget},
-	{"DescribeMountTargetSecurityGroups", "GET /2015-02-01/mount-targets/{id}/security-groups", (*Cloud).describeMountTargetSecurityGroups},
-	{"ModifyMountTargetSecurityGroups", "PUT /2015-02-01/mount-targets/{id}/security-groups", (*Cloud).modifyMountTargetSecurityGroups},
+	{"DescribeMountTargetSecurityGroups", "GET /2015-02-01/mount-targets/{id}/security-groups",
+		(*Cloud).describeMountTargetSecurityGroups},
+	{"ModifyMountTargetSecurityGroups", "PUT /2015-02-01/mount-targets/{id}/security-groups",
+		(*Cloud).modifyMountTargetSecurityGroups},
 	{"CreateAccessPoint", "POST /2015-02-01/access-points", (*Cloud).createAccessPoint},
 	{"DescribeAccessPoints", "GET /2015-02-01/access-points", (*Cloud).describeAccessPoints},
 	{"DeleteAccessPoint", "DELETE /2015-02-01/access-points/{id}", (*Cloud).deleteAccessPoint},
@@ -56,19 +58,20 @@ func (c *Cloud) serveEFS(a efsAction) http.HandlerFunc {
 			return
 		}
 		req := &efsRequest{params{r.URL.Query(), map[string]bool{}}, bare(r.PathValue("id")), body}
-		call := call{service: "elasticfilesystem", action: a.name, body: body, refuse: refuseEFS, work: func() (answer, *apiError) {
-			out, e := a.do(c, req)
-			if e == nil {
-				e = req.unknown()
-			}
-			if e != nil {
-				return answer{}, e
-			}
-			if out == nil {
-				return answer{status: http.StatusNoContent}, nil
-			}
-			return inJSON(http.StatusOK, out), nil
-		}}
+		call := call{service: "elasticfilesystem", action: a.name, body: body, refuse: refuseEFS,
+			work: func() (answer, *apiError) {
+				out, e := a.do(c, req)
+				if e == nil {
+					e = req.unknown()
+				}
+				if e != nil {
+					return answer{}, e
+				}
+				if out == nil {
+					return answer{status: http.StatusNoContent}, nil
+				}
+				return inJSON(http.StatusOK, out), nil
+			}}
 		c.serve(w, r, call)
 	}
 }

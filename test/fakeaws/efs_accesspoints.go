@@ -70,7 +70,8 @@ func (p *accessPoint) describe(state string) AccessPoint {
 }
 
 func (c *Cloud) accessPoint(id string) (*accessPoint, *apiError) {
-	return find(c.efs.accessPoints, bare(id), "AccessPointNotFound", func(p *accessPoint) (string, *progress) { return p.ID, &p.life })
+	return find(c.efs.accessPoints, bare(id), "AccessPointNotFound",
+		func(p *accessPoint) (string, *progress) { return p.ID, &p.life })
 }
 
 // rootPath is the pattern of RootDirectory's path in AWS's documentation.
@@ -117,7 +118,8 @@ func (c *Cloud) createAccessPoint(r *efsRequest) (any, *apiError) {
 	}
 	id := newID("fsap")
 	p := &accessPoint{asked: in, life: c.begin("creating", "available"), AccessPoint: AccessPoint{
-		ID: id, ARN: c.arn("access-point", id), ClientToken: in.ClientToken, FileSystemID: f.ID, Owner: Account, PosixUser: in.PosixUser, RootDirectory: &root, Tags: cloneTags(in.Tags),
+		ID: id, ARN: c.arn("access-point", id), ClientToken: in.ClientToken, FileSystemID: f.ID, Owner: Account,
+		PosixUser: in.PosixUser, RootDirectory: &root, Tags: cloneTags(in.Tags),
 	}}
 	c.efs.accessPoints = append(c.efs.accessPoints, p)
 	return p.describe(p.life.truth()), nil

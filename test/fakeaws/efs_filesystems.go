@@ -55,7 +55,10 @@ func (c *Cloud) describe(f *fileSystem, state string) FileSystem {
 }
 
 func (c *Cloud) fileSystem(id string) (*fileSystem, *apiError) {
-	return find(c.efs.fileSystems, bare(id), "FileSystemNotFound", func(f *fileSystem) (string, *progress) { return f.ID, &f.life })
+	return find(c.efs.fileSystems, bare(id), "FileSystemNotFound", func(f *fileSystem) (string, *progress) {
+		return f.ID,
+			&f.life
+	})
 }
 
 func (c *Cloud) createFileSystem(r *efsRequest) (any, *apiError) {
@@ -74,16 +77,19 @@ func (c *Cloud) createFileSystem(r *efsRequest) (any, *apiError) {
 	}
 	for _, f := range c.efs.fileSystems {
 		if f.CreationToken == in.CreationToken && f.life.truth() != "deleted" {
-			e := fail("FileSystemAlreadyExists", "File system '%s' already exists with creation token '%s'", f.ID, in.CreationToken)
+			e := fail("FileSystemAlreadyExists", "File system '%s' already exists with creation token '%s'", f.ID,
+				in.CreationToken)
 			e.More = map[string]string{"FileSystemId": f.ID}
 			return nil, e
 		}
 	}
 	id := newID("fs")
 	f := &fileSystem{life: c.begin("creating", "available"), FileSystem: FileSystem{
-		ID: id, ARN: c.arn("file-system", id), CreationToken: in.CreationToken, Created: c.o.Now().Unix(), Zone: in.AvailabilityZoneName, ZoneID: c.zones()[in.AvailabilityZoneName],
-		Encrypted: in.Encrypted, KMSKeyID: in.KmsKeyId, PerformanceMode: cmp.Or(in.PerformanceMode, "generalPurpose"), ThroughputMode: cmp.Or(in.ThroughputMode, "bursting"),
-		Provisioned: in.ProvisionedThroughputInMibps, Owner: Account, Tags: in.Tags,
+		ID: id, ARN: c.arn("file-system", id), CreationToken: in.CreationToken, Created: c.o.Now().Unix(),
+		Zone: in.AvailabilityZoneName, ZoneID: c.zones()[in.AvailabilityZoneName],
+		Encrypted: in.Encrypted, KMSKeyID: in.KmsKeyId, PerformanceMode: cmp.Or(in.PerformanceMode, "generalPurpose"),
+		ThroughputMode: cmp.Or(in.ThroughputMode, "bursting"),
+		Provisioned:    in.ProvisionedThroughputInMibps, Owner: Account, Tags: in.Tags,
 	}}
 	bad := func(text string) (any, *apiError) { return nil, fail("BadRequest", "%s", text) }
 	switch {

@@ -47,7 +47,8 @@ func (c *Cloud) MountTargetAddress(address func(subnetID string) netip.Addr) {
 }
 
 func (c *Cloud) mountTarget(id string) (*mountTarget, *apiError) {
-	return find(c.efs.mountTargets, bare(id), "MountTargetNotFound", func(m *mountTarget) (string, *progress) { return m.ID, &m.life })
+	return find(c.efs.mountTargets, bare(id), "MountTargetNotFound",
+		func(m *mountTarget) (string, *progress) { return m.ID, &m.life })
 }
 
 func (c *Cloud) createMountTarget(r *efsRequest) (any, *apiError) {
@@ -82,7 +83,8 @@ func (c *Cloud) createMountTarget(r *efsRequest) (any, *apiError) {
 			return nil, fail("MountTargetConflict", "mount target already exists in this AZ")
 		}
 		if m.VPCID != subnet.VPC {
-			return nil, fail("MountTargetConflict", "requested subnet for new mount target is not in the same VPC as existing mount targets")
+			return nil, fail("MountTargetConflict", "requested subnet for new mount target is not in the same VPC as "+
+				"existing mount targets")
 		}
 	}
 	if len(in.SecurityGroups) == 0 {
@@ -95,7 +97,8 @@ func (c *Cloud) createMountTarget(r *efsRequest) (any, *apiError) {
 		ip = c.efs.address(subnet.ID)
 	}
 	m := &mountTarget{life: c.begin("creating", "available"), MountTarget: MountTarget{
-		ID: newID("fsmt"), FileSystemID: f.ID, SubnetID: subnet.ID, VPCID: subnet.VPC, Zone: subnet.Zone, ZoneID: c.zones()[subnet.Zone], IP: ip, NIC: newID("eni"), Owner: Account,
+		ID: newID("fsmt"), FileSystemID: f.ID, SubnetID: subnet.ID, VPCID: subnet.VPC, Zone: subnet.Zone,
+		ZoneID: c.zones()[subnet.Zone], IP: ip, NIC: newID("eni"), Owner: Account,
 		SecurityGroups: in.SecurityGroups,
 	}}
 	c.efs.mountTargets = append(c.efs.mountTargets, m)

@@ -29,7 +29,8 @@ func newEFSBench(t *testing.T, o Options) efsBench {
 // create makes a file system and waits for it.
 func (b efsBench) create(token string) string {
 	b.t.Helper()
-	id := *try[*efs.CreateFileSystemOutput](b.t)(b.CreateFileSystem(b.t.Context(), &efs.CreateFileSystemInput{CreationToken: &token})).FileSystemId
+	id := *try[*efs.CreateFileSystemOutput](b.t)(b.CreateFileSystem(b.t.Context(),
+		&efs.CreateFileSystemInput{CreationToken: &token})).FileSystemId
 	b.fileSystem(id, b.o.Lag)
 	want(b.t, "file system", b.fileSystem(id, 1), "available")
 	return id
@@ -72,12 +73,14 @@ func (b efsBench) repeat(looks int, look func() (types.LifeCycleState, error)) s
 func TestFileSystemFromCreationToDeletion(t *testing.T) {
 	b := newEFSBench(t, Options{})
 	in := efs.CreateFileSystemInput{
-		CreationToken: aws.String("data"), Encrypted: aws.Bool(true), KmsKeyId: aws.String("alias/data"), PerformanceMode: types.PerformanceModeGeneralPurpose,
-		ThroughputMode: types.ThroughputModeElastic, Tags: []types.Tag{{Key: aws.String("Name"), Value: aws.String("data")}},
+		CreationToken: aws.String("data"), Encrypted: aws.Bool(true), KmsKeyId: aws.String("alias/data"),
+		PerformanceMode: types.PerformanceModeGeneralPurpose,
+		ThroughputMode:  types.ThroughputModeElastic, Tags: []types.Tag{{Key: aws.String("Name"), Value: aws.String("data")}},
 	}
 	out := try[*efs.CreateFileSystemOutput](t)(b.CreateFileSystem(t.Context(), &in))
 	id := *out.FileSystemId
-	want(t, "answer", words(out.LifeCycleState, *out.Name, *out.Encrypted, out.ThroughputMode, *out.CreationToken), "creating data true elastic data")
+	want(t, "answer", words(out.LifeCycleState, *out.Name, *out.Encrypted, out.ThroughputMode, *out.CreationToken),
+		"creating data true elastic data")
 	_, err := b.CreateFileSystem(t.Context(), &in)
 	var exists *types.FileSystemAlreadyExists
 	if !errors.As(err, &exists) || *exists.FileSystemId != id {
@@ -86,18 +89,23 @@ func TestFileSystemFromCreationToDeletion(t *testing.T) {
 	_, err = b.CreateMountTarget(t.Context(), &efs.CreateMountTargetInput{FileSystemId: &id, SubnetId: &b.in.SubnetID})
 	want(t, "mount target too early", code(err), "IncorrectFileSystemLifeCycleState")
 	want(t, "created", b.fileSystem(id, 3), "creating creating available")
-	byToken := try[*efs.DescribeFileSystemsOutput](t)(b.DescribeFileSystems(t.Context(), &efs.DescribeFileSystemsInput{CreationToken: aws.String("data")}))
+	byToken := try[*efs.DescribeFileSystemsOutput](t)(b.DescribeFileSystems(t.Context(),
+		&efs.DescribeFileSystemsInput{CreationToken: aws.String("data")}))
 	want(t, "by token", *byToken.FileSystems[0].FileSystemId, id)
-	byToken = try[*efs.DescribeFileSystemsOutput](t)(b.DescribeFileSystems(t.Context(), &efs.DescribeFileSystemsInput{CreationToken: aws.String("other")}))
+	byToken = try[*efs.DescribeFileSystemsOutput](t)(b.DescribeFileSystems(t.Context(),
+		&efs.DescribeFileSystemsInput{CreationToken: aws.String("other")}))
 	want(t, "by another token", len(byToken.FileSystems), 0)
 
 	b.MountTargetAddress(func(string) netip.Addr { return netip.MustParseAddr("192.168.9.1") })
-	mt := try[*efs.CreateMountTargetOutput](t)(b.CreateMountTarget(t.Context(), &efs.CreateMountTargetInput{FileSystemId: &id, SubnetId: &b.in.SubnetID, SecurityGroups: []string{"sg-mine"}}))
-	want(t, "mount target", words(mt.LifeCycleState, *mt.IpAddress, *mt.AvailabilityZoneName), "creating 192.168.9.1 eu-test-1a")
+	mt := try[*efs.CreateMountTargetOutput](t)(b.CreateMountTarget(t.Context(),
+		&efs.CreateMountTargetInput{FileSystemId: &id, SubnetId: &b.in.SubnetID, SecurityGroups: []string{"sg-mine"}}))
+	want(t, "mount target", words(mt.LifeCycleState, *mt.IpAddress, *mt.AvailabilityZoneName),
+		"creating 192.168.9.1 eu-test-1a")
 	want(t, "mount target", b.mountTarget(*mt.MountTargetId, 3), "creating creating available")
 	_, err = b.DeleteFileSystem(t.Context(), &efs.DeleteFileSystemInput{FileSystemId: &id})
 	want(t, "delete", code(err), "FileSystemInUse")
-	try[*efs.DeleteMountTargetOutput](t)(b.DeleteMountTarget(t.Context(), &efs.DeleteMountTargetInput{MountTargetId: mt.MountTargetId}))
+	try[*efs.DeleteMountTargetOutput](t)(b.DeleteMountTarget(t.Context(),
+		&efs.DeleteMountTargetInput{MountTargetId: mt.MountTargetId}))
 	_, err = b.DeleteFileSystem(t.Context(), &efs.DeleteFileSystemInput{FileSystemId: &id})
 	want(t, "delete", code(err), "FileSystemInUse")
 	want(t, "mount target", b.mountTarget(*mt.MountTargetId, 3), "deleting deleting MountTargetNotFound")
@@ -114,12 +122,15 @@ func TestFileSystemThatCannotBe(t *testing.T) {
 		in         efs.CreateFileSystemInput
 	}{
 		{"token too long", "BadRequest", efs.CreateFileSystemInput{CreationToken: aws.String(strings.Repeat("x", 65))}},
-		{"zone unknown", "UnsupportedAvailabilityZone", efs.CreateFileSystemInput{AvailabilityZoneName: aws.String("us-east-1a")}},
+		{"zone unknown", "UnsupportedAvailabilityZone",
+			efs.CreateFileSystemInput{AvailabilityZoneName: aws.String("us-east-1a")}},
 		{"key but not encrypted", "BadRequest", efs.CreateFileSystemInput{KmsKeyId: aws.String("alias/data")}},
 		{"performance mode unknown", "BadRequest", efs.CreateFileSystemInput{PerformanceMode: "fast"}},
 		{"throughput mode unknown", "BadRequest", efs.CreateFileSystemInput{ThroughputMode: "fast"}},
-		{"throughput without its mode", "BadRequest", efs.CreateFileSystemInput{ProvisionedThroughputInMibps: aws.Float64(1)}},
-		{"maxIO with elastic throughput", "BadRequest", efs.CreateFileSystemInput{PerformanceMode: "maxIO", ThroughputMode: "elastic"}},
+		{"throughput without its mode", "BadRequest",
+			efs.CreateFileSystemInput{ProvisionedThroughputInMibps: aws.Float64(1)}},
+		{"maxIO with elastic throughput", "BadRequest", efs.CreateFileSystemInput{PerformanceMode: "maxIO",
+			ThroughputMode: "elastic"}},
 		{"parameter that the emulator has not", "BadRequest", efs.CreateFileSystemInput{Backup: aws.Bool(true)}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -141,7 +152,8 @@ func TestMountTargets(t *testing.T) {
 	b.AddSubnet("subnet-elsewhere", "vpc-elsewhere", "eu-test-1c")
 	b.AddSecurityGroup("sg-elsewhere", "vpc-elsewhere")
 	add := func(subnet string, groups ...string) (string, string) {
-		out, err := b.CreateMountTarget(t.Context(), &efs.CreateMountTargetInput{FileSystemId: &id, SubnetId: &subnet, SecurityGroups: groups})
+		out, err := b.CreateMountTarget(t.Context(), &efs.CreateMountTargetInput{FileSystemId: &id, SubnetId: &subnet,
+			SecurityGroups: groups})
 		if err != nil {
 			return "", code(err)
 		}
@@ -160,20 +172,25 @@ func TestMountTargets(t *testing.T) {
 	fails("same zone", "MountTargetConflict", "subnet-second")
 	fails("other network", "MountTargetConflict", "subnet-elsewhere")
 	fails("other zone", "", "subnet-b")
-	all := try[*efs.DescribeMountTargetsOutput](t)(b.DescribeMountTargets(t.Context(), &efs.DescribeMountTargetsInput{FileSystemId: &id})).MountTargets
+	all := try[*efs.DescribeMountTargetsOutput](t)(b.DescribeMountTargets(t.Context(),
+		&efs.DescribeMountTargetsInput{FileSystemId: &id})).MountTargets
 	want(t, "mount targets", words(len(all), *all[1].SubnetId), "2 subnet-b")
-	fs := try[*efs.DescribeFileSystemsOutput](t)(b.DescribeFileSystems(t.Context(), &efs.DescribeFileSystemsInput{FileSystemId: &id})).FileSystems[0]
+	fs := try[*efs.DescribeFileSystemsOutput](t)(b.DescribeFileSystems(t.Context(),
+		&efs.DescribeFileSystemsInput{FileSystemId: &id})).FileSystems[0]
 	want(t, "their number", fs.NumberOfMountTargets, 2)
 
 	groups := func() []string {
-		return try[*efs.DescribeMountTargetSecurityGroupsOutput](t)(b.DescribeMountTargetSecurityGroups(t.Context(), &efs.DescribeMountTargetSecurityGroupsInput{MountTargetId: &mt})).SecurityGroups
+		return try[*efs.DescribeMountTargetSecurityGroupsOutput](t)(b.DescribeMountTargetSecurityGroups(t.Context(),
+			&efs.DescribeMountTargetSecurityGroupsInput{MountTargetId: &mt})).SecurityGroups
 	}
 	want(t, "groups", words(groups()), "[sg-mine]")
-	try[*efs.ModifyMountTargetSecurityGroupsOutput](t)(b.ModifyMountTargetSecurityGroups(t.Context(), &efs.ModifyMountTargetSecurityGroupsInput{MountTargetId: &mt, SecurityGroups: []string{defaultGroup}}))
+	try[*efs.ModifyMountTargetSecurityGroupsOutput](t)(b.ModifyMountTargetSecurityGroups(t.Context(),
+		&efs.ModifyMountTargetSecurityGroupsInput{MountTargetId: &mt, SecurityGroups: []string{defaultGroup}}))
 	want(t, "groups", words(groups()), "["+defaultGroup+"]")
 	want(t, "groups", words(b.MountTargets()[0].SecurityGroups), "["+defaultGroup+"]")
 
-	zone := try[*efs.CreateFileSystemOutput](t)(b.CreateFileSystem(t.Context(), &efs.CreateFileSystemInput{CreationToken: aws.String("zone"), AvailabilityZoneName: aws.String("eu-test-1b")}))
+	zone := try[*efs.CreateFileSystemOutput](t)(b.CreateFileSystem(t.Context(),
+		&efs.CreateFileSystemInput{CreationToken: aws.String("zone"), AvailabilityZoneName: aws.String("eu-test-1b")}))
 	id = *zone.FileSystemId
 	fails("One Zone", "AvailabilityZonesMismatch", b.in.SubnetID)
 	fails("One Zone", "", "subnet-b")
@@ -185,8 +202,11 @@ func TestAccessPoints(t *testing.T) {
 	b := newEFSBench(t, Options{Lag: 1})
 	id := b.create("data")
 	in := efs.CreateAccessPointInput{
-		ClientToken: aws.String("token"), FileSystemId: &id, PosixUser: &types.PosixUser{Uid: aws.Int64(1000), Gid: aws.Int64(1000)}, Tags: []types.Tag{{Key: aws.String("Name"), Value: aws.String("app")}},
-		RootDirectory: &types.RootDirectory{Path: aws.String("/a/b/c/d"), CreationInfo: &types.CreationInfo{OwnerUid: aws.Int64(1000), OwnerGid: aws.Int64(1000), Permissions: aws.String("0750")}},
+		ClientToken: aws.String("token"), FileSystemId: &id, PosixUser: &types.PosixUser{Uid: aws.Int64(1000),
+			Gid: aws.Int64(1000)}, Tags: []types.Tag{{Key: aws.String("Name"), Value: aws.String("app")}},
+		RootDirectory: &types.RootDirectory{Path: aws.String("/a/b/c/d"),
+			CreationInfo: &types.CreationInfo{OwnerUid: aws.Int64(1000), OwnerGid: aws.Int64(1000),
+				Permissions: aws.String("0750")}},
 	}
 	first := try[*efs.CreateAccessPointOutput](t)(b.CreateAccessPoint(t.Context(), &in))
 	again := try[*efs.CreateAccessPointOutput](t)(b.CreateAccessPoint(t.Context(), &in))
@@ -201,7 +221,8 @@ func TestAccessPoints(t *testing.T) {
 	for path, info := range map[string]*types.CreationInfo{"relative": nil, "/1/2/3/4/5": nil, "/.x": nil, "/x/.y": nil,
 		"/x$": nil, "/x//y": nil, "/x/": nil, "/x": {OwnerUid: aws.Int64(0), OwnerGid: aws.Int64(0),
 			Permissions: aws.String("0789")}} {
-		_, err := b.CreateAccessPoint(t.Context(), &efs.CreateAccessPointInput{ClientToken: aws.String(path), FileSystemId: &id, RootDirectory: &types.RootDirectory{Path: &path, CreationInfo: info}})
+		_, err := b.CreateAccessPoint(t.Context(), &efs.CreateAccessPointInput{ClientToken: aws.String(path),
+			FileSystemId: &id, RootDirectory: &types.RootDirectory{Path: &path, CreationInfo: info}})
 		want(t, path, code(err), "BadRequest")
 	}
 	ap := func() string {
@@ -215,25 +236,33 @@ func TestAccessPoints(t *testing.T) {
 	}
 	want(t, "created", words(ap(), ap()), "creating available")
 	p := b.AccessPoints()[0]
-	want(t, "access point", words(p.FileSystemID, p.PosixUser.Uid, p.RootDirectory.Path, p.RootDirectory.CreationInfo.Permissions, p.Tags["Name"]), id+" 1000 /a/b/c/d 0750 app")
+	want(t, "access point", words(p.FileSystemID, p.PosixUser.Uid, p.RootDirectory.Path,
+		p.RootDirectory.CreationInfo.Permissions, p.Tags["Name"]), id+" 1000 /a/b/c/d 0750 app")
 
 	// An ARN is as good as an id.
-	try[*efs.TagResourceOutput](t)(b.TagResource(t.Context(), &efs.TagResourceInput{ResourceId: first.AccessPointArn, Tags: []types.Tag{{Key: aws.String("k"), Value: aws.String("v")}}}))
-	tags := try[*efs.ListTagsForResourceOutput](t)(b.ListTagsForResource(t.Context(), &efs.ListTagsForResourceInput{ResourceId: first.AccessPointId})).Tags
+	try[*efs.TagResourceOutput](t)(b.TagResource(t.Context(), &efs.TagResourceInput{ResourceId: first.AccessPointArn,
+		Tags: []types.Tag{{Key: aws.String("k"), Value: aws.String("v")}}}))
+	tags := try[*efs.ListTagsForResourceOutput](t)(b.ListTagsForResource(t.Context(),
+		&efs.ListTagsForResourceInput{ResourceId: first.AccessPointId})).Tags
 	want(t, "tags", words(*tags[0].Key, *tags[1].Key, len(tags)), "Name k 2")
-	try[*efs.TagResourceOutput](t)(b.TagResource(t.Context(), &efs.TagResourceInput{ResourceId: &id, Tags: []types.Tag{{Key: aws.String("k"), Value: aws.String("v")}}}))
+	try[*efs.TagResourceOutput](t)(b.TagResource(t.Context(),
+		&efs.TagResourceInput{ResourceId: &id, Tags: []types.Tag{{Key: aws.String("k"), Value: aws.String("v")}}}))
 	want(t, "tags", b.FileSystems()[0].Tags["k"], "v")
-	mts := try[*efs.DescribeMountTargetsOutput](t)(b.DescribeMountTargets(t.Context(), &efs.DescribeMountTargetsInput{AccessPointId: first.AccessPointId}))
+	mts := try[*efs.DescribeMountTargetsOutput](t)(b.DescribeMountTargets(t.Context(),
+		&efs.DescribeMountTargetsInput{AccessPointId: first.AccessPointId}))
 	want(t, "mount targets", len(mts.MountTargets), 0)
 
-	try[*efs.DeleteAccessPointOutput](t)(b.DeleteAccessPoint(t.Context(), &efs.DeleteAccessPointInput{AccessPointId: first.AccessPointId}))
+	try[*efs.DeleteAccessPointOutput](t)(b.DeleteAccessPoint(t.Context(),
+		&efs.DeleteAccessPointInput{AccessPointId: first.AccessPointId}))
 	want(t, "deleted", words(ap(), ap()), "deleting AccessPointNotFound")
 
 	for i := range 101 {
-		try[*efs.CreateAccessPointOutput](t)(b.CreateAccessPoint(t.Context(), &efs.CreateAccessPointInput{ClientToken: aws.String(fmt.Sprint(i)), FileSystemId: &id}))
+		try[*efs.CreateAccessPointOutput](t)(b.CreateAccessPoint(t.Context(),
+			&efs.CreateAccessPointInput{ClientToken: aws.String(fmt.Sprint(i)), FileSystemId: &id}))
 	}
 	var pages []int
-	for p := efs.NewDescribeAccessPointsPaginator(b.Client, &efs.DescribeAccessPointsInput{FileSystemId: &id}); p.HasMorePages(); {
+	for p := efs.NewDescribeAccessPointsPaginator(b.Client,
+		&efs.DescribeAccessPointsInput{FileSystemId: &id}); p.HasMorePages(); {
 		pages = append(pages, len(try[*efs.DescribeAccessPointsOutput](t)(p.NextPage(t.Context())).AccessPoints))
 	}
 	want(t, "pages", words(pages), "[100 1]")

@@ -15,8 +15,9 @@ const RoleName = "fakeaws-instance-role"
 // metadata is an instance's metadata service, version 2 only: without a token it tells nothing.
 func (c *Cloud) metadata(in Instance, mac string) http.Handler {
 	document, _ := json.Marshal(map[string]any{
-		"accountId": Account, "architecture": "x86_64", "availabilityZone": in.Zone, "instanceId": in.ID, "instanceType": in.Type,
-		"privateIp": in.PrivateIP, "region": c.o.Region, "version": "2017-09-30",
+		"accountId": Account, "architecture": "x86_64", "availabilityZone": in.Zone, "instanceId": in.ID,
+		"instanceType": in.Type,
+		"privateIp":    in.PrivateIP, "region": c.o.Region, "version": "2017-09-30",
 	})
 	partition, domain := c.partition()
 	nic := "meta-data/network/interfaces/macs/" + mac + "/"
@@ -82,7 +83,8 @@ func (c *Cloud) metadata(in Instance, mac string) http.Handler {
 func roleCredentials() string {
 	now := time.Now().UTC()
 	data, _ := json.Marshal(map[string]string{
-		"Code": "Success", "Type": "AWS-HMAC", "LastUpdated": now.Format(time.RFC3339), "Expiration": now.Add(6 * time.Hour).Format(time.RFC3339),
+		"Code": "Success", "Type": "AWS-HMAC", "LastUpdated": now.Format(time.RFC3339),
+		"Expiration":  now.Add(6 * time.Hour).Format(time.RFC3339),
 		"AccessKeyId": RoleAccessKeyID, "SecretAccessKey": RoleSecretAccessKey, "Token": RoleSessionToken,
 	})
 	return string(data)

@@ -15,13 +15,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Nvmet makes attached volumes NVMe drives of this machine that look as EBS's do on a Nitro instance: the kernel's own target serves sparse
-// files to its own initiator, by TCP on the loopback interface, with EBS's model and the volume's id as serial number.
+// Nvmet makes attached volumes NVMe drives of this machine that look as EBS's do on a Nitro instance: the
+// kernel's own target serves sparse files to its own initiator, by TCP on the loopback interface, with EBS's
+// model and the volume's id as serial number.
 //
 //	file ── loop device ── nvmet namespace ── 127.0.0.1 ── nvme0 ── /dev/nvme0n1
 //
-// The loop device is there for its sectors of 512 octets, which EBS has; the target would serve a file in blocks of 4096. With native multipath,
-// which is the kernel's default, sysfs has a second, hidden entry such as nvme0c0n1 for each drive; some instances have that, too.
+// The loop device is there for its sectors of 512 octets, which EBS has; the target would serve a file in
+// blocks of 4096. With native multipath, which is the kernel's default, sysfs has a second, hidden entry such
+// as nvme0c0n1 for each drive; some instances have that, too.
 //
 // It needs root and a kernel with nvmet-tcp and nvme-tcp: it is for guests.
 type Nvmet struct {
@@ -68,7 +70,8 @@ func (n *Nvmet) listen() error {
 		}
 		service := strconv.Itoa(4419 + id)
 		n.addr = "traddr=127.0.0.1,trsvcid=" + service
-		return errors.Join(err, write(n.port, "addr_trtype", "tcp", "addr_adrfam", "ipv4", "addr_traddr", "127.0.0.1", "addr_trsvcid", service))
+		return errors.Join(err, write(n.port, "addr_trtype", "tcp", "addr_adrfam", "ipv4", "addr_traddr", "127.0.0.1",
+			"addr_trsvcid", service))
 	}
 }
 
@@ -91,7 +94,8 @@ func write(dir string, pairs ...string) error {
 	return nil
 }
 
-// Image is the file with a volume's data. It may be made before the volume is attached for the first time, and changed while it is not.
+// Image is the file with a volume's data. It may be made before the volume is attached for the first time,
+// and changed while it is not.
 func (n *Nvmet) Image(volumeID string) string { return filepath.Join(n.dir, volumeID+".img") }
 
 func (n *Nvmet) grow(volumeID string, bytes int64) error {
@@ -113,8 +117,8 @@ func (n *Nvmet) names(volumeID string) (subsystem, namespace, link string) {
 	return subsystem, filepath.Join(subsystem, "namespaces", "1"), filepath.Join(n.port, "subsystems", volumeID)
 }
 
-// Attach connects the volume's drive. The block device comes a moment later. All instances are this machine, and the name that EC2 was told
-// does not show.
+// Attach connects the volume's drive. The block device comes a moment later. All instances are this machine,
+// and the name that EC2 was told does not show.
 func (n *Nvmet) Attach(volumeID, _, _ string, bytes int64) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -140,7 +144,8 @@ func (n *Nvmet) attach(d *drive, volumeID string) (err error) {
 	if err := os.Mkdir(subsystem, 0o755); err != nil {
 		return err
 	}
-	err = write(subsystem, "attr_allow_any_host", "1", "attr_serial", strings.Replace(volumeID, "-", "", 1), "attr_model", "Amazon Elastic Block Store")
+	err = write(subsystem, "attr_allow_any_host", "1", "attr_serial", strings.Replace(volumeID, "-", "", 1), "attr_model",
+		"Amazon Elastic Block Store")
 	if err != nil {
 		return err
 	}
@@ -165,7 +170,8 @@ func (n *Nvmet) connect(volumeID string) (controller string, err error) {
 	}
 	defer f.Close()
 	// An emulated machine may be too slow for the usual five seconds.
-	if _, err := f.WriteString("transport=tcp," + n.addr + ",nqn=" + volumeID + ",nr_io_queues=1,keep_alive_tmo=60"); err != nil {
+	if _, err := f.WriteString("transport=tcp," + n.addr + ",nqn=" + volumeID +
+		",nr_io_queues=1,keep_alive_tmo=60"); err != nil {
 		return "", fmt.Errorf("connect %s: %w", volumeID, err)
 	}
 	buf := make([]byte, 256)

@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// What signs requests: a user's keys, which Env has, and those that an instance's role gets from its metadata. Their values are found in
-// whatever leaks them.
+// What signs requests: a user's keys, which Env has, and those that an instance's role gets from its
+// metadata. Their values are found in whatever leaks them.
 const (
 	AccessKeyID     = "AKIAFAKEAWSUSERKEY01"
 	SecretAccessKey = "fakeaws/user/secret/DoNotLeak/0123456789"
@@ -26,7 +26,8 @@ const (
 // maxSkew is how far the clock of a client may be off.
 const maxSkew = 5 * time.Minute
 
-// authenticate checks a request's signature, version 4: https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
+// authenticate checks a request's signature, version 4:
+// https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
 func (c *Cloud) authenticate(r *http.Request, body []byte, service string) *apiError {
 	code := map[string]string{"ec2": "AuthFailure", "elasticfilesystem": "UnrecognizedClientException"}[service]
 	algorithm, rest, _ := strings.Cut(r.Header.Get("Authorization"), " ")

@@ -1,4 +1,5 @@
-// Package flextest lets the binary of a guest test be a volume driver, too, so that the test can call it as kubelet does and kill it at each of its steps.
+// Package flextest lets the binary of a guest test be a volume driver, too, so that the test can call it as
+// kubelet does and kill it at each of its steps.
 package flextest
 
 import (
@@ -39,7 +40,8 @@ func KillAt(step string) []string { return []string{killVariable + "=" + step} }
 
 const child = "lariat-volume-child"
 
-// Main is TestMain of a package that calls a driver: in the driver's process, and in those of its children, it does their work and does not return.
+// Main is TestMain of a package that calls a driver: in the driver's process, and in those of its children,
+// it does their work and does not return.
 func (d Driver) Main(m *testing.M, o guest.Options) {
 	self := os.Args[0]
 	if step := os.Getenv(killVariable); step != "" && (self == child || self == d.Name) {
@@ -157,7 +159,8 @@ func (d Driver) processes() (found []string) {
 		data, _ := os.ReadFile(f)
 		argv := strings.Split(string(data), "\x00")
 		base := filepath.Base(argv[0])
-		if base == child || base == d.Name || slices.ContainsFunc(d.Programs, func(p string) bool { return strings.HasPrefix(base, p) }) {
+		if base == child || base == d.Name ||
+			slices.ContainsFunc(d.Programs, func(p string) bool { return strings.HasPrefix(base, p) }) {
 			found = append(found, strings.Join(argv, " "))
 		}
 	}
@@ -168,7 +171,8 @@ func (d Driver) processes() (found []string) {
 func (d Driver) NoRecords(t *testing.T, but ...string) {
 	t.Helper()
 	left, _ := filepath.Glob(d.StateDir() + "/*/*")
-	if left = slices.DeleteFunc(left, func(p string) bool { return slices.Contains(but, filepath.Base(p)) }); len(left) > 0 {
+	if left = slices.DeleteFunc(left,
+		func(p string) bool { return slices.Contains(but, filepath.Base(p)) }); len(left) > 0 {
 		t.Errorf("left over: %v", left)
 	}
 }

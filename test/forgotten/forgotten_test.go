@@ -33,7 +33,8 @@ var (
 )
 
 func TestForgotten(t *testing.T) {
-	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib, probe.NftNAT, probe.IPv6)
+	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib,
+		probe.NftNAT, probe.IPv6)
 	RegisterFailHandler(Fail)
 	RunSpecs(t, "What the service has forgotten")
 }
@@ -94,7 +95,8 @@ func known(h *lab.Host, x *lab.Container) func() error {
 		if err != nil {
 			return err
 		}
-		if len(held.Addresses) != 2 || held.Addresses[0].Address != x.Addr(false) || held.Addresses[1].Address != x.Addr(true) {
+		if len(held.Addresses) != 2 || held.Addresses[0].Address != x.Addr(false) ||
+			held.Addresses[1].Address != x.Addr(true) {
 			return metadata.Errorf(metadata.CodeConflict, "%s has %s, the service says %+v", x.ID, x.Addr(false), held.Addresses)
 		}
 		return nil
@@ -204,7 +206,8 @@ var _ = Describe("Containers that the service has forgotten", Ordered, func() {
 		}
 	})
 
-	It("of a host that was removed while it was suspended are announced again, but for an address that another host uses now", func() {
+	It("of a host that was removed while it was suspended are announced again, but for an address that another host "+
+		"uses now", func() {
 		near := connected(a, "near")
 		kept, doubled := connected(c, "kept"), connected(c, "doubled")
 		for _, p := range []*lab.Process{c.Manager, c.Metadata} {
@@ -228,8 +231,10 @@ var _ = Describe("Containers that the service has forgotten", Ordered, func() {
 
 		Eventually(known(a, kept)).Should(Succeed())
 		Eventually(reaches(near, kept)).Should(Succeed())
-		Eventually(findings(c, "attachments")).Should(And(ContainSubstring("container "+metadata.ShortID(doubled.ID)+" has "+doubled.Addr(false).String()),
-			ContainSubstring("container "+metadata.ShortID(heir.ID)+" of host b"), Not(ContainSubstring(metadata.ShortID(kept.ID)))))
+		Eventually(findings(c, "attachments")).Should(And(ContainSubstring("container "+metadata.ShortID(doubled.ID)+" has "+
+			doubled.Addr(false).String()),
+			ContainSubstring("container "+metadata.ShortID(heir.ID)+" of host b"),
+			Not(ContainSubstring(metadata.ShortID(kept.ID)))))
 		Eventually(ready(c)).Should(ContainSubstring(doubled.ID))
 		Eventually(findings(c, "manager")).Should(And(ContainSubstring(doubled.ID), ContainSubstring(heir.ID)))
 		Eventually(reaches(near, heir)).Should(Succeed())

@@ -1,5 +1,6 @@
-// Package guest runs Go tests inside of Debian's kernel under QEMU, for what the machine's own kernel may lack: ESP, XFRM interfaces, kernel
-// NFS, NVMe. No privileges and no KVM are needed; a guest is ready in a few seconds.
+// Package guest runs Go tests inside of Debian's kernel under QEMU, for what the machine's own kernel may
+// lack: ESP, XFRM interfaces, kernel NFS, NVMe. No privileges and no KVM are needed; a guest is ready in a
+// few seconds.
 //
 //	func TestMain(m *testing.M) { guest.Main(m, guest.Options{Warm: true}) }
 //
@@ -8,9 +9,10 @@
 //		… // as root of a machine of its own
 //	}
 //
-// On the machine, Main boots a guest and runs the same test binary in it, with the same flags; what it prints, its exit status and the files
-// that tests leave in Out come back. A guest lives as long as one test binary runs. Where none can be had, the tests are
-// skipped with the reason, or fail if REQUIRE lists "guest".
+// On the machine, Main boots a guest and runs the same test binary in it, with the same flags; what it
+// prints, its exit status and the files that tests leave in Out come back. A guest lives as long as one test
+// binary runs. Where none can be had, the tests are skipped with the reason, or fail if REQUIRE lists
+// "guest".
 //
 // docs/design/guest.md says why it is as it is; packages.list, what is in a guest.
 package guest
@@ -42,27 +44,31 @@ import (
 //go:embed start.sh
 var startScript string
 
-// Patience is how long what must come in a guest may take. It ends a test that hangs and says nothing of how quick things are: an emulated machine
-// on a busy one takes a hundred times as long as a real one.
+// Patience is how long what must come in a guest may take. It ends a test that hangs and says nothing of how
+// quick things are: an emulated machine on a busy one takes a hundred times as long as a real one.
 const Patience = 4 * time.Minute
 
 // Options of a guest.
 type Options struct {
-	Package    string            // Main runs this package's tests instead of the caller's: a folder, relative to the caller's
-	Only       string            // the tests that Main runs if no -run says otherwise, as -run takes it; "": all
-	Kernel     string            // of which release of Debian, such as "trixie"; "": LARIAT_GUEST_RELEASE, or this machine's own
-	KernelArgs []string          // added to the kernel's command line, such as "module_blacklist=esp4,esp6"
-	QEMUArgs   []string          // added to QEMU's
-	Memory     int               // MiB; 0: 1024
-	CPUs       int               // 0: 1, which is safest: emulated processors sometimes wait for each other for too long
-	Slots      int               // PCIe slots for hot-plug, named rp1 and so on; with any, OpenMonitor works in the guest
-	Disks      []int             // MiB of disks for Monitor.Plug; empty sparse files that go with the guest
-	Bin        bool              // the project's executables are in the guest, and LARIAT_BIN says where
-	Warm       bool              // IPsec's modules are loaded beforehand, or else the first security association takes seconds
-	Files      map[string]string // path in the guest below its working directory: file or folder of this machine
-	Require    string            // REQUIRE inside; "": all, so that nothing a guest has is skipped there
-	Counted    bool              // a nanosecond of the guest's clock is an instruction executed, or a real one without work: for measuring
-	Boot       time.Duration     // how long a guest may take until it is ready; 0: two minutes
+	// Main runs this package's tests instead of the caller's: a folder, relative to the caller's
+	Package string
+	Only    string // the tests that Main runs if no -run says otherwise, as -run takes it; "": all
+	// of which release of Debian, such as "trixie"; "": LARIAT_GUEST_RELEASE, or this machine's own
+	Kernel     string
+	KernelArgs []string // added to the kernel's command line, such as "module_blacklist=esp4,esp6"
+	QEMUArgs   []string // added to QEMU's
+	Memory     int      // MiB; 0: 1024
+	CPUs       int      // 0: 1, which is safest: emulated processors sometimes wait for each other for too long
+	Slots      int      // PCIe slots for hot-plug, named rp1 and so on; with any, OpenMonitor works in the guest
+	Disks      []int    // MiB of disks for Monitor.Plug; empty sparse files that go with the guest
+	Bin        bool     // the project's executables are in the guest, and LARIAT_BIN says where
+	// IPsec's modules are loaded beforehand, or else the first security association takes seconds
+	Warm    bool
+	Files   map[string]string // path in the guest below its working directory: file or folder of this machine
+	Require string            // REQUIRE inside; "": all, so that nothing a guest has is skipped there
+	// a nanosecond of the guest's clock is an instruction executed, or a real one without work: for measuring
+	Counted bool
+	Boot    time.Duration // how long a guest may take until it is ready; 0: two minutes
 }
 
 // Command is what a guest is booted for.
@@ -102,11 +108,12 @@ func (e *Error) Error() string {
 // Unwrap is the cause.
 func (e *Error) Unwrap() error { return e.Err }
 
-// attempts at booting. Under emulation a boot fails now and then for no reason that concerns a test; what a test does never gets a second try.
+// attempts at booting. Under emulation a boot fails now and then for no reason that concerns a test; what a
+// test does never gets a second try.
 const attempts = 3
 
-// Run boots a guest, runs a command in it as root, and waits for both to end. The error is an *Error where the guest is to blame.
-// A command that fails is no error: see Result.Code.
+// Run boots a guest, runs a command in it as root, and waits for both to end. The error is an *Error where
+// the guest is to blame. A command that fails is no error: see Result.Code.
 func Run(ctx context.Context, o Options, c Command) (Result, error) {
 	image, unlock, err := hold()
 	if err != nil {
@@ -368,7 +375,8 @@ func startQEMU(ctx context.Context, image Image, dir string, o Options, c Comman
 	if err != nil {
 		return nil, err
 	}
-	kernel := []string{"console=ttyS0", "no_timer_check", "clocksource=hpet", "cryptomgr.notests", "root=/dev/nvme0n1", "rootfstype=ext4", "rw", "init=/init", "panic=-1", "quiet"}
+	kernel := []string{"console=ttyS0", "no_timer_check", "clocksource=hpet", "cryptomgr.notests", "root=/dev/nvme0n1",
+		"rootfstype=ext4", "rw", "init=/init", "panic=-1", "quiet"}
 	args := []string{
 		"-machine", "q35",
 		"-cpu", "max,-cx16", // cmpxchg16b is emulated wrongly at times
@@ -377,7 +385,8 @@ func startQEMU(ctx context.Context, image Image, dir string, o Options, c Comman
 		"-kernel", vmlinuz, "-append", strings.Join(slices.Concat(kernel, o.KernelArgs), " "),
 		"-chardev", console, "-serial", "chardev:console",
 		// Debian's kernel has NVMe and ext4 built in, which makes an initramfs superfluous.
-		"-drive", "if=none,id=root,format=raw,snapshot=on,file=" + image.path("root.img"), "-device", "nvme,serial=guest-root,drive=root",
+		"-drive", "if=none,id=root,format=raw,snapshot=on,file=" + image.path("root.img"), "-device",
+		"nvme,serial=guest-root,drive=root",
 		"-drive", "if=virtio,format=raw,readonly=on,file=" + filepath.Join(dir, "in.tar"),
 		"-device", "virtio-serial-pci",
 	}

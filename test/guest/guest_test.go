@@ -22,13 +22,15 @@ func sh(t *testing.T, o Options, script string) (res Result, said, out string, e
 	Need(t)
 	var stdout bytes.Buffer
 	out = t.TempDir()
-	res, err = Run(t.Context(), o, Command{Args: []string{"/bin/sh", "-c", script}, Env: []string{"WORD=it's one"}, Stdout: &stdout, Out: out, Limit: 2 * time.Minute})
+	res, err = Run(t.Context(), o, Command{Args: []string{"/bin/sh", "-c", script}, Env: []string{"WORD=it's one"},
+		Stdout: &stdout, Out: out, Limit: 2 * time.Minute})
 	return res, stdout.String(), out, err
 }
 
 func TestRunBringsOutWhatItPromises(t *testing.T) {
 	t.Parallel()
-	o := Options{Files: map[string]string{"data/list": "packages.list"}, CPUs: 2, Memory: 768, KernelArgs: []string{"lariat.test=1"}, Slots: 2}
+	o := Options{Files: map[string]string{"data/list": "packages.list"}, CPUs: 2, Memory: 768,
+		KernelArgs: []string{"lariat.test=1"}, Slots: 2}
 	res, said, out, err := sh(t, o, `
 		echo "$WORD"; echo to stderr >&2
 		head -c 3000000 /dev/zero | tr '\0' x; echo
@@ -57,7 +59,8 @@ func TestRunBringsOutWhatItPromises(t *testing.T) {
 		t.Errorf("%d bytes of output of 3000000 came out", n)
 	}
 	said = strings.ReplaceAll(said, "xx", "")
-	for _, want := range []string{"it's one\n", "to stderr\n", "lariat.test=1\n2\n" + lines(t, "packages.list") + "\n", string(sum), "qmp\n"} {
+	for _, want := range []string{"it's one\n", "to stderr\n", "lariat.test=1\n2\n" + lines(t, "packages.list") + "\n",
+		string(sum), "qmp\n"} {
 		if !strings.Contains(said, want) {
 			t.Errorf("%q is missing in\n%s", want, said)
 		}
@@ -125,7 +128,8 @@ func TestGuestThatHangsAtBootIsGivenUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = run(t.Context(), image, Options{KernelArgs: []string{"init=/bin/cat"}, Boot: 2 * time.Second}, Command{Args: []string{"true"}})
+	_, err = run(t.Context(), image, Options{KernelArgs: []string{"init=/bin/cat"}, Boot: 2 * time.Second},
+		Command{Args: []string{"true"}})
 	var e *Error
 	if !errors.As(err, &e) || e.Ready || !strings.Contains(err.Error(), "not ready after 2s") {
 		t.Fatalf("a guest that hangs ends as %v", err)
@@ -137,9 +141,11 @@ func TestCommandThatHangsIsStoppedAtItsLimit(t *testing.T) {
 	Need(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	// It ends when it is told to and not before, so the limit is this test's own word rather than a guess of how long a boot takes.
+	// It ends when it is told to and not before, so the limit is this test's own word rather than a guess of how
+	// long a boot takes.
 	started := writer(func(p []byte) { cancel() })
-	_, err := Run(ctx, Options{}, Command{Args: []string{"/bin/sh", "-c", "echo here; exec cat /dev/ttyS0"}, Stdout: started})
+	_, err := Run(ctx, Options{}, Command{Args: []string{"/bin/sh", "-c", "echo here; exec cat /dev/ttyS0"},
+		Stdout: started})
 	var e *Error
 	if !errors.As(err, &e) || !e.Ready || !errors.Is(err, context.Canceled) {
 		t.Fatalf("a command that hangs ends as %v", err)
@@ -167,9 +173,11 @@ func TestTwoGuestsJoined(t *testing.T) {
 			"-netdev", "dgram,id=cable,local.type=unix,local.path=" + ends[i] + ",remote.type=unix,remote.path=" + ends[1-i],
 			"-device", "virtio-net-pci,netdev=cable,mac=02:00:00:00:00:0" + string(rune('1'+i)),
 		}}
-		setup := "set -e; modprobe virtio_net; ip addr add 192.0.2." + string(rune('1'+i)) + "/24 dev eth0; ip link set eth0 up; "
+		setup := "set -e; modprobe virtio_net; ip addr add 192.0.2." + string(rune('1'+i)) +
+			"/24 dev eth0; ip link set eth0 up; "
 		go func() {
-			res, err := Run(t.Context(), o, Command{Args: []string{"/bin/sh", "-c", setup + script}, Stdout: &said[i], Limit: 90 * time.Second})
+			res, err := Run(t.Context(), o, Command{Args: []string{"/bin/sh", "-c", setup + script}, Stdout: &said[i],
+				Limit: 90 * time.Second})
 			if err == nil && res.Code != 0 {
 				err = errors.New("it exits with an error")
 			}
@@ -214,7 +222,8 @@ func TestMainBringsResultsOut(t *testing.T) {
 			got[e.Test] = e.Action
 		}
 	}
-	if want := map[string]string{"TestPasses": "pass", "TestFails": "fail", "TestSkips": "skip", "": "fail"}; !maps.Equal(got, want) {
+	if want := map[string]string{"TestPasses": "pass", "TestFails": "fail", "TestSkips": "skip",
+		"": "fail"}; !maps.Equal(got, want) {
 		t.Errorf("got %v, want %v\n%s", got, want, out)
 	}
 	root, err := moduleRoot()
@@ -227,7 +236,8 @@ func TestMainBringsResultsOut(t *testing.T) {
 	}
 }
 
-// TestWithoutAnImage: the tests of a package skip with the reason, and fail where REQUIRE says that there must be a guest.
+// TestWithoutAnImage: the tests of a package skip with the reason, and fail where REQUIRE says that there
+// must be a guest.
 func TestWithoutAnImage(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct{ require, want string }{
@@ -237,7 +247,8 @@ func TestWithoutAnImage(t *testing.T) {
 		cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-run", "TestPasses", "./testdata/mixed")
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "LARIAT_GUEST_CACHE="+t.TempDir(), "REQUIRE="+tc.require)
 		out, err := cmd.CombinedOutput()
-		if (err != nil) != strings.Contains(tc.want, "FAIL") || !strings.Contains(string(out), tc.want) || !strings.Contains(string(out), "make guest-image") {
+		if (err != nil) != strings.Contains(tc.want, "FAIL") || !strings.Contains(string(out), tc.want) ||
+			!strings.Contains(string(out), "make guest-image") {
 			t.Errorf("REQUIRE=%s: %v\n%s", tc.require, err, out)
 		}
 	}
@@ -258,8 +269,10 @@ func TestExcerptBeginsWhereTheKernelFailed(t *testing.T) {
 }
 
 func TestInnerFlags(t *testing.T) {
-	in, profiles := inner([]string{"-test.v=test2json", "-test.testlogfile=/tmp/log", "-test.run=A b", "-test.coverprofile=/tmp/c.out", "-ginkgo.focus=x"})
-	if want := []string{"-test.v=test2json", "-test.run=A b", "-test.coverprofile=/lariat/out/coverprofile", "-ginkgo.focus=x"}; !slices.Equal(in, want) {
+	in, profiles := inner([]string{"-test.v=test2json", "-test.testlogfile=/tmp/log", "-test.run=A b",
+		"-test.coverprofile=/tmp/c.out", "-ginkgo.focus=x"})
+	if want := []string{"-test.v=test2json", "-test.run=A b", "-test.coverprofile=/lariat/out/coverprofile",
+		"-ginkgo.focus=x"}; !slices.Equal(in, want) {
 		t.Errorf("flags %q, want %q", in, want)
 	}
 	if want := map[string]string{"coverprofile": "/tmp/c.out"}; !maps.Equal(profiles, want) {
@@ -268,7 +281,8 @@ func TestInnerFlags(t *testing.T) {
 }
 
 func TestPassedVariables(t *testing.T) {
-	got := passed([]string{"HOME=/x", "LARIAT_BIN=/x", "LARIAT_SEED=7", "LARIAT_GUEST=1", "LARIAT_GUEST_CACHE=/x", "GODEBUG=a=1", "REQUIRE=x", "CI=true"})
+	got := passed([]string{"HOME=/x", "LARIAT_BIN=/x", "LARIAT_SEED=7", "LARIAT_GUEST=1", "LARIAT_GUEST_CACHE=/x",
+		"GODEBUG=a=1", "REQUIRE=x", "CI=true"})
 	if want := []string{"LARIAT_SEED=7", "GODEBUG=a=1", "CI=true"}; !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
@@ -276,7 +290,8 @@ func TestPassedVariables(t *testing.T) {
 
 func TestPackagesListHasBothHalves(t *testing.T) {
 	qemu, guest, without, kernels := wanted()
-	if !slices.Equal(qemu, []string{"qemu-system-x86"}) || !slices.Contains(guest, "linux-image-cloud-amd64") || !slices.Contains(without, "perl") ||
+	if !slices.Equal(qemu, []string{"qemu-system-x86"}) || !slices.Contains(guest, "linux-image-cloud-amd64") ||
+		!slices.Contains(without, "perl") ||
 		kernels["trixie"] != "linux-image-cloud-amd64" {
 		t.Errorf("qemu %v\nguest %v\nwithout %v\nkernels %v", qemu, guest, without, kernels)
 	}

@@ -24,10 +24,12 @@ const marker = "LARIAT_GUEST"
 // Inside says whether this process runs in a guest.
 func Inside() bool { return os.Getenv(marker) != "" }
 
-// Out is a folder whose files come out of the guest, for what helps to understand a failure: captures, logs. It is "" outside.
+// Out is a folder whose files come out of the guest, for what helps to understand a failure: captures, logs.
+// It is "" outside.
 func Out() string { return os.Getenv("LARIAT_OUT") }
 
-// Main is TestMain of a package whose tests run in a guest; see the comment of the package. In the guest it just runs them.
+// Main is TestMain of a package whose tests run in a guest; see the comment of the package. In the guest it
+// just runs them.
 func Main(m *testing.M, o Options) {
 	flag.Parse()
 	if Inside() || flag.Lookup("test.list").Value.String() != "" {
@@ -90,7 +92,8 @@ func outside(ctx context.Context, o Options) (int, error) {
 		return 0, err
 	}
 	defer os.RemoveAll(out)
-	c := Command{Args: append([]string{"./" + name}, args...), Env: passed(os.Environ()), Stdout: os.Stdout, Out: out, Limit: limit()}
+	c := Command{Args: append([]string{"./" + name}, args...), Env: passed(os.Environ()), Stdout: os.Stdout, Out: out,
+		Limit: limit()}
 	res, err := Run(ctx, o, c)
 	if res.Attempts > 1 {
 		fmt.Fprintf(os.Stderr, "guest: it took %d attempts to boot\n", res.Attempts)
@@ -121,7 +124,8 @@ func isDir(path string) bool {
 	return err == nil && fi.IsDir()
 }
 
-// inner are the flags for the guest. What they name as files is made in Out there, and profiles says where it belongs here.
+// inner are the flags for the guest. What they name as files is made in Out there, and profiles says where it
+// belongs here.
 func inner(args []string) (in []string, profiles map[string]string) {
 	profiles = map[string]string{}
 	outputDir := flag.Lookup("test.outputdir").Value.String()
@@ -130,7 +134,8 @@ func inner(args []string) (in []string, profiles map[string]string) {
 		switch name {
 		case "test.testlogfile", "test.outputdir", "test.gocoverdir", "test.fuzzcachedir":
 			continue // these are the go command's own, and folders of this machine
-		case "test.coverprofile", "test.cpuprofile", "test.memprofile", "test.blockprofile", "test.mutexprofile", "test.trace":
+		case "test.coverprofile", "test.cpuprofile", "test.memprofile", "test.blockprofile", "test.mutexprofile",
+			"test.trace":
 			base := strings.TrimPrefix(name, "test.")
 			if !filepath.IsAbs(value) {
 				value = filepath.Join(outputDir, value)
@@ -148,8 +153,10 @@ func passed(environ []string) (out []string) {
 	for _, e := range environ {
 		name, _, _ := strings.Cut(e, "=")
 		switch {
-		case slices.Contains([]string{"LARIAT_BIN", "LARIAT_PEERS", "LARIAT_OUT", marker}, name), strings.HasPrefix(name, marker+"_"):
-		case strings.HasPrefix(name, "LARIAT_"), slices.Contains([]string{"GODEBUG", "GOTRACEBACK", "GOMAXPROCS", "CI"}, name):
+		case slices.Contains([]string{"LARIAT_BIN", "LARIAT_PEERS", "LARIAT_OUT", marker}, name),
+			strings.HasPrefix(name, marker+"_"):
+		case strings.HasPrefix(name, "LARIAT_"), slices.Contains([]string{"GODEBUG", "GOTRACEBACK", "GOMAXPROCS", "CI"},
+			name):
 			out = append(out, e)
 		}
 	}
@@ -196,7 +203,8 @@ func required(what string) bool {
 	return slices.Contains(r, what) || slices.Contains(r, "all")
 }
 
-// Need skips a test of this machine that boots guests itself where none can be had, or fails it if REQUIRE lists "guest".
+// Need skips a test of this machine that boots guests itself where none can be had, or fails it if REQUIRE
+// lists "guest".
 func Need(t testing.TB) {
 	t.Helper()
 	if _, err := Find(); err != nil {
@@ -212,10 +220,12 @@ func noGuest(t testing.TB, err error) {
 	t.Skip(err)
 }
 
-// without runs one test in place of the package's: it says why there is no guest. Like this the reason reaches whoever reads
-// the results, in every format; a line on standard output would not. It ends the process.
+// without runs one test in place of the package's: it says why there is no guest. Like this the reason
+// reaches whoever reads the results, in every format; a line on standard output would not. It ends the
+// process.
 func without(err error) {
 	_ = flag.Set("test.run", "")
 	_ = flag.Set("test.skip", "")
-	testing.Main(func(_, _ string) (bool, error) { return true, nil }, []testing.InternalTest{{Name: "TestGuest", F: func(t *testing.T) { noGuest(t, err) }}}, nil, nil)
+	testing.Main(func(_, _ string) (bool, error) { return true, nil },
+		[]testing.InternalTest{{Name: "TestGuest", F: func(t *testing.T) { noGuest(t, err) }}}, nil, nil)
 }

@@ -11,7 +11,8 @@ import (
 	"time"
 )
 
-// Monitor speaks QMP with the QEMU that runs this guest: tests in a guest with Options.Slots plug and unplug volumes by it.
+// Monitor speaks QMP with the QEMU that runs this guest: tests in a guest with Options.Slots plug and unplug
+// volumes by it.
 type Monitor struct {
 	f    *os.File
 	in   *json.Decoder
@@ -95,19 +96,21 @@ func (m *Monitor) read() (a answer, err error) {
 	return a, err
 }
 
-// Plug puts disk n of Options.Disks, counted from 1, into slot n as an NVMe drive with a serial number, as EBS shows a volume.
-// The kernel notices a moment later.
+// Plug puts disk n of Options.Disks, counted from 1, into slot n as an NVMe drive with a serial number, as
+// EBS shows a volume. The kernel notices a moment later.
 func (m *Monitor) Plug(n int, serial string) error {
 	node := fmt.Sprint("disk", n)
 	if !m.disk[n] {
-		if _, err := m.Execute("blockdev-add", map[string]any{"driver": "raw", "node-name": node, "file": map[string]any{"driver": "file", "filename": node}}); err != nil {
+		if _, err := m.Execute("blockdev-add", map[string]any{"driver": "raw", "node-name": node,
+			"file": map[string]any{"driver": "file", "filename": node}}); err != nil {
 			return err
 		}
 		m.disk[n] = true
 	}
 	id := fmt.Sprint("nvme", n)
 	delete(m.gone, id)
-	_, err := m.Execute("device_add", map[string]any{"driver": "nvme", "id": id, "serial": serial, "drive": node, "bus": fmt.Sprint("rp", n)})
+	_, err := m.Execute("device_add", map[string]any{"driver": "nvme", "id": id, "serial": serial, "drive": node,
+		"bus": fmt.Sprint("rp", n)})
 	return err
 }
 

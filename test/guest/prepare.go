@@ -53,13 +53,14 @@ func (i Image) kernel(release string) (string, error) {
 	}
 	path := i.path("vmlinuz-" + release)
 	if _, err := os.Stat(path); err != nil {
-		return "", fmt.Errorf("the image has no kernel of Debian %s; test/guest/packages.list says which it has: %w", release, err)
+		return "", fmt.Errorf("the image has no kernel of Debian %s; test/guest/packages.list says which it has: %w", release,
+			err)
 	}
 	return path, nil
 }
 
-// Cache is the folder that keeps packages and images: LARIAT_GUEST_CACHE, or lariat/guest in the user's cache, so that all checkouts of a
-// user share it.
+// Cache is the folder that keeps packages and images: LARIAT_GUEST_CACHE, or lariat/guest in the user's
+// cache, so that all checkouts of a user share it.
 func Cache() (string, error) {
 	if dir := os.Getenv("LARIAT_GUEST_CACHE"); dir != "" {
 		return filepath.Abs(dir)
@@ -89,7 +90,8 @@ func Find() (Image, error) {
 	}
 	found = slices.DeleteFunc(found, func(dir string) bool { return modified(dir) == 0 }) // a lock, or nothing whole
 	if len(found) == 0 {
-		return Image{}, fmt.Errorf("no image of the guest in %s: run make guest-image, which downloads some 130 MB of Debian packages once", cache)
+		return Image{}, fmt.Errorf("no image of the guest in %s: run make guest-image, which downloads some 130 MB of "+
+			"Debian packages once", cache)
 	}
 	slices.SortFunc(found, func(a, b string) int { return cmp.Compare(modified(a), modified(b)) })
 	return Image{dir: found[len(found)-1]}, nil
@@ -104,8 +106,9 @@ func modified(dir string) int64 {
 	return fi.ModTime().UnixNano()
 }
 
-// Prepare finds the image or makes it, which takes ten seconds and the download, and needs a Debian with its package sources, but no privileges.
-// With refresh it asks for newer packages. Nothing outside of the cache changes. Calls at the same time wait for each other.
+// Prepare finds the image or makes it, which takes ten seconds and the download, and needs a Debian with its
+// package sources, but no privileges. With refresh it asks for newer packages. Nothing outside of the cache
+// changes. Calls at the same time wait for each other.
 func Prepare(ctx context.Context, log io.Writer, refresh bool) (Image, error) {
 	if image, err := Find(); err == nil && !refresh {
 		return image, nil
@@ -193,8 +196,8 @@ func wanted() (qemu, guest, without []string, kernels map[string]string) {
 	return qemu, guest, without, kernels
 }
 
-// fetch downloads the packages: by the machine's package lists if they serve, and by fresh ones in the cache otherwise, or first if the
-// newest packages are wanted.
+// fetch downloads the packages: by the machine's package lists if they serve, and by fresh ones in the cache
+// otherwise, or first if the newest packages are wanted.
 func (p *preparation) fetch(ctx context.Context, refresh bool) error {
 	var errs []error
 	order := []string{debian.Machine, ""}
@@ -334,7 +337,9 @@ var units = []string{"./lib/systemd/system/*", "./usr/lib/systemd/system/*"}
 // furnish does to an unpacked root what the packages' scripts would do to a system, as far as a guest needs it.
 func furnish(root string) error {
 	err := debian.Furnish(root, "guest", // whom programs in the guest change to
-		"statd:x:106:65534::/var/lib/nfs:/usr/sbin/nologin\n_rpc:x:107:65534::/run/rpcbind:/usr/sbin/nologin\ntcpdump:x:108:108::/nonexistent:/usr/sbin/nologin\n",
+		"statd:x:106:65534::/var/lib/nfs:/usr/sbin/nologin\n"+
+			"_rpc:x:107:65534::/run/rpcbind:/usr/sbin/nologin\n"+
+			"tcpdump:x:108:108::/nonexistent:/usr/sbin/nologin\n",
 		"tcpdump:x:108:\n")
 	if err != nil {
 		return err
@@ -344,7 +349,8 @@ func furnish(root string) error {
 			return err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(root, "etc/machine-id"), []byte("00000000000040008000000000000001\n"), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(root, "etc/machine-id"), []byte("00000000000040008000000000000001\n"),
+		0o644); err != nil {
 		return err
 	}
 	return os.WriteFile(filepath.Join(root, "init"), []byte(initScript), 0o755)
@@ -373,18 +379,21 @@ func (p *preparation) bootable(ctx context.Context, root, to string) error {
 			return fmt.Errorf("no kernel among %d packages of %s: %w", len(packages), release, err)
 		}
 	}
-	return errors.Join(os.Symlink("vmlinuz-"+p.own, filepath.Join(to, "vmlinuz")), os.RemoveAll(filepath.Join(root, "boot")))
+	return errors.Join(os.Symlink("vmlinuz-"+p.own, filepath.Join(to, "vmlinuz")),
+		os.RemoveAll(filepath.Join(root, "boot")))
 }
 
-// own is a program of an unpacked root, run on this machine by the root's own loader and libraries, so that it does not matter which this
-// machine has.
+// own is a program of an unpacked root, run on this machine by the root's own loader and libraries, so that
+// it does not matter which this machine has.
 func own(ctx context.Context, root, argv0, program string, args ...string) *exec.Cmd {
 	lib := filepath.Join(root, "usr/lib/x86_64-linux-gnu")
 	return exec.CommandContext(ctx, filepath.Join(lib, "ld-linux-x86-64.so.2"),
-		append([]string{"--argv0", argv0, "--library-path", lib + ":" + filepath.Join(lib, "pulseaudio"), filepath.Join(root, program)}, args...)...)
+		append([]string{"--argv0", argv0, "--library-path", lib + ":" + filepath.Join(lib, "pulseaudio"),
+			filepath.Join(root, program)}, args...)...)
 }
 
-// makeFilesystem makes a file with an ext4 of all that is below root, owned by root. There is no journal: nobody keeps what a guest writes.
+// makeFilesystem makes a file with an ext4 of all that is below root, owned by root. There is no journal:
+// nobody keeps what a guest writes.
 func makeFilesystem(ctx context.Context, root, image string) error {
 	var size int64
 	err := filepath.WalkDir(root, func(_ string, e fs.DirEntry, err error) error {
@@ -400,7 +409,8 @@ func makeFilesystem(ctx context.Context, root, image string) error {
 	if err != nil {
 		return err
 	}
-	cmd := own(ctx, root, "mke2fs", "usr/sbin/mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E", "lazy_itable_init=1,root_owner=0:0", "-d", root,
+	cmd := own(ctx, root, "mke2fs", "usr/sbin/mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-E",
+		"lazy_itable_init=1,root_owner=0:0", "-d", root,
 		image, fmt.Sprintf("%dM", size>>20*12/10+128))
 	cmd.Env = append(os.Environ(), "MKE2FS_CONFIG="+filepath.Join(root, "etc/mke2fs.conf"))
 	if os.Getuid() != 0 {
@@ -417,8 +427,9 @@ func makeFilesystem(ctx context.Context, root, image string) error {
 	return nil
 }
 
-// sweep removes what is of no use any more: packages that no image here is made of, half-made images of processes that were killed, and all
-// images but this one and the last used other one, unless a guest runs from it.
+// sweep removes what is of no use any more: packages that no image here is made of, half-made images of
+// processes that were killed, and all images but this one and the last used other one, unless a guest runs
+// from it.
 func (p *preparation) sweep(current Image) {
 	keep := map[string]bool{}
 	for _, d := range slices.Concat(p.qemu, p.guest) {
@@ -432,7 +443,10 @@ func (p *preparation) sweep(current Image) {
 	for _, path := range glob(p.cache, "making-*") { // ours is renamed, and nobody else holds the lock
 		os.RemoveAll(path)
 	}
-	images := slices.DeleteFunc(glob(p.cache, "image-*"), func(dir string) bool { return dir == current.dir || strings.HasSuffix(dir, ".lock") })
+	images := slices.DeleteFunc(glob(p.cache, "image-*"), func(dir string) bool {
+		return dir == current.dir ||
+			strings.HasSuffix(dir, ".lock")
+	})
 	slices.SortFunc(images, func(a, b string) int { return cmp.Compare(modified(a), modified(b)) })
 	for _, dir := range images[:max(0, len(images)-1)] {
 		unlock, err := lock(dir+".lock", syscall.LOCK_EX|syscall.LOCK_NB)

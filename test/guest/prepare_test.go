@@ -11,7 +11,8 @@ import (
 	"github.com/lariat-net/lariat/test/debian"
 )
 
-// TestSweepKeepsWhatIsOfUse: of images this one, the newest other one, for a checkout of another branch, and those that guests run from.
+// TestSweepKeepsWhatIsOfUse: of images this one, the newest other one, for a checkout of another branch, and
+// those that guests run from.
 func TestSweepKeepsWhatIsOfUse(t *testing.T) {
 	cache := t.TempDir()
 	for i, name := range []string{"image-a-1", "image-a-2", "image-b-1", "image-c-1"} {

@@ -51,15 +51,21 @@ var _ = Describe("An attachment", func() {
 			Expect(addrs[0].IPNet.String()).To(Equal(c.Addr(false).String() + "/32"))
 			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(l, netlink.FAMILY_V4) })
 			Expect(err).NotTo(HaveOccurred())
-			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Gw.String() }, Equal(gw.String()))))
-			neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(l.Attrs().Index, netlink.FAMILY_V4) })
+			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Gw.String() },
+				Equal(gw.String()))))
+			neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) {
+				return netlink.NeighList(l.Attrs().Index,
+					netlink.FAMILY_V4)
+			})
 			Expect(err).NotTo(HaveOccurred())
-			Expect(neighs).To(ContainElement(And(WithTransform(func(n netlink.Neigh) string { return n.IP.String() }, Equal(gw.String())), HaveField("State", netlink.NUD_PERMANENT))))
+			Expect(neighs).To(ContainElement(And(WithTransform(func(n netlink.Neigh) string { return n.IP.String() },
+				Equal(gw.String())), HaveField("State", netlink.NUD_PERMANENT))))
 		})
 		on(host(0), func() {
 			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V4) })
 			Expect(err).NotTo(HaveOccurred())
-			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Dst.String() }, Equal(c.Addr(false).String()+"/32"))))
+			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Dst.String() },
+				Equal(c.Addr(false).String()+"/32"))))
 		})
 		own, _ := netip.AddrFromSlice(gw)
 		pings(c.Netns, own.Unmap())
@@ -91,7 +97,8 @@ var _ = Describe("An attachment", func() {
 	It("F5: a failing IPAM, ours or another, leaves nothing", func() {
 		c := container(host(0))
 		before := ports(host(0))
-		err := c.Add(ctx, call(host(0), "overlay", map[string]any{"ipam": map[string]any{"type": "static", "addresses": []any{map[string]any{"address": "nonsense"}}}}))
+		err := c.Add(ctx, call(host(0), "overlay",
+			map[string]any{"ipam": map[string]any{"type": "static", "addresses": []any{map[string]any{"address": "nonsense"}}}}))
 		Expect(err).To(HaveOccurred())
 		err = c.Add(ctx, call(host(0), "nowhere", nil))
 		Expect(err).To(MatchError(ContainSubstring("nowhere")))
@@ -127,27 +134,30 @@ var _ = Describe("An attachment", func() {
 		_, err := raw(host(0), "GC", "", `{"cniVersion":"1.1.0","name":"overlay","type":"lariat-vxlan"`)
 		Expect(err).NotTo(HaveOccurred())
 		Expect(ports(host(0))).To(ContainElement(drop.Result.Interfaces[0].Name))
-		_, err = raw(host(0), "GC", "", fmt.Sprintf(`{"cniVersion":"1.1.0","name":"overlay","type":"lariat-vxlan","cni.dev/valid-attachments":[{"containerID":%q,"ifname":"eth0"}]`, keep.ID))
+		_, err = raw(host(0), "GC", "",
+			fmt.Sprintf(`{"cniVersion":"1.1.0","name":"overlay","type":"lariat-vxlan","cni.dev/valid-attachments":[{"containerID":%q,"ifname":"eth0"}]`, keep.ID))
 		Expect(err).NotTo(HaveOccurred())
 		Expect(ports(host(0))).To(ConsistOf(keep.Result.Interfaces[0].Name))
 		Expect(held(host(0), "overlay")).NotTo(ContainElement(HaveField("ContainerID", drop.ID)))
 		Expect(keep.Check(ctx, cl)).To(Succeed())
-		_, err = raw(host(0), "GC", "", `{"cniVersion":"1.1.0","name":"overlay","type":"lariat-vxlan","cni.dev/valid-attachments":[]`)
+		_, err = raw(host(0), "GC", "",
+			`{"cniVersion":"1.1.0","name":"overlay","type":"lariat-vxlan","cni.dev/valid-attachments":[]`)
 		Expect(err).NotTo(HaveOccurred())
 		Expect(ports(host(0))).To(BeEmpty())
 		Expect(held(host(0), "overlay")).To(BeEmpty())
 	})
 
-	It("F8: the MTU is the underlay's minus the overhead, in the result too; LinkMTUOverhead=0 gives the underlay's", func() {
-		c := connected(host(0), "overlay")
-		inside(c, func(l netlink.Link) { Expect(l.Attrs().MTU).To(Equal(1450)) })
-		Expect(c.Result.Interfaces[1].Mtu).To(Equal(1450))
-		full, cl := container(host(0)), call(host(0), "overlay", nil)
-		cl.Args = map[string]string{"LinkMTUOverhead": "0", "IgnoreUnknown": "1"}
-		Expect(full.Add(ctx, cl)).To(Succeed())
-		inside(full, func(l netlink.Link) { Expect(l.Attrs().MTU).To(Equal(1500)) })
-		Expect(full.Del(ctx, cl)).To(Succeed())
-	})
+	It("F8: the MTU is the underlay's minus the overhead, in the result too; LinkMTUOverhead=0 gives the underlay's",
+		func() {
+			c := connected(host(0), "overlay")
+			inside(c, func(l netlink.Link) { Expect(l.Attrs().MTU).To(Equal(1450)) })
+			Expect(c.Result.Interfaces[1].Mtu).To(Equal(1450))
+			full, cl := container(host(0)), call(host(0), "overlay", nil)
+			cl.Args = map[string]string{"LinkMTUOverhead": "0", "IgnoreUnknown": "1"}
+			Expect(full.Add(ctx, cl)).To(Succeed())
+			inside(full, func(l netlink.Link) { Expect(l.Attrs().MTU).To(Equal(1500)) })
+			Expect(full.Del(ctx, cl)).To(Succeed())
+		})
 
 	It("F11: the MAC is the one asked for", func() {
 		c, cl := container(host(0)), call(host(0), "overlay", map[string]any{"capabilities": map[string]bool{"mac": true}})
@@ -158,7 +168,8 @@ var _ = Describe("An attachment", func() {
 		Expect(c.Del(ctx, cl)).To(Succeed())
 
 		m := container(host(0))
-		Expect(host(0).Client().Put(ctx, metadata.KindContainer, "a/"+m.ID, metadata.Container{ID: m.ID, Host: "a", Network: "overlay", MAC: metadata.MAC{0x0a, 9, 9, 9, 9, 9}})).To(Succeed())
+		Expect(host(0).Client().Put(ctx, metadata.KindContainer, "a/"+m.ID,
+			metadata.Container{ID: m.ID, Host: "a", Network: "overlay", MAC: metadata.MAC{0x0a, 9, 9, 9, 9, 9}})).To(Succeed())
 		cl = call(host(0), "overlay", nil)
 		Expect(m.Add(ctx, cl)).To(Succeed())
 		inside(m, func(l netlink.Link) { Expect(l.Attrs().HardwareAddr.String()).To(Equal("0a:09:09:09:09:09")) })
@@ -187,47 +198,62 @@ var _ = Describe("An attachment", func() {
 		Expect(c.Add(ctx, cl)).To(Succeed())
 		Expect(c.Addr(false).String()).To(Equal("10.42.200.9"))
 		Expect(host(2).StartMetadata(ctx)).To(Succeed())
-		Eventually(func() []metadata.Allocation { return held(host(2), "overlay") }).Should(ContainElement(HaveField("Address", c.Addr(false))))
+		Eventually(func() []metadata.Allocation {
+			return held(host(2),
+				"overlay")
+		}).Should(ContainElement(HaveField("Address", c.Addr(false))))
 		Expect(c.Del(ctx, cl)).To(Succeed())
-		Eventually(func() []metadata.Allocation { return held(host(2), "overlay") }).ShouldNot(ContainElement(HaveField("ContainerID", c.ID)))
+		Eventually(func() []metadata.Allocation {
+			return held(host(2),
+				"overlay")
+		}).ShouldNot(ContainElement(HaveField("ContainerID", c.ID)))
 	})
 
 	It("F20: subnetPrefixSize and routes of the ipam block are in the result", func() {
 		c := container(host(0))
-		cl := call(host(0), "overlay", map[string]any{"type": "ptp", "ipam": map[string]any{"type": "lariat-ipam", "subnetPrefixSize": "/24", "routes": []any{map[string]any{"dst": "10.99.0.0/16"}}}})
+		cl := call(host(0), "overlay",
+			map[string]any{"type": "ptp", "ipam": map[string]any{"type": "lariat-ipam", "subnetPrefixSize": "/24",
+				"routes": []any{map[string]any{"dst": "10.99.0.0/16"}}}})
 		Expect(c.Add(ctx, cl)).To(Succeed())
 		ones, _ := c.Result.IPs[0].Address.Mask.Size()
 		Expect(ones).To(Equal(24))
-		Expect(c.Result.Routes).To(ContainElement(WithTransform(func(r *types.Route) string { return r.Dst.String() }, Equal("10.99.0.0/16"))))
+		Expect(c.Result.Routes).To(ContainElement(WithTransform(func(r *types.Route) string { return r.Dst.String() },
+			Equal("10.99.0.0/16"))))
 		Expect(c.Del(ctx, cl)).To(Succeed())
 	})
 
-	It("F16, F17, F21: the address that metadata assigns, waited for; without it the error names the id and the time", func() {
-		c, cl := container(host(0)), call(host(0), "overlay", map[string]any{"ipam": map[string]any{"type": "lariat-ipam", "waitSeconds": 20}})
-		added := make(chan error, 1)
-		go func() { added <- c.Add(ctx, cl) }()
-		Consistently(added, "300ms").ShouldNot(Receive())
-		Expect(host(1).Client().Put(ctx, metadata.KindContainer, "a/"+c.ID, metadata.Container{ID: c.ID, Host: "a", Network: "overlay",
-			Addresses: []netip.Addr{netip.MustParseAddr("10.42.77.7"), netip.MustParseAddr("fd42::77:7")}})).To(Succeed())
-		Eventually(added).Should(Receive(Succeed()))
-		Expect(c.Addr(false).String()).To(Equal("10.42.77.7"))
-		Expect(c.Del(ctx, cl)).To(Succeed())
+	It("F16, F17, F21: the address that metadata assigns, waited for; without it the error names the id and the time",
+		func() {
+			c, cl := container(host(0)),
+				call(host(0), "overlay", map[string]any{"ipam": map[string]any{"type": "lariat-ipam", "waitSeconds": 20}})
+			added := make(chan error, 1)
+			go func() { added <- c.Add(ctx, cl) }()
+			Consistently(added, "300ms").ShouldNot(Receive())
+			Expect(host(1).Client().Put(ctx, metadata.KindContainer, "a/"+c.ID,
+				metadata.Container{ID: c.ID, Host: "a", Network: "overlay",
+					Addresses: []netip.Addr{netip.MustParseAddr("10.42.77.7"), netip.MustParseAddr("fd42::77:7")}})).To(Succeed())
+			Eventually(added).Should(Receive(Succeed()))
+			Expect(c.Addr(false).String()).To(Equal("10.42.77.7"))
+			Expect(c.Del(ctx, cl)).To(Succeed())
 
-		unknown, short := container(host(0)), call(host(0), "overlay", map[string]any{"ipam": map[string]any{"type": "lariat-ipam", "waitSeconds": 1}})
-		err := unknown.Add(ctx, short)
-		Expect(err).To(MatchError(And(ContainSubstring(unknown.ID), MatchRegexp(`[0-9.]+m?s`))))
-		Expect(code(err)).To(BeEquivalentTo(cni.ErrTryAgain))
-	})
+			unknown, short := container(host(0)),
+				call(host(0), "overlay", map[string]any{"ipam": map[string]any{"type": "lariat-ipam", "waitSeconds": 1}})
+			err := unknown.Add(ctx, short)
+			Expect(err).To(MatchError(And(ContainSubstring(unknown.ID), MatchRegexp(`[0-9.]+m?s`))))
+			Expect(code(err)).To(BeEquivalentTo(cni.ErrTryAgain))
+		})
 
 	It("F18: the wait survives a restart of the metadata service", func() {
-		c, cl := container(host(2)), call(host(2), "overlay", map[string]any{"ipam": map[string]any{"type": "lariat-ipam", "waitSeconds": 30}})
+		c, cl := container(host(2)),
+			call(host(2), "overlay", map[string]any{"ipam": map[string]any{"type": "lariat-ipam", "waitSeconds": 30}})
 		added := make(chan error, 1)
 		go func() { added <- c.Add(ctx, cl) }()
 		Consistently(added, "200ms").ShouldNot(Receive())
 		Expect(host(2).Metadata.Stop()).To(Succeed())
 		Expect(host(2).StartMetadata(ctx)).To(Succeed())
-		Expect(host(0).Client().Put(ctx, metadata.KindContainer, "c/"+c.ID, metadata.Container{ID: c.ID, Host: "c", Network: "overlay",
-			Addresses: []netip.Addr{netip.MustParseAddr("10.42.77.8"), netip.MustParseAddr("fd42::77:8")}})).To(Succeed())
+		Expect(host(0).Client().Put(ctx, metadata.KindContainer, "c/"+c.ID,
+			metadata.Container{ID: c.ID, Host: "c", Network: "overlay",
+				Addresses: []netip.Addr{netip.MustParseAddr("10.42.77.8"), netip.MustParseAddr("fd42::77:8")}})).To(Succeed())
 		Eventually(added, "20s").Should(Receive(Succeed()))
 		Expect(c.Del(ctx, cl)).To(Succeed())
 	})
@@ -237,7 +263,8 @@ var _ = Describe("An attachment", func() {
 		Expect(host(2).Metadata.Stop()).To(Succeed())
 		Expect(c.Check(ctx, cl)).To(Succeed())
 		Expect(c.Del(ctx, cl)).To(Succeed())
-		_, err := raw(host(2), "GC", "", `{"cniVersion":"1.1.0","name":"overlay","type":"lariat-vxlan","cni.dev/valid-attachments":[]`)
+		_, err := raw(host(2), "GC", "",
+			`{"cniVersion":"1.1.0","name":"overlay","type":"lariat-vxlan","cni.dev/valid-attachments":[]`)
 		Expect(err).NotTo(HaveOccurred())
 		Expect(ports(host(2))).To(BeEmpty())
 		Expect(host(2).StartMetadata(ctx)).To(Succeed())
@@ -264,8 +291,12 @@ var _ = Describe("An attachment", func() {
 		Expect(h.Reboot(2)).To(Succeed())
 		Expect(h.StartMetadata(ctx)).To(Succeed())
 		Expect(h.StartManager(ctx)).To(Succeed())
-		Eventually(func() []metadata.Allocation { return held(h, "overlay") }).ShouldNot(ContainElement(HaveField("ContainerID", dead.ID)))
-		Consistently(func() []metadata.Allocation { return held(h, "overlay") }, "1500ms", "100ms").Should(ContainElement(HaveField("ContainerID", live.ID)))
+		Eventually(func() []metadata.Allocation {
+			return held(h,
+				"overlay")
+		}).ShouldNot(ContainElement(HaveField("ContainerID", dead.ID)))
+		Consistently(func() []metadata.Allocation { return held(h, "overlay") }, "1500ms",
+			"100ms").Should(ContainElement(HaveField("ContainerID", live.ID)))
 		pings(host(0).Netns, live.Addr(false))
 	})
 
@@ -274,7 +305,10 @@ var _ = Describe("An attachment", func() {
 		dead := container(host(1))
 		Expect(dead.Add(ctx, cl)).To(Succeed())
 		Expect(dead.Netns.Remove()).To(Succeed()) // its runtime is dead too
-		Eventually(func() []metadata.Allocation { return held(host(1), "overlay") }).ShouldNot(ContainElement(HaveField("ContainerID", dead.ID)))
+		Eventually(func() []metadata.Allocation {
+			return held(host(1),
+				"overlay")
+		}).ShouldNot(ContainElement(HaveField("ContainerID", dead.ID)))
 		Eventually(func() []string { return ports(host(1)) }).ShouldNot(ContainElement(dead.Result.Interfaces[0].Name))
 		Expect(live.Check(ctx, cl)).To(Succeed())
 		pings(host(0).Netns, live.Addr(false))
@@ -330,10 +364,13 @@ var _ = Describe("An attachment", func() {
 	})
 })
 
-// raw calls lariat-vxlan as a runtime would, with this host's paths put behind the configuration, which lacks its last brace.
+// raw calls lariat-vxlan as a runtime would, with this host's paths put behind the configuration, which lacks
+// its last brace.
 func raw(h *lab.Host, verb, containerID, conf string) (string, error) {
-	conf += fmt.Sprintf(`,"socket":%q,"managerSocket":%q,"stateDir":%q,"ipam":{"type":"lariat-ipam"}}`, h.Socket(), h.ManagerSocket(), h.StateDir())
-	return h.Exec(ctx, filepath.Join(cluster.Bin, "lariat-vxlan"), conf, "CNI_COMMAND="+verb, "CNI_CONTAINERID="+containerID, "CNI_IFNAME=eth0", "CNI_PATH="+cluster.Bin)
+	conf += fmt.Sprintf(`,"socket":%q,"managerSocket":%q,"stateDir":%q,"ipam":{"type":"lariat-ipam"}}`, h.Socket(),
+		h.ManagerSocket(), h.StateDir())
+	return h.Exec(ctx, filepath.Join(cluster.Bin, "lariat-vxlan"), conf, "CNI_COMMAND="+verb, "CNI_CONTAINERID="+
+		containerID, "CNI_IFNAME=eth0", "CNI_PATH="+cluster.Bin)
 }
 
 func resultText(c *lab.Container) string {

@@ -66,24 +66,25 @@ var _ = Describe("The overlay", func() {
 		Expect(v.Attrs().Alias).To(Equal("lariat:vxlan:overlay"))
 	})
 
-	It("F24, F33: containers on different hosts ping each other, and a host's processes ping containers on another host", func() {
-		a, b, c := connected(host(0), "overlay"), connected(host(1), "overlay"), connected(host(2), "overlay")
-		for _, from := range []*lab.Container{a, b, c} {
-			for _, to := range []*lab.Container{a, b, c} {
-				if from != to {
-					pings(from.Netns, to.Addr(false))
-					pings(from.Netns, to.Addr(true))
+	It("F24, F33: containers on different hosts ping each other, and a host's processes ping containers on another host",
+		func() {
+			a, b, c := connected(host(0), "overlay"), connected(host(1), "overlay"), connected(host(2), "overlay")
+			for _, from := range []*lab.Container{a, b, c} {
+				for _, to := range []*lab.Container{a, b, c} {
+					if from != to {
+						pings(from.Netns, to.Addr(false))
+						pings(from.Netns, to.Addr(true))
+					}
 				}
 			}
-		}
-		pings(host(0).Netns, b.Addr(false))
-		pings(host(0).Netns, b.Addr(true))
-		pings(host(2).Netns, a.Addr(false))
-		_, err := a.Transfer(ctx, b.Netns, b.Addr(false), 8<<20)
-		Expect(err).NotTo(HaveOccurred())
-		_, err = a.Transfer(ctx, c.Netns, c.Addr(true), 8<<20)
-		Expect(err).NotTo(HaveOccurred())
-	})
+			pings(host(0).Netns, b.Addr(false))
+			pings(host(0).Netns, b.Addr(true))
+			pings(host(2).Netns, a.Addr(false))
+			_, err := a.Transfer(ctx, b.Netns, b.Addr(false), 8<<20)
+			Expect(err).NotTo(HaveOccurred())
+			_, err = a.Transfer(ctx, c.Netns, c.Addr(true), 8<<20)
+			Expect(err).NotTo(HaveOccurred())
+		})
 
 	It("F25: gives a host the same MAC after a restart, and no two hosts the same", func() {
 		seen := map[string]bool{}
@@ -94,7 +95,8 @@ var _ = Describe("The overlay", func() {
 		before := device(host(1), "vtep1042").Attrs().HardwareAddr.String()
 		Expect(host(1).Metadata.Stop()).To(Succeed())
 		Expect(host(1).StartMetadata(ctx)).To(Succeed())
-		Consistently(func() string { return device(host(1), "vtep1042").Attrs().HardwareAddr.String() }, "300ms").Should(Equal(before))
+		Consistently(func() string { return device(host(1), "vtep1042").Attrs().HardwareAddr.String() },
+			"300ms").Should(Equal(before))
 	})
 
 	It("F26, F141: holds exactly the planned rows, and a settled host is not written to", func() {
@@ -106,7 +108,8 @@ var _ = Describe("The overlay", func() {
 			on(h, func() { Expect(netlink.RouteSubscribe(updates, done)).To(Succeed()) })
 			neighs := make(chan netlink.NeighUpdate, 100)
 			on(h, func() { Expect(netlink.NeighSubscribe(neighs, done)).To(Succeed()) })
-			Consistently(updates, "1200ms").ShouldNot(Receive(HaveField("Protocol", netlink.RouteProtocol(delta.Protocol)))) // more than one pass of the manager
+			// more than one pass of the manager
+			Consistently(updates, "1200ms").ShouldNot(Receive(HaveField("Protocol", netlink.RouteProtocol(delta.Protocol))))
 			Expect(neighs).NotTo(Receive(HaveField("State", netlink.NUD_PERMANENT)))
 			close(done)
 		}
@@ -134,13 +137,19 @@ var _ = Describe("The overlay", func() {
 		pings(host(0).Netns, c.Addr(false))
 		on(host(0), func() {
 			vtep := link("vtep1042")
-			neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(vtep.Attrs().Index, unix.AF_BRIDGE) })
+			neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) {
+				return netlink.NeighList(vtep.Attrs().Index,
+					unix.AF_BRIDGE)
+			})
 			Expect(err).NotTo(HaveOccurred())
 			for _, n := range neighs {
 				_ = netlink.NeighDel(&n) // the manager may be repairing already: one is as good as all
 			}
 			ours, by := &netlink.Route{Protocol: delta.Protocol}, netlink.RT_FILTER_PROTOCOL
-			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteListFiltered(netlink.FAMILY_V4, ours, by) })
+			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) {
+				return netlink.RouteListFiltered(netlink.FAMILY_V4,
+					ours, by)
+			})
 			Expect(err).NotTo(HaveOccurred())
 			for _, r := range routes {
 				if r.LinkIndex == vtep.Attrs().Index {
@@ -181,7 +190,8 @@ var _ = Describe("The overlay", func() {
 			old := link("vtep1042")
 			Expect(netlink.LinkDel(old)).To(Succeed())
 			// The manager may be faster; then this one is refused, and there is nothing to test for.
-			_ = netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "vtep1042"}, VxlanId: 77, Port: 4789, Learning: true})
+			_ = netlink.LinkAdd(&netlink.Vxlan{LinkAttrs: netlink.LinkAttrs{Name: "vtep1042"}, VxlanId: 77, Port: 4789,
+				Learning: true})
 		})
 		Eventually(func() int {
 			if v := device(host(0), "vtep1042"); v != nil {
@@ -205,9 +215,13 @@ var _ = Describe("The overlay", func() {
 		on(host(0), func() { Expect(netlink.LinkDel(link("vtep1042"))).To(Succeed()) })
 		Eventually(func() string { return settled(host(0)) }).Should(BeEmpty())
 		on(host(0), func() {
-			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(link("foreign"), netlink.FAMILY_V4) })
+			routes, err := kernel.RetryDump(func() ([]netlink.Route, error) {
+				return netlink.RouteList(link("foreign"),
+					netlink.FAMILY_V4)
+			})
 			Expect(err).NotTo(HaveOccurred())
-			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Dst.String() }, Equal("203.0.113.0/24"))))
+			Expect(routes).To(ContainElement(WithTransform(func(r netlink.Route) string { return r.Dst.String() },
+				Equal("203.0.113.0/24"))))
 		})
 	})
 
@@ -216,7 +230,8 @@ var _ = Describe("The overlay", func() {
 		sh(host(0), "ip route add default via 192.0.2.250; ip -6 route add default dev eth0")
 		DeferCleanup(func() { sh(host(0), "ip route del default; ip -6 route del default") })
 		// The default routes would end otherwise: in silence, or, for IPv6, with no such neighbour.
-		for to, answer := range map[string]error{"10.42.250.1:80": unix.EHOSTUNREACH, "[fd42:0:0:ffff::1]:80": unix.ENETUNREACH} {
+		for to, answer := range map[string]error{"10.42.250.1:80": unix.EHOSTUNREACH,
+			"[fd42:0:0:ffff::1]:80": unix.ENETUNREACH} {
 			Expect(c.Do(func() error {
 				short, cancel := context.WithTimeout(ctx, 5*time.Second)
 				defer cancel()
@@ -250,7 +265,8 @@ var _ = Describe("The overlay", func() {
 			pings(far.Netns, c.Addr(true))
 			Expect(h.StartManager(ctx)).To(Succeed())
 			Eventually(func() string { return whole(h) }).Should(BeEmpty())
-			sh(h, "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; echo 0 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6; ip addr replace 2001:db8::1/64 dev eth0 nodad")
+			sh(h, "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6; echo 0 > /proc/sys/net/ipv6/conf/eth0/disable_ipv6; "+
+				"ip addr replace 2001:db8::1/64 dev eth0 nodad")
 			Eventually(func() string { return whole(h) }).Should(BeEmpty())
 		}
 		sh(h, "echo 0 > /proc/sys/net/ipv6/conf/all/disable_ipv6")
@@ -258,7 +274,8 @@ var _ = Describe("The overlay", func() {
 	})
 
 	It("F32: leaves a link alone that has a network's addresses: names it, and refuses another such network", func() {
-		h, n := host(0), metadata.Network{Name: "wide", Subnets: prefixes("172.17.0.0/16"), VNI: 1717, Encapsulation: metadata.EncapVXLAN}
+		h, n := host(0), metadata.Network{Name: "wide", Subnets: prefixes("172.17.0.0/16"), VNI: 1717,
+			Encapsulation: metadata.EncapVXLAN}
 		create(n)
 		DeferCleanup(func() { dropNetwork("wide") })
 		Eventually(func() string { return whole(h) }).Should(BeEmpty())
@@ -281,9 +298,13 @@ var _ = Describe("The overlay", func() {
 		sh(h, `ip link add docker0 type bridge; ip addr add 172.17.0.1/16 dev docker0; ip link set docker0 up
 			ip link add veth9 type veth peer name eth0 netns docker; ip link set veth9 master docker0 up`)
 		DeferCleanup(func() { sh(h, "ip link del docker0; ip link del veth9") })
-		_, err = docker.Output(ctx, "sh", "-ec", fmt.Sprintf("ip addr add %s/16 dev eth0; ip link set eth0 up; ip route add default via 172.17.0.1", inside))
+		_, err = docker.Output(ctx, "sh", "-ec", fmt.Sprintf("ip addr add %s/16 dev eth0; ip link set eth0 up; ip route "+
+			"add default via 172.17.0.1", inside))
 		Expect(err).NotTo(HaveOccurred())
-		Eventually(func() (string, error) { return h.Output(ctx, "ip", "route", "show", "type", "blackhole") }).ShouldNot(ContainSubstring("172.17."))
+		Eventually(func() (string, error) {
+			return h.Output(ctx, "ip", "route", "show", "type",
+				"blackhole")
+		}).ShouldNot(ContainSubstring("172.17."))
 		Eventually(func() string { return whole(h) }).Should(BeEmpty())
 		pings(h.Netns, inside)
 		pings(docker, h.Addr.Addr())
@@ -309,13 +330,20 @@ var _ = Describe("The overlay", func() {
 	It("F34: serves the metadata address to containers and to the host", func() {
 		c := connected(host(1), "overlay")
 		for _, from := range []lab.Netns{c.Netns, host(1).Netns} {
-			Eventually(func() (string, error) { return get(from, "http://169.254.169.250/latest/self/host/name") }).Should(Equal("b"))
+			Eventually(func() (string, error) {
+				return get(from,
+					"http://169.254.169.250/latest/self/host/name")
+			}).Should(Equal("b"))
 		}
-		Eventually(func() (string, error) { return get(c.Netns, "http://169.254.169.250/latest/self/container/primary_ip") }).Should(Equal(c.Addr(false).String()))
+		Eventually(func() (string, error) {
+			return get(c.Netns,
+				"http://169.254.169.250/latest/self/container/primary_ip")
+		}).Should(Equal(c.Addr(false).String()))
 	})
 
 	It("F35: carries several networks at once, each by its own VNI", func() {
-		create(metadata.Network{Name: "blue", Subnets: prefixes("10.43.0.0/16"), Encapsulation: metadata.EncapVXLAN, VNI: 1043})
+		create(metadata.Network{Name: "blue", Subnets: prefixes("10.43.0.0/16"), Encapsulation: metadata.EncapVXLAN,
+			VNI: 1043})
 		DeferCleanup(func() { dropNetwork("blue") })
 		a, b := connected(host(0), "overlay"), connected(host(1), "overlay")
 		c, d := connected(host(0), "blue"), connected(host(1), "blue")
@@ -347,7 +375,8 @@ var _ = Describe("The overlay", func() {
 
 	It("F45: a container cannot use another's address", func() { spoof("overlay") })
 
-	It("F45: a container cannot use another's address: by its port's reverse-path check alone, and when that is overridden, by the rule", func() {
+	It("F45: a container cannot use another's address: by its port's reverse-path check alone, and when that is "+
+		"overridden, by the rule", func() {
 		on(host(0), func() {
 			conn, err := nftables.New()
 			Expect(err).NotTo(HaveOccurred())
@@ -375,16 +404,19 @@ var _ = Describe("The overlay", func() {
 	})
 
 	It("F58, F59: masquerades what leaves the network, but not what is exempted and not what stays inside", func() {
-		n := metadata.Network{Name: "nat", Subnets: prefixes("10.45.0.0/16"), Encapsulation: metadata.EncapVXLAN, VNI: 1045, HostNAT: true, HostNATExempt: prefixes("198.51.100.0/24")}
+		n := metadata.Network{Name: "nat", Subnets: prefixes("10.45.0.0/16"), Encapsulation: metadata.EncapVXLAN, VNI: 1045,
+			HostNAT: true, HostNATExempt: prefixes("198.51.100.0/24")}
 		create(n)
 		DeferCleanup(func() { dropNetwork("nat") })
 		outside, err := lab.NewNetns("outside")
 		Expect(err).NotTo(HaveOccurred())
 		DeferCleanup(func() { outside.Remove() })
-		Expect(cluster.Switch.Plug(outside, "eth0", 1500, netip.MustParsePrefix("192.0.2.200/24"), netip.MustParsePrefix("198.51.100.200/24"))).To(Succeed())
+		Expect(cluster.Switch.Plug(outside, "eth0", 1500, netip.MustParsePrefix("192.0.2.200/24"),
+			netip.MustParsePrefix("198.51.100.200/24"))).To(Succeed())
 		exempt := netip.MustParsePrefix("198.51.100.0/24")
 		on(host(0), func() {
-			Expect(netlink.RouteReplace(&netlink.Route{LinkIndex: link("eth0").Attrs().Index, Dst: ipnet(exempt), Scope: netlink.SCOPE_LINK})).To(Succeed())
+			Expect(netlink.RouteReplace(&netlink.Route{LinkIndex: link("eth0").Attrs().Index, Dst: ipnet(exempt),
+				Scope: netlink.SCOPE_LINK})).To(Succeed())
 		})
 		DeferCleanup(func() {
 			on(host(0), func() {
@@ -392,7 +424,8 @@ var _ = Describe("The overlay", func() {
 			})
 		})
 		Expect(outside.Do(func() error { // the way back for what keeps its source
-			return netlink.RouteAdd(&netlink.Route{LinkIndex: link("eth0").Attrs().Index, Dst: ipnet(n.Subnets[0]), Gw: host(0).Addr.Addr().AsSlice()})
+			return netlink.RouteAdd(&netlink.Route{LinkIndex: link("eth0").Attrs().Index, Dst: ipnet(n.Subnets[0]),
+				Gw: host(0).Addr.Addr().AsSlice()})
 		})).To(Succeed())
 		c, far := connected(host(0), "nat"), connected(host(1), "nat")
 		Eventually(func() string { return settled(host(0)) }).Should(BeEmpty())
@@ -402,7 +435,8 @@ var _ = Describe("The overlay", func() {
 	})
 
 	It("F138: uses plain routes to hosts on the same link when asked, and the tunnel when not", func() {
-		n := metadata.Network{Name: "direct", Subnets: prefixes("10.46.0.0/16"), Encapsulation: metadata.EncapVXLAN, VNI: 1046, DirectRouting: true}
+		n := metadata.Network{Name: "direct", Subnets: prefixes("10.46.0.0/16"), Encapsulation: metadata.EncapVXLAN,
+			VNI: 1046, DirectRouting: true}
 		create(n)
 		DeferCleanup(func() { dropNetwork("direct") })
 		a, b := connected(host(0), "direct"), connected(host(1), "direct")
@@ -458,7 +492,10 @@ var _ = Describe("The overlay", func() {
 		Eventually(func() (out []string) {
 			on(host(0), func() {
 				vtep := link("vtep1042")
-				neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) { return netlink.NeighList(vtep.Attrs().Index, unix.AF_BRIDGE) })
+				neighs, err := kernel.RetryDump(func() ([]netlink.Neigh, error) {
+					return netlink.NeighList(vtep.Attrs().Index,
+						unix.AF_BRIDGE)
+				})
 				Expect(err).NotTo(HaveOccurred())
 				for _, n := range neighs {
 					out = append(out, n.IP.String())
@@ -484,7 +521,8 @@ var _ = Describe("The overlay", func() {
 			}
 		}()
 		DeferCleanup(listener.Close)
-		forged := vxlanUDP(1042, device(host(0), "vtep1042").Attrs().HardwareAddr, netip.MustParseAddr("10.42.0.200"), c.Addr(false), 7)
+		forged := vxlanUDP(1042, device(host(0), "vtep1042").Attrs().HardwareAddr, netip.MustParseAddr("10.42.0.200"),
+			c.Addr(false), 7)
 		send := func(from lab.Netns) {
 			Expect(from.Do(func() error {
 				conn, err := net.Dial("udp", "192.0.2.1:4789")
@@ -516,7 +554,8 @@ func get(from lab.Netns, url string) (body string, err error) {
 			return err
 		}
 		defer conn.Close()
-		client := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }}, Timeout: 5 * time.Second}
+		client := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
+			DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }}, Timeout: 5 * time.Second}
 		res, err := client.Get(url)
 		if err != nil {
 			return err

@@ -32,7 +32,8 @@ func attachment(addrs ...string) *metadata.Attachment {
 	return a
 }
 
-// TestF1_Port: address, default route by the gateway, one route on the host; CheckEndpoint agrees, and names what is taken away.
+// TestF1_Port: address, default route by the gateway, one route on the host; CheckEndpoint agrees, and names
+// what is taken away.
 func TestF1_F7_Port(t *testing.T) {
 	k, err := kernel.New()
 	if err != nil {

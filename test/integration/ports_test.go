@@ -67,40 +67,45 @@ var disturbances = []string{
 	"echo 0 > /proc/sys/net/ipv4/conf/D/rp_filter",
 	"echo 0 > /proc/sys/net/ipv4/conf/D/forwarding",
 	"echo 1 > /proc/sys/net/ipv6/conf/D/disable_ipv6",
-	"cd /proc/sys/net/ipv6/conf/all; echo 1 > disable_ipv6; echo 0 > disable_ipv6; ip addr replace 2001:db8::1/64 dev eth0 nodad",
+	"cd /proc/sys/net/ipv6/conf/all; echo 1 > disable_ipv6; echo 0 > disable_ipv6; ip addr replace 2001:db8::1/64 " +
+		"dev eth0 nodad",
 	"ip addr flush dev vtep1042",
 	"ip link set vtep1042 down",
 	"echo 0 > /proc/sys/net/ipv4/ip_forward",
 }
 
 var _ = Describe("A container's port", func() {
-	It("F29: is given back what another program takes from it, by an event, and its container's packets flow again", func() {
-		rarely(host(0))
-		c, other, far := connected(host(0), "overlay"), connected(host(0), "overlay"), connected(host(1), "overlay")
-		index := func() (i uint32) {
-			on(host(0), func() { i = kernel.VethIndex(portOf(c)) })
-			return i
-		}
-		before := index()
-		long, err := time.ParseDuration(cmp.Or(os.Getenv("LARIAT_DISTURB"), "0s"))
-		Expect(err).NotTo(HaveOccurred())
-		r := rand.New(rand.NewPCG(uint64(GinkgoRandomSeed()), 0))
-		for start, n := time.Now(), 0; n < len(disturbances) || time.Since(start) < long; n++ {
-			if n%len(disturbances) == 0 {
-				r.Shuffle(len(disturbances), func(i, j int) { disturbances[i], disturbances[j] = disturbances[j], disturbances[i] })
+	It("F29: is given back what another program takes from it, by an event, and its container's packets flow again",
+		func() {
+			rarely(host(0))
+			c, other, far := connected(host(0), "overlay"), connected(host(0), "overlay"), connected(host(1), "overlay")
+			index := func() (i uint32) {
+				on(host(0), func() { i = kernel.VethIndex(portOf(c)) })
+				return i
 			}
-			d := strings.ReplaceAll(disturbances[n%len(disturbances)], "D", portOf(c))
-			began := time.Now()
-			sh(host(0), d)
-			Eventually(func() string { return whole(host(0)) }).Should(BeEmpty(), "after %s", d)
-			for _, v6 := range []bool{false, true} {
-				pings(far.Netns, c.Addr(v6))
-				pings(other.Netns, c.Addr(v6))
+			before := index()
+			long, err := time.ParseDuration(cmp.Or(os.Getenv("LARIAT_DISTURB"), "0s"))
+			Expect(err).NotTo(HaveOccurred())
+			r := rand.New(rand.NewPCG(uint64(GinkgoRandomSeed()), 0))
+			for start, n := time.Now(), 0; n < len(disturbances) || time.Since(start) < long; n++ {
+				if n%len(disturbances) == 0 {
+					r.Shuffle(len(disturbances), func(i, j int) {
+						disturbances[i], disturbances[j] = disturbances[j],
+							disturbances[i]
+					})
+				}
+				d := strings.ReplaceAll(disturbances[n%len(disturbances)], "D", portOf(c))
+				began := time.Now()
+				sh(host(0), d)
+				Eventually(func() string { return whole(host(0)) }).Should(BeEmpty(), "after %s", d)
+				for _, v6 := range []bool{false, true} {
+					pings(far.Netns, c.Addr(v6))
+					pings(other.Netns, c.Addr(v6))
+				}
+				fmt.Fprintf(GinkgoWriter, "%v: %s\n", time.Since(began), d)
 			}
-			fmt.Fprintf(GinkgoWriter, "%v: %s\n", time.Since(began), d)
-		}
-		Expect(index()).To(Equal(before), "the port was made anew")
-	})
+			Expect(index()).To(Equal(before), "the port was made anew")
+		})
 
 	It("F29, F137: is reported by CHECK, by plan --diff and by doctor while nobody mends it", func() {
 		c := connected(host(0), "overlay")
@@ -111,7 +116,8 @@ var _ = Describe("A container's port", func() {
 			}
 		})
 		sh(host(0), "ip link set "+portOf(c)+" down; ip link set "+portOf(c)+" up")
-		Expect(c.Check(ctx, call(host(0), "overlay", nil))).To(MatchError(ContainSubstring("route to " + c.Addr(false).String())))
+		Expect(c.Check(ctx, call(host(0), "overlay", nil))).To(MatchError(ContainSubstring("route to " +
+			c.Addr(false).String())))
 		lost := fmt.Sprintf("route %s/32 dev %s src ", c.Addr(false), portOf(c))
 		out, err := host(0).Lariat(ctx, "plan", "--diff")
 		Expect(err).To(HaveOccurred())
@@ -123,10 +129,12 @@ var _ = Describe("A container's port", func() {
 		Eventually(func() string { return whole(host(0)) }).Should(BeEmpty())
 	})
 
-	It("F137: is asked by doctor, whatever its firewall drops; one that is silent, or that the service does not know, is named", func() {
+	It("F137: is asked by doctor, whatever its firewall drops; one that is silent, or that the service does not "+
+		"know, is named", func() {
 		h := host(0)
 		c, walled := connected(h, "overlay"), connected(h, "overlay")
-		_, err := walled.Output(ctx, "nft", "add table inet wall; add chain inet wall in { type filter hook input priority 0; policy drop; }; add rule inet wall in meta nfproto ipv6 accept")
+		_, err := walled.Output(ctx, "nft", "add table inet wall; add chain inet wall in { type filter hook input "+
+			"priority 0; policy drop; }; add rule inet wall in meta nfproto ipv6 accept")
 		Expect(err).NotTo(HaveOccurred())
 		out, err := h.Lariat(ctx, "doctor", "containers", "agreement", "forward-policy")
 		Expect(err).NotTo(HaveOccurred(), out)
@@ -144,7 +152,8 @@ var _ = Describe("A container's port", func() {
 		Expect(h.Client().Release(ctx, "overlay", metadata.AttachmentID{ContainerID: c.ID, IfName: "eth0"}, 0)).To(Succeed())
 		out, err = h.Lariat(ctx, "doctor", "agreement")
 		Expect(err).To(HaveOccurred())
-		Expect(out).To(SatisfyAll(ContainSubstring("container "+metadata.ShortID(c.ID)+"/eth0"), ContainSubstring("knows no address of it")))
+		Expect(out).To(SatisfyAll(ContainSubstring("container "+metadata.ShortID(c.ID)+"/eth0"),
+			ContainSubstring("knows no address of it")))
 	})
 
 	It("F1: hears its own host by the host's overlay address, and by no metadata address when others masquerade", func() {
@@ -172,7 +181,8 @@ var _ = Describe("A container's port", func() {
 			ip link add veth9 type veth peer name eth0 netns bridge; ip link set veth9 master br9 up`)
 		DeferCleanup(func() { sh(host(0), "ip link del br9; nft delete table ip published") })
 		Expect(bridge.Do(func() error { return nil })).To(Succeed())
-		_, err = bridge.Output(ctx, "sh", "-ec", "ip addr add 172.31.9.2/24 dev eth0; ip link set eth0 up; ip route add default via 172.31.9.1")
+		_, err = bridge.Output(ctx, "sh", "-ec", "ip addr add 172.31.9.2/24 dev eth0; ip link set eth0 up; ip route add "+
+			"default via 172.31.9.1")
 		Expect(err).NotTo(HaveOccurred())
 		sh(host(0), fmt.Sprintf(`nft -f - <<.
 table ip published {
@@ -196,10 +206,12 @@ table ip published {
 		at, underlay := netip.AddrPortFrom(c.Addr(false), 8080), host(0).Addr.Addr()
 		Expect(heardAt(c, at, published, bridge)).To(Equal(underlay), "a bridge of the host, masqueraded")
 		Expect(heardAt(c, at, published, c.Netns)).To(Equal(underlay), "the container itself, by its published port")
-		Expect(heardAt(c, at, published, host(0).Netns)).To(Equal(underlay), "the host, by the published port of its underlay address")
+		Expect(heardAt(c, at, published, host(0).Netns)).To(Equal(underlay),
+			"the host, by the published port of its underlay address")
 		// A node port as kube-proxy makes it: marked, and masqueraded for the mark.
 		node := netip.AddrPortFrom(underlay, 30080)
-		for who, from := range map[string]lab.Netns{"the host": host(0).Netns, "another host": host(1).Netns, "a container": local.Netns} {
+		for who, from := range map[string]lab.Netns{"the host": host(0).Netns, "another host": host(1).Netns,
+			"a container": local.Netns} {
 			Expect(heardAt(c, at, node, from)).To(Equal(underlay), "%s, by a node port", who)
 		}
 	})

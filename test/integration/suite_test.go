@@ -39,10 +39,12 @@ var _ = BeforeSuite(func() {
 	SetDefaultEventuallyTimeout(10 * time.Second)
 	SetDefaultEventuallyPollingInterval(5 * time.Millisecond)
 	var err error
-	cluster, err = lab.New(lab.Options{Hosts: 3, Manager: []string{"--interval", "1s", "--grace", "0s"}, Log: GinkgoWriter})
+	cluster, err = lab.New(lab.Options{Hosts: 3, Manager: []string{"--interval", "1s", "--grace", "0s"},
+		Log: GinkgoWriter})
 	Expect(err).NotTo(HaveOccurred())
 	Expect(cluster.Up(ctx)).To(Succeed())
-	create(metadata.Network{Name: "overlay", Subnets: prefixes("10.42.0.0/16", "fd42::/48"), Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true})
+	create(metadata.Network{Name: "overlay", Subnets: prefixes("10.42.0.0/16", "fd42::/48"),
+		Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true})
 	sentinel, err = lab.NewSentinel(ctx, cluster, "sentinel", netip.MustParseAddr("192.0.2.250"))
 	Expect(err).NotTo(HaveOccurred())
 })

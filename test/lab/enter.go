@@ -1,5 +1,6 @@
-// Package lab builds small clusters out of network namespaces, for the tests, the bench and the demo: hosts joined by a switch,
-// each with its real lariat-metadata and lariat-network-manager, and containers that are connected by real CNI calls.
+// Package lab builds small clusters out of network namespaces, for the tests, the bench and the demo: hosts
+// joined by a switch, each with its real lariat-metadata and lariat-network-manager, and containers that are
+// connected by real CNI calls.
 //
 //	           switch (a bridge in the lab's own namespace)
 //	          /            |             \
@@ -7,8 +8,8 @@
 //	  |  |               |  |               |  |
 //	 c1  c2             c1  c2             c1  c2           one namespace each
 //
-// Everything lives in a user, network and mount namespace of its own, so it needs no privileges, no traffic leaves it, and
-// nothing is left when its first process ends.
+// Everything lives in a user, network and mount namespace of its own, so it needs no privileges, no traffic
+// leaves it, and nothing is left when its first process ends.
 package lab
 
 import (
@@ -62,14 +63,16 @@ func reexec() int {
 		return 1
 	case err != nil:
 		fmt.Fprintf(os.Stderr, "lab: a user, network and mount namespace is needed: %v\n"+
-			"  as root or not, the kernel must allow it: see sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone,\n"+
+			"  as root or not, the kernel must allow it: see sysctl user.max_user_namespaces, "+
+			"kernel.unprivileged_userns_clone,\n"+
 			"  kernel.apparmor_restrict_unprivileged_userns; in a container, its seccomp profile\n", err)
 		return 1
 	}
 	return 0
 }
 
-// furnish makes /run private, so that neither named namespaces nor sockets show outside, and sets the loopback device up.
+// furnish makes /run private, so that neither named namespaces nor sockets show outside, and sets the
+// loopback device up.
 func furnish() error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)

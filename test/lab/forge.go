@@ -11,8 +11,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// This file is for attackers: it builds packets that no honest program sends. All builders return whole IP packets, headers
-// included, unless they say otherwise.
+// This file is for attackers: it builds packets that no honest program sends. All builders return whole IP
+// packets, headers included, unless they say otherwise.
 
 // IP is a packet of a protocol; hops is its TTL or hop limit.
 func IP(proto byte, src, dst netip.Addr, hops byte, body []byte) []byte {
@@ -66,10 +66,12 @@ func ICMP(kind, code byte, src, dst netip.Addr, hops byte, rest []byte) []byte {
 	return IP(unix.IPPROTO_ICMP, src, dst, hops, b)
 }
 
-// RouterAdvertisement makes its sender a default router for half an hour, and lets hosts make themselves addresses of a prefix.
+// RouterAdvertisement makes its sender a default router for half an hour, and lets hosts make themselves
+// addresses of a prefix.
 func RouterAdvertisement(src, dst netip.Addr, mac net.HardwareAddr, prefix netip.Prefix) []byte {
-	b := []byte{64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0} // hop limit, flags, lifetime, reachable and retransmission timers
-	b = append(append(b, 1, 1), mac...)                    // source link-layer address
+	// hop limit, flags, lifetime, reachable and retransmission timers
+	b := []byte{64, 0, 0x07, 0x08, 0, 0, 0, 0, 0, 0, 0, 0}
+	b = append(append(b, 1, 1), mac...) // source link-layer address
 	b = append(b, 3, 4, byte(prefix.Bits()), 0xc0, 0, 0, 0x0e, 0x10, 0, 0, 0x0e, 0x10, 0, 0, 0, 0)
 	b = append(b, prefix.Masked().Addr().AsSlice()...)
 	return ICMP(134, 0, src, dst, 255, b)
@@ -87,13 +89,16 @@ func NeighbourAdvertisement(src, dst netip.Addr, mac net.HardwareAddr) []byte {
 	return ICMP(136, 0, src, dst, 255, append(append(b, 2, 1), mac...))
 }
 
-// TooBig is a router's complaint to the source of a packet that it does not fit into the MTU of the way to its destination.
+// TooBig is a router's complaint to the source of a packet that it does not fit into the MTU of the way to
+// its destination.
 func TooBig(router netip.Addr, mtu int, packet []byte) []byte {
 	quote := packet[:min(len(packet), 512)]
 	if packet[0]>>4 == 6 {
-		return ICMP(2, 0, router, netip.AddrFrom16([16]byte(packet[8:24])), 64, append(binary.BigEndian.AppendUint32(nil, uint32(mtu)), quote...))
+		return ICMP(2, 0, router, netip.AddrFrom16([16]byte(packet[8:24])), 64,
+			append(binary.BigEndian.AppendUint32(nil, uint32(mtu)), quote...))
 	}
-	return ICMP(3, 4, router, netip.AddrFrom4([4]byte(packet[12:16])), 64, append(binary.BigEndian.AppendUint16([]byte{0, 0}, uint16(mtu)), quote...))
+	return ICMP(3, 4, router, netip.AddrFrom4([4]byte(packet[12:16])), 64,
+		append(binary.BigEndian.AppendUint16([]byte{0, 0}, uint16(mtu)), quote...))
 }
 
 // Hops gives a packet another TTL or hop limit.
@@ -201,7 +206,8 @@ func (n Netns) DoBare(f func() error) error {
 	})
 }
 
-// SendUDP sends datagrams from a plain socket without capabilities. A from without address or port leaves it to the kernel.
+// SendUDP sends datagrams from a plain socket without capabilities. A from without address or port leaves it
+// to the kernel.
 func (n Netns) SendUDP(from, to netip.AddrPort, payloads ...[]byte) error {
 	return n.DoBare(func() error {
 		var local *net.UDPAddr
@@ -246,7 +252,8 @@ func sum(parts ...[]byte) uint16 {
 // transportSum is the checksum of what stands behind the IP header, with the pseudo header.
 func transportSum(proto byte, src, dst netip.Addr, body []byte) uint16 {
 	n := uint32(len(body))
-	s := sum(src.AsSlice(), dst.AsSlice(), []byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n), 0, 0, 0, proto}, body)
+	s := sum(src.AsSlice(), dst.AsSlice(), []byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n), 0, 0, 0, proto},
+		body)
 	if s == 0 {
 		s = 0xffff // 0 would mean none
 	}

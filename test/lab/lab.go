@@ -89,7 +89,8 @@ func (c *Cluster) addHost(i int) error {
 	if i >= 26 {
 		name = fmt.Sprintf("h%d", i)
 	}
-	h := &Host{Index: i, c: c, Dir: filepath.Join(c.Dir, name), Addr: netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)}), 24)}
+	h := &Host{Index: i, c: c, Dir: filepath.Join(c.Dir, name),
+		Addr: netip.PrefixFrom(netip.AddrFrom4([4]byte{192, 0, 2, byte(i + 1)}), 24)}
 	if c.opts.IPv6 {
 		h.Addr = netip.MustParsePrefix(fmt.Sprintf("2001:db8::%x/64", i+1))
 	}
@@ -131,7 +132,8 @@ func (h *Host) StateDir() string { return h.path("state") }
 // Client asks the host's metadata service.
 func (h *Host) Client() metadata.Client { return metadata.Client{Socket: h.Socket()} }
 
-// Up starts every host's metadata service and network manager. The store is embedded in the first; the others join it by TLS.
+// Up starts every host's metadata service and network manager. The store is embedded in the first; the others
+// join it by TLS.
 func (c *Cluster) Up(ctx context.Context) error {
 	dir := filepath.Join(c.Dir, "certs")
 	if _, err := certs.Init(dir, "lab", time.Now()); err != nil {
@@ -157,10 +159,12 @@ func (c *Cluster) Up(ctx context.Context) error {
 func (h *Host) StartMetadata(ctx context.Context, more ...string) (err error) {
 	cert := filepath.Join(h.c.Dir, "certs")
 	endpoint := fmt.Sprintf("https://%s", netip.AddrPortFrom(h.c.Hosts[0].Addr.Addr(), 2379))
-	args := []string{filepath.Join(h.c.Bin, "lariat-metadata"), "--host-name", h.Name, "--socket", h.Socket(), "--underlay", h.Addr.String(),
+	args := []string{filepath.Join(h.c.Bin, "lariat-metadata"), "--host-name", h.Name, "--socket", h.Socket(),
+		"--underlay", h.Addr.String(),
 		"--state-dir", h.StateDir(),
 		"--machine-id-file", h.path("machine-id"), "--boot-id-file", h.path("boot-id"),
-		"--etcd-ca", filepath.Join(cert, certs.CACert), "--etcd-cert", filepath.Join(cert, h.Name+".crt"), "--etcd-key", filepath.Join(cert, h.Name+".key"),
+		"--etcd-ca", filepath.Join(cert, certs.CACert), "--etcd-cert", filepath.Join(cert, h.Name+".crt"), "--etcd-key",
+		filepath.Join(cert, h.Name+".key"),
 		"--listen-tree", "169.254.169.250:80"}
 	if h.Index == 0 {
 		args = append(args, "--data-dir", h.path("etcd"), "--listen-client", endpoint)
@@ -173,9 +177,10 @@ func (h *Host) StartMetadata(ctx context.Context, more ...string) (err error) {
 
 // StartManager starts the host's network manager and waits until it is ready.
 func (h *Host) StartManager(ctx context.Context, more ...string) (err error) {
-	h.Manager, err = h.Netns.Start(ctx, h.Dir, h.c.opts.Log, append([]string{filepath.Join(h.c.Bin, "lariat-network-manager"), "--metadata-socket", h.Socket(),
-		"--socket", h.ManagerSocket(), "--state-dir", h.StateDir(), "--boot-id-file", h.path("boot-id"),
-		"--ipsec-secret", h.SecretFile(), "--ike-dir", h.IKEDir()}, append(h.c.opts.Manager, more...)...)...)
+	h.Manager, err = h.Netns.Start(ctx, h.Dir, h.c.opts.Log,
+		append([]string{filepath.Join(h.c.Bin, "lariat-network-manager"), "--metadata-socket", h.Socket(),
+			"--socket", h.ManagerSocket(), "--state-dir", h.StateDir(), "--boot-id-file", h.path("boot-id"),
+			"--ipsec-secret", h.SecretFile(), "--ike-dir", h.IKEDir()}, append(h.c.opts.Manager, more...)...)...)
 	return err
 }
 
@@ -215,7 +220,8 @@ func (c *Cluster) NewNeighbour(name string, addrs ...netip.Prefix) (Netns, error
 
 // Lariat runs the lariat command on a host.
 func (h *Host) Lariat(ctx context.Context, args ...string) (string, error) {
-	return h.Output(ctx, append([]string{"env", "LARIAT_MANAGER_SOCKET=" + h.ManagerSocket(), filepath.Join(h.c.Bin, "lariat"), "--socket", h.Socket()}, args...)...)
+	return h.Output(ctx, append([]string{"env", "LARIAT_MANAGER_SOCKET=" + h.ManagerSocket(),
+		filepath.Join(h.c.Bin, "lariat"), "--socket", h.Socket()}, args...)...)
 }
 
 // Container is a network namespace and what CNI made of it.
@@ -238,21 +244,25 @@ func (h *Host) NewContainer(name string) (*Container, error) {
 
 // Conf is a configuration list with one plugin, as an operator would write it, with this host's paths.
 func (h *Host) Conf(network string, plugin map[string]any, chained ...map[string]any) ([]byte, error) {
-	main := map[string]any{"type": "lariat-vxlan", "socket": h.Socket(), "managerSocket": h.ManagerSocket(), "stateDir": h.StateDir(), "ipam": map[string]any{"type": "lariat-ipam"}}
+	main := map[string]any{"type": "lariat-vxlan", "socket": h.Socket(), "managerSocket": h.ManagerSocket(),
+		"stateDir": h.StateDir(), "ipam": map[string]any{"type": "lariat-ipam"}}
 	for k, v := range plugin {
 		main[k] = v
 	}
-	if ipam, ok := main["ipam"].(map[string]any); ok && !strings.HasPrefix(fmt.Sprint(main["type"]), "lariat-") && ipam["type"] == "lariat-ipam" {
+	if ipam, ok := main["ipam"].(map[string]any); ok && !strings.HasPrefix(fmt.Sprint(main["type"]), "lariat-") &&
+		ipam["type"] == "lariat-ipam" {
 		// Under another main plugin these are the IPAM plugin's keys.
 		ipam["socket"], ipam["stateDir"] = h.Socket(), h.StateDir()
 		delete(main, "socket")
 		delete(main, "managerSocket")
 		delete(main, "stateDir")
 	}
-	return json.Marshal(map[string]any{"cniVersion": "1.1.0", "name": network, "plugins": append([]map[string]any{main}, chained...)})
+	return json.Marshal(map[string]any{"cniVersion": "1.1.0", "name": network,
+		"plugins": append([]map[string]any{main}, chained...)})
 }
 
-// CNI is the reference library, set up for a host: its cache is the host's, and plugins are found among ours and the peers'.
+// CNI is the reference library, set up for a host: its cache is the host's, and plugins are found among ours
+// and the peers'.
 func (h *Host) CNI() *libcni.CNIConfig {
 	path := []string{h.c.Bin}
 	if peers := os.Getenv("LARIAT_PEERS"); peers != "" {
@@ -296,8 +306,9 @@ func (c *Container) Add(ctx context.Context, call Call) error {
 	})
 }
 
-// AddPatiently is Add as runtimes do it: when the answer is "try again later", what was begun is deleted and begun anew, until the context ends.
-// In an emulated machine on a busy one, a store that does not answer for five seconds is no more than slow.
+// AddPatiently is Add as runtimes do it: when the answer is "try again later", what was begun is deleted and
+// begun anew, until the context ends. In an emulated machine on a busy one, a store that does not answer for
+// five seconds is no more than slow.
 func (c *Container) AddPatiently(ctx context.Context, call Call) error {
 	for {
 		err := c.Add(ctx, call)
@@ -334,7 +345,8 @@ func (h *Host) Status(ctx context.Context, call Call) error {
 	return h.Do(func() error { return h.CNI().GetStatusNetworkList(ctx, list) })
 }
 
-func (c *Container) call(call Call, do func(*libcni.CNIConfig, *libcni.NetworkConfigList, *libcni.RuntimeConf) error) error {
+func (c *Container) call(call Call, do func(*libcni.CNIConfig, *libcni.NetworkConfigList,
+	*libcni.RuntimeConf) error) error {
 	list, err := libcni.ConfListFromBytes(call.Conf)
 	if err != nil {
 		return err

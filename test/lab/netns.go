@@ -31,7 +31,8 @@ func NewNetns(name string) (Netns, error) {
 			if err := os.WriteFile(n.Path, nil, 0o444); err != nil {
 				return err
 			}
-			if err := unix.Mount(fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()), n.Path, "", unix.MS_BIND, ""); err != nil {
+			if err := unix.Mount(fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid()), n.Path, "", unix.MS_BIND,
+				""); err != nil {
 				return fmt.Errorf("mount namespace on %s: %w", n.Path, err)
 			}
 			return loopbackUp()
@@ -48,7 +49,8 @@ func (n Netns) Remove() error {
 	return os.Remove(n.Path)
 }
 
-// Do runs f on a thread inside of the namespace. What f starts by os/exec runs there too; goroutines that it starts do not.
+// Do runs f on a thread inside of the namespace. What f starts by os/exec runs there too; goroutines that it
+// starts do not.
 func (n Netns) Do(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
@@ -124,7 +126,8 @@ func (s *Switch) Plug(n Netns, ifname string, mtu int, addrs ...netip.Prefix) er
 	if len(port) > 15 {
 		port = port[:15]
 	}
-	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: port, MTU: mtu, MasterIndex: br.Attrs().Index}, PeerName: ifname, PeerMTU: uint32(mtu), PeerNamespace: netlink.NsFd(ns)}
+	veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: port, MTU: mtu, MasterIndex: br.Attrs().Index},
+		PeerName: ifname, PeerMTU: uint32(mtu), PeerNamespace: netlink.NsFd(ns)}
 	if err := netlink.LinkAdd(veth); err != nil {
 		return fmt.Errorf("cable %s to %s: %w", s.Name, n.Name, err)
 	}

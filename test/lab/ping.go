@@ -15,8 +15,8 @@ import (
 	"golang.org/x/net/ipv6"
 )
 
-// Ping sends ICMP echo requests of size octets of payload from the namespace until one is answered or the context ends, and
-// returns the round trip of that one.
+// Ping sends ICMP echo requests of size octets of payload from the namespace until one is answered or the
+// context ends, and returns the round trip of that one.
 func (n Netns) Ping(ctx context.Context, to netip.Addr, size int) (rtt time.Duration, err error) {
 	err = n.Do(func() error {
 		rtt, err = ping(ctx, to, size)
@@ -29,7 +29,8 @@ func (n Netns) Ping(ctx context.Context, to netip.Addr, size int) (rtt time.Dura
 }
 
 func ping(ctx context.Context, to netip.Addr, size int) (time.Duration, error) {
-	network, local, echo, reply, proto := "ip4:icmp", "0.0.0.0", icmp.Type(ipv4.ICMPTypeEcho), icmp.Type(ipv4.ICMPTypeEchoReply), 1
+	network, local, echo, reply, proto := "ip4:icmp", "0.0.0.0", icmp.Type(ipv4.ICMPTypeEcho),
+		icmp.Type(ipv4.ICMPTypeEchoReply), 1
 	if to.Is6() {
 		network, local, echo, reply, proto = "ip6:ipv6-icmp", "::", ipv6.ICMPTypeEchoRequest, ipv6.ICMPTypeEchoReply, 58
 	}
@@ -66,7 +67,8 @@ func ping(ctx context.Context, to netip.Addr, size int) (time.Duration, error) {
 			if err != nil {
 				continue
 			}
-			if e, ok := m.Body.(*icmp.Echo); ok && m.Type == reply && e.ID == id && e.Seq == seq && from.String() == to.String() {
+			if e, ok := m.Body.(*icmp.Echo); ok && m.Type == reply && e.ID == id && e.Seq == seq &&
+				from.String() == to.String() {
 				return time.Since(start), nil
 			}
 		}

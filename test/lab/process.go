@@ -153,13 +153,14 @@ func (n Netns) Output(ctx context.Context, args ...string) (string, error) {
 		return cmd.Run()
 	})
 	if err != nil {
-		return out.String(), fmt.Errorf("%s in %s: %w: %s", strings.Join(args, " "), n.Name, err, strings.TrimSpace(errs.String()))
+		return out.String(), fmt.Errorf("%s in %s: %w: %s", strings.Join(args, " "), n.Name, err,
+			strings.TrimSpace(errs.String()))
 	}
 	return out.String(), nil
 }
 
-// Exec runs a CNI plugin in the namespace with stdin and environment, and returns its standard output. A CNI error object comes
-// back as *types.Error.
+// Exec runs a CNI plugin in the namespace with stdin and environment, and returns its standard output. A CNI
+// error object comes back as *types.Error.
 func (n Netns) Exec(ctx context.Context, path, stdin string, env ...string) (string, error) {
 	var out, errs bytes.Buffer
 	err := n.Do(func() error {

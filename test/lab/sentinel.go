@@ -15,8 +15,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Sentinel listens where packets of a cluster's networks must never come: on a machine of the underlay that is no host, and in
-// containers, for what belongs to another network. Tests run beside it; what it heard is asked at the end.
+// Sentinel listens where packets of a cluster's networks must never come: on a machine of the underlay that
+// is no host, and in containers, for what belongs to another network. Tests run beside it; what it heard is
+// asked at the end.
 type Sentinel struct {
 	Neighbour Netns
 	cluster   *Cluster
@@ -125,7 +126,8 @@ func (s *Sentinel) Leaks() error {
 	if len(lines) == 0 {
 		return nil
 	}
-	return fmt.Errorf("%d kinds of packets came where they must not:\n%s", len(lines), strings.Join(lines[:min(len(lines), 30)], "\n"))
+	return fmt.Errorf("%d kinds of packets came where they must not:\n%s", len(lines),
+		strings.Join(lines[:min(len(lines), 30)], "\n"))
 }
 
 // Close ends the listening on the underlay, and returns what Leaks does.

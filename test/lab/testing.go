@@ -16,8 +16,9 @@ import (
 // live are the clusters that were made, for Main to take down.
 var live []*Cluster
 
-// Main is TestMain: it runs the tests inside of new namespaces and takes their clusters down at the end. Where namespaces are forbidden
-// the tests run outside, as they do under -short; those that say with probe.Need what they need are then skipped, with the reason.
+// Main is TestMain: it runs the tests inside of new namespaces and takes their clusters down at the end.
+// Where namespaces are forbidden the tests run outside, as they do under -short; those that say with
+// probe.Need what they need are then skipped, with the reason.
 func Main(m interface{ Run() int }) {
 	flag.Parse()
 	if os.Getenv(marker) != "" || !probe.Short() && probe.Check(probe.UserNS) == nil {

@@ -105,9 +105,11 @@ func parse(frame []byte) (p Packet) {
 	ip := frame[14:]
 	switch kind := binary.BigEndian.Uint16(frame[12:]); {
 	case kind == unix.ETH_P_IP && len(ip) >= 20 && len(ip) >= int(ip[0]&15)*4:
-		p.Src, p.Dst, p.Proto, p.Payload = netip.AddrFrom4([4]byte(ip[12:16])), netip.AddrFrom4([4]byte(ip[16:20])), ip[9], ip[int(ip[0]&15)*4:]
+		p.Src, p.Dst, p.Proto, p.Payload = netip.AddrFrom4([4]byte(ip[12:16])), netip.AddrFrom4([4]byte(ip[16:20])), ip[9],
+			ip[int(ip[0]&15)*4:]
 	case kind == unix.ETH_P_IPV6 && len(ip) >= 40:
-		p.Src, p.Dst, p.Proto, p.Payload = netip.AddrFrom16([16]byte(ip[8:24])), netip.AddrFrom16([16]byte(ip[24:40])), ip[6], ip[40:]
+		p.Src, p.Dst, p.Proto, p.Payload = netip.AddrFrom16([16]byte(ip[8:24])), netip.AddrFrom16([16]byte(ip[24:40])), ip[6],
+			ip[40:]
 	}
 	if (p.Proto == unix.IPPROTO_UDP || p.Proto == unix.IPPROTO_TCP) && len(p.Payload) >= 8 {
 		p.SrcPort, p.DstPort = binary.BigEndian.Uint16(p.Payload), binary.BigEndian.Uint16(p.Payload[2:])
@@ -220,7 +222,8 @@ func (f *Flow) Count() (sent, back int) {
 	return f.sent, len(f.back)
 }
 
-// Stop ends the flow, gives the last ones some seconds to come back, and returns how many were sent and the numbers of those that were lost.
+// Stop ends the flow, gives the last ones some seconds to come back, and returns how many were sent and the
+// numbers of those that were lost.
 func (f *Flow) Stop() (sent int, lost []int) {
 	close(f.stop)
 	<-f.done

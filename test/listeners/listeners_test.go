@@ -1,4 +1,5 @@
-// Package listeners_test holds the helpers, as they are built, to who may call what, and to answering root whatever the others do.
+// Package listeners_test holds the helpers, as they are built, to who may call what, and to answering root
+// whatever the others do.
 package listeners_test
 
 import (
@@ -45,13 +46,17 @@ var helpers = []struct {
 	{"lariat-metadata", ":9475", []string{
 		"/", // not found
 		"DELETE /v1/containers/{host}/{id}", "DELETE /v1/hosts/{host}", "DELETE /v1/networks/{network}",
-		"DELETE /v1/networks/{network}/attachments/{id}/{ifname}", "DELETE /v1/problems", "DELETE /v1/volumes/{driver}/{name}",
-		"GET /v1/backup", "GET /v1/blocks", "GET /v1/containers", "GET /v1/containers/{host}", "GET /v1/containers/{host}/{id}",
+		"DELETE /v1/networks/{network}/attachments/{id}/{ifname}", "DELETE /v1/problems",
+		"DELETE /v1/volumes/{driver}/{name}",
+		"GET /v1/backup", "GET /v1/blocks", "GET /v1/containers", "GET /v1/containers/{host}",
+		"GET /v1/containers/{host}/{id}",
 		"GET /v1/endpoints", "GET /v1/hosts", "GET /v1/hosts/{host}", "GET /v1/networks", "GET /v1/networks/{network}",
 		"GET /v1/networks/{network}/attachments", "GET /v1/networks/{network}/attachments/{id}/{ifname}",
-		"GET /v1/networks/{network}/status", "GET /v1/problems", "GET /v1/routes", "GET /v1/snapshot", "GET /v1/volumes", "GET /v1/watch",
+		"GET /v1/networks/{network}/status", "GET /v1/problems", "GET /v1/routes", "GET /v1/snapshot", "GET /v1/volumes",
+		"GET /v1/watch",
 		"POST /v1/networks/{network}/attachments", "POST /v1/networks/{network}/gc", "POST /v1/networks/{network}/join",
-		"PUT /v1/containers/{host}/{id}", "PUT /v1/hosts/{host}", "PUT /v1/networks/{network}", "PUT /v1/volumes/{driver}/{name}",
+		"PUT /v1/containers/{host}/{id}", "PUT /v1/hosts/{host}", "PUT /v1/networks/{network}",
+		"PUT /v1/volumes/{driver}/{name}",
 	}, true},
 	{"lariat-network-manager", ":9476", []string{
 		"DELETE /v1/ports/{name}", "GET /ping", "GET /v1/log-level", "GET /v1/routes", "GET /v1/state", "GET /v1/tunnels",
@@ -60,7 +65,8 @@ var helpers = []struct {
 	{"lariat-storage", ":9477", []string{
 		"/", // says what is wrong with a call
 		"GET /v1/routes", "GET /v1/volumes",
-		"POST /Plugin.Activate", "POST /VolumeDriver.Capabilities", "POST /VolumeDriver.Create", "POST /VolumeDriver.Get", "POST /VolumeDriver.List",
+		"POST /Plugin.Activate", "POST /VolumeDriver.Capabilities", "POST /VolumeDriver.Create", "POST /VolumeDriver.Get",
+		"POST /VolumeDriver.List",
 		"POST /VolumeDriver.Mount", "POST /VolumeDriver.Path", "POST /VolumeDriver.Remove", "POST /VolumeDriver.Unmount",
 	}, false},
 }
@@ -75,8 +81,10 @@ type host struct {
 
 func up(t *testing.T) *host {
 	t.Helper()
-	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib, probe.NftNAT, probe.IPv6)
-	c, err := lab.New(lab.Options{Hosts: 1, Metadata: []string{"--listen-metrics", ":9475"}, Manager: []string{"--listen-metrics", ":9476"}})
+	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib,
+		probe.NftNAT, probe.IPv6)
+	c, err := lab.New(lab.Options{Hosts: 1, Metadata: []string{"--listen-metrics", ":9475"},
+		Manager: []string{"--listen-metrics", ":9476"}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,16 +97,19 @@ func up(t *testing.T) *host {
 	if err := c.Up(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	network := metadata.Network{Name: "overlay", Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}, Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true}
+	network := metadata.Network{Name: "overlay", Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")},
+		Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true}
 	if err := h.Client().Put(t.Context(), metadata.KindNetwork, network.Name, network); err != nil {
 		t.Fatal(err)
 	}
 	shell := filepath.Join(h.Dir, "shell")
-	if err := os.WriteFile(shell, []byte("#!/bin/sh\necho '{\"status\":\"Success\",\"capabilities\":{\"attach\":false}}'\n"), 0o700); err != nil {
+	if err := os.WriteFile(shell, []byte("#!/bin/sh\necho "+
+		"'{\"status\":\"Success\",\"capabilities\":{\"attach\":false}}'\n"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	socket := filepath.Join(h.Dir, "storage.sock")
-	p, err := h.Start(t.Context(), h.Dir, nil, filepath.Join(c.Bin, "lariat-storage"), "--driver", shell, "--socket", socket, "--metadata-socket", "",
+	p, err := h.Start(t.Context(), h.Dir, nil, filepath.Join(c.Bin, "lariat-storage"), "--driver", shell, "--socket",
+		socket, "--metadata-socket", "",
 		"--state-dir", h.Dir+"/volumes", "--mount-dir", h.Dir+"/mounts", "--listen-metrics", ":9477")
 	if err != nil {
 		t.Fatal(err)
@@ -108,7 +119,8 @@ func up(t *testing.T) *host {
 			t.Error(err)
 		}
 	})
-	return &host{h, c, connected(t, h, "c0"), map[string]string{"lariat-metadata": h.Socket(), "lariat-network-manager": h.ManagerSocket(), "lariat-storage": socket}}
+	return &host{h, c, connected(t, h, "c0"), map[string]string{"lariat-metadata": h.Socket(),
+		"lariat-network-manager": h.ManagerSocket(), "lariat-storage": socket}}
 }
 
 func connected(t *testing.T, h *lab.Host, name string) *lab.Container {
@@ -144,7 +156,8 @@ func dial(from lab.Netns, address string) (conn net.Conn, err error) {
 // ask sends one request and returns the status and the body.
 func ask(t *testing.T, dial func() (net.Conn, error), method, path string) (int, []byte) {
 	t.Helper()
-	client := http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(context.Context, string, string) (net.Conn, error) { return dial() }}}
+	client := http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(context.Context, string, string) (net.Conn, error) { return dial() }}}
 	req, err := http.NewRequest(method, "http://x"+path, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -171,8 +184,8 @@ func TestListeners(t *testing.T) {
 	t.Run("AttacksOnTheTree", h.attacks)
 }
 
-// whoMayCall: what a container, a neighbour on the underlay and the host itself get by TCP, for every route of every helper; and that the
-// table above has all that the helpers say they answer.
+// whoMayCall: what a container, a neighbour on the underlay and the host itself get by TCP, for every route
+// of every helper; and that the table above has all that the helpers say they answer.
 func (h *host) whoMayCall(t *testing.T) {
 	neighbour, err := lab.NewNetns("neighbour")
 	if err != nil {
@@ -187,7 +200,8 @@ func (h *host) whoMayCall(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	fill := strings.NewReplacer("{host}", "a", "{network}", "overlay", "{ifname}", "eth0", "{id}", "x", "{driver}", "d", "{name}", "lrtnone")
+	fill := strings.NewReplacer("{host}", "a", "{network}", "overlay", "{ifname}", "eth0", "{id}", "x", "{driver}", "d",
+		"{name}", "lrtnone")
 	for _, helper := range helpers {
 		for who, from := range map[string]lab.Netns{"container": h.container.Netns, "neighbour": neighbour, "host": h.Netns} {
 			metrics := func() (net.Conn, error) { return dial(from, h.Addr.Addr().String()+helper.metrics) }
@@ -249,8 +263,8 @@ func (h *host) whoMayCall(t *testing.T) {
 	}
 }
 
-// attacks: twenty containers do what they can to take the metadata service's descriptors and memory. Root is answered all the
-// while, and so is another container.
+// attacks: twenty containers do what they can to take the metadata service's descriptors and memory. Root is
+// answered all the while, and so is another container.
 func (h *host) attacks(t *testing.T) {
 	const attackers, connections = 20, 175
 	if err := unix.Prlimit(h.Metadata.Pid(), unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3000, Max: 3000}, nil); err != nil {
@@ -258,7 +272,8 @@ func (h *host) attacks(t *testing.T) {
 	}
 	// So that the tree is 3 MB.
 	for i := range 50 {
-		c := metadata.Container{ID: fmt.Sprint("big", i), Host: "a", Links: map[string]string{"x": strings.Repeat("x", 60<<10)}}
+		c := metadata.Container{ID: fmt.Sprint("big", i), Host: "a",
+			Links: map[string]string{"x": strings.Repeat("x", 60<<10)}}
 		if err := h.Client().Put(t.Context(), metadata.KindContainer, "a/"+c.ID, c); err != nil {
 			t.Fatal(err)
 		}
@@ -326,7 +341,8 @@ func (h *host) attacks(t *testing.T) {
 			t.Fatal(err)
 		}
 		grown := resident(t, h.Metadata.Pid()) - before
-		t.Logf("%s: /readyz took %s at most; the service has %d descriptors and %d MB more than before", attack.name, slowest.Round(100*time.Microsecond), len(files), grown>>20)
+		t.Logf("%s: /readyz took %s at most; the service has %d descriptors and %d MB more than before", attack.name,
+			slowest.Round(100*time.Microsecond), len(files), grown>>20)
 		if slowest > 2*time.Second {
 			t.Errorf("%s: /readyz took %s", attack.name, slowest)
 		}
@@ -337,7 +353,8 @@ func (h *host) attacks(t *testing.T) {
 			t.Errorf("%s: %d MB more than before", attack.name, grown>>20)
 		}
 		if !t.Failed() { // another container waits for nobody
-			if status, body := ask(t, func() (net.Conn, error) { return dial(h.container.Netns, treeAddress) }, "GET", "/latest/self/container/primary_ip"); status != 200 || string(body) != h.container.Addr(false).String() {
+			if status, body := ask(t, func() (net.Conn, error) { return dial(h.container.Netns, treeAddress) }, "GET",
+				"/latest/self/container/primary_ip"); status != 200 || string(body) != h.container.Addr(false).String() {
 				t.Errorf("%s: another container: %d %s", attack.name, status, body)
 			}
 		}

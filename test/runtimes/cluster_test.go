@@ -86,17 +86,20 @@ func cluster(t *testing.T) (a, b *host) {
 	a, b = hosts[0], hosts[1]
 	run(t, "ip", "link", "add", "up0", "netns", "host-a", "type", "veth", "peer", "name", "up0", "netns", "host-b")
 	for _, h := range hosts {
-		for _, args := range []string{"link set lo up", "address add " + h.underlay + "/24 dev up0", "link set up0 up", "route add default dev up0"} {
+		for _, args := range []string{"link set lo up", "address add " + h.underlay + "/24 dev up0", "link set up0 up",
+			"route add default dev up0"} {
 			run(t, "ip", append([]string{"-n", "host-" + h.name}, strings.Fields(args)...)...)
 		}
-		if err := os.WriteFile(filepath.Join(h.dir, "machine-id"), fmt.Appendf(nil, "%032d\n", h.underlay[len(h.underlay)-1]), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(h.dir, "machine-id"), fmt.Appendf(nil, "%032d\n", h.underlay[len(h.underlay)-1]),
+			0o644); err != nil {
 			t.Fatal(err)
 		}
 	}
 	startLariat(t, bin, a, b)
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	network := metadata.Network{Name: networkName, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"), netip.MustParsePrefix("fd42::/64")},
+	network := metadata.Network{Name: networkName, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"),
+		netip.MustParsePrefix("fd42::/64")},
 		Encapsulation: metadata.EncapVXLAN, VNI: metadata.DefaultVNI, HostNAT: true}
 	if err := a.client().Put(ctx, metadata.KindNetwork, networkName, network); err != nil {
 		t.Fatalf("define the network: %v", err)
@@ -134,8 +137,8 @@ func directory(t *testing.T, variable, def string) string {
 
 func (h *host) client() metadata.Client { return metadata.Client{Socket: h.socket} }
 
-// installRecording puts an executable among the host's CNI plugins behind a wrapper that notes each call and how it ended:
-// what a runtime really sends is part of what these tests show.
+// installRecording puts an executable among the host's CNI plugins behind a wrapper that notes each call and
+// how it ended: what a runtime really sends is part of what these tests show.
 func (h *host) installRecording(program string) {
 	h.t.Helper()
 	script := fmt.Sprintf(`#!/bin/sh
@@ -189,7 +192,8 @@ func (h *host) conflist() {
 	}
 }
 
-// command runs in the host's network namespace and, unlike under "ip netns exec", with all mounts, of which runtimes need /sys/fs/cgroup.
+// command runs in the host's network namespace and, unlike under "ip netns exec", with all mounts, of which
+// runtimes need /sys/fs/cgroup.
 func (h *host) command(name string, args ...string) *exec.Cmd {
 	return exec.Command("nsenter", append([]string{"--net=" + h.netns, name}, args...)...)
 }
@@ -312,7 +316,8 @@ func static(t *testing.T) string {
 		t.Fatal(err)
 	}
 	out, err := exec.Command("ldd", path).CombinedOutput()
-	if err == nil && !bytes.Contains(out, []byte("not a dynamic executable")) && !bytes.Contains(out, []byte("statically linked")) {
+	if err == nil && !bytes.Contains(out, []byte("not a dynamic executable")) &&
+		!bytes.Contains(out, []byte("statically linked")) {
 		t.Skipf("%s is not static; the package is busybox-static", path)
 	}
 	return path

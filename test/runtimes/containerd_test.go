@@ -34,8 +34,8 @@ type containerd struct {
 	image   string // of the containers
 }
 
-// containerdConfig is for the 1.6 of Debian 12. No capability to raise limits or lower the OOM score is presumed, nor a cgroup
-// version, nor systemd. The runtime "broken" fails after the network has been set up.
+// containerdConfig is for the 1.6 of Debian 12. No capability to raise limits or lower the OOM score is
+// presumed, nor a cgroup version, nor systemd. The runtime "broken" fails after the network has been set up.
 const containerdConfig = `version = 2
 root = "%[1]s/root"
 state = "%[1]s/state"
@@ -72,8 +72,10 @@ func newContainerd(t *testing.T, h *host) *containerd {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	c := &containerd{host: h, image: image, address: filepath.Join(dir, "c.sock"), config: filepath.Join(dir, "config.toml")}
-	if err := os.WriteFile(c.config, fmt.Appendf(nil, containerdConfig, dir, h.bin, h.conf, snapshotter(t, dir)), 0o644); err != nil {
+	c := &containerd{host: h, image: image, address: filepath.Join(dir, "c.sock"),
+		config: filepath.Join(dir, "config.toml")}
+	if err := os.WriteFile(c.config, fmt.Appendf(nil, containerdConfig, dir, h.bin, h.conf, snapshotter(t, dir)),
+		0o644); err != nil {
 		t.Fatal(err)
 	}
 	tar := filepath.Join(h.dir, "image.tar")
@@ -178,7 +180,8 @@ func (c *containerd) runPod(t *testing.T, name string) *pod {
 	for _, ip := range status.Status.Network.AdditionalIps {
 		p.addresses = append(p.addresses, ip.Ip)
 	}
-	created, err := c.pods.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: p.sandbox, SandboxConfig: p.config,
+	created, err := c.pods.CreateContainer(ctx, &cri.CreateContainerRequest{PodSandboxId: p.sandbox,
+		SandboxConfig: p.config,
 		Config: &cri.ContainerConfig{
 			Metadata: &cri.ContainerMetadata{Name: "main", Attempt: 1}, Image: &cri.ImageSpec{Image: c.image},
 			Command: []string{"/bin/sleep", "1000000"}, Linux: &cri.LinuxContainerConfig{},
@@ -203,7 +206,8 @@ func (p *pod) exec(t *testing.T, command ...string) (string, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	r, err := p.c.pods.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: p.container, Cmd: command, Timeout: int64(patience / time.Second)})
+	r, err := p.c.pods.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: p.container, Cmd: command,
+		Timeout: int64(patience / time.Second)})
 	if err != nil {
 		return "", err
 	}
@@ -237,8 +241,8 @@ func (p *pod) remove(t *testing.T) {
 	}
 }
 
-// TestContainerd takes pods through their life on two hosts: up, reached across hosts, past a crash of the daemon, down. Then
-// nothing of them may be left.
+// TestContainerd takes pods through their life on two hosts: up, reached across hosts, past a crash of the
+// daemon, down. Then nothing of them may be left.
 func TestContainerd(t *testing.T) {
 	need(t, "root", "containerd", "ctr", "runc", "ip", "nsenter")
 	need(t, debianPlugins...)
@@ -252,7 +256,8 @@ func TestContainerd(t *testing.T) {
 	t.Run("pods have unique addresses of both families", func(t *testing.T) {
 		seen := map[string]bool{}
 		for _, p := range []*pod{pa, pb} {
-			if len(p.addresses) != 2 || !strings.HasPrefix(p.addresses[0], "10.42.") || !strings.HasPrefix(p.addresses[1], "fd42:") {
+			if len(p.addresses) != 2 || !strings.HasPrefix(p.addresses[0], "10.42.") ||
+				!strings.HasPrefix(p.addresses[1], "fd42:") {
 				t.Errorf("%s has %v", p.config.Metadata.Name, p.addresses)
 			}
 			for _, ip := range p.addresses {
@@ -283,7 +288,8 @@ func TestContainerd(t *testing.T) {
 		before := len(a.leftovers())
 		for i := range 3 {
 			ctx, cancel := context.WithTimeout(t.Context(), patience)
-			_, err := a.pods.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: sandboxConfig(fmt.Sprintf("broken%d", i)), RuntimeHandler: "broken"})
+			_, err := a.pods.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: sandboxConfig(fmt.Sprintf("broken%d", i)),
+				RuntimeHandler: "broken"})
 			cancel()
 			if err == nil {
 				t.Fatal("a runtime that always fails made a sandbox")

@@ -233,7 +233,8 @@ func (m *machine) boot(t *testing.T) {
 		}
 		return nil
 	})
-	m.must(t, "ctr image import /root/busybox.tar && ctr -n k8s.io image import /root/busybox.tar && podman load -q -i /root/busybox.tar")
+	m.must(t, "ctr image import /root/busybox.tar && ctr -n k8s.io image import /root/busybox.tar && podman load -q "+
+		"-i /root/busybox.tar")
 }
 
 // do runs a script as root of the machine.
@@ -257,7 +258,8 @@ func scripted(cmd *exec.Cmd, where, script string) (string, error) {
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return string(out), fmt.Errorf("on %s: %w\n%s\n%s%s", where, err, script, tail(out, 2000), tail([]byte(stderr.String()), 2000))
+		return string(out), fmt.Errorf("on %s: %w\n%s\n%s%s", where, err, script, tail(out, 2000),
+			tail([]byte(stderr.String()), 2000))
 	}
 	return strings.TrimSpace(string(out)), nil
 }
@@ -287,7 +289,8 @@ func pageBlocks(t *testing.T, name string, atLeast int) (blocks []pageBlock) {
 
 // on is the script for a host: of several hosts a block names the first, and the others use their own name and address.
 func (b pageBlock) on(name string) string {
-	return strings.ReplaceAll(b.script, "NAME="+b.places[0]+" IP=192.0.2."+b.places[0][1:], "NAME="+name+" IP=192.0.2."+name[1:])
+	return strings.ReplaceAll(b.script, "NAME="+b.places[0]+" IP=192.0.2."+b.places[0][1:], "NAME="+name+" IP=192.0.2."+
+		name[1:])
 }
 
 // admin is the administrator's machine: this one, with a copy of the tree that may be written to.

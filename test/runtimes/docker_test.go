@@ -51,8 +51,10 @@ type docker struct {
 func (d *docker) up(t *testing.T) {
 	t.Helper()
 	os.Remove(filepath.Join(d.dir, "docker.pid")) // dockerd believes what a killed one left
-	d.daemon = d.start("dockerd", "dockerd", "-H", "unix://"+d.dir+"/d.sock", "--data-root", d.dir+"/data", "--exec-root", d.dir+"/exec", "--pidfile", d.dir+"/docker.pid",
-		"--containerd", d.dir+"/c.sock", "--bridge=none", "--iptables=false", "--ip6tables=false", "--live-restore", "--cgroup-parent=/lariat-docker", "--default-ulimit=nofile=1024:1024")
+	d.daemon = d.start("dockerd", "dockerd", "-H", "unix://"+d.dir+"/d.sock", "--data-root", d.dir+"/data", "--exec-root",
+		d.dir+"/exec", "--pidfile", d.dir+"/docker.pid",
+		"--containerd", d.dir+"/c.sock", "--bridge=none", "--iptables=false", "--ip6tables=false", "--live-restore",
+		"--cgroup-parent=/lariat-docker", "--default-ulimit=nofile=1024:1024")
 	eventually(t, "dockerd", func() error {
 		select {
 		case <-d.daemon.done:
@@ -98,7 +100,8 @@ func (d *docker) refused(t *testing.T, words []string, args ...string) {
 // container starts one with a volume at /data. It lives until it is removed.
 func (d *docker) container(t *testing.T, name, vol, script string) {
 	t.Helper()
-	d.must(t, "run", "-d", "--name", name, "--network", "none", "-v", vol+":/data", image, "sh", "-c", script+"; exec sleep 1000000")
+	d.must(t, "run", "-d", "--name", name, "--network", "none", "-v", vol+":/data", image, "sh", "-c", script+
+		"; exec sleep 1000000")
 }
 
 // storage starts lariat-storage and waits until it answers.
@@ -113,15 +116,17 @@ func (d *docker) storage(t *testing.T, args ...string) *daemon {
 	return p
 }
 
-// secretsStay is F160 for Docker: a driver has AWS's keys in its environment, and they are neither in the arguments of any process, nor in logs, nor in the
-// journal, nor in what Docker knows of a volume, be it made or refused.
+// secretsStay is F160 for Docker: a driver has AWS's keys in its environment, and they are neither in the
+// arguments of any process, nor in logs, nor in the journal, nor in what Docker knows of a volume, be it made
+// or refused.
 func secretsStay(t *testing.T, d *docker) {
 	t.Helper()
 	cloud := fakeaws.New(t, fakeaws.Options{})
 	d.env = cloud.Env(cloud.AddInstance(fakeaws.Instance{}).ID)
 	d.storage(t, "--driver", "ebs", "--state-dir", d.dir+"/state", "--log-level", "debug")
 	cloud.Fail("CreateVolume", "UnauthorizedOperation", 1)
-	d.refused(t, []string{"ec2:CreateVolume", "UnauthorizedOperation"}, "volume", "create", "--driver", "lariat-ebs", "--opt", "size=1", "secretive")
+	d.refused(t, []string{"ec2:CreateVolume", "UnauthorizedOperation"}, "volume", "create", "--driver", "lariat-ebs",
+		"--opt", "size=1", "secretive")
 	d.must(t, "volume", "create", "--driver", "lariat-ebs", "--opt", "size=1", "--opt", "onRemove=purge", "secretive")
 	seen := map[string]string{"docker volume inspect": d.must(t, "volume", "inspect", "secretive")}
 	cmdlines, _ := filepath.Glob("/proc/[0-9]*/cmdline")
@@ -140,7 +145,8 @@ func secretsStay(t *testing.T, d *docker) {
 	if err != nil {
 		t.Error(err)
 	}
-	if len(cmdlines) == 0 || !strings.Contains(seen[d.dir+"/state/lariat-ebs/volumes/secretive.json"], "size") || !strings.Contains(seen[d.dir+"/lariat-storage.log"], "secretive") {
+	if len(cmdlines) == 0 || !strings.Contains(seen[d.dir+"/state/lariat-ebs/volumes/secretive.json"], "size") ||
+		!strings.Contains(seen[d.dir+"/lariat-storage.log"], "secretive") {
 		t.Error("the search does not see the processes, the journal or the log")
 	}
 	d.must(t, "volume", "rm", "secretive")
@@ -156,7 +162,8 @@ func secretsStay(t *testing.T, d *docker) {
 	}
 }
 
-// TestDockerVolumes: a real dockerd, two containers on one volume, and restarts of lariat-storage and of dockerd between.
+// TestDockerVolumes: a real dockerd, two containers on one volume, and restarts of lariat-storage and of
+// dockerd between.
 func TestDockerVolumes(t *testing.T) {
 	need(t, "root", "ip", "dockerd", "docker", "containerd", "runc", "busybox")
 	if _, err := os.Stat(filepath.Join(directory(t, "LARIAT_BIN", "../../bin"), "lariat-storage")); err != nil {
@@ -169,7 +176,8 @@ func TestDockerVolumes(t *testing.T) {
 	d := &docker{host: &host{t: t, name: "docker", netns: "/proc/self/ns/net", dir: dir}}
 	run(t, "ip", "link", "set", "lo", "up")
 	base, shell, broken := filepath.Join(dir, "volumes"), filepath.Join(dir, "shell"), filepath.Join(dir, "broken")
-	for path, text := range map[string]string{shell: fmt.Sprintf(shellDriver, base), broken: "#!/bin/sh\necho 'it is Tuesday'\necho 'no such pool' >&2\n"} {
+	for path, text := range map[string]string{shell: fmt.Sprintf(shellDriver, base),
+		broken: "#!/bin/sh\necho 'it is Tuesday'\necho 'no such pool' >&2\n"} {
 		if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -221,18 +229,22 @@ func TestDockerVolumes(t *testing.T) {
 	if got := d.must(t, "volume", "ls", "--format", "{{.Driver}} {{.Name}}"); got != "lariat-shell vol" {
 		t.Errorf("volume ls: %q", got)
 	}
-	if got := d.must(t, "volume", "inspect", "--format", "{{.Scope}} {{.Status.state}} {{.Status.users}}", "vol"); got != "local ready 0" {
+	if got := d.must(t, "volume", "inspect", "--format", "{{.Scope}} {{.Status.state}} {{.Status.users}}",
+		"vol"); got != "local ready 0" {
 		t.Errorf("volume inspect: %q", got)
 	}
 	// F107, F110: what the driver says, or mount(8), is what the user reads.
 	d.refused(t, []string{"it is Tuesday", "no such pool"}, "volume", "create", "--driver", "lariat-broken", "x")
-	d.refused(t, []string{`unknown option "hots", did you mean "host"?`}, "volume", "create", "--driver", "lariat-nfs", "--opt", "hots=x", "x")
-	d.refused(t, []string{"127.0.0.1:2049", "nfsd"}, "volume", "create", "--driver", "lariat-nfs", "--opt", "host=127.0.0.1", "--opt", "exportBase=/x", "x")
+	d.refused(t, []string{`unknown option "hots", did you mean "host"?`}, "volume", "create", "--driver", "lariat-nfs",
+		"--opt", "hots=x", "x")
+	d.refused(t, []string{"127.0.0.1:2049", "nfsd"}, "volume", "create", "--driver", "lariat-nfs", "--opt",
+		"host=127.0.0.1", "--opt", "exportBase=/x", "x")
 	d.must(t, "volume", "create", "--driver", "lariat-shell", "gone")
 	if err := os.Remove(base + "/gone"); err != nil {
 		t.Fatal(err)
 	}
-	d.refused(t, []string{"mount: ", base + "/gone does not exist"}, "run", "--rm", "--network", "none", "-v", "gone:/data", image, "true")
+	d.refused(t, []string{"mount: ", base + "/gone does not exist"}, "run", "--rm", "--network", "none", "-v",
+		"gone:/data", image, "true")
 	d.must(t, "volume", "rm", "gone")
 
 	// F104: two containers, one mount.
@@ -254,7 +266,8 @@ func TestDockerVolumes(t *testing.T) {
 	// The plugin is killed, and a third container comes and goes.
 	storage.stop(syscall.SIGKILL)
 	storage = d.storage(t, flags...)
-	if got := d.must(t, "run", "--rm", "--network", "none", "-v", "vol:/data", image, "cat", "/data/file"); got != "from the first" {
+	if got := d.must(t, "run", "--rm", "--network", "none", "-v", "vol:/data", image, "cat",
+		"/data/file"); got != "from the first" {
 		t.Errorf("after a restart of lariat-storage: %q", got)
 	}
 	// dockerd is killed, and its containers live on. It asks for nothing, and gives back the old ids later.
@@ -281,7 +294,8 @@ func TestDockerVolumes(t *testing.T) {
 		t.Errorf("left: %v", left)
 	}
 
-	// A dockerd that was killed, and then copied a file by the id of a container from before, forgets to give that back (moby#46508). It does not matter.
+	// A dockerd that was killed, and then copied a file by the id of a container from before, forgets to give
+	// that back (moby#46508). It does not matter.
 	d.must(t, "volume", "create", "--driver", "lariat-shell", "vol")
 	d.container(t, "third", "vol", "true")
 	d.daemon.stop(syscall.SIGKILL)

@@ -10,7 +10,8 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-// startLariat starts metadata and network manager on both hosts. The store is embedded in host a; host b joins it by TLS.
+// startLariat starts metadata and network manager on both hosts. The store is embedded in host a; host b
+// joins it by TLS.
 func startLariat(t *testing.T, bin string, a, b *host) {
 	t.Helper()
 	certDir := filepath.Join(a.dir, "certs")
@@ -19,10 +20,12 @@ func startLariat(t *testing.T, bin string, a, b *host) {
 	}
 	endpoint := "https://" + a.underlay + ":2379"
 	for _, h := range []*host{a, b} {
-		if _, err := certs.Host(certDir, certs.Request{Name: h.name, IPs: []netip.Addr{netip.MustParseAddr(h.underlay)}}, time.Now()); err != nil {
+		if _, err := certs.Host(certDir, certs.Request{Name: h.name, IPs: []netip.Addr{netip.MustParseAddr(h.underlay)}},
+			time.Now()); err != nil {
 			t.Fatal(err)
 		}
-		args := []string{filepath.Join(bin, "lariat-metadata"), "--host-name", h.name, "--socket", h.socket, "--underlay", h.underlay + "/24",
+		args := []string{filepath.Join(bin, "lariat-metadata"), "--host-name", h.name, "--socket", h.socket, "--underlay",
+			h.underlay + "/24",
 			"--machine-id-file", filepath.Join(h.dir, "machine-id"), "--etcd-ca", filepath.Join(certDir, certs.CACert),
 			"--etcd-cert", filepath.Join(certDir, h.name+".crt"), "--etcd-key", filepath.Join(certDir, h.name+".key")}
 		if h == a {

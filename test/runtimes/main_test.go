@@ -23,8 +23,9 @@ const stage = "LARIAT_RUNTIMES_STAGE"
 // workDir in the environment is where the tests keep everything.
 const workDir = "LARIAT_RUNTIMES_DIR"
 
-// TestMain runs the tests in namespaces of their own: network and mounts, so that the machine is not touched, and process ids, so
-// that nothing a runtime left behind (shims, conmons, containers) outlives the test. Without root the tests run here, and skip.
+// TestMain runs the tests in namespaces of their own: network and mounts, so that the machine is not touched,
+// and process ids, so that nothing a runtime left behind (shims, conmons, containers) outlives the test.
+// Without root the tests run here, and skip.
 func TestMain(m *testing.M) {
 	switch {
 	case os.Getenv(stage) == "tests", os.Geteuid() != 0:
@@ -43,8 +44,8 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 	}
-	// Short, because a unix socket's path holds 107 octets at most. Made and removed out here, where no mount of a container
-	// that a failed test left running is in the way.
+	// Short, because a unix socket's path holds 107 octets at most. Made and removed out here, where no mount of
+	// a container that a failed test left running is in the way.
 	dir, err := os.MkdirTemp("", "lrt")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "test/runtimes:", err)
@@ -53,7 +54,8 @@ func TestMain(m *testing.M) {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), stage+"=init", workDir+"="+dir)
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNET | unix.CLONE_NEWNS | unix.CLONE_NEWPID,
+		Pdeathsig: syscall.SIGKILL}
 	runtime.LockOSThread() // Pdeathsig follows the thread
 	before := controlGroups()
 	err = cmd.Run()
@@ -106,7 +108,8 @@ func removeGroups(before map[string]bool) {
 	}
 }
 
-// initProcess is process 1 of the namespace: it prepares the mount table, starts the tests, and reaps what loses its parent.
+// initProcess is process 1 of the namespace: it prepares the mount table, starts the tests, and reaps what
+// loses its parent.
 func initProcess() (int, error) {
 	mounts := []struct{ target, kind string }{
 		{"/proc", "proc"},

@@ -17,7 +17,8 @@ type podman struct {
 	env   []string
 }
 
-// podmanConfig asks for runc, because crun refuses hybrid cgroups, and for limits that an unprivileged bounding set allows.
+// podmanConfig asks for runc, because crun refuses hybrid cgroups, and for limits that an unprivileged
+// bounding set allows.
 const podmanConfig = `[containers]
 cgroups = "enabled"
 default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
@@ -39,7 +40,8 @@ func newPodman(t *testing.T, h *host) *podman {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	conf, policy, tar := filepath.Join(dir, "containers.conf"), filepath.Join(dir, "policy.json"), filepath.Join(dir, "image.tar")
+	conf, policy, tar := filepath.Join(dir, "containers.conf"), filepath.Join(dir, "policy.json"),
+		filepath.Join(dir, "image.tar")
 	if err := os.WriteFile(conf, fmt.Appendf(nil, podmanConfig, h.bin, h.conf), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -54,8 +56,9 @@ func newPodman(t *testing.T, h *host) *podman {
 		driver = "overlay"
 	}
 	p := &podman{host: h,
-		flags: []string{"--root", filepath.Join(dir, "root"), "--runroot", filepath.Join(dir, "run"), "--tmpdir", filepath.Join(dir, "tmp"), "--storage-driver", driver},
-		env:   []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "CONTAINERS_CONF=" + conf, "TMPDIR=" + dir},
+		flags: []string{"--root", filepath.Join(dir, "root"), "--runroot", filepath.Join(dir, "run"), "--tmpdir",
+			filepath.Join(dir, "tmp"), "--storage-driver", driver},
+		env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + dir, "CONTAINERS_CONF=" + conf, "TMPDIR=" + dir},
 	}
 	p.must(t, "load", "--signature-policy", policy, "-q", "-i", tar)
 	return p
@@ -68,7 +71,8 @@ func (p *podman) do(args ...string) (string, error) {
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return "", fmt.Errorf("podman %s: %w: %s\n%s", strings.Join(args, " "), err, tail([]byte(stderr.String()), 2000), p.pluginErrors())
+		return "", fmt.Errorf("podman %s: %w: %s\n%s", strings.Join(args, " "), err, tail([]byte(stderr.String()), 2000),
+			p.pluginErrors())
 	}
 	return strings.TrimSpace(string(out)), nil
 }
@@ -97,9 +101,11 @@ func TestPodman(t *testing.T) {
 	addresses := map[*podman][]string{}
 	for name, p := range map[string]*podman{"ca": a, "cb": b} {
 		p.must(t, "run", "-d", "--name", name, "--network", networkName, image)
-		out := p.must(t, "inspect", "-f", `{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}`, name)
+		out := p.must(t, "inspect", "-f", `{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}`,
+			name)
 		addresses[p] = strings.Fields(out)
-		if len(addresses[p]) != 2 || !strings.HasPrefix(addresses[p][0], "10.42.") || !strings.HasPrefix(addresses[p][1], "fd42:") {
+		if len(addresses[p]) != 2 || !strings.HasPrefix(addresses[p][0], "10.42.") ||
+			!strings.HasPrefix(addresses[p][1], "fd42:") {
 			t.Errorf("%s has %v", name, addresses[p])
 		}
 	}

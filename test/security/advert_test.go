@@ -28,7 +28,8 @@ func believed(n lab.Netns) string {
 		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteList(nil, netlink.FAMILY_V6) })
 		Expect(err).NotTo(HaveOccurred())
 		for _, r := range routes {
-			if r.Protocol == unix.RTPROT_RA || r.Dst == nil || r.Dst.IP.IsUnspecified() || planted.Contains(netipAddr(r.Dst.IP)) {
+			if r.Protocol == unix.RTPROT_RA || r.Dst == nil || r.Dst.IP.IsUnspecified() ||
+				planted.Contains(netipAddr(r.Dst.IP)) {
 				out = append(out, "route "+r.String())
 			}
 		}
@@ -87,7 +88,10 @@ func advertisements(one world) {
 		var linkLocals []netip.Addr
 		on(host(0), func() {
 			for _, dev := range []string{port(mallory), "vtep1042"} {
-				addrs, err := kernel.RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(link(dev), netlink.FAMILY_V6) })
+				addrs, err := kernel.RetryDump(func() ([]netlink.Addr, error) {
+					return netlink.AddrList(link(dev),
+						netlink.FAMILY_V6)
+				})
 				Expect(err).NotTo(HaveOccurred())
 				for _, a := range addrs {
 					linkLocals = append(linkLocals, netipAddr(a.IP))
@@ -132,13 +136,15 @@ func advertisements(one world) {
 		}
 		mallory, victim := connected(host(0), "red"), connected(host(0), "red")
 		before := believed(victim.Netns)
-		Expect(mallory.SendFrames("eth0", advert(allNodesMAC, allNodes), advert(hostEnd(mallory), victim.Addr(true)))).To(Succeed())
+		Expect(mallory.SendFrames("eth0", advert(allNodesMAC, allNodes),
+			advert(hostEnd(mallory), victim.Addr(true)))).To(Succeed())
 		pings(mallory.Netns, victim.Addr(true))
 		Consistently(func() string { return believed(victim.Netns) }, "60ms").Should(Equal(before))
 	})
 }
 
-// devices: what keeps advertisements and forged sources out is so from the first moment, is repaired, and its absence is told.
+// devices: what keeps advertisements and forged sources out is so from the first moment, is repaired, and its
+// absence is told.
 func devices(one world) {
 	// wanted are the settings of a device.
 	wanted := func(dev string) map[string]string {

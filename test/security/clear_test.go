@@ -21,7 +21,8 @@ func ipnet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-// behindBridge puts a namespace behind a bridge of a host, as Docker has its containers. It has the addresses, and its routes lead to the host.
+// behindBridge puts a namespace behind a bridge of a host, as Docker has its containers. It has the
+// addresses, and its routes lead to the host.
 func behindBridge(h *lab.Host, name string) lab.Netns {
 	GinkgoHelper()
 	n, err := lab.NewNetns(name)
@@ -37,9 +38,12 @@ func behindBridge(h *lab.Host, name string) lab.Netns {
 			addr.Flags = unix.IFA_F_NODAD
 			Expect(netlink.AddrAdd(link("docker0"), addr)).To(Succeed())
 		}
-		Expect(bridge.Plug(n, "eth0", 1500, netip.MustParsePrefix("172.17.0.2/16"), netip.MustParsePrefix("fd17::2/64"))).To(Succeed())
-		for _, dev := range []string{"sw-" + name, "docker0"} { // until then it is deaf, and the first question for a neighbour costs a second
-			Eventually(func() netlink.LinkOperState { return link(dev).Attrs().OperState }).Should(BeEquivalentTo(netlink.OperUp), dev)
+		Expect(bridge.Plug(n, "eth0", 1500, netip.MustParsePrefix("172.17.0.2/16"),
+			netip.MustParsePrefix("fd17::2/64"))).To(Succeed())
+		// until then it is deaf, and the first question for a neighbour costs a second
+		for _, dev := range []string{"sw-" + name, "docker0"} {
+			Eventually(func() netlink.LinkOperState { return link(dev).Attrs().OperState }).
+				Should(BeEquivalentTo(netlink.OperUp), dev)
 		}
 	})
 	within(n, func() {
@@ -79,7 +83,8 @@ func clear(one world) {
 			for what, from := range sources {
 				for who, c := range map[string]*lab.Container{"red": red, "blue": blue} {
 					t.attack(fmt.Sprintf("%s with %s to %s", family(v6), what, who), func(mark string) error {
-						return neighbour.SendFrames("eth0", lab.Ethernet(cable(0), net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x66}, lab.UDP(at(from, 12345), at(c.Addr(v6), 7), []byte(mark))))
+						return neighbour.SendFrames("eth0", lab.Ethernet(cable(0), net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x66},
+							lab.UDP(at(from, 12345), at(c.Addr(v6), 7), []byte(mark))))
 					})
 				}
 			}
@@ -99,14 +104,17 @@ func clear(one world) {
 		t := newTrial()
 		t.listen("red on a", red.Netns, "eth0")
 		t.listen("blue on a", blue.Netns, "eth0")
-		t.sent("the bridge's port", host(0).Netns, "sw-docker") // with br_netfilter, rules stop it in front of the bridge itself
+		// with br_netfilter, rules stop it in front of the bridge itself
+		t.sent("the bridge's port", host(0).Netns, "sw-docker")
 		var bridge net.HardwareAddr
 		on(host(0), func() { bridge = link("docker0").Attrs().HardwareAddr })
 		for _, v6 := range families(one) {
-			for what, from := range map[string]netip.Addr{"its own source": bridged(v6), "another container's source": connectedPeer("red", v6), "a source outside": elsewhere(v6)} {
+			for what, from := range map[string]netip.Addr{"its own source": bridged(v6),
+				"another container's source": connectedPeer("red", v6), "a source outside": elsewhere(v6)} {
 				for who, c := range map[string]*lab.Container{"red": red, "blue": blue} {
 					t.attack(fmt.Sprintf("%s with %s to %s", family(v6), what, who), func(mark string) error {
-						return docker.SendFrames("eth0", lab.Ethernet(bridge, net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x17}, lab.UDP(at(from, 12345), at(c.Addr(v6), 7), []byte(mark))))
+						return docker.SendFrames("eth0", lab.Ethernet(bridge, net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x17},
+							lab.UDP(at(from, 12345), at(c.Addr(v6), 7), []byte(mark))))
 					})
 				}
 			}
@@ -149,9 +157,11 @@ func clear(one world) {
 			pings(far.Netns, red.Addr(v6))
 			pings(host(1).Netns, red.Addr(v6))
 			pings(red.Netns, far.Addr(v6))
-			for what, from := range map[string]netip.Addr{"its own source": outside(66), "a source outside": elsewhere(v6), "another network's source": connectedPeer("blue", v6)} {
+			for what, from := range map[string]netip.Addr{"its own source": outside(66), "a source outside": elsewhere(v6),
+				"another network's source": connectedPeer("blue", v6)} {
 				t.attack(family(v6)+" with "+what, func(mark string) error {
-					return neighbour.SendFrames("eth0", lab.Ethernet(cable(0), net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x66}, lab.UDP(at(from, 12345), at(red.Addr(v6), 7), []byte(mark))))
+					return neighbour.SendFrames("eth0", lab.Ethernet(cable(0), net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x66},
+						lab.UDP(at(from, 12345), at(red.Addr(v6), 7), []byte(mark))))
 				})
 			}
 			t.control("red on a", "a container of a listed host", func(mark string) error {
@@ -176,7 +186,8 @@ func clear(one world) {
 		t.sent("the wire to a", host(0).Netns, "eth0")
 		send := func(from netip.Addr, to *lab.Container) func(string) error {
 			return func(mark string) error {
-				return neighbour.SendFrames("eth0", lab.Ethernet(cable(0), net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x66}, lab.UDP(at(from, 12345), at(to.Addr(one.v6), 7), []byte(mark))))
+				return neighbour.SendFrames("eth0", lab.Ethernet(cable(0), net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x66},
+					lab.UDP(at(from, 12345), at(to.Addr(one.v6), 7), []byte(mark))))
 			}
 		}
 		t.attack("another neighbour to red", send(outside(67), red))
@@ -194,7 +205,8 @@ func toHosts(one world, v6 bool) {
 		for _, n := range networks {
 			for _, p := range n.Subnets {
 				if p.Addr().Is6() == v6 {
-					Expect(netlink.RouteReplace(&netlink.Route{LinkIndex: link("eth0").Attrs().Index, Dst: ipnet(p), Gw: under(0).AsSlice()})).To(Succeed())
+					Expect(netlink.RouteReplace(&netlink.Route{LinkIndex: link("eth0").Attrs().Index, Dst: ipnet(p),
+						Gw: under(0).AsSlice()})).To(Succeed())
 				}
 			}
 		}
@@ -221,21 +233,24 @@ func firewall(one world) {
 			ipt(commands[v6], "-P", "FORWARD", "DROP")
 			DeferCleanup(func() {
 				ipt(commands[v6], "-P", "FORWARD", "ACCEPT")
-				Eventually(func() (string, error) { return host(0).Output(ctx, commands[v6], "-S", "FORWARD") }, "15s", "50ms").ShouldNot(ContainSubstring("LARIAT-FORWARD"))
+				Eventually(func() (string, error) { return host(0).Output(ctx, commands[v6], "-S", "FORWARD") }, "15s",
+					"50ms").ShouldNot(ContainSubstring("LARIAT-FORWARD"))
 			})
 		}
 		t := newTrial()
 		t.listen("the bridge's machine", docker, "eth0")
 		t.listen("red on a", c.Netns, "eth0")
 		for _, v6 := range families(one) {
-			Eventually(func() (string, error) { return host(0).Output(ctx, commands[v6], "-S") }, "15s", "50ms").Should(And( // the manager may have looked for bridges a moment too early
+			// the manager may have looked for bridges a moment too early
+			Eventually(func() (string, error) { return host(0).Output(ctx, commands[v6], "-S") }, "15s", "50ms").Should(And(
 				ContainSubstring("-A FORWARD -j LARIAT-FORWARD"), ContainSubstring("-o docker0 -j RETURN")))
 			pings(c.Netns, near.Addr(v6))
 			pings(c.Netns, far.Addr(v6))
 			pings(far.Netns, c.Addr(v6))
 			if masked && v6 == one.v6 {
 				serve(neighbour, at(outside(66), 82))
-				Eventually(func() error { return answers(c.Netns, at(outside(66), 82), 0) }).Should(Succeed(), "replies of what is masqueraded")
+				Eventually(func() error { return answers(c.Netns, at(outside(66), 82), 0) }).Should(Succeed(),
+					"replies of what is masqueraded")
 			}
 			t.attack(family(v6)+" from a container to another program's interface", func(mark string) error {
 				return c.SendUDP(netip.AddrPort{}, at(bridged(v6), 7), []byte(mark))

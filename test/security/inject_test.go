@@ -23,7 +23,8 @@ type forgery struct {
 
 // datagram is the payload of the tunnel's UDP packet, to the host with that MAC.
 func (f forgery) datagram(mac net.HardwareAddr, mark string) []byte {
-	return lab.VXLAN(f.vni, lab.Ethernet(mac, net.HardwareAddr{0x0e, 0, 192, 0, 2, 66}, lab.UDP(at(f.from, 12345), at(f.to, 7), []byte(mark))))
+	return lab.VXLAN(f.vni, lab.Ethernet(mac, net.HardwareAddr{0x0e, 0, 192, 0, 2, 66},
+		lab.UDP(at(f.from, 12345), at(f.to, 7), []byte(mark))))
 }
 
 // cast are the containers of an attack: mallory is on host a, in red.
@@ -31,7 +32,8 @@ type cast struct{ mallory, redA, blueA, redB, blueB *lab.Container }
 
 func newCast() cast {
 	GinkgoHelper()
-	return cast{connected(host(0), "red"), connected(host(0), "red"), connected(host(0), "blue"), connected(host(1), "red"), connected(host(1), "blue")}
+	return cast{connected(host(0), "red"), connected(host(0), "red"), connected(host(0), "blue"),
+		connected(host(1), "red"), connected(host(1), "blue")}
 }
 
 func (c cast) listen(t *trial) {
@@ -85,7 +87,8 @@ func injection(one world) {
 			Expect(netlink.AddrReplace(link("eth0"), a)).To(Succeed())
 			DeferCleanup(func() { on(host(1), func() { Expect(netlink.AddrDel(link("eth0"), a)).To(Succeed()) }) })
 		})
-		out = []target{{"the peer", 1, under(1), true}, {"a third host", 2, under(2), true}, {"an unlisted address of the peer", 1, second, false}, {"the own host", 0, under(0), false}}
+		out = []target{{"the peer", 1, under(1), true}, {"a third host", 2, under(2), true},
+			{"an unlisted address of the peer", 1, second, false}, {"the own host", 0, under(0), false}}
 		if one.v6 && !one.dual { // no plain socket reaches them: see the specs of spoofing
 			out = nil
 		}
@@ -116,7 +119,8 @@ func injection(one world) {
 			}
 		}
 		for _, v6 := range families(one) {
-			for _, f := range []forgery{{"red", 1042, c.redA.Addr(v6), c.redB.Addr(v6)}, {"blue", 1043, c.blueA.Addr(v6), c.blueB.Addr(v6)}} {
+			for _, f := range []forgery{{"red", 1042, c.redA.Addr(v6), c.redB.Addr(v6)},
+				{"blue", 1043, c.blueA.Addr(v6), c.blueB.Addr(v6)}} {
 				t.control(f.what+" on b", family(v6)+" from the host itself", func(mark string) error {
 					return host(0).SendUDP(netip.AddrPort{}, at(under(1), 4789), f.datagram(vtep(1), mark))
 				})
@@ -142,7 +146,9 @@ func injection(one world) {
 				})
 			}
 			t.attack("ESP to "+host(i).Name, func(mark string) error {
-				return mallory.SendFrames("eth0", lab.Ethernet(hostEnd(mallory), mac(mallory), lab.IP(unix.IPPROTO_ESP, mallory.Addr(one.v6), under(i), 64, append([]byte{0, 0, 1, 0, 0, 0, 0, 1}, mark...))))
+				return mallory.SendFrames("eth0",
+					lab.Ethernet(hostEnd(mallory), mac(mallory), lab.IP(unix.IPPROTO_ESP, mallory.Addr(one.v6), under(i), 64,
+						append([]byte{0, 0, 1, 0, 0, 0, 0, 1}, mark...))))
 			})
 		}
 		t.control("the wire to the peer", "another port of the peer", func(mark string) error {
@@ -186,10 +192,12 @@ func fragments(one world) {
 		}
 		for _, v6 := range families(one) {
 			for _, first := range []int{8, 16, 24, 32} {
-				for _, f := range []forgery{{"red", 1042, elsewhere(v6), red.Addr(v6)}, {"blue", 1043, connectedPeer("blue", v6), blue.Addr(v6)}} {
-					t.attack(fmt.Sprintf("%s %s with a first fragment of %d octets", family(v6), f.what, first), func(mark string) error {
-						return send(outside(66), 4789, f.datagram(vtep(0), mark), first)
-					})
+				for _, f := range []forgery{{"red", 1042, elsewhere(v6), red.Addr(v6)},
+					{"blue", 1043, connectedPeer("blue", v6), blue.Addr(v6)}} {
+					t.attack(fmt.Sprintf("%s %s with a first fragment of %d octets", family(v6), f.what, first),
+						func(mark string) error {
+							return send(outside(66), 4789, f.datagram(vtep(0), mark), first)
+						})
 				}
 			}
 		}

@@ -19,8 +19,8 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-// answers tells whether a TCP connection to the address gets through and back. It has a patience of half a second, if none is told: whoever
-// expects it asks again sooner than TCP would.
+// answers tells whether a TCP connection to the address gets through and back. It has a patience of half a
+// second, if none is told: whoever expects it asks again sooner than TCP would.
 func answers(from lab.Netns, to netip.AddrPort, patience time.Duration) error {
 	if patience == 0 {
 		patience = 500 * time.Millisecond
@@ -163,7 +163,8 @@ func isolation(one world, masked bool) {
 		for p, c := range all {
 			for _, v6 := range families(one) {
 				for i := range 3 {
-					Eventually(func() error { return answers(host(i).Netns, at(c.Addr(v6), 80), 0) }).Should(Succeed(), "%s from host %d to %s", family(v6), i, name(p))
+					Eventually(func() error { return answers(host(i).Netns, at(c.Addr(v6), 80), 0) }).Should(Succeed(),
+						"%s from host %d to %s", family(v6), i, name(p))
 				}
 				pings(host(0).Netns, c.Addr(v6))
 			}
@@ -190,7 +191,8 @@ func isolation(one world, masked bool) {
 			Eventually(func() error { return answers(n, at(under(0), 8080), 0) }).Should(Succeed(), who)
 		}
 		other := connected(host(0), "red")
-		Expect(answers(other.Netns, at(c.Addr(one.v6), 80), 300*time.Millisecond)).NotTo(Succeed(), "and by its own address from nowhere")
+		Expect(answers(other.Netns, at(c.Addr(one.v6), 80), 300*time.Millisecond)).NotTo(Succeed(),
+			"and by its own address from nowhere")
 	})
 }
 
@@ -201,7 +203,8 @@ func publish(h *lab.Host, outer, inner netip.AddrPort) {
 		conn, err := nftables.New()
 		Expect(err).NotTo(HaveOccurred())
 		table := conn.AddTable(&nftables.Table{Family: nftables.TableFamilyINet, Name: "published"})
-		chain := conn.AddChain(&nftables.Chain{Name: "in", Table: table, Type: nftables.ChainTypeNAT, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest})
+		chain := conn.AddChain(&nftables.Chain{Name: "in", Table: table, Type: nftables.ChainTypeNAT,
+			Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityNATDest})
 		proto, size, offset := byte(unix.NFPROTO_IPV4), uint32(4), uint32(16)
 		if outer.Addr().Is6() {
 			proto, size, offset = unix.NFPROTO_IPV6, 16, 24
@@ -209,9 +212,12 @@ func publish(h *lab.Host, outer, inner netip.AddrPort) {
 		conn.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
 			&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, &expr.Cmp{Register: 1, Data: []byte{proto}},
 			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Register: 1, Data: []byte{unix.IPPROTO_TCP}},
-			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size}, &expr.Cmp{Register: 1, Data: outer.Addr().AsSlice()},
-			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2}, &expr.Cmp{Register: 1, Data: []byte{byte(outer.Port() >> 8), byte(outer.Port())}},
-			&expr.Immediate{Register: 1, Data: inner.Addr().AsSlice()}, &expr.Immediate{Register: 2, Data: []byte{byte(inner.Port() >> 8), byte(inner.Port())}},
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: size},
+			&expr.Cmp{Register: 1, Data: outer.Addr().AsSlice()},
+			&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+			&expr.Cmp{Register: 1, Data: []byte{byte(outer.Port() >> 8), byte(outer.Port())}},
+			&expr.Immediate{Register: 1, Data: inner.Addr().AsSlice()},
+			&expr.Immediate{Register: 2, Data: []byte{byte(inner.Port() >> 8), byte(inner.Port())}},
 			&expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(proto), RegAddrMin: 1, RegProtoMin: 2},
 		}})
 		Expect(conn.Flush()).To(Succeed())

@@ -9,7 +9,8 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-// watchful puts sentinels beside the specs: an unlisted neighbour, and a container of each network on each host to which nobody speaks.
+// watchful puts sentinels beside the specs: an unlisted neighbour, and a container of each network on each
+// host to which nobody speaks.
 func watchful() {
 	GinkgoHelper()
 	s, err := lab.NewSentinel(ctx, cluster, "sentinel", outside(250))
@@ -46,13 +47,15 @@ func alertness(one world) {
 				return host(0).SendFrames(port(red), lab.Ethernet(mac(red), hostEnd(red), lab.UDP(from, to, nil)))
 			},
 			"red received a tunnel datagram of VNI 1043": func() error {
-				return host(0).SendFrames(port(red), lab.Ethernet(mac(red), hostEnd(red), lab.UDP(at(elsewhere(false), 1), to, f.datagram(vtep(0), ""))))
+				return host(0).SendFrames(port(red),
+					lab.Ethernet(mac(red), hostEnd(red), lab.UDP(at(elsewhere(false), 1), to, f.datagram(vtep(0), ""))))
 			},
 			"the unlisted neighbour received a packet of network": func() error {
 				return host(0).SendFrames("eth0", lab.Ethernet(there, cable(0), lab.UDP(from, to, nil)))
 			},
 			"the unlisted neighbour received a tunnel datagram of VNI 1043": func() error {
-				return host(0).SendFrames("eth0", lab.Ethernet(there, cable(0), lab.UDP(at(under(0), 40000), at(outside(251), 4789), f.datagram(there, ""))))
+				return host(0).SendFrames("eth0",
+					lab.Ethernet(there, cable(0), lab.UDP(at(under(0), 40000), at(outside(251), 4789), f.datagram(there, ""))))
 			},
 		} {
 			Expect(send()).To(Succeed())

@@ -59,7 +59,8 @@ func (s *sink) packets() int {
 	return s.any
 }
 
-// shadow: a container makes its host take a peer's tunnel packets for answers to the container (the class of CVE-2021-3773).
+// shadow: a container makes its host take a peer's tunnel packets for answers to the container (the class of
+// CVE-2021-3773).
 func shadow(one world, masked bool) {
 	reachable := !one.v6 || one.dual // hosts, by plain sockets of containers
 	forget := func() {
@@ -187,7 +188,8 @@ func shadow(one world, masked bool) {
 				}
 			}
 		}()
-		free := WithTransform(func(a netip.AddrPort) uint16 { return a.Port() }, And(BeNumerically(">=", 32768), BeNumerically("<=", 60999)))
+		free := WithTransform(func(a netip.AddrPort) uint16 { return a.Port() },
+			And(BeNumerically(">=", 32768), BeNumerically("<=", 60999)))
 		for _, p := range []uint16{22, 80, 500, 2379, 2380, 4500, 4789, 6443, 10250, 51820, 65000} {
 			Expect(c.DoBare(func() error {
 				d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(at(c.Addr(one.v6), p))}

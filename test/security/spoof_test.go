@@ -18,9 +18,11 @@ import (
 )
 
 // loopback are addresses that are a machine's own matter.
-var loopback = []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.53"), netip.MustParseAddr("127.255.255.254")}
+var loopback = []netip.Addr{netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.53"),
+	netip.MustParseAddr("127.255.255.254")}
 
-// spoofing: what a container sends with addresses that are not its own goes nowhere, in either family, whatever the networks have.
+// spoofing: what a container sends with addresses that are not its own goes nowhere, in either family,
+// whatever the networks have.
 func spoofing(one world) {
 	It("a container's packets with forged sources leave its host in neither family", func() {
 		mallory, victim := connected(host(0), "red"), connected(host(0), "red")
@@ -33,13 +35,16 @@ func spoofing(one world) {
 		t.listen("red on a", victim.Netns, "eth0")
 		t.listen("red on b", far.Netns, "eth0")
 		send := func(from, to netip.Addr, port uint16, payload []byte) error {
-			return mallory.SendFrames("eth0", lab.Ethernet(hostEnd(mallory), mac(mallory), lab.UDP(at(from, 12345), at(to, port), payload)))
+			return mallory.SendFrames("eth0",
+				lab.Ethernet(hostEnd(mallory), mac(mallory), lab.UDP(at(from, 12345), at(to, port), payload)))
 		}
 		for _, v6 := range []bool{false, true} {
-			sources := map[string]netip.Addr{"a random source": elsewhere(v6), "a link-local source": netip.MustParseAddr(map[bool]string{false: "169.254.9.9", true: "fe80::99"}[v6])}
+			sources := map[string]netip.Addr{"a random source": elsewhere(v6),
+				"a link-local source": netip.MustParseAddr(map[bool]string{false: "169.254.9.9", true: "fe80::99"}[v6])}
 			targets := map[string]netip.Addr{}
 			if v6 == one.v6 {
-				sources["its host's source"], sources["a peer's source"], sources["a neighbour's source"] = under(0), under(1), outside(67)
+				sources["its host's source"], sources["a peer's source"], sources["a neighbour's source"] = under(0), under(1),
+					outside(67)
 				targets["a neighbour"], targets["a peer"] = outside(66), under(1)
 			}
 			if !v6 || one.dual {
@@ -53,7 +58,8 @@ func spoofing(one world) {
 					if from == to {
 						continue
 					}
-					t.attack(fmt.Sprintf("%s with %s to %s", family(v6), what, whom), func(mark string) error { return send(from, to, 7, []byte(mark)) })
+					t.attack(fmt.Sprintf("%s with %s to %s", family(v6), what, whom),
+						func(mark string) error { return send(from, to, 7, []byte(mark)) })
 				}
 			}
 			// The same as tunnel datagrams: with a listed source they would be believed.
@@ -81,58 +87,62 @@ func spoofing(one world) {
 		t.nothing()
 	})
 
-	It("a container reaches nothing that listens on its host's 127.0.0.0/8, with route_localnet as portmap sets it", func() {
-		mallory := fresh(host(0), "red")
-		on(host(0), func() { write("net/ipv4/conf/"+port(mallory)+"/route_localnet", "1") })
-		own := gateway(0, "red", false)
-		var listeners []*sink
-		for _, a := range append([]netip.Addr{own}, loopback...) {
-			listeners = append(listeners, newSink(host(0).Do, at(a, 1753)))
-			serve(host(0).Netns, at(a, 1753))
-		}
-		frame := func(packet []byte) []byte { return lab.Ethernet(hostEnd(mallory), mac(mallory), packet) }
-		// A SYN that arrives is answered, and the answer is seen in the container.
-		answered, err := mallory.Listen("eth0", func(p lab.Packet) string {
-			if p.Proto == unix.IPPROTO_TCP && p.SrcPort == 1753 {
-				return p.Src.String()
+	It("a container reaches nothing that listens on its host's 127.0.0.0/8, with route_localnet as portmap sets it",
+		func() {
+			mallory := fresh(host(0), "red")
+			on(host(0), func() { write("net/ipv4/conf/"+port(mallory)+"/route_localnet", "1") })
+			own := gateway(0, "red", false)
+			var listeners []*sink
+			for _, a := range append([]netip.Addr{own}, loopback...) {
+				listeners = append(listeners, newSink(host(0).Do, at(a, 1753)))
+				serve(host(0).Netns, at(a, 1753))
 			}
-			return ""
-		})
-		Expect(err).NotTo(HaveOccurred())
-		DeferCleanup(answered.Close)
-		t := newTrial()
-		t.sent("the port of the attacker", host(0).Netns, port(mallory))
-		attacks := map[string]netip.Addr{}
-		for _, a := range loopback {
-			for what, from := range map[string]netip.Addr{"own": mallory.Addr(false), "loopback": netip.MustParseAddr("127.0.0.9")} {
-				mark := ""
-				t.attack("UDP to "+a.String()+" with its "+what+" source", func(m string) error {
-					mark = m
-					return mallory.SendFrames("eth0", frame(lab.UDP(at(from, 12345), at(a, 1753), []byte(m))), frame(lab.SYN(at(from, 12345), at(a, 1753))))
-				})
-				attacks[mark] = a
+			frame := func(packet []byte) []byte { return lab.Ethernet(hostEnd(mallory), mac(mallory), packet) }
+			// A SYN that arrives is answered, and the answer is seen in the container.
+			answered, err := mallory.Listen("eth0", func(p lab.Packet) string {
+				if p.Proto == unix.IPPROTO_TCP && p.SrcPort == 1753 {
+					return p.Src.String()
+				}
+				return ""
+			})
+			Expect(err).NotTo(HaveOccurred())
+			DeferCleanup(answered.Close)
+			t := newTrial()
+			t.sent("the port of the attacker", host(0).Netns, port(mallory))
+			attacks := map[string]netip.Addr{}
+			for _, a := range loopback {
+				for what, from := range map[string]netip.Addr{"own": mallory.Addr(false),
+					"loopback": netip.MustParseAddr("127.0.0.9")} {
+					mark := ""
+					t.attack("UDP to "+a.String()+" with its "+what+" source", func(m string) error {
+						mark = m
+						return mallory.SendFrames("eth0", frame(lab.UDP(at(from, 12345), at(a, 1753), []byte(m))),
+							frame(lab.SYN(at(from, 12345), at(a, 1753))))
+					})
+					attacks[mark] = a
+				}
 			}
-		}
-		mark := newMark("control")
-		Eventually(func() string {
-			Expect(mallory.SendFrames("eth0", frame(lab.UDP(at(mallory.Addr(false), 12345), at(own, 1753), []byte(mark))), frame(lab.SYN(at(mallory.Addr(false), 12346), at(own, 1753))))).To(Succeed())
-			return fmt.Sprint(listeners[0].count(mark) > 0, answered.Counts()[own.String()] > 0)
-		}, "10s", "50ms").Should(Equal("true true"), "the control: the gateway's own address")
-		Consistently(func() string {
-			out := ""
-			for mark, a := range attacks {
-				for _, l := range listeners[1:] {
-					if l.count(mark) > 0 {
-						out += "UDP reached " + a.String() + "\n"
+			mark := newMark("control")
+			Eventually(func() string {
+				Expect(mallory.SendFrames("eth0", frame(lab.UDP(at(mallory.Addr(false), 12345), at(own, 1753), []byte(mark))),
+					frame(lab.SYN(at(mallory.Addr(false), 12346), at(own, 1753))))).To(Succeed())
+				return fmt.Sprint(listeners[0].count(mark) > 0, answered.Counts()[own.String()] > 0)
+			}, "10s", "50ms").Should(Equal("true true"), "the control: the gateway's own address")
+			Consistently(func() string {
+				out := ""
+				for mark, a := range attacks {
+					for _, l := range listeners[1:] {
+						if l.count(mark) > 0 {
+							out += "UDP reached " + a.String() + "\n"
+						}
+					}
+					if answered.Counts()[a.String()] > 0 {
+						out += "TCP is answered by " + a.String() + "\n"
 					}
 				}
-				if answered.Counts()[a.String()] > 0 {
-					out += "TCP is answered by " + a.String() + "\n"
-				}
-			}
-			return out
-		}, "60ms").Should(BeEmpty())
-	})
+				return out
+			}, "60ms").Should(BeEmpty())
+		})
 }
 
 // redirection: nobody makes a host say, learn or believe what does harm to others.
@@ -145,7 +155,8 @@ func redirection(one world) {
 				return ""
 			}
 			kind := p.Payload[0]
-			if p.Proto == unix.IPPROTO_ICMP && (kind == 3 || kind == 11 || kind == 12) || p.Proto == unix.IPPROTO_ICMPV6 && kind >= 1 && kind <= 4 {
+			if p.Proto == unix.IPPROTO_ICMP && (kind == 3 || kind == 11 || kind == 12) || p.Proto == unix.IPPROTO_ICMPV6 &&
+				kind >= 1 && kind <= 4 {
 				return string(markPattern.Find(p.Payload))
 			}
 			return ""
@@ -158,7 +169,8 @@ func redirection(one world) {
 	It("a host sends no ICMP error to a forged source", func() {
 		mallory, victim, far := connected(host(0), "red"), connected(host(0), "red"), connected(host(1), "red")
 		pings(far.Netns, victim.Addr(false))
-		wires := map[string]*lab.Wire{"the attacker": complaints(mallory.Netns), "a container of the same host": complaints(victim.Netns), "a far container": complaints(far.Netns)}
+		wires := map[string]*lab.Wire{"the attacker": complaints(mallory.Netns),
+			"a container of the same host": complaints(victim.Netns), "a far container": complaints(far.Netns)}
 		t := newTrial()
 		byContainer := func(packet []byte) error {
 			return mallory.SendFrames("eth0", lab.Ethernet(hostEnd(mallory), mac(mallory), packet))
@@ -169,21 +181,26 @@ func redirection(one world) {
 		t.listen("the port of the attacker", host(0).Netns, port(mallory))
 		t.listen("the wire to a", host(0).Netns, "eth0")
 		for _, v6 := range families(one) {
-			for whom, from := range map[string]netip.Addr{"a container of the same host": victim.Addr(v6), "a far container": far.Addr(v6)} {
-				for who, send := range map[string]func([]byte) error{"the port of the attacker": byContainer, "the wire to a": byNeighbour} {
+			for whom, from := range map[string]netip.Addr{"a container of the same host": victim.Addr(v6),
+				"a far container": far.Addr(v6)} {
+				for who, send := range map[string]func([]byte) error{"the port of the attacker": byContainer,
+					"the wire to a": byNeighbour} {
 					t.sender = who
-					t.attack(fmt.Sprintf("%s, expired, seen at %s: the error goes to %s", family(v6), who, whom), func(mark string) error {
-						return send(lab.Hops(lab.UDP(at(from, 12345), at(mallory.Addr(v6), 7), []byte(mark)), 1))
-					})
-					t.attack(fmt.Sprintf("%s, to a closed port of the host, seen at %s: the error goes to %s", family(v6), who, whom), func(mark string) error {
-						return send(lab.UDP(at(from, 12345), at(gateway(0, "red", v6), 9), []byte(mark)))
-					})
+					t.attack(fmt.Sprintf("%s, expired, seen at %s: the error goes to %s", family(v6), who, whom),
+						func(mark string) error {
+							return send(lab.Hops(lab.UDP(at(from, 12345), at(mallory.Addr(v6), 7), []byte(mark)), 1))
+						})
+					t.attack(fmt.Sprintf("%s, to a closed port of the host, seen at %s: the error goes to %s", family(v6), who, whom),
+						func(mark string) error {
+							return send(lab.UDP(at(from, 12345), at(gateway(0, "red", v6), 9), []byte(mark)))
+						})
 				}
 			}
 			// The attacker's own packets are answered: the test can fail.
 			mark := newMark("control")
 			Eventually(func() int {
-				Expect(byContainer(lab.Hops(lab.UDP(at(mallory.Addr(v6), 12345), at(far.Addr(v6), 7), []byte(mark)), 1))).To(Succeed())
+				Expect(byContainer(lab.Hops(lab.UDP(at(mallory.Addr(v6), 12345), at(far.Addr(v6), 7), []byte(mark)),
+					1))).To(Succeed())
 				return wires["the attacker"].Counts()[mark]
 			}, "10s", "100ms").Should(BeNumerically(">", 0))
 		}
@@ -229,8 +246,10 @@ func redirection(one world) {
 			global := netip.MustParseAddr(fmt.Sprintf("fd42::bad:%x", i+1))
 			frames = append(frames, lab.ARPRequest(mac(mallory), v4, gateway4(mallory)))
 			for _, from := range []netip.Addr{ll, global} {
-				for _, p := range [][]byte{lab.NeighbourSolicitation(from, gw6, mac(mallory)), lab.NeighbourAdvertisement(from, gw6, mac(mallory)),
-					lab.ICMP(128, 0, from, gw6, 64, []byte{0, 1, 0, byte(i)}), lab.UDP(at(from, 12345), at(gw6, 9), []byte("anybody?"))} {
+				for _, p := range [][]byte{lab.NeighbourSolicitation(from, gw6, mac(mallory)),
+					lab.NeighbourAdvertisement(from, gw6, mac(mallory)),
+					lab.ICMP(128, 0, from, gw6, 64, []byte{0, 1, 0, byte(i)}),
+					lab.UDP(at(from, 12345), at(gw6, 9), []byte("anybody?"))} {
 					frames = append(frames, lab.Ethernet(hostEnd(mallory), mac(mallory), p))
 				}
 			}
@@ -291,13 +310,16 @@ func redirection(one world) {
 		t.control("red on b", "before", whole)
 		Expect(pathMTU()).To(Equal(1500))
 		// What such a tunnel packet looks like is no secret.
-		quoted := lab.UDP(at(under(0), 40000), at(under(1), 4789), lab.VXLAN(1042, lab.Ethernet(vtep(1), vtep(0), lab.UDP(at(near.Addr(false), 1), at(far.Addr(false), 2), make([]byte, 100)))))
+		quoted := lab.UDP(at(under(0), 40000), at(under(1), 4789),
+			lab.VXLAN(1042, lab.Ethernet(vtep(1), vtep(0), lab.UDP(at(near.Addr(false), 1), at(far.Addr(false), 2),
+				make([]byte, 100)))))
 		limit := 600
 		if one.v6 {
 			limit = 1280
 		}
 		seen, err := host(0).Listen("eth0", func(p lab.Packet) string {
-			if len(p.Payload) > 8 && (p.Proto == unix.IPPROTO_ICMP && p.Payload[0] == 3 || p.Proto == unix.IPPROTO_ICMPV6 && p.Payload[0] == 2) {
+			if len(p.Payload) > 8 && (p.Proto == unix.IPPROTO_ICMP && p.Payload[0] == 3 || p.Proto == unix.IPPROTO_ICMPV6 &&
+				p.Payload[0] == 2) {
 				return fmt.Sprint("from ", p.Src, " size ", binary.BigEndian.Uint16(p.Payload[6:]))
 			}
 			return ""
@@ -306,11 +328,14 @@ func redirection(one world) {
 		DeferCleanup(seen.Close)
 		froms := []netip.Addr{outside(66), under(1), elsewhere(one.v6)}
 		for _, from := range froms {
-			Expect(neighbour.SendFrames("eth0", lab.Ethernet(cable(0), net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x66}, lab.TooBig(from, limit, quoted)))).To(Succeed())
+			Expect(neighbour.SendFrames("eth0", lab.Ethernet(cable(0), net.HardwareAddr{0x0e, 0, 0, 0, 0, 0x66},
+				lab.TooBig(from, limit, quoted)))).To(Succeed())
 			if !one.v6 || one.dual {
-				Expect(near.SendFrames("eth0", lab.Ethernet(hostEnd(near), mac(near), lab.TooBig(near.Addr(one.v6), limit, quoted)))).To(Succeed())
+				Expect(near.SendFrames("eth0",
+					lab.Ethernet(hostEnd(near), mac(near), lab.TooBig(near.Addr(one.v6), limit, quoted)))).To(Succeed())
 			}
-			Eventually(func() map[string]int { return seen.Counts() }).Should(HaveKey(fmt.Sprint("from ", from, " size ", limit)))
+			Eventually(func() map[string]int { return seen.Counts() }).Should(HaveKey(fmt.Sprint("from ", from, " size ",
+				limit)))
 		}
 		t.control("red on b", "afterwards", whole)
 		Expect(pathMTU()).To(BeNumerically(">=", mtu+map[bool]int{false: 50, true: 70}[one.v6]), "of host a to host b")

@@ -24,7 +24,8 @@ func TestMain(m *testing.M) { lab.Main(m) }
 
 var ctx = context.Background()
 
-// world is a kind of cluster. Three hosts a, b, c carry the networks red, blue and green; a neighbour on their underlay is no host.
+// world is a kind of cluster. Three hosts a, b, c carry the networks red, blue and green; a neighbour on
+// their underlay is no host.
 type world struct {
 	name     string
 	v6       bool // the underlay
@@ -56,7 +57,8 @@ type place struct {
 }
 
 func TestSecurity(t *testing.T) {
-	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib, probe.NftNAT, probe.IPv6)
+	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.NftFib,
+		probe.NftNAT, probe.IPv6)
 	RegisterFailHandler(Fail)
 	RunSpecs(t, "What containers and neighbours may not do")
 }
@@ -90,12 +92,14 @@ func init() {
 	}
 }
 
-// begin makes the cluster of a world, which goes with it. Its hosts are told to believe router advertisements, whatever Lariat's devices are told.
+// begin makes the cluster of a world, which goes with it. Its hosts are told to believe router
+// advertisements, whatever Lariat's devices are told.
 func begin(one world) {
 	GinkgoHelper()
 	w, networks, idle = one, map[string]metadata.Network{}, map[place][]*lab.Container{}
 	var err error
-	cluster, err = lab.New(lab.Options{Hosts: 3, IPv6: one.v6, Manager: []string{"--interval", "5s", "--grace", "0s"}, Log: GinkgoWriter})
+	cluster, err = lab.New(lab.Options{Hosts: 3, IPv6: one.v6, Manager: []string{"--interval", "5s", "--grace", "0s"},
+		Log: GinkgoWriter})
 	Expect(err).NotTo(HaveOccurred())
 	DeferCleanup(func() { Expect(cluster.Remove()).To(Succeed()) })
 	for _, h := range cluster.Hosts {
@@ -114,7 +118,8 @@ func begin(one world) {
 		}
 	})
 	for i, name := range []string{"red", "blue", "green"} {
-		n := metadata.Network{Name: name, Encapsulation: metadata.EncapVXLAN, VNI: uint32(1042 + i), Subnets: []netip.Prefix{netip.MustParsePrefix(fmt.Sprintf("10.%d.0.0/16", 42+i))}}
+		n := metadata.Network{Name: name, Encapsulation: metadata.EncapVXLAN, VNI: uint32(1042 + i),
+			Subnets: []netip.Prefix{netip.MustParsePrefix(fmt.Sprintf("10.%d.0.0/16", 42+i))}}
 		if one.dual {
 			n.Subnets = append(n.Subnets, netip.MustParsePrefix(fmt.Sprintf("fd%d::/48", 42+i)))
 		}
@@ -127,7 +132,8 @@ func begin(one world) {
 func put(n metadata.Network, more map[string]any) {
 	GinkgoHelper()
 	networks[n.Name] = n
-	object := map[string]any{"name": n.Name, "encapsulation": n.Encapsulation, "vni": n.VNI, "subnets": n.Subnets, "hostNAT": n.HostNAT, "directRouting": n.DirectRouting}
+	object := map[string]any{"name": n.Name, "encapsulation": n.Encapsulation, "vni": n.VNI, "subnets": n.Subnets,
+		"hostNAT": n.HostNAT, "directRouting": n.DirectRouting}
 	for k, v := range more {
 		object[k] = v
 	}
@@ -177,7 +183,8 @@ func settle() {
 				head = *v
 			}
 			if blocks < want || v.Revision < head.Revision {
-				return fmt.Errorf("host %s knows %d gateways of %d at revision %d of %d", h.Name, blocks, want, v.Revision, head.Revision)
+				return fmt.Errorf("host %s knows %d gateways of %d at revision %d of %d", h.Name, blocks, want, v.Revision,
+					head.Revision)
 			}
 			return h.Settled(ctx)
 		}, "20s", "20ms").Should(Succeed())
@@ -233,7 +240,8 @@ func call(h *lab.Host, network string) lab.Call {
 	return lab.Call{Conf: conf}
 }
 
-// connected is a container on the network that no other spec uses. Specs use it one after the other, and leave it and its port as they were.
+// connected is a container on the network that no other spec uses. Specs use it one after the other, and
+// leave it and its port as they were.
 func connected(h *lab.Host, network string) (c *lab.Container) {
 	GinkgoHelper()
 	at := place{network, h.Index}
@@ -246,7 +254,8 @@ func connected(h *lab.Host, network string) (c *lab.Container) {
 	return c
 }
 
-// fresh is a new container on the network, which goes with the spec: for those who change it or its port, or look at how it was made.
+// fresh is a new container on the network, which goes with the spec: for those who change it or its port, or
+// look at how it was made.
 func fresh(h *lab.Host, network string) *lab.Container {
 	GinkgoHelper()
 	c := attach(h, network)

@@ -14,7 +14,8 @@ import (
 	"github.com/lariat-net/lariat/test/lab"
 )
 
-// trial is a set of attacks with marked packets, those who listen for the marks, and the controls that show that an attack would have been heard.
+// trial is a set of attacks with marked packets, those who listen for the marks, and the controls that show
+// that an attack would have been heard.
 type trial struct {
 	ears    map[string]*lab.Wire
 	sender  string
@@ -40,7 +41,8 @@ func (t *trial) listen(name string, n lab.Netns, dev string) {
 	GinkgoHelper()
 	ear, err := n.Listen(dev, func(p lab.Packet) string {
 		switch { // an ICMP error quotes what it is about
-		case p.Way == unix.PACKET_OUTGOING, p.Way == unix.PACKET_OTHERHOST, p.Proto == unix.IPPROTO_ICMP, p.Proto == unix.IPPROTO_ICMPV6:
+		case p.Way == unix.PACKET_OUTGOING, p.Way == unix.PACKET_OTHERHOST, p.Proto == unix.IPPROTO_ICMP,
+			p.Proto == unix.IPPROTO_ICMPV6:
 			return ""
 		}
 		return string(markPattern.Find(p.Payload))

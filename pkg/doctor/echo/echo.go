@@ -1,8 +1,9 @@
-// Package echo asks another host "do you hear me, and what is your clock?" over UDP on the underlay, and answers others that ask.
+// Package echo asks another host "do you hear me, and what is your clock?" over UDP on the underlay, and
+// answers others that ask.
 //
-// The network manager serves it, "lariat doctor" asks. From the answers follow what metadata cannot tell: whether UDP
-// passes between two hosts at all, how large a packet may be (asked with don't-fragment set), and how far the clocks
-// are apart.
+// The network manager serves it, "lariat doctor" asks. From the answers follow what metadata cannot tell:
+// whether UDP passes between two hosts at all, how large a packet may be (asked with don't-fragment set), and
+// how far the clocks are apart.
 //
 // A packet is at least 32 octets, in network order:
 //
@@ -17,9 +18,9 @@
 //	28  4  0
 //	32  …  padding, 0
 //
-// It is of no use to an attacker as an amplifier: an answer is never longer than its question, answers are counted
-// against a rate, a server may answer hosts of the cluster only, and an answer is not itself answered. It tells nothing
-// but the time. A forged answer needs the nonce.
+// It is of no use to an attacker as an amplifier: an answer is never longer than its question, answers are
+// counted against a rate, a server may answer hosts of the cluster only, and an answer is not itself
+// answered. It tells nothing but the time. A forged answer needs the nonce.
 package echo
 
 import (
@@ -85,8 +86,9 @@ type Server struct {
 	Now   func() time.Time      // nil: time.Now
 }
 
-// Serve answers anyone's questions on a host's underlay address and the port Port until the context ends, which is no error. It gives
-// up only when it cannot listen. A Server that knows the cluster's hosts can answer these alone.
+// Serve answers anyone's questions on a host's underlay address and the port Port until the context ends,
+// which is no error. It gives up only when it cannot listen. A Server that knows the cluster's hosts can
+// answer these alone.
 func Serve(ctx context.Context, addr netip.Addr) error {
 	return Server{}.Serve(ctx, netip.AddrPortFrom(addr, Port).String())
 }
@@ -100,7 +102,8 @@ func (s Server) Serve(ctx context.Context, addr string) error {
 	return s.ServeConn(ctx, conn)
 }
 
-// Listen opens the socket, so that a caller knows that it is open before it goes on. Answers leave it with don't-fragment set.
+// Listen opens the socket, so that a caller knows that it is open before it goes on. Answers leave it with
+// don't-fragment set.
 func (s Server) Listen(ctx context.Context, addr string) (*net.UDPConn, error) {
 	lc := net.ListenConfig{Control: dontFragment}
 	c, err := lc.ListenPacket(ctx, "udp", addr)
@@ -253,10 +256,11 @@ func (p Prober) Ask(ctx context.Context, size int, back bool) (Answer, error) {
 	return Answer{}, fmt.Errorf("ask %s with %d octets: %w after %d tries", p.Peer, size, ErrSilent, tries)
 }
 
-// parse reads an answer to req. ok is false when it is none: the nonce is what a forger does not know. Who answers may say
-// anything else, so that is bounded by what can be.
+// parse reads an answer to req. ok is false when it is none: the nonce is what a forger does not know. Who
+// answers may say anything else, so that is bounded by what can be.
 func parse(got, req []byte, sent time.Time, rtt time.Duration) (a Answer, ok bool) {
-	if len(got) < MinSize || string(got[:4]) != magic || got[4] != version || got[5] != answer || string(got[8:16]) != string(req[8:16]) {
+	if len(got) < MinSize || string(got[:4]) != magic || got[4] != version || got[5] != answer ||
+		string(got[8:16]) != string(req[8:16]) {
 		return Answer{}, false
 	}
 	received := binary.BigEndian.Uint32(got[24:])
@@ -275,8 +279,8 @@ func Overhead(a netip.Addr) int {
 	return OverheadIPv6
 }
 
-// PathMTU finds the size of the largest IP packet that reaches the peer and comes back, at most most octets. It asks once
-// when that size passes; otherwise it halves the doubt until it knows exactly.
+// PathMTU finds the size of the largest IP packet that reaches the peer and comes back, at most most octets.
+// It asks once when that size passes; otherwise it halves the doubt until it knows exactly.
 func (p Prober) PathMTU(ctx context.Context, most int) (int, error) {
 	over := Overhead(p.Peer.Addr())
 	pass := func(mtu int) (bool, error) {
@@ -311,8 +315,8 @@ func (p Prober) PathMTU(ctx context.Context, most int) (int, error) {
 	return good, nil
 }
 
-// dontFragment sets the DF bit and ignores what the kernel has learned of the path, both for IPv4 and IPv6: a probe must see
-// for itself.
+// dontFragment sets the DF bit and ignores what the kernel has learned of the path, both for IPv4 and IPv6: a
+// probe must see for itself.
 func dontFragment(network, _ string, c syscall.RawConn) error {
 	var err error
 	cerr := c.Control(func(fd uintptr) {

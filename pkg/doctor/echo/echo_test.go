@@ -113,7 +113,8 @@ func TestRateAndStrangers(t *testing.T) {
 		}
 	}
 
-	peer := serve(t, Server{Allow: func(a netip.Addr) bool { return a == netip.MustParseAddr("192.0.2.1") }}, "127.0.0.1:0")
+	peer := serve(t, Server{Allow: func(a netip.Addr) bool { return a == netip.MustParseAddr("192.0.2.1") }},
+		"127.0.0.1:0")
 	_, err := Prober{Peer: peer, Tries: 2, Timeout: 20 * time.Millisecond}.Ask(t.Context(), 0, false)
 	if !errors.Is(err, ErrSilent) {
 		t.Errorf("a stranger was answered: %v", err)

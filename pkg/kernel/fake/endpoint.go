@@ -236,7 +236,8 @@ func (k *Kernel) CheckEndpoint(ctx context.Context, netns string, p delta.Endpoi
 	return errors.Join(errs...)
 }
 
-// Spoil removes a line of String from a port, as an administrator or another program may. It says whether the line was there.
+// Spoil removes a line of String from a port, as an administrator or another program may. It says whether the
+// line was there.
 func (k *Kernel) Spoil(hostName, line string) bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()

@@ -1,8 +1,8 @@
-// Package fake is a kernel in memory: it behaves like the real one as far as Lariat can tell, prints its whole world, and fails on
-// request.
+// Package fake is a kernel in memory: it behaves like the real one as far as Lariat can tell, prints its
+// whole world, and fails on request.
 //
-// Each primitive change is a numbered step: an object added, replaced or removed, one part of a port, one nftables
-// transaction. A test makes every single one of them fail in turn, and looks at what is left:
+// Each primitive change is a numbered step: an object added, replaced or removed, one part of a port, one
+// nftables transaction. A test makes every single one of them fail in turn, and looks at what is left:
 //
 //	for n := 1; ; n++ {
 //		k := fake.New()
@@ -61,19 +61,21 @@ type port struct {
 
 // New returns the kernel of a host with nothing but a loopback device.
 func New() *Kernel {
-	return &Kernel{world: delta.NewState(), devices: map[string]string{"lo": "loopback"}, ports: map[string]*port{}, netns: map[string]map[string]bool{}}
+	return &Kernel{world: delta.NewState(), devices: map[string]string{"lo": "loopback"}, ports: map[string]*port{},
+		netns: map[string]map[string]bool{}}
 }
 
-// FailAt makes step n fail with err instead of doing anything; the others work. Steps are counted from 1, from this call on.
-// 0 makes none fail.
+// FailAt makes step n fail with err instead of doing anything; the others work. Steps are counted from 1,
+// from this call on. 0 makes none fail.
 func (k *Kernel) FailAt(n int, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.steps, k.failAt, k.err, k.killAt, k.failed = nil, n, err, 0, false
 }
 
-// KillAt ends the process at step n, which is not carried out: it and all that follow give ErrKilled until the next call of KillAt or
-// FailAt, which stands for a new process. Steps are counted from 1, from this call on.
+// KillAt ends the process at step n, which is not carried out: it and all that follow give ErrKilled until
+// the next call of KillAt or FailAt, which stands for a new process. Steps are counted from 1, from this call
+// on.
 func (k *Kernel) KillAt(n int) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -108,7 +110,8 @@ func (k *Kernel) step(what string) error {
 	return nil
 }
 
-// Meddle changes the host's world behind Lariat's back, as an administrator may. Nothing is checked, and no step is counted.
+// Meddle changes the host's world behind Lariat's back, as an administrator may. Nothing is checked, and no
+// step is counted.
 func (k *Kernel) Meddle(f func(world *delta.State)) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -172,7 +175,8 @@ func (k *Kernel) Observe(ctx context.Context, want *delta.State) (*delta.State, 
 		want = &delta.State{}
 	}
 	s := &delta.State{
-		Links: maps.Clone(k.world.Links), Addrs: maps.Clone(k.world.Addrs), Neighs: maps.Clone(k.world.Neighs), FDB: maps.Clone(k.world.FDB),
+		Links: maps.Clone(k.world.Links), Addrs: maps.Clone(k.world.Addrs), Neighs: maps.Clone(k.world.Neighs),
+		FDB:      maps.Clone(k.world.FDB),
 		Nexthops: maps.Clone(k.world.Nexthops), Routes: maps.Clone(k.world.Routes), Sysctls: maps.Clone(k.world.Sysctls),
 		Sets: maps.Clone(k.world.Sets), Chains: maps.Clone(k.world.Chains),
 	}
@@ -216,9 +220,11 @@ func (k *Kernel) Apply(ctx context.Context, d *delta.Difference) error {
 	apply(a, &early, w.Sysctls, delta.SysctlString, nil)
 	a.links(d)
 	apply(a, &late, w.Sysctls, delta.SysctlString, func(key, _ string) string { return delta.SysctlDevice(key) })
-	apply(a, &d.Addrs, w.Addrs, func(x delta.Addr, _ struct{}) string { return x.String() }, func(x delta.Addr, _ struct{}) string { return x.Dev })
+	apply(a, &d.Addrs, w.Addrs, func(x delta.Addr, _ struct{}) string { return x.String() },
+		func(x delta.Addr, _ struct{}) string { return x.Dev })
 	apply(a, &d.Neighs, w.Neighs, delta.NeighString, func(x delta.Neigh, _ delta.MAC) string { return x.Dev })
-	apply(a, &d.FDB, w.FDB, func(x delta.FDB, _ struct{}) string { return x.String() }, func(x delta.FDB, _ struct{}) string { return x.Dev })
+	apply(a, &d.FDB, w.FDB, func(x delta.FDB, _ struct{}) string { return x.String() },
+		func(x delta.FDB, _ struct{}) string { return x.Dev })
 	apply(a, &d.Nexthops, w.Nexthops, delta.NexthopString, func(_ uint32, x delta.Nexthop) string { return x.Dev })
 	a.routes(d)
 	remove(a, &d.Routes, w.Routes, delta.RouteString)
@@ -269,7 +275,8 @@ func (k *Kernel) exists(dev string) bool {
 	return ours || theirs || k.ports[dev] != nil
 }
 
-func apply[K comparable, V any](a *application, c *delta.Changes[K, V], to map[K]V, line func(K, V) string, dev func(K, V) string) {
+func apply[K comparable, V any](a *application, c *delta.Changes[K, V], to map[K]V, line func(K, V) string,
+	dev func(K, V) string) {
 	for _, e := range c.Set {
 		what := "set " + line(e.Key, e.Value)
 		if dev != nil && !a.k.exists(dev(e.Key, e.Value)) {

@@ -20,7 +20,8 @@ func world(peers, gen int) *delta.State {
 	const dev = "vtep1042"
 	s.Sysctls["net/ipv4/ip_forward"] = "1"
 	s.Sysctls["net/ipv4/conf/vtep1042/rp_filter"] = "1"
-	s.Links[dev] = delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"), MAC: delta.MAC{0x0e, 0, 192, 0, 2, byte(gen)}, MTU: 1450 - gen, Alias: "lariat:vxlan:overlay"}
+	s.Links[dev] = delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, Local: netip.MustParseAddr("192.0.2.1"),
+		MAC: delta.MAC{0x0e, 0, 192, 0, 2, byte(gen)}, MTU: 1450 - gen, Alias: "lariat:vxlan:overlay"}
 	s.Addrs[delta.Addr{Dev: dev, Prefix: netip.MustParsePrefix("10.42.0.1/32")}] = struct{}{}
 	s.Routes[delta.To(netip.MustParsePrefix("10.42.0.0/26"))] = delta.Route{Type: "blackhole"}
 	s.Sets["vteps4"] = delta.Set{}
@@ -30,7 +31,8 @@ func world(peers, gen int) *delta.State {
 		s.Neighs[delta.Neigh{Dev: dev, Addr: via}] = mac
 		s.FDB[delta.FDB{Dev: dev, MAC: mac, Dst: via}] = struct{}{}
 		s.Nexthops[uint32(i+1)] = delta.Nexthop{Via: via, Dev: dev, Onlink: true}
-		s.Routes[delta.To(netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 43, byte(i), 0}), 24))] = delta.Route{NH: uint32(i + 1), Src: netip.MustParseAddr("10.42.0.1")}
+		s.Routes[delta.To(netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 43, byte(i), 0}), 24))] = delta.Route{NH: uint32(i +
+			1), Src: netip.MustParseAddr("10.42.0.1")}
 		set := s.Sets["vteps4"]
 		set.Elements = append(set.Elements, netip.PrefixFrom(via, 32))
 		s.Sets["vteps4"] = set
@@ -47,7 +49,8 @@ func worlds() map[string]*delta.State {
 	l.VNI = 7
 	other.Links["vtep1042"] = l
 	return map[string]*delta.State{
-		"nothing": delta.NewState(), "one peer": world(1, 1), "four peers": world(4, 1), "other addresses": world(4, 2), "another VNI": other,
+		"nothing": delta.NewState(), "one peer": world(1, 1), "four peers": world(4, 1), "other addresses": world(4, 2),
+		"another VNI": other,
 	}
 }
 
@@ -128,7 +131,8 @@ func withoutSysctls(text string) (out string) {
 
 func port() delta.Endpoint {
 	return delta.Endpoint{
-		Network: "overlay", ContainerID: "c0ffee", IfName: "eth0", HostName: "lrtabcdefghijkl", Alias: "lariat:port:overlay:c0ffee:eth0:web",
+		Network: "overlay", ContainerID: "c0ffee", IfName: "eth0", HostName: "lrtabcdefghijkl",
+		Alias:   "lariat:port:overlay:c0ffee:eth0:web",
 		HostMAC: delta.MAC{0x0e, 0xfe, 0, 0, 0, 1}, MAC: delta.MAC{0x0a, 1, 2, 3, 4, 5}, MTU: 1450,
 		Addrs:    []netip.Addr{netip.MustParseAddr("10.42.0.5"), netip.MustParseAddr("fd42::5")},
 		Gateways: []netip.Addr{netip.MustParseAddr("10.42.0.1"), netip.MustParseAddr("fe80::1")},

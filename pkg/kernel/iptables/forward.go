@@ -34,9 +34,10 @@ const (
 // AcceptForward makes the chains where nothing else would pass, and takes them away where that is not so (any
 // more). It returns what it changed. A host without iptables needs nothing.
 //
-// What leads to a container's port is accepted from everywhere: pkg/guard has dropped by then what must not. What comes from one is accepted to
-// everywhere but the bridges of others, such as Docker's, whose own rules then decide. underlay are the host's own addresses: a bridge that has
-// one of them is the way to the outside.
+// What leads to a container's port is accepted from everywhere: pkg/guard has dropped by then what must not.
+// What comes from one is accepted to everywhere but the bridges of others, such as Docker's, whose own rules
+// then decide. underlay are the host's own addresses: a bridge that has one of them is the way to the
+// outside.
 func AcceptForward(subnets []netip.Prefix, underlay []netip.Addr) (changed []string, err error) {
 	bridges, err := foreignBridges(underlay)
 	if err != nil {
@@ -232,9 +233,11 @@ func provide(ipt *iptables.IPTables, forward, rules []string) (changed []string,
 // withdraw removes the jump and the chain; the users' chain stays when there is something in it.
 func withdraw(ipt *iptables.IPTables) ([]string, error) {
 	changed := []string{"-X " + ForwardChain}
-	err := errors.Join(ipt.DeleteIfExists("filter", "FORWARD", "-j", ForwardChain), ipt.ClearAndDeleteChain("filter", ForwardChain))
+	err := errors.Join(ipt.DeleteIfExists("filter", "FORWARD", "-j", ForwardChain),
+		ipt.ClearAndDeleteChain("filter", ForwardChain))
 	if user, lerr := ipt.List("filter", UserChain); lerr == nil && len(user) == 1 {
-		err = errors.Join(err, ipt.DeleteIfExists("filter", "FORWARD", "-j", UserChain), ipt.ClearAndDeleteChain("filter", UserChain))
+		err = errors.Join(err, ipt.DeleteIfExists("filter", "FORWARD", "-j", UserChain),
+			ipt.ClearAndDeleteChain("filter", UserChain))
 		changed = append(changed, "-X "+UserChain)
 	}
 	return changed, err

@@ -32,9 +32,10 @@ import (
 
 const inside = "LARIAT_TEST_USERNS"
 
-// Main runs the tests of a package where they may make namespaces: in the process as it is if that has the right, and otherwise
-// once more inside of a new user, network and mount namespace, as "unshare -Urnm" would. Where neither works the tests run
-// all the same, and New skips with the reason. Under -short no namespaces are made, and New skips.
+// Main runs the tests of a package where they may make namespaces: in the process as it is if that has the
+// right, and otherwise once more inside of a new user, network and mount namespace, as "unshare -Urnm" would.
+// Where neither works the tests run all the same, and New skips with the reason. Under -short no namespaces
+// are made, and New skips.
 func Main(m *testing.M) {
 	flag.Parse()
 	if os.Getenv(inside) == "" && !testing.Short() && Possible() != nil {
@@ -103,7 +104,8 @@ func create() (f *os.File, err error) {
 // NS is a network namespace. It lives until its test ends.
 type NS struct{ f *os.File }
 
-// New makes an empty namespace whose loopback device is up. Where that is forbidden the test is skipped with the reason.
+// New makes an empty namespace whose loopback device is up. Where that is forbidden the test is skipped with
+// the reason.
 func New(t testing.TB) *NS {
 	t.Helper()
 	if testing.Short() {
@@ -111,7 +113,8 @@ func New(t testing.TB) *NS {
 	}
 	f, err := create()
 	if err != nil {
-		if r := strings.Split(os.Getenv("REQUIRE"), ","); slices.Contains(r, "netns") || slices.Contains(r, "all") { // as package probe has it
+		// as package probe has it
+		if r := strings.Split(os.Getenv("REQUIRE"), ","); slices.Contains(r, "netns") || slices.Contains(r, "all") {
 			t.Fatalf("%v, and REQUIRE=%s", err, os.Getenv("REQUIRE"))
 		}
 		t.Skipf("%v; run as root, or allow user namespaces", err)
@@ -165,8 +168,8 @@ func (ns *NS) Do(t testing.TB, f func()) {
 	f()
 }
 
-// Command runs a program in the namespace and returns what it printed. The test is skipped where the program is missing, and fails
-// where it fails.
+// Command runs a program in the namespace and returns what it printed. The test is skipped where the program
+// is missing, and fails where it fails.
 func (ns *NS) Command(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -191,8 +194,8 @@ func (ns *NS) Command(t testing.TB, name string, args ...string) string {
 
 var vethCount atomic.Int32
 
-// Veth connects two namespaces by a veth pair whose ends are up, have the given addresses (192.0.2.1/24; empty for none), and are
-// named veth0, veth1 and so on. It returns the names.
+// Veth connects two namespaces by a veth pair whose ends are up, have the given addresses (192.0.2.1/24;
+// empty for none), and are named veth0, veth1 and so on. It returns the names.
 func Veth(t testing.TB, a *NS, addrA string, b *NS, addrB string) (nameA, nameB string) {
 	t.Helper()
 	last := vethCount.Add(2)
@@ -200,7 +203,8 @@ func Veth(t testing.TB, a *NS, addrA string, b *NS, addrB string) (nameA, nameB 
 	a.Do(t, func() {
 		attrs := netlink.NewLinkAttrs()
 		attrs.Name = nameA
-		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: nameB, PeerNamespace: netlink.NsFd(b.Fd())}); err != nil {
+		if err := netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: nameB,
+			PeerNamespace: netlink.NsFd(b.Fd())}); err != nil {
 			t.Fatalf("create veth %s: %v", nameA, err)
 		}
 	})

@@ -18,7 +18,8 @@ func prefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
 func addr(s string) netip.Addr     { return netip.MustParseAddr(s) }
 
 func entry(a netip.Addr, id string, seq uint64) Entry {
-	return Entry{Address: a, ID: metadata.AttachmentID{ContainerID: id, IfName: "eth0"}, Owner: Owner{Host: "a", BootID: "boot"}, Sequence: seq, Created: start}
+	return Entry{Address: a, ID: metadata.AttachmentID{ContainerID: id, IfName: "eth0"},
+		Owner: Owner{Host: "a", BootID: "boot"}, Sequence: seq, Created: start}
 }
 
 func TestEdgesOfSubnets(t *testing.T) {
@@ -46,7 +47,8 @@ func TestTablesCoverBlocks(t *testing.T) {
 	for _, tc := range []struct {
 		block string
 		n     int
-	}{{"10.42.0.64/26", 1}, {"10.42.0.0/24", 4}, {"10.42.0.0/30", 1}, {"10.42.0.5/32", 1}, {"fd42::40/122", 1}, {"fd42::/112", 1024}, {"255.255.255.192/26", 1}, {"255.255.0.0/16", 1024}} {
+	}{{"10.42.0.64/26", 1}, {"10.42.0.0/24", 4}, {"10.42.0.0/30", 1}, {"10.42.0.5/32", 1}, {"fd42::40/122", 1},
+		{"fd42::/112", 1024}, {"255.255.255.192/26", 1}, {"255.255.0.0/16", 1024}} {
 		tables := TablesOf(prefix(tc.block))
 		if len(tables) != tc.n {
 			t.Errorf("%s: %d tables, want %d", tc.block, len(tables), tc.n)
@@ -61,7 +63,8 @@ func TestTablesCoverBlocks(t *testing.T) {
 
 func TestFreshFirstThenLongestRested(t *testing.T) {
 	tb := &Table{CIDR: prefix("10.0.0.0/30")}
-	rules := Rules{Subnet: prefix("10.0.0.0/16"), Exclude: []metadata.Range{{First: addr("10.0.0.1"), Last: addr("10.0.0.1")}}}
+	rules := Rules{Subnet: prefix("10.0.0.0/16"),
+		Exclude: []metadata.Range{{First: addr("10.0.0.1"), Last: addr("10.0.0.1")}}}
 	a, _ := tb.Fresh(rules.Usable)
 	if a != addr("10.0.0.2") {
 		t.Fatalf("%s: the subnet's first and the excluded one are skipped", a)
@@ -129,7 +132,8 @@ func TestFreeBlocks(t *testing.T) {
 		t.Errorf("begun in an exclusion that reaches to the end: %s", p)
 	}
 	x, _ = metadata.ParseRange("10.0.0.0/8")
-	if p, ok := (Rules{Subnet: prefix("10.0.0.0/8"), Exclude: []metadata.Range{x}}).FreeBlock(26, addr("10.200.0.0"), is); ok {
+	if p, ok := (Rules{Subnet: prefix("10.0.0.0/8"), Exclude: []metadata.Range{x}}).FreeBlock(26, addr("10.200.0.0"),
+		is); ok {
 		t.Errorf("%s is excluded", p)
 	}
 	if n := Blocks(prefix("fd42::/48"), 122); n <= 1<<60 {
@@ -167,7 +171,8 @@ func TestPlaces(t *testing.T) {
 func TestBorrowersSpread(t *testing.T) {
 	var blocks []metadata.Block
 	for i := range 32 {
-		blocks = append(blocks, metadata.Block{CIDR: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i), 0}), 24), Host: []string{"a", "b", "c"}[i%3]})
+		blocks = append(blocks, metadata.Block{CIDR: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, 0, byte(i), 0}), 24),
+			Host: []string{"a", "b", "c"}[i%3]})
 	}
 	firsts := map[netip.Prefix]bool{}
 	for i := range 16 {

@@ -19,8 +19,9 @@ type Rules struct {
 	Holder func(netip.Addr) string
 }
 
-// Edge reports whether nobody may ever have the address: the first and last of an IPv4 subnet, the subnet-router anycast
-// address of an IPv6 one (RFC 4291 §2.6.1). Links of two and one address have no such edges (RFC 3021, RFC 6164).
+// Edge reports whether nobody may ever have the address: the first and last of an IPv4 subnet, the
+// subnet-router anycast address of an IPv6 one (RFC 4291 §2.6.1). Links of two and one address have no such
+// edges (RFC 3021, RFC 6164).
 func Edge(subnet netip.Prefix, a netip.Addr) bool {
 	if subnet.Addr().BitLen()-subnet.Bits() < 2 {
 		return false
@@ -97,7 +98,10 @@ func (r Rules) freeBlock(bits int, first, last netip.Addr, claimed func(netip.Pr
 	for a := first; a.IsValid() && a.Compare(last) <= 0; {
 		p := BlockOf(a, bits)
 		end := metadata.LastAddr(p)
-		if x := slices.IndexFunc(r.Exclude, func(x metadata.Range) bool { return x.Contains(p.Addr()) && x.Contains(end) }); x >= 0 {
+		if x := slices.IndexFunc(r.Exclude, func(x metadata.Range) bool {
+			return x.Contains(p.Addr()) &&
+				x.Contains(end)
+		}); x >= 0 {
 			// Pass over the whole exclusion at once; it may be half the subnet.
 			if tail := BlockOf(r.Exclude[x].Last, bits); metadata.LastAddr(tail) == r.Exclude[x].Last {
 				end = r.Exclude[x].Last
@@ -114,8 +118,9 @@ func (r Rules) freeBlock(bits int, first, last netip.Addr, claimed func(netip.Pr
 	return netip.Prefix{}, false
 }
 
-// BorrowOrder sorts other hosts' blocks in the order in which a host should ask them for a single address: each host another
-// order, so that those who borrow at the same time do not all compare and swap the same table.
+// BorrowOrder sorts other hosts' blocks in the order in which a host should ask them for a single address:
+// each host another order, so that those who borrow at the same time do not all compare and swap the same
+// table.
 func BorrowOrder(blocks []metadata.Block, self string) []metadata.Block {
 	type ranked struct {
 		rank uint64

@@ -220,7 +220,8 @@ type wireRest struct {
 
 // MarshalJSON writes the stored form.
 func (t *Table) MarshalJSON() ([]byte, error) {
-	w := wireTable{Next: t.Next, Entries: make([]wireEntry, 0, len(t.Entries)), Resting: make([]wireRest, 0, len(t.Resting))}
+	w := wireTable{Next: t.Next, Entries: make([]wireEntry, 0, len(t.Entries)),
+		Resting: make([]wireRest, 0, len(t.Resting))}
 	var owners []Owner
 	for _, e := range t.Entries {
 		at := slices.Index(owners, e.Owner)
@@ -257,13 +258,15 @@ func Decode(cidr netip.Prefix, data []byte) (*Table, error) {
 		if len(o) > 2 {
 			owner.StateDir = o[2]
 		}
-		if !t.Take(Entry{e.Address, metadata.AttachmentID{ContainerID: e.ID, IfName: e.IfName}, owner, e.Sequence, moment(e.Created)}) {
+		if !t.Take(Entry{e.Address, metadata.AttachmentID{ContainerID: e.ID, IfName: e.IfName}, owner, e.Sequence,
+			moment(e.Created)}) {
 			return nil, fmt.Errorf("address table %s: %s is outside or listed twice", cidr, e.Address)
 		}
 	}
 	for _, r := range w.Resting {
 		_, used := t.find(r.Address)
-		if used || !cidr.Contains(r.Address) || slices.ContainsFunc(t.Resting, func(x Rest) bool { return x.Address == r.Address }) {
+		if used || !cidr.Contains(r.Address) ||
+			slices.ContainsFunc(t.Resting, func(x Rest) bool { return x.Address == r.Address }) {
 			return nil, fmt.Errorf("address table %s: resting %s is outside, in use, or listed twice", cidr, r.Address)
 		}
 		t.Resting = append(t.Resting, Rest{r.Address, moment(r.Since)})

@@ -16,7 +16,8 @@ import (
 // mark is a revision that a host's view has come to, and with it to all before.
 func mark(t *testing.T, st store.Store, n *node) int64 {
 	t.Helper()
-	revision, err := store.One(t.Context(), st, store.Change{Key: viewPrefix + "mark", Value: []byte("{}"), Revision: store.Any})
+	revision, err := store.One(t.Context(), st, store.Change{Key: viewPrefix + "mark", Value: []byte("{}"),
+		Revision: store.Any})
 	must(t, err)
 	must(t, n.view.wait(t.Context(), revision))
 	return revision
@@ -65,7 +66,8 @@ func TestAnswersDoNotCostTheWholeView(t *testing.T) {
 		"an unknown network": func() { _ = a.unknownNetwork("nothing") },
 		"a release":          func() { must(t, a.Server.Release(t.Context(), "lan", aid("nothing"), 0)) },
 		"another network": func() {
-			_, _, err := a.prepareNetwork(t.Context(), metadata.Network{Name: "next", Subnets: []netip.Prefix{netip.MustParsePrefix("172.31.0.0/24")}}, nil, false)
+			_, _, err := a.prepareNetwork(t.Context(),
+				metadata.Network{Name: "next", Subnets: []netip.Prefix{netip.MustParsePrefix("172.31.0.0/24")}}, nil, false)
 			must(t, err)
 		},
 	}
@@ -99,7 +101,8 @@ func TestAnswersDoNotCostTheWholeView(t *testing.T) {
 	mark(t, st, a)
 	for name := range ask {
 		if after := measure(name); after > before[name]+blocks*each {
-			t.Errorf("%s: %d kB with no blocks in another network, %d kB with %d: it looks at each of them", name, before[name]>>10, after>>10, blocks)
+			t.Errorf("%s: %d kB with no blocks in another network, %d kB with %d: it looks at each of them", name,
+				before[name]>>10, after>>10, blocks)
 		}
 	}
 }

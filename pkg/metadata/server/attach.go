@@ -39,7 +39,8 @@ func (s *Server) Attach(ctx context.Context, network string, req metadata.Attach
 	if len(want) > 0 {
 		for _, r := range req.Requested {
 			if !slices.Contains(want, r) {
-				return nil, metadata.Errorf(metadata.CodeConflict, "the model assigned %v to container %s on network %s, so it cannot have the requested %s",
+				return nil, metadata.Errorf(metadata.CodeConflict, "the model assigned %v to container %s on network %s, so "+
+					"it cannot have the requested %s",
 					want, req.ContainerID, network, r)
 			}
 		}
@@ -54,7 +55,8 @@ func (s *Server) Attach(ctx context.Context, network string, req metadata.Attach
 	a := s.attachment(n, o.entries)
 	a.PreAssigned = o.assigned
 	// The model's MAC is that of the container's first interface.
-	if first := object.Interfaces; o.assigned || len(first) == 0 || first[0].Network == network && first[0].IfName == req.IfName {
+	if first := object.Interfaces; o.assigned || len(first) == 0 || first[0].Network == network &&
+		first[0].IfName == req.IfName {
 		a.MAC = object.MAC
 	}
 	return a, nil
@@ -65,7 +67,8 @@ func validAttach(id metadata.AttachmentID, req *metadata.AttachRequest) error {
 	case metadata.ValidContainerID(id.ContainerID) != nil:
 		return metadata.Errorf(metadata.CodeInvalid, "%s", metadata.ValidContainerID(id.ContainerID))
 	case id.IfName == "" || len(id.IfName) > 15 || strings.ContainsAny(id.IfName, "/ :\t\n"):
-		return metadata.Errorf(metadata.CodeInvalid, "ifname %q: want 1 to 15 characters, none of them space, : or /", id.IfName)
+		return metadata.Errorf(metadata.CodeInvalid, "ifname %q: want 1 to 15 characters, none of them space, : or /",
+			id.IfName)
 	case req.Foreign && len(req.Requested) == 0:
 		return metadata.Errorf(metadata.CodeInvalid, "foreign without requested addresses: there is nothing to record")
 	case req.StateDir != "" && !filepath.IsAbs(req.StateDir):
@@ -90,7 +93,8 @@ func validAttach(id metadata.AttachmentID, req *metadata.AttachRequest) error {
 
 // assigned returns the container's object and the addresses that the model assigned, waiting for them as long as the
 // request says. It wakes up with each change of the model, never by a timer of its own.
-func (s *Server) assigned(ctx context.Context, n metadata.Network, req *metadata.AttachRequest) (held, []netip.Addr, error) {
+func (s *Server) assigned(ctx context.Context, n metadata.Network,
+	req *metadata.AttachRequest) (held, []netip.Addr, error) {
 	start := time.Now()
 	deadline := time.NewTimer(time.Duration(req.WaitSeconds) * time.Second)
 	defer deadline.Stop()
@@ -119,7 +123,8 @@ func (s *Server) assigned(ctx context.Context, n metadata.Network, req *metadata
 		case <-ctx.Done():
 			return h, nil, ctx.Err()
 		case <-deadline.C:
-			e := metadata.Errorf(metadata.CodeNotYet, "the model lists no address for container %s after %s", req.ContainerID, time.Since(start).Round(100*time.Millisecond))
+			e := metadata.Errorf(metadata.CodeNotYet, "the model lists no address for container %s after %s", req.ContainerID,
+				time.Since(start).Round(100*time.Millisecond))
 			what := "containers/" + s.cfg.HostName + "/" + req.ContainerID
 			if req.UUID != "" {
 				what += ", or a container of this host with UUID " + req.UUID + ","
@@ -140,7 +145,8 @@ func (b *allocator) holds(id metadata.AttachmentID) bool {
 func (s *Server) attachment(n metadata.Network, entries []allocate.Entry) *metadata.Attachment {
 	self, _ := s.view.host(s.cfg.HostName)
 	a := &metadata.Attachment{Network: n.Name, Encapsulation: n.Encapsulation, Device: s.cfg.Device(n), Subnets: n.Subnets,
-		Host: s.cfg.HostName, MTU: s.cfg.MTU(n, self), Overhead: s.cfg.Overhead(n, self), Addresses: []metadata.AttachmentAddress{}}
+		Host: s.cfg.HostName, MTU: s.cfg.MTU(n, self), Overhead: s.cfg.Overhead(n, self),
+		Addresses: []metadata.AttachmentAddress{}}
 	for _, e := range entries { // sorted: IPv4 first
 		x := metadata.AttachmentAddress{Address: e.Address, Sequence: e.Sequence}
 		a.BootID = e.Owner.BootID
@@ -206,8 +212,10 @@ func (s *Server) GC(ctx context.Context, network string, valid []metadata.Attach
 func allocations(network string, entries []allocate.Entry) []metadata.Allocation {
 	out := make([]metadata.Allocation, 0, len(entries))
 	for _, e := range entries {
-		out = append(out, metadata.Allocation{Address: e.Address, Network: network, ContainerID: e.ID.ContainerID, IfName: e.ID.IfName,
-			Host: e.Owner.Host, BootID: e.Owner.BootID, StateDir: cmp.Or(e.Owner.StateDir, metadata.DefaultStateDir), Sequence: e.Sequence, Created: e.Created})
+		out = append(out, metadata.Allocation{Address: e.Address, Network: network, ContainerID: e.ID.ContainerID,
+			IfName: e.ID.IfName,
+			Host:   e.Owner.Host, BootID: e.Owner.BootID, StateDir: cmp.Or(e.Owner.StateDir, metadata.DefaultStateDir),
+			Sequence: e.Sequence, Created: e.Created})
 	}
 	slices.SortFunc(out, func(a, b metadata.Allocation) int { return a.Address.Compare(b.Address) })
 	return out
@@ -253,7 +261,8 @@ func (s *Server) load(ctx context.Context, b *allocator) error {
 }
 
 // Attachment returns what an interface holds.
-func (s *Server) Attachment(ctx context.Context, network string, id metadata.AttachmentID) (*metadata.Attachment, error) {
+func (s *Server) Attachment(ctx context.Context, network string,
+	id metadata.AttachmentID) (*metadata.Attachment, error) {
 	b, n, err := s.current(ctx, network)
 	if err != nil {
 		return nil, err
@@ -269,12 +278,14 @@ func (s *Server) Attachment(ctx context.Context, network string, id metadata.Att
 	}
 	b.mu.Unlock()
 	if len(entries) == 0 {
-		return nil, metadata.Errorf(metadata.CodeNotFound, "%s holds no address on network %s at host %s", id, network, s.cfg.HostName)
+		return nil, metadata.Errorf(metadata.CodeNotFound, "%s holds no address on network %s at host %s", id, network,
+			s.cfg.HostName)
 	}
 	slices.SortFunc(entries, func(a, b allocate.Entry) int { return a.Address.Compare(b.Address) })
 	a := s.attachment(n, entries)
 	if h, ok := s.containers.find(id.ContainerID, ""); ok && h.PreAssigned {
-		a.PreAssigned = slices.ContainsFunc(entries, func(e allocate.Entry) bool { return slices.Contains(h.assigned(n), e.Address) })
+		a.PreAssigned = slices.ContainsFunc(entries,
+			func(e allocate.Entry) bool { return slices.Contains(h.assigned(n), e.Address) })
 		if a.PreAssigned {
 			a.MAC = h.MAC
 		}
@@ -315,7 +326,8 @@ func (s *Server) Allocations(ctx context.Context, network string, all bool) ([]m
 }
 
 // eachTable reads all tables of a network. It returns those that cannot be used as problems.
-func (s *Server) eachTable(ctx context.Context, network string, fn func(*allocate.Table, int64) error) ([]metadata.Problem, error) {
+func (s *Server) eachTable(ctx context.Context, network string,
+	fn func(*allocate.Table, int64) error) ([]metadata.Problem, error) {
 	list, _, err := s.list(ctx, tablePrefix+network+"/")
 	if err != nil {
 		return nil, err
@@ -339,7 +351,8 @@ func (s *Server) eachTable(ctx context.Context, network string, fn func(*allocat
 func decodeTable(e store.Entry) (*allocate.Table, error) {
 	network, text, _ := strings.Cut(strings.TrimPrefix(e.Key, tablePrefix), "/")
 	cidr, err := netip.ParsePrefix(text)
-	if err != nil || cidr != cidr.Masked() || cidr.Addr().Is4In6() || cidr.Addr().BitLen()-cidr.Bits() > allocate.TableBits {
+	if err != nil || cidr != cidr.Masked() || cidr.Addr().Is4In6() ||
+		cidr.Addr().BitLen()-cidr.Bits() > allocate.TableBits {
 		return nil, fmt.Errorf("%.100q is not the prefix of an address table", text)
 	}
 	if err := metadata.ValidName(network); err != nil {
@@ -411,7 +424,8 @@ func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkS
 		}
 		st.Usage = append(st.Usage, u)
 		if u.Free == 0 && sure {
-			refuse(fmt.Sprintf("no address left in subnet %s: %d used in this host's blocks, %d blocks claimed by all hosts, 0 free; widen the network or release what is unused (`lariat ip list`)",
+			refuse(fmt.Sprintf("no address left in subnet %s: %d used in this host's blocks, %d blocks claimed by all "+
+				"hosts, 0 free; widen the network or release what is unused (`lariat ip list`)",
 				p, u.Used, u.Blocks), false)
 		}
 	}
@@ -462,7 +476,10 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 func (s *Server) countLeft(ctx context.Context, n metadata.Network, subnet netip.Prefix) (int, error) {
 	rules := (&batch{b: s.allocator(n.Name), net: n}).rules(subnet)
 	unread := map[netip.Prefix]bool{} // tables of others' blocks
-	for _, blk := range s.view.blocksOf(n.Name, func(x metadata.Block) bool { return x.Host != s.cfg.HostName && subnet.Contains(x.CIDR.Addr()) }) {
+	for _, blk := range s.view.blocksOf(n.Name, func(x metadata.Block) bool {
+		return x.Host != s.cfg.HostName &&
+			subnet.Contains(x.CIDR.Addr())
+	}) {
 		for _, cidr := range allocate.TablesOf(blk.CIDR) {
 			unread[cidr] = true
 		}
@@ -490,7 +507,8 @@ func (s *Server) countLeft(ctx context.Context, n metadata.Network, subnet netip
 	return free, nil
 }
 
-// leftoverAge bounds how stale the count of other hosts' free addresses is; a runtime asks for the status every five seconds.
+// leftoverAge bounds how stale the count of other hosts' free addresses is; a runtime asks for the status
+// every five seconds.
 const leftoverAge = 2 * time.Second
 
 type leftover struct {
@@ -539,7 +557,8 @@ func (s *Server) unknownNetwork(name string) error {
 	if all := s.view.networkNames(); len(all) > 0 {
 		e.Details = "known: " + strings.Join(all, ", ")
 	} else {
-		e.Details = "no network is defined yet; make one with `lariat network create " + name + " --subnet 10.42.0.0/16`, or name a subnet in the CNI configuration"
+		e.Details = "no network is defined yet; make one with `lariat network create " + name +
+			" --subnet 10.42.0.0/16`, or name a subnet in the CNI configuration"
 	}
 	return e
 }

@@ -136,11 +136,13 @@ func TestWhileTheStoreIsAway(t *testing.T) {
 	seen := make(chan *metadata.Snapshot, 100)
 	watch, stop := context.WithCancel(t.Context())
 	defer stop()
-	go n.Client.Watch(watch, func(s *metadata.Snapshot) error { seen <- s; return nil }, nil) //nolint:errcheck // it ends with the test
+	go n.Client.Watch(watch, func(s *metadata.Snapshot) error { seen <- s; return nil },
+		nil) //nolint:errcheck // it ends with the test
 	before := len(log.lines())
 	c.isCut.Store(true)
 	_, err := n.Client.Attach(t.Context(), "lan", req("first"))
-	if !metadata.IsCode(err, metadata.CodeUnavailable) || !strings.Contains(err.Error(), c.Where()) || strings.Contains(err.Error(), "metadata service") {
+	if !metadata.IsCode(err, metadata.CodeUnavailable) || !strings.Contains(err.Error(), c.Where()) ||
+		strings.Contains(err.Error(), "metadata service") {
 		t.Errorf("the error blames the wrong one: %v", err)
 	}
 	n.until(t, true)
@@ -191,19 +193,22 @@ func TestStatusAsksNoStore(t *testing.T) {
 	reached := c.calls.Load()
 	for range 20 {
 		st, err := n.Client.Status(t.Context(), "lan")
-		if err != nil || st.Ready || st.Local || !strings.Contains(st.Reason, c.Where()) || len(st.Usage) != 1 || st.Usage[0].Used != 1 {
+		if err != nil || st.Ready || st.Local || !strings.Contains(st.Reason, c.Where()) || len(st.Usage) != 1 ||
+			st.Usage[0].Used != 1 {
 			t.Fatalf("%+v %v", st, err)
 		}
 	}
 	if now := c.calls.Load(); now != reached {
 		t.Errorf("%d calls went to the store", now-reached)
 	}
-	if text := metricsText(n); !strings.Contains(text, "\nlariat_store_up 0\n") || !strings.Contains(text, "\nlariat_ready 0\n") {
+	if text := metricsText(n); !strings.Contains(text, "\nlariat_store_up 0\n") ||
+		!strings.Contains(text, "\nlariat_ready 0\n") {
 		t.Errorf("%s", text)
 	}
 	c.isCut.Store(false)
 	n.until(t, false)
-	if text := metricsText(n); !strings.Contains(text, "\nlariat_store_up 1\n") || !strings.Contains(text, "\nlariat_ready 1\n") {
+	if text := metricsText(n); !strings.Contains(text, "\nlariat_store_up 1\n") ||
+		!strings.Contains(text, "\nlariat_ready 1\n") {
 		t.Errorf("%s", text)
 	}
 }
@@ -238,7 +243,8 @@ func (d *deaf) Write(ctx context.Context, changes ...store.Change) []store.Resul
 	results := d.Store.Write(ctx, changes...)
 	if d.left.Add(-1) >= 0 { // it was done, and its answer did not come
 		for i := range results {
-			results[i].Err = fmt.Errorf("%w: write in %s: %w", store.ErrUnavailable, "https://192.0.2.1:2379", context.DeadlineExceeded)
+			results[i].Err = fmt.Errorf("%w: write in %s: %w", store.ErrUnavailable, "https://192.0.2.1:2379",
+				context.DeadlineExceeded)
 		}
 	}
 	return results

@@ -36,7 +36,8 @@ func BenchmarkAttach(b *testing.B) {
 			for b.Loop() {
 				i++
 				id := fmt.Sprintf("bench%059d", i)
-				if _, err := n.Client.Attach(b.Context(), "lan", metadata.AttachRequest{ContainerID: id, IfName: "eth0"}); err != nil {
+				if _, err := n.Client.Attach(b.Context(), "lan",
+					metadata.AttachRequest{ContainerID: id, IfName: "eth0"}); err != nil {
 					b.Fatal(err)
 				}
 				b.StopTimer()

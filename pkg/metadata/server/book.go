@@ -20,15 +20,17 @@ import (
 // maxBatch bounds how long a request waits for those it shares a write with.
 const maxBatch = 512
 
-// allocator keeps this host's address tables of one network. All that changes them goes through its queue: while one write is
-// under way, whatever arrives waits and shares the next one, so a burst of requests costs a few durable writes, and no two
-// requests of this host ever compete for a table. Other hosts may (they borrow); then the write's condition fails, the
-// table is read again, and those requests are planned once more.
+// allocator keeps this host's address tables of one network. All that changes them goes through its queue:
+// while one write is under way, whatever arrives waits and shares the next one, so a burst of requests costs
+// a few durable writes, and no two requests of this host ever compete for a table. Other hosts may (they
+// borrow); then the write's condition fails, the table is read again, and those requests are planned once
+// more.
 type allocator struct {
 	s       *Server
 	network string
 
-	mu      sync.Mutex // queue, running; the runner writes tables, held, loaded and gen under it, others read them under it
+	// queue, running; the runner writes tables, held, loaded and gen under it, others read them under it
+	mu      sync.Mutex
 	queue   []*request
 	running bool
 	tables  map[netip.Prefix]*cachedTable
@@ -116,7 +118,8 @@ type batch struct {
 }
 
 func newAllocator(s *Server, network string) *allocator {
-	return &allocator{s: s, network: network, tables: map[netip.Prefix]*cachedTable{}, held: map[metadata.AttachmentID][]netip.Prefix{}, hint: map[bool]*cachedTable{}}
+	return &allocator{s: s, network: network, tables: map[netip.Prefix]*cachedTable{},
+		held: map[metadata.AttachmentID][]netip.Prefix{}, hint: map[bool]*cachedTable{}}
 }
 
 // do queues a request and waits for its end. When the context ends first, whether it was done is unknown; asking again
@@ -134,7 +137,8 @@ func (b *allocator) do(o *request) error {
 	case <-o.done:
 		return o.err
 	case <-o.ctx.Done():
-		return fmt.Errorf("%w: network %s in %s: %w", store.ErrUnavailable, b.network, b.s.store.Where(), context.Cause(o.ctx))
+		return fmt.Errorf("%w: network %s in %s: %w", store.ErrUnavailable, b.network, b.s.store.Where(),
+			context.Cause(o.ctx))
 	}
 }
 
@@ -200,12 +204,14 @@ func (b *allocator) batch(ops []*request) (again []*request) {
 		base: map[netip.Prefix]int64{}, containers: map[string]*metadata.Container{}, revisions: map[string]int64{},
 		pending: map[metadata.AttachmentID][]netip.Prefix{}}
 	for _, o := range ops {
-		out := &result{request: o, touched: map[netip.Prefix]bool{}, containers: map[string]func(*metadata.Container) bool{}, freed: map[netip.Prefix][]allocate.Entry{}}
+		out := &result{request: o, touched: map[netip.Prefix]bool{}, containers: map[string]func(*metadata.Container) bool{},
+			freed: map[netip.Prefix][]allocate.Entry{}}
 		if err := p.plan(ctx, out); err != nil {
 			b.deleteHostRoutes(ctx, out.announced)
 			out.announced, out.failure = nil, err
 			if o.kind == requestAttach { // all families or none: what an earlier try wrote goes back
-				half := slices.DeleteFunc(p.mine(o.id), func(e allocate.Entry) bool { return !slices.Contains(o.taken, e.Sequence) })
+				half := slices.DeleteFunc(p.mine(o.id),
+					func(e allocate.Entry) bool { return !slices.Contains(o.taken, e.Sequence) })
 				p.planRelease(out, o.id, half, 0)
 			}
 		}
@@ -298,7 +304,8 @@ func (p *batch) commit(ctx context.Context) (again []*request) {
 			o.released = append(o.released, entries...)
 			for _, e := range entries {
 				if l := b.tables[cidr]; !l.own {
-					if now, ok := l.table.Entry(e.Address); !ok || now.Owner.Host != b.s.cfg.HostName { // not taken again in this batch
+					// not taken again in this batch
+					if now, ok := l.table.Entry(e.Address); !ok || now.Owner.Host != b.s.cfg.HostName {
 						gone = append(gone, e.Address)
 					}
 				}
@@ -325,7 +332,8 @@ func (p *batch) commit(ctx context.Context) (again []*request) {
 			o.finish(err)
 		case conflict:
 			if o.tries++; o.tries > 100 {
-				o.finish(fmt.Errorf("%w: network %s: other hosts keep changing the same addresses", store.ErrUnavailable, b.network))
+				o.finish(fmt.Errorf("%w: network %s: other hosts keep changing the same addresses", store.ErrUnavailable,
+					b.network))
 				continue
 			}
 			again = append(again, o)
@@ -554,9 +562,10 @@ func (b *allocator) sync(ctx context.Context, net metadata.Network, gen uint64) 
 	return nil
 }
 
-// repairHostRoutes makes endpoints agree with tables: an address is announced before it is recorded and withdrawn after it is
-// released, so what a killed process leaves is an endpoint too many, never one too few. One that somebody removed by hand
-// is published again. Containers' objects lose the interfaces of which no table knows any more.
+// repairHostRoutes makes endpoints agree with tables: an address is announced before it is recorded and
+// withdrawn after it is released, so what a killed process leaves is an endpoint too many, never one too few.
+// One that somebody removed by hand is published again. Containers' objects lose the interfaces of which no
+// table knows any more.
 func (b *allocator) repairHostRoutes(ctx context.Context, net metadata.Network) error {
 	announced := map[netip.Addr]bool{}
 	for _, a := range b.s.view.endpointsOf(b.network, b.s.cfg.HostName) {
@@ -720,7 +729,8 @@ func (p *batch) planRelease(out *result, id metadata.AttachmentID, entries []all
 		l := p.b.tables[tableFor(p.net, e.Address)]
 		t := p.table(l)
 		out.touched[l.cidr] = true
-		out.freed[l.cidr] = append(out.freed[l.cidr], t.Release(p.now, func(x allocate.Entry) bool { return x.Address == e.Address && x.ID == e.ID })...)
+		out.freed[l.cidr] = append(out.freed[l.cidr],
+			t.Release(p.now, func(x allocate.Entry) bool { return x.Address == e.Address && x.ID == e.ID })...)
 	}
 	key := p.b.s.cfg.HostName + "/" + id.ContainerID
 	if c, _ := p.container(key); c == nil || !attached(c, p.b.network, id.IfName) || len(p.mine(id)) > 0 {
@@ -775,8 +785,10 @@ func (p *batch) planAttach(ctx context.Context, out *result) error {
 	have := p.mine(o.id)
 	for _, w := range o.want {
 		for _, e := range have {
-			if w.BitLen() == e.Address.BitLen() && !slices.ContainsFunc(have, func(e allocate.Entry) bool { return e.Address == w }) {
-				return metadata.Errorf(metadata.CodeConflict, "%s has %s on network %s already, %s was requested; release it first", o.id, e.Address, b.network, w)
+			if w.BitLen() == e.Address.BitLen() &&
+				!slices.ContainsFunc(have, func(e allocate.Entry) bool { return e.Address == w }) {
+				return metadata.Errorf(metadata.CodeConflict, "%s has %s on network %s already, %s was requested; release it first",
+					o.id, e.Address, b.network, w)
 			}
 		}
 	}
@@ -820,7 +832,8 @@ func (p *batch) planAttach(ctx context.Context, out *result) error {
 		}
 	}
 	for _, x := range picks {
-		p.table(x.l).Take(allocate.Entry{Address: x.a, ID: o.id, Owner: owner, Sequence: b.sequence, Created: p.now.UTC().Truncate(time.Second)})
+		p.table(x.l).Take(allocate.Entry{Address: x.a, ID: o.id, Owner: owner, Sequence: b.sequence,
+			Created: p.now.UTC().Truncate(time.Second)})
 		out.touched[x.l.cidr] = true
 		p.pending[o.id] = append(p.pending[o.id], x.l.cidr)
 	}
@@ -883,7 +896,8 @@ func (p *batch) allocateRequested(ctx context.Context, out *result, a netip.Addr
 	}
 	if !subnet.IsValid() {
 		if !o.req.Foreign && !o.assigned {
-			return nil, metadata.Errorf(metadata.CodeInvalid, "address %s is outside of network %s, which has %v", a, b.network, p.net.Subnets)
+			return nil, metadata.Errorf(metadata.CodeInvalid, "address %s is outside of network %s, which has %v", a, b.network,
+				p.net.Subnets)
 		}
 		if err := b.s.view.announceable(a); err != nil {
 			return nil, metadata.Errorf(metadata.CodeInvalid, "%s", err)
@@ -891,7 +905,8 @@ func (p *batch) allocateRequested(ctx context.Context, out *result, a netip.Addr
 		return p.allocateBorrowed(ctx, out, a, tableFor(p.net, a))
 	}
 	if allocate.Edge(subnet, a) {
-		return nil, metadata.Errorf(metadata.CodeInvalid, "address %s is the first or last of subnet %s, which no container may have", a, subnet)
+		return nil, metadata.Errorf(metadata.CodeInvalid, "address %s is the first or last of subnet %s, which no "+
+			"container may have", a, subnet)
 	}
 	cidr := allocate.BlockOf(a, p.net.BlockSize(subnet))
 	for {
@@ -906,7 +921,8 @@ func (p *batch) allocateRequested(ctx context.Context, out *result, a netip.Addr
 		}
 		if blk.Host != b.s.cfg.HostName {
 			if p.net.StrictAffinity && !o.req.Foreign && !o.assigned {
-				return nil, metadata.Errorf(metadata.CodeHeld, "address %s lies in block %s of host %s, and network %s has strictAffinity: a host uses its own blocks only",
+				return nil, metadata.Errorf(metadata.CodeHeld, "address %s lies in block %s of host %s, and network %s has "+
+					"strictAffinity: a host uses its own blocks only",
 					a, blk.CIDR, blk.Host, b.network)
 			}
 			return p.allocateBorrowed(ctx, out, a, allocate.TableOf(cidr, a))
@@ -929,7 +945,8 @@ func (p *batch) allocateRequested(ctx context.Context, out *result, a netip.Addr
 }
 
 // allocateBorrowed announces one address that no block of this host covers, and returns its table.
-func (p *batch) allocateBorrowed(ctx context.Context, out *result, a netip.Addr, cidr netip.Prefix) (*cachedTable, error) {
+func (p *batch) allocateBorrowed(ctx context.Context, out *result, a netip.Addr,
+	cidr netip.Prefix) (*cachedTable, error) {
 	b := p.b
 	if l := b.tables[cidr]; l != nil && p.work[cidr] == nil {
 		l.stale, b.resyncPending = true, true // others write it
@@ -967,7 +984,8 @@ func (p *batch) allocateBorrowed(ctx context.Context, out *result, a netip.Addr,
 }
 
 // allocate finds an address of a subnet.
-func (p *batch) allocate(ctx context.Context, out *result, subnet netip.Prefix, chosen map[netip.Addr]bool) (*cachedTable, netip.Addr, error) {
+func (p *batch) allocate(ctx context.Context, out *result, subnet netip.Prefix,
+	chosen map[netip.Addr]bool) (*cachedTable, netip.Addr, error) {
 	b, rules := p.b, p.rules(subnet)
 	usable := func(a netip.Addr) bool { return !chosen[a] && rules.Usable(a) }
 	// Own blocks, fresh.
@@ -1037,7 +1055,8 @@ func (p *batch) allocate(ctx context.Context, out *result, subnet netip.Prefix, 
 	}
 	u := b.usage(p.net, subnet)
 	return nil, netip.Addr{}, metadata.Errorf(metadata.CodeExhausted,
-		"no address left in subnet %s of network %s for host %s: %d used and %d free in its blocks, %d of %d blocks claimed by all hosts; widen the network, release what is unused (`lariat ip list`), or remove hosts that are gone",
+		"no address left in subnet %s of network %s for host %s: %d used and %d free in its blocks, %d of %d blocks "+
+			"claimed by all hosts; widen the network, release what is unused (`lariat ip list`), or remove hosts that are gone",
 		subnet, b.network, b.s.cfg.HostName, u.Used, u.Free, u.Blocks, allocate.Blocks(subnet, p.net.BlockSize(subnet)))
 }
 
@@ -1085,7 +1104,8 @@ func (p *batch) join(ctx context.Context) error {
 			return err
 		}
 		if !cidr.IsValid() {
-			return metadata.Errorf(metadata.CodeExhausted, "no free block left in subnet %s of network %s: host %s gets no overlay address of its own; widen the network, or remove hosts that are gone",
+			return metadata.Errorf(metadata.CodeExhausted, "no free block left in subnet %s of network %s: host %s gets no "+
+				"overlay address of its own; widen the network, or remove hosts that are gone",
 				subnet, p.b.network, p.b.s.cfg.HostName)
 		}
 	}
@@ -1093,7 +1113,8 @@ func (p *batch) join(ctx context.Context) error {
 }
 
 // oldestReleased finds the address that was released longest ago, not after until.
-func (p *batch) oldestReleased(subnet netip.Prefix, usable func(netip.Addr) bool, until time.Time, own bool) (*cachedTable, netip.Addr, bool) {
+func (p *batch) oldestReleased(subnet netip.Prefix, usable func(netip.Addr) bool, until time.Time,
+	own bool) (*cachedTable, netip.Addr, bool) {
 	var best *cachedTable
 	var rest allocate.Rest
 	for _, l := range p.b.tables {
@@ -1101,10 +1122,12 @@ func (p *batch) oldestReleased(subnet netip.Prefix, usable func(netip.Addr) bool
 			continue
 		}
 		t := p.peek(l)
-		if len(t.Resting) == 0 || best != nil && !t.Resting[0].Since.Before(rest.Since) && !(t.Resting[0].Since.Equal(rest.Since) && l.cidr.Addr().Less(best.cidr.Addr())) {
+		if len(t.Resting) == 0 || best != nil && !t.Resting[0].Since.Before(rest.Since) &&
+			!(t.Resting[0].Since.Equal(rest.Since) && l.cidr.Addr().Less(best.cidr.Addr())) {
 			continue
 		}
-		if r, ok := t.Rested(until, usable); ok && (best == nil || r.Since.Before(rest.Since) || r.Since.Equal(rest.Since) && l.cidr.Addr().Less(best.cidr.Addr())) {
+		if r, ok := t.Rested(until, usable); ok && (best == nil || r.Since.Before(rest.Since) || r.Since.Equal(rest.Since) &&
+			l.cidr.Addr().Less(best.cidr.Addr())) {
 			best, rest = l, r
 		}
 	}
@@ -1112,7 +1135,8 @@ func (p *batch) oldestReleased(subnet netip.Prefix, usable func(netip.Addr) bool
 }
 
 // claim makes a block this host's own.
-func (b *allocator) claim(ctx context.Context, p *batch, subnet, cidr netip.Prefix, not []netip.Addr) (metadata.Block, error) {
+func (b *allocator) claim(ctx context.Context, p *batch, subnet, cidr netip.Prefix,
+	not []netip.Addr) (metadata.Block, error) {
 	blk := metadata.Block{Network: b.network, CIDR: cidr, Host: b.s.cfg.HostName}
 	if p.net.Encapsulation != metadata.EncapNone && !b.s.view.gateway(b.network, subnet).IsValid() {
 		// An address that another host borrowed from the block before it was free is not taken for it.
@@ -1166,12 +1190,16 @@ func (b *allocator) claim(ctx context.Context, p *batch, subnet, cidr netip.Pref
 }
 
 // borrow finds a single address in another host's block.
-func (p *batch) borrow(ctx context.Context, out *result, subnet netip.Prefix, usable func(netip.Addr) bool) (*cachedTable, netip.Addr, error) {
+func (p *batch) borrow(ctx context.Context, out *result, subnet netip.Prefix,
+	usable func(netip.Addr) bool) (*cachedTable, netip.Addr, error) {
 	b := p.b
 	if p.now.Sub(b.full) < 2*time.Second && p.now.After(b.full) {
 		return nil, netip.Addr{}, nil
 	}
-	blocks := b.s.view.blocksOf(b.network, func(x metadata.Block) bool { return x.Host != b.s.cfg.HostName && subnet.Contains(x.CIDR.Addr()) })
+	blocks := b.s.view.blocksOf(b.network, func(x metadata.Block) bool {
+		return x.Host != b.s.cfg.HostName &&
+			subnet.Contains(x.CIDR.Addr())
+	})
 	cooled := p.now.Add(-p.net.Cooldown())
 	for _, last := range []bool{false, true} {
 		for _, blk := range allocate.BorrowOrder(blocks, b.s.cfg.HostName) {
@@ -1274,7 +1302,8 @@ func (b *allocator) releaseEmptyBlocks(ctx context.Context, net metadata.Network
 				continue
 			}
 		}
-		revision, err := store.One(ctx, b.s.store, store.Change{Key: blockPrefix + metadata.BlockKey(blk), Revision: store.Any})
+		revision, err := store.One(ctx, b.s.store, store.Change{Key: blockPrefix + metadata.BlockKey(blk),
+			Revision: store.Any})
 		if err != nil {
 			return err
 		}

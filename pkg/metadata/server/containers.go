@@ -192,7 +192,10 @@ func attachContainer(c *metadata.Container, host, network string, req *metadata.
 		c.Labels = all
 	}
 	c.State = "running"
-	at := slices.IndexFunc(c.Interfaces, func(i metadata.ContainerInterface) bool { return i.Network == network && i.IfName == req.IfName })
+	at := slices.IndexFunc(c.Interfaces, func(i metadata.ContainerInterface) bool {
+		return i.Network == network &&
+			i.IfName == req.IfName
+	})
 	if at < 0 {
 		at, c.Interfaces = len(c.Interfaces), append(slices.Clone(c.Interfaces), metadata.ContainerInterface{})
 	} else {
@@ -244,7 +247,8 @@ func normalize(c *metadata.Container) (keep bool) {
 	return c.Written || len(c.Interfaces) > 0
 }
 
-// putContainer is what a client's PUT makes of the stored object: what the service keeps itself is not the client's to change.
+// putContainer is what a client's PUT makes of the stored object: what the service keeps itself is not the
+// client's to change.
 func putContainer(old *metadata.Container, c metadata.Container) metadata.Container {
 	c.Interfaces, c.PreAssigned = nil, false
 	if old == nil || len(old.Interfaces) == 0 {
@@ -331,6 +335,7 @@ func (s *Server) cleanContainers(ctx context.Context) error {
 func (c *containers) wrote(ch store.Change, revision int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.set(store.Entry{Key: ch.Key, Value: ch.Value, Revision: revision, Deleted: ch.Value == nil}) //nolint:errcheck // our own encoding
+	//nolint:errcheck // our own encoding
+	c.set(store.Entry{Key: ch.Key, Value: ch.Value, Revision: revision, Deleted: ch.Value == nil})
 	c.wake()
 }

@@ -12,7 +12,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// decode reads one JSON object and refuses keys that its type does not have: a misspelt key must not be a silent default.
+// decode reads one JSON object and refuses keys that its type does not have: a misspelt key must not be a
+// silent default.
 func decode(r io.Reader, out any) error {
 	data, err := io.ReadAll(r)
 	if err != nil {

@@ -22,7 +22,8 @@ func TestUnknownKeysNameTheNearest(t *testing.T) {
 		`{"create":{"gateways":["x"],"zzzzzzzz":1}`: "x",
 	} {
 		var r metadata.AttachRequest
-		if err := decode(strings.NewReader(body), &r); !metadata.IsCode(err, metadata.CodeInvalid) || !strings.Contains(err.Error(), want) {
+		if err := decode(strings.NewReader(body), &r); !metadata.IsCode(err, metadata.CodeInvalid) ||
+			!strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", body, err)
 		}
 	}
@@ -38,7 +39,8 @@ func FuzzDecode(f *testing.F) {
 			}
 			return
 		}
-		validAttach(metadata.AttachmentID{ContainerID: r.ContainerID, IfName: r.IfName}, &r) //nolint:errcheck // must not panic
+		validAttach(metadata.AttachmentID{ContainerID: r.ContainerID, IfName: r.IfName},
+			&r) //nolint:errcheck // must not panic
 		if r.Create != nil {
 			r.Create.Validate() //nolint:errcheck // must not panic
 		}

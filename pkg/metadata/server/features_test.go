@@ -103,7 +103,8 @@ func TestF16_AddressByContainerIDOrUUID(t *testing.T) {
 		t.Errorf("%+v", a)
 	}
 	var c metadata.Container
-	if err := n.Client.Get(ctx, "containers", "a/fresh-id", &c); err != nil || c.UUID != "u-uuid" || c.Labels["k"] != "v" || len(c.Interfaces) != 1 {
+	if err := n.Client.Get(ctx, "containers", "a/fresh-id", &c); err != nil || c.UUID != "u-uuid" ||
+		c.Labels["k"] != "v" || len(c.Interfaces) != 1 {
 		t.Errorf("%+v %v", c, err)
 	}
 	wantCode(t, n.Client.Get(ctx, "containers", "a/u-uuid", nil), metadata.CodeNotFound)
@@ -145,7 +146,8 @@ func TestF17_WaitsForLateMetadata(t *testing.T) {
 	default:
 	}
 	start := time.Now()
-	if err := n.Client.Put(ctx, "containers", "a/late", metadata.Container{Addresses: []netip.Addr{addr("10.42.0.9")}}); err != nil {
+	if err := n.Client.Put(ctx, "containers", "a/late",
+		metadata.Container{Addresses: []netip.Addr{addr("10.42.0.9")}}); err != nil {
 		t.Fatal(err)
 	}
 	res := <-got
@@ -175,7 +177,8 @@ func TestF18_SurvivesRestartWhileWaiting(t *testing.T) {
 		t.Fatalf("a stopping service says so, so that the caller asks again: %v", err)
 	}
 	n = startNode(t, st, hostConfig("a", "192.0.2.1/24"))
-	go n.Client.Put(ctx, "containers", "a/late", metadata.Container{Addresses: []netip.Addr{addr("10.42.0.9")}}) //nolint:errcheck // seen below
+	go n.Client.Put(ctx, "containers", "a/late",
+		metadata.Container{Addresses: []netip.Addr{addr("10.42.0.9")}}) //nolint:errcheck // seen below
 	if a := attach(t, n, "lan", r); a.Addresses[0].Address != addr("10.42.0.9") {
 		t.Errorf("%+v", a)
 	}
@@ -445,7 +448,8 @@ func TestF128_EarlierBootIsReportedAndReleased(t *testing.T) {
 		if x.BootID == "boot-2" {
 			continue
 		}
-		if err := n.Client.Release(ctx, "lan", metadata.AttachmentID{ContainerID: x.ContainerID, IfName: x.IfName}, x.Sequence); err != nil {
+		if err := n.Client.Release(ctx, "lan", metadata.AttachmentID{ContainerID: x.ContainerID, IfName: x.IfName},
+			x.Sequence); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -469,14 +473,16 @@ func TestF129_ExhaustionIsVisible(t *testing.T) {
 	}
 	_, err = n.Client.Attach(ctx, "lan", req("one-too-many"))
 	wantCode(t, err, metadata.CodeExhausted, "10.42.0.0/28", "13 used", "0 free", "1 of 1 blocks")
-	if st, err = n.Client.Status(ctx, "lan"); err != nil || st.Ready || !strings.Contains(st.Reason, "10.42.0.0/28") || st.Device != "vtep1042" {
+	if st, err = n.Client.Status(ctx, "lan"); err != nil || st.Ready || !strings.Contains(st.Reason, "10.42.0.0/28") ||
+		st.Device != "vtep1042" {
 		t.Errorf("%+v %v", st, err)
 	}
 	if st.Usage[0].Used != 13 || st.Usage[0].Free != 0 || st.Usage[1].Used != 13 || st.Usage[1].Free == 0 {
 		t.Errorf("%+v", st.Usage)
 	}
 	text := metricsText(n)
-	for _, line := range []string{`lariat_addresses_free{network="lan",subnet="10.42.0.0/28"} 0`, `lariat_addresses_used{network="lan",subnet="10.42.0.0/28"} 13`, "\nlariat_store_leader 1\n"} {
+	for _, line := range []string{`lariat_addresses_free{network="lan",subnet="10.42.0.0/28"} 0`,
+		`lariat_addresses_used{network="lan",subnet="10.42.0.0/28"} 13`, "\nlariat_store_leader 1\n"} {
 		if !strings.Contains(text, line) {
 			t.Errorf("no %s in\n%s", line, text)
 		}
@@ -500,15 +506,18 @@ func TestF130_BothFamiliesOrNone(t *testing.T) {
 	ctx := t.Context()
 	n, st := one(t, overlay("10.42.0.0/16", "fd42::/64"))
 	a := attach(t, n, "lan", req("dual"))
-	if len(a.Addresses) != 2 || !a.Addresses[0].Address.Is4() || !a.Addresses[1].Address.Is6() || a.Addresses[0].Sequence != a.Addresses[1].Sequence {
+	if len(a.Addresses) != 2 || !a.Addresses[0].Address.Is4() || !a.Addresses[1].Address.Is6() ||
+		a.Addresses[0].Sequence != a.Addresses[1].Sequence {
 		t.Errorf("%+v", a)
 	}
 	define(t, n, "six", overlay("fd43::/64"))
-	if a = attach(t, n, "six", req("six")); len(a.Addresses) != 1 || a.Addresses[0].Gateway != addr("fd43::1") || a.Device != "vtep1043" {
+	if a = attach(t, n, "six", req("six")); len(a.Addresses) != 1 || a.Addresses[0].Gateway != addr("fd43::1") ||
+		a.Device != "vtep1043" {
 		t.Errorf("%+v", a)
 	}
 	// One family requested, the other follows.
-	if a = attach(t, n, "lan", req("mix", "fd42::77")); len(a.Addresses) != 2 || a.Addresses[1].Address != addr("fd42::77") {
+	if a = attach(t, n, "lan", req("mix", "fd42::77")); len(a.Addresses) != 2 ||
+		a.Addresses[1].Address != addr("fd42::77") {
 		t.Errorf("%+v", a)
 	}
 	// One of the two held: nothing is left of the other.
@@ -536,7 +545,8 @@ func TestF131_RequestedAddresses(t *testing.T) {
 	})
 	_, err := a.Client.Attach(ctx, "lan", req("r3", "10.42.77.6"))
 	wantCode(t, err, metadata.CodeHeld, "r2/eth0", "host b")
-	for want, code := range map[string]string{"10.42.0.0": metadata.CodeInvalid, "10.42.255.255": metadata.CodeInvalid, "10.99.0.1": metadata.CodeInvalid, "127.0.0.1": metadata.CodeInvalid} {
+	for want, code := range map[string]string{"10.42.0.0": metadata.CodeInvalid, "10.42.255.255": metadata.CodeInvalid,
+		"10.99.0.1": metadata.CodeInvalid, "127.0.0.1": metadata.CodeInvalid} {
 		_, err := a.Client.Attach(ctx, "lan", req("r4", want))
 		wantCode(t, err, code, want)
 	}
@@ -548,7 +558,8 @@ func TestF131_RequestedAddresses(t *testing.T) {
 	wantCode(t, err, metadata.CodeConflict, "10.42.77.5")
 	// First block of a host claimed for the very address that would be its gateway.
 	c := startNode(t, st, hostConfig("c", "192.0.2.3/24"))
-	if x := attach(t, c, "lan", req("g", "10.42.200.0")); x.Addresses[0].Address != addr("10.42.200.0") || x.Addresses[0].Gateway != addr("10.42.200.1") {
+	if x := attach(t, c, "lan", req("g", "10.42.200.0")); x.Addresses[0].Address != addr("10.42.200.0") ||
+		x.Addresses[0].Gateway != addr("10.42.200.1") {
 		t.Errorf("%+v", x)
 	}
 }
@@ -559,7 +570,8 @@ func TestForeignAddresses(t *testing.T) {
 	r := req("dhcp", "172.30.0.5", "10.42.8.8")
 	r.Foreign = true
 	a := attach(t, n, "lan", r)
-	if len(a.Addresses) != 2 || a.Addresses[1].Subnet.IsValid() || a.Addresses[0].Subnet != netip.MustParsePrefix("10.42.0.0/16") {
+	if len(a.Addresses) != 2 || a.Addresses[1].Subnet.IsValid() ||
+		a.Addresses[0].Subnet != netip.MustParsePrefix("10.42.0.0/16") {
 		t.Errorf("%+v", a)
 	}
 	eventually(t, n, func(s *metadata.Snapshot) bool {
@@ -610,7 +622,8 @@ func TestTwoInterfacesAndRepeatedCalls(t *testing.T) {
 		t.Errorf("after a restart: %+v", f)
 	}
 	var c metadata.Container
-	if err := n.Client.Get(ctx, "containers", "a/c", &c); err != nil || len(c.Addresses) != 2 || c.Name != "web" || c.Labels["x"] != "y" || c.State != "running" {
+	if err := n.Client.Get(ctx, "containers", "a/c", &c); err != nil || len(c.Addresses) != 2 || c.Name != "web" ||
+		c.Labels["x"] != "y" || c.State != "running" {
 		t.Errorf("%+v %v", c, err)
 	}
 	// The network manager adds what it knows; what the service keeps stays.
@@ -691,8 +704,10 @@ func TestNetworks(t *testing.T) {
 	}
 	_, err = a.Client.Attach(ctx, "nope", req("x"))
 	wantCode(t, err, metadata.CodeNotFound, "nope", "known: lan, n0")
-	wantCode(t, a.Client.Put(ctx, "networks", "bad", map[string]any{"subnetz": []string{"10.0.0.0/8"}}), metadata.CodeInvalid, `unknown key "subnetz", did you mean "subnets"?`)
-	wantCode(t, a.Client.Put(ctx, "networks", "bad", overlay("10.42.0.1/16")), metadata.CodeInvalid, "did you mean 10.42.0.0/16?")
+	wantCode(t, a.Client.Put(ctx, "networks", "bad", map[string]any{"subnetz": []string{"10.0.0.0/8"}}),
+		metadata.CodeInvalid, `unknown key "subnetz", did you mean "subnets"?`)
+	wantCode(t, a.Client.Put(ctx, "networks", "bad", overlay("10.42.0.1/16")), metadata.CodeInvalid,
+		"did you mean 10.42.0.0/16?")
 	wantCode(t, a.Client.Put(ctx, "networks", "bad", overlay("10.42.128.0/17")), metadata.CodeConflict, "network lan")
 	dup := overlay("10.7.0.0/16")
 	dup.VNI = 1042
@@ -718,7 +733,8 @@ func TestNetworks(t *testing.T) {
 			t.Errorf("%s: %+v %v", p, left, err)
 		}
 	}
-	flat := &metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}, Encapsulation: metadata.EncapNone, Gateways: []netip.Addr{addr("192.0.2.254")}}
+	flat := &metadata.Network{Subnets: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")},
+		Encapsulation: metadata.EncapNone, Gateways: []netip.Addr{addr("192.0.2.254")}}
 	define(t, a, "flat", flat)
 	for range 3 {
 		x := attach(t, a, "flat", req("f"))
@@ -843,7 +859,8 @@ func TestEmptyBlocksAreGivenBack(t *testing.T) {
 	var offset atomic.Int64
 	def := overlay("10.42.0.0/24")
 	def.BlockSizeV4 = 28
-	n, st := one(t, def, func(c *Config) { c.Now = func() time.Time { return time.Now().Add(time.Duration(offset.Load())) } })
+	now := func() time.Time { return time.Now().Add(time.Duration(offset.Load())) }
+	n, st := one(t, def, func(c *Config) { c.Now = now })
 	for i := range 40 {
 		attach(t, n, "lan", req(fmt.Sprint("c", i)))
 	}
@@ -906,7 +923,8 @@ func TestWatchResumes(t *testing.T) {
 	at := ev[0].Revision
 	attach(t, n, "lan", req("c"))
 	ev = lines(at, 2)
-	if ev[0].Type != metadata.EventBookmark || ev[1].Kind != metadata.KindBlock || ev[1].Key != "lan/10.42.0.0/26" || ev[1].Revision <= at {
+	if ev[0].Type != metadata.EventBookmark || ev[1].Kind != metadata.KindBlock || ev[1].Key != "lan/10.42.0.0/26" ||
+		ev[1].Revision <= at {
 		t.Errorf("%+v", ev)
 	}
 	if ev = lines(1, 1); ev[0].Type != metadata.EventSnapshot {
@@ -934,8 +952,10 @@ func TestF149_OnlyRootWrites(t *testing.T) {
 	h := n.API()
 	nobody := context.WithValue(t.Context(), service.Peer{}, unix.Ucred{Uid: 65534})
 	for _, ctx := range []context.Context{nobody, t.Context()} {
-		for _, m := range []string{"POST /v1/networks/lan/attachments", "POST /v1/networks/lan/gc", "DELETE /v1/networks/lan/attachments/c/eth0", "PUT /v1/networks/x",
-			"DELETE /v1/networks/lan", "PUT /v1/hosts/x", "DELETE /v1/hosts/a", "PUT /v1/containers/a/c", "DELETE /v1/containers/a/c", "GET /v1/backup"} {
+		for _, m := range []string{"POST /v1/networks/lan/attachments", "POST /v1/networks/lan/gc",
+			"DELETE /v1/networks/lan/attachments/c/eth0", "PUT /v1/networks/x",
+			"DELETE /v1/networks/lan", "PUT /v1/hosts/x", "DELETE /v1/hosts/a", "PUT /v1/containers/a/c",
+			"DELETE /v1/containers/a/c", "GET /v1/backup"} {
 			method, path, _ := strings.Cut(m, " ")
 			w := httptest.NewRecorder()
 			h.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(`{"valid":[]}`)).WithContext(ctx))
@@ -951,7 +971,8 @@ func TestF149_OnlyRootWrites(t *testing.T) {
 	}
 }
 
-// TestTree: a container reads its own, whatever it claims to be, from the moment it has its address, and writes nothing.
+// TestTree: a container reads its own, whatever it claims to be, from the moment it has its address, and
+// writes nothing.
 func TestTree(t *testing.T) {
 	n, _ := one(t, overlay("10.42.0.0/16"))
 	th := n.Tree()
@@ -967,7 +988,8 @@ func TestTree(t *testing.T) {
 	}
 	for i, id := range []string{"c", "d", "e", "f"} { // faster than trees are built
 		attach(t, n, "lan", metadata.AttachRequest{ContainerID: id, IfName: "eth0", Name: "Web-" + id})
-		if w := get("GET", "/latest/self/container/name", fmt.Sprintf("10.42.0.%d:999", 2+i)); w.Code != 200 || w.Body.String() != "web-"+id {
+		if w := get("GET", "/latest/self/container/name", fmt.Sprintf("10.42.0.%d:999", 2+i)); w.Code != 200 ||
+			w.Body.String() != "web-"+id {
 			t.Errorf("%s: %d %q", id, w.Code, w.Body)
 		}
 	}
@@ -976,10 +998,12 @@ func TestTree(t *testing.T) {
 			t.Errorf("%s: %d", m, w.Code)
 		}
 	}
-	if w := get("GET", "/latest/self/container/name", "10.42.0.2:999", "X-Forwarded-For", "10.42.0.3"); w.Code != 200 || w.Body.String() != "web-c" {
+	if w := get("GET", "/latest/self/container/name", "10.42.0.2:999", "X-Forwarded-For", "10.42.0.3"); w.Code != 200 ||
+		w.Body.String() != "web-c" {
 		t.Errorf("%d %q", w.Code, w.Body)
 	}
-	if w := get("GET", "/latest/self/container/name", "10.42.0.99:999", "X-Forwarded-For", "10.42.0.2"); w.Code != 403 || !strings.Contains(w.Body.String(), "10.42.0.99") {
+	if w := get("GET", "/latest/self/container/name", "10.42.0.99:999", "X-Forwarded-For", "10.42.0.2"); w.Code != 403 ||
+		!strings.Contains(w.Body.String(), "10.42.0.99") {
 		t.Errorf("a forwarded-for header opened another's self: %d %s", w.Code, w.Body)
 	}
 	if w := get("HEAD", "/latest/self/container/name", "10.42.0.2:999"); w.Code != 200 || w.Body.String() != "" {
@@ -988,7 +1012,8 @@ func TestTree(t *testing.T) {
 	// No page of another origin reads it, unless the setting names it.
 	for _, origin := range []string{"", "https://example.org"} {
 		n.cfg.TreeOrigin = origin
-		if got := get("GET", "/latest", "10.42.0.2:999", "Origin", "https://example.org").Header().Get("Access-Control-Allow-Origin"); got != origin {
+		if got := get("GET", "/latest", "10.42.0.2:999", "Origin",
+			"https://example.org").Header().Get("Access-Control-Allow-Origin"); got != origin {
 			t.Errorf("setting %q: %q", origin, got)
 		}
 	}
@@ -1000,7 +1025,8 @@ func TestTree(t *testing.T) {
 		t.Errorf("%d %s", w.Code, w.Body)
 	}
 	w = httptest.NewRecorder()
-	th.ServeHTTP(w, r.WithContext(context.WithValue(t.Context(), http.LocalAddrContextKey, net.Addr(&net.TCPAddr{IP: net.IPv4(169, 254, 169, 250), Port: 80}))))
+	th.ServeHTTP(w, r.WithContext(context.WithValue(t.Context(), http.LocalAddrContextKey,
+		net.Addr(&net.TCPAddr{IP: net.IPv4(169, 254, 169, 250), Port: 80}))))
 	if w.Code != 200 || w.Body.String() != "a" {
 		t.Errorf("%d %s", w.Code, w.Body)
 	}

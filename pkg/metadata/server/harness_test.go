@@ -54,7 +54,8 @@ func mtu(n metadata.Network, h metadata.Host) int {
 }
 
 func hostConfig(name, underlay string) Config {
-	return Config{HostName: name, MachineID: "machine-" + name, BootID: "boot-1-" + name, MTU: mtu, Device: device, Log: testLog(), Timeout: 20 * time.Second,
+	return Config{HostName: name, MachineID: "machine-" + name, BootID: "boot-1-" + name, MTU: mtu, Device: device,
+		Log: testLog(), Timeout: 20 * time.Second,
 		Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix(underlay), Device: "eth0", MTU: 1500}}}
 }
 

@@ -92,7 +92,8 @@ func (s *Server) register(ctx context.Context) error {
 			continue
 		}
 		if err == nil && string(data) != string(e.Value) {
-			s.log.Info("host registered", "host", name, "machine", s.cfg.MachineID, "boot", s.bootID, "underlay", fmt.Sprint(addresses(s.cfg.Underlay)), "mac", mac)
+			s.log.Info("host registered", "host", name, "machine", s.cfg.MachineID, "boot", s.bootID, "underlay",
+				fmt.Sprint(addresses(s.cfg.Underlay)), "mac", mac)
 		}
 		return err
 	}
@@ -122,8 +123,10 @@ func (s *Server) nameHolder(ctx context.Context) (store.Entry, error) {
 	case err != nil:
 		s.log.Error("the claim of this host's name was spoilt and is written anew", "host", name, "error", err)
 	case other.MachineID != me.MachineID:
-		return e, fmt.Errorf("host name %s is taken: a live machine with id %s at %s has it, this machine is %s at %s; give this one another --host-name, "+
-			"or, when its machine id is a copy of a cloned disk image, a new /etc/machine-id", name, other.MachineID, other.Address, me.MachineID, me.Address)
+		return e, fmt.Errorf("host name %s is taken: a live machine with id %s at %s has it, this machine is %s at %s; "+
+			"give this one another --host-name, "+
+			"or, when its machine id is a copy of a cloned disk image, a new /etc/machine-id", name, other.MachineID,
+			other.Address, me.MachineID, me.Address)
 	case other.BootID != me.BootID && other.Address != me.Address:
 		// The same machine after a reboot, with another address; or its clone, which must not take the blocks of a host
 		// that runs.
@@ -170,7 +173,9 @@ func (s *Server) takeName(ctx context.Context, with ...store.Change) error {
 			lease.Close()
 			return err
 		}
-		results := s.store.Write(ctx, append([]store.Change{{Key: livePrefix + s.cfg.HostName, Value: data, Revision: e.Revision, Lease: lease}}, with...)...)
+		results := s.store.Write(ctx,
+			append([]store.Change{{Key: livePrefix + s.cfg.HostName, Value: data, Revision: e.Revision, Lease: lease}},
+				with...)...)
 		if errors.Is(results[0].Err, store.ErrConflict) {
 			continue
 		}
@@ -267,8 +272,8 @@ func (s *Server) takeBack(ctx context.Context) error {
 	return s.register(ctx)
 }
 
-// maintainHostLease takes the name again whenever the lease was lost, which means that the store was away for longer than
-// the lease; and says so when another process took it.
+// maintainHostLease takes the name again whenever the lease was lost, which means that the store was away for
+// longer than the lease; and says so when another process took it.
 func (s *Server) maintainHostLease() {
 	for {
 		s.mu.Lock()
@@ -313,8 +318,8 @@ func (s *Server) maintainHostLease() {
 	}
 }
 
-// maintainHostEntry writes this host's entries anew when somebody spoilt them: nobody else can, and other hosts reach its containers by
-// them.
+// maintainHostEntry writes this host's entries anew when somebody spoilt them: nobody else can, and other
+// hosts reach its containers by them.
 func (s *Server) maintainHostEntry() {
 	for {
 		select {
@@ -362,7 +367,8 @@ func (s *Server) overlayMAC(ctx context.Context) (metadata.MAC, error) {
 					h, err := metadata.Decode[metadata.Host](holder, o.Value)
 					if taken = err == nil && h.MAC == mac; taken {
 						if round == 0 && h.UnderlayAddr() == a {
-							s.log.Error("another host has the same underlay address; tunnels to both cannot work", "address", a, "host", holder)
+							s.log.Error("another host has the same underlay address; tunnels to both cannot work", "address", a, "host",
+								holder)
 						}
 						continue
 					}
@@ -424,13 +430,15 @@ func (s *Server) PutHost(ctx context.Context, h metadata.Host) error {
 	}
 }
 
-// DeleteHost removes a host that is gone, and everything it held. Its own object goes last: when this is interrupted, asking
-// again does the rest. A live host is removed by force only; it comes back when its service starts anew.
+// DeleteHost removes a host that is gone, and everything it held. Its own object goes last: when this is
+// interrupted, asking again does the rest. A live host is removed by force only; it comes back when its
+// service starts anew.
 func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if _, err := s.store.Get(ctx, livePrefix+name); err == nil && !force {
-		return metadata.Errorf(metadata.CodeConflict, "host %s is live; stop its lariat-metadata first (its lease runs out %s after a crash)", name, s.cfg.LeaseTTL)
+		return metadata.Errorf(metadata.CodeConflict, "host %s is live; stop its lariat-metadata first (its lease runs "+
+			"out %s after a crash)", name, s.cfg.LeaseTTL)
 	} else if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
@@ -519,7 +527,8 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 	if err != nil {
 		return err
 	}
-	s.log.Info("host removed", "host", name, "blocks", len(slices.Concat(slices.Collect(maps.Values(blocks))...)), "containers", len(containers), "volumes", len(volumes))
+	s.log.Info("host removed", "host", name, "blocks", len(slices.Concat(slices.Collect(maps.Values(blocks))...)),
+		"containers", len(containers), "volumes", len(volumes))
 	return s.seen(ctx, revision)
 }
 

@@ -71,11 +71,13 @@ func (s *Server) API() *service.Server {
 			return nil, err
 		}
 		if req.Valid == nil {
-			return nil, metadata.Errorf(metadata.CodeInvalid, "gc without a list of valid attachments: nothing is released; an empty list releases all of this host")
+			return nil, metadata.Errorf(metadata.CodeInvalid, "gc without a list of valid attachments: nothing is "+
+				"released; an empty list releases all of this host")
 		}
 		return s.GC(r.Context(), r.PathValue("network"), *req.Valid)
 	})
-	read("/v1/networks/{network}/status", func(r *http.Request) (any, error) { return s.Status(r.Context(), r.PathValue("network")) })
+	read("/v1/networks/{network}/status",
+		func(r *http.Request) (any, error) { return s.Status(r.Context(), r.PathValue("network")) })
 
 	read("/v1/networks", func(*http.Request) (any, error) { return s.view.topology().Sane().Networks, nil })
 	read("/v1/networks/{network}", func(r *http.Request) (any, error) {
@@ -110,7 +112,8 @@ func (s *Server) API() *service.Server {
 			for _, h := range s.view.hostList() {
 				names = append(names, h.Name)
 			}
-			return nil, metadata.Errorf(metadata.CodeNotFound, "there is no host %s; known: %s", r.PathValue("host"), strings.Join(names, ", "))
+			return nil, metadata.Errorf(metadata.CodeNotFound, "there is no host %s; known: %s", r.PathValue("host"),
+				strings.Join(names, ", "))
 		}
 		return h, nil
 	})
@@ -134,14 +137,16 @@ func (s *Server) API() *service.Server {
 	})
 
 	read("/v1/containers", func(r *http.Request) (any, error) { return s.listContainers(r.Context(), "") })
-	read("/v1/containers/{host}", func(r *http.Request) (any, error) { return s.listContainers(r.Context(), r.PathValue("host")+"/") })
+	read("/v1/containers/{host}",
+		func(r *http.Request) (any, error) { return s.listContainers(r.Context(), r.PathValue("host")+"/") })
 	read("/v1/containers/{host}/{id}", func(r *http.Request) (any, error) {
 		ctx, cancel := s.timeout(r.Context())
 		defer cancel()
 		key := r.PathValue("host") + "/" + r.PathValue("id")
 		e, err := s.store.Get(ctx, containerPrefix+key)
 		if errors.Is(err, store.ErrNotFound) {
-			return nil, metadata.Errorf(metadata.CodeNotFound, "there is no container %s at host %s", r.PathValue("id"), r.PathValue("host"))
+			return nil, metadata.Errorf(metadata.CodeNotFound, "there is no container %s at host %s", r.PathValue("id"),
+				r.PathValue("host"))
 		} else if err != nil {
 			return nil, err
 		}
@@ -180,13 +185,17 @@ func (s *Server) API() *service.Server {
 		return nil, err
 	})
 
-	read("/v1/volumes", func(r *http.Request) (any, error) { return s.Volumes(r.Context(), r.URL.Query().Get("self") == "true") })
+	read("/v1/volumes", func(r *http.Request) (any, error) {
+		return s.Volumes(r.Context(),
+			r.URL.Query().Get("self") == "true")
+	})
 	write("PUT /v1/volumes/{driver}/{name}", func(r *http.Request) (any, error) {
 		var v metadata.Volume
 		if err := decode(r.Body, &v); err != nil {
 			return nil, err
 		}
-		if err := errors.Join(sameName(&v.Driver, r.PathValue("driver")), sameName(&v.Name, r.PathValue("name"))); err != nil {
+		if err := errors.Join(sameName(&v.Driver, r.PathValue("driver")),
+			sameName(&v.Name, r.PathValue("name"))); err != nil {
 			return nil, metadata.Errorf(metadata.CodeInvalid, "%s", err)
 		}
 		return nil, s.PutVolume(r.Context(), v)
@@ -219,7 +228,8 @@ func (s *Server) API() *service.Server {
 	mux.HandleFunc("GET /v1/backup", s.serveBackup)
 
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		answer(w, nil, metadata.Errorf(metadata.CodeNotFound, "there is no %s %s; kinds are networks, hosts, blocks, endpoints, containers and volumes", r.Method, r.URL.Path))
+		answer(w, nil, metadata.Errorf(metadata.CodeNotFound, "there is no %s %s; kinds are networks, hosts, blocks, "+
+			"endpoints, containers and volumes", r.Method, r.URL.Path))
 	})
 	return mux
 }
@@ -267,7 +277,8 @@ func answer(w http.ResponseWriter, v any, err error) {
 		switch {
 		case errors.As(err, &e):
 			status = statuses[e.Code]
-		case errors.Is(err, store.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled), errors.Is(err, store.ErrNoSpace):
+		case errors.Is(err, store.ErrUnavailable), errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled),
+			errors.Is(err, store.ErrNoSpace):
 			e, status = metadata.Errorf(metadata.CodeUnavailable, "%s", err), http.StatusServiceUnavailable
 		case errors.Is(err, store.ErrConflict):
 			e, status = metadata.Errorf(metadata.CodeConflict, "%s", err), http.StatusConflict

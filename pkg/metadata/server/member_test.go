@@ -22,7 +22,8 @@ func startMembers(t *testing.T, peers, clients []string, cluster string) (closer
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			var err error
-			if members[i], err = store.Open(ctx, store.Embedded{Dir: t.TempDir(), Prefix: "/lariat/v1/", Name: fmt.Sprint("m", i), ListenPeer: peers[i],
+			if members[i], err = store.Open(ctx, store.Embedded{Dir: t.TempDir(), Prefix: "/lariat/v1/",
+				Name: fmt.Sprint("m", i), ListenPeer: peers[i],
 				ListenClient: clients[i], InitialCluster: cluster, Log: testLog()}); err != nil {
 				t.Error(err)
 				return

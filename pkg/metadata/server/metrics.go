@@ -17,11 +17,14 @@ type metrics struct {
 }
 
 var (
-	descUsed     = prometheus.NewDesc("lariat_addresses_used", "Addresses in use in this host's blocks.", []string{"network", "subnet"}, nil)
-	descFree     = prometheus.NewDesc("lariat_addresses_free", "Addresses that this host's blocks and unclaimed blocks have left.", []string{"network", "subnet"}, nil)
-	descBlocks   = prometheus.NewDesc("lariat_blocks", "Blocks claimed by all hosts.", []string{"network", "subnet"}, nil)
-	descHosts    = prometheus.NewDesc("lariat_hosts", "Hosts known, by whether they are live.", []string{"live"}, nil)
-	descLag      = prometheus.NewDesc("lariat_watch_lag_seconds", "Since the store last proved to be there; it does at least every ten seconds.", nil, nil)
+	descUsed = prometheus.NewDesc("lariat_addresses_used", "Addresses in use in this host's blocks.",
+		[]string{"network", "subnet"}, nil)
+	descFree = prometheus.NewDesc("lariat_addresses_free",
+		"Addresses that this host's blocks and unclaimed blocks have left.", []string{"network", "subnet"}, nil)
+	descBlocks = prometheus.NewDesc("lariat_blocks", "Blocks claimed by all hosts.", []string{"network", "subnet"}, nil)
+	descHosts  = prometheus.NewDesc("lariat_hosts", "Hosts known, by whether they are live.", []string{"live"}, nil)
+	descLag    = prometheus.NewDesc("lariat_watch_lag_seconds",
+		"Since the store last proved to be there; it does at least every ten seconds.", nil, nil)
 	descRevision = prometheus.NewDesc("lariat_view_revision", "Revision of the network view.", nil, nil)
 	descLeader   = prometheus.NewDesc("lariat_store_leader", "1 where the embedded store leads its cluster.", nil, nil)
 	descSize     = prometheus.NewDesc("lariat_store_size_bytes", "Size of the store's data file.", nil, nil)
@@ -33,9 +36,11 @@ var (
 
 func newMetrics(s *Server) *metrics {
 	m := &metrics{s: s, registry: prometheus.NewRegistry(),
-		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "lariat_store_seconds", Help: "How long calls of the store took.",
+		latency: prometheus.NewHistogramVec(prometheus.HistogramOpts{Name: "lariat_store_seconds",
+			Help:    "How long calls of the store took.",
 			Buckets: []float64{.0001, .00025, .0005, .001, .0025, .005, .01, .025, .1, 1, 5}}, []string{"op"}),
-		failures: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "lariat_store_failures_total", Help: "Calls of the store that failed."}, []string{"op"}),
+		failures: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "lariat_store_failures_total",
+			Help: "Calls of the store that failed."}, []string{"op"}),
 		watchers: prometheus.NewGauge(prometheus.GaugeOpts{Name: "lariat_watchers", Help: "Open watches."})}
 	m.registry.MustRegister(m.latency, m.failures, m.watchers, m)
 	return m
@@ -51,7 +56,8 @@ func (s *Server) ObserveStore(op string, took time.Duration, err error) {
 
 // Describe implements prometheus.Collector.
 func (m *metrics) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{descUsed, descFree, descBlocks, descHosts, descLag, descRevision, descLeader, descSize, descInUse, descQuota, descStoreUp, descReady} {
+	for _, d := range []*prometheus.Desc{descUsed, descFree, descBlocks, descHosts, descLag, descRevision, descLeader,
+		descSize, descInUse, descQuota, descStoreUp, descReady} {
 		ch <- d
 	}
 }

@@ -64,7 +64,8 @@ func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate,
 		if old != nil && old.VNI != 0 && old.VNI != next.VNI {
 			s.freeVNI(ctx, old.VNI, n.Name)
 		}
-		s.log.Info("network written", "network", next.Name, "subnets", fmt.Sprint(next.Subnets), "encapsulation", next.Encapsulation, "vni", next.VNI)
+		s.log.Info("network written", "network", next.Name, "subnets", fmt.Sprint(next.Subnets), "encapsulation",
+			next.Encapsulation, "vni", next.VNI)
 		return next, s.seen(ctx, revision)
 	}
 }
@@ -92,12 +93,14 @@ func (s *Server) crossed(n metadata.Network) error {
 	if len(ways) > most {
 		ways = append(ways[:most], fmt.Sprintf("and %d more", len(ways)-most))
 	}
-	return metadata.Errorf(metadata.CodeConflict, "network %s: hosts have other ways to its addresses: %s; take another subnet, or, if containers shall have these addresses all the same: lariat network create %s --force",
+	return metadata.Errorf(metadata.CodeConflict, "network %s: hosts have other ways to its addresses: %s; take "+
+		"another subnet, or, if containers shall have these addresses all the same: lariat network create %s --force",
 		n.Name, strings.Join(ways, ", "), n.Name)
 }
 
 // prepareNetwork fills in defaults, checks, and reserves the VNI.
-func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *metadata.Network, force bool) (_ metadata.Network, reserved bool, err error) {
+func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *metadata.Network,
+	force bool) (_ metadata.Network, reserved bool, err error) {
 	if n.Encapsulation == "" {
 		n.Encapsulation = metadata.EncapVXLAN
 	}
@@ -122,8 +125,11 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 	for _, other := range defined {
 		for _, p := range other.Subnets {
 			for _, q := range n.Subnets {
-				if other.Name != n.Name && p.Overlaps(q) && other.Encapsulation != metadata.EncapNone && n.Encapsulation != metadata.EncapNone {
-					return n, false, metadata.Errorf(metadata.CodeConflict, "subnet %s overlaps %s of network %s: a host could not tell which of them an address belongs to", q, p, other.Name)
+				if other.Name != n.Name && p.Overlaps(q) && other.Encapsulation != metadata.EncapNone &&
+					n.Encapsulation != metadata.EncapNone {
+					return n, false, metadata.Errorf(metadata.CodeConflict,
+						"subnet %s overlaps %s of network %s: a host could not tell which of them an address belongs to", q, p,
+						other.Name)
 				}
 			}
 		}
@@ -134,14 +140,18 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 		}
 	}
 	if old != nil && old.Encapsulation == metadata.EncapIPsec && n.Encapsulation != old.Encapsulation {
-		return n, false, metadata.Errorf(metadata.CodeConflict, "network %s is encrypted, and what its containers say would leave in clear; delete it, and create it anew with encapsulation %s", n.Name, n.Encapsulation)
+		return n, false, metadata.Errorf(metadata.CodeConflict,
+			"network %s is encrypted, and what its containers say would leave in clear; delete it, and create it anew with "+
+				"encapsulation %s", n.Name, n.Encapsulation)
 	}
 	if old != nil {
 		for _, b := range s.view.blocksOf(n.Name, func(metadata.Block) bool { return true }) {
 			if !slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool {
 				return p.Overlaps(b.CIDR) && p.Bits() <= b.CIDR.Bits() && n.BlockSize(p) == b.CIDR.Bits()
 			}) {
-				return n, false, metadata.Errorf(metadata.CodeConflict, "network %s: block %s of host %s does not fit the new subnets and block sizes; remove its containers first, or make another network", n.Name, b.CIDR, b.Host)
+				return n, false, metadata.Errorf(metadata.CodeConflict,
+					"network %s: block %s of host %s does not fit the new subnets and block sizes; remove its containers first, "+
+						"or make another network", n.Name, b.CIDR, b.Host)
 			}
 		}
 	}
@@ -285,10 +295,12 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 		return err
 	}
 	if len(bad) > 0 {
-		return metadata.Errorf(metadata.CodeConflict, "whether network %s is in use is not known: %s; %s", name, bad[0], bad[0].Remedy())
+		return metadata.Errorf(metadata.CodeConflict, "whether network %s is in use is not known: %s; %s", name, bad[0],
+			bad[0].Remedy())
 	}
 	if used > 0 {
-		return metadata.Errorf(metadata.CodeConflict, "network %s has %d addresses in use, among them %s by %s on host %s; stop those containers first",
+		return metadata.Errorf(metadata.CodeConflict, "network %s has %d addresses in use, among them %s by %s on host "+
+			"%s; stop those containers first",
 			name, used, user.Address, user.ID, user.Owner.Host)
 	}
 	// Tables on condition of their revisions: an address given out meanwhile keeps the network.

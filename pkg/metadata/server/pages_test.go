@@ -138,12 +138,14 @@ func big(network string, hosts, blocks int) map[string]any {
 	out := map[string]any{}
 	for i := range hosts {
 		h := metadata.Host{Name: fmt.Sprintf("other%05d", i), Underlay: []metadata.Underlay{
-			{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)}), 12), Device: "eth0", MTU: 1500}}}
+			{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)}), 12), Device: "eth0",
+				MTU: 1500}}}
 		out[hostPrefix+h.Name] = h
 	}
 	for i := range blocks {
 		at := i << 6
-		b := metadata.Block{Network: network, CIDR: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(at >> 16), byte(at >> 8), byte(at)}), 26),
+		b := metadata.Block{Network: network,
+			CIDR: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(at >> 16), byte(at >> 8), byte(at)}), 26),
 			Host: fmt.Sprintf("other%05d", i%hosts)}
 		out[blockPrefix+metadata.BlockKey(b)] = b
 	}
@@ -158,7 +160,8 @@ func TestAViewIsReadOnWhereItStopped(t *testing.T) {
 	asked := 0
 	direct, behind := proxied(t, func(method string, request []byte) error {
 		var r pb.RangeRequest
-		if method != pb.KV_Range_FullMethodName || protoCodec.Unmarshal(mem.BufferSlice{mem.SliceBuffer(request)}, &r) != nil || !strings.Contains(string(r.Key), "/view/blocks/big/") {
+		if method != pb.KV_Range_FullMethodName || protoCodec.Unmarshal(mem.BufferSlice{mem.SliceBuffer(request)},
+			&r) != nil || !strings.Contains(string(r.Key), "/view/blocks/big/") {
 			return nil // of the pages those that begin amid the blocks
 		}
 		mu.Lock()

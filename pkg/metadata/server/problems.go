@@ -56,7 +56,8 @@ func (s *Server) RemoveEntry(ctx context.Context, key string) error {
 	}
 	at := slices.IndexFunc(all, func(p metadata.Problem) bool { return p.Key == key || p.Name() == key })
 	if at < 0 {
-		return metadata.Errorf(metadata.CodeConflict, "nothing is wrong with an entry %s, so it stays; lariat status lists those that can be removed", metadata.Problem{Key: key}.Name())
+		return metadata.Errorf(metadata.CodeConflict, "nothing is wrong with an entry %s, so it stays; lariat status "+
+			"lists those that can be removed", metadata.Problem{Key: key}.Name())
 	}
 	key = all[at].Key
 	if name, ok := strings.CutPrefix(key, metadata.KindNetwork+"/"); ok && metadata.ValidName(name) == nil {

@@ -11,8 +11,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// Three hosts fight for a network that is too small for them: they claim, borrow, request, collide, release and restart.
-// Whatever happens, no address has two holders, and when everything is released nothing is left.
+// Three hosts fight for a network that is too small for them: they claim, borrow, request, collide, release
+// and restart. Whatever happens, no address has two holders, and when everything is released nothing is left.
 func TestRandomUseByThreeHosts(t *testing.T) {
 	ctx := t.Context()
 	st := openStore(t, t.TempDir())
@@ -47,7 +47,8 @@ func TestRandomUseByThreeHosts(t *testing.T) {
 							}
 							a, err := n.Client.Attach(ctx, "lan", r)
 							if err != nil {
-								if !metadata.IsCode(err, metadata.CodeExhausted) && !metadata.IsCode(err, metadata.CodeHeld) && !metadata.IsCode(err, metadata.CodeInvalid) {
+								if !metadata.IsCode(err, metadata.CodeExhausted) && !metadata.IsCode(err, metadata.CodeHeld) &&
+									!metadata.IsCode(err, metadata.CodeInvalid) {
 									t.Errorf("%s: %v", id, err)
 								}
 								continue

@@ -134,7 +134,8 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	if cfg.Device == nil {
 		cfg.Device = func(metadata.Network) string { return "" }
 	}
-	s := &Server{cfg: cfg, store: store.NewBreaker(st, cfg.Timeout, cfg.Log), bootID: cfg.BootID, log: cfg.Log, view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
+	s := &Server{cfg: cfg, store: store.NewBreaker(st, cfg.Timeout, cfg.Log), bootID: cfg.BootID, log: cfg.Log,
+		view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
 		allocators: map[string]*allocator{}, left: map[string]*leftover{}, paged: make(chan struct{}, 1)}
 	s.asked, s.tree = &asked{s: s, parts: map[string]*part{}}, newTreeView(s)
 	s.started = s.now().UTC().Round(0) // as it comes back from the store

@@ -22,11 +22,13 @@ func TestANetworkThatCrossesHostsWaysIsRefused(t *testing.T) {
 		{Prefix: netip.MustParsePrefix("10.0.0.0/8"), Device: "eth0", Via: addr("192.0.2.254")}}
 	a := startNode(t, st, cfg)
 	ctx := t.Context()
-	for subnet, way := range map[string]string{"172.17.3.0/24": "172.17.0.0/16 dev docker0 on host a", "10.42.0.0/16": "10.0.0.0/8 via 192.0.2.254 dev eth0 on host a"} {
+	for subnet, way := range map[string]string{"172.17.3.0/24": "172.17.0.0/16 dev docker0 on host a",
+		"10.42.0.0/16": "10.0.0.0/8 via 192.0.2.254 dev eth0 on host a"} {
 		n := *overlay(subnet)
 		n.Name = "crossing"
 		for _, create := range []bool{false, true} {
-			if _, err := a.PutNetwork(ctx, n, create, false); !metadata.IsCode(err, metadata.CodeConflict) || !strings.Contains(err.Error(), way) ||
+			if _, err := a.PutNetwork(ctx, n, create, false); !metadata.IsCode(err, metadata.CodeConflict) ||
+				!strings.Contains(err.Error(), way) ||
 				!strings.Contains(err.Error(), "lariat network create crossing --force") {
 				t.Errorf("%s: %v", subnet, err)
 			}
@@ -60,15 +62,19 @@ func TestThinPath(t *testing.T) {
 	seen := make(chan *metadata.Snapshot, 100)
 	wctx, stop := context.WithCancel(ctx)
 	defer stop()
-	go b.Client.Watch(wctx, func(s *metadata.Snapshot) error { seen <- s; return nil }, nil) //nolint:errcheck // ends with the context
+	go b.Client.Watch(wctx, func(s *metadata.Snapshot) error { seen <- s; return nil },
+		nil) //nolint:errcheck // ends with the context
 
-	at, err := a.Client.Attach(ctx, "lan", metadata.AttachRequest{ContainerID: "c1", IfName: "eth0", Name: "web", Create: overlay("10.42.0.0/16", "fd42::/64")})
+	at, err := a.Client.Attach(ctx, "lan", metadata.AttachRequest{ContainerID: "c1", IfName: "eth0", Name: "web",
+		Create: overlay("10.42.0.0/16", "fd42::/64")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("%+v", at)
-	if len(at.Addresses) != 2 || at.Addresses[0].Address != addr("10.42.0.2") || at.Addresses[0].Gateway != addr("10.42.0.1") ||
-		at.Device != "vtep1042" || at.MTU != 1450 || at.Addresses[1].Address != addr("fd42::2") || at.Addresses[1].Gateway != addr("fd42::1") {
+	if len(at.Addresses) != 2 || at.Addresses[0].Address != addr("10.42.0.2") ||
+		at.Addresses[0].Gateway != addr("10.42.0.1") ||
+		at.Device != "vtep1042" || at.MTU != 1450 || at.Addresses[1].Address != addr("fd42::2") ||
+		at.Addresses[1].Gateway != addr("fd42::1") {
 		t.Errorf("%+v", at)
 	}
 	bt, err := b.Client.Attach(ctx, "lan", metadata.AttachRequest{ContainerID: "c2", IfName: "eth0"})
@@ -97,7 +103,8 @@ func TestThinPath(t *testing.T) {
 	start := time.Now()
 	const n = 500
 	for i := range n {
-		if _, err := a.Client.Attach(ctx, "lan", metadata.AttachRequest{ContainerID: fmt.Sprintf("s%063d", i), IfName: "eth0"}); err != nil {
+		if _, err := a.Client.Attach(ctx, "lan", metadata.AttachRequest{ContainerID: fmt.Sprintf("s%063d", i),
+			IfName: "eth0"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -107,7 +114,8 @@ func TestThinPath(t *testing.T) {
 	for w := range 50 {
 		wg.Go(func() {
 			for i := range 20 {
-				if _, err := a.Client.Attach(ctx, "lan", metadata.AttachRequest{ContainerID: fmt.Sprintf("p%d-%060d", w, i), IfName: "eth0"}); err != nil {
+				if _, err := a.Client.Attach(ctx, "lan", metadata.AttachRequest{ContainerID: fmt.Sprintf("p%d-%060d", w, i),
+					IfName: "eth0"}); err != nil {
 					t.Error(err)
 				}
 			}
@@ -117,7 +125,8 @@ func TestThinPath(t *testing.T) {
 	t.Logf("attach by 50 at once %v", time.Since(start)/1000)
 	start = time.Now()
 	for i := range n {
-		if err := a.Client.Release(ctx, "lan", metadata.AttachmentID{ContainerID: fmt.Sprintf("s%063d", i), IfName: "eth0"}, 0); err != nil {
+		if err := a.Client.Release(ctx, "lan", metadata.AttachmentID{ContainerID: fmt.Sprintf("s%063d", i), IfName: "eth0"},
+			0); err != nil {
 			t.Fatal(err)
 		}
 	}

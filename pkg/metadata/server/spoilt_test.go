@@ -19,42 +19,43 @@ import (
 
 // corrupt are entries that nobody can use. Each is put into the store under a key of its kind, beside good ones.
 var spoilt = map[string]string{ // key in the store: value
-	"view/hosts/empty":                    `{}`,
-	"view/hosts/null":                     `null`,
-	"view/hosts/broken":                   `{not json`,
-	"view/hosts/other":                    `{"name":"a"}`,
-	"view/hosts/nowhere":                  `{"name":"nowhere","underlay":[{"address":"224.0.0.1/32"}]}`,
-	"view/live/empty":                     `{}`,
-	"view/live/broken":                    `{not json`,
-	"view/networks/null":                  `null`,
-	"view/networks/broken":                `{not json`,
-	"view/networks/everything":            `{"name":"everything","subnets":["0.0.0.0/0"],"encapsulation":"vxlan","vni":7}`,
-	"view/networks/loopback":              `{"name":"loopback","subnets":["127.0.0.0/8"],"encapsulation":"ipsec"}`,
-	"view/networks/twin":                  `{"name":"twin","subnets":["10.42.0.0/24"],"encapsulation":"vxlan","vni":8}`,
-	"view/blocks/lan/0.0.0.0/0":           `{"network":"lan","cidr":"0.0.0.0/0","host":"a"}`,
-	"view/blocks/lan/10.43.0.0/26":        `{"network":"lan","cidr":"10.43.0.0/26","host":"b"}`,
-	"view/blocks/lan/10.42.0.0/17":        `{"network":"lan","cidr":"10.42.0.0/17","host":"a"}`,
-	"view/blocks/lan/10.42.128.0/26":      `{"network":"lan","cidr":"10.42.192.0/26","host":"b"}`,
-	"view/blocks/lan/10.42.129.0/26":      `{"network":"lan","cidr":"10.42.129.0/26","host":"b","gateway":"10.42.0.9"}`,
-	"view/blocks/lan/10.42.130.0/26":      `{not json`,
-	"view/blocks/lan/10.42.131.0/26":      `{"network":"lan","cidr":"10.42.131.0/26","host":"../b"}`,
-	"view/blocks/lan/nothing":             `null`,
-	"view/endpoints/lan/8.8.8.8":          `{"network":"lan","address":"8.8.8.8","host":"b"}`,
-	"view/endpoints/lan/192.0.2.1":        `{"network":"lan","address":"192.0.2.1","host":"b"}`,
-	"view/endpoints/lan/10.42.200.9":      `{}`,
-	"view/endpoints/lan/10.42.200.10":     `{not json`,
-	"containers/a/empty":                  `{}`,
-	"containers/a/broken":                 `{not json`,
-	"containers/b/null":                   `null`,
-	"containers/b/moved":                  `{"id":"elsewhere","host":"b"}`,
-	"volumes/b/lariat-nfs/empty":          `{}`,
-	"volumes/b/lariat-nfs/broken":         `{not json`,
-	"addresses/lan/10.42.140.0/26":        `{not json`,
-	"addresses/lan/10.42.141.0/26":        `{"entries":[{"a":"10.43.0.1","id":"x","if":"eth0","o":0}]}`,
-	"addresses/lan/0.0.0.0/0":             `{}`,
-	"addresses/lan/nothing":               `null`,
-	"view/hosts/" + long:                  `{"name":"` + long + `"}`,
-	"view/networks/" + long:               `{"name":"` + long + `","subnets":["10.99.0.0/16"],"encapsulation":"vxlan","vni":9,"hostNAT":true}`,
+	"view/hosts/empty":                `{}`,
+	"view/hosts/null":                 `null`,
+	"view/hosts/broken":               `{not json`,
+	"view/hosts/other":                `{"name":"a"}`,
+	"view/hosts/nowhere":              `{"name":"nowhere","underlay":[{"address":"224.0.0.1/32"}]}`,
+	"view/live/empty":                 `{}`,
+	"view/live/broken":                `{not json`,
+	"view/networks/null":              `null`,
+	"view/networks/broken":            `{not json`,
+	"view/networks/everything":        `{"name":"everything","subnets":["0.0.0.0/0"],"encapsulation":"vxlan","vni":7}`,
+	"view/networks/loopback":          `{"name":"loopback","subnets":["127.0.0.0/8"],"encapsulation":"ipsec"}`,
+	"view/networks/twin":              `{"name":"twin","subnets":["10.42.0.0/24"],"encapsulation":"vxlan","vni":8}`,
+	"view/blocks/lan/0.0.0.0/0":       `{"network":"lan","cidr":"0.0.0.0/0","host":"a"}`,
+	"view/blocks/lan/10.43.0.0/26":    `{"network":"lan","cidr":"10.43.0.0/26","host":"b"}`,
+	"view/blocks/lan/10.42.0.0/17":    `{"network":"lan","cidr":"10.42.0.0/17","host":"a"}`,
+	"view/blocks/lan/10.42.128.0/26":  `{"network":"lan","cidr":"10.42.192.0/26","host":"b"}`,
+	"view/blocks/lan/10.42.129.0/26":  `{"network":"lan","cidr":"10.42.129.0/26","host":"b","gateway":"10.42.0.9"}`,
+	"view/blocks/lan/10.42.130.0/26":  `{not json`,
+	"view/blocks/lan/10.42.131.0/26":  `{"network":"lan","cidr":"10.42.131.0/26","host":"../b"}`,
+	"view/blocks/lan/nothing":         `null`,
+	"view/endpoints/lan/8.8.8.8":      `{"network":"lan","address":"8.8.8.8","host":"b"}`,
+	"view/endpoints/lan/192.0.2.1":    `{"network":"lan","address":"192.0.2.1","host":"b"}`,
+	"view/endpoints/lan/10.42.200.9":  `{}`,
+	"view/endpoints/lan/10.42.200.10": `{not json`,
+	"containers/a/empty":              `{}`,
+	"containers/a/broken":             `{not json`,
+	"containers/b/null":               `null`,
+	"containers/b/moved":              `{"id":"elsewhere","host":"b"}`,
+	"volumes/b/lariat-nfs/empty":      `{}`,
+	"volumes/b/lariat-nfs/broken":     `{not json`,
+	"addresses/lan/10.42.140.0/26":    `{not json`,
+	"addresses/lan/10.42.141.0/26":    `{"entries":[{"a":"10.43.0.1","id":"x","if":"eth0","o":0}]}`,
+	"addresses/lan/0.0.0.0/0":         `{}`,
+	"addresses/lan/nothing":           `null`,
+	"view/hosts/" + long:              `{"name":"` + long + `"}`,
+	"view/networks/" + long: `{"name":"` + long +
+		`","subnets":["10.99.0.0/16"],"encapsulation":"vxlan","vni":9,"hostNAT":true}`,
 	"view/networks/" + "esc\x1b[31m\nape": `{}`,
 }
 
@@ -72,13 +73,15 @@ var long = strings.Repeat("n", 3000)
 func inject(t testing.TB, st store.Store, entries map[string]string) {
 	t.Helper()
 	for key, value := range entries {
-		if _, err := store.One(t.Context(), st, store.Change{Key: key, Value: []byte(value), Revision: store.Any}); err != nil {
+		if _, err := store.One(t.Context(), st,
+			store.Change{Key: key, Value: []byte(value), Revision: store.Any}); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-// want looks at all that people and helpers ask a service: nothing fails, what is good is there, what is not is a problem that names its key.
+// want looks at all that people and helpers ask a service: nothing fails, what is good is there, what is not
+// is a problem that names its key.
 func wantUnharmed(t *testing.T, n *node, when string) {
 	t.Helper()
 	ctx := t.Context()
@@ -87,7 +90,8 @@ func wantUnharmed(t *testing.T, n *node, when string) {
 		t.Fatalf("%s: view: %v", when, err)
 	}
 	if len(view.Hosts) != 2 || len(view.Networks) != 1 || len(view.Blocks) != 2 || len(view.HostRoutes) != 0 {
-		t.Errorf("%s: the view holds %d hosts, %d networks, %v, %v", when, len(view.Hosts), len(view.Networks), view.Blocks, view.HostRoutes)
+		t.Errorf("%s: the view holds %d hosts, %d networks, %v, %v", when, len(view.Hosts), len(view.Networks), view.Blocks,
+			view.HostRoutes)
 	}
 	all, err := n.Client.Problems(ctx)
 	if err != nil {
@@ -96,7 +100,8 @@ func wantUnharmed(t *testing.T, n *node, when string) {
 	keys := map[string]metadata.Problem{}
 	for _, p := range all {
 		keys[p.Key] = p
-		if s := p.String() + p.Remedy(); strings.ContainsAny(s, "\n\x1b") || len(s) > 2000 || !strings.Contains(p.Remedy(), "lariat entry remove "+p.Name()) {
+		if s := p.String() + p.Remedy(); strings.ContainsAny(s, "\n\x1b") || len(s) > 2000 ||
+			!strings.Contains(p.Remedy(), "lariat entry remove "+p.Name()) {
 			t.Errorf("%s: %q", when, s)
 		}
 	}
@@ -111,7 +116,10 @@ func wantUnharmed(t *testing.T, n *node, when string) {
 	for key := range keys {
 		t.Errorf("%s: a problem of %.100q", when, key)
 	}
-	eventually(t, n, func(s *metadata.Snapshot) bool { return len(s.Blocks) == 2 && len(s.Problems) == len(view.Problems) })
+	eventually(t, n, func(s *metadata.Snapshot) bool {
+		return len(s.Blocks) == 2 &&
+			len(s.Problems) == len(view.Problems)
+	})
 
 	if s, err := n.Client.Snapshot(ctx); err != nil || len(s.Containers) != 1 {
 		t.Errorf("%s: the snapshot holds %d containers: %v", when, len(s.Containers), err)
@@ -133,8 +141,8 @@ func wantUnharmed(t *testing.T, n *node, when string) {
 	}
 }
 
-// TestF163_SpoiltEntriesHarmNobody: whatever stands under a key of whatever kind, before a service starts or while it runs, nothing breaks, and a
-// problem names the key.
+// TestF163_SpoiltEntriesHarmNobody: whatever stands under a key of whatever kind, before a service starts or
+// while it runs, nothing breaks, and a problem names the key.
 func TestF163_SpoiltEntriesHarmNobody(t *testing.T) {
 	ctx := t.Context()
 	st := openStore(t, t.TempDir())
@@ -172,12 +180,16 @@ func TestF163_SpoiltEntriesHarmNobody(t *testing.T) {
 	}
 	define(t, a, "more", overlay("10.44.0.0/16")) // over a spoilt reservation of the next VNI
 	startNode(t, st, hostConfig("c", "192.0.2.3/24"))
-	if _, err := a.PutNetwork(ctx, metadata.Network{Name: "broken", Subnets: []netip.Prefix{netip.MustParsePrefix("10.45.0.0/16")}}, true, false); err == nil || !strings.Contains(err.Error(), "lariat entry remove networks/broken") {
+	if _, err := a.PutNetwork(ctx,
+		metadata.Network{Name: "broken", Subnets: []netip.Prefix{netip.MustParsePrefix("10.45.0.0/16")}}, true,
+		false); err == nil || !strings.Contains(err.Error(), "lariat entry remove networks/broken") {
 		t.Errorf("a network over a spoilt one: %v", err)
 	}
 
 	// And the remedy is one.
-	if err := a.Client.RemoveEntry(ctx, "blocks/lan/"+a.view.blocksOf("lan", func(metadata.Block) bool { return true })[0].CIDR.String()); !metadata.IsCode(err, metadata.CodeConflict) {
+	if err := a.Client.RemoveEntry(ctx, "blocks/lan/"+
+		a.view.blocksOf("lan", func(metadata.Block) bool { return true })[0].CIDR.String()); !metadata.IsCode(err,
+		metadata.CodeConflict) {
 		t.Errorf("a good entry was removed: %v", err)
 	}
 	all, err := a.Client.Problems(ctx)
@@ -185,7 +197,8 @@ func TestF163_SpoiltEntriesHarmNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, p := range all {
-		if err := a.Client.RemoveEntry(ctx, p.Key); err != nil && !strings.Contains(err.Error(), "nothing is wrong") { // some went with others
+		// some went with others
+		if err := a.Client.RemoveEntry(ctx, p.Key); err != nil && !strings.Contains(err.Error(), "nothing is wrong") {
 			t.Errorf("%s: %v", p, err)
 		}
 	}
@@ -195,7 +208,8 @@ func TestF163_SpoiltEntriesHarmNobody(t *testing.T) {
 	eventually(t, a, func(s *metadata.Snapshot) bool { return len(s.Problems) == 0 && len(s.Blocks) >= 2 })
 }
 
-// TestSpoiltOverGood: what a good entry said stays in force when it is spoilt while the service runs, and a host's own is written anew.
+// TestSpoiltOverGood: what a good entry said stays in force when it is spoilt while the service runs, and a
+// host's own is written anew.
 func TestSpoiltOverGood(t *testing.T) {
 	ctx := t.Context()
 	st := openStore(t, t.TempDir())
@@ -211,13 +225,15 @@ func TestSpoiltOverGood(t *testing.T) {
 	})
 	has := func(keys ...string) func(*metadata.Snapshot) bool {
 		return func(s *metadata.Snapshot) bool {
-			return len(s.Problems) == len(keys) && !slices.ContainsFunc(s.Problems, func(p metadata.Problem) bool { return !slices.Contains(keys, p.Key) }) &&
+			return len(s.Problems) == len(keys) &&
+				!slices.ContainsFunc(s.Problems, func(p metadata.Problem) bool { return !slices.Contains(keys, p.Key) }) &&
 				len(s.Networks) == 1 && len(s.Blocks) == 1 && s.Blocks[0].Host == "a" && len(s.Hosts) == 2
 		}
 	}
 	eventually(t, b, has("networks/lan", "blocks/lan/10.42.0.0/26"))
 
-	// A service that starts now cannot know what stood there, and does not follow the new word either. Of the network it knows nothing.
+	// A service that starts now cannot know what stood there, and does not follow the new word either. Of the
+	// network it knows nothing.
 	b.stop()
 	b = startNode(t, st, hostConfig("b", "192.0.2.2/24"))
 	if s, err := b.View(ctx); err != nil || len(s.Blocks) != 0 || len(s.Networks) != 0 || len(s.Problems) != 2 {
@@ -299,7 +315,8 @@ func TestLastValidValueOutlivesARestart(t *testing.T) {
 					return false
 				}
 			}
-			return there && len(s.Hosts) == 3 && len(s.Networks) == 1 && len(s.Blocks) >= 1 && s.Blocks[0].Host == "a" && len(s.Problems) == len(good)+1
+			return there && len(s.Hosts) == 3 && len(s.Networks) == 1 && len(s.Blocks) >= 1 && s.Blocks[0].Host == "a" &&
+				len(s.Problems) == len(good)+1
 		}
 		eventually(t, b, whole)
 		for range 2 {
@@ -332,7 +349,8 @@ func TestLastValidValueOutlivesARestart(t *testing.T) {
 	startNode(t, st, cfg)
 }
 
-// TestSpoiltTable: a table that cannot be read gives nothing out, for nobody knows what is in use, and other blocks serve.
+// TestSpoiltTable: a table that cannot be read gives nothing out, for nobody knows what is in use, and other
+// blocks serve.
 func TestSpoiltTable(t *testing.T) {
 	ctx := t.Context()
 	st := openStore(t, t.TempDir())
@@ -352,7 +370,8 @@ func TestSpoiltTable(t *testing.T) {
 	if err := a.Client.Release(ctx, "lan", aid("web"), 0); err != nil {
 		t.Error(err)
 	}
-	wantCode(t, a.Client.Delete(ctx, "networks", "lan"), metadata.CodeConflict, "lariat entry remove addresses/lan/10.42.0.0/26")
+	wantCode(t, a.Client.Delete(ctx, "networks", "lan"), metadata.CodeConflict,
+		"lariat entry remove addresses/lan/10.42.0.0/26")
 	if err := a.Server.ReleaseEmptyBlocks(ctx, "lan"); err != nil {
 		t.Error(err)
 	}

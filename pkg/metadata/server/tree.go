@@ -30,8 +30,9 @@ func newTreeView(s *Server) *treeView {
 // treeView keeps trees of the model as it was a moment ago: one of this host's containers, which answers nearly
 // everything, and others while somebody asks for what they show.
 type treeView struct {
-	s      *Server
-	render chan struct{} // has a place for each answer that may be made at a time: the other processors are for root's requests
+	s *Server
+	// has a place for each answer that may be made at a time: the other processors are for root's requests
+	render chan struct{}
 	own    *scope
 
 	mu       sync.Mutex
@@ -216,11 +217,12 @@ func unread(err error) tree.Answer {
 	return tree.Problem(http.StatusServiceUnavailable, err.Error(), false)
 }
 
-// callerOf is the address that a request came from. Who speaks to an address of this host from that address is the host itself: the kernel
-// takes no such packet from elsewhere.
+// callerOf is the address that a request came from. Who speaks to an address of this host from that address
+// is the host itself: the kernel takes no such packet from elsewhere.
 func callerOf(r *http.Request) netip.Addr {
 	caller, _ := netip.ParseAddrPort(r.RemoteAddr)
-	if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok && local.AddrPort().Addr().Unmap() == caller.Addr().Unmap() {
+	if local, ok := r.Context().Value(http.LocalAddrContextKey).(*net.TCPAddr); ok &&
+		local.AddrPort().Addr().Unmap() == caller.Addr().Unmap() {
 		return netip.IPv6Loopback()
 	}
 	return caller.Addr()

@@ -55,7 +55,9 @@ func TestCloneOfALiveHost(t *testing.T) {
 	b.stop()
 
 	// A process that was killed: its lease is there for a while, and nobody renews it.
-	killed, err := store.Dial(t.Context(), store.External{Endpoints: []string{"unix://" + filepath.Join(dir, "client.sock")}, Prefix: "/lariat/v1/", Log: testLog()})
+	killed, err := store.Dial(t.Context(),
+		store.External{Endpoints: []string{"unix://" + filepath.Join(dir, "client.sock")}, Prefix: "/lariat/v1/",
+			Log: testLog()})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +68,8 @@ func TestCloneOfALiveHost(t *testing.T) {
 	data, _ := json.Marshal(hostLease{Host: "b", MachineID: "machine-b", BootID: "boot-1-b", Address: "192.0.2.2"})
 	hold := func() {
 		t.Helper()
-		if _, err := store.One(t.Context(), killed, store.Change{Key: livePrefix + "b", Value: data, Revision: store.Any, Lease: lease}); err != nil {
+		if _, err := store.One(t.Context(), killed, store.Change{Key: livePrefix + "b", Value: data, Revision: store.Any,
+			Lease: lease}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -119,7 +122,8 @@ func TestNameTakenAway(t *testing.T) {
 	}
 	other := hostLease{Host: "b", MachineID: "machine-b", BootID: "boot-1-clone", Address: "192.0.2.9"}
 	theirs, _ := json.Marshal(other)
-	object, _ := json.Marshal(metadata.Host{Name: "b", MachineID: "machine-b", BootID: "boot-1-clone", Underlay: clone().Underlay})
+	object, _ := json.Marshal(metadata.Host{Name: "b", MachineID: "machine-b", BootID: "boot-1-clone",
+		Underlay: clone().Underlay})
 	write(store.Change{Key: livePrefix + "b", Value: theirs})
 	write(store.Change{Key: hostPrefix + "b", Value: object})
 	problem(taken)
@@ -136,7 +140,8 @@ func TestNameTakenAway(t *testing.T) {
 		h, _ := s.Host("b")
 		return h.Live && s.Revision > before+1
 	})
-	if now, err := st.Get(t.Context(), livePrefix+"b"); err != nil || string(now.Value) != string(mine.Value) || !now.Held {
+	if now, err := st.Get(t.Context(), livePrefix+"b"); err != nil || string(now.Value) != string(mine.Value) ||
+		!now.Held {
 		t.Errorf("the key is %s (held %t), was %s: %v", now.Value, now.Held, mine.Value, err)
 	}
 }

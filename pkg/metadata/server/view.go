@@ -16,8 +16,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// Keys in the store. What every host watches lies below one prefix, so that one watch delivers it in order; address tables,
-// volumes and other hosts' containers, of which there may be a million, do not.
+// Keys in the store. What every host watches lies below one prefix, so that one watch delivers it in order;
+// address tables, volumes and other hosts' containers, of which there may be a million, do not.
 const (
 	viewPrefix      = "view/"
 	hostPrefix      = "view/hosts/"
@@ -111,7 +111,8 @@ func (v *view) clear() {
 	v.hosts, v.live, v.underlay = map[string]metadata.Host{}, map[string]hostLease{}, map[netip.Addr]string{}
 	v.defined, v.networks = map[string]metadata.Network{}, map[string]metadata.Network{}
 	v.claimed, v.blocks = map[string]map[netip.Prefix]metadata.Block{}, map[string]map[netip.Prefix]metadata.Block{}
-	v.announced, v.endpoints = map[string]map[netip.Addr]metadata.HostRoute{}, map[string]map[netip.Addr]metadata.HostRoute{}
+	v.announced, v.endpoints = map[string]map[netip.Addr]metadata.HostRoute{},
+		map[string]map[netip.Addr]metadata.HostRoute{}
 	v.gateways, v.own = map[string]map[netip.Addr]string{}, map[string][]netip.Addr{}
 	v.mine, v.counts = map[string]map[netip.Prefix]metadata.Block{}, map[string]map[netip.Prefix]int{}
 	v.problems = map[string]string{}
@@ -215,8 +216,8 @@ func fold(list []metadata.Event) []metadata.Event {
 	return out
 }
 
-// change applies one entry and returns what those who watch are to be told. An entry that cannot be used is told as a problem
-// and as the error, and changes nothing else: what was known of it stays in force.
+// change applies one entry and returns what those who watch are to be told. An entry that cannot be used is
+// told as a problem and as the error, and changes nothing else: what was known of it stays in force.
 func (v *view) change(e store.Entry) ([]metadata.Event, error) {
 	at := strings.TrimPrefix(e.Key, viewPrefix)
 	ev, err := v.set(e)
@@ -365,7 +366,8 @@ func decodeEntry[T interface{ Check(key string) error }](key string, e store.Ent
 	}
 	switch any(o).(type) {
 	case metadata.Block, metadata.HostRoute:
-		// What an address leads to is claimed once and given back. Nobody writes it over, so that no host can take what another has.
+		// What an address leads to is claimed once and given back. Nobody writes it over, so that no host can take
+		// what another has.
 		if e.Created != e.Revision {
 			err = errors.New("it was written over after it was claimed, which Lariat never does")
 		}
@@ -476,7 +478,8 @@ func (v *view) count(b metadata.Block, by int) {
 	}
 }
 
-// placeHostRoute puts an endpoint in force if its network is there. Whether it can be announced is for those who route to it.
+// placeHostRoute puts an endpoint in force if its network is there. Whether it can be announced is for those
+// who route to it.
 func (v *view) placeHostRoute(e metadata.HostRoute) {
 	if _, ok := v.networks[e.Network]; ok {
 		put(v.endpoints, e.Network, e.Address, e)
@@ -507,8 +510,8 @@ func (v *view) wait(ctx context.Context, revision int64) error {
 	}
 }
 
-// snapshot returns all that is valid by itself, also what cannot be used together: a later change may end that without another
-// word about it. Who does not watch asks for its Sane.
+// snapshot returns all that is valid by itself, also what cannot be used together: a later change may end
+// that without another word about it. Who does not watch asks for its Sane.
 func (v *view) snapshot() *metadata.Snapshot {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
@@ -636,7 +639,8 @@ func (v *view) block(network string, p netip.Prefix) (metadata.Block, bool) {
 func (v *view) ownBlocks(network string) []metadata.Block {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
-	return slices.SortedFunc(maps.Values(v.mine[network]), func(a, b metadata.Block) int { return comparePrefix(a.CIDR, b.CIDR) })
+	return slices.SortedFunc(maps.Values(v.mine[network]),
+		func(a, b metadata.Block) int { return comparePrefix(a.CIDR, b.CIDR) })
 }
 
 // blockCount counts the blocks of a subnet, and those of them that are this host's.

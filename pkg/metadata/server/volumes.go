@@ -10,7 +10,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
-// volumeKey is an object for each host that has the volume: two hosts' local volumes of one name are two, and none writes what another one knows.
+// volumeKey is an object for each host that has the volume: two hosts' local volumes of one name are two, and
+// none writes what another one knows.
 func volumeKey(host, driver, name string) string {
 	return volumePrefix + metadata.VolumeKey(metadata.Volume{Host: host, Driver: driver, Name: name})
 }
@@ -21,7 +22,8 @@ func (s *Server) PutVolume(ctx context.Context, v metadata.Volume) error {
 		return metadata.Errorf(metadata.CodeInvalid, "%s", err)
 	}
 	if v.Host != "" && v.Host != s.cfg.HostName {
-		return metadata.Errorf(metadata.CodeInvalid, "volume %s of host %s: each host writes its own, and this is %s", v.Name, v.Host, s.cfg.HostName)
+		return metadata.Errorf(metadata.CodeInvalid, "volume %s of host %s: each host writes its own, and this is %s", v.Name,
+			v.Host, s.cfg.HostName)
 	}
 	v.Host = s.cfg.HostName
 	data, err := json.Marshal(v)
@@ -30,7 +32,8 @@ func (s *Server) PutVolume(ctx context.Context, v metadata.Volume) error {
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	_, err = store.One(ctx, s.store, store.Change{Key: volumeKey(v.Host, v.Driver, v.Name), Value: data, Revision: store.Any})
+	_, err = store.One(ctx, s.store, store.Change{Key: volumeKey(v.Host, v.Driver, v.Name), Value: data,
+		Revision: store.Any})
 	return err
 }
 

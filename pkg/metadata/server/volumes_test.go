@@ -15,7 +15,8 @@ func TestF103VolumesOfHosts(t *testing.T) {
 	ctx := t.Context()
 	a, st := one(t, overlay("10.42.0.0/24"))
 	b := startNode(t, st, hostConfig("b", "192.0.2.2/24"))
-	data := metadata.Volume{Driver: "lariat-nfs", Name: "data", Scope: "global", State: "ready", Created: time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)}
+	data := metadata.Volume{Driver: "lariat-nfs", Name: "data", Scope: "global", State: "ready",
+		Created: time.Date(2026, 5, 4, 3, 2, 1, 0, time.UTC)}
 	put := func(n *node, v metadata.Volume) {
 		t.Helper()
 		if err := n.Client.PutVolume(ctx, v); err != nil {
@@ -38,7 +39,8 @@ func TestF103VolumesOfHosts(t *testing.T) {
 
 	onA.Users = 2
 	put(a, onA)
-	long := metadata.Volume{Driver: "x", Name: strings.Repeat("n", metadata.MaxVolumeNameLength), Scope: "local", Host: "a", State: "creating"}
+	long := metadata.Volume{Driver: "x", Name: strings.Repeat("n", metadata.MaxVolumeNameLength), Scope: "local",
+		Host: "a", State: "creating"}
 	put(a, long)
 	want(false, onA, long, onB)
 	want(true, onA, long)
@@ -66,7 +68,8 @@ func TestVolumesAreChecked(t *testing.T) {
 		{"d/v", `{"scope":"local","state":"ready","name":"w"}`, `the object says "w", the path "v"`},
 		{"d/v", `{"scope":"local","state":"ready","options":{"password":"x"}}`, `unknown key "options"`},
 	} {
-		wantCode(t, a.Client.Do(ctx, "PUT", "/v1/volumes/"+c.path, json.RawMessage(c.body), nil), metadata.CodeInvalid, c.want)
+		wantCode(t, a.Client.Do(ctx, "PUT", "/v1/volumes/"+c.path, json.RawMessage(c.body), nil), metadata.CodeInvalid,
+			c.want)
 	}
 	wantCode(t, a.Client.Do(ctx, "DELETE", "/v1/volumes/d%2Fe/v", nil, nil), metadata.CodeInvalid, `"d/e"`)
 	if left, err := a.Client.Volumes(ctx, false); err != nil || len(left) != 0 {

@@ -85,7 +85,10 @@ func (b *Breaker) Stop() {
 func (b *Breaker) Where() string { return b.where }
 
 // Lost returns why the store is away, an *Away, or nil while it answers. The channel is closed at the next change.
-func (b *Breaker) Lost() (error, <-chan struct{}) { //nolint:revive,staticcheck // the error is the subject, no failure of Lost
+// The error is the subject, and not a failure of Lost.
+//
+//nolint:revive,staticcheck // see above
+func (b *Breaker) Lost() (error, <-chan struct{}) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.lost == nil {

@@ -48,8 +48,9 @@ type Embedded struct {
 // DefaultQuota holds the tables of about ten million addresses.
 const DefaultQuota = 4 << 30
 
-// Space that the folder's file system must have left, in octets. etcd makes its log in pieces of 64 MiB ahead of time; with
-// less than one piece left the process would die in the middle of a write, so writes are refused before.
+// Space that the folder's file system must have left, in octets. etcd makes its log in pieces of 64 MiB ahead
+// of time; with less than one piece left the process would die in the middle of a write, so writes are
+// refused before.
 const (
 	minFree      = 80 << 20
 	minFreeStart = 160 << 20
@@ -79,7 +80,8 @@ func Open(ctx context.Context, c Embedded) (_ *Etcd, err error) {
 		m.new = true
 	}
 	if free, err := m.free(); err == nil && m.new && free < minFreeStart {
-		return nil, fmt.Errorf("data folder %s: only %d MiB free, a new store needs %d MiB; free some space, or give another folder with --data-dir",
+		return nil, fmt.Errorf("data folder %s: only %d MiB free, a new store needs %d MiB; free some space, or give "+
+			"another folder with --data-dir",
 			c.Dir, free>>20, minFreeStart>>20)
 	}
 	cfg, err := c.etcd()
@@ -146,7 +148,8 @@ func Open(ctx context.Context, c Embedded) (_ *Etcd, err error) {
 	case <-ctx.Done():
 		m.etcd.Server.HardStop()
 		m.etcd.Close()
-		return nil, fmt.Errorf("%w: member %s found no quorum: %w; are the other members of --initial-cluster up?", ErrUnavailable, c.Name, ctx.Err())
+		return nil, fmt.Errorf("%w: member %s found no quorum: %w; are the other members of --initial-cluster up?",
+			ErrUnavailable, c.Name, ctx.Err())
 	}
 	started.Store(true)
 	e := newEtcd(v3client.New(m.etcd.Server), c.Prefix, c.Dir, c.Log)
@@ -155,7 +158,8 @@ func Open(ctx context.Context, c Embedded) (_ *Etcd, err error) {
 	return e, nil
 }
 
-// private closes the client socket to others. etcd makes it as the umask says; the one in Dir was never open, for nobody gets into Dir.
+// private closes the client socket to others. etcd makes it as the umask says; the one in Dir was never open,
+// for nobody gets into Dir.
 func (m *member) private(cfg *embed.Config) error {
 	for _, u := range cfg.ListenClientUrls {
 		if u.Scheme != "unix" {
@@ -187,8 +191,8 @@ func (c Embedded) etcd() (*embed.Config, error) {
 	cfg.AutoCompactionMode, cfg.AutoCompactionRetention = "periodic", "0" // maintain does it, by count
 
 	tls := transport.TLSInfo{TrustedCAFile: c.CA, CertFile: c.Cert, KeyFile: c.Key, ClientCertAuth: true,
-		// Whom the authority signed belongs; that a host of several addresses comes by one that is in its certificate cannot be
-		// had.
+		// Whom the authority signed belongs; that a host of several addresses comes by one that is in its
+		// certificate cannot be had.
 		SkipClientSANVerify: true}
 	client := c.ListenClient
 	if client == "" && !c.NoListen {
@@ -236,7 +240,8 @@ func (c Embedded) etcd() (*embed.Config, error) {
 	case c.ListenPeer == "":
 		return nil, errors.New("--initial-cluster without --listen-peer: other members could not reach this one")
 	case !strings.Contains(","+c.InitialCluster, ","+cfg.Name+"="):
-		return nil, fmt.Errorf("--initial-cluster %s does not list this member, %s; its name comes from --name", c.InitialCluster, cfg.Name)
+		return nil, fmt.Errorf("--initial-cluster %s does not list this member, %s; its name comes from --name",
+			c.InitialCluster, cfg.Name)
 	}
 	if c.Existing {
 		cfg.ClusterState = embed.ClusterStateFlagExisting
@@ -255,7 +260,8 @@ func (c Embedded) listenURL(flag, s string) (url.URL, error) {
 		return *u, nil
 	case "https":
 		if c.CA == "" || c.Cert == "" || c.Key == "" {
-			return url.URL{}, fmt.Errorf("%s %s: needs --etcd-ca, --etcd-cert and --etcd-key; `lariat certs` makes them", flag, s)
+			return url.URL{}, fmt.Errorf("%s %s: needs --etcd-ca, --etcd-cert and --etcd-key; `lariat certs` makes them", flag,
+				s)
 		}
 	case "http":
 		host, _, err := net.SplitHostPort(u.Host)
@@ -263,7 +269,8 @@ func (c Embedded) listenURL(flag, s string) (url.URL, error) {
 			return url.URL{}, fmt.Errorf("%s %s: %w", flag, s, err)
 		}
 		if ip := net.ParseIP(host); host != "localhost" && !ip.IsLoopback() {
-			return url.URL{}, fmt.Errorf("%s %s: plain http beyond this machine is refused: whoever reaches the store owns the network; use https with --etcd-ca, --etcd-cert and --etcd-key (`lariat certs` makes them)", flag, s)
+			return url.URL{}, fmt.Errorf("%s %s: plain http beyond this machine is refused: whoever reaches the store owns "+
+				"the network; use https with --etcd-ca, --etcd-cert and --etcd-key (`lariat certs` makes them)", flag, s)
 		}
 	default:
 		return url.URL{}, fmt.Errorf("%s %s: want https://IP:port, http://127.0.0.1:port or unix:///path", flag, s)
@@ -286,7 +293,8 @@ func (m *member) explain(err error) error {
 	case errors.Is(err, syscall.EIO):
 		remedy = "the disk fails: restore the last backup on another one with `lariat-metadata restore`"
 	default:
-		remedy = "if its files are damaged, move the folder away and bring back the last backup with `lariat-metadata restore FILE`, " +
+		remedy = "if its files are damaged, move the folder away and bring back the last backup with `lariat-metadata " +
+			"restore FILE`, " +
 			"or, in a cluster, remove this member and add it again empty"
 	}
 	return fmt.Errorf("data folder %s: %w; %s", m.dir, err, remedy)
@@ -303,7 +311,8 @@ func (m *member) free() (int64, error) {
 // room says why nothing may be written, if so.
 func (m *member) room() error {
 	if free, err := m.free(); err == nil && free < minFree {
-		return fmt.Errorf("data folder %s: only %d MiB free, %d MiB are needed to go on safely; free some space: writes go on by themselves then",
+		return fmt.Errorf("data folder %s: only %d MiB free, %d MiB are needed to go on safely; free some space: writes "+
+			"go on by themselves then",
 			m.dir, free>>20, minFree>>20)
 	}
 	return nil

@@ -121,7 +121,8 @@ func Dial(ctx context.Context, c External) (*Etcd, error) {
 	e := newEtcd(client, c.Prefix, where, c.Log)
 	if _, err := e.Get(ctx, "version"); err != nil && !errors.Is(err, ErrNotFound) {
 		_ = e.Close()
-		return nil, fmt.Errorf("etcd at %s: %w; is it up, and do the certificates of --etcd-ca, --etcd-cert and --etcd-key fit?", where, err)
+		return nil, fmt.Errorf("etcd at %s: %w; is it up, and do the certificates of --etcd-ca, --etcd-cert and "+
+			"--etcd-key fit?", where, err)
 	}
 	return e, nil
 }
@@ -167,12 +168,13 @@ func (e *Etcd) fault(op, key string, err error) error {
 	return fmt.Errorf("%w: %s %s in %s: %w", kind, op, key, e.where, err)
 }
 
-// patient tries again while the cluster elects a leader, which takes a second or two: then nothing was done, for certain.
-// Other failures leave open what was done, and are the caller's.
+// patient tries again while the cluster elects a leader, which takes a second or two: then nothing was done,
+// for certain. Other failures leave open what was done, and are the caller's.
 func patient(ctx context.Context, try func() error) error {
 	for wait := 10 * time.Millisecond; ; wait = min(2*wait, 200*time.Millisecond) {
 		err := try()
-		if err == nil || !(errors.Is(err, rpctypes.ErrNoLeader) || errors.Is(err, rpctypes.ErrLeaderChanged) || errors.Is(err, rpctypes.ErrNotLeader) ||
+		if err == nil || !(errors.Is(err, rpctypes.ErrNoLeader) || errors.Is(err, rpctypes.ErrLeaderChanged) ||
+			errors.Is(err, rpctypes.ErrNotLeader) ||
 			strings.Contains(err.Error(), "raft proposal dropped")) {
 			return err
 		}
@@ -225,7 +227,8 @@ func (e *Etcd) Page(ctx context.Context, l *Listing) (err error) {
 	if l.limit == 0 {
 		l.limit, l.from = pageMost, e.prefix+l.Prefix
 	}
-	opts := []clientv3.OpOption{clientv3.WithRange(clientv3.GetPrefixRangeEnd(e.prefix + l.Prefix)), clientv3.WithLimit(l.limit),
+	opts := []clientv3.OpOption{clientv3.WithRange(clientv3.GetPrefixRangeEnd(e.prefix + l.Prefix)),
+		clientv3.WithLimit(l.limit),
 		clientv3.WithSort(clientv3.SortByKey, clientv3.SortAscend), clientv3.WithRev(l.Revision)}
 	var r *clientv3.GetResponse
 	seen, _ := e.clock.now()
@@ -305,8 +308,8 @@ func (e *Etcd) write(ctx context.Context, changes []Change, results []Result, un
 	}
 }
 
-// firstTry bounds how long the first of several tries of a conditional write takes. While a leader is lost and not yet missed
-// (a second), followers send it what they are asked to write, and nobody ever answers.
+// firstTry bounds how long the first of several tries of a conditional write takes. While a leader is lost
+// and not yet missed (a second), followers send it what they are asked to write, and nobody ever answers.
 const firstTry = 1200 * time.Millisecond
 
 // txn reports whether the conditions held, and whether an earlier try may have been done although nobody answered.
@@ -417,7 +420,8 @@ func (e *Etcd) Watch(ctx context.Context, prefix string, after int64, fn func(Up
 			for ; i < len(r.Events) && r.Events[i].Kv.ModRevision == u.Revision; i++ {
 				ev := r.Events[i]
 				u.Entries = append(u.Entries, Entry{Key: string(ev.Kv.Key[len(e.prefix):]), Value: ev.Kv.Value,
-					Revision: ev.Kv.ModRevision, Created: ev.Kv.CreateRevision, Deleted: ev.Type == clientv3.EventTypeDelete, Held: ev.Kv.Lease != 0})
+					Revision: ev.Kv.ModRevision, Created: ev.Kv.CreateRevision, Deleted: ev.Type == clientv3.EventTypeDelete,
+					Held: ev.Kv.Lease != 0})
 			}
 			e.clock.answered(u.Revision, 0)
 			if err := fn(u); err != nil {

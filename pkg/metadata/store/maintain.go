@@ -120,22 +120,24 @@ func (e *Etcd) mend(ctx context.Context) bool {
 	if len(s.Alarms()) == 0 {
 		return true // someone mended it meanwhile
 	}
-	e.log.Debug("quota used up: dropping history", "folder", e.member.dir, "size", s.Backend().Size(), "inUse", s.Backend().SizeInUse())
+	e.log.Debug("quota used up: dropping history", "folder", e.member.dir, "size", s.Backend().Size(), "inUse",
+		s.Backend().SizeInUse())
 	if err := e.compact(s.KV().Rev()); err != nil {
 		e.log.Error("compaction failed", "error", err)
 		return false
 	}
 	s.Backend().ForceCommit() // what compaction freed counts only then, and the commit may be a tenth of a second away
 	quota := s.Cfg.QuotaBackendBytes
-	// What bbolt says to be in use includes pages that were freed a moment ago. So a file that seems full is tried once, and again when something was
-	// deleted, which is all that can change it now.
+	// What bbolt says to be in use includes pages that were freed a moment ago. So a file that seems full is
+	// tried once, and again when something was deleted, which is all that can change it now.
 	revision := s.KV().Rev()
 	if s.Backend().SizeInUse() < quota*9/10 || revision != e.futile {
 		e.defragment(true)
 	}
 	if s.Backend().Size() > quota*9/10 {
 		e.futile = revision
-		text := fmt.Sprintf("data folder %s: %d MiB of data in use, the quota is %d MiB; raise --etcd-quota and start again, or remove what is unused",
+		text := fmt.Sprintf("data folder %s: %d MiB of data in use, the quota is %d MiB; raise --etcd-quota and start "+
+			"again, or remove what is unused",
 			e.member.dir, s.Backend().SizeInUse()>>20, quota>>20)
 		if e.full.Swap(&text) == nil {
 			e.log.Error("the store is full", "problem", text)

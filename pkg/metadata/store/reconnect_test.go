@@ -63,7 +63,8 @@ func TestALeaseOutlivesAnOutage(t *testing.T) {
 		return s
 	}
 	s := start()
-	host, err := Dial(t.Context(), External{Endpoints: []string{at}, Prefix: "/lariat/v1/", Log: slog.New(slog.DiscardHandler)})
+	host, err := Dial(t.Context(), External{Endpoints: []string{at}, Prefix: "/lariat/v1/",
+		Log: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -94,7 +94,8 @@ func TestWatchGivesWholeRevisionsAndTellsOfCompaction(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.Write(ctx, Change{Key: "w/b", Value: []byte("1")}, Change{Key: "w/c", Value: []byte("1")}, Change{Key: "x", Value: []byte("1")})
+	s.Write(ctx, Change{Key: "w/b", Value: []byte("1")}, Change{Key: "w/c", Value: []byte("1")},
+		Change{Key: "x", Value: []byte("1")})
 	if _, err := One(ctx, s, Change{Key: "w/b", Revision: Any}); err != nil {
 		t.Fatal(err)
 	}

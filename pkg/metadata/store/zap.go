@@ -51,7 +51,8 @@ func (c *core) Enabled(l zapcore.Level) bool {
 }
 
 func (c *core) With(f []zapcore.Field) zapcore.Core {
-	return &core{log: c.log, closing: c.closing, fatal: c.fatal, fields: append(c.fields[:len(c.fields):len(c.fields)], f...)}
+	return &core{log: c.log, closing: c.closing, fatal: c.fatal, fields: append(c.fields[:len(c.fields):len(c.fields)],
+		f...)}
 }
 
 func (c *core) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.CheckedEntry {

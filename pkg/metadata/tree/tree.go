@@ -1,6 +1,7 @@
-// Package tree shows the model as the read-only tree that containers know from Rancher: /latest/self/container/name.
-// It is pure: a model and a caller in, text or JSON out. It can show nothing but names, addresses, public labels and states; it
-// has no way to write. It answers the containers of the model and the host that serves it, and nobody else.
+// Package tree shows the model as the read-only tree that containers know from Rancher:
+// /latest/self/container/name. It is pure: a model and a caller in, text or JSON out. It can show nothing but
+// names, addresses, public labels and states; it has no way to write. It answers the containers of the model
+// and the host that serves it, and nobody else.
 package tree
 
 import (
@@ -149,8 +150,8 @@ func (t *Tree) Reach(path, accept string, caller netip.Addr) Reach {
 // serviceIndex is a container's place among those of its service, on all hosts.
 const serviceIndex = "service_index"
 
-// Known reports whether Get answers a caller: a container of the model, on whichever host, or the host that serves the tree, by a loopback
-// address or one that the model knows. Other hosts ask their own.
+// Known reports whether Get answers a caller: a container of the model, on whichever host, or the host that
+// serves the tree, by a loopback address or one that the model knows. Other hosts ask their own.
 func (t *Tree) Known(caller netip.Addr) bool {
 	_, ok := t.caller(caller)
 	return ok
@@ -175,7 +176,8 @@ func host(h metadata.Host) map[string]any {
 		ip = a.String()
 	}
 	// Not the machine id, which is confidential: see machine-id(5). The host_uuid of containers is the name, too.
-	return map[string]any{"uuid": h.Name, "name": h.Name, "hostname": h.Name, "agent_ip": ip, "labels": strs(h.Labels), "state": state}
+	return map[string]any{"uuid": h.Name, "name": h.Name, "hostname": h.Name, "agent_ip": ip, "labels": strs(h.Labels),
+		"state": state}
 }
 
 func container(c metadata.Container, labels []string, index map[string]int) map[string]any {
@@ -194,8 +196,10 @@ func container(c metadata.Container, labels []string, index map[string]int) map[
 	stack = first(stack, c.Labels[metadata.LabelRancherStack])
 	n := map[string]any{"name": strings.ToLower(name), "uuid": uuid, "external_id": c.ID, "host_uuid": c.Host,
 		"hostname":     c.HostName(),
-		"network_uuid": nullable(c.Network), "labels": strs(metadata.PublicLabels(c.Labels, labels)), "links": strs(c.Links), "state": first(c.State, "stopped"),
-		"health_state": nullable(c.Health), "start_count": float64(c.StartCount), "stack_name": nullable(strings.ToLower(stack)),
+		"network_uuid": nullable(c.Network), "labels": strs(metadata.PublicLabels(c.Labels, labels)), "links": strs(c.Links),
+		"state":        first(c.State, "stopped"),
+		"health_state": nullable(c.Health), "start_count": float64(c.StartCount),
+		"stack_name":   nullable(strings.ToLower(stack)),
 		"service_name": nullable(strings.ToLower(service)), "primary_ip": nil, "primary_mac_address": nil}
 	if service != "" {
 		index[stack+"/"+service]++
@@ -223,7 +227,8 @@ func network(n metadata.Network) map[string]any {
 	for _, p := range n.Subnets {
 		subnets = append(subnets, p.String())
 	}
-	return map[string]any{"name": n.Name, "uuid": n.Name, "is_default": n.IsDefault, "host_ports": n.HostPorts, "subnets": subnets}
+	return map[string]any{"name": n.Name, "uuid": n.Name, "is_default": n.IsDefault, "host_ports": n.HostPorts,
+		"subnets": subnets}
 }
 
 // withConfig is a network with its configuration for runtimes, which may hold what containers must not know.
@@ -271,13 +276,14 @@ type Answer struct {
 	Body        []byte
 }
 
-// Get answers a request: the URL's path as it was sent (escaped), the Accept header, and the address of the caller, by which
-// it is known. The caller's word for who it is counts for nothing.
+// Get answers a request: the URL's path as it was sent (escaped), the Accept header, and the address of the
+// caller, by which it is known. The caller's word for who it is counts for nothing.
 func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 	asJSON := wantsJSON(accept)
 	self, ok := t.caller(caller)
 	if !ok {
-		return Problem(403, "Forbidden: "+caller.Unmap().String()+" is not the address of a container that the metadata service knows", asJSON)
+		return Problem(403, "Forbidden: "+caller.Unmap().String()+
+			" is not the address of a container that the metadata service knows", asJSON)
 	}
 	segments, err := segmentsOf(path)
 	if err != nil {

@@ -13,16 +13,22 @@ import (
 func model() *metadata.Snapshot {
 	return &metadata.Snapshot{Revision: 7, Self: "a",
 		Hosts: []metadata.Host{
-			{Name: "a", MachineID: "machine-of-a", Live: true, Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix("192.0.2.11/24")}}},
-			{Name: "b", MachineID: "machine-of-b", Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix("192.0.2.12/24")}}}},
-		Networks: []metadata.Network{{Name: "lan", IsDefault: true, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")},
+			{Name: "a", MachineID: "machine-of-a", Live: true,
+				Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix("192.0.2.11/24")}}},
+			{Name: "b", MachineID: "machine-of-b",
+				Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix("192.0.2.12/24")}}}},
+		Networks: []metadata.Network{{Name: "lan", IsDefault: true,
+			Subnets:   []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")},
 			CNIConfig: map[string]json.RawMessage{"10-lan.conflist": json.RawMessage(`{"psk":"hunter2"}`)}}},
 		Blocks: []metadata.Block{
 			{Network: "lan", CIDR: netip.MustParsePrefix("10.42.0.0/26"), Host: "a", Gateway: netip.MustParseAddr("10.42.0.1")},
-			{Network: "lan", CIDR: netip.MustParsePrefix("10.42.0.64/26"), Host: "b", Gateway: netip.MustParseAddr("10.42.0.65")}},
+			{Network: "lan", CIDR: netip.MustParsePrefix("10.42.0.64/26"), Host: "b",
+				Gateway: netip.MustParseAddr("10.42.0.65")}},
 		Containers: []metadata.Container{
-			{ID: "c1", UUID: "u1", Name: "App-Web-1", Host: "a", Network: "lan", Addresses: []netip.Addr{netip.MustParseAddr("10.42.0.2")},
-				Labels: map[string]string{"lariat.stack": "app", "lariat.service": "web", "a b": "c/d", "last-applied-configuration": "hunter2"}, State: "running"},
+			{ID: "c1", UUID: "u1", Name: "App-Web-1", Host: "a", Network: "lan",
+				Addresses: []netip.Addr{netip.MustParseAddr("10.42.0.2")},
+				Labels: map[string]string{"lariat.stack": "app", "lariat.service": "web", "a b": "c/d",
+					"last-applied-configuration": "hunter2"}, State: "running"},
 			{ID: "c2", Host: "b", Addresses: []netip.Addr{netip.MustParseAddr("10.42.0.66")}}}}
 }
 
@@ -61,7 +67,8 @@ func TestPathsAndForms(t *testing.T) {
 			t.Errorf("%s (%s): %d %q, want %d %q", tc.path, tc.accept, a.Status, a.Body, tc.status, tc.want)
 		}
 	}
-	if a := tr.Get("/latest/self/container/name", "", netip.MustParseAddr("::ffff:10.42.0.2")); string(a.Body) != "app-web-1" {
+	if a := tr.Get("/latest/self/container/name", "",
+		netip.MustParseAddr("::ffff:10.42.0.2")); string(a.Body) != "app-web-1" {
 		t.Errorf("a mapped address is the same caller: %q", a.Body)
 	}
 	if a := tr.Get("/latest", "", self); !strings.Contains(string(a.Body), "self/\n") {
@@ -69,18 +76,22 @@ func TestPathsAndForms(t *testing.T) {
 	}
 }
 
-// TestWhoIsAnswered: containers of all hosts, and this host by every address of its own. Nobody else, not even another host, learns anything.
+// TestWhoIsAnswered: containers of all hosts, and this host by every address of its own. Nobody else, not
+// even another host, learns anything.
 func TestWhoIsAnswered(t *testing.T) {
 	tr := Build(model())
 	for caller, want := range map[string]string{
-		"10.42.0.2": "a", "10.42.0.66": "b", "127.0.0.1": "a", "::1": "a", "192.0.2.11": "a", "10.42.0.1": "a", "::ffff:10.42.0.2": "a",
-		"10.42.0.99": "", "192.0.2.12": "", "10.42.0.65": "", "192.0.2.99": "", "169.254.1.1": "", "fe80::1": "", "2001:db8::1": "",
+		"10.42.0.2": "a", "10.42.0.66": "b", "127.0.0.1": "a", "::1": "a", "192.0.2.11": "a", "10.42.0.1": "a",
+		"::ffff:10.42.0.2": "a",
+		"10.42.0.99":       "", "192.0.2.12": "", "10.42.0.65": "", "192.0.2.99": "", "169.254.1.1": "", "fe80::1": "",
+		"2001:db8::1": "",
 	} {
 		addr := netip.MustParseAddr(caller)
 		if tr.Known(addr) != (want != "") {
 			t.Errorf("%s: known %t", caller, tr.Known(addr))
 		}
-		for _, path := range []string{"/", "/latest", "/latest/version", "/latest/containers", "/latest/self/host/name", "/1999-01-01", "/latest/%zz"} {
+		for _, path := range []string{"/", "/latest", "/latest/version", "/latest/containers", "/latest/self/host/name",
+			"/1999-01-01", "/latest/%zz"} {
 			a := tr.Get(path, "", addr)
 			if (a.Status == 403) != (want == "") {
 				t.Errorf("%s asks for %s: %d %q", caller, path, a.Status, a.Body)
@@ -90,7 +101,8 @@ func TestWhoIsAnswered(t *testing.T) {
 			}
 		}
 	}
-	if a := tr.Get("/latest/version", "application/json", netip.MustParseAddr("192.0.2.99")); !strings.Contains(string(a.Body), "192.0.2.99") || !json.Valid(a.Body) {
+	if a := tr.Get("/latest/version", "application/json",
+		netip.MustParseAddr("192.0.2.99")); !strings.Contains(string(a.Body), "192.0.2.99") || !json.Valid(a.Body) {
 		t.Errorf("%s", a.Body)
 	}
 	if a := tr.Get("/latest/version", "", netip.Addr{}); a.Status != 403 {
@@ -141,8 +153,8 @@ func TestHolderOfAnAddress(t *testing.T) {
 	}
 }
 
-// TestNothingSecretIsShown: neither labels that nobody allowed, such as pods' annotations that an older plugin wrote, nor machine ids, nor, to
-// containers, what configures runtimes.
+// TestNothingSecretIsShown: neither labels that nobody allowed, such as pods' annotations that an older
+// plugin wrote, nor machine ids, nor, to containers, what configures runtimes.
 func TestNothingSecretIsShown(t *testing.T) {
 	for _, tc := range []struct {
 		caller string
@@ -167,8 +179,9 @@ func TestNothingSecretIsShown(t *testing.T) {
 			t.Errorf("%s with %q is shown %q, want %q:\n%s", tc.caller, tc.labels, shown, tc.shown, body)
 		}
 		// Services are found all the same, and a container's host by its host_uuid.
-		for path, want := range map[string]string{"containers/app-web-1/labels/lariat.service": "web", "containers/app-web-1/stack_name": "app",
-			"containers/app-web-1/host_uuid": "a", "hosts/a/uuid": "a", "self/host/uuid": "a"} {
+		for path, want := range map[string]string{"containers/app-web-1/labels/lariat.service": "web",
+			"containers/app-web-1/stack_name": "app",
+			"containers/app-web-1/host_uuid":  "a", "hosts/a/uuid": "a", "self/host/uuid": "a"} {
 			if a := tr.Get("/latest/"+path, "", netip.MustParseAddr(tc.caller)); string(a.Body) != want {
 				t.Errorf("%s: %d %q, want %q", path, a.Status, a.Body, want)
 			}
@@ -180,7 +193,8 @@ func FuzzGet(f *testing.F) {
 	tr := Build(model())
 	f.Add("/latest/self/container/labels/a+b", "application/json")
 	f.Fuzz(func(t *testing.T, path, accept string) {
-		if a := tr.Get(path, accept, netip.MustParseAddr("10.42.0.2")); a.Status != 200 && a.Status != 404 && a.Status != 400 {
+		if a := tr.Get(path, accept, netip.MustParseAddr("10.42.0.2")); a.Status != 200 && a.Status != 404 &&
+			a.Status != 400 {
 			t.Errorf("%q: %d", path, a.Status)
 		}
 	})

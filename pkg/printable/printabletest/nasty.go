@@ -30,8 +30,8 @@ var Nasty = []string{
 	`"; x [label=<<b>` + "\n" + evil,
 }
 
-// Fill appends text to every string that v points to, and the zone of every IPv6 address. Empty slices, maps and pointers get an element.
-// Fields that are named in keep stay as they are.
+// Fill appends text to every string that v points to, and the zone of every IPv6 address. Empty slices, maps
+// and pointers get an element. Fields that are named in keep stay as they are.
 func Fill(v any, text string, keep ...string) { fill(reflect.ValueOf(v).Elem(), text, keep) }
 
 func fill(v reflect.Value, text string, keep []string) {

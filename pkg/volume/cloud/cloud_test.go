@@ -18,7 +18,8 @@ import (
 // alone takes away what the test's own environment says about AWS.
 func alone(t *testing.T) {
 	t.Helper()
-	for _, name := range []string{"AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CA_BUNDLE", "AWS_EC2_METADATA_DISABLED"} {
+	for _, name := range []string{"AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID",
+		"AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_CA_BUNDLE", "AWS_EC2_METADATA_DISABLED"} {
 		t.Setenv(name, "")
 	}
 	t.Setenv("AWS_CONFIG_FILE", "/nonexistent")
@@ -76,7 +77,8 @@ func TestF106Region(t *testing.T) {
 		t.Fatal(err)
 	}
 	i, err := s.Instance(t.Context())
-	if want := []string{"sg-1", "sg-2"}; err != nil || i.ID != "i-0123" || i.Zone != "cn-north-1a" || i.Subnet != "subnet-1" || i.VPC != "vpc-1" || !slices.Equal(i.SecurityGroups, want) {
+	if want := []string{"sg-1", "sg-2"}; err != nil || i.ID != "i-0123" || i.Zone != "cn-north-1a" ||
+		i.Subnet != "subnet-1" || i.VPC != "vpc-1" || !slices.Equal(i.SecurityGroups, want) {
 		t.Errorf("%+v %v", i, err)
 	}
 }
@@ -89,7 +91,8 @@ func TestNoInstance(t *testing.T) {
 	t.Setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", silent.URL)
 	start := time.Now()
 	_, err := Open(t.Context(), "")
-	if err == nil || !strings.Contains(err.Error(), "AWS_REGION") || !strings.Contains(err.Error(), "hop limit") || !errors.Is(err, context.DeadlineExceeded) {
+	if err == nil || !strings.Contains(err.Error(), "AWS_REGION") || !strings.Contains(err.Error(), "hop limit") ||
+		!errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("%v", err)
 	}
 	if took := time.Since(start); took > metadataPatience+10*time.Second {
@@ -105,9 +108,12 @@ func TestExplain(t *testing.T) {
 		err  error
 		want string
 	}{
-		{wrap(&smithy.GenericAPIError{Code: "VolumeInUse", Message: "vol-1 is already attached"}), "ec2:AttachVolume: VolumeInUse: vol-1 is already attached"},
-		{wrap(&smithy.GenericAPIError{Code: "UnauthorizedOperation", Message: "You are not authorized. Encoded authorization failure message: abcdef"}),
-			"ec2:AttachVolume: UnauthorizedOperation: You are not authorized. (the credentials may not do this: see the manual for the permissions that the driver needs)"},
+		{wrap(&smithy.GenericAPIError{Code: "VolumeInUse", Message: "vol-1 is already attached"}),
+			"ec2:AttachVolume: VolumeInUse: vol-1 is already attached"},
+		{wrap(&smithy.GenericAPIError{Code: "UnauthorizedOperation",
+			Message: "You are not authorized. Encoded authorization failure message: abcdef"}),
+			"ec2:AttachVolume: UnauthorizedOperation: You are not authorized. (the credentials may not do this: see the " +
+				"manual for the permissions that the driver needs)"},
 		{wrap(errors.New("connection refused")), "ec2:AttachVolume: connection refused"},
 		{errors.New("of our own"), "of our own"},
 	} {
@@ -116,12 +122,14 @@ func TestExplain(t *testing.T) {
 		}
 	}
 	err := Explain(t.Context(), wrap(&smithy.GenericAPIError{Code: "InvalidParameterValue", Message: "no"}))
-	if !Is(err, "VolumeInUse", "InvalidParameterValue") || Is(err, "VolumeInUse") || !errors.Is(Invalid(err), volume.ErrInvalid) || volume.IsFinal(Invalid(errors.New("x"))) {
+	if !Is(err, "VolumeInUse", "InvalidParameterValue") || Is(err, "VolumeInUse") ||
+		!errors.Is(Invalid(err), volume.ErrInvalid) || volume.IsFinal(Invalid(errors.New("x"))) {
 		t.Error("the code is lost")
 	}
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 0, volume.Timeout(time.Second))
 	defer cancel()
-	if err := Explain(ctx, wrap(ctx.Err())); err.Error() != "ec2:AttachVolume: AWS does not answer: no end after 1s" || !errors.Is(err, context.DeadlineExceeded) {
+	if err := Explain(ctx, wrap(ctx.Err())); err.Error() != "ec2:AttachVolume: AWS does not answer: no end after 1s" ||
+		!errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
 }

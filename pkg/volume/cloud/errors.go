@@ -20,10 +20,14 @@ func Is(err error, codes ...string) bool {
 
 // remedies are for codes that mean the same in every service.
 var remedies = map[string]string{
-	"UnauthorizedOperation":       "the credentials may not do this: see the manual for the permissions that the driver needs",
-	"AccessDenied":                "the credentials may not do this: see the manual for the permissions that the driver needs",
-	"AccessDeniedException":       "the credentials may not do this: see the manual for the permissions that the driver needs",
-	"AuthFailure":                 "AWS does not accept the credentials: are they those of this account and region, and is this host's clock right?",
+	"UnauthorizedOperation": "the credentials may not do this: see the manual for the permissions that the " +
+		"driver needs",
+	"AccessDenied": "the credentials may not do this: see the manual for the permissions that the " +
+		"driver needs",
+	"AccessDeniedException": "the credentials may not do this: see the manual for the permissions that the " +
+		"driver needs",
+	"AuthFailure": "AWS does not accept the credentials: are they those of this account and region, " +
+		"and is this host's clock right?",
 	"InvalidClientTokenId":        "AWS does not know the access key",
 	"UnrecognizedClientException": "AWS does not know the access key",
 	"SignatureDoesNotMatch":       "the secret key does not fit the access key, or this host's clock is wrong",
@@ -34,8 +38,8 @@ var remedies = map[string]string{
 	"ThrottlingException":         "the account makes too many requests in this region: it passes",
 }
 
-// Explain turns an error of the SDK into one for a person: the action as policies call it, AWS's code and words, and what to do. The code stays
-// for Is, a deadline for errors.Is.
+// Explain turns an error of the SDK into one for a person: the action as policies call it, AWS's code and
+// words, and what to do. The code stays for Is, a deadline for errors.Is.
 func Explain(ctx context.Context, err error) error {
 	var op *smithy.OperationError
 	if err == nil || !errors.As(err, &op) {
@@ -59,7 +63,8 @@ func Explain(ctx context.Context, err error) error {
 	case ctx.Err() != nil:
 		return fmt.Errorf("%s: AWS does not answer: %w", action, context.Cause(ctx))
 	case strings.Contains(err.Error(), "credentials"):
-		return &explained{fmt.Errorf("%s: no AWS credentials: neither the environment nor the shared files have any, nor has the instance a profile (%w)", action, root(ctx, err)), err}
+		return &explained{fmt.Errorf("%s: no AWS credentials: neither the environment nor the shared files have any, "+
+			"nor has the instance a profile (%w)", action, root(ctx, err)), err}
 	}
 	return &explained{fmt.Errorf("%s: %w", action, root(ctx, err)), err}
 }
@@ -73,7 +78,8 @@ func (e *explained) Unwrap() []error { return []error{e.cause} }
 // Invalid says that AWS refuses the request for what is in it, so that it will do so again; its words say what.
 func Invalid(err error) error {
 	var api smithy.APIError
-	if errors.As(err, &api) && (strings.HasPrefix(api.ErrorCode(), "InvalidParameter") || api.ErrorCode() == "BadRequest" || api.ErrorCode() == "ValidationException") {
+	if errors.As(err, &api) && (strings.HasPrefix(api.ErrorCode(), "InvalidParameter") ||
+		api.ErrorCode() == "BadRequest" || api.ErrorCode() == "ValidationException") {
 		return volume.Errorf(volume.ErrInvalid, "%w", err)
 	}
 	return err

@@ -12,8 +12,8 @@ type Pauses struct {
 	Most  time.Duration // what pauses grow to
 }
 
-// Poll looks until there is an end, an error, or no time left. Then it returns a *Late, also when the time ended in the middle of a look, unless that was
-// the first.
+// Poll looks until there is an end, an error, or no time left. Then it returns a *Late, also when the time
+// ended in the middle of a look, unless that was the first.
 func (p Pauses) Poll(ctx context.Context, look func() (done bool, seen string, err error)) error {
 	last, looked := "", false
 	for pause := p.First; ; pause = min(pause*8/5, p.Most) {

@@ -1,8 +1,9 @@
-// Package cloud is what drivers of AWS's volumes share: credentials and region as AWS's own tools find them, what the instance says of itself,
-// and errors that say what to do.
+// Package cloud is what drivers of AWS's volumes share: credentials and region as AWS's own tools find them,
+// what the instance says of itself, and errors that say what to do.
 //
-// All of it is the SDK's: environment, shared configuration and credentials files, web identity, the instance's profile by IMDSv2; custom
-// endpoints by AWS_ENDPOINT_URL and its like. Nothing of it comes by argv, and no credential is ever part of an error.
+// All of it is the SDK's: environment, shared configuration and credentials files, web identity, the
+// instance's profile by IMDSv2; custom endpoints by AWS_ENDPOINT_URL and its like. Nothing of it comes by
+// argv, and no credential is ever part of an error.
 package cloud
 
 import (
@@ -29,7 +30,8 @@ import (
 var Environment = [][2]string{
 	{"AWS_REGION", "region of volumes that name none; without it the instance's own"},
 	{"AWS_PROFILE", "profile in the shared configuration and credentials files"},
-	{"AWS_ACCESS_KEY_ID", "with AWS_SECRET_ACCESS_KEY; better: the instance's profile, or AWS_SHARED_CREDENTIALS_FILE, which root alone can read"},
+	{"AWS_ACCESS_KEY_ID", "with AWS_SECRET_ACCESS_KEY; better: the instance's profile, or " +
+		"AWS_SHARED_CREDENTIALS_FILE, which root alone can read"},
 	{"AWS_ENDPOINT_URL", "another endpoint, such as an emulator's or a VPC's"},
 }
 
@@ -42,7 +44,8 @@ type Session struct {
 	self Instance // once it is known
 }
 
-// Retries are bounded by the caller's deadline; these make them patient with a throttled account and quick with a passing fault.
+// Retries are bounded by the caller's deadline; these make them patient with a throttled account and quick
+// with a passing fault.
 const (
 	attempts   = 12
 	maxBackoff = 5 * time.Second
@@ -56,8 +59,8 @@ var passing = map[string]struct{}{
 	"InsufficientVolumeCapacity": {}, "InternalServerError": {}, "RequestResourceCountExceeded": {}, "TooManyRequests": {},
 }
 
-// Open prepares a session in a region, or the configured one if region is "". The network is asked only for the region of an instance that
-// nothing else tells.
+// Open prepares a session in a region, or the configured one if region is "". The network is asked only for
+// the region of an instance that nothing else tells.
 func Open(ctx context.Context, region string) (*Session, error) {
 	s := &Session{}
 	var meta *imds.Client
@@ -87,7 +90,8 @@ func Open(ctx context.Context, region string) (*Session, error) {
 	if s.Config.Region == "" {
 		self, err := s.Instance(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("no region: neither the option region nor AWS_REGION nor the shared configuration names one, and %w", err)
+			return nil, fmt.Errorf("no region: neither the option region nor AWS_REGION nor the shared configuration names "+
+				"one, and %w", err)
 		}
 		s.Config.Region = self.Region
 	}
@@ -120,7 +124,8 @@ func (s *Session) Instance(ctx context.Context) (Instance, error) {
 	self, err := s.ask(ctx)
 	if err != nil {
 		return Instance{}, fmt.Errorf("the instance's metadata service (IMDSv2) does not tell: %w; "+
-			"is this an EC2 instance with its metadata enabled? From a container with a network of its own the hop limit must be 2", root(ctx, err))
+			"is this an EC2 instance with its metadata enabled? From a container with a network of its own the hop limit "+
+			"must be 2", root(ctx, err))
 	}
 	s.self = self
 	return self, nil

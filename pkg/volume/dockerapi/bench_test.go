@@ -47,15 +47,17 @@ func (l local) Unmount(_ context.Context, dir string) error {
 	return unix.Unmount(dir, unix.UMOUNT_NOFOLLOW)
 }
 
-// BenchmarkLives has Docker's four calls for the life of a volume (create, mount, unmount, remove), over the socket, with a thousand other volumes in the
-// journal; and the same driver without what lies between: no socket, no journal, no counts. It is part of "make bench/volumes" and needs root to mount.
+// BenchmarkLives has Docker's four calls for the life of a volume (create, mount, unmount, remove), over the
+// socket, with a thousand other volumes in the journal; and the same driver without what lies between: no
+// socket, no journal, no counts. It is part of "make bench/volumes" and needs root to mount.
 func BenchmarkLives(b *testing.B) {
 	if os.Geteuid() != 0 {
 		b.Skip("needs root: it mounts")
 	}
 	dir := b.TempDir()
 	driver := local{base: filepath.Join(dir, "data")}
-	s, err := New(Config{Driver: driver, Name: "local", Scope: "local", StateDir: filepath.Join(dir, "state"), MountDir: filepath.Join(dir, "mounts")})
+	s, err := New(Config{Driver: driver, Name: "local", Scope: "local", StateDir: filepath.Join(dir, "state"),
+		MountDir: filepath.Join(dir, "mounts")})
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -68,11 +70,13 @@ func BenchmarkLives(b *testing.B) {
 	server := &http.Server{Handler: s, ReadHeaderTimeout: time.Minute}
 	go server.Serve(l) //nolint:errcheck // it ends by Close
 	defer server.Close()
-	client := http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 20, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-	}}}
+	client := http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 20,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
+		}}}
 	call := func(verb, name string) {
-		r, err := client.Post("http://x/VolumeDriver."+verb, mediaType, strings.NewReader(fmt.Sprintf(`{"Name":%q,"ID":"id"}`, name)))
+		r, err := client.Post("http://x/VolumeDriver."+verb, mediaType,
+			strings.NewReader(fmt.Sprintf(`{"Name":%q,"ID":"id"}`, name)))
 		if err != nil {
 			b.Error(err)
 			return

@@ -1,4 +1,5 @@
-// Package dockerapi is Docker's door to a volume driver: its volume plugin protocol, HTTP with JSON over a unix socket. Podman speaks it, too.
+// Package dockerapi is Docker's door to a volume driver: its volume plugin protocol, HTTP with JSON over a
+// unix socket. Podman speaks it, too.
 //
 //	docker volume create ─► Create ──► Driver.Create
 //	docker run -v v:/d ───► Mount ID ► Driver.Mount, unless somebody has it already
@@ -6,11 +7,13 @@
 //	docker volume rm ─────► Remove ──► Driver.Delete
 //	docker volume ls ─────► List, Get: answered from memory, whatever a server does
 //
-// It counts who uses a volume: for each volume and each of Docker's mount ids how often, because Docker uses an id again while it is in use ("docker cp"). The
-// counts are in a journal, written before the answer leaves. They hold for one boot of the host; what is mounted is the mount table's to say. So a killed process
-// finds everything again, and nothing at its start asks the driver or waits for a server.
+// It counts who uses a volume: for each volume and each of Docker's mount ids how often, because Docker uses
+// an id again while it is in use ("docker cp"). The counts are in a journal, written before the answer
+// leaves. They hold for one boot of the host; what is mounted is the mount table's to say. So a killed
+// process finds everything again, and nothing at its start asks the driver or waits for a server.
 //
-// A call whose answer may not have reached Docker is in the journal as well: Docker repeats it, and it must not count twice.
+// A call whose answer may not have reached Docker is in the journal as well: Docker repeats it, and it must
+// not count twice.
 package dockerapi
 
 import (
@@ -96,7 +99,8 @@ func Paths() []string { return slices.Sorted(maps.Keys(verbs)) }
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	v, known := verbs[r.URL.Path]
 	if !known {
-		_ = reply(w, http.StatusNotFound, answer{Err: fmt.Sprintf("no call %s in Docker's volume plugin protocol", strconv.Quote(cut(r.URL.Path)))})
+		_ = reply(w, http.StatusNotFound,
+			answer{Err: fmt.Sprintf("no call %s in Docker's volume plugin protocol", strconv.Quote(cut(r.URL.Path)))})
 		return
 	}
 	if r.Method != http.MethodPost {
@@ -171,7 +175,8 @@ func (q request) context() context.Context {
 	return context.Background()
 }
 
-// reply writes the whole answer, and returns only when the kernel has it: what this process does after that, the caller gets.
+// reply writes the whole answer, and returns only when the kernel has it: what this process does after that,
+// the caller gets.
 func reply(w http.ResponseWriter, status int, a answer) error {
 	data, err := json.Marshal(a)
 	if err != nil {
@@ -189,8 +194,9 @@ func reply(w http.ResponseWriter, status int, a answer) error {
 	return nil
 }
 
-// decode reads a request. Members that it does not know are a later Docker's and no error; wrong types, more than one document, and what no
-// volume's name, id or option can be, are. It does as little with an odd name as showing a part of it, quoted.
+// decode reads a request. Members that it does not know are a later Docker's and no error; wrong types, more
+// than one document, and what no volume's name, id or option can be, are. It does as little with an odd name
+// as showing a part of it, quoted.
 func decode(body io.Reader, v verb) (q request, err error) {
 	data, err := io.ReadAll(body)
 	var large *http.MaxBytesError
@@ -205,7 +211,8 @@ func decode(body io.Reader, v verb) (q request, err error) {
 	}
 	dec := json.NewDecoder(bytes.NewReader(data))
 	if err := dec.Decode(&q); err != nil {
-		return request{}, volume.Errorf(volume.ErrInvalid, "the request is not JSON as it should be, with a Name and Opts of strings: %w", err)
+		return request{}, volume.Errorf(volume.ErrInvalid, "the request is not JSON as it should be, with a Name and "+
+			"Opts of strings: %w", err)
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return request{}, volume.Errorf(volume.ErrInvalid, "the request is more than one JSON document")
@@ -214,7 +221,8 @@ func decode(body io.Reader, v verb) (q request, err error) {
 		return q, err
 	}
 	if len(q.ID) > maxID {
-		return q, volume.Errorf(volume.ErrInvalid, "volume %s: a mount id of %d octets, at most %d are allowed", q.Name, len(q.ID), maxID)
+		return q, volume.Errorf(volume.ErrInvalid, "volume %s: a mount id of %d octets, at most %d are allowed", q.Name,
+			len(q.ID), maxID)
 	}
 	if err := volume.CheckOptions(map[string]string{"ID": q.ID}); err != nil {
 		return q, fmt.Errorf("volume %s: %w", q.Name, err)

@@ -49,7 +49,8 @@ type world struct {
 }
 
 func newWorld() *world {
-	return &world{stale: "-", silent: "-", volumes: map[string]bool{}, mounted: map[string]string{}, fail: map[string]error{}}
+	return &world{stale: "-", silent: "-", volumes: map[string]bool{}, mounted: map[string]string{},
+		fail: map[string]error{}}
 }
 
 func (w *world) note(call, name string) error {
@@ -140,7 +141,9 @@ func (w *world) probe(_ context.Context, dir string) (stale bool, err error) {
 
 func serve(t testing.TB, w *world, dir string) *Server {
 	t.Helper()
-	s, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "global", table: w.table, probe: w.probe, now: func() time.Time { return time.Now().Add(w.clock) }, Grace: 20 * time.Millisecond})
+	s, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "global",
+		table: w.table, probe: w.probe, now: func() time.Time { return time.Now().Add(w.clock) },
+		Grace: 20 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,7 +196,8 @@ func TestF104F159DeadMount(t *testing.T) {
 	}
 	w.stale = "v"
 	w.fail["unmount"] = volume.Errorf(volume.ErrInUse, "in use by sh (1)")
-	refused(t, s, "Mount", `{"Name":"v","ID":"c"}`, "is mounted at "+dir+"/mnt/v and stale (stale file handle), and in use by sh (1)")
+	refused(t, s, "Mount", `{"Name":"v","ID":"c"}`, "is mounted at "+dir+
+		"/mnt/v and stale (stale file handle), and in use by sh (1)")
 	delete(w.fail, "unmount")
 	for _, id := range []string{"a", "b"} {
 		ok(t, s, "Unmount", `{"Name":"v","ID":"`+id+`"}`)
@@ -241,7 +245,8 @@ func TestF103Volumes(t *testing.T) {
 	ok(t, s, "Create", `{"Name":"gone"}`)
 	delete(w.volumes, "gone")
 	w.fail["mount"] = volume.Errorf(volume.ErrNotFound, "it does not exist any more")
-	refused(t, s, "Mount", `{"Name":"gone","ID":"a"}`, "it does not exist any more; docker volume rm gone, and create it again")
+	refused(t, s, "Mount", `{"Name":"gone","ID":"a"}`, "it does not exist any more; docker volume rm gone, and "+
+		"create it again")
 	delete(w.fail, "mount")
 	w.fail["create"] = volume.Errorf(volume.ErrConflict, "another is there")
 	refused(t, s, "Create", `{"Name":"gone"}`, "another is there")
@@ -271,7 +276,8 @@ func TestF103Volumes(t *testing.T) {
 	}
 }
 
-// F103: who is told of changes, and looks, knows the state after each call. No lock is held then, or looking would hang.
+// F103: who is told of changes, and looks, knows the state after each call. No lock is held then, or looking
+// would hang.
 func TestF103Changed(t *testing.T) {
 	s := serve(t, newWorld(), t.TempDir())
 	var seen string
@@ -301,7 +307,8 @@ func TestF103Changed(t *testing.T) {
 	}
 }
 
-// F104: a volume is unmounted when the last user goes; an id counts as often as it came, and a restart keeps the counts.
+// F104: a volume is unmounted when the last user goes; an id counts as often as it came, and a restart keeps
+// the counts.
 func TestF104Counts(t *testing.T) {
 	w, dir := newWorld(), t.TempDir()
 	s := serve(t, w, dir)
@@ -347,12 +354,14 @@ func TestF104Counts(t *testing.T) {
 	if len(w.mounted)+len(w.volumes) != 0 {
 		t.Error(w.mounted, w.volumes)
 	}
-	if _, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local", table: w.table, probe: w.probe}); err == nil || !strings.Contains(err.Error(), "belongs to another process") {
+	if _, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local",
+		table: w.table, probe: w.probe}); err == nil || !strings.Contains(err.Error(), "belongs to another process") {
 		t.Errorf("two servers for one journal: %v", err)
 	}
 }
 
-// F158: killed at every step of every call, and called again as Docker does when it got no answer, everything ends as if nothing had happened.
+// F158: killed at every step of every call, and called again as Docker does when it got no answer, everything
+// ends as if nothing had happened.
 func TestF158KilledAtEveryStep(t *testing.T) {
 	type call struct{ verb, body string }
 	calls := []call{
@@ -399,7 +408,8 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 			}
 			rec, known := s.get("v")
 			if known != (c.verb != "Remove") || rec.users() != users[i] || len(w.mounted) != min(users[i], 1) || w.doubles > 0 {
-				t.Fatalf("killed at %s: after %s %s: known %v, users %v, mounted %v, %d mounts over mounts", where, c.verb, c.body, known, rec.Users, w.mounted, w.doubles)
+				t.Fatalf("killed at %s: after %s %s: known %v, users %v, mounted %v, %d mounts over mounts", where, c.verb, c.body,
+					known, rec.Users, w.mounted, w.doubles)
 			}
 		}
 		s.Close()
@@ -427,7 +437,8 @@ func TestF158Orphans(t *testing.T) {
 	w.mounted[dir+"/mnt/lost"] = "lost"
 	s.Close()
 	s = serve(t, w, dir)
-	if got := ok(t, s, "Get", `{"Name":"lost"}`); !strings.Contains(got, "recovered") || !strings.Contains(got, "/mnt/lost") {
+	if got := ok(t, s, "Get", `{"Name":"lost"}`); !strings.Contains(got, "recovered") ||
+		!strings.Contains(got, "/mnt/lost") {
 		t.Error(got)
 	}
 	gone := make(chan struct{})
@@ -482,7 +493,8 @@ func TestCallerHungUp(t *testing.T) {
 	ok(t, s, "Create", `{"Name":"v"}`)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	s.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(http.MethodPost, "/VolumeDriver.Mount", strings.NewReader(`{"Name":"v","ID":"a"}`)).WithContext(ctx))
+	s.ServeHTTP(httptest.NewRecorder(), httptest.NewRequest(http.MethodPost, "/VolumeDriver.Mount",
+		strings.NewReader(`{"Name":"v","ID":"a"}`)).WithContext(ctx))
 	if rec, _ := s.get("v"); rec.users() != 0 {
 		t.Error("counted")
 	}
@@ -528,11 +540,13 @@ func (d device) Detach(_ context.Context, which, _ string) error { return d.note
 
 func TestAttachedVolumes(t *testing.T) {
 	for byDevice, want := range map[bool]string{
-		true:  "create v, attach v, wait /dev/asked-v, mountdevice /dev/real-v, mount v, unmountdevice v, unmount v, detach v, delete v",
+		true: "create v, attach v, wait /dev/asked-v, mountdevice /dev/real-v, mount v, unmountdevice v, unmount v, " +
+			"detach v, delete v",
 		false: "create v, attach v, wait /dev/asked-v, mount v, unmount v, detach v, delete v",
 	} {
 		w, dir := newWorld(), t.TempDir()
-		s, err := New(Config{Driver: device{w, byDevice}, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local", table: w.table, probe: w.probe})
+		s, err := New(Config{Driver: device{w, byDevice}, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt",
+			Scope: "local", table: w.table, probe: w.probe})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -551,7 +565,8 @@ func TestAttachedVolumes(t *testing.T) {
 func TestF109HostileRequests(t *testing.T) {
 	w, dir := newWorld(), t.TempDir()
 	s := serve(t, w, dir)
-	for _, name := range []string{"", "../x", "..", "/etc", "a/b", "-o", "a\x00", "a\nb", "@server", ".x", strings.Repeat("a", 4096)} {
+	for _, name := range []string{"", "../x", "..", "/etc", "a/b", "-o", "a\x00", "a\nb", "@server", ".x",
+		strings.Repeat("a", 4096)} {
 		for _, call := range []string{"Create", "Mount", "Unmount", "Remove", "Get", "Path"} {
 			body, _ := json.Marshal(map[string]any{"Name": name, "ID": "a"})
 			refused(t, s, call, string(body), "name")
@@ -576,7 +591,8 @@ func TestF109HostileRequests(t *testing.T) {
 	} {
 		refused(t, s, "Create", tc.body, tc.want)
 	}
-	for path, code := range map[string]int{"/VolumeDriver.Format": 404, "/": 404, "/../x": 404, "/VolumeDriver.Create/": 404} {
+	for path, code := range map[string]int{"/VolumeDriver.Format": 404, "/": 404, "/../x": 404,
+		"/VolumeDriver.Create/": 404} {
 		r := httptest.NewRecorder()
 		s.ServeHTTP(r, httptest.NewRequest(http.MethodPost, path, strings.NewReader("{}")))
 		if r.Code != code || !strings.Contains(r.Body.String(), `"Err":"no call`) {
@@ -597,7 +613,8 @@ func TestF109HostileRequests(t *testing.T) {
 func TestF160NoValuesInLogs(t *testing.T) {
 	w, dir := newWorld(), t.TempDir()
 	var log bytes.Buffer
-	s, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local", table: w.table, probe: w.probe,
+	s, err := New(Config{Driver: w, Name: "fake", StateDir: dir + "/state", MountDir: dir + "/mnt", Scope: "local",
+		table: w.table, probe: w.probe,
 		Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
 	if err != nil {
 		t.Fatal(err)
@@ -607,7 +624,8 @@ func TestF160NoValuesInLogs(t *testing.T) {
 	ok(t, s, "Create", `{"Name":"v","Opts":{"password":"`+secret+`"}}`)
 	_, text := post(s, "Create", `{"Name":"v","Opts":{"password":"`+secret+`3"}}`)
 	_, more := post(s, "Create", `{"Name":"v","Opts":{"password":"`+secret+`\n"}}`)
-	if all := text + more + ok(t, s, "Get", `{"Name":"v"}`) + ok(t, s, "List", "") + log.String(); strings.Contains(all, secret) {
+	if all := text + more + ok(t, s, "Get", `{"Name":"v"}`) + ok(t, s, "List", "") +
+		log.String(); strings.Contains(all, secret) {
 		t.Error(all)
 	}
 	if fi, err := os.Stat(dir + "/state/volumes/v.json"); err != nil || fi.Mode().Perm() != 0o600 {
@@ -648,7 +666,8 @@ func TestManyAtOnce(t *testing.T) {
 }
 
 func FuzzDecode(f *testing.F) {
-	for _, seed := range []string{`{"Name":"v","ID":"a","Opts":{"a":"b"}}`, `{"name":"v"}`, `null`, `{"Name":"../x"}`, `{"Opts":null,"Name":"v"}`, `{"Name":"v"} x`} {
+	for _, seed := range []string{`{"Name":"v","ID":"a","Opts":{"a":"b"}}`, `{"name":"v"}`, `null`, `{"Name":"../x"}`,
+		`{"Opts":null,"Name":"v"}`, `{"Name":"v"} x`} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {

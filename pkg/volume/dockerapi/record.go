@@ -41,12 +41,14 @@ type call struct {
 	Time time.Time `json:"time"`
 }
 
-// repeats is for how long a call may be one that Docker repeats. It does so for half a minute, and may have to wait for its turn.
+// repeats is for how long a call may be one that Docker repeats. It does so for half a minute, and may have
+// to wait for its turn.
 const repeats = time.Minute
 
-// is says that a call is the one that was counted already. It is wrong if the process was killed just after an answer and Docker then really makes the
-// same call of the same id anew ("docker cp" into a container that has just started): then one count is missing, and the volume is unmounted on the host early, though
-// not in the container, which has its own mount. The other mistake would be a volume that nobody can remove.
+// is says that a call is the one that was counted already. It is wrong if the process was killed just after
+// an answer and Docker then really makes the same call of the same id anew ("docker cp" into a container that
+// has just started): then one count is missing, and the volume is unmounted on the host early, though not in
+// the container, which has its own mount. The other mistake would be a volume that nobody can remove.
 func (c *call) is(verb, id string, now time.Time) bool {
 	return c != nil && c.Verb == verb && c.ID == id && now.Sub(c.Time) < repeats
 }

@@ -29,7 +29,8 @@ type Config struct {
 	Grace   time.Duration // how long a volume that nobody has may stay mounted; 0: a minute
 	Log     *slog.Logger
 	Observe func(call string, took time.Duration, err error) // of each call; nil: nobody
-	Changed func()                                           // a record was written or dropped: the answer of Volumes may be another. It must not wait; nil: nobody
+	// a record was written or dropped: the answer of Volumes may be another. It must not wait; nil: nobody
+	Changed func()
 
 	// Tests have their own.
 	table func() (mounts.Table, error)
@@ -96,7 +97,8 @@ func (s *Server) start() error {
 	defer cancel()
 	unlock, err := s.locks.Lock(ctx, one, "serve")
 	if err != nil {
-		return fmt.Errorf("%s belongs to another process; stop it, or give this one another --state-dir: %w", s.config.StateDir, err)
+		return fmt.Errorf("%s belongs to another process; stop it, or give this one another --state-dir: %w",
+			s.config.StateDir, err)
 	}
 	if err := s.load(); err != nil {
 		unlock()
@@ -132,7 +134,8 @@ func (s *Server) load() (err error) {
 	for _, m := range table {
 		name, here := strings.CutPrefix(m.Point, s.config.MountDir+"/")
 		if _, known := s.records[name]; here && !known && volume.CheckName(name) == nil {
-			s.config.Log.Warn("mounted, and not in the journal: it is kept until nobody has it", "volume", name, "source", m.Source)
+			s.config.Log.Warn("mounted, and not in the journal: it is kept until nobody has it", "volume", name, "source",
+				m.Source)
 			s.records[name] = record{State: Recovered, Created: time.Now().UTC(), BootID: s.boot}
 		}
 	}
@@ -215,7 +218,8 @@ func (s *Server) Volumes() ([]Volume, error) {
 	defer s.mu.RUnlock()
 	all := make([]Volume, 0, len(s.records))
 	for name, rec := range s.records {
-		all = append(all, Volume{Name: name, State: rec.State, Mounted: mounted[name], Users: rec.Users, Created: rec.Created})
+		all = append(all, Volume{Name: name, State: rec.State, Mounted: mounted[name], Users: rec.Users,
+			Created: rec.Created})
 	}
 	return all, nil
 }
@@ -231,8 +235,9 @@ func (s *Server) mounted(table mounts.Table) map[string]bool {
 	return names
 }
 
-// Sweep unmounts, until its context ends, what is mounted though nobody has it: what a killed Mount left, and what could not be unmounted when the last
-// user went. It leaves alone what was asked for a short while ago, because Docker repeats calls for half a minute.
+// Sweep unmounts, until its context ends, what is mounted though nobody has it: what a killed Mount left, and
+// what could not be unmounted when the last user went. It leaves alone what was asked for a short while ago,
+// because Docker repeats calls for half a minute.
 func (s *Server) Sweep(ctx context.Context) {
 	t := time.NewTicker(s.config.Grace / 2)
 	defer t.Stop()

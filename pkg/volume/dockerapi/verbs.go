@@ -14,7 +14,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// foreign begins options that kubelet gives to FlexVolume drivers. From Docker's users they would be a lie, or a secret in argv.
+// foreign begins options that kubelet gives to FlexVolume drivers. From Docker's users they would be a lie,
+// or a secret in argv.
 const foreign = "kubernetes.io/"
 
 func checkOptions(q request) error {
@@ -41,12 +42,14 @@ func (s *Server) capabilities(context.Context, request) (answer, error) {
 }
 
 func (s *Server) unknown(name string) error {
-	return volume.Errorf(volume.ErrNotFound, "no volume %s: docker volume create --driver %s %s", name, s.config.Name, name)
+	return volume.Errorf(volume.ErrNotFound, "no volume %s: docker volume create --driver %s %s", name, s.config.Name,
+		name)
 }
 
 // show is what Docker is told of a volume.
 func (s *Server) show(name string, rec record, mounted bool) info {
-	i := info{Name: name, CreatedAt: rec.Created.UTC().Format(time.RFC3339), Status: map[string]any{"state": rec.State, "users": rec.users()}}
+	i := info{Name: name, CreatedAt: rec.Created.UTC().Format(time.RFC3339),
+		Status: map[string]any{"state": rec.State, "users": rec.users()}}
 	if mounted {
 		i.Mountpoint = s.dir(name)
 	}
@@ -89,14 +92,16 @@ func (s *Server) list(context.Context, request) (answer, error) {
 	return answer{Volumes: &all}, nil
 }
 
-// create makes a volume, or goes on where a killed process was. Docker asks Get before, and does not come here for a name that it found.
+// create makes a volume, or goes on where a killed process was. Docker asks Get before, and does not come
+// here for a name that it found.
 func (s *Server) create(ctx context.Context, q request) (answer, error) {
 	rec, known := s.get(q.Name)
 	switch {
 	case known && rec.State == Removing:
 		return answer{}, errRemoving(q.Name)
 	case known && rec.State != Recovered && !maps.Equal(rec.Options, q.Opts):
-		return answer{}, volume.Errorf(volume.ErrConflict, "volume %s exists with other options (%s differ): remove it, or choose another name", q.Name, strings.Join(different(rec.Options, q.Opts), ", "))
+		return answer{}, volume.Errorf(volume.ErrConflict, "volume %s exists with other options (%s differ): remove it, "+
+			"or choose another name", q.Name, strings.Join(different(rec.Options, q.Opts), ", "))
 	case known && rec.State == Ready:
 		return answer{}, s.verify(ctx, q.Name, rec)
 	case !known:
@@ -125,7 +130,8 @@ func (s *Server) verify(ctx context.Context, name string, rec record) error {
 }
 
 func errRemoving(name string) error {
-	return volume.Errorf(volume.ErrConflict, "the removal of volume %s was begun and did not end: docker volume rm %s", name, name)
+	return volume.Errorf(volume.ErrConflict, "the removal of volume %s was begun and did not end: docker volume rm %s",
+		name, name)
 }
 
 // different are the options that are not the same, without their values, which are nobody's business in a log.
@@ -144,7 +150,8 @@ func different(a, b map[string]string) (keys []string) {
 	return keys
 }
 
-// finish has the driver create the volume. One that it could not is forgotten: drivers keep their own record of what is half made.
+// finish has the driver create the volume. One that it could not is forgotten: drivers keep their own record
+// of what is half made.
 func (s *Server) finish(ctx context.Context, name string, rec record, fresh bool) (record, error) {
 	rec.State = Creating
 	if err := s.put(name, rec); err != nil {
@@ -215,7 +222,8 @@ func (s *Server) bring(ctx context.Context, name string, rec record) (record, er
 		}
 	}
 	if rec.State == Recovered {
-		return rec, volume.Errorf(volume.ErrNotFound, "volume %s: the journal was lost and it is not mounted any more: docker volume create --driver %s %s with its options", name, s.config.Name, name)
+		return rec, volume.Errorf(volume.ErrNotFound, "volume %s: the journal was lost and it is not mounted any more: "+
+			"docker volume create --driver %s %s with its options", name, s.config.Name, name)
 	}
 	caps, err := s.config.Driver.Init(ctx)
 	if err != nil {
@@ -248,7 +256,9 @@ func (s *Server) bring(ctx context.Context, name string, rec record) (record, er
 		return rec, err
 	}
 	if len(table.At(dir)) == 0 {
-		return rec, fmt.Errorf("driver %s says that it mounted %s at %s, and the mount table does not show it: if the driver or this process has a mount namespace of its own (PrivateTmp, ProtectHome …), take that away", s.config.Name, name, dir)
+		return rec, fmt.Errorf("driver %s says that it mounted %s at %s, and the mount table does not show it: if the "+
+			"driver or this process has a mount namespace of its own (PrivateTmp, ProtectHome …), take that away", s.config.Name,
+			name, dir)
 	}
 	return rec, nil
 }
@@ -306,8 +316,8 @@ func (s *Server) attach(ctx context.Context, name string, rec record) (record, e
 	return rec, s.put(name, rec)
 }
 
-// unmount counts one user less, and unmounts if that was the last. The count comes first: Docker has done with the volume even if it
-// cannot be unmounted now.
+// unmount counts one user less, and unmounts if that was the last. The count comes first: Docker has done
+// with the volume even if it cannot be unmounted now.
 func (s *Server) unmount(ctx context.Context, q request) (answer, error) {
 	rec, known := s.get(q.Name)
 	if !known {
@@ -362,7 +372,8 @@ func (s *Server) takeAway(ctx context.Context, name string, rec record) error {
 			return err
 		}
 		if left := table.At(dir); len(left) > 0 {
-			return fmt.Errorf("driver %s says that it unmounted %s, and the mount table shows %s at %s", s.config.Name, name, left[len(left)-1].Source, dir)
+			return fmt.Errorf("driver %s says that it unmounted %s, and the mount table shows %s at %s", s.config.Name, name,
+				left[len(left)-1].Source, dir)
 		}
 	}
 	volume.Failpoint("docker-unmounted")
@@ -386,8 +397,8 @@ func (s *Server) takeAway(ctx context.Context, name string, rec record) error {
 	return nil
 }
 
-// remove ends a volume. One that is not there has been removed. Docker asks only when none of its containers has the volume; counts that say
-// otherwise are of a dockerd that was killed, unless somebody really has it.
+// remove ends a volume. One that is not there has been removed. Docker asks only when none of its containers
+// has the volume; counts that say otherwise are of a dockerd that was killed, unless somebody really has it.
 func (s *Server) remove(ctx context.Context, q request) (answer, error) {
 	rec, known := s.get(q.Name)
 	if !known {

@@ -17,8 +17,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/cloud"
 )
 
-// Attach implements volume.Driver. A volume that does not exist is created if the options say what it is to be, because kubelet has no verb for that. The
-// device is what AWS calls it, which on most instances is not what their kernels do.
+// Attach implements volume.Driver. A volume that does not exist is created if the options say what it is to
+// be, because kubelet has no verb for that. The device is what AWS calls it, which on most instances is not
+// what their kernels do.
 func (d *Driver) Attach(ctx context.Context, req volume.Request, node string) (string, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -110,14 +111,17 @@ func (a *attachment) step(ctx context.Context) (done bool, seen string, err erro
 		if at.AttachTime != nil {
 			since = " since " + at.AttachTime.UTC().Format("15:04:05 UTC")
 		}
-		return false, fmt.Sprintf("it has been attaching as %s%s; if that goes on, detach it by hand, or stop and start the instance", aws.ToString(at.Device), since), nil
+		return false, fmt.Sprintf("it has been attaching as %s%s; if that goes on, detach it by hand, or stop and start "+
+			"the instance", aws.ToString(at.Device), since), nil
 	}
 	a.asked = false
 	return false, fmt.Sprintf("it is still %s from there", at.State), nil
 }
 
-// elsewhere is for a volume that another instance has. It is taken away only from one that cannot write to it any more, and only if that was asked for.
-func (a *attachment) elsewhere(ctx context.Context, id string, at types.VolumeAttachment) (done bool, seen string, err error) {
+// elsewhere is for a volume that another instance has. It is taken away only from one that cannot write to it
+// any more, and only if that was asked for.
+func (a *attachment) elsewhere(ctx context.Context, id string,
+	at types.VolumeAttachment) (done bool, seen string, err error) {
 	other, err := a.r.instanceByID(ctx, id)
 	if err != nil {
 		return false, "", err
@@ -134,7 +138,8 @@ func (a *attachment) elsewhere(ctx context.Context, id string, at types.VolumeAt
 		}
 		return false, "", volume.Errorf(volume.ErrInUse, "it is %s to %s%s", at.State, name, hint)
 	case !gone:
-		return false, "", volume.Errorf(volume.ErrInUse, "it is %s to %s: forceDetach takes it only from instances that are stopped or terminated, because others may write to it", at.State, name)
+		return false, "", volume.Errorf(volume.ErrInUse, "it is %s to %s: forceDetach takes it only from instances that "+
+			"are stopped or terminated, because others may write to it", at.State, name)
 	}
 	a.d.log.Warn("detaching by force", "volume", a.v.Name, "id", a.f.id(), "from", id, "state", state(other))
 	// Force only where the ordinary way has been gone and does not end.
@@ -171,14 +176,16 @@ func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 	if device == "" {
 		return "", volume.Errorf(volume.ErrInUse, "the instance uses all device names")
 	}
-	_, err = a.r.ec2.AttachVolume(ctx, &ec2.AttachVolumeInput{VolumeId: aws.String(a.f.id()), InstanceId: aws.String(a.to), Device: aws.String(device)})
+	_, err = a.r.ec2.AttachVolume(ctx, &ec2.AttachVolumeInput{VolumeId: aws.String(a.f.id()), InstanceId: aws.String(a.to),
+		Device: aws.String(device)})
 	volume.Failpoint("attach-asked")
 	switch {
 	case err == nil:
 		a.asked = true
 		a.d.log.Info("attaching", "volume", a.v.Name, "id", a.f.id(), "instance", a.to, "device", device)
 		return "AWS does not show it", nil
-	case cloud.Is(err, "InvalidDevice.InUse"), cloud.Is(err, "InvalidParameterValue") && strings.Contains(err.Error(), "in use"):
+	case cloud.Is(err, "InvalidDevice.InUse"), cloud.Is(err, "InvalidParameterValue") &&
+		strings.Contains(err.Error(), "in use"):
 		a.bad = append(a.bad, device)
 		return "AWS says that the instance uses the device name " + device, nil
 	case cloud.Is(err, "VolumeInUse", "IncorrectState", "IncorrectInstanceState",
@@ -214,8 +221,9 @@ func describe(m *types.VolumeModification) string {
 		aws.ToTime(m.StartTime).UTC().Format(time.RFC3339), aws.ToInt64(m.Progress))
 }
 
-// freeName is a device name that is not used: /dev/xvdba to /dev/xvddz, which every kind of instance takes. Each volume begins to search at another, so
-// that attachments at the same time do not want the same one, and one that was freed just now, which EC2 holds for a while, is not taken by the next.
+// freeName is a device name that is not used: /dev/xvdba to /dev/xvddz, which every kind of instance takes.
+// Each volume begins to search at another, so that attachments at the same time do not want the same one, and
+// one that was freed just now, which EC2 holds for a while, is not taken by the next.
 func freeName(id string, used []string) string {
 	const names = 3 * 26
 	h := fnv.New32a()
@@ -319,9 +327,12 @@ func (d *Driver) called(f *found) string {
 	return ""
 }
 
-// has is the volume that an instance has under a name of Detach's, or nil. Other instances may have others under the same: two pods can call theirs "data".
+// has is the volume that an instance has under a name of Detach's, or nil. Other instances may have others
+// under the same: two pods can call theirs "data".
 func (d *Driver) has(ctx context.Context, r *region, instance, name string) (*found, error) {
-	pages := ec2.NewDescribeVolumesPaginator(r.ec2, &ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("attachment.instance-id"), Values: []string{instance}}}})
+	pages := ec2.NewDescribeVolumesPaginator(r.ec2,
+		&ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("attachment.instance-id"),
+			Values: []string{instance}}}})
 	for pages.HasMorePages() {
 		page, err := pages.NextPage(ctx)
 		if err != nil {
@@ -336,7 +347,8 @@ func (d *Driver) has(ctx context.Context, r *region, instance, name string) (*fo
 	return nil, nil
 }
 
-// named is the volume that Detach was told: by its id, by the device that AWS gave it here, by what the node has under the name, by this host's record, or by its tags.
+// named is the volume that Detach was told: by its id, by the device that AWS gave it here, by what the node
+// has under the name, by this host's record, or by its tags.
 func (d *Driver) named(ctx context.Context, r *region, name, id, node string, rec record) (*found, error) {
 	if strings.HasPrefix(name, "/dev/") {
 		self, err := r.instance(ctx, "")
@@ -398,10 +410,12 @@ func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) e
 		if err != nil || now == nil {
 			return err == nil, "", err
 		}
-		i := slices.IndexFunc(now.Attachments, func(a types.VolumeAttachment) bool { return aws.ToString(a.InstanceId) == from })
+		i := slices.IndexFunc(now.Attachments,
+			func(a types.VolumeAttachment) bool { return aws.ToString(a.InstanceId) == from })
 		if i < 0 {
 			// In the answer to a look just after AttachVolume it may not show yet; then the volume is in use by nobody.
-			return now.State == types.VolumeStateAvailable || len(now.Attachments) > 0, fmt.Sprintf("%s is %s", f.id(), now.State), nil
+			return now.State == types.VolumeStateAvailable || len(now.Attachments) > 0,
+				fmt.Sprintf("%s is %s", f.id(), now.State), nil
 		}
 		at := now.Attachments[i]
 		switch at.State {
@@ -430,7 +444,8 @@ func (d *Driver) here(ctx context.Context, r *region, instance string) bool {
 
 // release calls DetachVolume. What is detached already is no error.
 func (r *region) release(ctx context.Context, id, instance string, force bool) error {
-	_, err := r.ec2.DetachVolume(ctx, &ec2.DetachVolumeInput{VolumeId: aws.String(id), InstanceId: aws.String(instance), Force: aws.Bool(force)})
+	_, err := r.ec2.DetachVolume(ctx, &ec2.DetachVolumeInput{VolumeId: aws.String(id), InstanceId: aws.String(instance),
+		Force: aws.Bool(force)})
 	if cloud.Is(err, "IncorrectState", "InvalidAttachment.NotFound", "InvalidVolume.NotFound") {
 		return nil
 	}

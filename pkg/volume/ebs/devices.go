@@ -16,8 +16,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// devices are the block devices of this host, as the kernel shows them below two roots, which tests replace. Links in /dev/disk/by-id are not asked:
-// they need udev, and have led to other volumes.
+// devices are the block devices of this host, as the kernel shows them below two roots, which tests replace.
+// Links in /dev/disk/by-id are not asked: they need udev, and have led to other volumes.
 type devices struct{ sys, dev string }
 
 // device is a block device that was looked at.
@@ -69,7 +69,8 @@ func text(dir, file string) string {
 	return strings.TrimSpace(string(data))
 }
 
-// find is the device of a volume, or a zero one. as is the name that AWS gave it, by which alone instances without NVMe know it.
+// find is the device of a volume, or a zero one. as is the name that AWS gave it, by which alone instances
+// without NVMe know it.
 func (d devices) find(id, as string) (device, error) {
 	entries, err := os.ReadDir(filepath.Join(d.sys, "block"))
 	if err != nil {
@@ -116,8 +117,8 @@ func xenName(as string) string {
 	return name
 }
 
-// open opens a device and then makes sure that the one that is open is the volume, whatever had its name before. As long as it is open the kernel gives
-// its number to no other.
+// open opens a device and then makes sure that the one that is open is the volume, whatever had its name
+// before. As long as it is open the kernel gives its number to no other.
 func (d devices) open(name, id string, flags int) (device, int, error) {
 	dev := device{path: filepath.Join(d.dev, name)}
 	fd, err := unix.Open(dev.path, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
@@ -163,12 +164,14 @@ func (d devices) wait(ctx context.Context, id, as string) (device, error) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return device{}, fmt.Errorf("no device appears here whose serial number is %s; if this is that instance, detach the volume and attach it again, or stop and start the instance: %w", serial(id), context.Cause(ctx))
+			return device{}, fmt.Errorf("no device appears here whose serial number is %s; if this is that instance, "+
+				"detach the volume and attach it again, or stop and start the instance: %w", serial(id), context.Cause(ctx))
 		}
 	}
 }
 
-// rescan has the kernel ask an NVMe device how large it is now. It does that itself when the device says so, which not all do.
+// rescan has the kernel ask an NVMe device how large it is now. It does that itself when the device says so,
+// which not all do.
 func (d devices) rescan(dev device) {
 	dir := filepath.Join(d.sys, "block", filepath.Base(dev.path), "device")
 	for _, pattern := range []string{dir + "/rescan_controller", dir + "/nvme*/rescan_controller"} {

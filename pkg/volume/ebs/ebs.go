@@ -81,8 +81,8 @@ func (d *Driver) forget(name string) error {
 	return d.volumes.Remove(name)
 }
 
-// mountRecord says what was mounted at a folder. It is written before the mount and removed after it is gone, and after the volume is
-// detached, if that is for unmount to do.
+// mountRecord says what was mounted at a folder. It is written before the mount and removed after it is gone,
+// and after the volume is detached, if that is for unmount to do.
 type mountRecord struct {
 	Name     string    `json:"name"`
 	ID       string    `json:"id"`
@@ -93,8 +93,8 @@ type mountRecord struct {
 	Time     time.Time `json:"time"`
 }
 
-// New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers Init, because kubelet does not ask a second
-// time, and unmounts. All else says what is wrong.
+// New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers
+// Init, because kubelet does not ask a second time, and unmounts. All else says what is wrong.
 func New(c Config, log *slog.Logger) *Driver {
 	c.StateDir, c.RunDir = cmp.Or(c.StateDir, volume.DefaultStateDir), cmp.Or(c.RunDir, volume.DefaultRunDir)
 	dir := filepath.Join(c.StateDir, "ebs")
@@ -109,7 +109,8 @@ func New(c Config, log *slog.Logger) *Driver {
 
 // Init implements volume.Driver.
 func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
-	return volume.Capabilities{Attach: !d.config.fromNode(), FSGroup: true, SELinuxRelabel: true, SupportsMetrics: true, RequiresFSResize: true}, nil
+	return volume.Capabilities{Attach: !d.config.fromNode(), FSGroup: true, SELinuxRelabel: true, SupportsMetrics: true,
+		RequiresFSResize: true}, nil
 }
 
 // region is EC2 in one of them.

@@ -44,8 +44,10 @@ func newLab(t *testing.T, lag int, c Config) *lab {
 	l := &lab{T: t, Cloud: fakeaws.New(t, fakeaws.Options{Lag: lag})}
 	l.AddInstance(fakeaws.Instance{ID: self, Nitro: true, Zone: "eu-test-1a"})
 	l.AddInstance(fakeaws.Instance{ID: other, Nitro: true, Zone: "eu-test-1a", PrivateDNSName: "node-2.internal"})
-	l.AddInstance(fakeaws.Instance{ID: "i-00000000000000003", Nitro: true, Zone: "eu-test-1b", PrivateDNSName: "node-3.internal"})
-	l.AddInstance(fakeaws.Instance{ID: "i-00000000000000004", Nitro: true, Zone: "eu-test-1a", PrivateDNSName: "node-4.internal", Type: "t3.nano", MaxVolumes: 2, NICs: 1})
+	l.AddInstance(fakeaws.Instance{ID: "i-00000000000000003", Nitro: true, Zone: "eu-test-1b",
+		PrivateDNSName: "node-3.internal"})
+	l.AddInstance(fakeaws.Instance{ID: "i-00000000000000004", Nitro: true, Zone: "eu-test-1a",
+		PrivateDNSName: "node-4.internal", Type: "t3.nano", MaxVolumes: 2, NICs: 1})
 	for _, e := range l.Env(self) {
 		name, value, _ := strings.Cut(e, "=")
 		t.Setenv(name, value)
@@ -95,7 +97,8 @@ func (l *lab) only() fakeaws.Volume {
 	return all[0]
 }
 
-// F106: create is repeatable over lost answers, a lost journal, throttling, tokens that AWS remembers; what differs is a conflict.
+// F106: create is repeatable over lost answers, a lost journal, throttling, tokens that AWS remembers; what
+// differs is a conflict.
 func TestF106Create(t *testing.T) {
 	l := newLab(t, 2, Config{Cluster: "blue"})
 	r := request("v", "size", "10", "iops", "4000", "throughput", "200", "kmsKeyId", "alias/k", "onRemove", "purge")
@@ -111,7 +114,8 @@ func TestF106Create(t *testing.T) {
 		l.ok(os.RemoveAll(l.d.volumes.Dir))
 	}
 	first := l.only()
-	if first.IOPS != 4000 || first.Throughput != 200 || !first.Encrypted || first.KMSKeyID != "alias/k" || first.Tags[tagCluster] != "blue" || first.Tags[tagFileSystem] != none {
+	if first.IOPS != 4000 || first.Throughput != 200 || !first.Encrypted || first.KMSKeyID != "alias/k" ||
+		first.Tags[tagCluster] != "blue" || first.Tags[tagFileSystem] != none {
 		t.Errorf("%+v", first)
 	}
 	_, err := l.d.Create(l.ctx, request("v", "size", "11"))
@@ -218,7 +222,8 @@ func TestF106Attach(t *testing.T) {
 
 	// A name that EC2 calls used though nothing shows by what.
 	l.Fail("AttachVolume", "InvalidDevice.InUse", 1)
-	if freeName("vol-1", []string{"/dev/" + strings.TrimPrefix(freeName("vol-1", nil), "/dev/")}) == freeName("vol-1", nil) {
+	if freeName("vol-1", []string{"/dev/" + strings.TrimPrefix(freeName("vol-1", nil), "/dev/")}) == freeName("vol-1",
+		nil) {
 		t.Error("a used name")
 	}
 
@@ -250,7 +255,8 @@ func TestF106Attach(t *testing.T) {
 		}
 	}
 
-	// Two pods call theirs "data", which is all that kubelet says in the end; the volumes have names of their own, and a third one has theirs.
+	// Two pods call theirs "data", which is all that kubelet says in the end; the volumes have names of their
+	// own, and a third one has theirs.
 	before := len(l.Volumes())
 	for name, node := range map[string]string{"one": self, "two": other, "data": ""} {
 		r := request(name, "size", "1")
@@ -316,7 +322,8 @@ func TestF106AttachWhileModified(t *testing.T) {
 	}
 	defer func() { volume.OnFailpoint = nil }()
 	_, err = l.d.Attach(ctx, r, "")
-	l.says(err, context.DeadlineExceeded, "AWS attaches no volume that is being modified: from 1 GiB gp3 to 2 GiB gp3, begun at ")
+	l.says(err, context.DeadlineExceeded, "AWS attaches no volume that is being modified: from 1 GiB gp3 to 2 GiB "+
+		"gp3, begun at ")
 	_, err = l.d.Attach(l.ctx, r, "")
 	l.ok(err)
 	if v := l.only(); v.Attachment.State != "attached" || v.Size != 2 {
@@ -351,9 +358,11 @@ func TestF106ZoneAndLimit(t *testing.T) {
 	_, err := l.d.Create(l.ctx, r)
 	l.ok(err)
 	_, err = l.d.Attach(l.ctx, r, "node-3")
-	l.says(err, volume.ErrConflict, "the volume is in zone eu-test-1a and the instance in eu-test-1b, and volumes never leave their zone")
+	l.says(err, volume.ErrConflict, "the volume is in zone eu-test-1a and the instance in eu-test-1b, and volumes "+
+		"never leave their zone")
 	_, err = l.d.Attach(l.ctx, r, "node-4")
-	l.says(err, volume.ErrInUse, "has 1 volumes and 1 network interfaces and disks of its own, which count: a t3.nano takes 2")
+	l.says(err, volume.ErrInUse, "has 1 volumes and 1 network interfaces and disks of its own, which count: a "+
+		"t3.nano takes 2")
 	if n := l.Calls("AttachVolume"); n != 0 {
 		t.Errorf("AWS was asked %d times", n)
 	}
@@ -402,7 +411,8 @@ func TestF106Elsewhere(t *testing.T) {
 	l.says(l.d.Detach(ctx, "v", self), context.DeadlineExceeded, "does not let it go (busy)")
 }
 
-// F106: AWS says that it has made a volume, and does not answer the question for it for a long time: that is no reason to make another one.
+// F106: AWS says that it has made a volume, and does not answer the question for it for a long time: that is
+// no reason to make another one.
 func TestF106ThrottledBehindCreate(t *testing.T) {
 	l := newLab(t, 1, Config{})
 	usual := appearance
@@ -497,7 +507,8 @@ func TestF109Refused(t *testing.T) {
 	}
 }
 
-// F157: devices are found by serial number, in a tree like /sys. Nodes in it are files, so what finds one says that it is no device.
+// F157: devices are found by serial number, in a tree like /sys. Nodes in it are files, so what finds one
+// says that it is no device.
 func TestF157Find(t *testing.T) {
 	const id, another = "vol-0123456789abcdef0", "vol-00000000000000bad"
 	type entry struct{ name, serial, model, hidden string }
@@ -510,9 +521,11 @@ func TestF157Find(t *testing.T) {
 	}{
 		{"nothing is there", nil, "/dev/xvdba", ""},
 		{"by its serial number, not by its place", []entry{nvme("nvme0n1", another), nvme("nvme3n1", id)}, "", "nvme3n1"},
-		{"not the hidden path of multipath", []entry{{"nvme0c0n1", serial(id), model, "1"}, nvme("nvme0n1", id)}, "", "nvme0n1"},
+		{"not the hidden path of multipath", []entry{{"nvme0c0n1", serial(id), model, "1"}, nvme("nvme0n1", id)}, "",
+			"nvme0n1"},
 		{"not one that only claims the number", []entry{{"nvme0n1", serial(id), "Some Drive", "0"}}, "", ""},
-		{"not an instance's own disk", []entry{{"nvme0n1", "AWS0123456789ABCDEF0", "Amazon EC2 NVMe Instance Storage", "0"}}, "/dev/xvdba", ""},
+		{"not an instance's own disk", []entry{{"nvme0n1", "AWS0123456789ABCDEF0", "Amazon EC2 NVMe Instance Storage", "0"}},
+			"/dev/xvdba", ""},
 		{"two that say the same", []entry{nvme("nvme0n1", id), nvme("nvme1n1", id)}, "", "all say that they are"},
 		{"Xen's by its name", []entry{{"xvdba", "", "", "0"}}, "/dev/xvdba", "xvdba"},
 		{"Xen's by the name of another age", []entry{{"xvdf", "", "", "0"}}, "/dev/sdf", "xvdf"},
@@ -524,7 +537,8 @@ func TestF157Find(t *testing.T) {
 			for _, e := range tc.entries {
 				for file, text := range map[string]string{"hidden": e.hidden, "device/serial": e.serial, "device/model": e.model} {
 					path := filepath.Join(d.sys, "block", e.name, file)
-					if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text+"\n"), 0o600)); err != nil {
+					if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755),
+						os.WriteFile(path, []byte(text+"\n"), 0o600)); err != nil {
 						t.Fatal(err)
 					}
 				}
@@ -541,7 +555,8 @@ func TestF157Find(t *testing.T) {
 				t.Errorf("%+v %v", dev, err)
 			case strings.Contains(tc.want, " ") && (err == nil || !strings.Contains(err.Error(), tc.want)):
 				t.Errorf("%v", err)
-			case tc.want != "" && !strings.Contains(tc.want, " ") && fmt.Sprint(err) != "device "+d.dev+"/"+tc.want+": not a block device":
+			case tc.want != "" && !strings.Contains(tc.want, " ") && fmt.Sprint(err) != "device "+d.dev+"/"+tc.want+
+				": not a block device":
 				t.Errorf("%+v %v", dev, err)
 			}
 		})
@@ -561,8 +576,11 @@ func TestF157Places(t *testing.T) {
 		if total > 300<<20 {
 			t.Errorf("size %d: %d octets are read", size, total)
 		}
-		// superblocks of ext4 with blocks of 4096, and their backups in groups 1, 3, 5, 7, 9, 25, 27, 49; xfs's groups; both ends
-		for _, at := range []int64{0, 1080, 128<<20 + 56, 3*128<<20 + 56, 5*128<<20 + 56, 7*128<<20 + 56, 9 * 128 << 20, 25 * 128 << 20, 27 * 128 << 20, 49 * 128 << 20, 8193 * 1024, 24577 * 1024, size / 4, size / 2, size / 4 * 3, size - 1} {
+		// superblocks of ext4 with blocks of 4096, and their backups in groups 1, 3, 5, 7, 9, 25, 27, 49; xfs's
+		// groups; both ends
+		for _, at := range []int64{0, 1080, 128<<20 + 56, 3*128<<20 + 56, 5*128<<20 + 56, 7*128<<20 + 56, 9 * 128 << 20,
+			25 * 128 << 20, 27 * 128 << 20, 49 * 128 << 20, 8193 * 1024, 24577 * 1024, size / 4, size / 2, size / 4 * 3,
+			size - 1} {
 			if at >= size {
 				continue
 			}
@@ -584,20 +602,27 @@ func TestF157Places(t *testing.T) {
 	if _, err := firstData(1<<20, func([]byte, int64) (int, error) { return 0, nil }); err == nil {
 		t.Error("what ends too early counts as blank")
 	}
-	if at, err := firstData(1<<30, func(b []byte, _ int64) (int, error) { clear(b); return min(len(b), 512), nil }); at != -1 || err != nil {
+	if at, err := firstData(1<<30, func(b []byte, _ int64) (int, error) {
+		clear(b)
+		return min(len(b), 512),
+			nil
+	}); at != -1 || err != nil {
 		t.Errorf("a blank one: %d %v", at, err)
 	}
 }
 
 // A program that is not content is told by its status, and by its words if it has any.
 func TestProgramsEnd(t *testing.T) {
-	if _, err := run(t.Context(), "false"); err == nil || err.Error() != "false ended with status 1" || !endedWith(err, 1) {
+	if _, err := run(t.Context(), "false"); err == nil || err.Error() != "false ended with status 1" ||
+		!endedWith(err, 1) {
 		t.Errorf("false: %v", err)
 	}
-	if _, err := run(t.Context(), "sh", "-c", "echo why >&2; exit 3"); err == nil || err.Error() != "sh ended with status 3: why" || endedWith(err, 1) {
+	if _, err := run(t.Context(), "sh", "-c", "echo why >&2; exit 3"); err == nil ||
+		err.Error() != "sh ended with status 3: why" || endedWith(err, 1) {
 		t.Errorf("sh: %v", err)
 	}
-	if _, err := run(t.Context(), "no-such-program"); err == nil || err.Error() != "no-such-program is not installed" || endedWith(err, 0) {
+	if _, err := run(t.Context(), "no-such-program"); err == nil || err.Error() != "no-such-program is not installed" ||
+		endedWith(err, 0) {
 		t.Errorf("none: %v", err)
 	}
 	if out, err := run(t.Context(), "echo", "well"); err != nil || out != "well\n" {
@@ -633,15 +658,16 @@ func FuzzVolume(f *testing.F) {
 	})
 }
 
-// FuzzDevices: whatever the kernel's files and names say of a device, it is the volume that it says it is, or none, and no name leads out of
-// the folders.
+// FuzzDevices: whatever the kernel's files and names say of a device, it is the volume that it says it is, or
+// none, and no name leads out of the folders.
 func FuzzDevices(f *testing.F) {
 	f.Add("nvme1n1", model+"  \n", "vol0123456789abcdef0\n", "0\n", "2048", "/dev/sdf")
 	f.Add("nvme0c0n1", model, "vol0123456789abcdef0", "1", "-1", "/dev/xvdf")
 	f.Add("nvme1n1p1", "QEMU NVMe Ctrl", "vol-0123456789abcdef0", "", "x", "sdf")
 	f.Add("xvdf", "", "volvol0123456789abcdef0", "0", "18446744073709551615", "/dev/../sdf")
 	f.Fuzz(func(t *testing.T, name, says, serialNumber, hidden, size, as string) {
-		if x := xenName(as); x != "" && (!strings.HasPrefix(x, "xvd") || strings.ContainsAny(x, "/\x00") || volume.CheckName(x) != nil) {
+		if x := xenName(as); x != "" && (!strings.HasPrefix(x, "xvd") || strings.ContainsAny(x, "/\x00") ||
+			volume.CheckName(x) != nil) {
 			t.Errorf("%q is %q", as, x)
 		}
 		if name == "" || name == "." || name == ".." || len(name) > 100 || strings.ContainsAny(name, "/\x00") {
@@ -653,13 +679,16 @@ func FuzzDevices(f *testing.F) {
 		if err := os.MkdirAll(filepath.Join(dir, "device"), 0o700); err != nil {
 			t.Skip(err) // a name that the file system does not take
 		}
-		for file, content := range map[string]string{"hidden": hidden, "size": size, "dev": "259:1", "device/model": says, "device/serial": serialNumber} {
+		for file, content := range map[string]string{"hidden": hidden, "size": size, "dev": "259:1", "device/model": says,
+			"device/serial": serialNumber} {
 			if err := os.WriteFile(filepath.Join(dir, file), []byte(content), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
 		id := d.volume(name)
-		if id != "" && (!volumeID.MatchString(id) || !nvmeName.MatchString(name) || serial(id) != strings.TrimSpace(serialNumber) && id != strings.TrimSpace(serialNumber) || strings.TrimSpace(hidden) == "1") {
+		if id != "" && (!volumeID.MatchString(id) || !nvmeName.MatchString(name) ||
+			serial(id) != strings.TrimSpace(serialNumber) && id != strings.TrimSpace(serialNumber) ||
+			strings.TrimSpace(hidden) == "1") {
 			t.Errorf("%q with the serial number %q is %q", name, serialNumber, id)
 		}
 		if dev, err := d.find(id, as); dev.path != "" && err == nil { // there is no node

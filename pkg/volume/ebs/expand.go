@@ -15,7 +15,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Expand implements volume.Driver. On the node it enlarges the volume, too, unless that is done: kubelet's controller does not call it.
+// Expand implements volume.Driver. On the node it enlarges the volume, too, unless that is done: kubelet's
+// controller does not call it.
 func (d *Driver) Expand(ctx context.Context, req volume.Request, to volume.Expansion) (int64, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -41,7 +42,8 @@ func (d *Driver) Expand(ctx context.Context, req volume.Request, to volume.Expan
 	const gib = 1 << 30
 	want := (to.Size + gib - 1) / gib
 	if want > 65536 {
-		return 0, volume.Errorf(volume.ErrInvalid, "volume %s: %d octets are more than the 65536 GiB that a volume can have", v.Name, to.Size)
+		return 0, volume.Errorf(volume.ErrInvalid, "volume %s: %d octets are more than the 65536 GiB that a volume can have",
+			v.Name, to.Size)
 	}
 	if err := d.enlarge(within, r, f, int32(want)); err != nil {
 		return 0, fmt.Errorf("expand volume %s (%s) to %d GiB: %w", v.Name, f.id(), want, err)
@@ -64,7 +66,8 @@ func (d *Driver) enlarge(ctx context.Context, r *region, f *found, want int32) e
 		return err
 	}
 	// A volume shows its new size before that can be used; its modification tells.
-	going := last != nil && last.ModificationState == types.VolumeModificationStateModifying && aws.ToInt32(last.TargetSize) >= want
+	going := last != nil && last.ModificationState == types.VolumeModificationStateModifying &&
+		aws.ToInt32(last.TargetSize) >= want
 	if !going {
 		if aws.ToInt32(f.Size) >= want {
 			return nil
@@ -78,8 +81,10 @@ func (d *Driver) enlarge(ctx context.Context, r *region, f *found, want int32) e
 				when = "at " + last.StartTime.Add(coolDown).UTC().Format(time.RFC3339)
 			}
 			// The answer to an earlier call was lost, maybe.
-			if now, merr := r.modification(ctx, f.id()); merr != nil || now == nil || aws.ToInt32(now.TargetSize) < want || now.ModificationState == types.VolumeModificationStateFailed {
-				return fmt.Errorf("AWS lets a volume be changed once in six hours; it can be tried again %s: %w", when, cloud.Explain(ctx, err))
+			if now, merr := r.modification(ctx, f.id()); merr != nil || now == nil || aws.ToInt32(now.TargetSize) < want ||
+				now.ModificationState == types.VolumeModificationStateFailed {
+				return fmt.Errorf("AWS lets a volume be changed once in six hours; it can be tried again %s: %w", when,
+					cloud.Explain(ctx, err))
 			}
 		} else if err != nil {
 			return cloud.Invalid(cloud.Explain(ctx, err))
@@ -95,7 +100,8 @@ func (d *Driver) enlarge(ctx context.Context, r *region, f *found, want int32) e
 		case m.ModificationState == types.VolumeModificationStateFailed:
 			return false, "", fmt.Errorf("AWS could not: %s", aws.ToString(m.StatusMessage))
 		}
-		return m.ModificationState != types.VolumeModificationStateModifying, fmt.Sprintf("AWS is still at it (%s)", m.ModificationState), nil
+		return m.ModificationState != types.VolumeModificationStateModifying,
+			fmt.Sprintf("AWS is still at it (%s)", m.ModificationState), nil
 	})
 }
 
@@ -126,7 +132,8 @@ func (d *Driver) enlargeFS(ctx context.Context, v Volume, f *found, dir string, 
 	}
 	stack := table.At(dir)
 	if len(stack) == 0 {
-		return fmt.Errorf("volume %s (%s) has %d octets now; its file system was not enlarged: nothing is mounted at %s", v.Name, f.id(), size, dir)
+		return fmt.Errorf("volume %s (%s) has %d octets now; its file system was not enlarged: nothing is mounted at %s",
+			v.Name, f.id(), size, dir)
 	}
 	top := stack[len(stack)-1]
 	if err := d.healthy(dir, top); err != nil {
@@ -145,7 +152,8 @@ func (d *Driver) enlargeFS(ctx context.Context, v Volume, f *found, dir string, 
 		return err
 	}
 	if top.Device != dev.number {
-		return volume.Errorf(volume.ErrConflict, "%s is mounted at %s, and not volume %s (%s, %s)", top.Source, dir, v.Name, f.id(), dev.path)
+		return volume.Errorf(volume.ErrConflict, "%s is mounted at %s, and not volume %s (%s, %s)", top.Source, dir, v.Name,
+			f.id(), dev.path)
 	}
 	if top.ReadOnly() {
 		i := slices.IndexFunc(table, func(m mounts.Entry) bool { return m.Device == dev.number && !m.ReadOnly() })

@@ -18,7 +18,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// run executes a program of the system on a device and returns its standard output. One that ends with another status than 0 is an *ended.
+// run executes a program of the system on a device and returns its standard output. One that ends with
+// another status than 0 is an *ended.
 func run(ctx context.Context, program string, args ...string) (out string, err error) {
 	path := mounts.Program(program)
 	if path == "" {
@@ -56,7 +57,8 @@ func endedWith(err error, status int) bool {
 	return errors.As(err, &e) && e.status == status
 }
 
-// identify says which file system a device has; "" is one on which nothing is recognised, which proves nothing. Whatever else there is, is an error.
+// identify says which file system a device has; "" is one on which nothing is recognised, which proves
+// nothing. Whatever else there is, is an error.
 func identify(ctx context.Context, dev device) (string, error) {
 	out, err := run(ctx, "blkid", "-p", "-o", "export", dev.path)
 	has := map[string]string{}
@@ -73,12 +75,15 @@ func identify(ctx context.Context, dev device) (string, error) {
 	case has["USAGE"] == "filesystem" && slices.Contains(append(FSTypes, "ext2"), has["TYPE"]):
 		return has["TYPE"], nil
 	case has["TYPE"] != "":
-		return "", volume.Errorf(volume.ErrConflict, "on %s is %s, which is not mounted: file systems are %v", dev.path, has["TYPE"], FSTypes)
+		return "", volume.Errorf(volume.ErrConflict, "on %s is %s, which is not mounted: file systems are %v", dev.path,
+			has["TYPE"], FSTypes)
 	}
-	return "", volume.Errorf(volume.ErrConflict, "on %s is a partition table (%s): file systems of volumes are on the whole device", dev.path, has["PTTYPE"])
+	return "", volume.Errorf(volume.ErrConflict, "on %s is a partition table (%s): file systems of volumes are on "+
+		"the whole device", dev.path, has["PTTYPE"])
 }
 
-// prepare sees to it that a device has a file system, and that it is sound, and returns its type. The device is mounted nowhere.
+// prepare sees to it that a device has a file system, and that it is sound, and returns its type. The device
+// is mounted nowhere.
 func (d *Driver) prepare(ctx context.Context, r *region, v Volume, f *found, dev device) (string, error) {
 	fs, err := identify(ctx, dev)
 	if err != nil {
@@ -98,24 +103,27 @@ func (d *Driver) prepare(ctx context.Context, r *region, v Volume, f *found, dev
 	if strings.HasPrefix(fs, "ext") {
 		// Of xfs, the mount itself replays the log.
 		if _, err := run(ctx, "e2fsck", "-p", dev.path); err != nil && !endedWith(err, 1) {
-			return "", fmt.Errorf("volume %s (%s): the file system on %s may have errors that e2fsck does not repair by itself: %w", v.Name, f.id(), dev.path, err)
+			return "", fmt.Errorf("volume %s (%s): the file system on %s may have errors that e2fsck does not repair by "+
+				"itself: %w", v.Name, f.id(), dev.path, err)
 		}
 	}
 	return fs, nil
 }
 
-// format makes a file system on a volume that Lariat created, not from a snapshot, whose tag says that it was never formatted, and whose device has the
-// volume's size and reads as zeros wherever a file system would leave something.
+// format makes a file system on a volume that Lariat created, not from a snapshot, whose tag says that it was
+// never formatted, and whose device has the volume's size and reads as zeros wherever a file system would
+// leave something.
 //
-// Before mkfs begins the journal and the tag say so. One that was killed is begun again only by both: the tag alone may be an old answer of AWS, on a volume
-// that has data by now.
+// Before mkfs begins the journal and the tag say so. One that was killed is begun again only by both: the tag
+// alone may be an old answer of AWS, on a volume that has data by now.
 func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev device) (string, error) {
 	fs := v.FSType
 	if fs == "" {
 		fs = "ext4"
 	}
 	refuse := func(format string, args ...any) (string, error) {
-		return "", volume.Errorf(volume.ErrConflict, "volume %s (%s) has no file system that is known, and is not formatted: "+format, append([]any{v.Name, f.id()}, args...)...)
+		return "", volume.Errorf(volume.ErrConflict, "volume %s (%s) has no file system that is known, and is not "+
+			"formatted: "+format, append([]any{v.Name, f.id()}, args...)...)
 	}
 	_, begun, err := d.formats.Get(f.id())
 	if err != nil {
@@ -130,9 +138,11 @@ func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev 
 	case f.tags[tagVolume] == "":
 		return refuse("Lariat did not create it. Format it by hand if it has no data: mkfs.%s %s", fs, dev.path)
 	case f.tags[tagFileSystem] == making && !resume:
-		return refuse("another host began to format it and did not end; it has no data: delete it and create it anew, or format it by hand: mkfs.%s %s", fs, dev.path)
+		return refuse("another host began to format it and did not end; it has no data: delete it and create it anew, "+
+			"or format it by hand: mkfs.%s %s", fs, dev.path)
 	case f.tags[tagFileSystem] != none && !resume:
-		return refuse("it had a file system once (tag %s=%s): fsck.%s %s may find it by a backup of its superblock", tagFileSystem, f.tags[tagFileSystem], fs, dev.path)
+		return refuse("it had a file system once (tag %s=%s): fsck.%s %s may find it by a backup of its superblock",
+			tagFileSystem, f.tags[tagFileSystem], fs, dev.path)
 	case dev.size != f.bytes():
 		return refuse("%s has %d octets, and the volume %d", dev.path, dev.size, f.bytes())
 	}
@@ -188,8 +198,8 @@ const (
 	sample  = 32 << 10
 )
 
-// places are what must be zero on a blank device: both ends, wherever ext file systems of any block size have copies of their superblock, and a sample over all
-// of it, in which are the starts of xfs's groups.
+// places are what must be zero on a blank device: both ends, wherever ext file systems of any block size have
+// copies of their superblock, and a sample over all of it, in which are the starts of xfs's groups.
 func places(size int64) (list []extent) {
 	add := func(from, length int64) {
 		if from, to := max(from, 0), min(from+length, size); from < to {
@@ -238,7 +248,8 @@ var proveBlank = mounts.Task("blank", func(p proof) (int64, error) {
 	}
 	defer unix.Close(fd)
 	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK || fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)) != p.Number {
+	if err := unix.Fstat(fd, &st); err != nil || st.Mode&unix.S_IFMT != unix.S_IFBLK ||
+		fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)) != p.Number {
 		return 0, fmt.Errorf("%s is not the device any more that it was", p.Path)
 	}
 	// What is cached may be another's.

@@ -28,7 +28,8 @@ type host struct {
 }
 
 func (l *lab) host(node, name string, facts bool) *host {
-	return &host{l: l, node: node, name: name, facts: facts, d: New(Config{StateDir: l.TempDir(), RunDir: l.TempDir()}, slog.New(slog.DiscardHandler))}
+	return &host{l: l, node: node, name: name, facts: facts, d: New(Config{StateDir: l.TempDir(), RunDir: l.TempDir()},
+		slog.New(slog.DiscardHandler))}
 }
 
 func (h *host) request() volume.Request {
@@ -106,7 +107,8 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 		// What is gone is made anew by Create.
 		third := l.host(self, "v", false)
 		third.how = "purge"
-		l.ok(third.d.volumes.Put("v", record{ID: "vol-00000000000000bad", Region: "eu-test-1"})) // as an older version wrote it
+		// as an older version wrote it
+		l.ok(third.d.volumes.Put("v", record{ID: "vol-00000000000000bad", Region: "eu-test-1"}))
 		r, err = third.remove()
 		l.ok(err)
 		if v := l.only(); v.ID != two.knows || !strings.Contains(r.Message, "is kept") {

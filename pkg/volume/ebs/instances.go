@@ -20,8 +20,9 @@ var (
 	nodeName   = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$`)
 )
 
-// instance is the id of a node, as kubelet calls it: "" and this host's own name are the instance that this is, others are found by their private DNS
-// name or, where nodes have names of their own, by their tag Name. An id is itself.
+// instance is the id of a node, as kubelet calls it: "" and this host's own name are the instance that this
+// is, others are found by their private DNS name or, where nodes have names of their own, by their tag Name.
+// An id is itself.
 func (r *region) instance(ctx context.Context, node string) (string, error) {
 	host, _ := os.Hostname()
 	short, _, _ := strings.Cut(host, ".")
@@ -35,7 +36,8 @@ func (r *region) instance(ctx context.Context, node string) (string, error) {
 		}
 		return self.ID, err
 	case !nodeName.MatchString(node):
-		return "", volume.Errorf(volume.ErrInvalid, "node %s is neither a host name nor an instance's id", volume.Excerpt(node))
+		return "", volume.Errorf(volume.ErrInvalid, "node %s is neither a host name nor an instance's id",
+			volume.Excerpt(node))
 	case node == host || node == short:
 		if self, err := r.Instance(ctx); err == nil && self.Region == r.Config.Region {
 			return self.ID, nil
@@ -45,7 +47,8 @@ func (r *region) instance(ctx context.Context, node string) (string, error) {
 		{Name: aws.String("private-dns-name"), Values: []string{node, node + ".*"}},
 		{Name: aws.String("tag:Name"), Values: []string{node}},
 	} {
-		alive := types.Filter{Name: aws.String("instance-state-name"), Values: []string{"pending", "running", "stopping", "stopped", "shutting-down"}}
+		alive := types.Filter{Name: aws.String("instance-state-name"), Values: []string{"pending", "running", "stopping",
+			"stopped", "shutting-down"}}
 		all, err := r.instances(ctx, &ec2.DescribeInstancesInput{Filters: []types.Filter{filter, alive}})
 		switch {
 		case err != nil:
@@ -53,10 +56,12 @@ func (r *region) instance(ctx context.Context, node string) (string, error) {
 		case len(all) == 1:
 			return aws.ToString(all[0].InstanceId), nil
 		case len(all) > 1:
-			return "", volume.Errorf(volume.ErrConflict, "node %s: %d instances have it as their %s (%s, %s …)", node, len(all), aws.ToString(filter.Name), aws.ToString(all[0].InstanceId), aws.ToString(all[1].InstanceId))
+			return "", volume.Errorf(volume.ErrConflict, "node %s: %d instances have it as their %s (%s, %s …)", node, len(all),
+				aws.ToString(filter.Name), aws.ToString(all[0].InstanceId), aws.ToString(all[1].InstanceId))
 		}
 	}
-	return "", fmt.Errorf("node %s: no instance in region %s has it as its private DNS name or its tag Name: %w", node, r.Config.Region, errNoInstance)
+	return "", fmt.Errorf("node %s: no instance in region %s has it as its private DNS name or its tag Name: %w", node,
+		r.Config.Region, errNoInstance)
 }
 
 // errNoInstance is when a node's name leads to none, which may pass.
@@ -80,7 +85,8 @@ func (r *region) instances(ctx context.Context, in *ec2.DescribeInstancesInput) 
 func (r *region) instanceByID(ctx context.Context, id string) (types.Instance, error) {
 	all, err := r.instances(ctx, &ec2.DescribeInstancesInput{InstanceIds: []string{id}})
 	if cloud.Is(err, "InvalidInstanceID.NotFound") || err == nil && len(all) == 0 {
-		return types.Instance{InstanceId: aws.String(id), State: &types.InstanceState{Name: types.InstanceStateNameTerminated}}, nil
+		return types.Instance{InstanceId: aws.String(id),
+			State: &types.InstanceState{Name: types.InstanceStateNameTerminated}}, nil
 	}
 	if err != nil {
 		return types.Instance{}, err
@@ -103,10 +109,13 @@ func zone(i types.Instance) string {
 	return aws.ToString(i.Placement.AvailabilityZone)
 }
 
-// checkAttachLimit says whether an instance can take one volume more. Credentials that may not ask are no reason to refuse: AttachVolume does that.
+// checkAttachLimit says whether an instance can take one volume more. Credentials that may not ask are no
+// reason to refuse: AttachVolume does that.
 func (d *Driver) checkAttachLimit(ctx context.Context, r *region, i types.Instance) error {
-	out, err := r.ec2.DescribeInstanceTypes(ctx, &ec2.DescribeInstanceTypesInput{InstanceTypes: []types.InstanceType{i.InstanceType}})
-	if err != nil || len(out.InstanceTypes) != 1 || out.InstanceTypes[0].EbsInfo == nil || out.InstanceTypes[0].EbsInfo.MaximumEbsAttachments == nil {
+	out, err := r.ec2.DescribeInstanceTypes(ctx,
+		&ec2.DescribeInstanceTypesInput{InstanceTypes: []types.InstanceType{i.InstanceType}})
+	if err != nil || len(out.InstanceTypes) != 1 || out.InstanceTypes[0].EbsInfo == nil ||
+		out.InstanceTypes[0].EbsInfo.MaximumEbsAttachments == nil {
 		d.log.Warn("the limit of volumes is not known", "type", i.InstanceType, "error", cloud.Explain(ctx, err))
 		return nil
 	}
@@ -123,7 +132,8 @@ func (d *Driver) checkAttachLimit(ctx context.Context, r *region, i types.Instan
 		with = fmt.Sprintf(" and %d network interfaces and disks of its own, which count", others)
 	}
 	if volumes+others >= limit {
-		return volume.Errorf(volume.ErrInUse, "instance %s has %d volumes%s: a %s takes %d; detach one, or use another node or instance type", aws.ToString(i.InstanceId), volumes, with, i.InstanceType, limit)
+		return volume.Errorf(volume.ErrInUse, "instance %s has %d volumes%s: a %s takes %d; detach one, or use another "+
+			"node or instance type", aws.ToString(i.InstanceId), volumes, with, i.InstanceType, limit)
 	}
 	return nil
 }

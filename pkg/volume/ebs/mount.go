@@ -61,7 +61,8 @@ func (d *Driver) mounted(v Volume) (device, error) {
 	return device{}, nil
 }
 
-// arrived waits for the device of a volume that is attached, as AWS says, to this instance. One that is still attaching, or already detaching, is not touched.
+// arrived waits for the device of a volume that is attached, as AWS says, to this instance. One that is still
+// attaching, or already detaching, is not touched.
 func (d *Driver) arrived(ctx context.Context, r *region, v Volume, f *found, as string) (device, error) {
 	if len(f.Attachments) == 0 {
 		return device{}, fmt.Errorf("volume %s (%s) is attached to no instance: attach it first", v.Name, f.id())
@@ -85,7 +86,8 @@ func (d *Driver) arrived(ctx context.Context, r *region, v Volume, f *found, as 
 	}
 	dev, err := d.devices.wait(ctx, f.id(), as)
 	if err != nil {
-		return device{}, fmt.Errorf("volume %s (%s) is attached to instance %s as %s: %w", v.Name, f.id(), aws.ToString(at.InstanceId), as, err)
+		return device{}, fmt.Errorf("volume %s (%s) is attached to instance %s as %s: %w", v.Name, f.id(),
+			aws.ToString(at.InstanceId), as, err)
 	}
 	return dev, nil
 }
@@ -130,8 +132,9 @@ func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request
 	if err != nil {
 		return err
 	}
-	rec := mountRecord{Name: v.Name, ID: v.ID, Region: r.Config.Region, FromNode: d.config.fromNode(), BootID: volume.BootID(),
-		Pod: strings.Trim(req.Pod.Namespace+"/"+req.Pod.Name, "/"), Time: time.Now().UTC()}
+	rec := mountRecord{Name: v.Name, ID: v.ID, Region: r.Config.Region, FromNode: d.config.fromNode(),
+		BootID: volume.BootID(),
+		Pod:    strings.Trim(req.Pod.Namespace+"/"+req.Pod.Name, "/"), Time: time.Now().UTC()}
 	old, known, err := d.mounts.Get(dir)
 	if err != nil {
 		return err
@@ -151,7 +154,8 @@ func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request
 	return nil
 }
 
-// giveUp drops the record of a mount that failed. kubelet does not call unmount then, so what Mount attached is detached here; nobody waits for that.
+// giveUp drops the record of a mount that failed. kubelet does not call unmount then, so what Mount attached
+// is detached here; nobody waits for that.
 func (d *Driver) giveUp(ctx context.Context, r *region, dir string) error {
 	rec, known, err := d.mounts.Get(dir)
 	if err != nil || !known {
@@ -421,14 +425,15 @@ func uuid(ctx context.Context, path string) string {
 	return strings.TrimSpace(out)
 }
 
-// healthy says whether the device below a mount is still there. The file system of one that was torn away answers as if nothing had happened,
-// takes what is written, and loses it.
+// healthy says whether the device below a mount is still there. The file system of one that was torn away
+// answers as if nothing had happened, takes what is written, and loses it.
 func (d *Driver) healthy(dir string, m mounts.Entry) error {
 	if strings.HasPrefix(m.Device, "0:") {
 		return nil // no device's, and another's
 	}
 	if _, alive := d.devices.numbered(m.Device); !alive {
-		return fmt.Errorf("the device of what is mounted at %s (%s, %s) is gone: it was detached while it was mounted, and what was not written yet is lost. End what uses it, and unmount it", dir, m.Source, m.Device)
+		return fmt.Errorf("the device of what is mounted at %s (%s, %s) is gone: it was detached while it was mounted, "+
+			"and what was not written yet is lost. End what uses it, and unmount it", dir, m.Source, m.Device)
 	}
 	return nil
 }
@@ -482,7 +487,8 @@ func (d *Driver) used(id string) string {
 	return ""
 }
 
-// Unmount implements volume.Driver. What a Mount with Config.Attach=node attached is detached when it is mounted nowhere any more.
+// Unmount implements volume.Driver. What a Mount with Config.Attach=node attached is detached when it is
+// mounted nowhere any more.
 func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
 	defer cancel()

@@ -33,12 +33,15 @@ type Options struct {
 	ReadOnly         bool           `option:"readOnly"`
 }
 
-// told are what Create's reply says, beside options of their own, and what Rancher's daemon gives back at each later call.
+// told are what Create's reply says, beside options of their own, and what Rancher's daemon gives back at
+// each later call.
 var told = []string{"created", "name", volume.Identity}
 
 // Config is what an administrator decides for all volumes.
 type Config struct {
-	Attach   string // who attaches volumes: controller, which "" means too, or node, the one that mounts them, where no controller can: LARIAT_EBS_ATTACH
+	// who attaches volumes: controller, which "" means too, or node, the one that mounts them, where no
+	// controller can: LARIAT_EBS_ATTACH
+	Attach   string
 	Cluster  string // whose volumes these are; names of volumes of other clusters mean others: LARIAT_EBS_CLUSTER
 	StateDir string // "": volume.DefaultStateDir
 	RunDir   string // "": volume.DefaultRunDir
@@ -47,18 +50,21 @@ type Config struct {
 // Environment are the variables that FromEnvironment reads, and those of the SDK, with what they mean.
 var Environment = slices.Concat([][2]string{
 	{"LARIAT_EBS_ATTACH", "controller or node: who attaches; node where a controller cannot be given the driver"},
-	{"LARIAT_EBS_CLUSTER", "name of the cluster, if several share the account: volumes are known by it and their own name"},
+	{"LARIAT_EBS_CLUSTER", "name of the cluster, if several share the account: volumes are known by it and their " +
+		"own name"},
 }, volume.Environment, cloud.Environment)
 
 // FromEnvironment reads the configuration. What is wrong with it is for those to hear who need not go on; see New.
 func FromEnvironment(getenv func(string) string) (Config, error) {
-	c := Config{Attach: getenv("LARIAT_EBS_ATTACH"), Cluster: getenv("LARIAT_EBS_CLUSTER"), StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
+	c := Config{Attach: getenv("LARIAT_EBS_ATTACH"), Cluster: getenv("LARIAT_EBS_CLUSTER"),
+		StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
 	return c, c.check()
 }
 
 func (c Config) check() error {
 	if c.Attach != "" && c.Attach != "controller" && c.Attach != "node" {
-		return volume.Errorf(volume.ErrInvalid, "LARIAT_EBS_ATTACH: %s is neither controller nor node", volume.Excerpt(c.Attach))
+		return volume.Errorf(volume.ErrInvalid, "LARIAT_EBS_ATTACH: %s is neither controller nor node",
+			volume.Excerpt(c.Attach))
 	}
 	if c.Cluster == "" {
 		return nil
@@ -125,8 +131,10 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	if err := volume.Decode(r.Options, &o, told...); err != nil {
 		return Volume{}, err
 	}
-	v := Volume{Name: r.Name, DetachAs: cmp.Or(r.DetachAs, r.Name), ID: o.VolumeID, Region: o.Region, FSType: o.FSType, OnRemove: o.OnRemove, Force: o.ForceDetach, ReadOnly: r.ReadOnly || o.ReadOnly,
-		New: Specification{o.Size, o.VolumeType, o.IOPS, o.Throughput, o.Encrypted || o.KMSKeyID != "", o.KMSKeyID, o.SnapshotID, nil, o.AvailabilityZone}}
+	v := Volume{Name: r.Name, DetachAs: cmp.Or(r.DetachAs, r.Name), ID: o.VolumeID, Region: o.Region, FSType: o.FSType,
+		OnRemove: o.OnRemove, Force: o.ForceDetach, ReadOnly: r.ReadOnly || o.ReadOnly,
+		New: Specification{o.Size, o.VolumeType, o.IOPS, o.Throughput, o.Encrypted || o.KMSKeyID != "", o.KMSKeyID,
+			o.SnapshotID, nil, o.AvailabilityZone}}
 	v.Said = r.Options["onRemove"] != ""
 	bad := func(format string, args ...any) (Volume, error) {
 		return v, volume.Errorf(volume.ErrInvalid, "volume "+v.Name+": "+format, args...)
@@ -216,16 +224,24 @@ func parseTags(text string) (map[string]string, error) {
 
 // rules are all mount options that there are.
 var rules = mounts.Rules{
-	"ro": mounts.Flag("ro"), "rw": mounts.Flag("ro"), "sync": mounts.Flag("sync"), "async": mounts.Flag("sync"), "dirsync": mounts.Flag("dirsync"),
-	"atime": mounts.Flag("atime"), "noatime": mounts.Flag("atime"), "relatime": mounts.Flag("atime"), "strictatime": mounts.Flag("atime"),
-	"diratime": mounts.Flag("diratime"), "nodiratime": mounts.Flag("diratime"), "lazytime": mounts.Flag("lazytime"), "nolazytime": mounts.Flag("lazytime"),
-	"nosuid": mounts.Flag("suid"), "nodev": mounts.Flag("dev"), "noexec": mounts.Flag("exec"),
+	"ro": mounts.Flag("ro"), "rw": mounts.Flag("ro"), "sync": mounts.Flag("sync"), "async": mounts.Flag("sync"),
+	"dirsync": mounts.Flag("dirsync"),
+	"atime":   mounts.Flag("atime"), "noatime": mounts.Flag("atime"), "relatime": mounts.Flag("atime"),
+	"strictatime": mounts.Flag("atime"),
+	"diratime":    mounts.Flag("diratime"), "nodiratime": mounts.Flag("diratime"), "lazytime": mounts.Flag("lazytime"),
+	"nolazytime": mounts.Flag("lazytime"),
+	"nosuid":     mounts.Flag("suid"), "nodev": mounts.Flag("dev"), "noexec": mounts.Flag("exec"),
 	"discard": mounts.Flag("discard"), "nodiscard": mounts.Flag("discard"),
 	// ext3, ext4
-	"acl": mounts.Flag("acl"), "noacl": mounts.Flag("acl"), "user_xattr": mounts.Flag("xattr"), "nouser_xattr": mounts.Flag("xattr"),
-	"commit": mounts.Valued("commit", mounts.Number(1, 300)), "data": mounts.Valued("data", mounts.Words("journal", "ordered", "writeback")),
-	"errors": mounts.Valued("errors", mounts.Words("continue", "remount-ro")), "delalloc": mounts.Flag("delalloc"), "nodelalloc": mounts.Flag("delalloc"),
+	"acl": mounts.Flag("acl"), "noacl": mounts.Flag("acl"), "user_xattr": mounts.Flag("xattr"),
+	"nouser_xattr": mounts.Flag("xattr"),
+	"commit":       mounts.Valued("commit", mounts.Number(1, 300)),
+	"data":         mounts.Valued("data", mounts.Words("journal", "ordered", "writeback")),
+	"errors":       mounts.Valued("errors", mounts.Words("continue", "remount-ro")), "delalloc": mounts.Flag("delalloc"),
+	"nodelalloc": mounts.Flag("delalloc"),
 	// xfs
-	"largeio": mounts.Flag("largeio"), "nolargeio": mounts.Flag("largeio"), "inode64": mounts.Flag("inode"), "inode32": mounts.Flag("inode"),
-	"logbufs": mounts.Valued("logbufs", mounts.Number(2, 8)), "prjquota": mounts.Flag("prjquota"), "nouuid": mounts.Flag("nouuid"),
+	"largeio": mounts.Flag("largeio"), "nolargeio": mounts.Flag("largeio"), "inode64": mounts.Flag("inode"),
+	"inode32": mounts.Flag("inode"),
+	"logbufs": mounts.Valued("logbufs", mounts.Number(2, 8)), "prjquota": mounts.Flag("prjquota"),
+	"nouuid": mounts.Flag("nouuid"),
 }

@@ -22,10 +22,11 @@ import (
 
 // Tags of ours. The first is the mark of a volume that Create made: it is in the call that creates it.
 const (
-	tagPrefix     = "lariat:"
-	tagVolume     = tagPrefix + "volume"      // the name
-	tagCluster    = tagPrefix + "cluster"     // Config.Cluster, if it is not ""
-	tagAttachedAs = tagPrefix + "attached-as" // what Detach will call it, if that is not the name: it is another's, or kubelet calls it otherwise
+	tagPrefix  = "lariat:"
+	tagVolume  = tagPrefix + "volume"  // the name
+	tagCluster = tagPrefix + "cluster" // Config.Cluster, if it is not ""
+	// what Detach will call it, if that is not the name: it is another's, or kubelet calls it otherwise
+	tagAttachedAs = tagPrefix + "attached-as"
 	tagFileSystem = tagPrefix + "file-system" // none, making or made
 	tagOnRemove   = tagPrefix + "on-remove"   // what the creator said; absent: the creator did not say
 )
@@ -79,7 +80,8 @@ func newFound(v types.Volume) *found {
 // findByTag is the volume of a name in a tag, or nil. Those that are being deleted are no more.
 func (d *Driver) findByTag(ctx context.Context, r *region, tag, name string) (*found, error) {
 	var all []*found
-	pages := ec2.NewDescribeVolumesPaginator(r.ec2, &ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("tag:" + tag), Values: []string{name}}}})
+	pages := ec2.NewDescribeVolumesPaginator(r.ec2,
+		&ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("tag:" + tag), Values: []string{name}}}})
 	for pages.HasMorePages() {
 		page, err := pages.NextPage(ctx)
 		if err != nil {
@@ -87,7 +89,8 @@ func (d *Driver) findByTag(ctx context.Context, r *region, tag, name string) (*f
 		}
 		for _, v := range page.Volumes {
 			// The filter takes * and ? for what they are not in names; compare.
-			if f := newFound(v); f.tags[tag] == name && f.tags[tagCluster] == d.config.Cluster && v.State != types.VolumeStateDeleting && v.State != types.VolumeStateDeleted {
+			if f := newFound(v); f.tags[tag] == name && f.tags[tagCluster] == d.config.Cluster &&
+				v.State != types.VolumeStateDeleting && v.State != types.VolumeStateDeleted {
 				all = append(all, f)
 			}
 		}
@@ -98,7 +101,8 @@ func (d *Driver) findByTag(ctx context.Context, r *region, tag, name string) (*f
 	case 1:
 		return all[0], nil
 	}
-	return nil, volume.Errorf(volume.ErrConflict, "%d volumes have the tag %s=%s (%s, %s …): take it away from those that are not meant", len(all), tag, name, all[0].id(), all[1].id())
+	return nil, volume.Errorf(volume.ErrConflict, "%d volumes have the tag %s=%s (%s, %s …): take it away from those "+
+		"that are not meant", len(all), tag, name, all[0].id(), all[1].id())
 }
 
 // find is the volume that a request means, or nil if there is none of its name.
@@ -158,7 +162,8 @@ func (d *Driver) findExisting(ctx context.Context, r *region, v Volume) (*found,
 			"volume %s that this host knows was %s and does not exist any more: create makes a new "+
 				"one", v.Name, v.Known)
 	case err == nil && f == nil:
-		err = volume.Errorf(volume.ErrNotFound, "volume %s: no volume in region %s has the tag %s=%s: create makes one, or the option volumeID names one", v.Name, r.Config.Region, tagVolume, v.Name)
+		err = volume.Errorf(volume.ErrNotFound, "volume %s: no volume in region %s has the tag %s=%s: create makes one, "+
+			"or the option volumeID names one", v.Name, r.Config.Region, tagVolume, v.Name)
 	}
 	return f, err
 }
@@ -233,7 +238,8 @@ func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (
 		}
 	}
 	if err := v.New.differs(f); err != nil {
-		return nil, volume.Errorf(volume.ErrConflict, "volume %s exists as %s: %w; use its own values, or another name", v.Name, f.id(), err)
+		return nil, volume.Errorf(volume.ErrConflict, "volume %s exists as %s: %w; use its own values, or another name",
+			v.Name, f.id(), err)
 	}
 	if f, err = r.ready(ctx, f); err != nil {
 		return nil, err
@@ -254,7 +260,8 @@ func (d *Driver) remember(v Volume, r *region, f *found, create bool) error {
 	return err
 }
 
-// differs says what of a specification a volume is not. It may have grown since, and been modified by those who pay for it.
+// differs says what of a specification a volume is not. It may have grown since, and been modified by those
+// who pay for it.
 func (s Specification) differs(f *found) error {
 	var what []string
 	is := func(option string, want, have any, differ bool) {
@@ -263,9 +270,11 @@ func (s Specification) differs(f *found) error {
 		}
 	}
 	is("size", s.Size, aws.ToInt32(f.Size), s.Size > aws.ToInt32(f.Size))
-	is("snapshotID", s.SnapshotID, aws.ToString(f.SnapshotId), s.SnapshotID != "" && s.SnapshotID != aws.ToString(f.SnapshotId))
+	is("snapshotID", s.SnapshotID, aws.ToString(f.SnapshotId), s.SnapshotID != "" &&
+		s.SnapshotID != aws.ToString(f.SnapshotId))
 	is("encrypted", s.Encrypted, aws.ToBool(f.Encrypted), s.Encrypted && !aws.ToBool(f.Encrypted))
-	is("availabilityZone", s.Zone, aws.ToString(f.AvailabilityZone), s.Zone != "" && s.Zone != aws.ToString(f.AvailabilityZone))
+	is("availabilityZone", s.Zone, aws.ToString(f.AvailabilityZone), s.Zone != "" &&
+		s.Zone != aws.ToString(f.AvailabilityZone))
 	if len(what) == 0 {
 		return nil
 	}
@@ -281,7 +290,8 @@ func (d *Driver) token(name string, n int) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// make creates the volume. A process that was killed, or did not get the answer, comes here again and gets the same volume by its token.
+// make creates the volume. A process that was killed, or did not get the answer, comes here again and gets
+// the same volume by its token.
 func (d *Driver) make(ctx context.Context, r *region, v Volume) (*found, error) {
 	in, err := d.creation(ctx, r, v)
 	if err != nil {
@@ -310,19 +320,22 @@ func (d *Driver) make(ctx context.Context, r *region, v Volume) (*found, error) 
 		f, err := r.appeared(ctx, aws.ToString(out.VolumeId))
 		if err != nil || f != nil {
 			if f != nil {
-				d.log.Info("created", "volume", v.Name, "id", f.id(), "size", aws.ToInt32(f.Size), "type", f.VolumeType, "zone", aws.ToString(f.AvailabilityZone))
+				d.log.Info("created", "volume", v.Name, "id", f.id(), "size", aws.ToInt32(f.Size), "type", f.VolumeType, "zone",
+					aws.ToString(f.AvailabilityZone))
 			}
 			return f, err
 		}
 	}
-	return nil, fmt.Errorf("AWS remembers %d volumes of this name, now deleted, and does not show them: take another name", tokens)
+	return nil, fmt.Errorf("AWS remembers %d volumes of this name, now deleted, and does not show them: take another name",
+		tokens)
 }
 
 // appearance is how long AWS may not know a volume that it has just made. A test has no time for it.
 var appearance = 15 * time.Second
 
-// appeared waits until AWS shows a volume that it said it made; nil if it was deleted since: if AWS, asked after all this time, does not know it. A request that
-// was cut short, or throttled, says nothing of the kind, for the next token would make a second volume.
+// appeared waits until AWS shows a volume that it said it made; nil if it was deleted since: if AWS, asked
+// after all this time, does not know it. A request that was cut short, or throttled, says nothing of the
+// kind, for the next token would make a second volume.
 func (r *region) appeared(ctx context.Context, id string) (f *found, err error) {
 	start := time.Now()
 	err = pauses.Poll(ctx, func() (done bool, seen string, err error) {
@@ -340,7 +353,8 @@ func (r *region) appeared(ctx context.Context, id string) (f *found, err error) 
 func (d *Driver) creation(ctx context.Context, r *region, v Volume) (*ec2.CreateVolumeInput, error) {
 	s := v.New
 	if s.Size == 0 && s.SnapshotID == "" {
-		return nil, volume.Errorf(volume.ErrInvalid, "it does not exist, and neither size (in GiB) nor snapshotID says what it is to be")
+		return nil, volume.Errorf(volume.ErrInvalid, "it does not exist, and neither size (in GiB) nor snapshotID says "+
+			"what it is to be")
 	}
 	if s.Zone == "" {
 		self, err := r.Instance(ctx)
@@ -348,7 +362,8 @@ func (d *Driver) creation(ctx context.Context, r *region, v Volume) (*ec2.Create
 			return nil, fmt.Errorf("no availabilityZone is given, and %w", err)
 		}
 		if self.Region != r.Config.Region {
-			return nil, volume.Errorf(volume.ErrInvalid, "no availabilityZone is given, and this instance is in region %s, not %s", self.Region, r.Config.Region)
+			return nil, volume.Errorf(volume.ErrInvalid, "no availabilityZone is given, and this instance is in region "+
+				"%s, not %s", self.Region, r.Config.Region)
 		}
 		s.Zone = self.Zone
 	}
@@ -425,7 +440,8 @@ func (r *region) ready(ctx context.Context, f *found) (*found, error) {
 		case err != nil:
 			return false, "", err
 		case next == nil:
-			return false, "", fmt.Errorf("%s has vanished while it was being created: may AWS use the KMS key of the volume, or of the snapshot?", id)
+			return false, "", fmt.Errorf("%s has vanished while it was being created: may AWS use the KMS key of the "+
+				"volume, or of the snapshot?", id)
 		}
 		f = next
 		return false, id + " is still being created", nil
@@ -488,7 +504,8 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 	switch {
 	case f == nil:
 	case len(f.Attachments) > 0:
-		return reply, volume.Errorf(volume.ErrInUse, "volume %s (%s) is attached to instance %s", v.Name, f.id(), aws.ToString(f.Attachments[0].InstanceId))
+		return reply, volume.Errorf(volume.ErrInUse, "volume %s (%s) is attached to instance %s", v.Name, f.id(),
+			aws.ToString(f.Attachments[0].InstanceId))
 	case !d.ours(f, v.Name):
 		reply.Message = fmt.Sprintf("volume %s is kept: Lariat did not create it", f.id())
 	case v.OnRemove == cloud.Retain && !(old.Deleting && old.ID == f.id()):
@@ -517,7 +534,8 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 	return reply, d.volumes.Remove(v.Name)
 }
 
-// remove deletes a volume, and returns when AWS does not show it any more as one that could be used: a volume of the same name made now would be found.
+// remove deletes a volume, and returns when AWS does not show it any more as one that could be used: a volume
+// of the same name made now would be found.
 func (r *region) remove(ctx context.Context, id string) error {
 	asked := false
 	return pauses.Poll(ctx, func() (done bool, seen string, err error) {

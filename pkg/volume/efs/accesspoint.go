@@ -15,7 +15,8 @@ import (
 
 func (a *account) accessPoints(ctx context.Context, fs string) ([]types.AccessPointDescription, error) {
 	p := api.NewDescribeAccessPointsPaginator(a.efs, &api.DescribeAccessPointsInput{FileSystemId: &fs})
-	all, err := pages(ctx, p.HasMorePages, p.NextPage, func(o *api.DescribeAccessPointsOutput) []types.AccessPointDescription { return o.AccessPoints })
+	all, err := pages(ctx, p.HasMorePages, p.NextPage,
+		func(o *api.DescribeAccessPointsOutput) []types.AccessPointDescription { return o.AccessPoints })
 	return all, refused(ctx, err)
 }
 
@@ -50,7 +51,8 @@ func (a *account) makeAccessPoint(ctx context.Context, v Volume) (p *types.Acces
 		case v.other(*p.AccessPointId) && !asked:
 			return false, "", v.replaced(*p.AccessPointId)
 		case p.LifeCycleState == types.LifeCycleStateError:
-			return false, "", fmt.Errorf("access point %s is in the state error: AWS could not make it; delete it", *p.AccessPointId)
+			return false, "", fmt.Errorf("access point %s is in the state error: AWS could not make it; delete it",
+				*p.AccessPointId)
 		}
 		return p.LifeCycleState == types.LifeCycleStateAvailable, string(p.LifeCycleState), nil
 	})
@@ -58,7 +60,8 @@ func (a *account) makeAccessPoint(ctx context.Context, v Volume) (p *types.Acces
 		return nil, err
 	}
 	if !v.Folder.is(p) {
-		return nil, volume.Errorf(volume.ErrConflict, "volume %s exists as access point %s of another folder or user", v.Name, *p.AccessPointId)
+		return nil, volume.Errorf(volume.ErrConflict, "volume %s exists as access point %s of another folder or user", v.Name,
+			*p.AccessPointId)
 	}
 	return p, nil
 }
@@ -93,7 +96,8 @@ func (f Folder) is(p *types.AccessPointDescription) bool {
 	return f.UID == nil || aws.ToInt64(p.PosixUser.Uid) == *f.UID && aws.ToInt64(p.PosixUser.Gid) == *f.GID
 }
 
-// removeAccessPoint removes a volume's access point and waits until it is gone. The folder behind it stays, with all that is in it.
+// removeAccessPoint removes a volume's access point and waits until it is gone. The folder behind it stays,
+// with all that is in it.
 func (a *account) removeAccessPoint(ctx context.Context, v Volume, id string) error {
 	_, err := a.efs.DeleteAccessPoint(ctx, &api.DeleteAccessPointInput{AccessPointId: &id})
 	if err != nil && !cloud.Is(err, "AccessPointNotFound") {

@@ -53,7 +53,10 @@ func (v Volume) awsTags() []types.Tag {
 
 // ours says that a volume of this name was what a thing with these tags was made for.
 func (v Volume) ours(tags []types.Tag) bool {
-	return slices.ContainsFunc(tags, func(t types.Tag) bool { return aws.ToString(t.Key) == ownerTag && aws.ToString(t.Value) == v.Name })
+	return slices.ContainsFunc(tags, func(t types.Tag) bool {
+		return aws.ToString(t.Key) == ownerTag &&
+			aws.ToString(t.Value) == v.Name
+	})
 }
 
 // retained says that the creator wants the data kept.
@@ -104,7 +107,8 @@ func refused(ctx context.Context, err error) error {
 	switch {
 	case cloud.Is(err, "FileSystemNotFound", "AccessPointNotFound"):
 		return volume.Errorf(volume.ErrNotFound, "%w", shown)
-	case cloud.Is(err, "SubnetNotFound", "SecurityGroupNotFound", "AvailabilityZonesMismatch", "UnsupportedAvailabilityZone"):
+	case cloud.Is(err, "SubnetNotFound", "SecurityGroupNotFound", "AvailabilityZonesMismatch",
+		"UnsupportedAvailabilityZone"):
 		return volume.Errorf(volume.ErrInvalid, "%w", shown)
 	case cloud.Is(err, "MountTargetConflict"):
 		return volume.Errorf(volume.ErrConflict, "%w", shown)
@@ -126,7 +130,8 @@ func until(ctx context.Context, what string, look func() (done bool, state strin
 }
 
 // pages gathers all pages of a list.
-func pages[P, T any](ctx context.Context, more func() bool, next func(context.Context, ...func(*api.Options)) (P, error), items func(P) []T) (all []T, err error) {
+func pages[P, T any](ctx context.Context, more func() bool,
+	next func(context.Context, ...func(*api.Options)) (P, error), items func(P) []T) (all []T, err error) {
 	for more() {
 		page, err := next(ctx)
 		if err != nil {
@@ -137,7 +142,8 @@ func pages[P, T any](ctx context.Context, more func() bool, next func(context.Co
 	return all, nil
 }
 
-// fileSystem finds a volume's file system: the one that it names, or the one that Create made. nil: there is none, or it is just going.
+// fileSystem finds a volume's file system: the one that it names, or the one that Create made. nil: there is
+// none, or it is just going.
 func (a *account) fileSystem(ctx context.Context, v Volume) (*types.FileSystemDescription, error) {
 	in := &api.DescribeFileSystemsInput{FileSystemId: &v.FileSystem}
 	if v.FileSystem == "" {
@@ -155,7 +161,8 @@ func (a *account) fileSystem(ctx context.Context, v Volume) (*types.FileSystemDe
 		return nil, nil
 	}
 	if v.FileSystem == "" && !v.ours(fs.Tags) {
-		return nil, volume.Errorf(volume.ErrConflict, "file system %s has the creation token of volume %s, and not its tag %s: somebody else made it, or took the tag away", *fs.FileSystemId, v.Name, ownerTag)
+		return nil, volume.Errorf(volume.ErrConflict, "file system %s has the creation token of volume %s, and not its "+
+			"tag %s: somebody else made it, or took the tag away", *fs.FileSystemId, v.Name, ownerTag)
 	}
 	return fs, nil
 }
@@ -169,7 +176,8 @@ func (a *account) makeFileSystem(ctx context.Context, v Volume) (fs *types.FileS
 		}
 		switch {
 		case fs == nil && v.FileSystem != "":
-			return false, "", volume.Errorf(volume.ErrNotFound, "file system %s does not exist in %s", v.FileSystem, a.Config.Region)
+			return false, "", volume.Errorf(volume.ErrNotFound, "file system %s does not exist in %s", v.FileSystem,
+				a.Config.Region)
 		case fs == nil && asked: // what was made is not shown at once
 			return false, "not shown", nil
 		case fs == nil:
@@ -178,9 +186,11 @@ func (a *account) makeFileSystem(ctx context.Context, v Volume) (fs *types.FileS
 		case v.FileSystem == "" && v.other(*fs.FileSystemId) && !asked:
 			return false, "", v.replaced(*fs.FileSystemId)
 		case fs.LifeCycleState == types.LifeCycleStateError:
-			return false, "", fmt.Errorf("file system %s is in the state error: AWS could not make it; delete it", *fs.FileSystemId)
+			return false, "", fmt.Errorf("file system %s is in the state error: AWS could not make it; delete it",
+				*fs.FileSystemId)
 		}
-		return fs.LifeCycleState == types.LifeCycleStateAvailable || fs.LifeCycleState == types.LifeCycleStateUpdating, string(fs.LifeCycleState), nil
+		return fs.LifeCycleState == types.LifeCycleStateAvailable || fs.LifeCycleState == types.LifeCycleStateUpdating,
+			string(fs.LifeCycleState), nil
 	})
 	if err != nil {
 		return nil, err
@@ -192,8 +202,10 @@ func (a *account) makeFileSystem(ctx context.Context, v Volume) (fs *types.FileS
 }
 
 func (a *account) askFileSystem(ctx context.Context, v Volume) (asked bool, err error) {
-	in := &api.CreateFileSystemInput{CreationToken: aws.String(v.token()), Tags: v.awsTags(), Encrypted: aws.Bool(v.Make.Encrypted != "false"),
-		PerformanceMode: types.PerformanceMode(v.Make.PerformanceMode), ThroughputMode: types.ThroughputMode(v.Make.ThroughputMode)}
+	in := &api.CreateFileSystemInput{CreationToken: aws.String(v.token()), Tags: v.awsTags(),
+		Encrypted:       aws.Bool(v.Make.Encrypted != "false"),
+		PerformanceMode: types.PerformanceMode(v.Make.PerformanceMode),
+		ThroughputMode:  types.ThroughputMode(v.Make.ThroughputMode)}
 	if v.Make.KMSKey != "" {
 		in.KmsKeyId = &v.Make.KMSKey
 	}
@@ -223,10 +235,12 @@ func (m Make) differs(fs *types.FileSystemDescription) string {
 	case m.ThroughputMode != "" && m.ThroughputMode != string(fs.ThroughputMode):
 		return have("throughputMode", string(fs.ThroughputMode), m.ThroughputMode)
 	case m.Throughput > 0 && float64(m.Throughput) != aws.ToFloat64(fs.ProvisionedThroughputInMibps):
-		return have("provisionedThroughput", fmt.Sprint(aws.ToFloat64(fs.ProvisionedThroughputInMibps)), fmt.Sprint(m.Throughput))
+		return have("provisionedThroughput", fmt.Sprint(aws.ToFloat64(fs.ProvisionedThroughputInMibps)),
+			fmt.Sprint(m.Throughput))
 	case m.Encrypted != "" && (m.Encrypted == "true") != aws.ToBool(fs.Encrypted):
 		return have("encrypted", fmt.Sprint(aws.ToBool(fs.Encrypted)), string(m.Encrypted))
-	case m.KMSKey != "" && !strings.Contains(m.KMSKey, "alias/") && key != m.KMSKey && !strings.HasSuffix(key, "/"+m.KMSKey):
+	case m.KMSKey != "" && !strings.Contains(m.KMSKey, "alias/") && key != m.KMSKey &&
+		!strings.HasSuffix(key, "/"+m.KMSKey):
 		return have("kmsKeyId", key, m.KMSKey)
 	}
 	return ""
@@ -240,7 +254,8 @@ func (a *account) removeFileSystem(ctx context.Context, v Volume, id string) err
 	}
 	for _, p := range points {
 		if p.LifeCycleState != types.LifeCycleStateDeleting && p.LifeCycleState != types.LifeCycleStateDeleted {
-			return volume.Errorf(volume.ErrInUse, "file system %s of volume %s has the access point %s (%s), by which others use it: remove that first", id, v.Name, *p.AccessPointId, aws.ToString(p.Name))
+			return volume.Errorf(volume.ErrInUse, "file system %s of volume %s has the access point %s (%s), by which "+
+				"others use it: remove that first", id, v.Name, *p.AccessPointId, aws.ToString(p.Name))
 		}
 	}
 	asked := map[string]bool{}

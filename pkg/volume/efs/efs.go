@@ -1,15 +1,17 @@
-// Package efs is the volume driver for AWS's Elastic File System: file systems of a volume's own, folders of a shared one behind access
-// points, and what exists already.
+// Package efs is the volume driver for AWS's Elastic File System: file systems of a volume's own, folders of
+// a shared one behind access points, and what exists already.
 //
 //	no fsid                a file system of its own, with mount targets; Create makes them, Delete removes them
 //	fsid                   that file system, or the folder export on it; never changed
-//	fsid + basePath        an access point of its own, which leads to the folder basePath/NAME; Create makes it, Delete removes it, but never the data
+//	fsid + basePath        an access point of its own, to the directory basePath/NAME; Create makes it, Delete
+//	                       removes it, but never the data
 //	fsid + accessPoint     that access point; never changed
 //	mountTargetIp          what is mounted from that address, without asking AWS
 //
-// What Lariat created is known by a tag that the call which made it has written, and found by a creation token that follows from the volume's
-// name, so that every host, and a host that forgot all, finds the same. Mounts are those of pkg/volume/nfs; with TLS they are made by
-// the program of amazon-efs-utils, because a proxy must outlive this process.
+// What Lariat created is known by a tag that the call which made it has written, and found by a creation
+// token that follows from the volume's name, so that every host, and a host that forgot all, finds the same.
+// Mounts are those of pkg/volume/nfs; with TLS they are made by the program of amazon-efs-utils, because a
+// proxy must outlive this process.
 package efs
 
 import (
@@ -33,7 +35,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
 
-// Driver implements volume.Driver. Attach, MountDevice and Expand are not supported, nor GetVolumeName: kubelet's own names serve.
+// Driver implements volume.Driver. Attach, MountDevice and Expand are not supported, nor GetVolumeName:
+// kubelet's own names serve.
 type Driver struct {
 	volume.Unsupported
 	log     *slog.Logger
@@ -79,7 +82,8 @@ func New(c Config, log *slog.Logger) *Driver {
 	}
 }
 
-// Init implements volume.Driver: nobody attaches anything, and nobody walks through a shared file system to change groups.
+// Init implements volume.Driver: nobody attaches anything, and nobody walks through a shared file system to
+// change groups.
 func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
 	return volume.Capabilities{}, nil
 }
@@ -107,7 +111,8 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	}
 	v.Known = cmp.Or(v.Known, old.identity())
 	if known && !old.is(v) {
-		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name, old.Volume, v)
+		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name,
+			old.Volume, v)
 	}
 	rec := record{Volume: v, State: "creating", Created: old.Created, Time: time.Now().UTC(),
 		FileSystem: cmp.Or(v.FileSystem, old.FileSystem), AccessPoint: cmp.Or(v.AccessPoint, old.AccessPoint)}
@@ -133,7 +138,8 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 		return volume.Reply{}, err
 	}
 	volume.Failpoint("create-recorded")
-	reply := volume.Reply{Options: map[string]string{"name": v.Name, "created": fmt.Sprint(rec.Created), "onRemove": string(v.OnRemove)}}
+	reply := volume.Reply{Options: map[string]string{"name": v.Name, "created": fmt.Sprint(rec.Created),
+		"onRemove": string(v.OnRemove)}}
 	if rec.FileSystem != "" {
 		reply.Options["fsid"] = rec.FileSystem
 	}
@@ -226,12 +232,14 @@ func (v Volume) String() string {
 	return where
 }
 
-// is says whether a request means the volume of the record. A file system of its own may be called by its id, too, once it has one.
+// is says whether a request means the volume of the record. A file system of its own may be called by its id,
+// too, once it has one.
 func (r record) is(v Volume) bool {
 	o := r.Volume
 	fs := v.FileSystem == o.FileSystem || v.FileSystem == r.FileSystem || v.FileSystem == "" && r.Created
 	region := v.Region == o.Region || v.Region == "" || o.Region == ""
-	return fs && region && v.AccessPoint == o.AccessPoint && v.Address == o.Address && v.Mount.Path == o.Mount.Path && reflect.DeepEqual(v.Folder, o.Folder)
+	return fs && region && v.AccessPoint == o.AccessPoint && v.Address == o.Address && v.Mount.Path == o.Mount.Path &&
+		reflect.DeepEqual(v.Folder, o.Folder)
 }
 
 // about says whether a request to delete can mean the volume of the record: the request need not have all options.
@@ -409,7 +417,8 @@ func (d *Driver) unmounted(ctx context.Context, a *account, fs string) error {
 		return err
 	}
 	for _, m := range table {
-		if host, _, ok := strings.Cut(m.Source, ":/"); ok && strings.HasPrefix(m.FSType, "nfs") && hosts[strings.Trim(host, "[]")] {
+		if host, _, ok := strings.Cut(m.Source, ":/"); ok && strings.HasPrefix(m.FSType, "nfs") &&
+			hosts[strings.Trim(host, "[]")] {
 			return volume.Errorf(volume.ErrInUse, "file system %s is mounted at %s", fs, m.Point)
 		}
 	}
@@ -438,7 +447,8 @@ func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) err
 		return err
 	}
 	if v.TLS && mounts.Program("mount.efs") == "" {
-		return fmt.Errorf("volume %s: TLS, which access points and iam need, is done by mount.efs, and that is not installed: install the package amazon-efs-utils", v.Name)
+		return fmt.Errorf("volume %s: TLS, which access points and iam need, is done by mount.efs, and that is not "+
+			"installed: install the package amazon-efs-utils", v.Name)
 	}
 	m, err := d.source(ctx, v)
 	if err != nil {
@@ -482,7 +492,8 @@ func (d *Driver) source(ctx context.Context, v Volume) (nfs.Volume, error) {
 		if fs == "" {
 			found, err := a.fileSystem(ctx, v)
 			if err == nil && found == nil {
-				err = volume.Errorf(volume.ErrNotFound, "volume %s has no file system in %s: create makes it", v.Name, a.Config.Region)
+				err = volume.Errorf(volume.ErrNotFound, "volume %s has no file system in %s: create makes it", v.Name,
+					a.Config.Region)
 			}
 			if err != nil {
 				return m, err

@@ -27,7 +27,8 @@ func TestMain(m *testing.M) {
 func cloudOf(t *testing.T) (*fakeaws.Cloud, *fakeaws.Instance) {
 	t.Helper()
 	c := fakeaws.New(t, fakeaws.Options{Lag: 1})
-	c.AddInstance(fakeaws.Instance{SubnetID: "subnet-b", Zone: "eu-test-1b", SecurityGroups: []string{"sg-other"}}) // for its subnet and its group
+	// for its subnet and its group
+	c.AddInstance(fakeaws.Instance{SubnetID: "subnet-b", Zone: "eu-test-1b", SecurityGroups: []string{"sg-other"}})
 	i := c.AddInstance(fakeaws.Instance{SubnetID: "subnet-a", Zone: "eu-test-1a", SecurityGroups: []string{"sg-own"}})
 	for _, pair := range c.Env(i.ID) {
 		name, value, _ := strings.Cut(pair, "=")
@@ -62,18 +63,21 @@ func remove(t *testing.T, d *Driver, name string, o options) volume.Reply {
 	return r
 }
 
-// F106: a file system of its own, with mount targets in the subnets asked for and the groups given; again, from a host that knows nothing;
-// removed with all that was made, and nothing else.
+// F106: a file system of its own, with mount targets in the subnets asked for and the groups given; again,
+// from a host that knows nothing; removed with all that was made, and nothing else.
 func TestF106FileSystem(t *testing.T) {
 	c, _ := cloudOf(t)
 	d := driver(t)
-	o := options{"subnets": "subnet-a, subnet-b", "securityGroups": "sg-other", "performanceMode": "generalPurpose", "throughputMode": "elastic", "tags": "team=x,empty=", "onRemove": "purge"}
+	o := options{"subnets": "subnet-a, subnet-b", "securityGroups": "sg-other", "performanceMode": "generalPurpose",
+		"throughputMode": "elastic", "tags": "team=x,empty=", "onRemove": "purge"}
 	r := create(t, d, "web", o)
 	fs := c.FileSystems()
-	if len(fs) != 1 || r.Options["created"] != "true" || r.Options["fsid"] != fs[0].ID || !fs[0].Encrypted || fs[0].ThroughputMode != "elastic" {
+	if len(fs) != 1 || r.Options["created"] != "true" || r.Options["fsid"] != fs[0].ID || !fs[0].Encrypted ||
+		fs[0].ThroughputMode != "elastic" {
 		t.Fatalf("%+v %+v", r, fs)
 	}
-	if tags := fs[0].Tags; tags["Name"] != "web" || tags["lariat:volume"] != "web" || tags["team"] != "x" || tags["lariat:on-remove"] != "purge" || len(tags) != 5 || c.Calls("TagResource") > 0 {
+	if tags := fs[0].Tags; tags["Name"] != "web" || tags["lariat:volume"] != "web" || tags["team"] != "x" ||
+		tags["lariat:on-remove"] != "purge" || len(tags) != 5 || c.Calls("TagResource") > 0 {
 		t.Errorf("tags: %v", tags)
 	}
 	targets := c.MountTargets()
@@ -85,7 +89,8 @@ func TestF106FileSystem(t *testing.T) {
 			t.Errorf("%+v", m)
 		}
 	}
-	if c.Calls("AuthorizeSecurityGroupIngress")+c.Calls("CreateSecurityGroup")+c.Calls("ModifyMountTargetSecurityGroups") > 0 {
+	if c.Calls("AuthorizeSecurityGroupIngress")+c.Calls("CreateSecurityGroup")+
+		c.Calls("ModifyMountTargetSecurityGroups") > 0 {
 		t.Error("security groups were touched")
 	}
 	// Given back, and from elsewhere.
@@ -105,14 +110,17 @@ func TestF106FileSystem(t *testing.T) {
 		"has the security groups sg-other, not sg-own":      {"securityGroups": "sg-own"},
 		"exists on this host as a file system of its own, ": {"fsid": "fs-01234567"},
 	} {
-		if _, err := d.Create(t.Context(), volume.Request{Name: "web", Options: differs}); !errors.Is(err, volume.ErrConflict) || !strings.Contains(err.Error(), words) {
+		if _, err := d.Create(t.Context(), volume.Request{Name: "web", Options: differs}); !errors.Is(err,
+			volume.ErrConflict) || !strings.Contains(err.Error(), words) {
 			t.Errorf("%v: %v", differs, err)
 		}
 	}
-	if r := remove(t, d, "web", options{"onRemove": "retain"}); !strings.Contains(r.Message, "is kept, as onRemove=retain says") || len(c.FileSystems()) != 1 {
+	if r := remove(t, d, "web", options{"onRemove": "retain"}); !strings.Contains(r.Message,
+		"is kept, as onRemove=retain says") || len(c.FileSystems()) != 1 {
 		t.Errorf("%+v", r)
 	}
-	if r := remove(t, driver(t), "web", options{"onRemove": "purge"}); !strings.Contains(r.Message, fs[0].ID+" is removed") || len(c.FileSystems())+len(c.MountTargets()) > 0 {
+	if r := remove(t, driver(t), "web", options{"onRemove": "purge"}); !strings.Contains(r.Message, fs[0].ID+
+		" is removed") || len(c.FileSystems())+len(c.MountTargets()) > 0 {
 		t.Errorf("%+v %v %v", r, c.FileSystems(), c.MountTargets())
 	}
 	remove(t, d, "web", options{"onRemove": "purge"})
@@ -122,10 +130,12 @@ func TestF106FileSystem(t *testing.T) {
 func TestF106InstancesSubnet(t *testing.T) {
 	c, i := cloudOf(t)
 	create(t, driver(t), "v", nil)
-	if m := c.MountTargets(); len(m) != 1 || m[0].SubnetID != i.SubnetID || !slices.Equal(m[0].SecurityGroups, []string{"sg-own"}) {
+	if m := c.MountTargets(); len(m) != 1 || m[0].SubnetID != i.SubnetID ||
+		!slices.Equal(m[0].SecurityGroups, []string{"sg-own"}) {
 		t.Errorf("%+v", m)
 	}
-	other := c.AddInstance(fakeaws.Instance{SubnetID: "subnet-a2", Zone: "eu-test-1a", VPCID: i.VPCID, SecurityGroups: []string{"sg-own"}})
+	other := c.AddInstance(fakeaws.Instance{SubnetID: "subnet-a2", Zone: "eu-test-1a", VPCID: i.VPCID,
+		SecurityGroups: []string{"sg-own"}})
 	for _, pair := range c.RoleEnv(other.ID) {
 		name, value, _ := strings.Cut(pair, "=")
 		t.Setenv(name, value)
@@ -136,7 +146,8 @@ func TestF106InstancesSubnet(t *testing.T) {
 	}
 	// A subnet that was named is not silently another.
 	_, err := driver(t).Create(t.Context(), volume.Request{Name: "v", Options: options{"subnets": "subnet-a2"}})
-	if !errors.Is(err, volume.ErrConflict) || !strings.Contains(err.Error(), "subnet-a2: elasticfilesystem:CreateMountTarget: MountTargetConflict") {
+	if !errors.Is(err, volume.ErrConflict) ||
+		!strings.Contains(err.Error(), "subnet-a2: elasticfilesystem:CreateMountTarget: MountTargetConflict") {
 		t.Errorf("%v", err)
 	}
 	for words, o := range map[string]options{
@@ -144,7 +155,8 @@ func TestF106InstancesSubnet(t *testing.T) {
 		"fs-01234567 does not":  {"fsid": "fs-01234567"},
 		"SecurityGroupNotFound": {"subnets": "subnet-b", "securityGroups": "sg-none"},
 	} {
-		if _, err := driver(t).Create(t.Context(), volume.Request{Name: "v", Options: o}); !volume.IsFinal(err) || !strings.Contains(err.Error(), words) {
+		if _, err := driver(t).Create(t.Context(), volume.Request{Name: "v", Options: o}); !volume.IsFinal(err) ||
+			!strings.Contains(err.Error(), words) {
 			t.Errorf("%v: %v", o, err)
 		}
 	}
@@ -155,7 +167,8 @@ func TestF106AccessPoints(t *testing.T) {
 	c, _ := cloudOf(t)
 	d := driver(t)
 	fs := create(t, d, "shared", options{"onRemove": "purge"}).Options["fsid"]
-	o := options{"fsid": fs, "basePath": "/vols", "uid": "1000", "gid": "1001", "directoryPerms": "0750", "onRemove": "purge"}
+	o := options{"fsid": fs, "basePath": "/vols", "uid": "1000", "gid": "1001", "directoryPerms": "0750",
+		"onRemove": "purge"}
 	a, err := open(t.Context(), "", slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
@@ -172,29 +185,36 @@ func TestF106AccessPoints(t *testing.T) {
 	first := create(t, d, "mine", o)
 	again := create(t, driver(t), "mine", o)
 	points := c.AccessPoints()
-	if len(points) != 121 || first.Options["accessPointId"] != again.Options["accessPointId"] || first.Options["created"] != "true" {
+	if len(points) != 121 || first.Options["accessPointId"] != again.Options["accessPointId"] ||
+		first.Options["created"] != "true" {
 		t.Fatalf("%d %+v %+v", len(points), first, again)
 	}
 	p := points[120]
-	if p.ID != first.Options["accessPointId"] || p.RootDirectory.Path != "/vols/mine" || p.RootDirectory.CreationInfo.Permissions != "0750" || p.PosixUser.Uid != 1000 || p.PosixUser.Gid != 1001 || p.Tags["lariat:volume"] != "mine" {
+	if p.ID != first.Options["accessPointId"] || p.RootDirectory.Path != "/vols/mine" ||
+		p.RootDirectory.CreationInfo.Permissions != "0750" || p.PosixUser.Uid != 1000 || p.PosixUser.Gid != 1001 ||
+		p.Tags["lariat:volume"] != "mine" {
 		t.Errorf("%+v", p)
 	}
-	_, err = driver(t).Create(t.Context(), volume.Request{Name: "mine", Options: options{"fsid": fs, "basePath": "/vols", "uid": "1", "gid": "1"}})
+	_, err = driver(t).Create(t.Context(),
+		volume.Request{Name: "mine", Options: options{"fsid": fs, "basePath": "/vols", "uid": "1", "gid": "1"}})
 	if !errors.Is(err, volume.ErrConflict) {
 		t.Errorf("another user: %v", err)
 	}
 	if r := create(t, d, "given", options{"fsid": fs, "accessPoint": p.ID}); r.Options["created"] != "false" {
 		t.Errorf("%+v", r)
 	}
-	if r := remove(t, d, "given", options{"fsid": fs, "accessPoint": p.ID, "onRemove": "purge"}); !strings.Contains(r.Message, "is kept") {
+	if r := remove(t, d, "given",
+		options{"fsid": fs, "accessPoint": p.ID, "onRemove": "purge"}); !strings.Contains(r.Message, "is kept") {
 		t.Errorf("%+v", r)
 	}
-	if r := remove(t, d, "mine", nil); !strings.Contains(r.Message, "is removed; the folder /vols/mine and all data in it stay on "+fs) || len(c.AccessPoints()) != 120 {
+	if r := remove(t, d, "mine", nil); !strings.Contains(r.Message,
+		"is removed; the folder /vols/mine and all data in it stay on "+fs) || len(c.AccessPoints()) != 120 {
 		t.Errorf("%+v", r)
 	}
 	// Others' data is on it.
 	_, err = d.Delete(t.Context(), volume.Request{Name: "shared"})
-	if !errors.Is(err, volume.ErrInUse) || !strings.Contains(err.Error(), "has the access point") || len(c.MountTargets()) == 0 {
+	if !errors.Is(err, volume.ErrInUse) || !strings.Contains(err.Error(), "has the access point") ||
+		len(c.MountTargets()) == 0 {
 		t.Errorf("%v", err)
 	}
 }
@@ -207,7 +227,8 @@ func TestF106OnlyOurs(t *testing.T) {
 	if r := create(t, d, "b", options{"fsid": fs}); r.Options["created"] != "false" {
 		t.Errorf("%+v", r)
 	}
-	if r := remove(t, d, "b", options{"fsid": fs, "onRemove": "purge", "created": "true"}); !strings.Contains(r.Message, "is kept: Lariat did not create it for volume b") || len(c.FileSystems()) != 1 {
+	if r := remove(t, d, "b", options{"fsid": fs, "onRemove": "purge", "created": "true"}); !strings.Contains(r.Message,
+		"is kept: Lariat did not create it for volume b") || len(c.FileSystems()) != 1 {
 		t.Errorf("%+v", r)
 	}
 }
@@ -215,7 +236,8 @@ func TestF106OnlyOurs(t *testing.T) {
 // F158: throttled and with lost answers, one file system, one mount target, one access point, and again none.
 func TestF158Throttled(t *testing.T) {
 	c, _ := cloudOf(t)
-	for _, action := range []string{"CreateFileSystem", "DescribeFileSystems", "CreateMountTarget", "DescribeMountTargets", "DeleteMountTarget", "DeleteFileSystem"} {
+	for _, action := range []string{"CreateFileSystem", "DescribeFileSystems", "CreateMountTarget", "DescribeMountTargets",
+		"DeleteMountTarget", "DeleteFileSystem"} {
 		c.Fail(action, "ThrottlingException", 1)
 		c.Lose(action, 1)
 	}
@@ -263,7 +285,8 @@ func TestF158TwoHosts(t *testing.T) {
 	for range 3 {
 		d := driver(t)
 		wg.Go(func() {
-			if _, err := d.Create(t.Context(), volume.Request{Name: "v", Options: options{"subnets": "subnet-a,subnet-b"}}); err != nil {
+			if _, err := d.Create(t.Context(),
+				volume.Request{Name: "v", Options: options{"subnets": "subnet-a,subnet-b"}}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -284,7 +307,10 @@ func TestF106ZoneAndName(t *testing.T) {
 		t.Fatal(err)
 	}
 	host, err := a.server(t.Context(), fs)
-	if err != nil || !slices.ContainsFunc(c.MountTargets(), func(m fakeaws.MountTarget) bool { return m.Zone == i.Zone && m.IP.String() == host }) {
+	if err != nil || !slices.ContainsFunc(c.MountTargets(), func(m fakeaws.MountTarget) bool {
+		return m.Zone == i.Zone &&
+			m.IP.String() == host
+	}) {
 		t.Errorf("%s %v", host, err)
 	}
 	// Names of all partitions are the SDK's knowledge.
@@ -297,7 +323,8 @@ func TestF106ZoneAndName(t *testing.T) {
 			t.Errorf("%s: %s %v", region, got, err)
 		}
 	}
-	if got := fileSystemName("fs-1", url.URL{Host: "elasticfilesystem.xx-new-1.example"}); got != "fs-1.efs.xx-new-1.example" {
+	if got := fileSystemName("fs-1",
+		url.URL{Host: "elasticfilesystem.xx-new-1.example"}); got != "fs-1.efs.xx-new-1.example" {
 		t.Error(got)
 	}
 }
@@ -310,12 +337,14 @@ func TestF160NoSecrets(t *testing.T) {
 	create(t, d, "v", nil)
 	c.Fail("DescribeFileSystems", "AccessDeniedException", 1)
 	_, err := d.Create(t.Context(), volume.Request{Name: "v"})
-	if err == nil || !strings.Contains(err.Error(), "elasticfilesystem:DescribeFileSystems") || strings.Contains(err.Error(), fakeaws.SecretAccessKey) {
+	if err == nil || !strings.Contains(err.Error(), "elasticfilesystem:DescribeFileSystems") ||
+		strings.Contains(err.Error(), fakeaws.SecretAccessKey) {
 		t.Errorf("%v", err)
 	}
 	files, _ := filepath.Glob(dir + "/efs/*/*")
 	for _, f := range files {
-		if data, _ := os.ReadFile(f); strings.Contains(string(data), fakeaws.SecretAccessKey) || strings.Contains(string(data), fakeaws.AccessKeyID) {
+		if data, _ := os.ReadFile(f); strings.Contains(string(data), fakeaws.SecretAccessKey) ||
+			strings.Contains(string(data), fakeaws.AccessKeyID) {
 			t.Errorf("%s: %s", f, data)
 		}
 	}

@@ -105,7 +105,8 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 	for kind, o := range map[string]options{"file system": {}, "access point": {"fsid": fs, "basePath": "/vols"}} {
 		for _, facts := range []bool{true, false} {
 			t.Run(fmt.Sprint(kind, facts), func(t *testing.T) {
-				one, two := &host{t: t, d: driver(t), facts: facts, name: "v", o: o}, &host{t: t, d: driver(t), facts: facts, name: "v", o: o}
+				one, two := &host{t: t, d: driver(t), facts: facts, name: "v", o: o},
+					&host{t: t, d: driver(t), facts: facts, name: "v", o: o}
 				ok := func(err error) {
 					t.Helper()
 					if err != nil {
@@ -135,7 +136,8 @@ func TestF106ReplacedElsewhere(t *testing.T) {
 				if id, err := one.mount(); err == nil || id == two.knows && kind == "file system" {
 					t.Errorf("mount: %s %v", id, err)
 				}
-				says(one.create("purge"), volume.ErrConflict, "and "+two.knows+" of the same name is another: delete the volume on this host, which touches nothing")
+				says(one.create("purge"), volume.ErrConflict, "and "+two.knows+
+					" of the same name is another: delete the volume on this host, which touches nothing")
 				for range 2 {
 					r, err := one.remove()
 					ok(err)

@@ -46,7 +46,8 @@ type Options struct {
 	FSGroup       int64          `option:"fsGroup"`
 }
 
-// told are what Create's reply says beside fsid, and what Rancher's daemon gives back at each later call. What was created is known by tags, not by these.
+// told are what Create's reply says beside fsid, and what Rancher's daemon gives back at each later call.
+// What was created is known by tags, not by these.
 var told = []string{"created", "name", "accessPointId", "mountTargetId", "mountTargetSGID", volume.Identity}
 
 // Switch is a bool that may not have been said.
@@ -79,20 +80,21 @@ func FromEnvironment(getenv func(string) string) Config {
 
 // Volume is a request understood.
 type Volume struct {
-	Name        string         `json:"name"`
-	Region      string         `json:"region,omitempty"`      // "": what AWS's configuration or the instance says
-	FileSystem  string         `json:"fileSystem,omitempty"`  // "": its own
-	AccessPoint string         `json:"accessPoint,omitempty"` // one that exists
-	Folder      *Folder        `json:"folder,omitempty"`      // an access point of its own
-	Address     string         `json:"address,omitempty"`     // of the mount target, if AWS is not to be asked for it
-	Subnets     []string       `json:"subnets,omitempty"`     // sorted; empty: the instance's, if the file system is its own
-	Groups      []string       `json:"groups,omitempty"`      // likewise
-	Make        Make           `json:"make,omitzero"`
-	TLS         bool           `json:"tls,omitempty"`
-	IAM         bool           `json:"iam,omitempty"`
-	OnRemove    cloud.OnRemove `json:"onRemove"`
-	Tags        []Tag          `json:"tags,omitempty"` // sorted
-	Mount       nfs.Volume     `json:"mount"`          // without host and ID
+	Name        string  `json:"name"`
+	Region      string  `json:"region,omitempty"`      // "": what AWS's configuration or the instance says
+	FileSystem  string  `json:"fileSystem,omitempty"`  // "": its own
+	AccessPoint string  `json:"accessPoint,omitempty"` // one that exists
+	Folder      *Folder `json:"folder,omitempty"`      // an access point of its own
+	Address     string  `json:"address,omitempty"`     // of the mount target, if AWS is not to be asked for it
+	// sorted; empty: the instance's, if the file system is its own
+	Subnets  []string       `json:"subnets,omitempty"`
+	Groups   []string       `json:"groups,omitempty"` // likewise
+	Make     Make           `json:"make,omitzero"`
+	TLS      bool           `json:"tls,omitempty"`
+	IAM      bool           `json:"iam,omitempty"`
+	OnRemove cloud.OnRemove `json:"onRemove"`
+	Tags     []Tag          `json:"tags,omitempty"` // sorted
+	Mount    nfs.Volume     `json:"mount"`          // without host and ID
 	// id of the only file system or access point of its own that the name may mean here; "": the
 	// token says
 	Known string `json:"-"`
@@ -119,7 +121,8 @@ type Make struct {
 type Tag struct{ Key, Value string }
 
 // recommended are the mount options that AWS asks for.
-var recommended = []string{"nfsvers=4.1", "rsize=1048576", "wsize=1048576", "hard", "timeo=600", "retrans=2", "noresvport"}
+var recommended = []string{"nfsvers=4.1", "rsize=1048576", "wsize=1048576", "hard", "timeo=600", "retrans=2",
+	"noresvport"}
 
 var (
 	fileSystemID  = regexp.MustCompile(`^fs-([0-9a-f]{8}|[0-9a-f]{17})$`)
@@ -150,8 +153,9 @@ func ParseVolume(r volume.Request) (Volume, error) {
 	}
 	v := Volume{Name: r.Name, Known: known, Region: o.Region, FileSystem: o.FSID, AccessPoint: o.AccessPoint,
 		Address: o.MountTargetIP, IAM: o.IAM, OnRemove: o.OnRemove,
-		Make:  Make{o.PerformanceMode, o.ThroughputMode, o.ProvisionedThroughput, o.Encrypted, o.KMSKeyID},
-		Mount: nfs.Volume{Name: r.Name, Path: o.Export, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly, FSGroup: r.FSGroup}}
+		Make: Make{o.PerformanceMode, o.ThroughputMode, o.ProvisionedThroughput, o.Encrypted, o.KMSKeyID},
+		Mount: nfs.Volume{Name: r.Name, Path: o.Export, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly,
+			FSGroup: r.FSGroup}}
 	bad := func(format string, args ...any) (Volume, error) {
 		return v, volume.Errorf(volume.ErrInvalid, "volume "+v.Name+": "+format, args...)
 	}
@@ -216,7 +220,8 @@ func ParseVolume(r volume.Request) (Volume, error) {
 		}
 	}
 	if o.ThroughputMode != "" {
-		if err := volume.OneOf(&v.Make.ThroughputMode, []byte(o.ThroughputMode), "bursting", "elastic", "provisioned"); err != nil {
+		if err := volume.OneOf(&v.Make.ThroughputMode, []byte(o.ThroughputMode), "bursting", "elastic",
+			"provisioned"); err != nil {
 			return bad("throughputMode: %w", err)
 		}
 	}
@@ -230,7 +235,8 @@ func ParseVolume(r volume.Request) (Volume, error) {
 		}
 		f := Folder{Path: path.Join(o.BasePath, v.Name), Perms: "0755"}
 		if len(f.Path) > 100 || !accessPointPath.MatchString(f.Path) {
-			return bad("%s: AWS takes paths of access points of at most 100 bytes and four directories, whose names do not begin "+
+			return bad("%s: AWS takes paths of access points of at most 100 bytes and four directories, whose names do "+
+				"not begin "+
 				"with a dot and have none of $ # < > ; ` | & ? { } ^ *", f.Path)
 		}
 		if o.DirectoryPerms != "" {
@@ -280,8 +286,10 @@ func tags(text string) (all []Tag, err error) {
 			continue
 		}
 		key, value, has := strings.Cut(t, "=")
-		if !has || key == "" || len(key) > 128 || len(value) > 256 || strings.HasPrefix(key, "aws:") || strings.HasPrefix(key, "lariat:") || key == "Name" {
-			return nil, volume.Errorf(volume.ErrInvalid, "tags: %s is no key=value, or its key is not a user's", volume.Excerpt(t))
+		if !has || key == "" || len(key) > 128 || len(value) > 256 || strings.HasPrefix(key, "aws:") ||
+			strings.HasPrefix(key, "lariat:") || key == "Name" {
+			return nil, volume.Errorf(volume.ErrInvalid, "tags: %s is no key=value, or its key is not a user's",
+				volume.Excerpt(t))
 		}
 		if slices.ContainsFunc(all, func(o Tag) bool { return o.Key == key }) {
 			return nil, volume.Errorf(volume.ErrInvalid, "tags: %s is there twice", volume.Excerpt(key))
@@ -292,7 +300,8 @@ func tags(text string) (all []Tag, err error) {
 	return all, nil
 }
 
-// token is what AWS knows a volume's own file system or access point by: the same call again is the same thing. AWS takes 64 octets.
+// token is what AWS knows a volume's own file system or access point by: the same call again is the same
+// thing. AWS takes 64 octets.
 func (v Volume) token() string {
 	if v.FileSystem != "" && v.Folder == nil {
 		return ""

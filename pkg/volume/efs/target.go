@@ -18,15 +18,16 @@ import (
 
 func (a *account) mountTargets(ctx context.Context, fs string) ([]types.MountTargetDescription, error) {
 	p := api.NewDescribeMountTargetsPaginator(a.efs, &api.DescribeMountTargetsInput{FileSystemId: &fs})
-	all, err := pages(ctx, p.HasMorePages, p.NextPage, func(o *api.DescribeMountTargetsOutput) []types.MountTargetDescription { return o.MountTargets })
+	all, err := pages(ctx, p.HasMorePages, p.NextPage,
+		func(o *api.DescribeMountTargetsOutput) []types.MountTargetDescription { return o.MountTargets })
 	return all, refused(ctx, err)
 }
 
 // patience is how many looks it takes at most until what was made shows.
 const patience = 6
 
-// makeMountTargets makes those that are missing of a volume's subnets and waits for all of them. Security groups are the volume's or the
-// instance's; none is made, and none is opened.
+// makeMountTargets makes those that are missing of a volume's subnets and waits for all of them. Security
+// groups are the volume's or the instance's; none is made, and none is opened.
 func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) error {
 	subnets, groups, zone := v.Subnets, v.Groups, ""
 	if len(subnets) == 0 || len(groups) == 0 {
@@ -56,7 +57,8 @@ func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) err
 			})
 			switch {
 			case at < 0 && !asked[subnet]:
-				_, err := a.efs.CreateMountTarget(ctx, &api.CreateMountTargetInput{FileSystemId: &fs, SubnetId: &subnet, SecurityGroups: groups})
+				_, err := a.efs.CreateMountTarget(ctx, &api.CreateMountTargetInput{FileSystemId: &fs, SubnetId: &subnet,
+					SecurityGroups: groups})
 				switch {
 				case err == nil:
 					a.log.Info("created", "volume", v.Name, "fileSystem", fs, "mountTargetIn", subnet, "securityGroups", groups)
@@ -75,7 +77,8 @@ func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) err
 			case at < 0:
 				done, state = false, "not shown"
 			case have[at].LifeCycleState == types.LifeCycleStateError:
-				return false, "", fmt.Errorf("mount target %s in subnet %s is in the state error: delete it", *have[at].MountTargetId, subnet)
+				return false, "", fmt.Errorf("mount target %s in subnet %s is in the state error: delete it",
+					*have[at].MountTargetId, subnet)
 			case have[at].LifeCycleState != types.LifeCycleStateAvailable:
 				done, state = false, string(have[at].LifeCycleState)
 			}
@@ -98,12 +101,14 @@ func (a *account) checkGroups(ctx context.Context, v Volume, fs string) error {
 		if len(v.Subnets) > 0 && !slices.Contains(v.Subnets, aws.ToString(t.SubnetId)) {
 			continue
 		}
-		out, err := a.efs.DescribeMountTargetSecurityGroups(ctx, &api.DescribeMountTargetSecurityGroupsInput{MountTargetId: t.MountTargetId})
+		out, err := a.efs.DescribeMountTargetSecurityGroups(ctx,
+			&api.DescribeMountTargetSecurityGroupsInput{MountTargetId: t.MountTargetId})
 		if err != nil {
 			return refused(ctx, err)
 		}
 		if got := slices.Sorted(slices.Values(out.SecurityGroups)); !slices.Equal(got, v.Groups) {
-			return volume.Errorf(volume.ErrConflict, "mount target %s of volume %s has the security groups %s, not %s", *t.MountTargetId, v.Name, strings.Join(got, ","), strings.Join(v.Groups, ","))
+			return volume.Errorf(volume.ErrConflict, "mount target %s of volume %s has the security groups %s, not %s",
+				*t.MountTargetId, v.Name, strings.Join(got, ","), strings.Join(v.Groups, ","))
 		}
 	}
 	return nil
@@ -112,8 +117,8 @@ func (a *account) checkGroups(ctx context.Context, v Volume, fs string) error {
 // lookup is how long DNS is waited for, which may not be there: the API knows addresses, too.
 const lookup = 2 * time.Second
 
-// server is where a file system is mounted from: its name, which stands for the mount target of the asker's zone, if it resolves;
-// otherwise the address of that mount target, or, as a last resort, of another.
+// server is where a file system is mounted from: its name, which stands for the mount target of the asker's
+// zone, if it resolves; otherwise the address of that mount target, or, as a last resort, of another.
 func (a *account) server(ctx context.Context, fs string) (string, error) {
 	name, err := a.dnsName(ctx, fs)
 	if err != nil {
@@ -140,7 +145,8 @@ func (a *account) server(ctx context.Context, fs string) (string, error) {
 	}
 	self, err := a.Instance(ctx)
 	if err != nil {
-		a.log.Warn("the mount target may be one of another zone", "fileSystem", fs, "mountTarget", *ready[0].MountTargetId, "error", err)
+		a.log.Warn("the mount target may be one of another zone", "fileSystem", fs, "mountTarget", *ready[0].MountTargetId,
+			"error", err)
 		return address(ready[0]), nil
 	}
 	for _, t := range ready {
@@ -148,7 +154,8 @@ func (a *account) server(ctx context.Context, fs string) (string, error) {
 			return address(t), nil
 		}
 	}
-	a.log.Warn("no mount target in this zone: traffic to another is slower and is charged", "fileSystem", fs, "zone", self.Zone, "mountTarget", *ready[0].MountTargetId, "its zone", aws.ToString(ready[0].AvailabilityZoneName))
+	a.log.Warn("no mount target in this zone: traffic to another is slower and is charged", "fileSystem", fs, "zone",
+		self.Zone, "mountTarget", *ready[0].MountTargetId, "its zone", aws.ToString(ready[0].AvailabilityZoneName))
 	return address(ready[0]), nil
 }
 

@@ -1,7 +1,8 @@
-// Package flex is the FlexVolume process contract, from both sides: Main makes an executable of a driver, Client makes a driver of an executable.
+// Package flex is the FlexVolume process contract, from both sides: Main makes an executable of a driver,
+// Client makes a driver of an executable.
 //
-// A call is argv in, one JSON document out. kubelet's verbs of today and those of kubelet up to 1.5, which are Rancher's too, differ in the number of
-// arguments, so one executable answers both:
+// A call is argv in, one JSON document out. kubelet's verbs of today and those of kubelet up to 1.5, which
+// are Rancher's too, differ in the number of arguments, so one executable answers both:
 //
 //	verb           today (kubelet and controller)     up to 1.5, and Rancher
 //	init           –                                  –
@@ -106,7 +107,8 @@ var verbs = map[string]verb{
 		"Prints a name that is the same for the same volume."},
 	"attach": {1, 2, "JSON [NODE]", func(c *Call, a []string) error { c.Node = at(a, 1); return c.request(a[0]) }, true,
 		"Brings the volume's device to a node."},
-	"waitforattach": {2, 2, "DEVICE JSON", func(c *Call, a []string) error { c.Device = a[0]; return c.request(a[1]) }, true,
+	"waitforattach": {2, 2, "DEVICE JSON", func(c *Call, a []string) error { c.Device = a[0]; return c.request(a[1]) },
+		true,
 		"Waits until the device is there, and prints its name."},
 	"isattached": {1, 2, "JSON NODE", func(c *Call, a []string) error {
 		if len(a) == 2 && !isJSON(a[0]) && isJSON(a[1]) { // as it was documented once
@@ -116,7 +118,11 @@ var verbs = map[string]verb{
 		return c.request(a[0])
 	}, false,
 		"Says whether a node has the volume's device."},
-	"mountdevice": {3, 3, "DIR DEVICE JSON", func(c *Call, a []string) error { c.Dir, c.Device = a[0], a[1]; return c.request(a[2]) }, true,
+	"mountdevice": {3, 3, "DIR DEVICE JSON", func(c *Call, a []string) error {
+		c.Dir, c.Device = a[0],
+			a[1]
+		return c.request(a[2])
+	}, true,
 		"Mounts the device for the whole node."},
 	"mount": {2, 3, "DIR [DEVICE] JSON", func(c *Call, a []string) error {
 		c.Dir = a[0]
@@ -130,7 +136,11 @@ var verbs = map[string]verb{
 		"Takes it away from there. The folder stays."},
 	"unmountdevice": {1, 1, "DIR", func(c *Call, a []string) error { c.Dir = a[0]; return nil }, false,
 		"Ends what mountdevice began."},
-	"detach": {1, 2, "NAME|DEVICE [NODE]", func(c *Call, a []string) error { c.Volume, c.Node = a[0], at(a, 1); return nil }, true,
+	"detach": {1, 2, "NAME|DEVICE [NODE]", func(c *Call, a []string) error {
+		c.Volume, c.Node = a[0],
+			at(a, 1)
+		return nil
+	}, true,
 		"Takes the device away from a node."},
 	"expandvolume": {4, 4, "JSON DIR NEW OLD", func(c *Call, a []string) error {
 		c.Dir = a[1]
@@ -145,7 +155,8 @@ var verbs = map[string]verb{
 }
 
 // order is how help lists them.
-var order = []string{"init", "create", "delete", "getvolumename", "attach", "waitforattach", "isattached", "mountdevice", "mount", "unmount", "unmountdevice", "detach", "expandvolume", "expandfs"}
+var order = []string{"init", "create", "delete", "getvolumename", "attach", "waitforattach", "isattached",
+	"mountdevice", "mount", "unmount", "unmountdevice", "detach", "expandvolume", "expandfs"}
 
 func at(a []string, i int) string {
 	if i < len(a) {
@@ -171,8 +182,8 @@ func (c *Call) request(text string) (err error) {
 	return err
 }
 
-// DecodeRequest reads the JSON argument: an object of strings, as kubelet and Rancher write it. What it cannot be is refused: nested
-// values, other types, a key that comes twice, text behind it.
+// DecodeRequest reads the JSON argument: an object of strings, as kubelet and Rancher write it. What it
+// cannot be is refused: nested values, other types, a key that comes twice, text behind it.
 func DecodeRequest(text string) (volume.Request, error) {
 	r := volume.Request{Options: map[string]string{}}
 	flat, err := decodeFlat(text)

@@ -27,13 +27,15 @@ const (
 	Kubernetes              // attach JSON NODE, mount DIR JSON, detach NAME NODE
 )
 
-// Client makes a driver of any executable that speaks the protocol; a shell script of twenty lines does. It stands what such scripts do: keys
-// in any case, unknown fields, words on standard error, no JSON at all together with an exit status.
+// Client makes a driver of any executable that speaks the protocol; a shell script of twenty lines does. It
+// stands what such scripts do: keys in any case, unknown fields, words on standard error, no JSON at all
+// together with an exit status.
 //
-// Each call ends with its context: the executable and whatever it started are killed then. A program for which an argument means "not supported"
-// is asked again each time; callers that care remember it.
+// Each call ends with its context: the executable and whatever it started are killed then. A program for
+// which an argument means "not supported" is asked again each time; callers that care remember it.
 //
-// Secrets would be in argv, for every user of the host to read: requests with secrets are refused unless AllowSecrets is set.
+// Secrets would be in argv, for every user of the host to read: requests with secrets are refused unless
+// AllowSecrets is set.
 type Client struct {
 	Path         string
 	Shape        Shape
@@ -90,8 +92,8 @@ func (c Client) call(ctx context.Context, args ...string) (Reply, error) {
 	return r, nil
 }
 
-// ParseReply reads a driver's answer. Keys may be in any case and unknown ones are ignored; more than one document, or a status
-// that is none of the three, is an error.
+// ParseReply reads a driver's answer. Keys may be in any case and unknown ones are ignored; more than one
+// document, or a status that is none of the three, is an error.
 func ParseReply(out []byte) (r Reply, err error) {
 	if len(bytes.TrimSpace(out)) == 0 {
 		return r, errors.New("the answer is empty, where one JSON document is due")
@@ -107,7 +109,8 @@ func ParseReply(out []byte) (r Reply, err error) {
 	case Success, Failure, NotSupported:
 		return r, nil
 	}
-	return Reply{}, fmt.Errorf("the answer's status is %s, and not Success, Failure or Not supported", volume.Excerpt(r.Status))
+	return Reply{}, fmt.Errorf("the answer's status is %s, and not Success, Failure or Not supported",
+		volume.Excerpt(r.Status))
 }
 
 // EncodeRequest is DecodeRequest's opposite.
@@ -130,7 +133,8 @@ func EncodeRequest(r volume.Request, shape Shape) string {
 	if r.FSGroup != nil {
 		flat[keyFSGroup] = strconv.FormatInt(*r.FSGroup, 10)
 	}
-	for k, v := range map[string]string{keyPodName: r.Pod.Name, keyPodNamespace: r.Pod.Namespace, keyPodUID: r.Pod.UID, keyServiceAccount: r.Pod.ServiceAccount} {
+	for k, v := range map[string]string{keyPodName: r.Pod.Name, keyPodNamespace: r.Pod.Namespace, keyPodUID: r.Pod.UID,
+		keyServiceAccount: r.Pod.ServiceAccount} {
 		if v != "" {
 			flat[k] = v
 		}
@@ -150,7 +154,8 @@ func (c Client) encode(r volume.Request) (string, error) {
 		return "", err
 	}
 	if len(r.Secrets) > 0 && !c.AllowSecrets {
-		return "", volume.Errorf(volume.ErrInvalid, "%s is called with its options as arguments, which every user of the host can read: it gets no secrets", c.Path)
+		return "", volume.Errorf(volume.ErrInvalid, "%s is called with its options as arguments, which every user of "+
+			"the host can read: it gets no secrets", c.Path)
 	}
 	return EncodeRequest(r, c.Shape), nil
 }
@@ -165,7 +170,8 @@ func (c Client) Init(ctx context.Context) (volume.Capabilities, error) {
 	if caps == nil {
 		caps = &Capabilities{Attach: true, FSGroup: true, SELinuxRelabel: true, RequiresFSResize: true}
 	}
-	return volume.Capabilities{Attach: caps.Attach, FSGroup: caps.FSGroup, SELinuxRelabel: caps.SELinuxRelabel, SupportsMetrics: caps.SupportsMetrics, RequiresFSResize: caps.RequiresFSResize}, nil
+	return volume.Capabilities{Attach: caps.Attach, FSGroup: caps.FSGroup, SELinuxRelabel: caps.SELinuxRelabel,
+		SupportsMetrics: caps.SupportsMetrics, RequiresFSResize: caps.RequiresFSResize}, nil
 }
 
 // UnmarshalJSON gives what is missing kubelet's defaults.

@@ -22,7 +22,8 @@ import (
 // TestMain lets this binary be a driver also: the calls of TestMain's driver come by argv, as kubelet makes them.
 func TestMain(m *testing.M) {
 	if os.Args[0] == "toy" {
-		Main(Program{Name: "toy", About: "a driver of a test", Version: "1", LogFile: os.Getenv("TOY_LOG"), Driver: func(*slog.Logger) (volume.Driver, error) { return toy{}, nil }})
+		Main(Program{Name: "toy", About: "a driver of a test", Version: "1", LogFile: os.Getenv("TOY_LOG"),
+			Driver: func(*slog.Logger) (volume.Driver, error) { return toy{}, nil }})
 	}
 	os.Exit(m.Run())
 }
@@ -33,7 +34,8 @@ type toy struct{ volume.Unsupported }
 func (toy) Init(context.Context) (volume.Capabilities, error) { return volume.Capabilities{}, nil }
 
 func (toy) Create(_ context.Context, r volume.Request) (volume.Reply, error) {
-	return volume.Reply{Options: map[string]string{"created": "true", "name": r.Name}, Message: "two\nlines"}, volume.CheckName(r.Name)
+	return volume.Reply{Options: map[string]string{"created": "true", "name": r.Name}, Message: "two\nlines"},
+		volume.CheckName(r.Name)
 }
 
 func (toy) Mount(ctx context.Context, dir, device string, r volume.Request) error {
@@ -92,23 +94,38 @@ func TestF155F108OneLineWhateverHappens(t *testing.T) {
 		want string
 	}{
 		{"init", []string{"init"}, `{"status":"Success","capabilities":{"attach":false,"fsGroup":false,"selinuxRelabel":false,"supportsMetrics":false,"requiresFSResize":false}}`},
-		{"Rancher's create, with options to keep", []string{"create", j()}, `{"status":"Success","message":"two; lines","options":{"created":"true","name":"v"}}`},
-		{"an unsafe name, F109", []string{"create", `{"name":"../x"}`}, `{"status":"Failure","message":"volume name \"../x\": only letters, digits and, after the first, _ . - are allowed"}`},
-		{"kubelet's mount", []string{"mount", "/d", `{"do":"tell","kubernetes.io/pvOrVolumeName":"pv1","kubernetes.io/readwrite":"ro"}`}, `{"status":"Failure","message":"dir /d device \"\" name pv1 ro true secret "}`},
-		{"mount of kubelet 1.5 and Rancher", []string{"mount", "/d", "/dev/x", j("do", "tell")}, `{"status":"Failure","message":"dir /d device \"/dev/x\" name v ro false secret "}`},
-		{"the same without a device", []string{"mount", "/d", "", j("do", "tell")}, `{"status":"Failure","message":"dir /d device \"\" name v ro false secret "}`},
-		{"a secret in an error's text, F160", []string{"mount", "/d", j("do", "tell", "kubernetes.io/secret/key", "aHVudGVyMg==")}, `{"status":"Failure","message":"dir /d device \"\" name v ro false secret ***"}`},
-		{"a panic", []string{"mount", "/d", j("do", "panic", "kubernetes.io/secret/key", "aHVudGVyMg==")}, `{"status":"Failure","message":"mount: a bug of the driver: secret is ***"}`},
+		{"Rancher's create, with options to keep", []string{"create", j()},
+			`{"status":"Success","message":"two; lines","options":{"created":"true","name":"v"}}`},
+		{"an unsafe name, F109", []string{"create", `{"name":"../x"}`},
+			`{"status":"Failure","message":"volume name \"../x\": only letters, digits and, after the first, _ . - are allowed"}`},
+		{"kubelet's mount", []string{"mount", "/d",
+			`{"do":"tell","kubernetes.io/pvOrVolumeName":"pv1","kubernetes.io/readwrite":"ro"}`},
+			`{"status":"Failure","message":"dir /d device \"\" name pv1 ro true secret "}`},
+		{"mount of kubelet 1.5 and Rancher", []string{"mount", "/d", "/dev/x", j("do", "tell")},
+			`{"status":"Failure","message":"dir /d device \"/dev/x\" name v ro false secret "}`},
+		{"the same without a device", []string{"mount", "/d", "", j("do", "tell")},
+			`{"status":"Failure","message":"dir /d device \"\" name v ro false secret "}`},
+		{"a secret in an error's text, F160",
+			[]string{"mount", "/d", j("do", "tell", "kubernetes.io/secret/key", "aHVudGVyMg==")},
+			`{"status":"Failure","message":"dir /d device \"\" name v ro false secret ***"}`},
+		{"a panic", []string{"mount", "/d", j("do", "panic", "kubernetes.io/secret/key", "aHVudGVyMg==")},
+			`{"status":"Failure","message":"mount: a bug of the driver: secret is ***"}`},
 		{"a library that talks", []string{"mount", "/d", j("do", "talk")}, `{"status":"Success"}`},
 		{"a child that talks", []string{"mount", "/d", j("do", "talk-through")}, `{"status":"Success"}`},
-		{"a driver at its deadline", []string{"mount", "/d", j("do", "hang")}, `{"status":"Failure","message":"waited for a server: no end after 1s"}`},
-		{"what the driver cannot do", []string{"attach", j(), "node"}, `{"status":"Not supported","message":"attach: not supported"}`},
+		{"a driver at its deadline", []string{"mount", "/d", j("do", "hang")},
+			`{"status":"Failure","message":"waited for a server: no end after 1s"}`},
+		{"what the driver cannot do", []string{"attach", j(), "node"},
+			`{"status":"Not supported","message":"attach: not supported"}`},
 		{"attach of kubelet 1.5", []string{"attach", j()}, `{"status":"Not supported","message":"attach: not supported"}`},
-		{"detach of kubelet 1.5", []string{"detach", "/dev/x"}, `{"status":"Not supported","message":"detach: not supported"}`},
-		{"a verb of another time", []string{"conjure", "x"}, `{"status":"Not supported","message":"unknown verb \"conjure\""}`},
+		{"detach of kubelet 1.5", []string{"detach", "/dev/x"},
+			`{"status":"Not supported","message":"detach: not supported"}`},
+		{"a verb of another time", []string{"conjure", "x"},
+			`{"status":"Not supported","message":"unknown verb \"conjure\""}`},
 		{"no verb", nil, `{"status":"Failure","message":"no verb; see --help"}`},
-		{"too few arguments", []string{"mount", "/d"}, `{"status":"Failure","message":"mount takes DIR [DEVICE] JSON, and 1 arguments came"}`},
-		{"no JSON", []string{"mount", "/d", "x"}, `{"status":"Failure","message":"mount: the options are not an object of strings: invalid character 'x' looking for beginning of value"}`},
+		{"too few arguments", []string{"mount", "/d"},
+			`{"status":"Failure","message":"mount takes DIR [DEVICE] JSON, and 1 arguments came"}`},
+		{"no JSON", []string{"mount", "/d", "x"},
+			`{"status":"Failure","message":"mount: the options are not an object of strings: invalid character 'x' looking for beginning of value"}`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			out, code, log := play(t, tc.args...)
@@ -142,7 +159,8 @@ func TestF159DriverThatDoesNotEnd(t *testing.T) {
 	t.Parallel()
 	start := time.Now()
 	out, code, _ := play(t, "mount", "/d", `{"name":"v","do":"hang-hard"}`)
-	if want := `{"status":"Failure","message":"mount did not end after 6s; a bug of the driver"}` + "\n"; out != want || code != 1 || time.Since(start) > 20*time.Second {
+	if want := `{"status":"Failure","message":"mount did not end after 6s; a bug of the driver"}` + "\n"; out != want ||
+		code != 1 || time.Since(start) > 20*time.Second {
 		t.Errorf("%d %s", code, out)
 	}
 }
@@ -169,12 +187,14 @@ func TestDecodeRequest(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			_, err := DecodeRequest(tc.text)
-			if want := "the options are not an object of strings: " + tc.want; err == nil || err.Error() != want || !errors.Is(err, volume.ErrInvalid) {
+			if want := "the options are not an object of strings: " + tc.want; err == nil || err.Error() != want ||
+				!errors.Is(err, volume.ErrInvalid) {
 				t.Errorf("got  %v\nwant %s", err, want)
 			}
 		})
 	}
-	for _, text := range []string{`{"a":"b\u0000c"}`, `{"a":"b\nc"}`, `{"a\nb":"c"}`, `{"a":"` + strings.Repeat("x", 5000) + `"}`, `{"kubernetes.io/secret/k":"no base64!"}`, `{"kubernetes.io/readwrite":"rx"}`,
+	for _, text := range []string{`{"a":"b\u0000c"}`, `{"a":"b\nc"}`, `{"a\nb":"c"}`, `{"a":"` +
+		strings.Repeat("x", 5000) + `"}`, `{"kubernetes.io/secret/k":"no base64!"}`, `{"kubernetes.io/readwrite":"rx"}`,
 		`{"kubernetes.io/mounterArgs.FsGroup":"-1"}`, `{"kubernetes.io/fsGroup":"root"}`} {
 		if _, err := DecodeRequest(text); !errors.Is(err, volume.ErrInvalid) {
 			t.Errorf("%.60s: %v", text, err)
@@ -187,8 +207,9 @@ func TestF108KubeletsOptions(t *testing.T) {
 	r, err := DecodeRequest(`{"kubernetes.io/fsType":"","kubernetes.io/mounterArgs.FsGroup":"1000","kubernetes.io/pod.name":"p","kubernetes.io/pod.namespace":"default","kubernetes.io/pod.uid":"u",
 		"kubernetes.io/pvOrVolumeName":"pv1","kubernetes.io/readwrite":"ro","kubernetes.io/secret/password":"aHVudGVyMg==","kubernetes.io/serviceAccount.name":"default","kubernetes.io/tomorrow":"x","host":"10.0.0.1"}`)
 	group := int64(1000)
-	want := volume.Request{Name: "pv1", Options: map[string]string{"host": "10.0.0.1"}, ReadOnly: true, FSGroup: &group, Secrets: map[string]string{"password": "hunter2"},
-		Pod: volume.Pod{Namespace: "default", Name: "p", UID: "u", ServiceAccount: "default"}}
+	want := volume.Request{Name: "pv1", Options: map[string]string{"host": "10.0.0.1"}, ReadOnly: true, FSGroup: &group,
+		Secrets: map[string]string{"password": "hunter2"},
+		Pod:     volume.Pod{Namespace: "default", Name: "p", UID: "u", ServiceAccount: "default"}}
 	if err != nil || !reflect.DeepEqual(r, want) {
 		t.Errorf("%v\ngot  %+v\nwant %+v", err, r, want)
 	}
@@ -200,7 +221,8 @@ func TestF108KubeletsOptions(t *testing.T) {
 	// With a name of the user's, too.
 	for _, shape := range []Shape{Rancher, Kubernetes} {
 		r, err := DecodeRequest(`{"name":"web-data","kubernetes.io/pvOrVolumeName":"data"}`)
-		if again, aerr := DecodeRequest(EncodeRequest(r, shape)); err != nil || aerr != nil || r.Name != "web-data" || r.DetachAs != "data" || !reflect.DeepEqual(again, r) {
+		if again, aerr := DecodeRequest(EncodeRequest(r, shape)); err != nil || aerr != nil || r.Name != "web-data" ||
+			r.DetachAs != "data" || !reflect.DeepEqual(again, r) {
 			t.Errorf("%v %v %+v %+v", err, aerr, r, again)
 		}
 	}
@@ -266,7 +288,8 @@ func TestF107ShellScript(t *testing.T) {
 	if _, err := c.Create(ctx, volume.Request{Name: "../x"}); !errors.Is(err, volume.ErrInvalid) {
 		t.Errorf("an unsafe name: %v", err)
 	}
-	if _, err := c.Create(ctx, volume.Request{Name: "v", Secrets: map[string]string{"a": "b"}}); !errors.Is(err, volume.ErrInvalid) {
+	if _, err := c.Create(ctx, volume.Request{Name: "v", Secrets: map[string]string{"a": "b"}}); !errors.Is(err,
+		volume.ErrInvalid) {
 		t.Errorf("a secret: %v", err)
 	}
 }
@@ -279,12 +302,16 @@ func TestF107WrongAnswers(t *testing.T) {
 		{"words", "echo no such server; exit 1", "mount: exit status 1: no such server"},
 		{"words aside", "echo 'bad\nnews' >&2; exit 1", "mount: exit status 1: bad; news"},
 		{"not JSON", "echo oops", `mount: exit status 0, the answer is not JSON as it should be: invalid character 'o' looking for beginning of value: "oops\n"`},
-		{"two documents", `echo '{"status":"Success"}{"status":"Success"}'`, `mount: exit status 0, the answer is more than one JSON document: "{\"status\":\"Success\"}{\"status\":\"Success\"}\n"`},
-		{"another status", `echo '{"status":"success"}'`, `mount: exit status 0, the answer's status is "success", and not Success, Failure or Not supported`},
-		{"a wrong type", `echo '{"status":"Success","attached":"true"}'`, `mount: exit status 0, the answer is not JSON as it should be: json: cannot unmarshal string into Go struct field Reply.attached of type bool: "{\"status\":\"Success\",\"attached\":\"true\"}\n"`},
+		{"two documents", `echo '{"status":"Success"}{"status":"Success"}'`,
+			`mount: exit status 0, the answer is more than one JSON document: "{\"status\":\"Success\"}{\"status\":\"Success\"}\n"`},
+		{"another status", `echo '{"status":"success"}'`,
+			`mount: exit status 0, the answer's status is "success", and not Success, Failure or Not supported`},
+		{"a wrong type", `echo '{"status":"Success","attached":"true"}'`,
+			`mount: exit status 0, the answer is not JSON as it should be: json: cannot unmarshal string into Go struct field Reply.attached of type bool: "{\"status\":\"Success\",\"attached\":\"true\"}\n"`},
 		{"Success with a bad status", `echo '{"status":"Success"}'; exit 1`, "mount: says Success, with exit status 1"},
 		{"Failure", `echo '{"status":"Failure","message":"disk on fire"}'; exit 1`, "disk on fire"},
-		{"Failure without words", `echo 'mount: hm' >&2; echo '{"status":"Failure"}'; exit 1`, "mount failed and does not say why; it said: mount: hm"},
+		{"Failure without words", `echo 'mount: hm' >&2; echo '{"status":"Failure"}'; exit 1`,
+			"mount failed and does not say why; it said: mount: hm"},
 		{"keys in other case and unknown ones", `echo noise >&2; echo '{"Status":"Success","tomorrow":{}}'`, ""},
 		{"Not supported", `echo '{"status":"Not supported"}'; exit 1`, "not supported"},
 	} {
@@ -313,7 +340,8 @@ func TestF159ScriptThatHangs(t *testing.T) {
 	defer cancel()
 	start := time.Now()
 	err := c.Mount(ctx, "/d", "", volume.Request{Name: "v"})
-	if err == nil || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "waiting for a server") || time.Since(start) > 10*time.Second {
+	if err == nil || !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "waiting for a server") ||
+		time.Since(start) > 10*time.Second {
 		t.Errorf("after %s: %v", time.Since(start), err)
 	}
 	pid, err := os.ReadFile(pipe)
@@ -374,9 +402,13 @@ func FuzzReply(f *testing.F) {
 }
 
 func TestLogOfOtherKind(t *testing.T) {
-	p := Program{Name: "toy", Driver: func(*slog.Logger) (volume.Driver, error) { return nil, errors.New("no driver today") }}
+	p := Program{Name: "toy", Driver: func(*slog.Logger) (volume.Driver, error) {
+		return nil,
+			errors.New("no driver today")
+	}}
 	var out bytes.Buffer
-	if code := p.answer(&out, slog.New(slog.NewTextHandler(io.Discard, nil)), []string{"init"}); code != 1 || out.String() != `{"status":"Failure","message":"no driver today"}`+"\n" {
+	if code := p.answer(&out, slog.New(slog.NewTextHandler(io.Discard, nil)), []string{"init"}); code != 1 ||
+		out.String() != `{"status":"Failure","message":"no driver today"}`+"\n" {
 		t.Errorf("%d %s", code, out.String())
 	}
 }

@@ -41,11 +41,12 @@ const slack = 5 * time.Second
 // maxLog is when the log file makes room: one older file is kept.
 const maxLog = 8 << 20
 
-// Main is the whole of a driver's main. It answers the call in os.Args and ends the process: 0 for Success, otherwise 1.
+// Main is the whole of a driver's main. It answers the call in os.Args and ends the process: 0 for Success,
+// otherwise 1.
 //
-// From the first moment the process's own standard output and error are the log file, for its children also: kubelet reads both streams
-// together, and one warning of a library would make a mount that worked count as failed. The answer leaves by a private
-// copy of standard output, after a panic too.
+// From the first moment the process's own standard output and error are the log file, for its children also:
+// kubelet reads both streams together, and one warning of a library would make a mount that worked count as
+// failed. The answer leaves by a private copy of standard output, after a panic too.
 func Main(p Program) {
 	mounts.RunChild()
 	if len(os.Args) == 2 {
@@ -140,7 +141,8 @@ func (p Program) reply(log *slog.Logger, args []string, d time.Duration) (r Repl
 			r = failed(fmt.Errorf("%s: a bug of the driver: %v", c.Verb, v), c.Request.Secrets)
 		}
 		if r.Status != Success && c.Verb != "init" && c.Verb != "" || r.Message != "" {
-			log.Warn(c.Verb, "status", r.Status, "message", oneLine(r.Message), "volume", c.Request.Name, "dir", c.Dir, "took", time.Since(start).Round(time.Millisecond))
+			log.Warn(c.Verb, "status", r.Status, "message", oneLine(r.Message), "volume", c.Request.Name, "dir", c.Dir, "took",
+				time.Since(start).Round(time.Millisecond))
 		}
 	}()
 	if err != nil {
@@ -165,7 +167,8 @@ func Do(ctx context.Context, drv volume.Driver, c Call) (r Reply, err error) {
 	case "init":
 		var caps volume.Capabilities
 		caps, err = drv.Init(ctx)
-		r.Capabilities = &Capabilities{Attach: caps.Attach, FSGroup: caps.FSGroup, SELinuxRelabel: caps.SELinuxRelabel, SupportsMetrics: caps.SupportsMetrics, RequiresFSResize: caps.RequiresFSResize}
+		r.Capabilities = &Capabilities{Attach: caps.Attach, FSGroup: caps.FSGroup, SELinuxRelabel: caps.SELinuxRelabel,
+			SupportsMetrics: caps.SupportsMetrics, RequiresFSResize: caps.RequiresFSResize}
 	case "create", "delete":
 		do := drv.Create
 		if c.Verb == "delete" {
@@ -195,7 +198,8 @@ func Do(ctx context.Context, drv volume.Driver, c Call) (r Reply, err error) {
 	case "detach":
 		err = drv.Detach(ctx, c.Volume, c.Node)
 	case "expandvolume", "expandfs":
-		r.VolumeNewSize, err = drv.Expand(ctx, c.Request, volume.Expansion{Size: c.Size, Old: c.Old, Device: c.Device, Dir: c.Dir, FileSystem: c.Verb == "expandfs"})
+		r.VolumeNewSize, err = drv.Expand(ctx, c.Request, volume.Expansion{Size: c.Size, Old: c.Old, Device: c.Device,
+			Dir: c.Dir, FileSystem: c.Verb == "expandfs"})
 	default:
 		err = errUnknownVerb
 	}
@@ -211,7 +215,8 @@ func Do(ctx context.Context, drv volume.Driver, c Call) (r Reply, err error) {
 // Help is what --help prints.
 func (p Program) Help() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%s: %s\n\nA FlexVolume driver: kubelet calls it, Rancher's storage daemon did, and a person can.\nEach call prints one line of JSON; its exit status is 0 if that says Success.\n\nVerbs:\n", p.Name, p.About)
+	fmt.Fprintf(&b, "%s: %s\n\nA FlexVolume driver: kubelet calls it, Rancher's storage daemon did, and a person "+
+		"can.\nEach call prints one line of JSON; its exit status is 0 if that says Success.\n\nVerbs:\n", p.Name, p.About)
 	for _, name := range order {
 		v := verbs[name]
 		usage := v.usage
@@ -220,7 +225,8 @@ func (p Program) Help() string {
 		}
 		fmt.Fprintf(&b, "  %s %s %s\n      %s\n", p.Name, name, usage, v.about)
 	}
-	fmt.Fprintf(&b, "\nJSON is an object of strings: the volume's \"name\", and its options:\n  %s\n", strings.Join(p.Options, ", "))
+	fmt.Fprintf(&b, "\nJSON is an object of strings: the volume's \"name\", and its options:\n  %s\n",
+		strings.Join(p.Options, ", "))
 	fmt.Fprintf(&b, "\nEnvironment:\n")
 	for _, e := range append(p.Environment, [2]string{TimeoutVariable, "how long a call may take, such as 90s"}) {
 		fmt.Fprintf(&b, "  %-22s %s\n", e[0], e[1])

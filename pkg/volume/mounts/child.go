@@ -24,13 +24,15 @@ const argv0 = "lariat-volume-child"
 // tasks are what a child can be asked to do.
 var tasks = map[string]func(args []byte) (any, error){}
 
-// Task registers work for children, at the start of the program, and returns what runs it: in a child, until the context ends. The arguments travel
-// by a pipe and not by argv, where everybody could read them. A task's error keeps its kind (volume.ErrConflict …) or its errno on the way.
+// Task registers work for children, at the start of the program, and returns what runs it: in a child, until
+// the context ends. The arguments travel by a pipe and not by argv, where everybody could read them. A task's
+// error keeps its kind (volume.ErrConflict …) or its errno on the way.
 func Task[A, R any](name string, task func(A) (R, error)) func(context.Context, A) (R, error) {
 	return register(name, 0, task)
 }
 
-// PrivateTask is a Task in a mount namespace of its own: what it mounts shows nowhere else and is gone when it ends, however it ends.
+// PrivateTask is a Task in a mount namespace of its own: what it mounts shows nowhere else and is gone when
+// it ends, however it ends.
 func PrivateTask[A, R any](name string, task func(A) (R, error)) func(context.Context, A) (R, error) {
 	return register(name, syscall.CLONE_NEWNS, task)
 }
@@ -89,8 +91,8 @@ func (a *answer) Unwrap() []error {
 	return causes
 }
 
-// RunChild does a child's work and ends the process, if this is a child; otherwise it returns. The main of every program that calls a driver in
-// its own process calls it before anything else; flex.Main does.
+// RunChild does a child's work and ends the process, if this is a child; otherwise it returns. The main of
+// every program that calls a driver in its own process calls it before anything else; flex.Main does.
 func RunChild() {
 	if len(os.Args) != 2 || os.Args[0] != argv0 || tasks[os.Args[1]] == nil {
 		return
@@ -127,8 +129,8 @@ func exit(code int) { syscall.Exit(code) }
 // grace is for a killed process to be gone. One that is not waits in the kernel, where no signal reaches it.
 const grace = 3 * time.Second
 
-// Run runs a command that dies with the context, and with this process; cmd's output streams are replaced. It returns what the command wrote
-// to standard output, and to standard error, each up to a mebibyte.
+// Run runs a command that dies with the context, and with this process; cmd's output streams are replaced. It
+// returns what the command wrote to standard output, and to standard error, each up to a mebibyte.
 func Run(ctx context.Context, cmd *exec.Cmd) (stdout []byte, stderr string, err error) {
 	var out, words limited
 	cmd.Stdout, cmd.Stderr = &out, &words

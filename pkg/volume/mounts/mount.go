@@ -45,14 +45,15 @@ var flags = map[string]struct{ set, clear uintptr }{
 	"noexec": {unix.MS_NOEXEC, 0}, "exec": {0, unix.MS_NOEXEC},
 	"sync": {unix.MS_SYNCHRONOUS, 0}, "async": {0, unix.MS_SYNCHRONOUS},
 	"dirsync": {unix.MS_DIRSYNC, 0}, "lazytime": {unix.MS_LAZYTIME, 0}, "nolazytime": {0, unix.MS_LAZYTIME},
-	"noatime": {unix.MS_NOATIME, 0}, "relatime": {unix.MS_RELATIME, unix.MS_NOATIME}, "strictatime": {unix.MS_STRICTATIME, unix.MS_NOATIME},
-	"nodiratime": {unix.MS_NODIRATIME, 0}, "diratime": {0, unix.MS_NODIRATIME}, "atime": {0, unix.MS_NOATIME},
+	"noatime": {unix.MS_NOATIME, 0}, "relatime": {unix.MS_RELATIME, unix.MS_NOATIME},
+	"strictatime": {unix.MS_STRICTATIME, unix.MS_NOATIME},
+	"nodiratime":  {unix.MS_NODIRATIME, 0}, "diratime": {0, unix.MS_NODIRATIME}, "atime": {0, unix.MS_NOATIME},
 }
 
 var doMount = Task("mount", func(s Spec) (struct{}, error) { return struct{}{}, MountHere(s, true) })
 
-// Mount mounts, by the file system's own program if there is one (mount.nfs), else by mount(2). It creates the folder. It returns nil only if
-// the table then shows the source at the folder.
+// Mount mounts, by the file system's own program if there is one (mount.nfs), else by mount(2). It creates
+// the folder. It returns nil only if the table then shows the source at the folder.
 func Mount(ctx context.Context, s Spec) error {
 	if _, err := doMount(ctx, s); err != nil {
 		return err
@@ -81,8 +82,8 @@ func Program(name string) string {
 	return ""
 }
 
-// MountHere mounts in this process, which must be a child. With become, the process turns into the file system's program, so
-// that there is one process less that could outlive its parent.
+// MountHere mounts in this process, which must be a child. With become, the process turns into the file
+// system's program, so that there is one process less that could outlive its parent.
 func MountHere(s Spec, become bool) error {
 	if err := os.MkdirAll(s.Dir, 0o750); err != nil {
 		return fmt.Errorf("create the folder: %w", err)
@@ -166,7 +167,8 @@ func kernelMount(s Spec, installed bool) error {
 		case !strings.HasPrefix(s.FSType, "nfs"):
 			why = " (the kernel's log, dmesg, may say more)"
 		case errors.Is(err, unix.EINVAL), errors.Is(err, unix.EPROTO), errors.Is(err, unix.EPROTONOSUPPORT):
-			why = fmt.Sprintf(" (mount.%s is not installed, and without it the kernel does not take these options; for NFS it needs version 4)", s.FSType)
+			why = fmt.Sprintf(" (mount.%s is not installed, and without it the kernel does not take these options; for NFS "+
+				"it needs version 4)", s.FSType)
 		}
 		return fmt.Errorf("mount %s: %w%s", s.Source, err, why)
 	}
@@ -253,14 +255,17 @@ func Probe(ctx context.Context, dir string) (stale bool, err error) {
 	return false, nil // a refusal is an answer
 }
 
-// errRestartSys is ERESTARTSYS (linux/errno.h), which no program should ever see: it is what a call that waits for an NFS server ends with
-// when another mount of the same export is unmounted by force, and no signal is there to restart it after.
+// errRestartSys is ERESTARTSYS (linux/errno.h), which no program should ever see: it is what a call that
+// waits for an NFS server ends with when another mount of the same export is unmounted by force, and no
+// signal is there to restart it after.
 const errRestartSys = unix.Errno(512)
 
-// unanswered reports whether a call to a server ended without the server's word. What else fails was said by the server, and so it lives.
+// unanswered reports whether a call to a server ended without the server's word. What else fails was said by
+// the server, and so it lives.
 func unanswered(err error) bool {
 	return slices.ContainsFunc([]error{
-		context.DeadlineExceeded, errRestartSys, unix.EINTR, unix.EIO, unix.ETIMEDOUT, unix.ENOTCONN, unix.ECONNREFUSED, unix.ECONNRESET, unix.ECONNABORTED,
+		context.DeadlineExceeded, errRestartSys, unix.EINTR, unix.EIO, unix.ETIMEDOUT, unix.ENOTCONN, unix.ECONNREFUSED,
+		unix.ECONNRESET, unix.ECONNABORTED,
 		unix.EPIPE, unix.EHOSTUNREACH, unix.EHOSTDOWN, unix.ENETUNREACH, unix.ENETDOWN,
 	}, func(e error) bool { return errors.Is(err, e) })
 }
@@ -274,8 +279,8 @@ type Policy struct {
 	Lazy bool // if even that does not help, detach: processes that still use the volume keep it, out of sight
 }
 
-// forceTries is how often a dead server's volume is asked to go. Each try aborts the calls that wait for the server; the processes that made them
-// leave only afterwards.
+// forceTries is how often a dead server's volume is asked to go. Each try aborts the calls that wait for the
+// server; the processes that made them leave only afterwards.
 const forceTries = 6
 
 // leastTry is what a try gets at least of the time that is left: a child has to be started, on a host that may be busy.
@@ -284,8 +289,8 @@ const leastTry = time.Second
 // deepest is how many mounts at one folder are taken away. More are nobody's accident.
 const deepest = 8
 
-// UnmountAll takes one mount after the other away from a folder, until the mount table shows none there any more. One that is not ours, which kind
-// names, is an ErrConflict.
+// UnmountAll takes one mount after the other away from a folder, until the mount table shows none there any
+// more. One that is not ours, which kind names, is an ErrConflict.
 func UnmountAll(ctx context.Context, dir string, p Policy, log *slog.Logger, kind string, ours func(Entry) bool) error {
 	for range deepest {
 		table, err := Read()
@@ -299,7 +304,8 @@ func UnmountAll(ctx context.Context, dir string, p Policy, log *slog.Logger, kin
 		}
 		top := stack[len(stack)-1]
 		if !ours(top) {
-			return volume.Errorf(volume.ErrConflict, "at %s is %s (%s), which is not %s: it is left alone", dir, top.Source, top.FSType, kind)
+			return volume.Errorf(volume.ErrConflict, "at %s is %s (%s), which is not %s: it is left alone", dir, top.Source,
+				top.FSType, kind)
 		}
 		how, err := Unmount(ctx, dir, p)
 		if err != nil {
@@ -310,8 +316,9 @@ func UnmountAll(ctx context.Context, dir string, p Policy, log *slog.Logger, kin
 	return fmt.Errorf("unmount %s: more than %d mounts are there", dir, deepest)
 }
 
-// Unmount takes the uppermost mount away from a folder, and returns how: "umount", "force" or "lazy". A volume whose server answers and which
-// somebody uses is an ErrInUse, with the users. Nothing mounted is how == "".
+// Unmount takes the uppermost mount away from a folder, and returns how: "umount", "force" or "lazy". A
+// volume whose server answers and which somebody uses is an ErrInUse, with the users. Nothing mounted is how
+// == "".
 func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) {
 	before, err := Read()
 	if err != nil {
@@ -434,8 +441,8 @@ func Holders(top Entry, place func(point string) bool) (who []string) {
 	return who
 }
 
-// Users are processes that have something below a folder open or as their working folder, as "name (pid)", at most five. Mount
-// namespaces of others are not searched. Links in /proc say it without asking a server.
+// Users are processes that have something below a folder open or as their working folder, as "name (pid)", at
+// most five. Mount namespaces of others are not searched. Links in /proc say it without asking a server.
 func Users(dir string) (who []string) {
 	procs, _ := os.ReadDir("/proc")
 	for _, p := range procs {

@@ -50,7 +50,8 @@ func TestChildren(t *testing.T) {
 		t.Errorf("echo: %d octets, %v", len(got), err)
 	}
 	_, err := wrong(t.Context(), 1)
-	if !errors.Is(err, volume.ErrConflict) || !errors.Is(err, unix.EBUSY) || err.Error() != "it is taken: device or resource busy" {
+	if !errors.Is(err, volume.ErrConflict) || !errors.Is(err, unix.EBUSY) ||
+		err.Error() != "it is taken: device or resource busy" {
 		t.Errorf("an error: %v", err)
 	}
 	if _, err := become(t.Context(), "/bin/sh"); err == nil || err.Error() != "mount.toy: access denied" {
@@ -65,7 +66,8 @@ func TestF159ChildThatHangs(t *testing.T) {
 	defer cancel()
 	start := time.Now()
 	_, err := hang(ctx, "")
-	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 10*time.Second || !strings.HasPrefix(err.Error(), "no end after 500ms") {
+	if !errors.Is(err, context.DeadlineExceeded) || time.Since(start) > 10*time.Second ||
+		!strings.HasPrefix(err.Error(), "no end after 500ms") {
 		t.Errorf("after %s: %v", time.Since(start), err)
 	}
 	if _, err := echo(ctx, "too late"); !errors.Is(err, context.DeadlineExceeded) {
@@ -103,7 +105,8 @@ func TestTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Exactly the folder: neither one that begins like it nor one that is spelled otherwise.
-	if m := table.At("/mnt/a"); len(m) != 2 || m[0].Source != "10.0.0.1:/srv/a" || m[1].FSType != "tmpfs" || !m[0].Shared || m[1].Shared || m[0].ReadOnly() {
+	if m := table.At("/mnt/a"); len(m) != 2 || m[0].Source != "10.0.0.1:/srv/a" || m[1].FSType != "tmpfs" ||
+		!m[0].Shared || m[1].Shared || m[0].ReadOnly() {
 		t.Errorf("%+v", m)
 	}
 	if m := table.At("/mnt/with blank"); len(m) != 1 || m[0].Source != "[fd00::1]:/srv/with blank" || !m[0].ReadOnly() {
@@ -124,7 +127,8 @@ func TestResolve(t *testing.T) {
 	if err := errors.Join(os.Mkdir(real, 0o700), os.Symlink("real", link)); err != nil {
 		t.Fatal(err)
 	}
-	for in, want := range map[string]string{link + "/data": real + "/data", real + "/data": real + "/data", link + "/": link, link + "/none/yet/data": real + "/none/yet/data"} {
+	for in, want := range map[string]string{link + "/data": real + "/data", real + "/data": real + "/data", link +
+		"/": link, link + "/none/yet/data": real + "/none/yet/data"} {
 		if got, err := Resolve(in); err != nil || got != want {
 			t.Errorf("%s: %s %v, want %s", in, got, err, want)
 		}

@@ -15,7 +15,8 @@ type Rule struct {
 	Admin bool              // only where an administrator says it
 }
 
-// Flag is a rule for an option without a value, Valued for one with a value, AdminFlag for one that only an administrator may say.
+// Flag is a rule for an option without a value, Valued for one with a value, AdminFlag for one that only an
+// administrator may say.
 func Flag(group string) Rule { return Rule{Group: group} }
 
 // Valued is described with Flag.
@@ -30,7 +31,8 @@ var idle = map[string]bool{
 	"intr": true, "nointr": true, "bg": true, "fg": true,
 }
 
-// Rules are all mount options that a driver takes, by name. What is not here is refused: bind, remount, context=, helper programs, credentials …
+// Rules are all mount options that a driver takes, by name. What is not here is refused: bind, remount,
+// context=, helper programs, credentials …
 type Rules map[string]Rule
 
 // Number checks values that are numbers.

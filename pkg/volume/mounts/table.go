@@ -1,8 +1,9 @@
 // Package mounts reads the mount table and changes it without ever waiting for a server.
 //
-// What is mounted is told by /proc/self/mountinfo, never by stat, which hangs when a server does. Whatever may touch a remote file system
-// happens in a child process with a deadline, for a stuck thread cannot be ended and a child can: waits of the NFS client give way to
-// SIGKILL, and a killed mount leaves nothing behind.
+// What is mounted is told by /proc/self/mountinfo, never by stat, which hangs when a server does. Whatever
+// may touch a remote file system happens in a child process with a deadline, for a stuck thread cannot be
+// ended and a child can: waits of the NFS client give way to SIGKILL, and a killed mount leaves nothing
+// behind.
 package mounts
 
 import (
@@ -59,7 +60,8 @@ func Parse(data []byte) (Table, error) {
 	t := make(Table, 0, len(infos))
 	for _, i := range infos {
 		t = append(t, Entry{
-			ID: i.ID, Point: i.Mountpoint, Source: i.Source, FSType: i.FSType, Root: i.Root, Options: i.Options, Super: i.VFSOptions,
+			ID: i.ID, Point: i.Mountpoint, Source: i.Source, FSType: i.FSType, Root: i.Root, Options: i.Options,
+			Super:  i.VFSOptions,
 			Device: strconv.Itoa(i.Major) + ":" + strconv.Itoa(i.Minor), Shared: strings.Contains(i.Optional, "shared:"),
 		})
 	}
@@ -86,8 +88,9 @@ func (t Table) Of(source string) (all []Entry) {
 	return all
 }
 
-// Resolve gives a folder the name that the mount table uses: without symbolic links in its parents. It does not look at the folder itself, where
-// a dead server's volume may be mounted, and which need not exist, nor need its parents.
+// Resolve gives a folder the name that the mount table uses: without symbolic links in its parents. It does
+// not look at the folder itself, where a dead server's volume may be mounted, and which need not exist, nor
+// need its parents.
 func Resolve(dir string) (string, error) {
 	if err := volume.CheckDir(dir); err != nil {
 		return "", err

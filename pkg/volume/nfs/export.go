@@ -21,15 +21,17 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// What Lariat keeps on an export is below .lariat in the base: a mark for each folder that it created, folders in the making, and folders
-// that are being removed. All hosts see it, and containers do not, for they see only their volume.
+// What Lariat keeps on an export is below .lariat in the base: a mark for each folder that it created,
+// folders in the making, and folders that are being removed. All hosts see it, and containers do not, for
+// they see only their volume.
 const (
 	hidden = ".lariat"
 	made   = "new-"
 	trash  = "trash-"
 )
 
-// mark says which folder was created by us: its identity on the server, not its name, for somebody may have put another there.
+// mark says which folder was created by us: its identity on the server, not its name, for somebody may have
+// put another there.
 type mark struct {
 	Name  string `json:"name"`
 	ID    string `json:"id,omitempty"` // of the volume; "": an older version wrote the mark, see identity
@@ -239,7 +241,8 @@ func create(root *os.Root, a exportArgs) (created, error) {
 		}
 		volume.Failpoint("folder-marked")
 		err = root.Rename(aside, name)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, fs.ErrExist) || errors.Is(err, unix.ENOTDIR) {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, fs.ErrExist) ||
+			errors.Is(err, unix.ENOTDIR) {
 			if !errors.Is(err, fs.ErrNotExist) { // somebody else's, made in between
 				_ = root.Remove(aside)
 			}
@@ -257,13 +260,15 @@ func create(root *os.Root, a exportArgs) (created, error) {
 // denied names the usual cause.
 func denied(err error) error {
 	if errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("%w: the export must be writable for root (no_root_squash), or its base for the user that root is mapped to", err)
+		return fmt.Errorf("%w: the export must be writable for root (no_root_squash), or its base for the user that "+
+			"root is mapped to", err)
 	}
 	return err
 }
 
-// remove does what onRemove says to a folder that Lariat created. It can be killed anywhere; a purge once begun is finished by the next call.
-// Other hosts may be at it, too: after each move the folder itself says whether it is the one that is meant.
+// remove does what onRemove says to a folder that Lariat created. It can be killed anywhere; a purge once
+// begun is finished by the next call. Other hosts may be at it, too: after each move the folder itself says
+// whether it is the one that is meant.
 func remove(root *os.Root, a exportArgs) (removed, error) {
 	name := a.Name
 	m, marked, err := readMark(root, name)
@@ -283,7 +288,8 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 	}
 	switch {
 	case c.Identity == unmarked && marked:
-		return removed{Message: fmt.Sprintf("folder %s is kept: it is not the one that Lariat created under this name", name)}, nil
+		return removed{Message: fmt.Sprintf("folder %s is kept: it is not the one that Lariat created under this name",
+			name)}, nil
 	case c.Identity == unmarked:
 		return removed{Message: fmt.Sprintf("folder %s is kept: Lariat did not create it", name)}, nil
 	case a.Want != "" && a.Want != c.Identity:
@@ -399,9 +405,9 @@ type tally struct{ Files, Bytes int64 }
 
 func (n tally) String() string { return fmt.Sprintf("%d files, %d octets", n.Files, n.Bytes) }
 
-// clear removes a folder with all that is in it. It neither follows a link nor enters another file system: os.Root keeps it below the
-// folder, whatever others do meanwhile.
-// The folder that was opened must be the one that is meant; is is asked for the uppermost alone.
+// clear removes a folder with all that is in it. It neither follows a link nor enters another file system:
+// os.Root keeps it below the folder, whatever others do meanwhile. The folder that was opened must be the one
+// that is meant; is is asked for the uppermost alone.
 func (n *tally) clear(parent *os.Root, name string, device uint64, is func(mark) bool) error {
 	dir, err := parent.OpenRoot(name)
 	if err != nil {

@@ -23,7 +23,8 @@ func base(t *testing.T) (*os.Root, string) {
 	return root, dir
 }
 
-// F158: two hosts that create one volume at the same time, interleaved at each step, both find that it is Lariat's, and there is one folder.
+// F158: two hosts that create one volume at the same time, interleaved at each step, both find that it is
+// Lariat's, and there is one folder.
 func TestF158TwoHostsCreate(t *testing.T) {
 	defer func() { volume.OnFailpoint = nil }()
 	for _, step := range []string{"hidden-made", "folder-made-aside", "mark-written", "folder-marked", "folder-named"} {
@@ -76,7 +77,8 @@ func TestF105SomebodyElseIsFaster(t *testing.T) {
 		t.Errorf("%+v %v", c, err)
 	}
 	volume.OnFailpoint = nil
-	if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil || !strings.Contains(r.Message, "is kept") {
+	if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil ||
+		!strings.Contains(r.Message, "is kept") {
 		t.Errorf("%+v %v", r, err)
 	}
 	if _, err := os.Stat(filepath.Join(dir, "v", "theirs")); err != nil {
@@ -94,7 +96,8 @@ func TestF105BrokenMarks(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(dir, markFile("v")), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil || !strings.Contains(r.Message, "is kept") {
+		if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil ||
+			!strings.Contains(r.Message, "is kept") {
 			t.Errorf("%q: %+v %v", text, r, err)
 		}
 	}
@@ -102,7 +105,8 @@ func TestF105BrokenMarks(t *testing.T) {
 
 func TestF105WhatIsNoFolder(t *testing.T) {
 	root, dir := base(t)
-	if err := errors.Join(os.WriteFile(filepath.Join(dir, "file"), nil, 0o600), os.Symlink("/etc", filepath.Join(dir, "link"))); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "file"), nil, 0o600),
+		os.Symlink("/etc", filepath.Join(dir, "link"))); err != nil {
 		t.Fatal(err)
 	}
 	for _, name := range []string{"file", "link"} {
@@ -137,7 +141,8 @@ func TestPurgeCounts(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil || r.Message != "purged 2500 files, 10000 octets" {
+	if r, err := remove(root, exportArgs{Name: "v", OnRemove: Purge}); err != nil ||
+		r.Message != "purged 2500 files, 10000 octets" {
 		t.Errorf("%+v %v", r, err)
 	}
 	left, _ := filepath.Glob(dir + "/*")

@@ -123,7 +123,8 @@ func (h *host) request(how OnRemove) volume.Request {
 	if h.facts {
 		maps.Copy(o, h.opts)
 	}
-	maps.Copy(o, map[string]string{"host": "127.0.0.1", "exportBase": "/srv", "mntOptions": "port=" + h.f.port, "onRemove": string(how)})
+	maps.Copy(o, map[string]string{"host": "127.0.0.1", "exportBase": "/srv", "mntOptions": "port=" + h.f.port,
+		"onRemove": string(how)})
 	return volume.Request{Name: "v", Options: o}
 }
 
@@ -273,13 +274,16 @@ func TestF105ReplacedElsewhere(t *testing.T) {
 		must(one.mount())
 		must(two.create(Purge))
 		must(two.remove())
-		if err := one.mount(); !errors.Is(err, volume.ErrNotFound) || !strings.Contains(err.Error(), "does not exist any more: there is no folder 127.0.0.1:/srv/v") {
+		if err := one.mount(); !errors.Is(err, volume.ErrNotFound) ||
+			!strings.Contains(err.Error(), "does not exist any more: there is no folder 127.0.0.1:/srv/v") {
 			t.Errorf("mount of what is gone: %v", err)
 		}
 		must(two.create(Retain))
 		must(two.mount())
 		for what, err := range map[string]error{"mount": one.mount(), "create": one.create(Purge)} {
-			if !errors.Is(err, volume.ErrConflict) || !strings.Contains(err.Error(), "that this host knows does not exist any more") || !strings.Contains(err.Error(), "host two created it") {
+			if !errors.Is(err, volume.ErrConflict) ||
+				!strings.Contains(err.Error(), "that this host knows does not exist any more") ||
+				!strings.Contains(err.Error(), "host two created it") {
 				t.Errorf("%s: %v", what, err)
 			}
 		}
@@ -439,7 +443,8 @@ func TestF105OlderRecords(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if _, err := os.Stat(filepath.Join(f.dir, "v")); (err == nil) != tc.kept || tc.kept != strings.Contains(r.Message, "is kept") {
+				if _, err := os.Stat(filepath.Join(f.dir, "v")); (err == nil) != tc.kept ||
+					tc.kept != strings.Contains(r.Message, "is kept") {
 					t.Errorf("%+v %v", r, err)
 				}
 			}

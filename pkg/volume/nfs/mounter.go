@@ -16,7 +16,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Mounter brings volumes to folders of this host by NFS, and takes them away again. Each driver whose volumes are mounted by NFS has one.
+// Mounter brings volumes to folders of this host by NFS, and takes them away again. Each driver whose volumes
+// are mounted by NFS has one.
 type Mounter struct {
 	Locks volume.Locks // of volumes, by name, and of folders
 
@@ -41,9 +42,10 @@ func NewMounter(driver, stateDir, runDir string, log *slog.Logger) *Mounter {
 	}
 }
 
-// Mount makes a volume appear at a folder, as volume.Driver's does. If it fails and missing is not nil, that is asked to make what may be missing
-// on the server; if it made something, the mount is tried again.
-func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Pod, missing func(context.Context) (made bool, err error)) error {
+// Mount makes a volume appear at a folder, as volume.Driver's does. If it fails and missing is not nil, that
+// is asked to make what may be missing on the server; if it made something, the mount is tried again.
+func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Pod,
+	missing func(context.Context) (made bool, err error)) error {
 	dir, err := mounts.Resolve(dir)
 	if err != nil {
 		return err
@@ -54,7 +56,8 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	}
 	defer unlock()
 
-	rec := mountRecord{Volume: v, BootID: volume.BootID(), Pod: strings.Trim(pod.Namespace+"/"+pod.Name, "/"), Time: time.Now().UTC()}
+	rec := mountRecord{Volume: v, BootID: volume.BootID(), Pod: strings.Trim(pod.Namespace+"/"+pod.Name, "/"),
+		Time: time.Now().UTC()}
 	shown, err := m.reuse(ctx, dir, v)
 	if err != nil {
 		return err
@@ -166,7 +169,8 @@ func (m *Mounter) reuse(ctx context.Context, dir string, v Volume) (*Volume, err
 	return nil, m.mounts.Remove(dir)
 }
 
-// shown is the volume, as it was mounted, if the mount table shows it and nothing else at a folder; nil if there is nothing. All else is an ErrConflict.
+// shown is the volume, as it was mounted, if the mount table shows it and nothing else at a folder; nil if
+// there is nothing. All else is an ErrConflict.
 func (m *Mounter) shown(dir string, v Volume) (*Volume, error) {
 	table, err := mounts.Read()
 	if err != nil {
@@ -190,7 +194,8 @@ func (m *Mounter) shown(dir string, v Volume) (*Volume, error) {
 			return &was, nil
 		}
 	}
-	return nil, volume.Errorf(volume.ErrConflict, "%s is mounted at %s already (%s, %s); %s would hide it", top.Source, dir, top.FSType, top.Options, v)
+	return nil, volume.Errorf(volume.ErrConflict, "%s is mounted at %s already (%s, %s); %s would hide it", top.Source,
+		dir, top.FSType, top.Options, v)
 }
 
 func isNFS(m mounts.Entry) bool { return m.FSType == "nfs" || m.FSType == "nfs4" }

@@ -28,7 +28,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Driver implements volume.Driver. Attach, MountDevice and Expand are not supported, nor GetVolumeName: kubelet's own names serve.
+// Driver implements volume.Driver. Attach, MountDevice and Expand are not supported, nor GetVolumeName:
+// kubelet's own names serve.
 type Driver struct {
 	volume.Unsupported
 	config  Config
@@ -62,8 +63,8 @@ func (r record) want(q volume.Request) string {
 	return volume.Remembered(q, r.Identity)
 }
 
-// New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers Init, because kubelet does not ask a second
-// time, and unmounts. All else says what is wrong.
+// New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers
+// Init, because kubelet does not ask a second time, and unmounts. All else says what is wrong.
 func New(c Config, log *slog.Logger) *Driver {
 	c.StateDir, c.RunDir = cmp.Or(c.StateDir, volume.DefaultStateDir), cmp.Or(c.RunDir, volume.DefaultRunDir)
 	return &Driver{
@@ -73,7 +74,8 @@ func New(c Config, log *slog.Logger) *Driver {
 	}
 }
 
-// Init implements volume.Driver: nobody attaches anything, and nobody walks through a shared file system to change groups.
+// Init implements volume.Driver: nobody attaches anything, and nobody walks through a shared file system to
+// change groups.
 func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
 	return volume.Capabilities{}, nil
 }
@@ -96,7 +98,8 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 		return volume.Reply{}, err
 	}
 	if known && old.State != lost && old.Volume.Source() != v.Source() {
-		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name, old.Volume.Source(), v.Source())
+		return volume.Reply{}, volume.Errorf(volume.ErrConflict, "volume %s exists on this host as %s, not as %s", v.Name,
+			old.Volume.Source(), v.Source())
 	}
 	rec := record{Volume: v, State: "creating", Created: old.Created, Time: time.Now().UTC()}
 	begun := rec
@@ -151,7 +154,8 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	case rec.Created:
 		reply.Options["created"] = "true"
 	case v.Base != "":
-		reply.Message = fmt.Sprintf("folder %s was there already; Lariat did not create it, and will not remove it", v.Source())
+		reply.Message = fmt.Sprintf("folder %s was there already; Lariat did not create it, and will not remove it",
+			v.Source())
 	}
 	return reply, nil
 }

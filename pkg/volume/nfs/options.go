@@ -26,7 +26,8 @@ type Options struct {
 	FSGroup    int64    `option:"fsGroup"`
 }
 
-// told are what Create's reply says, and what Rancher's daemon gives back at each later call. What was created is known by the mark on the export, not by these.
+// told are what Create's reply says, and what Rancher's daemon gives back at each later call. What was
+// created is known by the mark on the export, not by these.
 var told = []string{"created", "name", volume.Identity}
 
 // OnRemove is what Delete does with a folder that Create made.
@@ -84,9 +85,11 @@ var Environment = append([][2]string{
 	{"ON_REMOVE", "retain, purge or archive, for volumes that do not say"},
 }, volume.Environment...)
 
-// FromEnvironment reads the configuration as Rancher's driver did. What is wrong with it is for those to hear who need not go on; see New.
+// FromEnvironment reads the configuration as Rancher's driver did. What is wrong with it is for those to hear
+// who need not go on; see New.
 func FromEnvironment(getenv func(string) string) (Config, error) {
-	c := Config{Server: getenv("NFS_SERVER"), Base: getenv("MOUNT_DIR"), MountOpts: getenv("MOUNT_OPTS"), OnRemove: OnRemove(getenv("ON_REMOVE")),
+	c := Config{Server: getenv("NFS_SERVER"), Base: getenv("MOUNT_DIR"), MountOpts: getenv("MOUNT_OPTS"),
+		OnRemove: OnRemove(getenv("ON_REMOVE")),
 		StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
 	return c, c.check()
 }
@@ -112,10 +115,11 @@ func (c Config) check() error {
 
 // Volume is a request understood: where the data is and how it is mounted.
 type Volume struct {
-	Name     string   `json:"name"`
-	Host     string   `json:"host"`
-	Path     string   `json:"path"`           // on the server
-	Base     string   `json:"base,omitempty"` // of which Path is the folder Name; "": Path is an export that Lariat has nothing to do with
+	Name string `json:"name"`
+	Host string `json:"host"`
+	Path string `json:"path"` // on the server
+	// of which Path is the folder Name; "": Path is an export that Lariat has nothing to do with
+	Base     string   `json:"base,omitempty"`
 	Options  []string `json:"options,omitempty"`
 	OnRemove OnRemove `json:"onRemove,omitempty"`
 	OnHang   OnHang   `json:"onHang"`
@@ -123,12 +127,13 @@ type Volume struct {
 	FSGroup  *int64   `json:"fsGroup,omitempty"` // of the uppermost folder, if that is to be set
 
 	// Of drivers whose volumes are more than a host and a path; see Mounter.
-	ID      string   `json:"id,omitempty"` // which volume it is, though it may be mounted from one host today and from another tomorrow
+	// which volume it is, though it may be mounted from one host today and from another tomorrow
+	ID      string   `json:"id,omitempty"`
 	Through *Through `json:"through,omitempty"`
 }
 
-// Through is the program that mounts a volume if not mount.nfs does, with a proxy of its own on this host: Source and Options are what it is
-// called with, and the mount table shows the proxy.
+// Through is the program that mounts a volume if not mount.nfs does, with a proxy of its own on this host:
+// Source and Options are what it is called with, and the mount table shows the proxy.
 type Through struct {
 	FSType  string   `json:"fsType"`
 	Source  string   `json:"source"`
@@ -197,7 +202,8 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	}
 	c.Server, c.Base = Bare(c.Server), Trimmed(c.Base)
 	o.Host, o.Export, o.ExportBase = Bare(o.Host), Trimmed(o.Export), Trimmed(o.ExportBase)
-	v := Volume{Name: r.Name, Host: o.Host, OnRemove: o.OnRemove, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly, FSGroup: r.FSGroup}
+	v := Volume{Name: r.Name, Host: o.Host, OnRemove: o.OnRemove, OnHang: o.OnHang, ReadOnly: r.ReadOnly || o.ReadOnly,
+		FSGroup: r.FSGroup}
 	if o.FSGroup >= 0 {
 		v.FSGroup = &o.FSGroup
 	}
@@ -215,7 +221,8 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 			return v, err
 		}
 		if r.Options["onRemove"] != "" && o.OnRemove != Retain {
-			return v, volume.Errorf(volume.ErrInvalid, "volume %s: onRemove=%s with export: Lariat did not create the export and never removes it; use exportBase", v.Name, o.OnRemove)
+			return v, volume.Errorf(volume.ErrInvalid, "volume %s: onRemove=%s with export: Lariat did not create the "+
+				"export and never removes it; use exportBase", v.Name, o.OnRemove)
 		}
 		v.Path, v.OnRemove = o.Export, Retain
 	default:
@@ -314,32 +321,44 @@ func CheckPath(what, p string) error {
 	return volume.CheckOptions(map[string]string{what: p})
 }
 
-// rules are all mount options that there are. What is not here is refused: bind, remount, context=, helper programs, credentials …
+// rules are all mount options that there are. What is not here is refused: bind, remount, context=, helper
+// programs, credentials …
 var rules = mounts.Rules{
-	"vers": mounts.Valued("vers", mounts.Words("3", "4", "4.0", "4.1", "4.2")), "nfsvers": mounts.Valued("vers", mounts.Words("3", "4", "4.0", "4.1", "4.2")),
+	"vers":         mounts.Valued("vers", mounts.Words("3", "4", "4.0", "4.1", "4.2")),
+	"nfsvers":      mounts.Valued("vers", mounts.Words("3", "4", "4.0", "4.1", "4.2")),
 	"minorversion": mounts.Valued("minorversion", mounts.Words("0", "1", "2")),
 	"hard":         mounts.Flag("hard"), "soft": mounts.Flag("hard"), "softerr": mounts.Flag("hard"),
-	"timeo": mounts.Valued("timeo", mounts.Number(1, 6000)), "retrans": mounts.Valued("retrans", mounts.Number(0, 100)), "retry": mounts.Valued("retry", mounts.Number(0, 10000)),
-	"rsize": mounts.Valued("rsize", mounts.Number(1024, 1<<20)), "wsize": mounts.Valued("wsize", mounts.Number(1024, 1<<20)),
-	"ac": mounts.Flag("ac"), "noac": mounts.Flag("ac"), "actimeo": mounts.Valued("actimeo", mounts.Number(0, 86400)),
-	"acregmin": mounts.Valued("acregmin", mounts.Number(0, 86400)), "acregmax": mounts.Valued("acregmax", mounts.Number(0, 86400)),
-	"acdirmin": mounts.Valued("acdirmin", mounts.Number(0, 86400)), "acdirmax": mounts.Valued("acdirmax", mounts.Number(0, 86400)),
+	"timeo": mounts.Valued("timeo", mounts.Number(1, 6000)), "retrans": mounts.Valued("retrans", mounts.Number(0, 100)),
+	"retry": mounts.Valued("retry", mounts.Number(0, 10000)),
+	"rsize": mounts.Valued("rsize", mounts.Number(1024, 1<<20)),
+	"wsize": mounts.Valued("wsize", mounts.Number(1024, 1<<20)),
+	"ac":    mounts.Flag("ac"), "noac": mounts.Flag("ac"), "actimeo": mounts.Valued("actimeo", mounts.Number(0, 86400)),
+	"acregmin":    mounts.Valued("acregmin", mounts.Number(0, 86400)),
+	"acregmax":    mounts.Valued("acregmax", mounts.Number(0, 86400)),
+	"acdirmin":    mounts.Valued("acdirmin", mounts.Number(0, 86400)),
+	"acdirmax":    mounts.Valued("acdirmax", mounts.Number(0, 86400)),
 	"lookupcache": mounts.Valued("lookupcache", mounts.Words("all", "none", "pos", "positive")),
 	"cto":         mounts.Flag("cto"), "nocto": mounts.Flag("cto"),
-	"lock": mounts.Flag("lock"), "nolock": mounts.Flag("lock"), "local_lock": mounts.Valued("local_lock", mounts.Words("all", "none", "flock", "posix")),
-	"acl": mounts.Flag("acl"), "noacl": mounts.Flag("acl"),
+	"lock": mounts.Flag("lock"), "nolock": mounts.Flag("lock"),
+	"local_lock": mounts.Valued("local_lock", mounts.Words("all", "none", "flock", "posix")),
+	"acl":        mounts.Flag("acl"), "noacl": mounts.Flag("acl"),
 	"rdirplus": mounts.Flag("rdirplus"), "nordirplus": mounts.Flag("rdirplus"),
 	"sharecache": mounts.Flag("sharecache"), "nosharecache": mounts.Flag("sharecache"),
 	"resvport": mounts.Flag("resvport"), "noresvport": mounts.Flag("resvport"),
 	"fsc": mounts.Flag("fsc"), "nofsc": mounts.Flag("fsc"),
-	"nconnect": mounts.Valued("nconnect", mounts.Number(1, 16)), "max_connect": mounts.Valued("max_connect", mounts.Number(1, 16)),
-	"proto": mounts.Valued("proto", mounts.Words("tcp", "tcp6", "udp", "udp6", "rdma", "rdma6")), "tcp": mounts.Flag("proto"), "udp": mounts.Flag("proto"),
-	"mountproto": mounts.Valued("mountproto", mounts.Words("tcp", "tcp6", "udp", "udp6")), "mountvers": mounts.Valued("mountvers", mounts.Words("3")),
-	"port": mounts.Valued("port", mounts.Number(1, 65535)), "mountport": mounts.Valued("mountport", mounts.Number(1, 65535)),
-	"sec": mounts.Valued("sec", mounts.Words("sys", "krb5", "krb5i", "krb5p")),
-	"ro":  mounts.Flag("ro"), "rw": mounts.Flag("ro"), "sync": mounts.Flag("sync"), "async": mounts.Flag("sync"),
-	"atime": mounts.Flag("atime"), "noatime": mounts.Flag("atime"), "relatime": mounts.Flag("atime"), "strictatime": mounts.Flag("atime"),
-	"diratime": mounts.Flag("diratime"), "nodiratime": mounts.Flag("diratime"),
+	"nconnect":    mounts.Valued("nconnect", mounts.Number(1, 16)),
+	"max_connect": mounts.Valued("max_connect", mounts.Number(1, 16)),
+	"proto":       mounts.Valued("proto", mounts.Words("tcp", "tcp6", "udp", "udp6", "rdma", "rdma6")),
+	"tcp":         mounts.Flag("proto"), "udp": mounts.Flag("proto"),
+	"mountproto": mounts.Valued("mountproto", mounts.Words("tcp", "tcp6", "udp", "udp6")),
+	"mountvers":  mounts.Valued("mountvers", mounts.Words("3")),
+	"port":       mounts.Valued("port", mounts.Number(1, 65535)),
+	"mountport":  mounts.Valued("mountport", mounts.Number(1, 65535)),
+	"sec":        mounts.Valued("sec", mounts.Words("sys", "krb5", "krb5i", "krb5p")),
+	"ro":         mounts.Flag("ro"), "rw": mounts.Flag("ro"), "sync": mounts.Flag("sync"), "async": mounts.Flag("sync"),
+	"atime": mounts.Flag("atime"), "noatime": mounts.Flag("atime"), "relatime": mounts.Flag("atime"),
+	"strictatime": mounts.Flag("atime"),
+	"diratime":    mounts.Flag("diratime"), "nodiratime": mounts.Flag("diratime"),
 	"nosuid": mounts.Flag("suid"), "nodev": mounts.Flag("dev"), "noexec": mounts.Flag("exec"),
 	"suid": mounts.AdminFlag("suid"), "dev": mounts.AdminFlag("dev"), "exec": mounts.AdminFlag("exec"),
 }

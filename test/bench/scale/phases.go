@@ -138,7 +138,8 @@ func (c *cluster) idle() error {
 		return err
 	}
 	_, revision2, err := c.counts()
-	c.add("idle", "of one processor, each host", "%", 100*(after.hosts-before.hosts)/c.o.idle.Seconds()/float64(len(c.hosts)))
+	c.add("idle", "of one processor, each host", "%",
+		100*(after.hosts-before.hosts)/c.o.idle.Seconds()/float64(len(c.hosts)))
 	c.add("idle", "of one processor, the store", "%", 100*(after.store-before.store)/c.o.idle.Seconds())
 	c.add("idle", "resident memory of each host", "MiB", after.resident)
 	c.add("idle", "revisions of the store", "", revision2-revision)
@@ -237,7 +238,8 @@ func (c *cluster) propagation() error {
 	c.add("propagation", "p99", "ms", quantile(samples, 0.99))
 	each := 1000 * (after.hosts - before.hosts) / float64(c.o.changes*len(c.hosts))
 	c.add("propagation", "processor time of each host for a change", "ms", each)
-	c.add("propagation", "processor time of the store for a change", "ms", 1000*(after.store-before.store)/float64(c.o.changes))
+	c.add("propagation", "processor time of the store for a change", "ms",
+		1000*(after.store-before.store)/float64(c.o.changes))
 	return c.store.client.Do(c.ctx, "DELETE", "/v1/hosts/"+probe, nil, nil)
 }
 
@@ -417,7 +419,8 @@ func (c *cluster) view() error {
 	if _, resident, err := h.cpu(); err == nil {
 		c.add("view", "resident memory of a host", "MiB", resident)
 	}
-	paths := []string{"/v1/hosts", "/v1/networks", "/v1/networks/lan/status", "/v1/networks/big/status", "/metrics", "/readyz"}
+	paths := []string{"/v1/hosts", "/v1/networks", "/v1/networks/lan/status", "/v1/networks/big/status", "/metrics",
+		"/readyz"}
 	for _, path := range paths {
 		var times []float64
 		for range 11 {

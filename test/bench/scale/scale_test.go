@@ -35,7 +35,8 @@ func TestQuickRun(t *testing.T) {
 		t.Skipf("no executables in %s; run `make build`", bin)
 	}
 	file := filepath.Join(t.TempDir(), "scale.json")
-	cmd := exec.CommandContext(t.Context(), os.Args[0], "-n", "3", "-outage", "1s", "-idle", "1s", "-changes", "3", "-view-hosts", "50",
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-n", "3", "-outage", "1s", "-idle", "1s", "-changes", "3",
+		"-view-hosts", "50",
 		"-view-blocks", "100", "-json", file, "-dir", t.TempDir(), "-bin", bin)
 	cmd.Env = append(os.Environ(), asScale+"=1")
 	var out bytes.Buffer

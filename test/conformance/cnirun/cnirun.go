@@ -1,7 +1,8 @@
-// Package cnirun calls CNI executables as a runtime does, by environment and stdin, and reads what they leave on a host.
+// Package cnirun calls CNI executables as a runtime does, by environment and stdin, and reads what they leave
+// on a host.
 //
-// The reference library is not used on purpose: it never sends what a careless runtime may send, and it hides exit code and
-// stdout.
+// The reference library is not used on purpose: it never sends what a careless runtime may send, and it hides
+// exit code and stdout.
 package cnirun
 
 import (
@@ -102,8 +103,9 @@ func (o Outcome) CNIError() (*types.Error, error) {
 	return &e, nil
 }
 
-// World is everything on a host that a call may change, as text: devices, routes, what carries Lariat's mark, the journal, and
-// what the metadata service holds for the host. Lock files are left out; they stay, by design.
+// World is everything on a host that a call may change, as text: devices, routes, what carries Lariat's mark,
+// the journal, and what the metadata service holds for the host. Lock files are left out; they stay, by
+// design.
 func World(ctx context.Context, h *lab.Host) (string, error) {
 	var b strings.Builder
 	err := h.Do(func() error {
@@ -118,13 +120,17 @@ func World(ctx context.Context, h *lab.Host) (string, error) {
 			lines = append(lines, fmt.Sprintf("device %s %s %s", l.Attrs().Name, l.Type(), l.Attrs().Alias))
 		}
 		every, by := &netlink.Route{Table: unix.RT_TABLE_UNSPEC}, netlink.RT_FILTER_TABLE
-		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) { return netlink.RouteListFiltered(netlink.FAMILY_ALL, every, by) })
+		routes, err := kernel.RetryDump(func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(netlink.FAMILY_ALL,
+				every, by)
+		})
 		if err != nil {
 			return err
 		}
 		for _, r := range routes {
 			if r.Protocol != unix.RTPROT_KERNEL { // those come and go with addresses and by duplicate address detection
-				lines = append(lines, fmt.Sprintf("route %v via %v dev %s table %d protocol %d", r.Dst, r.Gw, names[r.LinkIndex], r.Table, r.Protocol))
+				lines = append(lines, fmt.Sprintf("route %v via %v dev %s table %d protocol %d", r.Dst, r.Gw, names[r.LinkIndex],
+					r.Table, r.Protocol))
 			}
 		}
 		slices.Sort(lines)

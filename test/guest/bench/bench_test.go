@@ -1,5 +1,5 @@
-// Package bench_test measures in a guest what an encrypted network costs, against the same tunnel made by hand and against none.
-// "make bench/guest" runs it; there is no test in it, and nothing fails on a figure.
+// Package bench_test measures in a guest what an encrypted network costs, against the same tunnel made by
+// hand and against none. "make bench/guest" runs it; there is no test in it, and nothing fails on a figure.
 package bench_test
 
 import (
@@ -38,14 +38,17 @@ const target = 0.97
 
 // measures of one datapath, one value a round.
 type measures struct {
-	Who       string    `json:"who"`
-	Mbit      []float64 `json:"mbitPerSecond"`       // TCP, one stream
-	CPU       []float64 `json:"cpuNanosPerOctet"`    // of the whole machine meanwhile: both hosts, both containers, sender and receiver
-	Exchanges []float64 `json:"exchangesPerSecond"`  // 64 octets there and back by TCP, one at a time
-	ESP       float64   `json:"espOctetsPerPayload"` // what went through the kernel's security associations, to show that it did
+	Who  string    `json:"who"`
+	Mbit []float64 `json:"mbitPerSecond"` // TCP, one stream
+	// of the whole machine meanwhile: both hosts, both containers, sender and receiver
+	CPU       []float64 `json:"cpuNanosPerOctet"`
+	Exchanges []float64 `json:"exchangesPerSecond"` // 64 octets there and back by TCP, one at a time
+	// what went through the kernel's security associations, to show that it did
+	ESP float64 `json:"espOctetsPerPayload"`
 }
 
-// verdict is a ratio of ours to theirs: the median of the rounds' ratios, for neighbours in time suffer alike from what else the machine does.
+// verdict is a ratio of ours to theirs: the median of the rounds' ratios, for neighbours in time suffer alike
+// from what else the machine does.
 type verdict struct {
 	What    string     `json:"what"`
 	Ratio   float64    `json:"ratio"`
@@ -65,20 +68,23 @@ type report struct {
 	Targets  []verdict   `json:"targets"`
 }
 
-const note = "The processor is emulated, and a second is a thousand million instructions, AES-NI's among them, whatever else the machine\n" +
+const note = "The processor is emulated, and a second is a thousand million instructions, AES-NI's among them, " +
+	"whatever else the machine\n" +
 	"does meanwhile. There are no caches and no wire. No figure means anything by itself; ratios within one run do."
 
 func BenchmarkTunnel(b *testing.B) {
 	probe.Need(b, probe.ESP, probe.AESGCM, probe.XfrmInterface, probe.Veth, probe.VXLAN, probe.Nft)
 	runtime.GOMAXPROCS(4) // the two ends block in the kernel; neither shall wait until the runtime has noticed
-	ours, hand, ruled := newLariat(b, "lariat", false), newByHand(b, "ipsec by hand", ipsecByHand, ""), newByHand(b, "ipsec by hand, same rules", ipsecByHand, rulesByHand)
+	ours, hand, ruled := newLariat(b, "lariat", false), newByHand(b, "ipsec by hand", ipsecByHand, ""),
+		newByHand(b, "ipsec by hand, same rules", ipsecByHand, rulesByHand)
 	// Those that are compared with each other stand side by side.
 	paths := []*path{
 		newByHand(b, "plain veth", plainByHand, ""), newByHand(b, "vxlan by hand", vxlanByHand, ""),
 		hand, ours, ruled, newLariat(b, "lariat, hostNAT", true),
 	}
 	all := map[*path]*measures{}
-	r := report{Kernel: text(b, "/proc/sys/kernel/osrelease"), CPUs: runtime.NumCPU(), Emulated: note, Rounds: *rounds, Seconds: *seconds}
+	r := report{Kernel: text(b, "/proc/sys/kernel/osrelease"), CPUs: runtime.NumCPU(), Emulated: note, Rounds: *rounds,
+		Seconds: *seconds}
 	for _, p := range paths {
 		all[p] = &measures{Who: p.name}
 		r.Paths = append(r.Paths, all[p])
@@ -129,7 +135,8 @@ func BenchmarkTunnel(b *testing.B) {
 
 func judge(what string, ours, theirs []float64, promised bool) verdict {
 	x := ratios(ours, theirs)
-	v := verdict{What: what, Ratio: quantile(x, 0.5), Middle: [2]float64{quantile(x, 0.25), quantile(x, 0.75)}, Verdict: "for the reader"}
+	v := verdict{What: what, Ratio: quantile(x, 0.5), Middle: [2]float64{quantile(x, 0.25), quantile(x, 0.75)},
+		Verdict: "for the reader"}
 	if promised {
 		v.Wanted, v.Verdict = target, "missed"
 		if v.Ratio >= target {
@@ -142,12 +149,15 @@ func judge(what string, ours, theirs []float64, promised bool) verdict {
 // table prints the report; base is what the ratios in it refer to.
 func (r *report) table(base *measures) string {
 	var s strings.Builder
-	fmt.Fprintf(&s, "\nENCRYPTED NETWORK, in Linux %s, %d processor, %d rounds of %g s, medians\n%s\n\n", r.Kernel, r.CPUs, r.Rounds, r.Seconds, r.Emulated)
+	fmt.Fprintf(&s, "\nENCRYPTED NETWORK, in Linux %s, %d processor, %d rounds of %g s, medians\n%s\n\n", r.Kernel, r.CPUs,
+		r.Rounds, r.Seconds, r.Emulated)
 	t := tabwriter.NewWriter(&s, 2, 8, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "datapath\tTCP Mbit/s\tof by hand\tCPU ns/octet\tof by hand\tTCP_RR/s\tof by hand\t")
 	for _, m := range r.Paths {
-		fmt.Fprintf(t, "%s\t%.0f\t%.2f\t%.1f\t%.2f\t%.0f\t%.2f\t\n", m.Who, median(m.Mbit), quantile(ratios(m.Mbit, base.Mbit), 0.5),
-			median(m.CPU), quantile(ratios(m.CPU, base.CPU), 0.5), median(m.Exchanges), quantile(ratios(m.Exchanges, base.Exchanges), 0.5))
+		fmt.Fprintf(t, "%s\t%.0f\t%.2f\t%.1f\t%.2f\t%.0f\t%.2f\t\n", m.Who, median(m.Mbit),
+			quantile(ratios(m.Mbit, base.Mbit), 0.5),
+			median(m.CPU), quantile(ratios(m.CPU, base.CPU), 0.5), median(m.Exchanges),
+			quantile(ratios(m.Exchanges, base.Exchanges), 0.5))
 	}
 	t.Flush()
 	fmt.Fprintln(&s, "\nTARGETS (lariat's, the median of the rounds' ratios)")

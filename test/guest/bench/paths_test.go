@@ -79,13 +79,15 @@ var secret = base64.StdEncoding.EncodeToString([]byte("a secret of a benchmark, 
 
 // cluster is the metadata of two hosts with an encrypted network.
 func (p *path) cluster(hostNAT bool) *metadata.Snapshot {
-	s := &metadata.Snapshot{Networks: []metadata.Network{{Name: network, Encapsulation: metadata.EncapIPsec, HostNAT: hostNAT,
+	s := &metadata.Snapshot{Networks: []metadata.Network{{Name: network, Encapsulation: metadata.EncapIPsec,
+		HostNAT: hostNAT,
 		Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}}}
 	for i := range p.hosts {
 		name := fmt.Sprint("h", i+1)
 		s.Hosts = append(s.Hosts, metadata.Host{Name: name, Underlay: []metadata.Underlay{
 			{Address: netip.MustParsePrefix(fmt.Sprintf("192.0.2.%d/24", i+1)), Device: p.devices[i], MTU: 1500}}})
-		s.Blocks = append(s.Blocks, metadata.Block{Network: network, Host: name, CIDR: netip.MustParsePrefix(fmt.Sprintf("10.42.%d.0/26", i+1)),
+		s.Blocks = append(s.Blocks, metadata.Block{Network: network, Host: name,
+			CIDR:    netip.MustParsePrefix(fmt.Sprintf("10.42.%d.0/26", i+1)),
 			Gateway: netip.MustParseAddr(fmt.Sprintf("10.42.%d.1", i+1))})
 	}
 	return s
@@ -112,12 +114,16 @@ func newLariat(b *testing.B, name string, hostNAT bool) *path {
 
 		d := &ike.Daemon{Socket: charon(b, p.hosts[i]).Socket()}
 		b.Cleanup(func() { _ = d.Close() })
-		_, err = d.Apply(b.Context(), ipsec.Tunnels(snap, h.Name, ipsec.Options{Keys: secrets.IDs()}), ike.Credentials{Secrets: secrets}, false)
+		_, err = d.Apply(b.Context(), ipsec.Tunnels(snap, h.Name, ipsec.Options{Keys: secrets.IDs()}),
+			ike.Credentials{Secrets: secrets}, false)
 		must(b, err)
 
-		a := &metadata.Attachment{Network: network, Encapsulation: metadata.EncapIPsec, MTU: mtu.Container(snap.Networks[0], h), Subnets: snap.Networks[0].Subnets, Host: h.Name,
-			Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(container(i)), Gateway: snap.Blocks[i].Gateway}}}
-		must(b, k.AddEndpoint(b.Context(), p.containers[i].Path(), attach.Plan(a, attach.Config{ID: metadata.AttachmentID{ContainerID: h.Name, IfName: "eth0"}})))
+		a := &metadata.Attachment{Network: network, Encapsulation: metadata.EncapIPsec,
+			MTU: mtu.Container(snap.Networks[0], h), Subnets: snap.Networks[0].Subnets, Host: h.Name,
+			Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(container(i)),
+				Gateway: snap.Blocks[i].Gateway}}}
+		must(b, k.AddEndpoint(b.Context(), p.containers[i].Path(),
+			attach.Plan(a, attach.Config{ID: metadata.AttachmentID{ContainerID: h.Name, IfName: "eth0"}})))
 	}
 	return p
 }
@@ -138,7 +144,8 @@ func charon(b *testing.B, ns *netnstest.NS) *ike.Charon {
 	return c
 }
 
-// byHand is what an administrator would type on each host, for a way of this kind: $i is this host, $j the other, $dev the underlay's device.
+// byHand is what an administrator would type on each host, for a way of this kind: $i is this host, $j the
+// other, $dev the underlay's device.
 type byHand struct {
 	mtu    int
 	script string
@@ -199,7 +206,8 @@ secrets {
 `}
 )
 
-// rulesByHand keep clear packets off the wire and let none in, and no more, for the reader: what that costs whoever does it.
+// rulesByHand keep clear packets off the wire and let none in, and no more, for the reader: what that costs
+// whoever does it.
 const rulesByHand = `
 ip link set dev port0 group 76
 ip link set dev ipsec0 group 76
@@ -217,7 +225,8 @@ table inet guard {
 .
 `
 
-// The container's part is like Lariat's: a routed veth pair with a permanent neighbour, and the strict reverse-path check on it.
+// The container's part is like Lariat's: a routed veth pair with a permanent neighbour, and the strict
+// reverse-path check on it.
 const (
 	portByHand = `
 echo 1 >/proc/sys/net/ipv4/ip_forward
@@ -240,7 +249,8 @@ func newByHand(b *testing.B, name string, way byHand, more string) *path {
 	p := newPath(b, name)
 	p.encrypted = way.conf != ""
 	for i, host := range p.hosts {
-		fill := strings.NewReplacer("$i", fmt.Sprint(i+1), "$j", fmt.Sprint(2-i), "$dev", p.devices[i], "$mtu", fmt.Sprint(way.mtu),
+		fill := strings.NewReplacer("$i", fmt.Sprint(i+1), "$j", fmt.Sprint(2-i), "$dev", p.devices[i], "$mtu",
+			fmt.Sprint(way.mtu),
 			"$container", p.containers[i].Path(), "$secret", secret).Replace
 		host.Command(b, "sh", "-ec", fill(portByHand+way.script+more))
 		p.containers[i].Command(b, "sh", "-ec", fill(containerByHand))

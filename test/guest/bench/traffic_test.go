@@ -35,7 +35,8 @@ func socket() (int, error) {
 func limits(fd int) error {
 	limit := unix.NsecToTimeval(int64(wait))
 	return errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &limit),
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit), unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1))
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &limit),
+		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1))
 }
 
 func (p *path) listen(b *testing.B) {
@@ -64,8 +65,8 @@ func (p *path) connect(b *testing.B) (from, to int) {
 	return from, to
 }
 
-// stream is one connection that sends all the time: what arrived a second, and how long the processors were busy for an octet of it. The start
-// does not count.
+// stream is one connection that sends all the time: what arrived a second, and how long the processors were
+// busy for an octet of it. The start does not count.
 func (p *path) stream(b *testing.B, seconds float64) (mbit, nanosPerOctet, octets float64) {
 	b.Helper()
 	from, to := p.connect(b)
@@ -122,7 +123,8 @@ func (p *path) stream(b *testing.B, seconds float64) (mbit, nanosPerOctet, octet
 	if arrived == 0 {
 		b.Fatalf("%s: nothing arrived", p.name)
 	}
-	return float64(arrived) * 8 / 1e6 / took.Seconds(), float64(used.Nanoseconds()) / float64(arrived), float64(received.Load())
+	return float64(arrived) * 8 / 1e6 / took.Seconds(), float64(used.Nanoseconds()) / float64(arrived),
+		float64(received.Load())
 }
 
 // exchanges sends 64 octets and waits for them to come back, again and again: how often that is done in a second.
@@ -177,14 +179,16 @@ func readFull(fd int, buf []byte) error {
 	return nil
 }
 
-// busyTime is how long the processors of the machine have been doing something, whatever it was: /proc/stat counts hundredths of a second.
+// busyTime is how long the processors of the machine have been doing something, whatever it was: /proc/stat
+// counts hundredths of a second.
 func busyTime(b *testing.B) (busy time.Duration) {
 	b.Helper()
 	data, err := os.ReadFile("/proc/stat")
 	must(b, err)
 	line, _, _ := strings.Cut(string(data), "\n")
 	for i, word := range strings.Fields(line) {
-		if i == 0 || i == 4 || i == 5 || i > 8 { // its name; idle; idle and waiting for a disk; a guest's, which is counted as a user's
+		// its name; idle; idle and waiting for a disk; a guest's, which is counted as a user's
+		if i == 0 || i == 4 || i == 5 || i > 8 {
 			continue
 		}
 		n, err := strconv.ParseInt(word, 10, 64)

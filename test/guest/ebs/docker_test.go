@@ -16,7 +16,8 @@ import (
 func TestF104Docker(t *testing.T) {
 	l := newLab(t, -1)
 	l.enter(t)
-	c := dockerapi.Config{Driver: l.inProcess, Name: "lariat-ebs", StateDir: t.TempDir(), MountDir: t.TempDir(), Scope: "local"}
+	c := dockerapi.Config{Driver: l.inProcess, Name: "lariat-ebs", StateDir: t.TempDir(), MountDir: t.TempDir(),
+		Scope: "local"}
 	dir := c.MountDir + "/db"
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	do := func(verb, id, words string) {
@@ -24,7 +25,8 @@ func TestF104Docker(t *testing.T) {
 		s, err := dockerapi.New(c)
 		must(t, err)
 		defer s.Close()
-		body, _ := json.Marshal(map[string]any{"Name": "db", "ID": id, "Opts": map[string]string{"size": "1", "onRemove": "purge"}})
+		body, _ := json.Marshal(map[string]any{"Name": "db", "ID": id,
+			"Opts": map[string]string{"size": "1", "onRemove": "purge"}})
 		w := httptest.NewRecorder()
 		s.ServeHTTP(w, httptest.NewRequest("POST", "/VolumeDriver."+verb, strings.NewReader(string(body))))
 		var a struct{ Err string }

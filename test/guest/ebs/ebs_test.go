@@ -1,5 +1,5 @@
-// Package ebs_test runs the EBS driver as kubelet and its controller do: the real SDK against an emulator of EC2 and IMDSv2, which makes attached volumes real NVMe
-// drives of this machine.
+// Package ebs_test runs the EBS driver as kubelet and its controller do: the real SDK against an emulator of
+// EC2 and IMDSv2, which makes attached volumes real NVMe drives of this machine.
 package ebs_test
 
 import (
@@ -19,10 +19,11 @@ import (
 	"github.com/lariat-net/lariat/test/guest"
 )
 
-var driver = flextest.Driver{Name: "ebs", Programs: []string{"blkid", "mkfs", "e2fsck"}, New: func(log *slog.Logger) (volume.Driver, error) {
-	c, err := ebs.FromEnvironment(os.Getenv)
-	return ebs.New(c, log), err
-}}
+var driver = flextest.Driver{Name: "ebs", Programs: []string{"blkid", "mkfs", "e2fsck"},
+	New: func(log *slog.Logger) (volume.Driver, error) {
+		c, err := ebs.FromEnvironment(os.Getenv)
+		return ebs.New(c, log), err
+	}}
 
 func TestMain(m *testing.M) { driver.Main(m, guest.Options{Bin: true, Memory: 1024}) }
 
@@ -94,18 +95,20 @@ func (l *lab) volume(t *testing.T) fakeaws.Volume {
 	return all[0]
 }
 
-// F106, F157: the whole life of a volume as kubelet and its controller play it: create, attach, wait, one mkfs, mount for the node and for a pod, detach and attach again under
-// another device name, expand, delete.
+// F106, F157: the whole life of a volume as kubelet and its controller play it: create, attach, wait, one
+// mkfs, mount for the node and for a pod, detach and attach again under another device name, expand, delete.
 func TestF157Life(t *testing.T) {
 	l := newLab(t, 1)
 	global, pod := l.Place(t, "global"), l.Place(t, "pod")
 	j := options("kubernetes.io/pvOrVolumeName", "data", "size", "1", "onRemove", "purge", "tags", "team=blue")
 	r := l.OK(t, "create", j)
-	if v := l.volume(t); r.Options["created"] != "true" || v.Size != 1 || v.Type != "gp3" || v.Zone != "eu-test-1a" || v.Tags["lariat:volume"] != "data" || v.Tags["Name"] != "data" || v.Tags["team"] != "blue" {
+	if v := l.volume(t); r.Options["created"] != "true" || v.Size != 1 || v.Type != "gp3" || v.Zone != "eu-test-1a" ||
+		v.Tags["lariat:volume"] != "data" || v.Tags["Name"] != "data" || v.Tags["team"] != "blue" {
 		t.Errorf("created: %+v %+v", r, v)
 	}
 	device := l.OK(t, "attach", j, self).Device
-	if !strings.HasPrefix(device, "/dev/xvd") || !*l.OK(t, "isattached", j, self).Attached || *l.OK(t, "isattached", j, "node-2.internal").Attached {
+	if !strings.HasPrefix(device, "/dev/xvd") || !*l.OK(t, "isattached", j, self).Attached ||
+		*l.OK(t, "isattached", j, "node-2.internal").Attached {
 		t.Errorf("attached as %s", device)
 	}
 	real := l.OK(t, "waitforattach", device, j).Device
@@ -115,7 +118,8 @@ func TestF157Life(t *testing.T) {
 	l.OK(t, "mountdevice", global, real, j)
 	l.OK(t, "mount", pod, j)
 	l.OK(t, "mount", pod, j)
-	if g, p := at(t, global), at(t, pod); len(g) != 1 || len(p) != 1 || g[0].FSType != "ext4" || g[0].Device != p[0].Device || !strings.Contains(p[0].Options, "nosuid,nodev") {
+	if g, p := at(t, global), at(t, pod); len(g) != 1 || len(p) != 1 || g[0].FSType != "ext4" ||
+		g[0].Device != p[0].Device || !strings.Contains(p[0].Options, "nosuid,nodev") {
 		t.Fatalf("mounted: %+v %+v", g, p)
 	}
 	must(t, os.WriteFile(pod+"/f", []byte("data"), 0o644))
@@ -140,7 +144,8 @@ func TestF157Life(t *testing.T) {
 		t.Errorf("the names are not shuffled: %s was the volume's, now %s is, and %s the other's", real, again, decoy)
 	}
 	l.OK(t, "mountdevice", global, real, j) // the old name; it does not count
-	if data, err := os.ReadFile(global + "/f"); err != nil || string(data) != "data" || sh(t, "blkid -s UUID -o value "+again) != uuid {
+	if data, err := os.ReadFile(global + "/f"); err != nil || string(data) != "data" ||
+		sh(t, "blkid -s UUID -o value "+again) != uuid {
 		t.Errorf("the data: %q %v", data, err)
 	}
 
@@ -151,7 +156,8 @@ func TestF157Life(t *testing.T) {
 		t.Errorf("expanded: %+v, the file system has %d", grown, size)
 	}
 	l.OK(t, "expandfs", j, again, global, fmt.Sprint(2<<30), fmt.Sprint(1<<30))
-	l.Fails(t, nil, "once in six hours; it can be tried again at 20", "expandvolume", j, global, fmt.Sprint(3<<30), fmt.Sprint(2<<30))
+	l.Fails(t, nil, "once in six hours; it can be tried again at 20", "expandvolume", j, global, fmt.Sprint(3<<30),
+		fmt.Sprint(2<<30))
 	l.OK(t, "unmountdevice", global)
 	l.OK(t, "detach", "data", self)
 	l.OK(t, "detach", "decoy", self)

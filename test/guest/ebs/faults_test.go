@@ -77,13 +77,19 @@ func TestF157NeverFormatted(t *testing.T) {
 			write(t, p, 0, mbr)
 		}, "is a partition table (dos)"},
 		{"swap", fakeaws.Volume{Tags: fresh}, func(p string) { sh(t, "mkswap "+p) }, "is swap, which is not mounted"},
-		{"random data at the start", fakeaws.Volume{Tags: fresh}, func(p string) { write(t, p, 0, random) }, "there is data at octet 0 of"},
-		{"some in the middle", fakeaws.Volume{Tags: fresh}, func(p string) { write(t, p, 512<<20, random) }, "there is data at octet 536870912 of"},
-		{"a device larger than the volume", fakeaws.Volume{Tags: fresh}, func(p string) { must(t, os.Truncate(p, 2<<30)) }, "has 2147483648 octets, and the volume 1073741824"},
-		{"from a snapshot", fakeaws.Volume{Tags: fresh, SnapshotID: "snap-00000001"}, nil, "it comes from snapshot snap-00000001"},
+		{"random data at the start", fakeaws.Volume{Tags: fresh}, func(p string) { write(t, p, 0, random) },
+			"there is data at octet 0 of"},
+		{"some in the middle", fakeaws.Volume{Tags: fresh}, func(p string) { write(t, p, 512<<20, random) },
+			"there is data at octet 536870912 of"},
+		{"a device larger than the volume", fakeaws.Volume{Tags: fresh}, func(p string) { must(t, os.Truncate(p, 2<<30)) },
+			"has 2147483648 octets, and the volume 1073741824"},
+		{"from a snapshot", fakeaws.Volume{Tags: fresh, SnapshotID: "snap-00000001"}, nil,
+			"it comes from snapshot snap-00000001"},
 		{"of somebody else", fakeaws.Volume{ID: "vol-0000000000000000f"}, nil, "Lariat did not create it. Format it by hand"},
-		{"that had a file system", fakeaws.Volume{Tags: map[string]string{"lariat:file-system": "made"}}, nil, "it had a file system once"},
-		{"that another host was formatting", fakeaws.Volume{Tags: map[string]string{"lariat:file-system": "making"}}, nil, "another host began to format it"},
+		{"that had a file system", fakeaws.Volume{Tags: map[string]string{"lariat:file-system": "made"}}, nil,
+			"it had a file system once"},
+		{"that another host was formatting", fakeaws.Volume{Tags: map[string]string{"lariat:file-system": "making"}}, nil,
+			"another host began to format it"},
 		{"wanted read-only", fakeaws.Volume{Tags: fresh}, nil, "it is wanted read-only"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -137,16 +143,19 @@ func TestF157AttachingAndNeverThere(t *testing.T) {
 	}
 	nothingAt(t, dir)
 
-	l.AddVolume(fakeaws.Volume{ID: "vol-0000000000000000a", Tags: map[string]string{"lariat:volume": "never", "lariat:file-system": "none"}})
+	l.AddVolume(fakeaws.Volume{ID: "vol-0000000000000000a", Tags: map[string]string{"lariat:volume": "never",
+		"lariat:file-system": "none"}})
 	l.NeverAppears("vol-0000000000000000a")
 	l.OK(t, "attach", options("name", "never"), self)
-	l.Fails(t, short, "no device appears here whose serial number is vol0000000000000000a", "waitforattach", "", options("name", "never"))
+	l.Fails(t, short, "no device appears here whose serial number is vol0000000000000000a", "waitforattach", "",
+		options("name", "never"))
 	nothingAt(t, dir)
 	l.OK(t, "detach", "never", self)
 	l.NoRecords(t, "slow.json")
 }
 
-// F157: a device that is torn away under a live mount is noticed, and can be unmounted; the volume comes back under another name.
+// F157: a device that is torn away under a live mount is noticed, and can be unmounted; the volume comes back
+// under another name.
 func TestF157TornAway(t *testing.T) {
 	l := newLab(t, -1)
 	global, pod := l.Place(t, "global"), l.Place(t, "pod")
@@ -171,7 +180,8 @@ func TestF157TornAway(t *testing.T) {
 	l.OK(t, "unmountdevice", global)
 	nothingAt(t, global)
 	l.OK(t, "mountdevice", global, "", j)
-	if data, err := os.ReadFile(global + "/f"); err != nil || string(data) != "data" || at(t, global)[0].Device == was.Device && at(t, global)[0].Source == was.Source {
+	if data, err := os.ReadFile(global + "/f"); err != nil || string(data) != "data" ||
+		at(t, global)[0].Device == was.Device && at(t, global)[0].Source == was.Source {
 		t.Errorf("after it came back: %q %v %+v", data, err, at(t, global))
 	}
 
@@ -184,7 +194,8 @@ func TestF157TornAway(t *testing.T) {
 	l.NoRecords(t)
 }
 
-// F158: kill -9 at every step of every verb, each time of the call that goes on where the one before was killed: one volume, one mkfs, one mount, no record lost or left.
+// F158: kill -9 at every step of every verb, each time of the call that goes on where the one before was
+// killed: one volume, one mkfs, one mount, no record lost or left.
 func TestF158KilledAtEveryStep(t *testing.T) {
 	l := newLab(t, -1)
 	global := l.Place(t, "global")
@@ -195,8 +206,10 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 	}{
 		{[]string{"create", j}, []string{"before-create", "created", "journal-written", "volume-recorded"}},
 		{[]string{"attach", j, self}, []string{"before-attach", "attach-asked", "attached"}},
-		{[]string{"mountdevice", global, "", j}, []string{"journal-written", "mount-journalled", "mount-prepared", "format-journalled", "format-marked", "formatted", "format-tagged", "before-mount", "mounted"}},
-		{[]string{"expandfs", j, "", global, fmt.Sprint(2 << 30), "0"}, []string{"before-modify", "modify-asked", "volume-expanded", "file-system-expanded"}},
+		{[]string{"mountdevice", global, "", j}, []string{"journal-written", "mount-journalled", "mount-prepared",
+			"format-journalled", "format-marked", "formatted", "format-tagged", "before-mount", "mounted"}},
+		{[]string{"expandfs", j, "", global, fmt.Sprint(2 << 30), "0"},
+			[]string{"before-modify", "modify-asked", "volume-expanded", "file-system-expanded"}},
 		{[]string{"unmountdevice", global}, []string{"unmounted", "unmount-proven"}},
 		{[]string{"detach", "k", self}, []string{"before-detach", "detach-asked", "detached"}},
 		{[]string{"delete", j}, []string{"delete-journalled", "deleted", "delete-done"}},
@@ -231,7 +244,8 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 		case "expandfs":
 			var st unix.Statfs_t
 			must(t, unix.Statfs(global, &st))
-			if data, err := os.ReadFile(global + "/f"); err != nil || string(data) != "data" || l.volume(t).Size != 2 || int64(st.Blocks)*st.Bsize < 19<<26 {
+			if data, err := os.ReadFile(global + "/f"); err != nil || string(data) != "data" || l.volume(t).Size != 2 ||
+				int64(st.Blocks)*st.Bsize < 19<<26 {
 				t.Errorf("expanded: %q %v %+v", data, err, l.volume(t))
 			}
 		case "unmountdevice":
@@ -248,7 +262,8 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 	l.NoRecords(t)
 }
 
-// F158: mkfs that was killed half-way leaves a device that is not blank. It is begun again where it was begun, and nowhere else.
+// F158: mkfs that was killed half-way leaves a device that is not blank. It is begun again where it was
+// begun, and nowhere else.
 func TestF158KilledInMkfs(t *testing.T) {
 	l := newLab(t, -1)
 	dir := l.Place(t, "d")
@@ -267,7 +282,8 @@ func TestF158KilledInMkfs(t *testing.T) {
 	sh(t, "rm -rf "+l.StateDir()+"/formats; mv /tmp/formats "+l.StateDir()+"/formats")
 	// In Rancher's shape, and on xfs.
 	l.OK(t, "mount", dir, device, j)
-	if m := at(t, dir); len(m) != 1 || m[0].FSType != "xfs" || !strings.Contains(m[0].Options, "noatime") || l.volume(t).Tags["lariat:file-system"] != "made" {
+	if m := at(t, dir); len(m) != 1 || m[0].FSType != "xfs" || !strings.Contains(m[0].Options, "noatime") ||
+		l.volume(t).Tags["lariat:file-system"] != "made" {
 		t.Errorf("mounted: %+v, %+v", m, l.volume(t))
 	}
 	must(t, os.WriteFile(dir+"/f", []byte("data"), 0o644))
@@ -277,7 +293,8 @@ func TestF158KilledInMkfs(t *testing.T) {
 	if int64(st.Blocks)*st.Bsize < 19<<26 {
 		t.Errorf("the file system has %d octets", int64(st.Blocks)*st.Bsize)
 	}
-	l.Fails(t, nil, "has the file system xfs, not ext4", "mount", dir+"-2", device, options("name", "half", "fsType", "ext4"))
+	l.Fails(t, nil, "has the file system xfs, not ext4", "mount", dir+"-2", device,
+		options("name", "half", "fsType", "ext4"))
 	l.OK(t, "unmount", dir, j)
 	l.OK(t, "detach", device)
 	if l.volume(t).State != "available" {
@@ -390,7 +407,8 @@ func TestF160Secrets(t *testing.T) {
 				return err
 			}
 			data, err := os.ReadFile(path)
-			if text := string(data); strings.Contains(text, fakeaws.SecretAccessKey) || strings.Contains(text, fakeaws.AccessKeyID) {
+			if text := string(data); strings.Contains(text, fakeaws.SecretAccessKey) ||
+				strings.Contains(text, fakeaws.AccessKeyID) {
 				t.Errorf("a key is in %s", path)
 			}
 			return err

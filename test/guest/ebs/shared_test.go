@@ -121,7 +121,8 @@ func TestF105MountOptions(t *testing.T) {
 	l.enter(t)
 	n := 0
 	for fs, option := range map[string]string{
-		"ext4": "noatime,nodiratime,noexec,lazytime,dirsync,acl,user_xattr,commit=10,data=ordered,errors=remount-ro,delalloc,nodiscard",
+		"ext4": "noatime,nodiratime,noexec,lazytime,dirsync,acl,user_xattr,commit=10,data=ordered," +
+			"errors=remount-ro,delalloc,nodiscard",
 		"ext3": "strictatime,sync,async,nolazytime,data=journal,errors=continue",
 		"xfs":  "atime,diratime,noexec,largeio,inode64,logbufs=8,prjquota,discard",
 	} {

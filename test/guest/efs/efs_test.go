@@ -1,4 +1,5 @@
-// Package efs_test runs the driver efs as kubelet does: the real SDK against an emulated AWS, and real mounts from the kernel's NFS server.
+// Package efs_test runs the driver efs as kubelet does: the real SDK against an emulated AWS, and real mounts
+// from the kernel's NFS server.
 package efs_test
 
 import (
@@ -22,7 +23,8 @@ import (
 	"github.com/lariat-net/lariat/test/guest/nfsd"
 )
 
-var driver = flextest.Driver{Name: "efs", Secret: fakeaws.SecretAccessKey, New: func(log *slog.Logger) (volume.Driver, error) {
+var driver = flextest.Driver{Name: "efs", Secret: fakeaws.SecretAccessKey, New: func(log *slog.Logger) (volume.Driver,
+	error) {
 	return efs.New(efs.FromEnvironment(os.Getenv), log), nil
 }}
 
@@ -31,8 +33,8 @@ func TestMain(m *testing.M) { driver.Main(m, guest.Options{}) }
 // Short names for what all tests say.
 var options, at, must = flextest.Options, flextest.At, flextest.Must
 
-// host is an instance of an emulated AWS, on which the driver runs. Mount targets of its zone are the guest's NFS server, those of another
-// zone are its other address.
+// host is an instance of an emulated AWS, on which the driver runs. Mount targets of its zone are the guest's
+// NFS server, those of another zone are its other address.
 type host struct {
 	*fakeaws.Cloud
 	flextest.Driver
@@ -42,7 +44,8 @@ func newHost(t *testing.T, lag int) *host {
 	t.Helper()
 	nfsd.Serve(t)
 	c := fakeaws.New(t, fakeaws.Options{Lag: lag})
-	c.AddInstance(fakeaws.Instance{SubnetID: "subnet-b", Zone: "eu-test-1b", SecurityGroups: []string{"sg-given"}}) // for its subnet and its group
+	// for its subnet and its group
+	c.AddInstance(fakeaws.Instance{SubnetID: "subnet-b", Zone: "eu-test-1b", SecurityGroups: []string{"sg-given"}})
 	i := c.AddInstance(fakeaws.Instance{SubnetID: "subnet-a", Zone: "eu-test-1a", SecurityGroups: []string{"sg-own"}})
 	c.MountTargetAddress(func(subnet string) netip.Addr {
 		if subnet == "subnet-a" {
@@ -61,7 +64,8 @@ func noSecrets(t *testing.T) {
 	t.Helper()
 	files, _ := filepath.Glob(driver.StateDir() + "/*/*")
 	for _, f := range append(files, driver.LogFile()) {
-		if data, _ := os.ReadFile(f); strings.Contains(string(data), fakeaws.SecretAccessKey) || strings.Contains(string(data), fakeaws.AccessKeyID) {
+		if data, _ := os.ReadFile(f); strings.Contains(string(data), fakeaws.SecretAccessKey) ||
+			strings.Contains(string(data), fakeaws.AccessKeyID) {
 			t.Errorf("keys in %s", f)
 		}
 	}
@@ -85,22 +89,26 @@ func (h *host) gone(t *testing.T) {
 func TestF106Life(t *testing.T) {
 	h := newHost(t, 1)
 	dir := h.Place(t, "data")
-	j := options("name", "web", "subnets", "subnet-a,subnet-b", "securityGroups", "sg-given", "onRemove", "purge", "export", nfsd.Export, "kubernetes.io/mounterArgs.FsGroup", "1234")
+	j := options("name", "web", "subnets", "subnet-a,subnet-b", "securityGroups", "sg-given", "onRemove", "purge",
+		"export", nfsd.Export, "kubernetes.io/mounterArgs.FsGroup", "1234")
 	h.Fails(t, nil, "volume web has no file system in eu-test-1: create makes it", "mount", dir, j)
 	if r := h.OK(t, "create", j); r.Options["created"] != "true" || r.Options["fsid"] == "" {
 		t.Errorf("create: %+v", r)
 	}
 	targets := h.MountTargets()
-	if len(targets) != 2 || !slices.Equal(targets[0].SecurityGroups, []string{"sg-given"}) || !slices.Equal(targets[1].SecurityGroups, []string{"sg-given"}) {
+	if len(targets) != 2 || !slices.Equal(targets[0].SecurityGroups, []string{"sg-given"}) ||
+		!slices.Equal(targets[1].SecurityGroups, []string{"sg-given"}) {
 		t.Errorf("%+v", targets)
 	}
 	h.OK(t, "mount", dir, j)
 	h.OK(t, "mount", dir, "", j)
 	stack := at(t, dir)
-	if len(stack) != 1 || stack[0].Source != nfsd.Server+":"+nfsd.Export || !strings.Contains(stack[0].Options, "nosuid,nodev") {
+	if len(stack) != 1 || stack[0].Source != nfsd.Server+":"+nfsd.Export || !strings.Contains(stack[0].Options,
+		"nosuid,nodev") {
 		t.Fatalf("mounted: %+v", stack)
 	}
-	for _, o := range []string{"vers=4.1", "rsize=1048576", "wsize=1048576", "hard", "timeo=600", "retrans=2", "noresvport"} {
+	for _, o := range []string{"vers=4.1", "rsize=1048576", "wsize=1048576", "hard", "timeo=600", "retrans=2",
+		"noresvport"} {
 		if !slices.Contains(strings.Split(stack[0].Super, ","), o) {
 			t.Errorf("%s is not among %s", o, stack[0].Super)
 		}
@@ -139,13 +147,14 @@ func TestF106Life(t *testing.T) {
 	h.noLeftovers(t)
 }
 
-// F106, F160: access points need the program of amazon-efs-utils. Here a script has its place: it notes how it is called, and mounts as that does,
-// from the address of a proxy.
+// F106, F160: access points need the program of amazon-efs-utils. Here a script has its place: it notes how
+// it is called, and mounts as that does, from the address of a proxy.
 func TestF106AccessPoint(t *testing.T) {
 	h := newHost(t, -1)
 	dir := h.Place(t, "data")
 	fs := h.OK(t, "create", options("name", "shared", "onRemove", "purge")).Options["fsid"]
-	j := options("name", "mine", "fsid", fs, "basePath", "/vols", "uid", "1000", "gid", "1000", "iam", "true", "export", nfsd.Export, "onRemove", "purge")
+	j := options("name", "mine", "fsid", fs, "basePath", "/vols", "uid", "1000", "gid", "1000", "iam", "true", "export",
+		nfsd.Export, "onRemove", "purge")
 	point := h.OK(t, "create", j).Options["accessPointId"]
 	h.Fails(t, nil, "install the package amazon-efs-utils", "mount", dir, j)
 	if len(at(t, dir)) > 0 {
@@ -165,18 +174,22 @@ exec mount.nfs "127.0.0.1:${1#*:}" "$2" -o "$nfs"
 	text, err := os.ReadFile(called)
 	must(t, err)
 	line, all, _ := strings.Cut(string(text), "\n")
-	want := fs + ":" + nfsd.Export + " " + dir + " -o tls,nosuid,nodev,retry=0,nfsvers=4.1,rsize=1048576,wsize=1048576,hard,timeo=600,retrans=2,noresvport,rw,iam,accesspoint=" + point + ",mounttargetip=" + nfsd.Server
+	want := fs + ":" + nfsd.Export + " " + dir +
+		" -o tls,nosuid,nodev,retry=0,nfsvers=4.1,rsize=1048576,wsize=1048576,hard,timeo=600,retrans=2," +
+		"noresvport,rw,iam,accesspoint=" + point + ",mounttargetip=" + nfsd.Server
 	if line != want {
 		t.Errorf("called with\n%s\nwant\n%s", line, want)
 	}
-	if strings.Contains(all, fakeaws.SecretAccessKey) || strings.Contains(all, fakeaws.AccessKeyID) || !strings.Contains(all, "efs mount") {
+	if strings.Contains(all, fakeaws.SecretAccessKey) || strings.Contains(all, fakeaws.AccessKeyID) ||
+		!strings.Contains(all, "efs mount") {
 		t.Errorf("arguments of all processes: %s", all)
 	}
 	if m := at(t, dir); len(m) != 1 || m[0].Source != "127.0.0.1:"+nfsd.Export {
 		t.Errorf("mounted: %+v", m)
 	}
 	// Another one looks the same in the mount table.
-	h.Fails(t, nil, "would hide it", "mount", dir, options("name", "other", "fsid", fs, "tls", "true", "export", nfsd.Export))
+	h.Fails(t, nil, "would hide it", "mount", dir, options("name", "other", "fsid", fs, "tls", "true", "export",
+		nfsd.Export))
 	h.Fails(t, nil, "is mounted at "+dir, "delete", j)
 	h.Fails(t, nil, "is mounted at "+dir, "delete", options("name", "shared"))
 	h.OK(t, "unmount", dir)
@@ -196,7 +209,8 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 	other := func() string {
 		return options("name", "p", "fsid", h.FileSystems()[0].ID, "basePath", "/b", "onRemove", "purge")
 	}
-	create, remove, mount, unmount := []string{"create", own}, []string{"delete", own}, []string{"mount", dir, own}, []string{"unmount", dir}
+	create, remove, mount, unmount := []string{"create", own}, []string{"delete", own}, []string{"mount", dir, own},
+		[]string{"unmount", dir}
 	try := func(verb []string, steps ...string) {
 		t.Helper()
 		for _, step := range steps {
@@ -241,7 +255,8 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 	h.noLeftovers(t)
 }
 
-// F159: the mount target does not answer: each call ends by its deadline and says why. F109: what is hostile is refused.
+// F159: the mount target does not answer: each call ends by its deadline and says why. F109: what is hostile
+// is refused.
 func TestF159ServerGone(t *testing.T) {
 	h := newHost(t, -1)
 	dir := h.Place(t, "data")
@@ -251,15 +266,18 @@ func TestF159ServerGone(t *testing.T) {
 	h.OK(t, "mount", dir, j)
 	drop := func(how string) {
 		t.Helper()
-		out, err := exec.Command("iptables", how, "INPUT", "-d", nfsd.Server, "-p", "tcp", "--dport", "2049", "-j", "DROP").CombinedOutput()
+		out, err := exec.Command("iptables", how, "INPUT", "-d", nfsd.Server, "-p", "tcp", "--dport", "2049", "-j",
+			"DROP").CombinedOutput()
 		if err != nil {
 			t.Fatalf("%v %s", err, out)
 		}
 	}
 	drop("-A")
 	start := time.Now()
-	h.Fails(t, []string{flex.TimeoutVariable + "=6s"}, "do the mount target's security groups let this instance in", "mount", fresh, j)
-	if r, _ := h.Call(t, []string{flex.TimeoutVariable + "=15s"}, "unmount", dir); r.Status != flex.Success || len(at(t, dir)) > 0 {
+	h.Fails(t, []string{flex.TimeoutVariable + "=6s"}, "do the mount target's security groups let this instance in",
+		"mount", fresh, j)
+	if r, _ := h.Call(t, []string{flex.TimeoutVariable + "=15s"}, "unmount", dir); r.Status != flex.Success ||
+		len(at(t, dir)) > 0 {
 		t.Errorf("unmount: %+v", r)
 	}
 	if took := time.Since(start); took > 30*time.Second {

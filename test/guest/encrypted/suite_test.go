@@ -1,4 +1,5 @@
-// Package encrypted_test shows what encrypted networks promise, with the real programs and the real strongSwan, in a guest.
+// Package encrypted_test shows what encrypted networks promise, with the real programs and the real
+// strongSwan, in a guest.
 package encrypted_test
 
 import (
@@ -58,10 +59,12 @@ func TestEncrypted(t *testing.T) {
 
 var _ = BeforeSuite(func() {
 	SetDefaultEventuallyTimeout(guest.Patience)
-	SetDefaultEventuallyPollingInterval(200 * time.Millisecond) // to ask costs the one emulated processor what those who are asked need to get on
+	// to ask costs the one emulated processor what those who are asked need to get on
+	SetDefaultEventuallyPollingInterval(200 * time.Millisecond)
 })
 
-// begin makes the cluster that specs share, with a sentinel at an address of its underlay. It goes with them, and then the sentinel must have heard nothing.
+// begin makes the cluster that specs share, with a sentinel at an address of its underlay. It goes with them,
+// and then the sentinel must have heard nothing.
 func begin(o lab.Options, listener string) {
 	GinkgoHelper()
 	o.Manager, o.Log = []string{"--interval", "2s", "--grace", "0s"}, GinkgoWriter
@@ -125,9 +128,10 @@ func ready(h *lab.Host) {
 // manager asks a host's network manager.
 func manager(h *lab.Host, method, path, body string) (int, string) {
 	GinkgoHelper()
-	c := http.Client{Timeout: guest.Patience, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", h.ManagerSocket())
-	}}}
+	c := http.Client{Timeout: guest.Patience, Transport: &http.Transport{DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", h.ManagerSocket())
+		}}}
 	req, err := http.NewRequestWithContext(ctx, method, "http://manager"+path, strings.NewReader(body))
 	Expect(err).NotTo(HaveOccurred())
 	res, err := c.Do(req)
@@ -140,7 +144,8 @@ func manager(h *lab.Host, method, path, body string) (int, string) {
 	return res.StatusCode, string(data)
 }
 
-// reload has a host's manager reconcile until that succeeds. On a busy machine the time for one pass is too short now and then.
+// reload has a host's manager reconcile until that succeeds. On a busy machine the time for one pass is too
+// short now and then.
 func reload(h *lab.Host) {
 	GinkgoHelper()
 	Eventually(func() error {
@@ -306,10 +311,16 @@ func watched() (wires []*lab.Wire) {
 func xfrm(h *lab.Host) (sas []netlink.XfrmState, policies []netlink.XfrmPolicy) {
 	GinkgoHelper()
 	Expect(h.Do(func() (err error) {
-		if sas, err = kernel.RetryDump(func() ([]netlink.XfrmState, error) { return netlink.XfrmStateList(netlink.FAMILY_ALL) }); err != nil {
+		if sas, err = kernel.RetryDump(func() ([]netlink.XfrmState,
+			error) {
+			return netlink.XfrmStateList(netlink.FAMILY_ALL)
+		}); err != nil {
 			return err
 		}
-		policies, err = kernel.RetryDump(func() ([]netlink.XfrmPolicy, error) { return netlink.XfrmPolicyList(netlink.FAMILY_ALL) })
+		policies, err = kernel.RetryDump(func() ([]netlink.XfrmPolicy,
+			error) {
+			return netlink.XfrmPolicyList(netlink.FAMILY_ALL)
+		})
 		return err
 	})).To(Succeed())
 	return sas, policies
@@ -324,7 +335,9 @@ var _ = JustAfterEach(func() {
 		return
 	}
 	for _, h := range cluster.Hosts {
-		out, _ := h.Output(ctx, "sh", "-c", "ip -s xfrm state | grep -v 0x................; ip xfrm policy; ip route; ip -s link; cat /proc/net/xfrm_stat; grep -E ^I[pc] /proc/net/snmp; nft list table inet lariat; tail -60 "+h.IKEDir()+"/charon.log")
+		out, _ := h.Output(ctx, "sh", "-c", "ip -s xfrm state | grep -v 0x................; ip xfrm policy; ip route; "+
+			"ip -s link; cat /proc/net/xfrm_stat; grep -E ^I[pc] /proc/net/snmp; nft list table inet lariat; tail -60 "+
+			h.IKEDir()+"/charon.log")
 		GinkgoWriter.Printf("host %s:\n%s\n", h.Name, out)
 	}
 })

@@ -49,7 +49,8 @@ func sasBetween(h, peer *lab.Host) (n int) {
 	return n
 }
 
-// complete compares a host's policies with its tunnels: for both peers three directions in two families, each once and bound to its if_id.
+// complete compares a host's policies with its tunnels: for both peers three directions in two families, each
+// once and bound to its if_id.
 func complete(h *lab.Host) error {
 	GinkgoHelper()
 	ids := map[int]bool{}
@@ -77,7 +78,8 @@ func complete(h *lab.Host) error {
 	return nil
 }
 
-// loss runs f while a packet goes from a to b and back each 20 ms (more often, it would take all of the emulated processor's time), and returns the numbers of those that were lost.
+// loss runs f while a packet goes from a to b and back each 20 ms (more often, it would take all of the
+// emulated processor's time), and returns the numbers of those that were lost.
 func loss(a, b *lab.Container, f func()) (sent int, lost []int) {
 	GinkgoHelper()
 	flow, err := a.Flow(b.Netns, b.Addr(false), 20*time.Millisecond)
@@ -101,11 +103,13 @@ func restart(more ...[]string) {
 	ready(host(1))
 }
 
-// terminated has the first two hosts' tunnel made anew by the next packet: what is established keeps what it was established with.
+// terminated has the first two hosts' tunnel made anew by the next packet: what is established keeps what it
+// was established with.
 func terminated() {
 	GinkgoHelper()
 	for i := range 2 {
-		_, _ = host(i).Output(ctx, "swanctl", "--terminate", "--ike", ipsec.ConnPrefix+host(1-i).Name, "--force", "--uri", "unix://"+host(i).IKEDir()+"/charon.vici")
+		_, _ = host(i).Output(ctx, "swanctl", "--terminate", "--ike", ipsec.ConnPrefix+host(1-i).Name, "--force", "--uri",
+			"unix://"+host(i).IKEDir()+"/charon.vici")
 	}
 	Eventually(func() int { return sasBetween(host(0), host(1)) }).Should(BeZero())
 }
@@ -176,7 +180,8 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 	})
 
 	It("F39: leaves policies and connections of others alone", func() {
-		foreign := &netlink.XfrmPolicy{Src: mustCIDR("203.0.113.0/24"), Dst: mustCIDR("198.51.100.0/24"), Dir: netlink.XFRM_DIR_OUT, Ifid: 77, Action: netlink.XFRM_POLICY_BLOCK}
+		foreign := &netlink.XfrmPolicy{Src: mustCIDR("203.0.113.0/24"), Dst: mustCIDR("198.51.100.0/24"),
+			Dir: netlink.XFRM_DIR_OUT, Ifid: 77, Action: netlink.XFRM_POLICY_BLOCK}
 		Expect(host(0).Do(func() error { return netlink.XfrmPolicyAdd(foreign) })).To(Succeed())
 		DeferCleanup(func() { Expect(host(0).Do(func() error { return netlink.XfrmPolicyDel(foreign) })).To(Succeed()) })
 		reload(host(0))
@@ -189,8 +194,9 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		a, b := connected(host(0)), connected(host(1))
 		pings(a, b)
 		// Nothing of IKE or ESP reaches the other host any more, and the tunnel that there is goes.
-		out, err := host(1).Output(ctx, "nft", `add table inet block; add chain inet block in { type filter hook prerouting priority -500; }; `+
-			`add rule inet block in iifname "eth0" meta l4proto esp drop; add rule inet block in iifname "eth0" udp dport { 500, 4500 } drop`)
+		out, err := host(1).Output(ctx, "nft",
+			`add table inet block; add chain inet block in { type filter hook prerouting priority -500; }; `+
+				`add rule inet block in iifname "eth0" meta l4proto esp drop; add rule inet block in iifname "eth0" udp dport { 500, 4500 } drop`)
 		Expect(err).NotTo(HaveOccurred(), out)
 		defer func() {
 			out, err := host(1).Output(ctx, "nft", "delete", "table", "inet", "block")
@@ -234,7 +240,8 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		Expect(err).NotTo(HaveOccurred())
 		defer reached.Close()
 		for _, forgery := range []struct{ what, script string }{
-			{"clear", fmt.Sprintf("ip addr add 10.44.200.1/32 dev lo; ip route add 10.44.0.0/16 via %s src 10.44.200.1", hostAddr)},
+			{"clear", fmt.Sprintf("ip addr add 10.44.200.1/32 dev lo; ip route add 10.44.0.0/16 via %s src 10.44.200.1",
+				hostAddr)},
 			{"vxlan", fmt.Sprintf(`ip link add vx type vxlan id 1042 dstport 4789 remote %s dev eth0; ip link set vx up
 				ip route add %[2]s/32 dev vx src 10.44.200.1; ip neigh add %[2]s dev vx lladdr 0e:00:c0:00:02:02 nud permanent`, hostAddr, to)},
 			{"esp", fmt.Sprintf(`ip route del %[2]s/32 dev vx; ip link add x0 type xfrm dev eth0 if_id 9; ip link set x0 up; ip route add %[2]s/32 dev x0 src 10.44.200.1
@@ -244,11 +251,13 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		} {
 			out, err := evil.Output(ctx, "sh", "-e", "-c", forgery.script)
 			Expect(err).NotTo(HaveOccurred(), forgery.what+": "+out)
-			Eventually(func() map[string]int { send(evil, to); return reached.Counts() }).Should(HaveKey(forgery.what), "the forgery gets to the host")
+			Eventually(func() map[string]int { send(evil, to); return reached.Counts() }).Should(HaveKey(forgery.what),
+				"the forgery gets to the host")
 		}
 		Expect(arrived.Counts()).To(BeEmpty())
 		// The same container does hear what comes the right way, and so would have heard the others.
-		Eventually(func() map[string]int { send(a.Netns, to); return arrived.Counts() }).Should(HaveKey("arrived from " + a.Addr(false).String()))
+		Eventually(func() map[string]int { send(a.Netns, to); return arrived.Counts() }).Should(HaveKey("arrived from " +
+			a.Addr(false).String()))
 		Expect(arrived.Counts()).To(HaveLen(1))
 	})
 
@@ -283,11 +292,13 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		watched()
 		a, b := connected(host(0)), connected(host(1))
 		pings(a, b)
-		out, err := host(0).Output(ctx, "swanctl", "--terminate", "--ike", ipsec.ConnPrefix+host(1).Name, "--uri", "unix://"+host(0).IKEDir()+"/charon.vici")
+		out, err := host(0).Output(ctx, "swanctl", "--terminate", "--ike", ipsec.ConnPrefix+host(1).Name, "--uri", "unix://"+
+			host(0).IKEDir()+"/charon.vici")
 		Expect(err).NotTo(HaveOccurred(), out)
 		pings(a, b)
 		established(host(0), host(1))
-		for _, flush := range []string{"ip xfrm policy flush; ip xfrm state flush", "ip xfrm policy flush", "ip xfrm state flush"} {
+		for _, flush := range []string{"ip xfrm policy flush; ip xfrm state flush", "ip xfrm policy flush",
+			"ip xfrm state flush"} {
 			By("and what the kernel lost: " + flush)
 			out, err = host(0).Output(ctx, "sh", "-c", flush)
 			Expect(err).NotTo(HaveOccurred(), out)
@@ -357,7 +368,8 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		Expect(charon(host(0))).To(Equal(pid))
 	})
 
-	It("F43: changes the secret with both in use for a while, loses nothing, and prints it nowhere; the tunnels are made anew when asked", func() {
+	It("F43: changes the secret with both in use for a while, loses nothing, and prints it nowhere; the tunnels are "+
+		"made anew when asked", func() {
 		watched()
 		a, b := connected(host(0)), connected(host(1))
 		pings(a, b)
@@ -386,7 +398,8 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 				return t.Since.After(before.Since) && t.State == ipsec.StateEstablished
 			})
 		})
-		Expect(len(lost)).To(BeNumerically("<", sent/2), "of %d: the responder sends with the new keys before the initiator has them, which is a part of the exchange", sent)
+		Expect(len(lost)).To(BeNumerically("<", sent/2), "of %d: the responder sends with the new keys before the "+
+			"initiator has them, which is a part of the exchange", sent)
 		c := connected(host(2))
 		pings(c, a)
 		for _, h := range cluster.Hosts {
@@ -402,7 +415,8 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		pings(a, b)
 		host(1).Manager.Kill()
 		Expect(unix.Kill(charon(host(1)), unix.SIGKILL)).To(Succeed())
-		out, err := host(1).Output(ctx, "sh", "-c", "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset; for l in $(ip -o link | grep -o 'lrx[0-9a-f]*' | sort -u); do ip link del $l; done")
+		out, err := host(1).Output(ctx, "sh", "-c", "ip xfrm state flush; ip xfrm policy flush; nft flush ruleset; for "+
+			"l in $(ip -o link | grep -o 'lrx[0-9a-f]*' | sort -u); do ip link del $l; done")
 		Expect(err).NotTo(HaveOccurred(), out)
 		host(1).Metadata.Kill()
 		Expect(host(1).Reboot(2)).To(Succeed())
@@ -463,8 +477,9 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 	})
 
 	It("F35, F174: lives beside a VXLAN network on the same hosts, and neither reaches the other", func() {
-		Expect(host(0).Client().Put(ctx, metadata.KindNetwork, "plain", metadata.Network{Name: "plain", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
-			Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}})).To(Succeed())
+		Expect(host(0).Client().Put(ctx, metadata.KindNetwork, "plain",
+			metadata.Network{Name: "plain", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
+				Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}})).To(Succeed())
 		DeferCleanup(func() { Expect(host(0).Client().Delete(ctx, metadata.KindNetwork, "plain")).To(Succeed()) })
 		var plain []*lab.Container
 		for _, h := range cluster.Hosts[:2] {
@@ -507,7 +522,11 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 		Expect(r.Keys).To(BeEmpty())
 		restart([]string{"--ipsec-certs", mine}, []string{"--ipsec-certs", wrong})
 		terminated()
-		Eventually(func() string { silent(a.Netns, b.Addr(false)); return tunnel(host(0), host(1)).LastError }).ShouldNot(BeEmpty())
+		Eventually(func() string {
+			silent(a.Netns, b.Addr(false))
+			return tunnel(host(0),
+				host(1)).LastError
+		}).ShouldNot(BeEmpty())
 		silent(a.Netns, b.Addr(false))
 	})
 
@@ -520,7 +539,10 @@ var _ = Describe("An encrypted network", Ordered, ContinueOnFailure, func() {
 			Expect(host(0).StartManager(ctx)).To(Succeed())
 			ready(host(0))
 		})
-		Eventually(func() error { return cniStatus(host(0), strict(host(0))) }).Should(MatchError(ContainSubstring("/nowhere/charon")))
+		Eventually(func() error {
+			return cniStatus(host(0),
+				strict(host(0)))
+		}).Should(MatchError(ContainSubstring("/nowhere/charon")))
 		// What it has by now is blocked, and containers on the host still reach each other.
 		a, c := connected(host(0)), connected(host(0))
 		pings(a, c)

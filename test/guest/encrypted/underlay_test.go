@@ -27,7 +27,8 @@ var fourSubnet = netip.MustParsePrefix("10.46.0.0/16")
 var _ = Describe("Encrypted networks on an IPv6 underlay", Ordered, ContinueOnFailure, func() {
 	BeforeAll(func() {
 		begin(lab.Options{Hosts: 2, IPv6: true}, "2001:db8::250")
-		create(metadata.Network{Name: four, Subnets: []netip.Prefix{fourSubnet}, Encapsulation: metadata.EncapIPsec, HostNAT: true})
+		create(metadata.Network{Name: four, Subnets: []netip.Prefix{fourSubnet}, Encapsulation: metadata.EncapIPsec,
+			HostNAT: true})
 	})
 
 	outside(true)
@@ -35,7 +36,8 @@ var _ = Describe("Encrypted networks on an IPv6 underlay", Ordered, ContinueOnFa
 	It("F36, F174: carry both families, or IPv4 alone, and neither network reaches the other", func() {
 		wires := watched()
 		a, b := connected(host(0)), connected(host(1))
-		c, d := connectedTo(host(0), four, callOf(host(0), four, "lariat-ipsec")), connectedTo(host(1), four, callOf(host(1), four, "lariat-ipsec"))
+		c, d := connectedTo(host(0), four, callOf(host(0), four, "lariat-ipsec")),
+			connectedTo(host(1), four, callOf(host(1), four, "lariat-ipsec"))
 		pings(a, b)
 		pings(c, d)
 		pings(d, c)
@@ -46,27 +48,28 @@ var _ = Describe("Encrypted networks on an IPv6 underlay", Ordered, ContinueOnFa
 		}
 	})
 
-	It("has tunnels' devices refuse IPv6 where their network has none, and advertisements always, and repairs that", func() {
-		for _, h := range cluster.Hosts {
-			devices := 0
-			for file, value := range tunnelSettings(h, "disable_ipv6") {
-				isFour := strings.Contains(alias(h, file), ":"+four)
-				Expect(value).To(Equal(map[bool]string{true: "1", false: "0"}[isFour]), file)
-				if isFour {
-					devices++
+	It("has tunnels' devices refuse IPv6 where their network has none, and advertisements always, and repairs that",
+		func() {
+			for _, h := range cluster.Hosts {
+				devices := 0
+				for file, value := range tunnelSettings(h, "disable_ipv6") {
+					isFour := strings.Contains(alias(h, file), ":"+four)
+					Expect(value).To(Equal(map[bool]string{true: "1", false: "0"}[isFour]), file)
+					if isFour {
+						devices++
+					}
 				}
+				Expect(devices).To(Equal(2), "the home and one tunnel")
+				settings := tunnelSettings(h, "accept_ra")
+				Expect(settings).To(HaveLen(4))
+				Expect(settings).To(HaveEach("0"))
+				for file := range settings {
+					out, err := h.Output(ctx, "sh", "-c", "echo 2 >"+file)
+					Expect(err).NotTo(HaveOccurred(), out)
+				}
+				Eventually(func() map[string]string { return tunnelSettings(h, "accept_ra") }).Should(HaveEach("0"))
 			}
-			Expect(devices).To(Equal(2), "the home and one tunnel")
-			settings := tunnelSettings(h, "accept_ra")
-			Expect(settings).To(HaveLen(4))
-			Expect(settings).To(HaveEach("0"))
-			for file := range settings {
-				out, err := h.Output(ctx, "sh", "-c", "echo 2 >"+file)
-				Expect(err).NotTo(HaveOccurred(), out)
-			}
-			Eventually(func() map[string]string { return tunnelSettings(h, "accept_ra") }).Should(HaveEach("0"))
-		}
-	})
+		})
 })
 
 // tunnelSettings are the values of one IPv6 setting of all tunnels' devices of a host, by file.
@@ -92,7 +95,8 @@ func alias(h *lab.Host, file string) string {
 
 // outside: a machine that is no host answers containers, in the underlay's family.
 func outside(v6 bool) {
-	It("has containers' connections to the outside answered, by the host's address with masquerade and by their own without", func() {
+	It("has containers' connections to the outside answered, by the host's address with masquerade and by their own "+
+		"without", func() {
 		under := host(0).Addr
 		addr := netip.MustParseAddr(map[bool]string{false: "192.0.2.251", true: "2001:db8::251"}[v6])
 		machine, err := cluster.NewNeighbour("machine", netip.PrefixFrom(addr, under.Bits()))
@@ -113,7 +117,10 @@ func outside(v6 bool) {
 			if masked {
 				want = under.Addr()
 			}
-			Eventually(func() (string, error) { return source(c.Netns, netip.AddrPortFrom(addr, 81)) }).Should(Equal(want.String()), "masquerade %t", masked)
+			Eventually(func() (string, error) {
+				return source(c.Netns,
+					netip.AddrPortFrom(addr, 81))
+			}).Should(Equal(want.String()), "masquerade %t", masked)
 		}
 		for _, h := range cluster.Hosts {
 			ready(h)

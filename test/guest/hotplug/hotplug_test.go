@@ -47,8 +47,8 @@ func TestVolumeKeepsItsDataFromPlugToPlug(t *testing.T) {
 	run(t, "umount", dir)
 }
 
-// device waits for the block device of the drive with a serial number. With multipath it has another number than the controller, and a
-// hidden path that has no node.
+// device waits for the block device of the drive with a serial number. With multipath it has another number
+// than the controller, and a hidden path that has no node.
 func device(t *testing.T, serial string) (dev string) {
 	t.Helper()
 	eventually(t, func() error {

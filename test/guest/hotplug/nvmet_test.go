@@ -26,7 +26,8 @@ func TestEmulatedVolumesAreDrives(t *testing.T) {
 		t.Errorf("both are %s", dev)
 	}
 	for attribute, want := range map[string]string{
-		"size": "131072", "queue/logical_block_size": "512", "device/model": "Amazon Elastic Block Store", "device/serial": firstSerial,
+		"size": "131072", "queue/logical_block_size": "512", "device/model": "Amazon Elastic Block Store",
+		"device/serial": firstSerial,
 	} {
 		if got := sysfs(dev, attribute); got != want {
 			t.Errorf("%s: %q, want %q", attribute, got, want)

@@ -112,9 +112,12 @@ func (h *host) tunnel(peer int, keys ...string) ipsec.Tunnel {
 	addr := func(n int) netip.Addr { return netip.MustParseAddr(fmt.Sprint("192.0.2.", n)) }
 	name := fmt.Sprint("h", peer)
 	return ipsec.Tunnel{
-		Name: ipsec.ConnPrefix + name, Peer: name, PeerBoot: "boot-1", Local: addr(h.n), Remote: addr(peer), LocalID: h.name, RemoteID: name,
-		Auth: ipsec.AuthPSK, Keys: keys, Proposals: []string{"aes256gcm16-prfsha256-x25519"}, Rekey: 4 * time.Hour, DPD: 30 * time.Second,
-		Children: []ipsec.Child{{Network: "overlay", IfID: ifID, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")},
+		Name: ipsec.ConnPrefix + name, Peer: name, PeerBoot: "boot-1", Local: addr(h.n), Remote: addr(peer), LocalID: h.name,
+		RemoteID: name,
+		Auth:     ipsec.AuthPSK, Keys: keys, Proposals: []string{"aes256gcm16-prfsha256-x25519"}, Rekey: 4 * time.Hour,
+		DPD: 30 * time.Second,
+		Children: []ipsec.Child{{Network: "overlay", IfID: ifID,
+			Subnets:   []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")},
 			Proposals: []string{"aes256gcm16-x25519-esn", "aes128gcm16-x25519-esn"}, Rekey: time.Hour}},
 	}
 }
@@ -146,7 +149,8 @@ func (h *host) ask(t *testing.T, cmd string, args map[string]any) *vici.Message 
 	return answer
 }
 
-// ping sends until the first answer. The packet that sets a tunnel up is not kept: the kernel says that the host is unreachable.
+// ping sends until the first answer. The packet that sets a tunnel up is not kept: the kernel says that the
+// host is unreachable.
 func (h *host) ping(t *testing.T, peer int) {
 	t.Helper()
 	eventually(t, "an answer", func() bool {
@@ -156,8 +160,8 @@ func (h *host) ping(t *testing.T, peer int) {
 	})
 }
 
-// pings sends a stream until stop is called, which returns how many answers came and how many are missing between them. What is still
-// under way at the end is not counted.
+// pings sends a stream until stop is called, which returns how many answers came and how many are missing
+// between them. What is still under way at the end is not counted.
 func (h *host) pings(t *testing.T, peer int) (stop func() (got, lost int)) {
 	t.Helper()
 	var cmd *exec.Cmd
@@ -238,8 +242,8 @@ func eventuallyWithin(t *testing.T, what string, limit time.Duration, so func() 
 	}
 }
 
-// TestF36_F41_OnFirstPacket: nothing is set up until a packet comes; then there is one tunnel, of which everything is told; new keys lose
-// no packet; when nothing changes, nobody is asked.
+// TestF36_F41_OnFirstPacket: nothing is set up until a packet comes; then there is one tunnel, of which
+// everything is told; new keys lose no packet; when nothing changes, nobody is asked.
 func TestF36_F41_OnFirstPacket(t *testing.T) {
 	a, b := pair(t)
 	c := credentials(t, 1)
@@ -247,7 +251,8 @@ func TestF36_F41_OnFirstPacket(t *testing.T) {
 
 	// Somebody else's, in the same daemon.
 	a.ask(t, "load-shared", map[string]any{"id": "theirs", "type": "ike", "data": "something", "owners": []string{"them"}})
-	a.ask(t, "load-conn", map[string]any{"theirs": map[string]any{"version": "2", "remote_addrs": []string{"198.51.100.1"}, "local": map[string]any{"auth": "psk"}, "remote": map[string]any{"auth": "psk"}}})
+	a.ask(t, "load-conn", map[string]any{"theirs": map[string]any{"version": "2", "remote_addrs": []string{"198.51.100.1"},
+		"local": map[string]any{"auth": "psk"}, "remote": map[string]any{"auth": "psk"}}})
 
 	t.Log(a.apply(t, c, false, ta), b.apply(t, c, false, tb))
 	if list := a.sas(t); len(list) != 0 {
@@ -263,12 +268,15 @@ func TestF36_F41_OnFirstPacket(t *testing.T) {
 	t.Logf("%+v", list[0])
 	sa, child := list[0], list[0].Children[0]
 	other := b.sas(t)[0]
-	if sa.Peer != "h2" || sa.State != ike.Established || !sa.Initiator || other.Initiator || sa.Remote.Addr() != ta.Remote || sa.Local.Addr() != ta.Local ||
+	if sa.Peer != "h2" || sa.State != ike.Established || !sa.Initiator || other.Initiator ||
+		sa.Remote.Addr() != ta.Remote || sa.Local.Addr() != ta.Local ||
 		!strings.Contains(sa.Suite, "AES_GCM_16-256") || sa.NAT || sa.ID == 0 || sa.RekeyIn <= 0 {
 		t.Errorf("IKE SA: %+v", sa)
 	}
-	if child.Network != "overlay" || child.IfID != ifID || child.State != ike.Installed || child.SPIIn != other.Children[0].SPIOut || child.SPIOut == 0 ||
-		child.Suite != "AES_GCM_16-256/ESN" || child.PacketsOut == 0 || child.BytesIn == 0 || child.RekeyIn <= 0 || child.Encap {
+	if child.Network != "overlay" || child.IfID != ifID || child.State != ike.Installed ||
+		child.SPIIn != other.Children[0].SPIOut || child.SPIOut == 0 ||
+		child.Suite != "AES_GCM_16-256/ESN" || child.PacketsOut == 0 || child.BytesIn == 0 || child.RekeyIn <= 0 ||
+		child.Encap {
 		t.Errorf("child: %+v, other end %+v", child, other.Children[0])
 	}
 	if v := a.daemon.Version(); !strings.HasPrefix(v, "strongSwan ") {
@@ -293,7 +301,10 @@ func TestF36_F41_OnFirstPacket(t *testing.T) {
 		must(t, h.daemon.RekeyChild(t.Context(), "lariat-"+map[*host]string{a: "h2", b: "h1"}[h], "overlay"))
 		eventually(t, "new ESP keys", func() bool {
 			list := a.sas(t)
-			return slices.ContainsFunc(list[0].Children, func(c ike.ChildSA) bool { return c.State == ike.Installed && c.SPIIn != before })
+			return slices.ContainsFunc(list[0].Children, func(c ike.ChildSA) bool {
+				return c.State == ike.Installed &&
+					c.SPIIn != before
+			})
 		})
 	}
 	if got, lost := stop(); lost > 0 || got == 0 {
@@ -360,7 +371,8 @@ func TestF36_EncapAndIPv6(t *testing.T) {
 	}
 }
 
-// TestF142_BothAtOnce: both ends send at the same moment. Packets flow, and what is there twice in the end is not for long.
+// TestF142_BothAtOnce: both ends send at the same moment. Packets flow, and what is there twice in the end is
+// not for long.
 func TestF142_BothAtOnce(t *testing.T) {
 	a, b := pair(t)
 	c := credentials(t, 1)
@@ -375,7 +387,8 @@ func TestF142_BothAtOnce(t *testing.T) {
 	wg.Wait()
 	t.Logf("both have answers after %s; %v", time.Since(start), a.sas(t))
 	eventually(t, "both have settled", func() bool {
-		return !slices.ContainsFunc(slices.Concat(a.sas(t), b.sas(t)), func(sa ike.SA) bool { return sa.State != ike.Established || len(sa.Tasks) > 0 })
+		return !slices.ContainsFunc(slices.Concat(a.sas(t), b.sas(t)),
+			func(sa ike.SA) bool { return sa.State != ike.Established || len(sa.Tasks) > 0 })
 	})
 	stopA()
 	stopB()
@@ -390,15 +403,15 @@ func TestF142_BothAtOnce(t *testing.T) {
 	gotA, lostA := stopA()
 	gotB, lostB := stopB()
 	t.Logf("%d and %d came, one tunnel after %s", gotA, gotB, time.Since(start))
-	// What is under way in one of the two when it is ended: of five runs on a quiet machine four lose none, and one a single packet; a round trip
-	// of the emulator's on a busy one is longer.
+	// What is under way in one of the two when it is ended: of five runs on a quiet machine four lose none, and
+	// one a single packet; a round trip of the emulator's on a busy one is longer.
 	if lostA+lostB > 25 { // half a second
 		t.Errorf("%d and %d are missing between those that came", lostA, lostB)
 	}
 }
 
-// TestF40_OneEndWithoutGCM: a host whose kernel lacks AES-GCM and one whose kernel has it agree on what both have, whichever of them begins,
-// and again when either of them renews the keys.
+// TestF40_OneEndWithoutGCM: a host whose kernel lacks AES-GCM and one whose kernel has it agree on what both
+// have, whichever of them begins, and again when either of them renews the keys.
 func TestF40_OneEndWithoutGCM(t *testing.T) {
 	for _, tc := range []struct {
 		name         string
@@ -433,7 +446,8 @@ func TestF40_OneEndWithoutGCM(t *testing.T) {
 			from.ping(t, to.n)
 			to.ping(t, from.n)
 			t.Log(from.sas(t)[0].Children[0].Suite)
-			if text := from.ns.Command(t, "ip", "xfrm", "state"); !strings.Contains(text, "cbc(aes)") || !strings.Contains(text, "hmac(sha256)") || strings.Contains(text, "gcm") {
+			if text := from.ns.Command(t, "ip", "xfrm", "state"); !strings.Contains(text, "cbc(aes)") ||
+				!strings.Contains(text, "hmac(sha256)") || strings.Contains(text, "gcm") {
 				t.Errorf("the kernel has\n%s", text)
 			}
 			for _, h := range []*host{from, to} {
@@ -457,7 +471,8 @@ func TestF40_OneEndWithoutGCM(t *testing.T) {
 	}
 }
 
-// installed is the youngest child that is in use. One that was replaced stays for some seconds, for what is still under way.
+// installed is the youngest child that is in use. One that was replaced stays for some seconds, for what is
+// still under way.
 func (h *host) installed(t *testing.T) (out ike.ChildSA) {
 	t.Helper()
 	for _, sa := range h.sas(t) {
@@ -470,12 +485,16 @@ func (h *host) installed(t *testing.T) (out ike.ChildSA) {
 	return out
 }
 
-// planned is what pkg/ipsec plans for the host's tunnel to its peer, but for the if_id, which is that of the device that there is.
+// planned is what pkg/ipsec plans for the host's tunnel to its peer, but for the if_id, which is that of the
+// device that there is.
 func (h *host) planned(t *testing.T, o ipsec.Options) ipsec.Tunnel {
 	t.Helper()
-	snap := &metadata.Snapshot{Networks: []metadata.Network{{Name: "overlay", Encapsulation: metadata.EncapIPsec, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}}}
+	snap := &metadata.Snapshot{Networks: []metadata.Network{{Name: "overlay", Encapsulation: metadata.EncapIPsec,
+		Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}}}
 	for n := 1; n <= 2; n++ {
-		snap.Hosts = append(snap.Hosts, metadata.Host{Name: fmt.Sprint("h", n), Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix(fmt.Sprintf("192.0.2.%d/24", n)), MTU: 1500}}})
+		snap.Hosts = append(snap.Hosts,
+			metadata.Host{Name: fmt.Sprint("h", n),
+				Underlay: []metadata.Underlay{{Address: netip.MustParsePrefix(fmt.Sprintf("192.0.2.%d/24", n)), MTU: 1500}}})
 	}
 	list := ipsec.Tunnels(snap, h.name, o)
 	if len(list) != 1 {
@@ -485,8 +504,8 @@ func (h *host) planned(t *testing.T, o ipsec.Options) ipsec.Tunnel {
 	return list[0]
 }
 
-// TestF43_RotationLosesNothing: a new key beside the old one, then in front of it, then alone. What is established stays, and what is set up
-// afterwards has no need of the old key.
+// TestF43_RotationLosesNothing: a new key beside the old one, then in front of it, then alone. What is
+// established stays, and what is set up afterwards has no need of the old key.
 func TestF43_RotationLosesNothing(t *testing.T) {
 	a, b := pair(t)
 	before, both := credentials(t, 1), credentials(t, 2, 1)
@@ -542,7 +561,8 @@ func TestF43_RotationLosesNothing(t *testing.T) {
 	again("the old key is gone")
 }
 
-// TestF43_Reauth: where it is asked for, tunnels prove anew who they are, with the new key, and there is one all the time.
+// TestF43_Reauth: where it is asked for, tunnels prove anew who they are, with the new key, and there is one
+// all the time.
 func TestF43_Reauth(t *testing.T) {
 	a, b := pair(t)
 	a.daemon.ReauthOnRotation, b.daemon.ReauthOnRotation = true, true
@@ -572,8 +592,8 @@ func TestF43_Reauth(t *testing.T) {
 	}
 }
 
-// TestF44_CharonIsKilled: the kernel keeps what it has, another charon is started, told everything again, and the tunnel comes back. A
-// charon that runs is taken over and not started twice.
+// TestF44_CharonIsKilled: the kernel keeps what it has, another charon is started, told everything again, and
+// the tunnel comes back. A charon that runs is taken over and not started twice.
 func TestF44_CharonIsKilled(t *testing.T) {
 	a, b := pair(t)
 	c := credentials(t, 1)
@@ -663,10 +683,12 @@ func TestF42_MendsWhatOthersBreak(t *testing.T) {
 		{"the connection removed", func() { a.ask(t, "unload-conn", map[string]any{"name": "lariat-h2"}) }},
 		{"a key removed", func() { a.ask(t, "unload-shared", map[string]any{"id": "lariat-h2-" + ids[0]}) }},
 		{"keys in another order", func() {
-			a.ask(t, "load-shared", map[string]any{"id": "lariat-h2-" + ids[1], "type": "ike", "data": string(c.Secrets.Pair(ids[1], "h1", "h2")), "owners": []string{"h2"}})
+			a.ask(t, "load-shared", map[string]any{"id": "lariat-h2-" + ids[1], "type": "ike",
+				"data": string(c.Secrets.Pair(ids[1], "h1", "h2")), "owners": []string{"h2"}})
 		}},
 		{"a connection under our name added", func() {
-			a.ask(t, "load-conn", map[string]any{"lariat-x": map[string]any{"remote_addrs": []string{"198.51.100.1"}, "local": map[string]any{"auth": "psk"}, "remote": map[string]any{"auth": "psk"}}})
+			a.ask(t, "load-conn", map[string]any{"lariat-x": map[string]any{"remote_addrs": []string{"198.51.100.1"},
+				"local": map[string]any{"auth": "psk"}, "remote": map[string]any{"auth": "psk"}}})
 		}},
 	} {
 		tc.do()
@@ -678,7 +700,8 @@ func TestF42_MendsWhatOthersBreak(t *testing.T) {
 		if changed := a.apply(t, c, true, ta); len(changed) > 0 {
 			t.Errorf("%s: mended twice: %v", tc.name, changed)
 		}
-		if got, want := fmt.Sprint(a.ask(t, "get-shared", nil).Get("keys")), "[lariat-h2-"+ids[0]+" lariat-h2-"+ids[1]+"]"; got != want {
+		if got, want := fmt.Sprint(a.ask(t, "get-shared", nil).Get("keys")), "[lariat-h2-"+ids[0]+" lariat-h2-"+ids[1]+
+			"]"; got != want {
 			t.Errorf("%s: keys %s, want %s", tc.name, got, want)
 		}
 		a.ask(t, "terminate", map[string]any{"ike": "lariat-h2", "force": "yes", "timeout": "-1"})
@@ -723,7 +746,8 @@ func TestF143_WrongSecret(t *testing.T) {
 		must(t, err)
 		for _, c := range []ike.Credentials{ca, cb} {
 			key := c.Secrets.Pair(c.Secrets.IDs()[0], "h1", "h2")
-			if strings.Contains(strings.ToLower(string(text)), fmt.Sprintf("%x", key)[:16]) || strings.Contains(string(text), string(key)) {
+			if strings.Contains(strings.ToLower(string(text)), fmt.Sprintf("%x", key)[:16]) ||
+				strings.Contains(string(text), string(key)) {
 				t.Errorf("%s: a key is in charon's log", h.name)
 			}
 		}
@@ -740,11 +764,14 @@ func TestF143_PeerCannotBeAnother(t *testing.T) {
 	h3.Remote = netip.MustParseAddr("192.0.2.2")
 	a.apply(t, c, false, a.tunnel(2, id), func() ipsec.Tunnel { h3.Children[0].IfID++; return h3 }())
 	b.apply(t, c, false)
-	b.ask(t, "load-shared", map[string]any{"id": "stolen", "type": "ike", "data": string(c.Secrets.Pair(id, "h1", "h2")), "owners": []string{"h1"}})
+	b.ask(t, "load-shared", map[string]any{"id": "stolen", "type": "ike", "data": string(c.Secrets.Pair(id, "h1", "h2")),
+		"owners": []string{"h1"}})
 	b.ask(t, "load-conn", map[string]any{"as-h3": map[string]any{
-		"version": "2", "local_addrs": []string{"192.0.2.2"}, "remote_addrs": []string{"192.0.2.1"}, "proposals": []string{"aes256gcm16-prfsha256-x25519"},
-		"local": map[string]any{"auth": "psk", "id": "h3"}, "remote": map[string]any{"auth": "psk", "id": "h1"},
-		"children": map[string]any{"x": map[string]any{"local_ts": []string{"10.42.0.0/16"}, "remote_ts": []string{"10.42.0.0/16"}, "start_action": "none"}}}})
+		"version": "2", "local_addrs": []string{"192.0.2.2"}, "remote_addrs": []string{"192.0.2.1"},
+		"proposals": []string{"aes256gcm16-prfsha256-x25519"},
+		"local":     map[string]any{"auth": "psk", "id": "h3"}, "remote": map[string]any{"auth": "psk", "id": "h1"},
+		"children": map[string]any{"x": map[string]any{"local_ts": []string{"10.42.0.0/16"},
+			"remote_ts": []string{"10.42.0.0/16"}, "start_action": "none"}}}})
 	s, err := vici.NewSession(vici.WithSocketPath(b.charon.Socket()))
 	must(t, err)
 	defer s.Close()
@@ -843,7 +870,8 @@ func TestTwoHundred(t *testing.T) {
 	if again := h.apply(t, c, true, all...); len(again) > 0 {
 		t.Errorf("nothing was to be mended: %v", again)
 	}
-	t.Logf("200 peers: loaded in %s by %d calls (%d changes), again in %s by none, looked at in %s by %d; charon's memory %s before, %s after", loaded, calls, len(changed), quiet,
+	t.Logf("200 peers: loaded in %s by %d calls (%d changes), again in %s by none, looked at in %s by %d; charon's "+
+		"memory %s before, %s after", loaded, calls, len(changed), quiet,
 		time.Since(start), h.daemon.Calls()-calls, before, memory())
 	start = time.Now()
 	h.apply(t, c, false)

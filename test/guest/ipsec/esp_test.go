@@ -28,8 +28,8 @@ func TestGuestHasEverything(t *testing.T) {
 	}
 }
 
-// TestESPByHand: between two hosts with an XFRM interface each, what is routed to the interface is answered, and on the wire is nothing but
-// ESP.
+// TestESPByHand: between two hosts with an XFRM interface each, what is routed to the interface is answered,
+// and on the wire is nothing but ESP.
 //
 //	a  ipsec0 10.1.0.1 ── veth 192.0.2.1 ═══ ESP ═══ 192.0.2.2 veth ── ipsec0 10.2.0.1  b
 func TestESPByHand(t *testing.T) {
@@ -78,11 +78,14 @@ func side(t *testing.T, ns *netnstest.NS, dev, local, remote, inner, peers strin
 			{remote, local, spi(remote), []netlink.Dir{netlink.XFRM_DIR_IN, netlink.XFRM_DIR_FWD}},
 		} {
 			src, dst := net.ParseIP(way.src), net.ParseIP(way.dst)
-			must(t, netlink.XfrmStateAdd(&netlink.XfrmState{Src: src, Dst: dst, Proto: netlink.XFRM_PROTO_ESP, Mode: netlink.XFRM_MODE_TUNNEL, Spi: way.spi, Reqid: reqID, Ifid: ifID,
-				ReplayWindow: 32, Aead: &netlink.XfrmStateAlgo{Name: "rfc4106(gcm(aes))", Key: bytes.Repeat([]byte{0x5a}, 20), ICVLen: 128}}))
+			must(t, netlink.XfrmStateAdd(&netlink.XfrmState{Src: src, Dst: dst, Proto: netlink.XFRM_PROTO_ESP,
+				Mode: netlink.XFRM_MODE_TUNNEL, Spi: way.spi, Reqid: reqID, Ifid: ifID,
+				ReplayWindow: 32, Aead: &netlink.XfrmStateAlgo{Name: "rfc4106(gcm(aes))", Key: bytes.Repeat([]byte{0x5a}, 20),
+					ICVLen: 128}}))
 			for _, dir := range way.dirs {
 				must(t, netlink.XfrmPolicyAdd(&netlink.XfrmPolicy{Src: any4, Dst: any4, Dir: dir, Ifid: ifID,
-					Tmpls: []netlink.XfrmPolicyTmpl{{Src: src, Dst: dst, Proto: netlink.XFRM_PROTO_ESP, Mode: netlink.XFRM_MODE_TUNNEL, Reqid: reqID}}}))
+					Tmpls: []netlink.XfrmPolicyTmpl{{Src: src, Dst: dst, Proto: netlink.XFRM_PROTO_ESP, Mode: netlink.XFRM_MODE_TUNNEL,
+						Reqid: reqID}}}))
 			}
 		}
 		attrs := netlink.NewLinkAttrs()
@@ -109,8 +112,8 @@ func must(t *testing.T, err error) {
 	}
 }
 
-// capture collects the frames on a device until the returned function is called, which waits for no more than what has come. They are
-// left in the guest's files as well, for tcpdump.
+// capture collects the frames on a device until the returned function is called, which waits for no more than
+// what has come. They are left in the guest's files as well, for tcpdump.
 func capture(t *testing.T, ns *netnstest.NS, dev string) (stop func() [][]byte) {
 	t.Helper()
 	fd := -1

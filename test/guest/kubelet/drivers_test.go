@@ -19,7 +19,8 @@ type driver struct {
 	attaches bool
 	// volume are the options of a volume of that name.
 	volume func(name string) map[string]string
-	// source is how what the mount table says of it begins. folder is where the server has it; nil: its data shows only where it is mounted.
+	// source is how what the mount table says of it begins. folder is where the server has it; nil: its data
+	// shows only where it is mounted.
 	source, folder func(name string) string
 	// wrong is an option that is refused, and words of the answer.
 	wrong, words string

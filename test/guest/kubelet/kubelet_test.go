@@ -51,10 +51,12 @@ func mounted(t *testing.T, p pod) mounts.Entry {
 	return stack[0]
 }
 
-// A pod writes as an ordinary user into its volume, by fsGroup; when it is gone, so is the mount. Another one then finds what it wrote, and cannot change it.
+// A pod writes as an ordinary user into its volume, by fsGroup; when it is gone, so is the mount. Another one
+// then finds what it wrote, and cannot change it.
 func upAndDown(t *testing.T, _ *node, d driver) {
 	volume := d.volume("up")
-	writer := pod{name: "writer-" + d.name, driver: d.name, options: volume, fsGroup: 1234, script: "echo from the pod >/data/file && echo written"}
+	writer := pod{name: "writer-" + d.name, driver: d.name, options: volume, fsGroup: 1234,
+		script: "echo from the pod >/data/file && echo written"}
 	writer.up(t)
 	writer.says(t, "written")
 	if m := mounted(t, writer); !strings.HasPrefix(m.Source, d.source("up")) || m.ReadOnly() {
@@ -76,7 +78,8 @@ func upAndDown(t *testing.T, _ *node, d driver) {
 	writer.down(t)
 	eventually(t, d.idle)
 
-	reader := pod{name: "reader-" + d.name, driver: d.name, options: volume, readOnly: true, script: "cat /data/file; echo x >/data/other || echo not written"}
+	reader := pod{name: "reader-" + d.name, driver: d.name, options: volume, readOnly: true,
+		script: "cat /data/file; echo x >/data/other || echo not written"}
 	reader.up(t)
 	reader.says(t, "not written")
 	reader.says(t, "from the pod")
@@ -87,17 +90,21 @@ func upAndDown(t *testing.T, _ *node, d driver) {
 	reader.down(t)
 }
 
-// kubelet is killed while a pod runs, and started again. It goes on with the pod, and lets a second one have the volume. It is killed again and comes back
-// when the pod has been taken away: then it finds the volume by its folder, and calls the driver without options.
+// kubelet is killed while a pod runs, and started again. It goes on with the pod, and lets a second one have
+// the volume. It is killed again and comes back when the pod has been taken away: then it finds the volume by
+// its folder, and calls the driver without options.
 func kubeletKilled(t *testing.T, n *node, d driver) {
-	running := pod{name: "first-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234, script: "echo from the first >/data/file && echo written"}
+	running := pod{name: "first-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234,
+		script: "echo from the first >/data/file && echo written"}
 	running.up(t)
 	running.says(t, "written")
 	before := mounted(t, running)
 	n.kill()
 	n.start(t)
-	if !d.attaches { // kubelet 1.37 panics over a second pod on a volume that is attached and belongs to no PersistentVolume
-		second := pod{name: "second-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234, script: "cat /data/file"}
+	// kubelet 1.37 panics over a second pod on a volume that is attached and belongs to no PersistentVolume
+	if !d.attaches {
+		second := pod{name: "second-" + d.name, driver: d.name, options: d.volume("killed"), fsGroup: 1234,
+			script: "cat /data/file"}
 		second.up(t)
 		second.says(t, "from the first")
 		if m := mounted(t, running); m != before {
@@ -114,12 +121,14 @@ func kubeletKilled(t *testing.T, n *node, d driver) {
 	n.start(t)
 	running.gone(t)
 	if d.attaches {
-		// After a restart only a node's status in an API server tells kubelet what is attached. In a cluster it is the controller that detaches.
+		// After a restart only a node's status in an API server tells kubelet what is attached. In a cluster it is
+		// the controller that detaches.
 		call(t, n.env, d.name, "detach", volumeName, nodeName)
 	}
 }
 
-// What the driver says of a wrong option is in the event that kubelet makes of it. Nothing is mounted, and the pod can go.
+// What the driver says of a wrong option is in the event that kubelet makes of it. Nothing is mounted, and
+// the pod can go.
 func wrongOption(t *testing.T, _ *node, d driver) {
 	options := maps.Clone(d.volume("wrong"))
 	options[d.wrong] = "x"

@@ -1,7 +1,9 @@
-// Package kubelet_test has a real kubelet mount volumes into pods by the FlexVolume drivers, and unmount them.
+// Package kubelet_test has a real kubelet mount volumes into pods by the FlexVolume drivers, and unmount
+// them.
 //
-// The guest is a node without a cluster: kubelet, stand-alone, runs the pods that it finds in a folder, in the machine's containerd and runc.
-// It is built from its published modules, which takes minutes: `make acceptance` does it and names it in LARIAT_KUBELET. Without that the tests skip.
+// The guest is a node without a cluster: kubelet, stand-alone, runs the pods that it finds in a folder, in
+// the machine's containerd and runc. It is built from its published modules, which takes minutes: `make
+// acceptance` does it and names it in LARIAT_KUBELET. Without that the tests skip.
 package kubelet_test
 
 import (
@@ -108,7 +110,8 @@ type daemon struct {
 	done chan struct{} // closed when it ended
 }
 
-// newNode starts containerd and kubelet with the drivers, whose environment is kubelet's. It is one for all tests: the emulated machine takes its time.
+// newNode starts containerd and kubelet with the drivers, whose environment is kubelet's. It is one for all
+// tests: the emulated machine takes its time.
 func newNode(t *testing.T, env []string, drivers []driver) *node {
 	t.Helper()
 	n := &node{env: append(append(os.Environ(), "PATH="+workDir(t)+"/programs:"+os.Getenv("PATH")), env...)}
@@ -148,7 +151,8 @@ func workDir(t *testing.T) string {
 	return dir
 }
 
-// install puts a driver where kubelet finds it, as make install does: under a name with a dot, which kubelet ignores, and then whole.
+// install puts a driver where kubelet finds it, as make install does: under a name with a dot, which kubelet
+// ignores, and then whole.
 func install(t *testing.T, driver string) {
 	t.Helper()
 	program, err := os.ReadFile(filepath.Join(os.Getenv("LARIAT_BIN"), driver))
@@ -188,10 +192,12 @@ func (d *daemon) ready(t *testing.T, try func() error) {
 
 func logOf(name string) string { return filepath.Join(guest.Out(), name+".log") }
 
-// start starts kubelet and waits until it says that it is well. From level 3 it logs events, which nobody else is told of here.
+// start starts kubelet and waits until it says that it is well. From level 3 it logs events, which nobody
+// else is told of here.
 func (n *node) start(t *testing.T) {
 	t.Helper()
-	n.kubelet = n.run(t, "kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--root-dir="+root, "--hostname-override="+nodeName, "--node-ip="+nfsd.Server, "-v=3")
+	n.kubelet = n.run(t, "kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--root-dir="+root, "--hostname-override="+
+		nodeName, "--node-ip="+nfsd.Server, "-v=3")
 	n.kubelet.ready(t, func() error {
 		r, err := http.Get("http://127.0.0.1:10248/healthz")
 		if err != nil {
@@ -235,10 +241,12 @@ func (p pod) manifest() string {
 		"spec": m{
 			"hostNetwork": true, "terminationGracePeriodSeconds": 1, "securityContext": security,
 			"containers": []m{{
-				"name": "main", "image": image, "imagePullPolicy": "Never", "command": []string{"/bin/sh", "-c", p.script + "\nexec sleep 1000000"},
+				"name": "main", "image": image, "imagePullPolicy": "Never",
+				"command":      []string{"/bin/sh", "-c", p.script + "\nexec sleep 1000000"},
 				"volumeMounts": []m{{"name": volumeName, "mountPath": "/data"}},
 			}},
-			"volumes": []m{{"name": volumeName, "flexVolume": m{"driver": "lariat/" + p.driver, "readOnly": p.readOnly, "options": p.options}}},
+			"volumes": []m{{"name": volumeName, "flexVolume": m{"driver": "lariat/" + p.driver, "readOnly": p.readOnly,
+				"options": p.options}}},
 		},
 	})
 	if err != nil {

@@ -1,4 +1,5 @@
-// Package nfsd is the kernel's own NFS server in a guest, for tests of what mounts from it. The server is the guest's; its clients are, too.
+// Package nfsd is the kernel's own NFS server in a guest, for tests of what mounts from it. The server is the
+// guest's; its clients are, too.
 package nfsd
 
 import (

@@ -1,5 +1,5 @@
-// Package nofeature_test runs in a guest whose kernel lacks ESP and XFRM interfaces, though it has everything else: what needs them has to
-// say so by name.
+// Package nofeature_test runs in a guest whose kernel lacks ESP and XFRM interfaces, though it has everything
+// else: what needs them has to say so by name.
 package nofeature_test
 
 import (
@@ -15,7 +15,8 @@ func TestMain(m *testing.M) {
 }
 
 func TestProbesNameWhatIsMissing(t *testing.T) {
-	for f, module := range map[probe.Feature]string{probe.ESP: "esp4", probe.ESP6: "esp6", probe.AESGCM: "esp4", probe.XfrmInterface: "xfrm_interface"} {
+	for f, module := range map[probe.Feature]string{probe.ESP: "esp4", probe.ESP6: "esp6", probe.AESGCM: "esp4",
+		probe.XfrmInterface: "xfrm_interface"} {
 		err := probe.Check(f)
 		if err == nil {
 			t.Errorf("%s is there, without %s", f, module)

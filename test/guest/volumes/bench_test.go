@@ -8,8 +8,9 @@ import (
 	"github.com/lariat-net/lariat/test/guest/nfsd"
 )
 
-// BenchmarkDriver mounts and unmounts an export by the driver, as kubelet calls it, and by mount(8) and umount(8). It is part of "make bench/volumes". The
-// machine is emulated: only what stands side by side can be compared.
+// BenchmarkDriver mounts and unmounts an export by the driver, as kubelet calls it, and by mount(8) and
+// umount(8). It is part of "make bench/volumes". The machine is emulated: only what stands side by side can
+// be compared.
 func BenchmarkDriver(b *testing.B) {
 	nfsd.Serve(b)
 	dir := b.TempDir()

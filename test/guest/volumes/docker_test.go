@@ -65,7 +65,8 @@ func (s *storage) call(t *testing.T, verb, name, id string, opts map[string]stri
 	return a.Mountpoint, a.Err
 }
 
-// F102, F103, F104, F158: Docker's calls on the kernel's NFS server, with kill -9 of lariat-storage between. The twin with a dockerd is in test/runtimes.
+// F102, F103, F104, F158: Docker's calls on the kernel's NFS server, with kill -9 of lariat-storage between.
+// The twin with a dockerd is in test/runtimes.
 func TestF104Docker(t *testing.T) {
 	nfsd.Serve(t)
 	bin := filepath.Join(os.Getenv("LARIAT_BIN"), "lariat-storage")
@@ -82,7 +83,8 @@ func TestF104Docker(t *testing.T) {
 		}
 		return at
 	}
-	if _, err := s.call(t, "Create", "bad", "", map[string]string{"host": server, "exportBase": export, "mntOptions": "suid"}); !strings.Contains(err, "suid") {
+	if _, err := s.call(t, "Create", "bad", "", map[string]string{"host": server, "exportBase": export,
+		"mntOptions": "suid"}); !strings.Contains(err, "suid") {
 		t.Errorf("an option that is not allowed: %q", err)
 	}
 	do("Create", "")

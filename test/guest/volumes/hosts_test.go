@@ -193,8 +193,10 @@ func TestF159FirstAddressDead(t *testing.T) {
 		t.Helper()
 		for shows, mnt := range map[string]string{
 			"vers=4.2": "",
-			"vers=4.1": "vers=4.1,atime,softerr,timeo=100,actimeo=5,nosharecache,max_connect=2,local_lock=none,proto=tcp,sec=sys",
-			"vers=3": "vers=3,nolock,rsize=65536,wsize=65536,ac,acregmin=3,lookupcache=pos,nocto,noacl,nordirplus,noresvport,nconnect=2," +
+			"vers=4.1": "vers=4.1,atime,softerr,timeo=100,actimeo=5,nosharecache,max_connect=2," +
+				"local_lock=none,proto=tcp,sec=sys",
+			"vers=3": "vers=3,nolock,rsize=65536,wsize=65536,ac,acregmin=3,lookupcache=pos,nocto,noacl," +
+				"nordirplus,noresvport,nconnect=2," +
 				"tcp,mountproto=tcp,mountvers=3,relatime,nodiratime,noexec",
 		} {
 			t.Run(shows, func(t *testing.T) { try(t, mnt, shows) })

@@ -28,10 +28,11 @@ import (
 	"github.com/lariat-net/lariat/test/guest/nfsd"
 )
 
-var driver = flextest.Driver{Name: "nfs", Programs: []string{"mount.nfs"}, New: func(log *slog.Logger) (volume.Driver, error) {
-	c, err := nfs.FromEnvironment(os.Getenv)
-	return nfs.New(c, log), err
-}}
+var driver = flextest.Driver{Name: "nfs", Programs: []string{"mount.nfs"},
+	New: func(log *slog.Logger) (volume.Driver, error) {
+		c, err := nfs.FromEnvironment(os.Getenv)
+		return nfs.New(c, log), err
+	}}
 
 func TestMain(m *testing.M) { driver.Main(m, guest.Options{Bin: true}) }
 
@@ -49,7 +50,8 @@ const (
 
 // below are the options of a folder on the export. NFSv4.0 takes half of the time of 4.2 to mount.
 func below(name string, pairs ...string) string {
-	return options(append([]string{"name", name, "host", server, "exportBase", export, "mntOptions", "vers=4.0"}, pairs...)...)
+	return options(append([]string{"name", name, "host", server, "exportBase", export, "mntOptions", "vers=4.0"},
+		pairs...)...)
 }
 
 func exists(path string) bool {
@@ -79,14 +81,16 @@ func TestF105Versions(t *testing.T) {
 			ok(t, "mount", dir, j)
 			ok(t, "mount", dir, "", j) // kubelet 1.5's and Rancher's; and once more
 			stack := at(t, dir)
-			if len(stack) != 1 || stack[0].Source != server+":"+export+"/"+name || !strings.Contains(stack[0].Super, "vers="+vers) || !strings.Contains(stack[0].Options, "nosuid,nodev") {
+			if len(stack) != 1 || stack[0].Source != server+":"+export+"/"+name ||
+				!strings.Contains(stack[0].Super, "vers="+vers) || !strings.Contains(stack[0].Options, "nosuid,nodev") {
 				t.Fatalf("mounted: %+v", stack)
 			}
 			must(t, os.WriteFile(dir+"/f", []byte("data"), 0o644))
 			if data, err := os.ReadFile(export + "/" + name + "/f"); err != nil || string(data) != "data" {
 				t.Errorf("on the server: %q %v", data, err)
 			}
-			if fi, err := os.Stat(export + "/" + name); err != nil || fi.Sys().(*syscall.Stat_t).Gid != 1234 || fi.Mode()&os.ModeSetgid == 0 {
+			if fi, err := os.Stat(export + "/" + name); err != nil || fi.Sys().(*syscall.Stat_t).Gid != 1234 ||
+				fi.Mode()&os.ModeSetgid == 0 {
 				t.Errorf("fsGroup: %v %v", fi.Mode(), err)
 			}
 			fails(t, nil, "is mounted at "+dir, "delete", j)
@@ -133,10 +137,12 @@ func TestF105OnlyOurs(t *testing.T) {
 	}
 	t.Run("a folder that was there before", func(t *testing.T) {
 		keep("theirs")
-		if r := ok(t, "create", below("theirs", "onRemove", "purge")); r.Options["created"] != "false" || !strings.Contains(r.Message, "did not create it") {
+		if r := ok(t, "create", below("theirs", "onRemove", "purge")); r.Options["created"] != "false" ||
+			!strings.Contains(r.Message, "did not create it") {
 			t.Errorf("create: %+v", r)
 		}
-		if r := ok(t, "delete", below("theirs", "onRemove", "purge", "created", "true")); !strings.Contains(r.Message, "is kept: Lariat did not create it") {
+		if r := ok(t, "delete", below("theirs", "onRemove", "purge", "created", "true")); !strings.Contains(r.Message,
+			"is kept: Lariat did not create it") {
 			t.Errorf("delete: %+v", r)
 		}
 		kept("theirs")
@@ -146,7 +152,8 @@ func TestF105OnlyOurs(t *testing.T) {
 		must(t, os.Rename(export+"/swapped", export+"/aside"))
 		defer os.RemoveAll(export + "/aside")
 		keep("swapped")
-		if r := ok(t, "delete", below("swapped", "onRemove", "purge")); !strings.Contains(r.Message, "not the one that Lariat created") {
+		if r := ok(t, "delete", below("swapped", "onRemove", "purge")); !strings.Contains(r.Message,
+			"not the one that Lariat created") {
 			t.Errorf("delete: %+v", r)
 		}
 		kept("swapped")
@@ -175,13 +182,15 @@ func TestF105OnlyOurs(t *testing.T) {
 		if r := play(t, env, "delete", j); r.Status != flex.Success || !strings.Contains(r.Message, "is kept") {
 			t.Errorf("delete: %+v", r)
 		}
-		fails(t, nil, "never removes it", "delete", options("name", "whole", "host", server, "export", export+"/whole", "onRemove", "purge"))
+		fails(t, nil, "never removes it", "delete", options("name", "whole", "host", server, "export", export+"/whole",
+			"onRemove", "purge"))
 		kept("whole")
 	})
 	t.Run("ours, when it is to be retained or archived", func(t *testing.T) {
 		ok(t, "create", below("mine", "onRemove", "archive"))
 		must(t, os.WriteFile(export+"/mine/f", []byte("x"), 0o644))
-		if r := ok(t, "delete", below("mine", "onRemove", "retain")); !strings.Contains(r.Message, "onRemove=retain") || !exists(export+"/mine/f") {
+		if r := ok(t, "delete", below("mine", "onRemove", "retain")); !strings.Contains(r.Message, "onRemove=retain") ||
+			!exists(export+"/mine/f") {
 			t.Errorf("retain: %+v", r)
 		}
 		r := ok(t, "delete", below("mine", "onRemove", "purge")) // the creator's word counts
@@ -194,7 +203,8 @@ func TestF105OnlyOurs(t *testing.T) {
 	t.Run("by the environment, as Rancher had it", func(t *testing.T) {
 		env := []string{"NFS_SERVER=" + server, "MOUNT_DIR=" + export, "MOUNT_OPTS=nfsvers=4,noatime", "ON_REMOVE=purge"}
 		dir := place(t, "data")
-		for _, args := range [][]string{{"create", `{"name":"envy","rancher":"true"}`}, {"mount", dir, "", `{"name":"envy","rancher":"true","created":"true"}`}} {
+		for _, args := range [][]string{{"create", `{"name":"envy","rancher":"true"}`},
+			{"mount", dir, "", `{"name":"envy","rancher":"true","created":"true"}`}} {
 			if r := play(t, env, args...); r.Status != flex.Success {
 				t.Fatalf("%v: %+v", args, r)
 			}
@@ -244,16 +254,21 @@ func TestF158LostJournal(t *testing.T) {
 	noLeftovers(t)
 }
 
-// F110: a failed mount is told in mount.nfs's own words, with the server's reason. F109, F105: what is hostile is refused, and nothing done.
+// F110: a failed mount is told in mount.nfs's own words, with the server's reason. F109, F105: what is
+// hostile is refused, and nothing done.
 func TestF110F109Refused(t *testing.T) {
 	nfsd.Serve(t)
 	dir := place(t, "data")
 	before, err := mounts.Read()
 	must(t, err)
-	fails(t, nil, "mount.nfs: mounting "+server+":"+export+"/missing/x failed, reason given by server: No such file or directory", "mount", dir, options("name", "x", "host", server, "export", export+"/missing/x"))
-	fails(t, nil, "mount.nfs: access denied by server while mounting "+server+":/etc", "mount", dir, options("name", "x", "host", server, "export", "/etc", "mntOptions", "vers=3,nolock"))
+	fails(t, nil, "mount.nfs: mounting "+server+":"+export+
+		"/missing/x failed, reason given by server: No such file or directory", "mount", dir,
+		options("name", "x", "host", server, "export", export+"/missing/x"))
+	fails(t, nil, "mount.nfs: access denied by server while mounting "+server+":/etc", "mount", dir,
+		options("name", "x", "host", server, "export", "/etc", "mntOptions", "vers=3,nolock"))
 	fails(t, nil, "NFS server 192.168.9.3:2049", "mount", dir, options("name", "x", "host", "192.168.9.3", "export", "/"))
-	fails(t, nil, "its name has no address", "mount", dir, options("name", "x", "host", "no-such-host.invalid", "export", "/"))
+	fails(t, nil, "its name has no address", "mount", dir, options("name", "x", "host", "no-such-host.invalid", "export",
+		"/"))
 	for words, j := range map[string]string{
 		"only letters, digits":                            below("../x"),
 		"neither an address nor a host name":              options("name", "x", "host", "-o", "export", "/"),
@@ -316,13 +331,15 @@ func TestF105WithoutMountNFS(t *testing.T) {
 	hideMountNFS(t)
 	for _, vers := range []string{"", "vers=4.1"} {
 		ok(t, "mount", dir, below("bare", "mntOptions", vers))
-		if m := at(t, dir); len(m) != 1 || m[0].FSType != "nfs4" || !strings.Contains(m[0].Options, "nosuid") || !strings.Contains(m[0].Super, vers) {
+		if m := at(t, dir); len(m) != 1 || m[0].FSType != "nfs4" || !strings.Contains(m[0].Options, "nosuid") ||
+			!strings.Contains(m[0].Super, vers) {
 			t.Errorf("mounted: %+v", m)
 		}
 		must(t, os.WriteFile(dir+"/f", nil, 0o644))
 		ok(t, "unmount", dir)
 	}
-	fails(t, nil, "mount.nfs is not installed", "mount", dir, options("name", "x", "host", server, "export", export, "mntOptions", "vers=3,proto=rdma"))
+	fails(t, nil, "mount.nfs is not installed", "mount", dir, options("name", "x", "host", server, "export", export,
+		"mntOptions", "vers=3,proto=rdma"))
 	fails(t, nil, "no such file", "mount", dir, options("name", "x", "host", server, "export", export+"/missing"))
 	ok(t, "delete", below("bare", "onRemove", "purge"))
 	noLeftovers(t)
@@ -373,7 +390,8 @@ func TestStackedMounts(t *testing.T) {
 	noLeftovers(t)
 }
 
-// F158: kill -9 at every step, of driver and child. The same call again must find its way: no double mount, no orphan, no lost record.
+// F158: kill -9 at every step, of driver and child. The same call again must find its way: no double mount,
+// no orphan, no lost record.
 func TestF158KilledAtEveryStep(t *testing.T) {
 	nfsd.Serve(t)
 	dir := place(t, "data")
@@ -385,18 +403,21 @@ func TestF158KilledAtEveryStep(t *testing.T) {
 	// What has nothing to make and to remove takes half of the time.
 	must(t, os.Mkdir(export+"/plain", 0o755))
 	defer os.Remove(export + "/plain")
-	plain := []string{"mount", dir, options("name", "plain", "host", server, "export", export+"/plain", "mntOptions", "vers=4.0")}
+	plain := []string{"mount", dir, options("name", "plain", "host", server, "export", export+"/plain", "mntOptions",
+		"vers=4.0")}
 	for _, tc := range []struct {
 		verb  []string
 		first [][]string // calls before
 		then  [][]string // and after, beside the same call again
 		steps []string
 	}{
-		{create, nil, [][]string{remove}, []string{"journal-written", "create-journalled", "before-mount", "hidden-made", "folder-made-aside", "mark-written", "folder-marked", "folder-named", "create-recorded"}},
+		{create, nil, [][]string{remove}, []string{"journal-written", "create-journalled", "before-mount", "hidden-made",
+			"folder-made-aside", "mark-written", "folder-marked", "folder-named", "create-recorded"}},
 		{mount, nil, [][]string{unmount, remove}, []string{"folder-named"}},
 		{plain, nil, [][]string{unmount}, []string{"mount-journalled", "before-mount", "mounted"}},
 		{unmount, [][]string{plain}, nil, []string{"unmounted", "unmount-proven"}},
-		{remove, [][]string{create}, nil, []string{"delete-journalled", "removal-marked", "moved-to-trash", "removing", "trash-cleared", "delete-done"}},
+		{remove, [][]string{create}, nil, []string{"delete-journalled", "removal-marked", "moved-to-trash", "removing",
+			"trash-cleared", "delete-done"}},
 		{archive, [][]string{create}, nil, []string{"archived"}},
 	} {
 		for _, step := range tc.steps {
@@ -455,7 +476,8 @@ func took(f func()) time.Duration {
 	return time.Since(start)
 }
 
-// F159: the server is gone. Every call ends by its deadline and says why; volumes of other servers are not held up; when it comes back, all is well.
+// F159: the server is gone. Every call ends by its deadline and says why; volumes of other servers are not
+// held up; when it comes back, all is well.
 func TestF159ServerGone(t *testing.T) {
 	nfsd.Serve(t)
 	dir := place(t, "data")
@@ -466,7 +488,8 @@ func TestF159ServerGone(t *testing.T) {
 		}
 	})
 	short := []string{flex.TimeoutVariable + "=6s"}
-	onOther := options("name", "o", "host", other, "exportBase", export, "mntOptions", "vers=3,nolock", "onRemove", "purge")
+	onOther := options("name", "o", "host", other, "exportBase", export, "mntOptions", "vers=3,nolock", "onRemove",
+		"purge")
 	for _, d := range []string{busy, free} {
 		ok(t, "mount", d, below("gone"))
 	}
@@ -530,7 +553,8 @@ func TestF159ServerGone(t *testing.T) {
 	// One with a process inside: its waiting calls are aborted; the shell's working folder keeps it busy until it is gone.
 	wg.Go(func() {
 		d := took(func() {
-			if r := play(t, []string{flex.TimeoutVariable + "=8s"}, "unmount", busy); r.Status != flex.Success && !strings.Contains(r.Message, "in use by") && !strings.Contains(r.Message, "does not answer") {
+			if r := play(t, []string{flex.TimeoutVariable + "=8s"}, "unmount", busy); r.Status != flex.Success &&
+				!strings.Contains(r.Message, "in use by") && !strings.Contains(r.Message, "does not answer") {
 				t.Errorf("unmount of a busy one: %+v", r)
 			}
 		})
@@ -561,7 +585,8 @@ func TestF159ServerGone(t *testing.T) {
 	noLeftovers(t)
 }
 
-// F159: a server that takes connections and says nothing, one that is stopped, and one that is started again under a mounted volume.
+// F159: a server that takes connections and says nothing, one that is stopped, and one that is started again
+// under a mounted volume.
 func TestF159ServerSilentStoppedRestarted(t *testing.T) {
 	nfsd.Serve(t)
 	dir := place(t, "data")
@@ -582,7 +607,8 @@ func TestF159ServerSilentStoppedRestarted(t *testing.T) {
 	must(t, os.WriteFile(dir+"/f", []byte("data"), 0o644))
 	sh(t, "rpc.nfsd 0")
 	if d := took(func() {
-		fails(t, nil, "NFS server "+server+":2049 refuses connections: is nfsd running there?", "mount", dir+"-2", below("again"))
+		fails(t, nil, "NFS server "+server+":2049 refuses connections: is nfsd running there?", "mount", dir+"-2",
+			below("again"))
 	}); d > 5*time.Second {
 		t.Errorf("a stopped server is told after %s", d)
 	}
@@ -629,9 +655,12 @@ func TestF155Executable(t *testing.T) {
 	must(t, os.MkdirAll(filepath.Dir(real), 0o755))
 	link := filepath.Join(t.TempDir(), "link")
 	must(t, os.Symlink(filepath.Dir(real), link))
-	for _, args := range [][]string{{"init"}, {"mount", link + "/data", below("hand")}, {"mount", link + "/data", below("hand")}, {"unmount", link + "/data"}, {"delete", below("hand", "onRemove", "purge")}} {
+	for _, args := range [][]string{{"init"}, {"mount", link + "/data", below("hand")},
+		{"mount", link + "/data", below("hand")}, {"unmount", link + "/data"},
+		{"delete", below("hand", "onRemove", "purge")}} {
 		out, err := exec.Command(bin, args...).CombinedOutput()
-		if r, perr := flex.ParseReply(out); err != nil || perr != nil || r.Status != flex.Success || bytes.Count(out, []byte("\n")) != 1 {
+		if r, perr := flex.ParseReply(out); err != nil || perr != nil || r.Status != flex.Success ||
+			bytes.Count(out, []byte("\n")) != 1 {
 			t.Errorf("%v: %v %v %s", args, err, perr, out)
 		}
 		if args[0] == "mount" && len(at(t, real)) != 1 {
@@ -640,7 +669,8 @@ func TestF155Executable(t *testing.T) {
 	}
 	nothingAt(t, real)
 	log, err := os.ReadFile("/var/log/lariat/volume-nfs.log")
-	if err != nil || !slices.ContainsFunc(strings.Split(string(log), "\n"), func(l string) bool { return strings.Contains(l, "msg=mounted") }) {
+	if err != nil || !slices.ContainsFunc(strings.Split(string(log), "\n"),
+		func(l string) bool { return strings.Contains(l, "msg=mounted") }) {
 		t.Errorf("log: %v\n%s", err, log)
 	}
 	noLeftovers(t)
@@ -653,7 +683,8 @@ func TestF107ClientOfTheExecutable(t *testing.T) {
 	if !exists(bin) {
 		t.Skip("bin/nfs is not built: make build")
 	}
-	r := volume.Request{Name: "client", Options: map[string]string{"host": server, "exportBase": export, "onRemove": "purge", "mntOptions": "vers=4.0"}}
+	r := volume.Request{Name: "client", Options: map[string]string{"host": server, "exportBase": export,
+		"onRemove": "purge", "mntOptions": "vers=4.0"}}
 	dir := place(t, "data")
 	for _, shape := range []flex.Shape{flex.Rancher, flex.Kubernetes} {
 		var d volume.Driver = flex.Client{Path: bin, Shape: shape}

@@ -1,5 +1,5 @@
-// Package without is what the tests in its folders have in common: a host of an encrypted network, with the real programs, in a guest whose
-// kernel lacks something.
+// Package without is what the tests in its folders have in common: a host of an encrypted network, with the
+// real programs, in a guest whose kernel lacks something.
 package without
 
 import (
@@ -43,8 +43,9 @@ func Cluster(t *testing.T, hosts int) *lab.Cluster {
 		Must(t, os.WriteFile(h.SecretFile(), []byte("bm90IGEgcmVhbCBzZWNyZXQsIGJ1dCBsb25nIGVub3VnaA==\n"), 0o600))
 	}
 	Must(t, c.Up(t.Context()))
-	Must(t, c.Hosts[0].Client().Put(t.Context(), metadata.KindNetwork, Network, metadata.Network{Name: Network, Encapsulation: metadata.EncapIPsec,
-		Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16")}}))
+	Must(t, c.Hosts[0].Client().Put(t.Context(), metadata.KindNetwork, Network,
+		metadata.Network{Name: Network, Encapsulation: metadata.EncapIPsec,
+			Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16")}}))
 	return c
 }
 
@@ -64,8 +65,8 @@ func Call(t *testing.T, h *lab.Host) lab.Call {
 	return lab.Call{Conf: conf}
 }
 
-// ADDIsRefused shows that ADD and STATUS fail and name the feature and the module, with the manager and without, and that nothing is
-// left of the attempt.
+// ADDIsRefused shows that ADD and STATUS fail and name the feature and the module, with the manager and
+// without, and that nothing is left of the attempt.
 func ADDIsRefused(t *testing.T, feature, module string) {
 	c := Cluster(t, 1)
 	h := c.Hosts[0]
@@ -73,7 +74,8 @@ func ADDIsRefused(t *testing.T, feature, module string) {
 	refused := func(what string, err error) {
 		t.Helper()
 		var e *types.Error
-		if !errors.As(err, &e) || e.Code != cni.ErrNotAvailable || !strings.Contains(e.Msg, feature) || !strings.Contains(e.Msg, module) {
+		if !errors.As(err, &e) || e.Code != cni.ErrNotAvailable || !strings.Contains(e.Msg, feature) ||
+			!strings.Contains(e.Msg, module) {
 			t.Errorf("%s: %v; want code %d, %q and %q", what, err, cni.ErrNotAvailable, feature, module)
 		}
 	}

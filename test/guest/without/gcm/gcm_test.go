@@ -19,7 +19,8 @@ import (
 
 func TestMain(m *testing.M) { without.Main(m, "gcm,aesni_intel") }
 
-// TestF40_FallbackSuite: hosts whose kernels lack AES-GCM agree on AES-CBC with SHA-256, and containers reach each other.
+// TestF40_FallbackSuite: hosts whose kernels lack AES-GCM agree on AES-CBC with SHA-256, and containers reach
+// each other.
 func TestF40_FallbackSuite(t *testing.T) {
 	if probe.Check(probe.AESGCM) == nil {
 		t.Fatal("the kernel has AES-GCM all the same")
@@ -39,7 +40,8 @@ func TestF40_FallbackSuite(t *testing.T) {
 	_, err := ends[0].Ping(ctx, ends[1].Addr(false), 56)
 	without.Must(t, err)
 	r := report(t, c.Hosts[0])
-	if len(r.Tunnels) != 1 || !strings.HasPrefix(r.Tunnels[0].Children[0].Suite, "AES_CBC-256/HMAC_SHA2_256_128") || len(r.Suites) != 1 {
+	if len(r.Tunnels) != 1 || !strings.HasPrefix(r.Tunnels[0].Children[0].Suite, "AES_CBC-256/HMAC_SHA2_256_128") ||
+		len(r.Suites) != 1 {
 		t.Errorf("%+v", r)
 	}
 }
