@@ -433,7 +433,7 @@ func threeHosts(t *testing.T, codename string) {
 			t.Run("podman", func(t *testing.T) {
 				reach(t, machines, "nsenter -t $(podman inspect -f '{{.State.Pid}}' web) -n")
 				for _, from := range []string{"h2", "h3"} {
-					if out := machines[from].must(t, "busybox wget -q -T 20 -O - http://192.0.2.1:8080/etc/hosts"); out == "" {
+					if out := machines[from].must(t, "timeout 20 busybox wget -q -O - http://192.0.2.1:8080/etc/hosts"); out == "" {
 						t.Errorf("h1's published port does not answer %s", from)
 					}
 				}
