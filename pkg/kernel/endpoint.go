@@ -78,8 +78,9 @@ func (n *Netns) AddEndpoint(ctx context.Context, path string, p delta.Endpoint) 
 
 // operational waits until an end of a port sends and hears: its device is in one of the states, and the
 // IPv6 addresses are local. A container's first packets need both. The kernel does both in works of its own,
-// some time after the messages that ask for them. What does not come in a second is no error: nothing more
-// can be done about it.
+// some time after the messages that ask for them. linkwatch does its work once a second, unless it takes it for
+// urgent; it does not where the two ends happen to have one index, each in its namespace. What does not come in
+// three seconds is no error: nothing more can be done about it.
 //
 // A device whose peer comes up later gets its queue by linkwatch_event. What is sent before is dropped: the
 // host's first ARP request, which is repeated after a second. Only then IPv6 takes the device for ready, and
@@ -100,7 +101,7 @@ func (s *socket) operational(ctx context.Context, told *os.File, index uint32, s
 	if err := look(); err != nil || up && len(missing) == 0 {
 		return err
 	}
-	if err := told.SetReadDeadline(time.Now().Add(time.Second)); err != nil {
+	if err := told.SetReadDeadline(time.Now().Add(3 * time.Second)); err != nil {
 		return err
 	}
 	stop := context.AfterFunc(ctx, func() { _ = told.SetReadDeadline(time.Unix(1, 0)) })
