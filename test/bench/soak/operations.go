@@ -674,7 +674,7 @@ func (s *soak) deleteNetwork(ctx context.Context, name string) error {
 	if used {
 		return fmt.Errorf("network %s is in use", name)
 	}
-	_, err := s.Hosts[2].Lariat(ctx, "network", "delete", name)
+	_, err := s.Hosts[2].Lariat(ctx, "network", "delete", "--yes", name)
 	if err == nil {
 		return nil
 	}
