@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 
@@ -166,58 +165,4 @@ func Neighbour(index int, a netip.Addr) bool {
 		return n.IP.Equal(a.AsSlice()) &&
 			n.State&answered != 0
 	})
-}
-
-// Forwarding says whether the current network namespace forwards packets of each family.
-func Forwarding() (v4, v6 bool) {
-	on := func(key string) bool {
-		b, err := os.ReadFile(sysctlRoot + key)
-		return err == nil && strings.TrimSpace(string(b)) == "1"
-	}
-	return on("net/ipv4/ip_forward"), on("net/ipv6/conf/all/forwarding")
-}
-
-// ForwardPolicyDrops says whether some nftables or iptables-nft chain at the forward hook drops what no rule
-// accepts, as Docker sets it, and names those chains (ip filter FORWARD). iptables-legacy is not seen.
-func ForwardPolicyDrops() (chains []string, err error) {
-	s, err := openSocket(unix.NETLINK_NETFILTER)
-	if err != nil {
-		return nil, nil // no nftables, no such chain
-	}
-	defer s.close()
-	families := map[byte]string{nfprotoInet: "inet", unix.NFPROTO_IPV4: "ip", unix.NFPROTO_IPV6: "ip6"}
-	err = s.dump(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETCHAIN, func(m *message) { m.raw(0, 0, 0, 0) },
-		func(_ uint16, body []byte) {
-			if len(body) < 4 || families[body[0]] == "" {
-				return
-			}
-			var table, name string
-			policy, hook := uint32(verdictAccept), uint32(0)
-			for a := newAttrs(body[4:]); a.next(); {
-				switch a.typ {
-				case unix.NFTA_CHAIN_TABLE:
-					table = cstring(a.value)
-				case unix.NFTA_CHAIN_NAME:
-					name = cstring(a.value)
-				case unix.NFTA_CHAIN_POLICY:
-					policy = a.u32be()
-				case unix.NFTA_CHAIN_HOOK:
-					for h := newAttrs(a.value); h.next(); {
-						if h.typ == unix.NFTA_HOOK_HOOKNUM {
-							hook = h.u32be()
-						}
-					}
-				}
-			}
-			if policy == verdictDrop && hook == uint32(slices.Index(hooks, "forward")) {
-				chains = append(chains, families[body[0]]+" "+table+" "+name)
-			}
-		})
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, errInterrupted) {
-		err = nil // no nftables; or it changes, and Watch will tell
-	}
-	if err != nil {
-		return nil, fmt.Errorf("list nftables chains: %w", err)
-	}
-	return chains, nil
 }

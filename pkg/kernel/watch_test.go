@@ -152,25 +152,3 @@ func TestForeignListsWhatANetworkMustNotHave(t *testing.T) {
 		}
 	})
 }
-
-func TestForwardPolicyOfOthersIsFound(t *testing.T) {
-	probe.Need(t, probe.Nft)
-	ns := netnstest.New(t)
-	drops := func() (chains []string) {
-		ns.Do(t, func() {
-			var err error
-			if chains, err = kernel.ForwardPolicyDrops(); err != nil {
-				t.Fatal(err)
-			}
-		})
-		return chains
-	}
-	if got := drops(); got != nil {
-		t.Errorf("an empty ruleset drops by %v", got)
-	}
-	ns.Command(t, "nft", "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; "+
-		"policy drop; }")
-	if got := drops(); len(got) != 1 || got[0] != "ip filter FORWARD" {
-		t.Errorf("got %v, want ip filter FORWARD", got)
-	}
-}
