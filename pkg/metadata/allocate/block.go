@@ -150,3 +150,14 @@ func BorrowOrder(blocks []metadata.Block, self string) []metadata.Block {
 	}
 	return out
 }
+
+// TableFor returns the table of an address: a table of the address's block, or a table of its own when no subnet of
+// the network holds it.
+func TableFor(n metadata.Network, a netip.Addr) netip.Prefix {
+	for _, p := range n.Subnets {
+		if p.Contains(a) {
+			return TableOf(BlockOf(a, n.BlockSize(p)), a)
+		}
+	}
+	return netip.PrefixFrom(a, a.BitLen())
+}

@@ -10,13 +10,14 @@ import (
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
 // mark is a revision that a host's view has come to, and with it to all before.
 func mark(t *testing.T, st store.Store, n *node) int64 {
 	t.Helper()
-	revision, err := store.One(t.Context(), st, store.Change{Key: viewPrefix + "mark", Value: []byte("{}"),
+	revision, err := store.One(t.Context(), st, store.Change{Key: entry.ViewPrefix + "mark", Value: []byte("{}"),
 		Revision: store.Any})
 	must(t, err)
 	must(t, n.view.wait(t.Context(), revision))
@@ -76,11 +77,11 @@ func TestAnswersDoNotCostTheWholeView(t *testing.T) {
 	for i := range networks {
 		n := overlay(fmt.Sprintf("100.64.%d.0/24", i))
 		n.Name, n.Encapsulation, n.VNI = fmt.Sprintf("net%03d", i), metadata.EncapVXLAN, metadata.DefaultVNI+1+uint32(i)
-		objects[networkPrefix+n.Name] = n
+		objects[entry.NetworkPrefix+n.Name] = n
 	}
 	n := overlay("10.0.0.0/8")
 	n.Name, n.Encapsulation, n.VNI = "big", metadata.EncapVXLAN, 5000
-	objects[networkPrefix+"big"] = n
+	objects[entry.NetworkPrefix+"big"] = n
 	fill(t, st, objects)
 	mark(t, st, a)
 	before := map[string]uint64{}

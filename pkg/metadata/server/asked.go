@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -39,7 +40,7 @@ func (a *asked) get(ctx context.Context, prefix string) (*part, error) {
 	a.mu.Lock()
 	p := a.parts[prefix]
 	if p == nil {
-		p = &part{scope: scope{containers: newContainers(a.s.cfg.HostName), all: prefix == containerPrefix},
+		p = &part{scope: scope{containers: newContainers(a.s.cfg.HostName), all: prefix == entry.ContainerPrefix},
 			ready: make(chan struct{})}
 		var follow context.Context
 		follow, p.cancel = context.WithCancel(a.s.ctx)

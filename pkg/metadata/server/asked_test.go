@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 	"github.com/lariat-net/lariat/pkg/metadata/tree"
 )
@@ -29,7 +30,7 @@ type counted struct {
 
 func (c *counted) count(entries []store.Entry) {
 	for _, e := range entries {
-		if strings.HasPrefix(e.Key, containerPrefix) {
+		if strings.HasPrefix(e.Key, entry.ContainerPrefix) {
 			c.objects.Add(1)
 			c.bytes.Add(int64(len(e.Key) + len(e.Value)))
 		}
@@ -46,7 +47,7 @@ func (c *counted) Page(ctx context.Context, l *store.Listing) error {
 func (c *counted) Watch(ctx context.Context, prefix string, after int64, fn func(store.Update) error) error {
 	return c.Store.Watch(ctx, prefix, after, func(u store.Update) error {
 		c.count(u.Entries)
-		if strings.HasPrefix(prefix, containerPrefix) && len(u.Entries) > 0 {
+		if strings.HasPrefix(prefix, entry.ContainerPrefix) && len(u.Entries) > 0 {
 			c.events.Add(1)
 		}
 		return fn(u)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/allocate"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -328,13 +329,13 @@ func (s *Server) Allocations(ctx context.Context, network string, all bool) ([]m
 // eachTable reads all tables of a network. It returns those that cannot be used as problems.
 func (s *Server) eachTable(ctx context.Context, network string,
 	fn func(*allocate.Table, int64) error) ([]metadata.Problem, error) {
-	list, _, err := s.list(ctx, tablePrefix+network+"/")
+	list, _, err := s.list(ctx, entry.TablePrefix+network+"/")
 	if err != nil {
 		return nil, err
 	}
 	var bad []metadata.Problem
 	for _, e := range list {
-		t, err := decodeTable(e)
+		t, err := entry.DecodeTable(e)
 		if err != nil {
 			bad = append(bad, metadata.NewProblem(e.Key, err))
 			s.log.Warn("address table left out", "entry", bad[len(bad)-1].Name(), "error", err)
@@ -345,20 +346,6 @@ func (s *Server) eachTable(ctx context.Context, network string,
 		}
 	}
 	return bad, nil
-}
-
-// decodeTable reads the entry of an address table.
-func decodeTable(e store.Entry) (*allocate.Table, error) {
-	network, text, _ := strings.Cut(strings.TrimPrefix(e.Key, tablePrefix), "/")
-	cidr, err := netip.ParsePrefix(text)
-	if err != nil || cidr != cidr.Masked() || cidr.Addr().Is4In6() ||
-		cidr.Addr().BitLen()-cidr.Bits() > allocate.TableBits {
-		return nil, fmt.Errorf("%.100q is not the prefix of an address table", text)
-	}
-	if err := metadata.ValidName(network); err != nil {
-		return nil, err
-	}
-	return allocate.Decode(cidr, e.Value)
 }
 
 // Status says whether an ADD could be served now. It answers from memory: what it must ask the store for, it
@@ -496,7 +483,7 @@ func (s *Server) countLeft(ctx context.Context, n metadata.Network, subnet netip
 		return 0, err
 	}
 	for _, p := range bad {
-		if cidr, err := netip.ParsePrefix(strings.TrimPrefix(p.Key, tablePrefix+n.Name+"/")); err == nil {
+		if cidr, err := netip.ParsePrefix(strings.TrimPrefix(p.Key, entry.TablePrefix+n.Name+"/")); err == nil {
 			delete(unread, cidr) // nothing of it can be handed out
 		}
 	}
@@ -526,7 +513,7 @@ func (s *Server) networkOrCreate(ctx context.Context, name string, create *metad
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
 	// Another host may have made it a moment ago.
-	e, err := s.store.Get(ctx, networkPrefix+name)
+	e, err := s.store.Get(ctx, entry.NetworkPrefix+name)
 	switch {
 	case err == nil:
 		if err := s.view.wait(ctx, e.Revision); err != nil {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/allocate"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -234,7 +235,7 @@ func (p *batch) commit(ctx context.Context) (again []*request) {
 	var order []netip.Prefix
 	for cidr, t := range p.work {
 		order = append(order, cidr)
-		ch := store.Change{Key: tableKey(b.network, cidr), Revision: p.base[cidr]}
+		ch := store.Change{Key: entry.TableKey(b.network, cidr), Revision: p.base[cidr]}
 		if len(t.Entries) > 0 || !cidr.IsSingleIP() || p.inside(cidr.Addr()) {
 			data, err := json.Marshal(t)
 			if err != nil {
@@ -246,7 +247,7 @@ func (p *batch) commit(ctx context.Context) (again []*request) {
 	}
 	var keys []string
 	for key, c := range p.containers {
-		ch := store.Change{Key: containerPrefix + key, Revision: p.revisions[key]}
+		ch := store.Change{Key: entry.ContainerPrefix + key, Revision: p.revisions[key]}
 		if c != nil {
 			data, err := json.Marshal(c)
 			if err != nil {
@@ -312,7 +313,7 @@ func (p *batch) commit(ctx context.Context) (again []*request) {
 			}
 		}
 		for _, a := range out.announced {
-			if errors.Is(failed[tableFor(p.net, a)], store.ErrConflict) {
+			if errors.Is(failed[allocate.TableFor(p.net, a)], store.ErrConflict) {
 				gone = append(gone, a)
 			}
 		}
@@ -374,31 +375,6 @@ func (b *allocator) install(l *cachedTable, t *allocate.Table, revision int64) {
 	l.table, l.revision, l.stale, l.noneUnused, l.corrupt = t, revision, false, false, nil
 }
 
-func tableKey(network string, cidr netip.Prefix) string {
-	return tablePrefix + network + "/" + cidr.String()
-}
-
-// corruptTable is the error of a table that is stored and cannot be used.
-type corruptTable struct{ metadata.Problem }
-
-func (e *corruptTable) Error() string { return e.String() + "; " + e.Remedy() }
-
-// readTable reads one table; one that is not stored is empty. The error is a *spoiltTable when it cannot be used.
-func (s *Server) readTable(ctx context.Context, network string, cidr netip.Prefix) (*allocate.Table, int64, error) {
-	e, err := s.store.Get(ctx, tableKey(network, cidr))
-	if errors.Is(err, store.ErrNotFound) {
-		return &allocate.Table{CIDR: cidr}, 0, nil
-	}
-	if err != nil {
-		return nil, 0, err
-	}
-	t, err := allocate.Decode(cidr, e.Value)
-	if err != nil {
-		return nil, e.Revision, &corruptTable{metadata.NewProblem(tableKey(network, cidr), err)}
-	}
-	return t, e.Revision, nil
-}
-
 // read brings ledgers up to date, many at a time.
 func (b *allocator) read(ctx context.Context, list []*cachedTable) error {
 	type result struct {
@@ -412,13 +388,13 @@ func (b *allocator) read(ctx context.Context, list []*cachedTable) error {
 	limit := make(chan struct{}, 16)
 	for i, l := range list {
 		if len(list) == 1 {
-			t, rev, err := b.s.readTable(ctx, b.network, l.cidr)
+			t, rev, err := entry.ReadTable(ctx, b.s.store, b.network, l.cidr)
 			results[i] = result{l, t, rev, err}
 			break
 		}
 		limit <- struct{}{}
 		wg.Go(func() {
-			t, rev, err := b.s.readTable(ctx, b.network, l.cidr)
+			t, rev, err := entry.ReadTable(ctx, b.s.store, b.network, l.cidr)
 			results[i] = result{l, t, rev, err}
 			<-limit
 		})
@@ -428,7 +404,7 @@ func (b *allocator) read(ctx context.Context, list []*cachedTable) error {
 	defer b.mu.Unlock()
 	var errs []error
 	for _, r := range results {
-		var spoilt *corruptTable
+		var spoilt *entry.CorruptTable
 		if errors.As(r.err, &spoilt) {
 			b.s.log.Error("address table left out", "network", b.network, "error", spoilt)
 			b.install(r.l, &allocate.Table{CIDR: r.l.cidr}, r.revision)
@@ -529,7 +505,7 @@ func (b *allocator) sync(ctx context.Context, net metadata.Network, gen uint64) 
 			}
 		}
 		for a := range single {
-			cidr := tableFor(net, a)
+			cidr := allocate.TableFor(net, a)
 			l := b.tables[cidr]
 			if l == nil {
 				l = &cachedTable{cidr: cidr, stale: true}
@@ -580,9 +556,9 @@ func (b *allocator) repairHostRoutes(ctx context.Context, net metadata.Network) 
 		}
 	}
 	for a := range announced {
-		if l := b.tables[tableFor(net, a)]; l != nil && !l.own && l.corrupt == nil {
+		if l := b.tables[allocate.TableFor(net, a)]; l != nil && !l.own && l.corrupt == nil {
 			if e, ok := l.table.Entry(a); !ok || e.Owner.Host != b.s.cfg.HostName {
-				changes = append(changes, store.Change{Key: hostRoutePrefix + b.network + "/" + a.String(), Revision: store.Any})
+				changes = append(changes, store.Change{Key: entry.HostRouteKey(b.network, a), Revision: store.Any})
 			}
 		}
 	}
@@ -592,13 +568,13 @@ func (b *allocator) repairHostRoutes(ctx context.Context, net metadata.Network) 
 		}
 	}
 	for id, addrs := range b.s.containers.attachments(b.network) {
-		unread := func(a netip.Addr) bool { l := b.tables[tableFor(net, a)]; return l == nil || l.corrupt != nil }
+		unread := func(a netip.Addr) bool { l := b.tables[allocate.TableFor(net, a)]; return l == nil || l.corrupt != nil }
 		if slices.ContainsFunc(addrs, unread) || len(b.held[id]) > 0 {
 			continue
 		}
 		b.s.log.Info("attachment removed: no address table has it", "network", b.network, "attachment", id)
 		err := b.s.changeContainer(ctx, b.s.cfg.HostName+"/"+id.ContainerID, func(c *metadata.Container) bool {
-			return detachContainer(c, b.network, id.IfName)
+			return c.Detach(b.network, id.IfName)
 		})
 		if err != nil {
 			return err
@@ -609,17 +585,7 @@ func (b *allocator) repairHostRoutes(ctx context.Context, net metadata.Network) 
 
 func (b *allocator) hostRoute(a netip.Addr) store.Change {
 	data, _ := json.Marshal(metadata.HostRoute{Network: b.network, Address: a, Host: b.s.cfg.HostName})
-	return store.Change{Key: hostRoutePrefix + b.network + "/" + a.String(), Value: data}
-}
-
-// tableFor is the table of an address: of its block, or its own when it lies outside of the subnets.
-func tableFor(n metadata.Network, a netip.Addr) netip.Prefix {
-	for _, p := range n.Subnets {
-		if p.Contains(a) {
-			return allocate.TableOf(allocate.BlockOf(a, n.BlockSize(p)), a)
-		}
-	}
-	return netip.PrefixFrom(a, a.BitLen())
+	return store.Change{Key: entry.HostRouteKey(b.network, a), Value: data}
 }
 
 // deleteHostRoutes removes endpoints. A failure is no error of the caller: mend does it at the next start.
@@ -629,7 +595,7 @@ func (b *allocator) deleteHostRoutes(ctx context.Context, addrs []netip.Addr) {
 	}
 	var changes []store.Change
 	for _, a := range addrs {
-		changes = append(changes, store.Change{Key: hostRoutePrefix + b.network + "/" + a.String(), Revision: store.Any})
+		changes = append(changes, store.Change{Key: entry.HostRouteKey(b.network, a), Revision: store.Any})
 	}
 	for i, r := range b.s.store.Write(ctx, changes...) {
 		if r.Err != nil {
@@ -726,17 +692,17 @@ func (p *batch) planRelease(out *result, id metadata.AttachmentID, entries []all
 		if sequence != 0 && e.Sequence > sequence {
 			continue
 		}
-		l := p.b.tables[tableFor(p.net, e.Address)]
+		l := p.b.tables[allocate.TableFor(p.net, e.Address)]
 		t := p.table(l)
 		out.touched[l.cidr] = true
 		out.freed[l.cidr] = append(out.freed[l.cidr],
 			t.Release(p.now, func(x allocate.Entry) bool { return x.Address == e.Address && x.ID == e.ID })...)
 	}
 	key := p.b.s.cfg.HostName + "/" + id.ContainerID
-	if c, _ := p.container(key); c == nil || !attached(c, p.b.network, id.IfName) || len(p.mine(id)) > 0 {
+	if c, _ := p.container(key); c == nil || !c.Attached(p.b.network, id.IfName) || len(p.mine(id)) > 0 {
 		return
 	}
-	p.changeContainer(out, key, func(c *metadata.Container) bool { return detachContainer(c, p.b.network, id.IfName) })
+	p.changeContainer(out, key, func(c *metadata.Container) bool { return c.Detach(p.b.network, id.IfName) })
 }
 
 // container returns a container's object as the batch has it so far, nil when there is none, and
@@ -826,7 +792,7 @@ func (p *batch) planAttach(ctx context.Context, out *result) error {
 	}
 	for _, e := range have {
 		if e.Owner != owner { // the same container after a reboot
-			l := b.tables[tableFor(p.net, e.Address)]
+			l := b.tables[allocate.TableFor(p.net, e.Address)]
 			p.table(l).Renew(e.Address, owner, b.sequence)
 			out.touched[l.cidr] = true
 		}
@@ -843,7 +809,7 @@ func (p *batch) planAttach(ctx context.Context, out *result) error {
 	o.entries = p.mine(o.id)
 
 	h, known := b.s.containers.find(o.req.ContainerID, o.req.UUID)
-	if known && h.ID == o.req.ContainerID && len(out.touched) == 0 && attached(&h.Container, b.network, o.id.IfName) {
+	if known && h.ID == o.req.ContainerID && len(out.touched) == 0 && h.Attached(b.network, o.id.IfName) {
 		return nil
 	}
 	var addresses []netip.Addr
@@ -863,9 +829,9 @@ func (p *batch) planAttach(ctx context.Context, out *result) error {
 		if c.ID == "" {
 			*c = base
 		} else {
-			normalize(c)
+			c.Normalize()
 		}
-		attachContainer(c, b.s.cfg.HostName, b.network, o.req, addresses)
+		c.Attach(b.s.cfg.HostName, b.network, o.req, addresses)
 		return true
 	})
 	return nil
@@ -881,7 +847,7 @@ func (p *batch) allocateRequested(ctx context.Context, out *result, a netip.Addr
 	o, b := out.request, p.b
 	if holder := b.s.view.holder(b.network, a); holder != "" {
 		// Another host's endpoint says no more than the host; its table, if any, names the attachment.
-		if t, _, err := b.s.readTable(ctx, b.network, tableFor(p.net, a)); err == nil {
+		if t, _, err := entry.ReadTable(ctx, b.s.store, b.network, allocate.TableFor(p.net, a)); err == nil {
 			if e, ok := t.Entry(a); ok {
 				holder = fmt.Sprintf("%s on host %s", e.ID, e.Owner.Host)
 			}
@@ -902,7 +868,7 @@ func (p *batch) allocateRequested(ctx context.Context, out *result, a netip.Addr
 		if err := b.s.view.announceable(a); err != nil {
 			return nil, metadata.Errorf(metadata.CodeInvalid, "%s", err)
 		}
-		return p.allocateBorrowed(ctx, out, a, tableFor(p.net, a))
+		return p.allocateBorrowed(ctx, out, a, allocate.TableFor(p.net, a))
 	}
 	if allocate.Edge(subnet, a) {
 		return nil, metadata.Errorf(metadata.CodeInvalid, "address %s is the first or last of subnet %s, which no "+
@@ -963,11 +929,11 @@ func (p *batch) allocateBorrowed(ctx context.Context, out *result, a netip.Addr,
 	}
 	revision, err := store.One(ctx, b.s.store, b.hostRoute(a))
 	if errors.Is(err, store.ErrConflict) {
-		e, err := b.s.store.Get(ctx, hostRoutePrefix+b.network+"/"+a.String())
+		e, err := b.s.store.Get(ctx, entry.HostRouteKey(b.network, a))
 		if err != nil {
 			return nil, err
 		}
-		ep, err := decodeEntry[metadata.HostRoute](b.network+"/"+a.String(), e)
+		ep, err := entry.Decode[metadata.HostRoute](b.network+"/"+a.String(), e)
 		if err != nil {
 			return nil, heldBy(b.network, a, "nobody: its entry cannot be used: "+err.Error())
 		}
@@ -1142,7 +1108,7 @@ func (b *allocator) claim(ctx context.Context, p *batch, subnet, cidr netip.Pref
 		// An address that another host borrowed from the block before it was free is not taken for it.
 		rules := p.rules(subnet)
 		for _, c := range allocate.TablesOf(cidr)[:1] {
-			if t, _, err := b.s.readTable(ctx, b.network, c); err == nil {
+			if t, _, err := entry.ReadTable(ctx, b.s.store, b.network, c); err == nil {
 				for _, e := range t.Entries {
 					not = append(not, e.Address)
 				}
@@ -1154,7 +1120,7 @@ func (b *allocator) claim(ctx context.Context, p *batch, subnet, cidr netip.Pref
 	if err != nil {
 		return blk, err
 	}
-	key := blockPrefix + metadata.BlockKey(blk)
+	key := entry.BlockKey(b.network, blk.CIDR)
 	revision, err := store.One(ctx, b.s.store, store.Change{Key: key, Value: data})
 	if errors.Is(err, store.ErrConflict) {
 		// Let the view learn who was faster.
@@ -1289,7 +1255,7 @@ func (b *allocator) releaseEmptyBlocks(ctx context.Context, net metadata.Network
 		var changes []store.Change
 		for _, l := range empty {
 			if l.revision != 0 {
-				changes = append(changes, store.Change{Key: tableKey(b.network, l.cidr), Revision: l.revision})
+				changes = append(changes, store.Change{Key: entry.TableKey(b.network, l.cidr), Revision: l.revision})
 			}
 			l.stale, b.resyncPending = true, true
 		}
@@ -1302,7 +1268,7 @@ func (b *allocator) releaseEmptyBlocks(ctx context.Context, net metadata.Network
 				continue
 			}
 		}
-		revision, err := store.One(ctx, b.s.store, store.Change{Key: blockPrefix + metadata.BlockKey(blk),
+		revision, err := store.One(ctx, b.s.store, store.Change{Key: entry.BlockKey(b.network, blk.CIDR),
 			Revision: store.Any})
 		if err != nil {
 			return err

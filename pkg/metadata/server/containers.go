@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -82,7 +83,7 @@ func (c *containers) wake() {
 
 // set takes an object unless a newer state of it is known.
 func (c *containers) set(e store.Entry) error {
-	key := strings.TrimPrefix(e.Key, containerPrefix)
+	key := strings.TrimPrefix(e.Key, entry.ContainerPrefix)
 	old, ok := c.objects[key]
 	if ok && (old.revision > e.Revision || old.revision == e.Revision && !e.Deleted) {
 		return nil
@@ -162,113 +163,10 @@ func (h held) assigned(n metadata.Network) []netip.Addr {
 	return h.Addresses
 }
 
-// attach adds an interface to a container's object.
-func attachContainer(c *metadata.Container, host, network string, req *metadata.AttachRequest, addresses []netip.Addr) {
-	if len(c.Interfaces) == 0 {
-		c.PreAssigned = c.Written && len(c.Addresses) > 0
-	}
-	if c.ID == "" {
-		c.ID = req.ContainerID
-	}
-	c.Host = host
-	if c.UUID == "" {
-		c.UUID = req.UUID
-	}
-	if req.Name != "" {
-		c.Name = req.Name
-	}
-	if c.Network == "" {
-		c.Network = network
-	}
-	if c.MAC.IsZero() {
-		c.MAC = req.MAC
-	}
-	if len(req.Labels) > 0 {
-		all := maps.Clone(c.Labels) // the cache holds the old map
-		if all == nil {
-			all = map[string]string{}
-		}
-		maps.Copy(all, req.Labels)
-		c.Labels = all
-	}
-	c.State = "running"
-	at := slices.IndexFunc(c.Interfaces, func(i metadata.ContainerInterface) bool {
-		return i.Network == network &&
-			i.IfName == req.IfName
-	})
-	if at < 0 {
-		at, c.Interfaces = len(c.Interfaces), append(slices.Clone(c.Interfaces), metadata.ContainerInterface{})
-	} else {
-		c.Interfaces = slices.Clone(c.Interfaces)
-	}
-	c.Interfaces[at] = metadata.ContainerInterface{Network: network, IfName: req.IfName, Addresses: addresses}
-	unite(c)
-}
-
-// unite derives a container's addresses from its interfaces, unless they were assigned to it.
-func unite(c *metadata.Container) {
-	if c.PreAssigned {
-		return
-	}
-	c.Addresses = nil
-	for _, i := range c.Interfaces {
-		c.Addresses = append(c.Addresses, i.Addresses...)
-	}
-}
-
-// detachContainer takes an interface away and reports whether the object has anything left to tell.
-func detachContainer(c *metadata.Container, network, ifname string) (keep bool) {
-	normalize(c)
-	c.Interfaces = slices.DeleteFunc(slices.Clone(c.Interfaces), func(i metadata.ContainerInterface) bool {
-		return i.Network == network && i.IfName == ifname
-	})
-	if len(c.Interfaces) == 0 {
-		c.State = ""
-		return c.PreAssigned
-	}
-	unite(c)
-	return true
-}
-
-// attached reports whether a container's object lists an interface.
-func attached(c *metadata.Container, network, ifname string) bool {
-	return slices.ContainsFunc(c.Interfaces, func(i metadata.ContainerInterface) bool {
-		return i.Network == network && i.IfName == ifname
-	})
-}
-
-// normalize makes of an object what this version would have written, and reports whether it is to
-// be kept.
-func normalize(c *metadata.Container) (keep bool) {
-	if c.Written = c.IsWritten(); !c.Written {
-		c.PreAssigned = false
-		unite(c)
-	}
-	return c.Written || len(c.Interfaces) > 0
-}
-
-// putContainer is what a client's PUT makes of the stored object: what the service keeps itself is not the
-// client's to change.
-func putContainer(old *metadata.Container, c metadata.Container) metadata.Container {
-	c.Interfaces, c.PreAssigned = nil, false
-	if old == nil || len(old.Interfaces) == 0 {
-		return c
-	}
-	normalize(old)
-	c.Interfaces = old.Interfaces
-	mine := c.Addresses
-	unite(&c)
-	c.PreAssigned = old.PreAssigned
-	if len(mine) > 0 && !slices.Equal(mine, c.Addresses) {
-		c.Addresses, c.PreAssigned = mine, true
-	}
-	return c
-}
-
 // change reads, changes and writes one container until nobody interferes. change returns false to delete it.
 func (s *Server) changeContainer(ctx context.Context, key string, change func(*metadata.Container) bool) error {
 	for {
-		e, err := s.store.Get(ctx, containerPrefix+key)
+		e, err := s.store.Get(ctx, entry.ContainerPrefix+key)
 		if err != nil && !errors.Is(err, store.ErrNotFound) {
 			return err
 		}
@@ -278,7 +176,7 @@ func (s *Server) changeContainer(ctx context.Context, key string, change func(*m
 				s.log.Warn("the entry of a container was spoilt and is written anew", "container", key, "error", err)
 			}
 		}
-		next := store.Change{Key: containerPrefix + key, Revision: e.Revision}
+		next := store.Change{Key: entry.ContainerPrefix + key, Revision: e.Revision}
 		if change(&c) {
 			if next.Value, err = json.Marshal(c); err != nil {
 				return err
@@ -300,7 +198,7 @@ func (s *Server) changeContainer(ctx context.Context, key string, change func(*m
 // cleanContainers takes back the addresses that earlier versions pinned to a UUID without anybody
 // having assigned them: they moved an ADD's object to the next container with the UUID.
 func (s *Server) cleanContainers(ctx context.Context) error {
-	list, _, err := s.list(ctx, containerPrefix+s.cfg.HostName+"/")
+	list, _, err := s.list(ctx, entry.ContainerPrefix+s.cfg.HostName+"/")
 	if err != nil {
 		return err
 	}
@@ -313,7 +211,7 @@ func (s *Server) cleanContainers(ctx context.Context) error {
 			continue
 		}
 		ch, stale := store.Change{Key: e.Key, Revision: e.Revision}, c.Addresses
-		if normalize(&c) {
+		if c.Normalize() {
 			if ch.Value, err = json.Marshal(c); err != nil {
 				return err
 			}

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 	"github.com/lariat-net/lariat/pkg/service"
 )
@@ -590,7 +591,7 @@ func TestForeignAddresses(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, n, func(s *metadata.Snapshot) bool { return len(s.HostRoutes) == 0 })
-	if _, err := st.Get(ctx, tablePrefix+"lan/172.30.0.5/32"); !errors.Is(err, store.ErrNotFound) {
+	if _, err := st.Get(ctx, entry.TablePrefix+"lan/172.30.0.5/32"); !errors.Is(err, store.ErrNotFound) {
 		t.Errorf("its table is left: %v", err)
 	}
 }
@@ -698,7 +699,7 @@ func TestNetworks(t *testing.T) {
 		}
 		vnis[n.VNI] = n.Name
 	}
-	reserved, _, err := store.List(ctx, st, vniPrefix, 0)
+	reserved, _, err := store.List(ctx, st, entry.VNIPrefix, 0)
 	if err != nil || len(reserved) != 21 {
 		t.Errorf("%d VNIs reserved for 21 networks: %v", len(reserved), err)
 	}
@@ -728,7 +729,7 @@ func TestNetworks(t *testing.T) {
 		_, ok := s.Network("n0")
 		return !ok && !slices.ContainsFunc(s.Blocks, func(b metadata.Block) bool { return b.Network == "n0" })
 	})
-	for _, p := range []string{tablePrefix + "n0/", blockPrefix + "n0/"} {
+	for _, p := range []string{entry.TablePrefix + "n0/", entry.BlockPrefix + "n0/"} {
 		if left, _, err := store.List(ctx, st, p, 0); err != nil || len(left) != 0 {
 			t.Errorf("%s: %+v %v", p, left, err)
 		}
@@ -881,7 +882,7 @@ func TestEmptyBlocksAreGivenBack(t *testing.T) {
 	if len(v.Blocks) != 2 || !v.Blocks[0].Gateway.IsValid() {
 		t.Errorf("%+v: the one with the gateway and the one in use stay", v.Blocks)
 	}
-	if left, _, err := store.List(ctx, st, tablePrefix, 0); err != nil || len(left) != 2 {
+	if left, _, err := store.List(ctx, st, entry.TablePrefix, 0); err != nil || len(left) != 2 {
 		t.Errorf("%d tables %v", len(left), err)
 	}
 	seen := map[uint64]bool{}

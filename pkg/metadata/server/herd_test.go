@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -22,7 +23,7 @@ type counting struct {
 
 func (c *counting) Write(ctx context.Context, changes ...store.Change) []store.Result {
 	for _, ch := range changes {
-		if strings.HasPrefix(ch.Key, blockPrefix) {
+		if strings.HasPrefix(ch.Key, entry.BlockPrefix) {
 			c.claims.Add(1)
 		}
 	}

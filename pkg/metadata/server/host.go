@@ -15,6 +15,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/allocate"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -42,7 +43,7 @@ func (s *Server) register(ctx context.Context) error {
 		return err
 	}
 	for named := false; ; {
-		e, err := s.store.Get(ctx, hostPrefix+name)
+		e, err := s.store.Get(ctx, entry.HostPrefix+name)
 		if err != nil && !errors.Is(err, store.ErrNotFound) {
 			return err
 		}
@@ -75,7 +76,7 @@ func (s *Server) register(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		change := store.Change{Key: hostPrefix + name, Value: data, Revision: e.Revision}
+		change := store.Change{Key: entry.HostPrefix + name, Value: data, Revision: e.Revision}
 		switch {
 		case !named && e.Value == nil:
 			// A new host: one write, of which the others hear once. Whoever registers the name meanwhile makes both fail.
@@ -110,7 +111,7 @@ func addresses(list []metadata.Underlay) []string {
 // nameHolder returns the claim of this host's name, which may be none, or says which other machine has it.
 func (s *Server) nameHolder(ctx context.Context) (store.Entry, error) {
 	name := s.cfg.HostName
-	e, err := s.store.Get(ctx, livePrefix+name)
+	e, err := s.store.Get(ctx, entry.LivePrefix+name)
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return e, err
 	}
@@ -130,7 +131,7 @@ func (s *Server) nameHolder(ctx context.Context) (store.Entry, error) {
 	case other.BootID != me.BootID && other.Address != me.Address:
 		// The same machine after a reboot, with another address; or its clone, which must not take the blocks of a host
 		// that runs.
-		live, err := s.lives(ctx, livePrefix+name)
+		live, err := s.lives(ctx, entry.LivePrefix+name)
 		if err == nil && live {
 			err = s.twin(other)
 		}
@@ -174,7 +175,7 @@ func (s *Server) takeName(ctx context.Context, with ...store.Change) error {
 			return err
 		}
 		results := s.store.Write(ctx,
-			append([]store.Change{{Key: livePrefix + s.cfg.HostName, Value: data, Revision: e.Revision, Lease: lease}},
+			append([]store.Change{{Key: entry.LivePrefix + s.cfg.HostName, Value: data, Revision: e.Revision, Lease: lease}},
 				with...)...)
 		if errors.Is(results[0].Err, store.ErrConflict) {
 			continue
@@ -238,7 +239,7 @@ func (s *Server) lives(ctx context.Context, key string) (bool, error) {
 // deposed returns why the name is this process' no more although it holds its lease: somebody wrote over its key, as a
 // clone with a service of an earlier version does. A key that was removed is written anew.
 func (s *Server) deposed(ctx context.Context) error {
-	e, err := s.store.Get(ctx, livePrefix+s.cfg.HostName)
+	e, err := s.store.Get(ctx, entry.LivePrefix+s.cfg.HostName)
 	if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
@@ -260,7 +261,7 @@ func (s *Server) takeBack(ctx context.Context) error {
 	}
 	// Removed by an operator while it was away: it is a new host. Otherwise its object is as it was, or newer than
 	// what this process knew at its start; unless a clone wrote it.
-	e, err := s.store.Get(ctx, hostPrefix+s.cfg.HostName)
+	e, err := s.store.Get(ctx, entry.HostPrefix+s.cfg.HostName)
 	if err == nil {
 		h, derr := metadata.Decode[metadata.Host](s.cfg.HostName, e.Value)
 		if derr == nil && h.BootID == s.bootID {
@@ -348,7 +349,7 @@ func (s *Server) overlayMAC(ctx context.Context) (metadata.MAC, error) {
 	}
 	for round := 0; round < 100; round++ {
 		mac := OverlayMAC(a, round)
-		ch := store.Change{Key: macPrefix + mac.String(), Value: data}
+		ch := store.Change{Key: entry.MACPrefix + mac.String(), Value: data}
 		for taken := false; !taken; {
 			e, err := s.store.Get(ctx, ch.Key)
 			if err != nil && !errors.Is(err, store.ErrNotFound) {
@@ -363,7 +364,7 @@ func (s *Server) overlayMAC(ctx context.Context) (metadata.MAC, error) {
 					return mac, nil
 				}
 				// A reservation whose host has moved to another MAC, or is gone, is free.
-				if o, err := s.store.Get(ctx, hostPrefix+holder); err == nil {
+				if o, err := s.store.Get(ctx, entry.HostPrefix+holder); err == nil {
 					h, err := metadata.Decode[metadata.Host](holder, o.Value)
 					if taken = err == nil && h.MAC == mac; taken {
 						if round == 0 && h.UnderlayAddr() == a {
@@ -411,7 +412,7 @@ func (s *Server) PutHost(ctx context.Context, h metadata.Host) error {
 	defer cancel()
 	h.Live = false
 	for {
-		e, err := s.store.Get(ctx, hostPrefix+h.Name)
+		e, err := s.store.Get(ctx, entry.HostPrefix+h.Name)
 		if err != nil && !errors.Is(err, store.ErrNotFound) {
 			return err
 		}
@@ -419,7 +420,7 @@ func (s *Server) PutHost(ctx context.Context, h metadata.Host) error {
 		if err != nil {
 			return err
 		}
-		revision, err := store.One(ctx, s.store, store.Change{Key: hostPrefix + h.Name, Value: data, Revision: e.Revision})
+		revision, err := store.One(ctx, s.store, store.Change{Key: entry.HostPrefix + h.Name, Value: data, Revision: e.Revision})
 		if errors.Is(err, store.ErrConflict) {
 			continue
 		}
@@ -436,13 +437,13 @@ func (s *Server) PutHost(ctx context.Context, h metadata.Host) error {
 func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if _, err := s.store.Get(ctx, livePrefix+name); err == nil && !force {
+	if _, err := s.store.Get(ctx, entry.LivePrefix+name); err == nil && !force {
 		return metadata.Errorf(metadata.CodeConflict, "host %s is live; stop its lariat-metadata first (its lease runs "+
 			"out %s after a crash)", name, s.cfg.LeaseTTL)
 	} else if err != nil && !errors.Is(err, store.ErrNotFound) {
 		return err
 	}
-	e, err := s.store.Get(ctx, hostPrefix+name)
+	e, err := s.store.Get(ctx, entry.HostPrefix+name)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
@@ -453,7 +454,7 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 	if err != nil {
 		s.log.Warn("the entry of the host that is removed was spoilt", "host", name, "error", err)
 	}
-	entries, _, err := s.list(ctx, viewPrefix)
+	entries, _, err := s.list(ctx, entry.ViewPrefix)
 	if err != nil {
 		return err
 	}
@@ -461,27 +462,27 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 	blocks := map[string][]netip.Prefix{}
 	endpoints := map[string][]netip.Addr{}
 	for _, e := range entries {
-		kind, key, _ := strings.Cut(strings.TrimPrefix(e.Key, viewPrefix), "/")
+		kind, key, _ := strings.Cut(strings.TrimPrefix(e.Key, entry.ViewPrefix), "/")
 		switch kind { // what cannot be used is nobody's
 		case metadata.KindNetwork:
 			if n, err := metadata.Decode[metadata.Network](key, e.Value); err == nil {
 				networks[n.Name] = n
 			}
 		case metadata.KindBlock:
-			if b, err := decodeEntry[metadata.Block](key, e); err == nil && b.Host == name {
+			if b, err := entry.Decode[metadata.Block](key, e); err == nil && b.Host == name {
 				blocks[b.Network] = append(blocks[b.Network], b.CIDR)
 			}
 		case metadata.KindHostRoute:
-			if p, err := decodeEntry[metadata.HostRoute](key, e); err == nil && p.Host == name {
+			if p, err := entry.Decode[metadata.HostRoute](key, e); err == nil && p.Host == name {
 				endpoints[p.Network] = append(endpoints[p.Network], p.Address)
 			}
 		}
 	}
-	containers, _, err := s.list(ctx, containerPrefix+name+"/")
+	containers, _, err := s.list(ctx, entry.ContainerPrefix+name+"/")
 	if err != nil {
 		return err
 	}
-	volumes, _, err := s.list(ctx, volumePrefix+name+"/")
+	volumes, _, err := s.list(ctx, entry.VolumePrefix+name+"/")
 	if err != nil {
 		return err
 	}
@@ -501,7 +502,7 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 			}
 		}
 		for _, a := range endpoints[network] {
-			tables[tableFor(n, a)] = true
+			tables[allocate.TableFor(n, a)] = true
 		}
 		for cidr := range tables {
 			if err := s.strip(ctx, network, cidr, name); err != nil {
@@ -509,21 +510,21 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 			}
 		}
 		for _, b := range blocks[network] {
-			changes = append(changes, store.Change{Key: blockPrefix + network + "/" + b.String(), Revision: store.Any})
+			changes = append(changes, store.Change{Key: entry.BlockKey(network, b), Revision: store.Any})
 		}
 		for _, a := range endpoints[network] {
-			changes = append(changes, store.Change{Key: hostRoutePrefix + network + "/" + a.String(), Revision: store.Any})
+			changes = append(changes, store.Change{Key: entry.HostRouteKey(network, a), Revision: store.Any})
 		}
 	}
 	if !h.MAC.IsZero() {
-		changes = append(changes, store.Change{Key: macPrefix + h.MAC.String(), Revision: store.Any})
+		changes = append(changes, store.Change{Key: entry.MACPrefix + h.MAC.String(), Revision: store.Any})
 	}
 	for _, r := range s.store.Write(ctx, changes...) {
 		if r.Err != nil {
 			return r.Err
 		}
 	}
-	revision, err := store.One(ctx, s.store, store.Change{Key: hostPrefix + name, Revision: e.Revision})
+	revision, err := store.One(ctx, s.store, store.Change{Key: entry.HostPrefix + name, Revision: e.Revision})
 	if err != nil {
 		return err
 	}
@@ -535,12 +536,12 @@ func (s *Server) DeleteHost(ctx context.Context, name string, force bool) error 
 // strip removes a host's entries from a table, and the table when nothing is left in it.
 func (s *Server) strip(ctx context.Context, network string, cidr netip.Prefix, host string) error {
 	for {
-		t, revision, err := s.readTable(ctx, network, cidr)
+		t, revision, err := entry.ReadTable(ctx, s.store, network, cidr)
 		if err != nil || revision == 0 {
 			return err
 		}
 		t.Release(s.now(), func(e allocate.Entry) bool { return e.Owner.Host == host })
-		ch := store.Change{Key: tableKey(network, cidr), Revision: revision}
+		ch := store.Change{Key: entry.TableKey(network, cidr), Revision: revision}
 		if len(t.Entries) > 0 {
 			if ch.Value, err = json.Marshal(t); err != nil {
 				return err

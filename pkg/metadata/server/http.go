@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 	"github.com/lariat-net/lariat/pkg/service"
 )
@@ -143,7 +144,7 @@ func (s *Server) API() *service.Server {
 		ctx, cancel := s.timeout(r.Context())
 		defer cancel()
 		key := r.PathValue("host") + "/" + r.PathValue("id")
-		e, err := s.store.Get(ctx, containerPrefix+key)
+		e, err := s.store.Get(ctx, entry.ContainerPrefix+key)
 		if errors.Is(err, store.ErrNotFound) {
 			return nil, metadata.Errorf(metadata.CodeNotFound, "there is no container %s at host %s", r.PathValue("id"),
 				r.PathValue("host"))
@@ -170,14 +171,14 @@ func (s *Server) API() *service.Server {
 		ctx, cancel := s.timeout(r.Context())
 		defer cancel()
 		return nil, s.changeContainer(ctx, metadata.ContainerKey(c), func(old *metadata.Container) bool {
-			*old = putContainer(old, c)
+			*old = c.Overwrite(old)
 			return true
 		})
 	})
 	write("DELETE /v1/containers/{host}/{id}", func(r *http.Request) (any, error) {
 		ctx, cancel := s.timeout(r.Context())
 		defer cancel()
-		ch := store.Change{Key: containerPrefix + r.PathValue("host") + "/" + r.PathValue("id"), Revision: store.Any}
+		ch := store.Change{Key: entry.ContainerPrefix + r.PathValue("host") + "/" + r.PathValue("id"), Revision: store.Any}
 		revision, err := store.One(ctx, s.store, ch)
 		if err == nil {
 			s.containers.wrote(ch, revision)
@@ -243,13 +244,13 @@ func sameName(field *string, path string) error {
 }
 
 func (s *Server) listContainers(ctx context.Context, prefix string) ([]metadata.Container, error) {
-	list, _, err := s.list(ctx, containerPrefix+prefix)
+	list, _, err := s.list(ctx, entry.ContainerPrefix+prefix)
 	if err != nil {
 		return nil, err
 	}
 	out := make([]metadata.Container, 0, len(list))
 	for _, e := range list {
-		c, err := metadata.Decode[metadata.Container](strings.TrimPrefix(e.Key, containerPrefix), e.Value)
+		c, err := metadata.Decode[metadata.Container](strings.TrimPrefix(e.Key, entry.ContainerPrefix), e.Value)
 		if err != nil {
 			s.log.Warn("container left out", "entry", metadata.Problem{Key: e.Key}.Name(), "error", err)
 			continue

@@ -15,6 +15,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/allocate"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -24,7 +25,7 @@ func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate,
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
 	for {
-		e, err := s.store.Get(ctx, networkPrefix+n.Name)
+		e, err := s.store.Get(ctx, entry.NetworkPrefix+n.Name)
 		if err != nil && !errors.Is(err, store.ErrNotFound) {
 			return n, err
 		}
@@ -51,7 +52,7 @@ func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate,
 		if err != nil {
 			return n, err
 		}
-		revision, err := store.One(ctx, s.store, store.Change{Key: networkPrefix + n.Name, Value: data, Revision: e.Revision})
+		revision, err := store.One(ctx, s.store, store.Change{Key: entry.NetworkPrefix + n.Name, Value: data, Revision: e.Revision})
 		if reserved && err != nil && !errors.Is(err, store.ErrUnavailable) {
 			s.freeVNI(ctx, next.VNI, n.Name)
 		}
@@ -198,7 +199,7 @@ type reservation struct {
 	Since   time.Time `json:"since"`
 }
 
-func vniKey(vni uint32) string { return vniPrefix + strconv.FormatUint(uint64(vni), 10) }
+func vniKey(vni uint32) string { return entry.VNIPrefix + strconv.FormatUint(uint64(vni), 10) }
 
 // reserveVNI takes a VNI for a network before the network is written: the object's creation is what two hosts compete
 // for. It returns who has it, if not this network. One that a killed process reserved for a network that never came to
@@ -232,7 +233,7 @@ func (s *Server) reserveVNI(ctx context.Context, vni uint32, network string) (ho
 		if s.now().Sub(r.Since) < time.Minute {
 			return r.Network, nil
 		}
-		if o, err := s.store.Get(ctx, networkPrefix+r.Network); err == nil {
+		if o, err := s.store.Get(ctx, entry.NetworkPrefix+r.Network); err == nil {
 			var other metadata.Network
 			if json.Unmarshal(o.Value, &other) != nil || other.VNI == vni {
 				return r.Network, nil
@@ -251,7 +252,7 @@ func (s *Server) freeVNI(ctx context.Context, vni uint32, network string) {
 	}
 	var r reservation
 	if json.Unmarshal(e.Value, &r) == nil && r.Network == network {
-		if o, err := s.store.Get(ctx, networkPrefix+network); err == nil {
+		if o, err := s.store.Get(ctx, entry.NetworkPrefix+network); err == nil {
 			var n metadata.Network
 			if json.Unmarshal(o.Value, &n) == nil && n.VNI == vni {
 				return // another host made the same network with it meanwhile
@@ -269,7 +270,7 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 	defer cancel()
 	first, cancelFirst := s.timeout(ctx)
 	defer cancelFirst()
-	e, err := s.store.Get(first, networkPrefix+name)
+	e, err := s.store.Get(first, entry.NetworkPrefix+name)
 	if errors.Is(err, store.ErrNotFound) {
 		return nil
 	}
@@ -288,7 +289,7 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 			user = t.Entries[0]
 		}
 		used += len(t.Entries)
-		changes = append(changes, store.Change{Key: tableKey(name, t.CIDR), Revision: revision})
+		changes = append(changes, store.Change{Key: entry.TableKey(name, t.CIDR), Revision: revision})
 		return nil
 	})
 	if err != nil {
@@ -311,12 +312,12 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 			return r.Err
 		}
 	}
-	revision, err := store.One(ctx, s.store, store.Change{Key: networkPrefix + name, Revision: e.Revision})
+	revision, err := store.One(ctx, s.store, store.Change{Key: entry.NetworkPrefix + name, Revision: e.Revision})
 	if err != nil {
 		return err
 	}
 	changes = nil
-	for _, prefix := range []string{blockPrefix, hostRoutePrefix} {
+	for _, prefix := range []string{entry.BlockPrefix, entry.HostRoutePrefix} {
 		list, _, err := s.list(ctx, prefix+name+"/")
 		if err != nil {
 			return err

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -140,14 +141,14 @@ func big(network string, hosts, blocks int) map[string]any {
 		h := metadata.Host{Name: fmt.Sprintf("other%05d", i), Underlay: []metadata.Underlay{
 			{Address: netip.PrefixFrom(netip.AddrFrom4([4]byte{172, 16, byte(i >> 8), byte(i)}), 12), Device: "eth0",
 				MTU: 1500}}}
-		out[hostPrefix+h.Name] = h
+		out[entry.HostPrefix+h.Name] = h
 	}
 	for i := range blocks {
 		at := i << 6
 		b := metadata.Block{Network: network,
 			CIDR: netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(at >> 16), byte(at >> 8), byte(at)}), 26),
 			Host: fmt.Sprintf("other%05d", i%hosts)}
-		out[blockPrefix+metadata.BlockKey(b)] = b
+		out[entry.BlockPrefix+metadata.BlockKey(b)] = b
 	}
 	return out
 }
@@ -178,7 +179,7 @@ func TestAViewIsReadOnWhereItStopped(t *testing.T) {
 	n := overlay("10.0.0.0/8")
 	n.Name, n.Encapsulation = "big", metadata.EncapNone
 	objects := big("big", 1, blocks)
-	objects[networkPrefix+"big"] = n
+	objects[entry.NetworkPrefix+"big"] = n
 	fill(t, direct, objects)
 	s, err := New(t.Context(), hostConfig("a", "192.0.2.1/24"), behind)
 	if err != nil {

@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -17,16 +18,16 @@ type outsider struct {
 
 // outside are the kinds of entries that no view holds: only a look into the store tells what is wrong with them.
 var outside = []outsider{
-	{containerPrefix, func(e store.Entry) error {
-		_, err := metadata.Decode[metadata.Container](strings.TrimPrefix(e.Key, containerPrefix), e.Value)
+	{entry.ContainerPrefix, func(e store.Entry) error {
+		_, err := metadata.Decode[metadata.Container](strings.TrimPrefix(e.Key, entry.ContainerPrefix), e.Value)
 		return err
 	}},
-	{volumePrefix, func(e store.Entry) error {
-		_, err := metadata.Decode[metadata.Volume](strings.TrimPrefix(e.Key, volumePrefix), e.Value)
+	{entry.VolumePrefix, func(e store.Entry) error {
+		_, err := metadata.Decode[metadata.Volume](strings.TrimPrefix(e.Key, entry.VolumePrefix), e.Value)
 		return err
 	}},
-	{tablePrefix, func(e store.Entry) error {
-		_, err := decodeTable(e)
+	{entry.TablePrefix, func(e store.Entry) error {
+		_, err := entry.DecodeTable(e)
 		return err
 	}},
 }
@@ -66,7 +67,7 @@ func (s *Server) RemoveEntry(ctx context.Context, key string) error {
 	ch := store.Change{Key: key, Revision: store.Any}
 	inView := !slices.ContainsFunc(outside, func(o outsider) bool { return strings.HasPrefix(key, o.prefix) })
 	if inView {
-		ch.Key = viewPrefix + key
+		ch.Key = entry.ViewPrefix + key
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()

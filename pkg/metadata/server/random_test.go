@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -135,7 +136,7 @@ func TestRandomUseByThreeHosts(t *testing.T) {
 			t.Errorf("round %d: not released: %v", round, holders)
 		}
 		eventually(t, nodes[0], func(s *metadata.Snapshot) bool { return len(s.HostRoutes) == 0 })
-		if list, _, err := store.List(ctx, st, containerPrefix, 0); err != nil || len(list) != 0 {
+		if list, _, err := store.List(ctx, st, entry.ContainerPrefix, 0); err != nil || len(list) != 0 {
 			t.Errorf("round %d: %d containers left: %v", round, len(list), err)
 		}
 	}

@@ -26,6 +26,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -157,8 +158,10 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 		return nil, err
 	}
 	viewReady, containersReady := make(chan struct{}), make(chan struct{})
-	s.wg.Go(func() { s.follow(s.ctx, viewPrefix, s.view.load, s.view.apply, viewReady) })
-	s.wg.Go(func() { s.followContainers(s.ctx, containerPrefix+cfg.HostName+"/", s.containers, containersReady) })
+	s.wg.Go(func() { s.follow(s.ctx, entry.ViewPrefix, s.view.load, s.view.apply, viewReady) })
+	s.wg.Go(func() {
+		s.followContainers(s.ctx, entry.ContainerPrefix+cfg.HostName+"/", s.containers, containersReady)
+	})
 	for _, ready := range []chan struct{}{viewReady, containersReady} {
 		for read := false; !read; {
 			select {

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -106,7 +107,7 @@ func wantUnharmed(t *testing.T, n *node, when string) {
 		}
 	}
 	for key := range spoilt {
-		if key = strings.TrimPrefix(key, viewPrefix); keys[key].What == "" {
+		if key = strings.TrimPrefix(key, entry.ViewPrefix); keys[key].What == "" {
 			t.Errorf("%s: no problem names %.100q", when, key)
 		} else if strings.HasPrefix(key, metadata.KindNetwork) && !slices.Contains(view.Problems, keys[key]) {
 			t.Errorf("%s: the view does not tell of %.100q", when, key)
@@ -254,7 +255,7 @@ func TestSpoiltOverGood(t *testing.T) {
 
 	// Its own entries.
 	for _, garbage := range []string{`{}`, `{not json`, `null`} {
-		for _, key := range []string{hostPrefix + "a", livePrefix + "a"} {
+		for _, key := range []string{entry.HostPrefix + "a", entry.LivePrefix + "a"} {
 			at, err := store.One(ctx, st, store.Change{Key: key, Value: []byte(garbage), Revision: store.Any})
 			if err != nil {
 				t.Fatal(err)
@@ -359,7 +360,7 @@ func TestSpoiltTable(t *testing.T) {
 	define(t, a, "lan", overlay("10.42.0.0/16"))
 	first := attach(t, a, "lan", req("web")).Addresses[0].Address
 	a.stop()
-	inject(t, st, map[string]string{tablePrefix + "lan/10.42.0.0/26": `{not json`})
+	inject(t, st, map[string]string{entry.TablePrefix + "lan/10.42.0.0/26": `{not json`})
 	a = startNode(t, st, hostConfig("a", "192.0.2.1/24"))
 	got := attach(t, a, "lan", req("other")).Addresses[0].Address
 	if netip.MustParsePrefix("10.42.0.0/26").Contains(got) {

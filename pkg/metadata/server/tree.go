@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/tree"
 	"github.com/lariat-net/lariat/pkg/service"
 )
@@ -178,7 +179,7 @@ func (t *treeView) answer(r *http.Request, caller netip.Addr) (tree.Answer, time
 	}
 	var err error
 	if host := built.HostOf(caller); host != "" { // it is a container of that host, or nobody
-		if from, err = t.others(r.Context(), containerPrefix+host+"/"); err != nil {
+		if from, err = t.others(r.Context(), entry.ContainerPrefix+host+"/"); err != nil {
 			return unread(err), 0
 		}
 		if built = t.knowing(r.Context(), from, caller); built == nil {
@@ -186,7 +187,7 @@ func (t *treeView) answer(r *http.Request, caller netip.Addr) (tree.Answer, time
 		}
 	}
 	if reach := built.Reach(path, accept, caller); reach != tree.Own {
-		all, err := t.others(r.Context(), containerPrefix)
+		all, err := t.others(r.Context(), entry.ContainerPrefix)
 		switch {
 		case err == nil:
 			if whole := t.knowing(r.Context(), all, caller); whole != nil {
@@ -203,7 +204,7 @@ func (t *treeView) answer(r *http.Request, caller netip.Addr) (tree.Answer, time
 
 // others returns containers of other hosts, out of those of all hosts when they are there.
 func (t *treeView) others(ctx context.Context, prefix string) (*scope, error) {
-	p := t.s.asked.have(containerPrefix)
+	p := t.s.asked.have(entry.ContainerPrefix)
 	if p == nil {
 		var err error
 		if p, err = t.s.asked.get(ctx, prefix); err != nil {

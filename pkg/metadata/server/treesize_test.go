@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 	"github.com/lariat-net/lariat/pkg/metadata/tree"
 )
@@ -37,7 +38,7 @@ func BenchmarkTreeOf(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			entries = append(entries, store.Entry{Key: containerPrefix + metadata.ContainerKey(c), Value: value, Revision: 1})
+			entries = append(entries, store.Entry{Key: entry.ContainerPrefix + metadata.ContainerKey(c), Value: value, Revision: 1})
 		}
 	}
 	base := tree.NewBase(snap)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -68,7 +69,7 @@ func TestCloneOfALiveHost(t *testing.T) {
 	data, _ := json.Marshal(hostLease{Host: "b", MachineID: "machine-b", BootID: "boot-1-b", Address: "192.0.2.2"})
 	hold := func() {
 		t.Helper()
-		if _, err := store.One(t.Context(), killed, store.Change{Key: livePrefix + "b", Value: data, Revision: store.Any,
+		if _, err := store.One(t.Context(), killed, store.Change{Key: entry.LivePrefix + "b", Value: data, Revision: store.Any,
 			Lease: lease}); err != nil {
 			t.Fatal(err)
 		}
@@ -92,7 +93,7 @@ func TestNameTakenAway(t *testing.T) {
 	st := openStore(t, t.TempDir())
 	t.Cleanup(func() { st.Close() })
 	b := startNode(t, st, hostConfig("b", "192.0.2.2/24"))
-	mine, err := st.Get(t.Context(), livePrefix+"b")
+	mine, err := st.Get(t.Context(), entry.LivePrefix+"b")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -124,10 +125,10 @@ func TestNameTakenAway(t *testing.T) {
 	theirs, _ := json.Marshal(other)
 	object, _ := json.Marshal(metadata.Host{Name: "b", MachineID: "machine-b", BootID: "boot-1-clone",
 		Underlay: clone().Underlay})
-	write(store.Change{Key: livePrefix + "b", Value: theirs})
-	write(store.Change{Key: hostPrefix + "b", Value: object})
+	write(store.Change{Key: entry.LivePrefix + "b", Value: theirs})
+	write(store.Change{Key: entry.HostPrefix + "b", Value: object})
 	problem(taken)
-	write(store.Change{Key: livePrefix + "b"})
+	write(store.Change{Key: entry.LivePrefix + "b"})
 	problem(func(err error) bool { return err == nil })
 	eventually(t, b, func(s *metadata.Snapshot) bool {
 		h, _ := s.Host("b")
@@ -135,12 +136,12 @@ func TestNameTakenAway(t *testing.T) {
 	})
 
 	before := b.view.revision
-	write(store.Change{Key: livePrefix + "b"})
+	write(store.Change{Key: entry.LivePrefix + "b"})
 	eventually(t, b, func(s *metadata.Snapshot) bool {
 		h, _ := s.Host("b")
 		return h.Live && s.Revision > before+1
 	})
-	if now, err := st.Get(t.Context(), livePrefix+"b"); err != nil || string(now.Value) != string(mine.Value) ||
+	if now, err := st.Get(t.Context(), entry.LivePrefix+"b"); err != nil || string(now.Value) != string(mine.Value) ||
 		!now.Held {
 		t.Errorf("the key is %s (held %t), was %s: %v", now.Value, now.Held, mine.Value, err)
 	}

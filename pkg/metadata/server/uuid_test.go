@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
@@ -136,7 +137,7 @@ func TestContainersOfEarlierVersions(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ch := store.Change{Key: containerPrefix + metadata.ContainerKey(c), Value: data, Revision: store.Any}
+		ch := store.Change{Key: entry.ContainerPrefix + metadata.ContainerKey(c), Value: data, Revision: store.Any}
 		if _, err := store.One(ctx, st, ch); err != nil {
 			t.Fatal(err)
 		}
@@ -154,7 +155,7 @@ func TestContainersOfEarlierVersions(t *testing.T) {
 	defer cancel()
 	for {
 		changed := n.containers.watch()
-		entries, _, err := store.List(ctx, st, containerPrefix, 0)
+		entries, _, err := store.List(ctx, st, entry.ContainerPrefix, 0)
 		if err != nil {
 			t.Fatal(err)
 		}

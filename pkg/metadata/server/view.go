@@ -13,23 +13,8 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
-)
-
-// Keys in the store. What every host watches lies below one prefix, so that one watch delivers it in order;
-// address tables, volumes and other hosts' containers, of which there may be a million, do not.
-const (
-	viewPrefix      = "view/"
-	hostPrefix      = "view/hosts/"
-	livePrefix      = "view/live/"
-	networkPrefix   = "view/networks/"
-	blockPrefix     = "view/blocks/"
-	hostRoutePrefix = "view/endpoints/"
-	tablePrefix     = "addresses/"
-	containerPrefix = "containers/"
-	volumePrefix    = "volumes/"
-	vniPrefix       = "vnis/"
-	macPrefix       = "macs/"
 )
 
 // hostLease is the object that a live host's lease holds.
@@ -219,7 +204,7 @@ func fold(list []metadata.Event) []metadata.Event {
 // change applies one entry and returns what those who watch are to be told. An entry that cannot be used is
 // told as a problem and as the error, and changes nothing else: what was known of it stays in force.
 func (v *view) change(e store.Entry) ([]metadata.Event, error) {
-	at := strings.TrimPrefix(e.Key, viewPrefix)
+	at := strings.TrimPrefix(e.Key, entry.ViewPrefix)
 	ev, err := v.set(e)
 	if ev.Kind == "" && ev.Type == "" {
 		return nil, nil // of a newer version
@@ -232,7 +217,7 @@ func (v *view) change(e store.Entry) ([]metadata.Event, error) {
 
 // set puts one entry in force and returns the event that tells of it. An entry of a kind that is not known gives none.
 func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
-	kind, key, _ := strings.Cut(strings.TrimPrefix(e.Key, viewPrefix), "/")
+	kind, key, _ := strings.Cut(strings.TrimPrefix(e.Key, entry.ViewPrefix), "/")
 	ev = metadata.Event{Type: metadata.EventPut, Kind: kind, Key: key}
 	if e.Deleted {
 		ev.Type = metadata.EventDelete
@@ -240,14 +225,14 @@ func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 	switch kind {
 	case metadata.KindHost:
 		var h metadata.Host
-		if h, err = decodeEntry[metadata.Host](key, e); err == nil {
+		if h, err = entry.Decode[metadata.Host](key, e); err == nil {
 			v.setHost(key, h, e.Deleted)
 			_, h.Live = v.live[key]
 			err = encode(&ev, h)
 		}
 	case metadata.KindLive:
 		var p hostLease
-		if p, err = decodeEntry[hostLease](key, e); err == nil {
+		if p, err = entry.Decode[hostLease](key, e); err == nil {
 			_, was := v.live[key]
 			if e.Deleted {
 				delete(v.live, key)
@@ -268,7 +253,7 @@ func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 		}
 	case metadata.KindNetwork:
 		var n metadata.Network
-		if n, err = decodeEntry[metadata.Network](key, e); err == nil {
+		if n, err = entry.Decode[metadata.Network](key, e); err == nil {
 			if e.Deleted {
 				delete(v.defined, key)
 			} else {
@@ -282,7 +267,7 @@ func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 	case metadata.KindBlock:
 		network, cidr, _ := strings.Cut(key, "/")
 		var b metadata.Block
-		if b, err = decodeEntry[metadata.Block](key, e); err == nil {
+		if b, err = entry.Decode[metadata.Block](key, e); err == nil {
 			p := b.CIDR
 			if e.Deleted {
 				p, _ = netip.ParsePrefix(cidr)
@@ -300,7 +285,7 @@ func (v *view) set(e store.Entry) (ev metadata.Event, err error) {
 	case metadata.KindHostRoute:
 		network, addr, _ := strings.Cut(key, "/")
 		var p metadata.HostRoute
-		if p, err = decodeEntry[metadata.HostRoute](key, e); err == nil {
+		if p, err = entry.Decode[metadata.HostRoute](key, e); err == nil {
 			a := p.Address
 			if e.Deleted {
 				a, _ = netip.ParseAddr(addr)
@@ -352,27 +337,6 @@ func (v *view) note(at string, ev metadata.Event, err error) ([]metadata.Event, 
 		return []metadata.Event{p, ev}, nil
 	}
 	return []metadata.Event{ev}, nil
-}
-
-// decodeEntry reads an entry; one that was deleted is the zero value.
-func decodeEntry[T interface{ Check(key string) error }](key string, e store.Entry) (T, error) {
-	if e.Deleted {
-		var none T
-		return none, nil
-	}
-	o, err := metadata.Decode[T](key, e.Value)
-	if err != nil {
-		return o, err
-	}
-	switch any(o).(type) {
-	case metadata.Block, metadata.HostRoute:
-		// What an address leads to is claimed once and given back. Nobody writes it over, so that no host can take
-		// what another has.
-		if e.Created != e.Revision {
-			err = errors.New("it was written over after it was claimed, which Lariat never does")
-		}
-	}
-	return o, err
 }
 
 // encode makes o the object of an event, unless the event tells of a deletion.

@@ -7,13 +7,14 @@ import (
 	"strings"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
 
 // volumeKey is an object for each host that has the volume: two hosts' local volumes of one name are two, and
 // none writes what another one knows.
 func volumeKey(host, driver, name string) string {
-	return volumePrefix + metadata.VolumeKey(metadata.Volume{Host: host, Driver: driver, Name: name})
+	return entry.VolumePrefix + metadata.VolumeKey(metadata.Volume{Host: host, Driver: driver, Name: name})
 }
 
 // PutVolume writes a volume of this host. Nobody else writes it, so the last word counts.
@@ -50,7 +51,7 @@ func (s *Server) DeleteVolume(ctx context.Context, driver, name string) error {
 
 // Volumes lists those of all hosts, or of this one, by host, driver and name.
 func (s *Server) Volumes(ctx context.Context, self bool) ([]metadata.Volume, error) {
-	prefix := volumePrefix
+	prefix := entry.VolumePrefix
 	if self {
 		prefix += s.cfg.HostName + "/"
 	}
@@ -60,7 +61,7 @@ func (s *Server) Volumes(ctx context.Context, self bool) ([]metadata.Volume, err
 	}
 	out := []metadata.Volume{}
 	for _, e := range list {
-		v, err := metadata.Decode[metadata.Volume](strings.TrimPrefix(e.Key, volumePrefix), e.Value)
+		v, err := metadata.Decode[metadata.Volume](strings.TrimPrefix(e.Key, entry.VolumePrefix), e.Value)
 		if err != nil {
 			s.log.Warn("volume left out", "entry", metadata.Problem{Key: e.Key}.Name(), "error", err)
 			continue

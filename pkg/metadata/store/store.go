@@ -88,16 +88,21 @@ type Status struct {
 	Problem  string // why writes are refused, with the remedy; empty: they are not
 }
 
+// Writer makes changes. Each Store is one.
+type Writer interface {
+	// Write makes changes; results come in the same order. Changes of one call have distinct keys and cost one durable
+	// write together when no condition fails; a failed condition stops no other change.
+	Write(ctx context.Context, changes ...Change) []Result
+}
+
 // Store is what package server needs.
 type Store interface {
+	Writer
 	// Get reads one object, as of now: never an older state than a finished write. ErrNotFound, ErrUnavailable.
 	Get(ctx context.Context, key string) (Entry, error)
 	// Page reads the next page of a list. When it fails the list stays as it was, and the page can be asked for again.
 	// ErrCompacted: the list's revision is history, begin anew.
 	Page(ctx context.Context, l *Listing) error
-	// Write makes changes; results come in the same order. Changes of one call have distinct keys and cost one durable
-	// write together when no condition fails; a failed condition stops no other change.
-	Write(ctx context.Context, changes ...Change) []Result
 	// Watch calls fn for each revision after the given one that touched the prefix, in order. It returns ErrCompacted,
 	// ErrUnavailable, fn's error, or the context's.
 	Watch(ctx context.Context, prefix string, after int64, fn func(Update) error) error
@@ -135,7 +140,7 @@ func NextPage(ctx context.Context, s Store, l *Listing, perPage time.Duration) e
 }
 
 // One makes a single change.
-func One(ctx context.Context, s Store, c Change) (int64, error) {
+func One(ctx context.Context, s Writer, c Change) (int64, error) {
 	r := s.Write(ctx, c)[0]
 	return r.Revision, r.Err
 }
