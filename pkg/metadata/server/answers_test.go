@@ -20,7 +20,7 @@ func mark(t *testing.T, st store.Store, n *node) int64 {
 	revision, err := store.One(t.Context(), st, store.Change{Key: entry.ViewPrefix + "mark", Value: []byte("{}"),
 		Revision: store.Any})
 	must(t, err)
-	must(t, n.view.wait(t.Context(), revision))
+	must(t, n.view.Wait(t.Context(), revision))
 	return revision
 }
 
@@ -64,7 +64,7 @@ func TestAnswersDoNotCostTheWholeView(t *testing.T) {
 				t.Error(err)
 			}
 		},
-		"an unknown network": func() { _ = a.unknownNetwork("nothing") },
+		"an unknown network": func() { _ = a.view.Unknown("nothing") },
 		"a release":          func() { must(t, a.Server.Release(t.Context(), "lan", aid("nothing"), 0)) },
 		"another network": func() {
 			_, _, err := a.prepareNetwork(t.Context(),

@@ -13,6 +13,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/allocate"
+	"github.com/lariat-net/lariat/pkg/metadata/server/allocator"
 	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
@@ -36,7 +37,7 @@ func (s *Server) Attach(ctx context.Context, network string, req metadata.Attach
 	if err != nil {
 		return nil, err
 	}
-	o := &request{kind: requestAttach, req: &req, id: id, want: req.Requested}
+	at := allocator.Attachment{AttachRequest: &req, Want: req.Requested}
 	if len(want) > 0 {
 		for _, r := range req.Requested {
 			if !slices.Contains(want, r) {
@@ -45,18 +46,18 @@ func (s *Server) Attach(ctx context.Context, network string, req metadata.Attach
 					want, req.ContainerID, network, r)
 			}
 		}
-		o.want, o.assigned = want, true
+		at.Want, at.Assigned = want, true
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	o.ctx = ctx
-	if err := s.allocator(network).do(o); err != nil {
+	entries, err := s.allocator(network).Attach(ctx, at)
+	if err != nil {
 		return nil, err
 	}
-	a := s.attachment(n, o.entries)
-	a.PreAssigned = o.assigned
+	a := s.attachment(n, entries)
+	a.PreAssigned = at.Assigned
 	// The model's MAC is that of the container's first interface.
-	if first := object.Interfaces; o.assigned || len(first) == 0 || first[0].Network == network &&
+	if first := object.Interfaces; at.Assigned || len(first) == 0 || first[0].Network == network &&
 		first[0].IfName == req.IfName {
 		a.MAC = object.MAC
 	}
@@ -114,7 +115,7 @@ func (s *Server) assigned(ctx context.Context, n metadata.Network,
 				return h, want, nil
 			}
 		}
-		if req.WaitSeconds == 0 || s.allocator(n.Name).holds(id) {
+		if req.WaitSeconds == 0 || s.allocator(n.Name).Holds(id) {
 			return h, nil, nil
 		}
 		select {
@@ -136,12 +137,6 @@ func (s *Server) assigned(ctx context.Context, n metadata.Network,
 	}
 }
 
-func (b *allocator) holds(id metadata.AttachmentID) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return len(b.held[id]) > 0
-}
-
 // attachment is the answer for recorded entries.
 func (s *Server) attachment(n metadata.Network, entries []allocate.Entry) *metadata.Attachment {
 	self, _ := s.view.host(s.cfg.HostName)
@@ -156,7 +151,7 @@ func (s *Server) attachment(n metadata.Network, entries []allocate.Entry) *metad
 				continue
 			}
 			x.Subnet = p
-			x.Gateway = s.view.gateway(n.Name, p)
+			x.Gateway = s.view.Gateway(n.Name, p)
 			for _, g := range n.Gateways {
 				if n.Encapsulation == metadata.EncapNone && p.Contains(g) {
 					x.Gateway = g
@@ -170,13 +165,13 @@ func (s *Server) attachment(n metadata.Network, entries []allocate.Entry) *metad
 
 // Release frees an interface's addresses. See Client.Release.
 func (s *Server) Release(ctx context.Context, network string, id metadata.AttachmentID, sequence uint64) error {
-	if _, _, ok := s.view.network(network); !ok {
+	if _, _, ok := s.view.Network(network); !ok {
 		return nil // its addresses went with it
 	}
 	// A DEL waits less than an ADD: what it could not tell, the network manager tells later.
 	ctx, cancel := context.WithTimeout(ctx, s.cfg.Timeout*2/5)
 	defer cancel()
-	return s.allocator(network).do(&request{ctx: ctx, kind: requestRelease, id: id, sequence: sequence})
+	return s.allocator(network).Release(ctx, id, sequence)
 }
 
 // Join claims this host's first blocks of a network. See Client.Join.
@@ -186,24 +181,21 @@ func (s *Server) Join(ctx context.Context, network string) error {
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	return s.allocator(network).do(&request{ctx: ctx, kind: requestJoin})
+	return s.allocator(network).ClaimFirst(ctx)
 }
 
 // GC releases what this host holds and valid does not list. See Client.GC.
 func (s *Server) GC(ctx context.Context, network string, valid []metadata.AttachmentID) (*metadata.GCResult, error) {
-	if _, _, ok := s.view.network(network); !ok {
-		return nil, s.unknownNetwork(network)
+	if _, _, ok := s.view.Network(network); !ok {
+		return nil, s.view.Unknown(network)
 	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	o := &request{ctx: ctx, kind: requestGC, valid: map[metadata.AttachmentID]bool{}}
-	for _, id := range valid {
-		o.valid[id] = true
-	}
-	if err := s.allocator(network).do(o); err != nil {
+	released, err := s.allocator(network).GC(ctx, valid)
+	if err != nil {
 		return nil, err
 	}
-	r := &metadata.GCResult{Released: allocations(network, o.released)}
+	r := &metadata.GCResult{Released: allocations(network, released)}
 	if len(r.Released) > 0 {
 		s.log.Info("released what nothing uses", "network", network, "addresses", len(r.Released))
 	}
@@ -222,67 +214,51 @@ func allocations(network string, entries []allocate.Entry) []metadata.Allocation
 	return out
 }
 
-// loaded makes sure that a book's tables are in memory.
-func (s *Server) loaded(ctx context.Context, network string) (*allocator, metadata.Network, error) {
-	n, _, ok := s.view.network(network)
+// loaded returns a network's allocator with its tables in memory.
+func (s *Server) loaded(ctx context.Context, network string) (*allocator.Allocator, metadata.Network, error) {
+	n, _, ok := s.view.Network(network)
 	if !ok {
-		return nil, n, s.unknownNetwork(network)
+		return nil, n, s.view.Unknown(network)
 	}
-	b := s.allocator(network)
-	b.mu.Lock()
-	done := b.loaded
-	b.mu.Unlock()
-	if done {
-		return b, n, nil
+	a := s.allocator(network)
+	if a.Loaded() {
+		return a, n, nil
 	}
-	return b, n, s.load(ctx, b)
+	return a, n, s.load(ctx, a)
 }
 
-// current is loaded for who must not be told of what is gone: blocks that this host has lost since took their
-// tables with them.
-func (s *Server) current(ctx context.Context, network string) (*allocator, metadata.Network, error) {
-	n, gen, ok := s.view.network(network)
+// current returns a network's allocator with tables that follow the view. Callers whose answer must not contain
+// removed entries use it: blocks that this host has lost since took their tables with them.
+func (s *Server) current(ctx context.Context, network string) (*allocator.Allocator, metadata.Network, error) {
+	n, gen, ok := s.view.Network(network)
 	if !ok {
-		return nil, n, s.unknownNetwork(network)
+		return nil, n, s.view.Unknown(network)
 	}
-	b := s.allocator(network)
-	b.mu.Lock()
-	done := b.loaded && b.gen == gen
-	b.mu.Unlock()
-	if done {
-		return b, n, nil
+	a := s.allocator(network)
+	if a.Current(gen) {
+		return a, n, nil
 	}
-	return b, n, s.load(ctx, b)
+	return a, n, s.load(ctx, a)
 }
 
-func (s *Server) load(ctx context.Context, b *allocator) error {
+func (s *Server) load(ctx context.Context, a *allocator.Allocator) error {
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	return b.do(&request{ctx: ctx, kind: requestRelease, id: metadata.AttachmentID{}}) // releases nothing
+	return a.Load(ctx)
 }
 
 // Attachment returns what an interface holds.
 func (s *Server) Attachment(ctx context.Context, network string,
 	id metadata.AttachmentID) (*metadata.Attachment, error) {
-	b, n, err := s.current(ctx, network)
+	held, n, err := s.current(ctx, network)
 	if err != nil {
 		return nil, err
 	}
-	b.mu.Lock()
-	var entries []allocate.Entry
-	for _, cidr := range b.held[id] {
-		for _, e := range b.tables[cidr].table.Entries {
-			if e.ID == id && e.Owner.Host == s.cfg.HostName {
-				entries = append(entries, e)
-			}
-		}
-	}
-	b.mu.Unlock()
+	entries := held.EntriesOf(id)
 	if len(entries) == 0 {
 		return nil, metadata.Errorf(metadata.CodeNotFound, "%s holds no address on network %s at host %s", id, network,
 			s.cfg.HostName)
 	}
-	slices.SortFunc(entries, func(a, b allocate.Entry) int { return a.Address.Compare(b.Address) })
 	a := s.attachment(n, entries)
 	if h, ok := s.containers.find(id.ContainerID, ""); ok && h.PreAssigned {
 		a.PreAssigned = slices.ContainsFunc(entries,
@@ -296,32 +272,20 @@ func (s *Server) Attachment(ctx context.Context, network string,
 
 // Allocations lists addresses in use: this host's, or all hosts' by reading every table of the network.
 func (s *Server) Allocations(ctx context.Context, network string, all bool) ([]metadata.Allocation, error) {
-	b, _, err := s.current(ctx, network)
+	a, _, err := s.current(ctx, network)
 	if err != nil {
 		return nil, err
 	}
-	var entries []allocate.Entry
-	if all {
-		_, err := s.eachTable(ctx, network, func(t *allocate.Table, _ int64) error {
-			entries = append(entries, t.Entries...)
-			return nil
-		})
-		if err != nil {
-			return nil, err
-		}
-		return allocations(network, entries), nil
+	if !all {
+		return allocations(network, a.Entries()), nil
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, l := range b.tables {
-		if l.table == nil {
-			continue
-		}
-		for _, e := range l.table.Entries {
-			if e.Owner.Host == s.cfg.HostName {
-				entries = append(entries, e)
-			}
-		}
+	var entries []allocate.Entry
+	_, err = s.eachTable(ctx, network, func(t *allocate.Table, _ int64) error {
+		entries = append(entries, t.Entries...)
+		return nil
+	})
+	if err != nil {
+		return nil, err
 	}
 	return allocations(network, entries), nil
 }
@@ -351,14 +315,12 @@ func (s *Server) eachTable(ctx context.Context, network string,
 // Status says whether an ADD could be served now. It answers from memory: what it must ask the store for, it
 // does without when the store is away or slow.
 func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkStatus, error) {
-	n, _, ok := s.view.network(network)
+	n, _, ok := s.view.Network(network)
 	if !ok {
-		return nil, s.unknownNetwork(network)
+		return nil, s.view.Unknown(network)
 	}
-	st := &metadata.NetworkStatus{Network: network, Ready: true, Usage: []metadata.SubnetUsage{}, Device: s.cfg.Device(n)}
-	s.view.mu.RLock()
-	st.Revision = s.view.revision
-	s.view.mu.RUnlock()
+	st := &metadata.NetworkStatus{Network: network, Ready: true, Usage: []metadata.SubnetUsage{},
+		Device: s.cfg.Device(n), Revision: s.view.Revision()}
 	lost, _ := s.store.Lost()
 	refuse := func(reason string, local bool) {
 		if st.Ready || local && !st.Local {
@@ -379,11 +341,8 @@ func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkS
 	}
 	ctx, cancel := context.WithTimeout(ctx, statusPatience)
 	defer cancel()
-	b := s.allocator(network)
-	b.mu.Lock()
-	loaded := b.loaded
-	b.mu.Unlock()
-	if !loaded {
+	a := s.allocator(network)
+	if !a.Loaded() {
 		if lost != nil {
 			return st, nil
 		}
@@ -394,7 +353,7 @@ func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkS
 		}
 	}
 	for _, p := range n.Subnets {
-		u := b.usage(n, p)
+		u := a.Usage(n, p)
 		perBlock := 1 << min(p.Addr().BitLen()-n.BlockSize(p), 30)
 		if u.BlocksFree > (1<<50)/perBlock {
 			u.Free = 1 << 50
@@ -404,7 +363,7 @@ func (s *Server) Status(ctx context.Context, network string) (*metadata.NetworkS
 		sure := true
 		if !n.StrictAffinity {
 			// What others have left is worth reading only where it is few, or all there is.
-			if all, own := s.view.blockCount(network, p); all > own && (u.Free == 0 || all-own <= 64) {
+			if all, own := s.view.BlockCount(network, p); all > own && (u.Free == 0 || all-own <= 64) {
 				left, known := s.leftWithOthers(ctx, n, p)
 				u.Free, sure = u.Free+left, known
 			}
@@ -461,9 +420,9 @@ func (s *Server) leftWithOthers(ctx context.Context, n metadata.Network, subnet 
 }
 
 func (s *Server) countLeft(ctx context.Context, n metadata.Network, subnet netip.Prefix) (int, error) {
-	rules := (&batch{b: s.allocator(n.Name), net: n}).rules(subnet)
+	rules := allocator.Rules(s.view, n, subnet)
 	unread := map[netip.Prefix]bool{} // tables of others' blocks
-	for _, blk := range s.view.blocksOf(n.Name, func(x metadata.Block) bool {
+	for _, blk := range s.view.Blocks(n.Name, func(x metadata.Block) bool {
 		return x.Host != s.cfg.HostName &&
 			subnet.Contains(x.CIDR.Addr())
 	}) {
@@ -506,7 +465,7 @@ type leftover struct {
 
 // networkOrCreate finds a network, or makes it as the request defines it.
 func (s *Server) networkOrCreate(ctx context.Context, name string, create *metadata.Network) (metadata.Network, error) {
-	n, _, ok := s.view.network(name)
+	n, _, ok := s.view.Network(name)
 	if ok {
 		return n, nil
 	}
@@ -516,17 +475,17 @@ func (s *Server) networkOrCreate(ctx context.Context, name string, create *metad
 	e, err := s.store.Get(ctx, entry.NetworkPrefix+name)
 	switch {
 	case err == nil:
-		if err := s.view.wait(ctx, e.Revision); err != nil {
+		if err := s.view.Wait(ctx, e.Revision); err != nil {
 			return n, fmt.Errorf("%w: %w", store.ErrUnavailable, err)
 		}
-		if n, _, ok = s.view.network(name); !ok {
-			return n, s.unknownNetwork(name)
+		if n, _, ok = s.view.Network(name); !ok {
+			return n, s.view.Unknown(name)
 		}
 		return n, nil
 	case !errors.Is(err, store.ErrNotFound):
 		return n, err
 	case create == nil:
-		return n, s.unknownNetwork(name)
+		return n, s.view.Unknown(name)
 	}
 	if create.Name != "" && create.Name != name {
 		return n, metadata.Errorf(metadata.CodeInvalid, "create defines network %s, the request is for %s", create.Name, name)
@@ -534,18 +493,4 @@ func (s *Server) networkOrCreate(ctx context.Context, name string, create *metad
 	n = *create
 	n.Name = name
 	return s.PutNetwork(ctx, n, true, false)
-}
-
-func (s *Server) unknownNetwork(name string) error {
-	if err := s.view.networkProblem(name); err != nil {
-		return err
-	}
-	e := metadata.Errorf(metadata.CodeNotFound, "there is no network %s", name)
-	if all := s.view.networkNames(); len(all) > 0 {
-		e.Details = "known: " + strings.Join(all, ", ")
-	} else {
-		e.Details = "no network is defined yet; make one with `lariat network create " + name +
-			" --subnet 10.42.0.0/16`, or name a subnet in the CNI configuration"
-	}
-	return e
 }

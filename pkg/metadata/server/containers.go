@@ -237,3 +237,35 @@ func (c *containers) wrote(ch store.Change, revision int64) {
 	c.set(store.Entry{Key: ch.Key, Value: ch.Value, Revision: revision, Deleted: ch.Value == nil})
 	c.wake()
 }
+
+// hostContainers gives allocators this host's containers. It implements allocator.Containers.
+type hostContainers struct{ s *Server }
+
+// Attachments implements allocator.Containers.
+func (h hostContainers) Attachments(network string) map[metadata.AttachmentID][]netip.Addr {
+	return h.s.containers.attachments(network)
+}
+
+// Find implements allocator.Containers.
+func (h hostContainers) Find(id, uuid string) (metadata.Container, bool) {
+	c, ok := h.s.containers.find(id, uuid)
+	return c.Container, ok
+}
+
+// Get implements allocator.Containers.
+func (h hostContainers) Get(key string) (*metadata.Container, int64) {
+	h.s.containers.mu.RLock()
+	defer h.s.containers.mu.RUnlock()
+	if c, ok := h.s.containers.objects[key]; ok {
+		return &c.Container, c.revision
+	}
+	return nil, 0
+}
+
+// Wrote implements allocator.Containers.
+func (h hostContainers) Wrote(ch store.Change, revision int64) { h.s.containers.wrote(ch, revision) }
+
+// Change implements allocator.Containers.
+func (h hostContainers) Change(ctx context.Context, key string, change func(*metadata.Container) bool) error {
+	return h.s.changeContainer(ctx, key, change)
+}

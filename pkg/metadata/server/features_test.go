@@ -332,7 +332,7 @@ func TestF125_BorrowAndStrictAffinity(t *testing.T) {
 	if view, err = c.Client.View(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if err := c.view.wait(ctx, view.Revision); err != nil {
+	if err := c.view.Wait(ctx, view.Revision); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, c, func(s *metadata.Snapshot) bool { return len(s.HostRoutes) == 0 })

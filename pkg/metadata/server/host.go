@@ -420,7 +420,8 @@ func (s *Server) PutHost(ctx context.Context, h metadata.Host) error {
 		if err != nil {
 			return err
 		}
-		revision, err := store.One(ctx, s.store, store.Change{Key: entry.HostPrefix + h.Name, Value: data, Revision: e.Revision})
+		revision, err := store.One(ctx, s.store,
+			store.Change{Key: entry.HostPrefix + h.Name, Value: data, Revision: e.Revision})
 		if errors.Is(err, store.ErrConflict) {
 			continue
 		}

@@ -82,9 +82,9 @@ func (s *Server) API() *service.Server {
 
 	read("/v1/networks", func(*http.Request) (any, error) { return s.view.topology().Sane().Networks, nil })
 	read("/v1/networks/{network}", func(r *http.Request) (any, error) {
-		n, _, ok := s.view.network(r.PathValue("network"))
+		n, _, ok := s.view.Network(r.PathValue("network"))
 		if !ok {
-			return nil, s.unknownNetwork(r.PathValue("network"))
+			return nil, s.view.Unknown(r.PathValue("network"))
 		}
 		return n, nil
 	})

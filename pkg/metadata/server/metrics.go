@@ -77,12 +77,12 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 	ctx, cancel := context.WithTimeout(s.ctx, 2*time.Second)
 	defer cancel()
 	for _, name := range s.view.networkNames() {
-		b, n, err := s.loaded(ctx, name)
+		a, n, err := s.loaded(ctx, name)
 		if err != nil {
 			continue
 		}
 		for _, p := range n.Subnets {
-			u := b.usage(n, p)
+			u := a.Usage(n, p)
 			perBlock := float64(int(1) << min(p.Addr().BitLen()-n.BlockSize(p), 30))
 			gauge(descUsed, float64(u.Used), name, p.String())
 			gauge(descFree, float64(u.Free)+float64(u.BlocksFree)*perBlock, name, p.String())

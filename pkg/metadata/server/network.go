@@ -52,7 +52,8 @@ func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate,
 		if err != nil {
 			return n, err
 		}
-		revision, err := store.One(ctx, s.store, store.Change{Key: entry.NetworkPrefix + n.Name, Value: data, Revision: e.Revision})
+		revision, err := store.One(ctx, s.store,
+			store.Change{Key: entry.NetworkPrefix + n.Name, Value: data, Revision: e.Revision})
 		if reserved && err != nil && !errors.Is(err, store.ErrUnavailable) {
 			s.freeVNI(ctx, next.VNI, n.Name)
 		}
@@ -73,7 +74,7 @@ func (s *Server) PutNetwork(ctx context.Context, n metadata.Network, onlyCreate,
 
 // seen waits until this host's view shows a write, so that whoever asks next through this socket reads it.
 func (s *Server) seen(ctx context.Context, revision int64) error {
-	if err := s.view.wait(ctx, revision); err != nil {
+	if err := s.view.Wait(ctx, revision); err != nil {
 		return fmt.Errorf("%w: %w", store.ErrUnavailable, err)
 	}
 	return nil
@@ -146,7 +147,7 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 				"encapsulation %s", n.Name, n.Encapsulation)
 	}
 	if old != nil {
-		for _, b := range s.view.blocksOf(n.Name, func(metadata.Block) bool { return true }) {
+		for _, b := range s.view.Blocks(n.Name, func(metadata.Block) bool { return true }) {
 			if !slices.ContainsFunc(n.Subnets, func(p netip.Prefix) bool {
 				return p.Overlaps(b.CIDR) && p.Bits() <= b.CIDR.Bits() && n.BlockSize(p) == b.CIDR.Bits()
 			}) {
@@ -335,7 +336,7 @@ func (s *Server) DeleteNetwork(ctx context.Context, name string) error {
 	if n.VNI != 0 {
 		s.freeVNI(ctx, n.VNI, name)
 	}
-	s.dropBook(name)
+	s.forgetAllocator(name)
 	s.log.Info("network removed", "network", name)
 	return s.seen(ctx, revision)
 }

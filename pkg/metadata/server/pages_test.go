@@ -186,7 +186,7 @@ func TestAViewIsReadOnWhereItStopped(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	if got := len(s.view.blocksOf("big", func(metadata.Block) bool { return true })); got != blocks {
+	if got := len(s.view.Blocks("big", func(metadata.Block) bool { return true })); got != blocks {
 		t.Errorf("%d of %d blocks are known", got, blocks)
 	}
 	mu.Lock()

@@ -1,6 +1,6 @@
 // Package server answers for the metadata of one host: who may use which address, who is there, what has changed.
 //
-// A request takes this way: unix socket, net/http, one method of Server, then either the view in memory (reads) or a
+// A request takes this way: unix socket, net/http, one method of Server, then either the view in memory (reads) or the
 // allocator of one network (addresses), and from there the store. The server changes nothing on the host; it knows no
 // kernel.
 //
@@ -21,11 +21,11 @@ import (
 	"log/slog"
 	"math"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/metadata/server/allocator"
 	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 )
@@ -94,7 +94,7 @@ type Server struct {
 	wg       sync.WaitGroup
 
 	mu         sync.Mutex
-	allocators map[string]*allocator
+	allocators map[string]*allocator.Allocator
 	left       map[string]*leftover
 	lease      *store.Lease
 	problem    error // why it is not ready
@@ -137,7 +137,7 @@ func New(ctx context.Context, cfg Config, st store.Store) (*Server, error) {
 	}
 	s := &Server{cfg: cfg, store: store.NewBreaker(st, cfg.Timeout, cfg.Log), bootID: cfg.BootID, log: cfg.Log,
 		view: newView(cfg.HostName), containers: newContainers(cfg.HostName),
-		allocators: map[string]*allocator{}, left: map[string]*leftover{}, paged: make(chan struct{}, 1)}
+		allocators: map[string]*allocator.Allocator{}, left: map[string]*leftover{}, paged: make(chan struct{}, 1)}
 	s.asked, s.tree = &asked{s: s, parts: map[string]*part{}}, newTreeView(s)
 	s.started = s.now().UTC().Round(0) // as it comes back from the store
 	s.view.claim = s.hostLease()
@@ -264,7 +264,7 @@ func (s *Server) follow(ctx context.Context, prefix string, load func([]store.En
 			}
 			if list.Revision < last {
 				s.log.Warn("the store was lost, and began anew", "revision", list.Revision, "before", last)
-				s.dropBooks()
+				s.forgetAllocators()
 			}
 			revision, last, list = list.Revision, list.Revision, store.Listing{Prefix: prefix}
 			if ready != nil {
@@ -352,12 +352,9 @@ func (s *Server) housekeeping() {
 
 // ReleaseEmptyBlocks gives back this host's blocks of a network that have been empty for the grace time.
 func (s *Server) ReleaseEmptyBlocks(ctx context.Context, network string) error {
-	if !slices.ContainsFunc(s.view.ownBlocks(network), func(b metadata.Block) bool { return !b.Gateway.IsValid() }) {
-		return nil
-	}
 	ctx, cancel := s.timeout(ctx)
 	defer cancel()
-	return s.allocator(network).do(&request{ctx: ctx, kind: requestTidy, empty: s.now().Add(-s.cfg.BlockGrace)})
+	return s.allocator(network).ReleaseEmpty(ctx, s.now().Add(-s.cfg.BlockGrace))
 }
 
 func (s *Server) now() time.Time { return s.cfg.Now() }
@@ -366,25 +363,28 @@ func (s *Server) timeout(ctx context.Context) (context.Context, context.CancelFu
 	return context.WithTimeout(ctx, s.cfg.Timeout)
 }
 
-func (s *Server) allocator(network string) *allocator {
+// allocator returns a network's allocator.
+func (s *Server) allocator(network string) *allocator.Allocator {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	b := s.allocators[network]
-	if b == nil {
-		b = newAllocator(s, network)
-		s.allocators[network] = b
+	a := s.allocators[network]
+	if a == nil {
+		a = allocator.New(allocator.Config{Network: network, Host: s.cfg.HostName, BootID: s.bootID, View: s.view,
+			Store: s.store, Containers: hostContainers{s}, Now: s.now, Log: s.log})
+		s.allocators[network] = a
 	}
-	return b
+	return a
 }
 
-func (s *Server) dropBook(network string) {
+// forgetAllocator makes the next request for a network read its tables again.
+func (s *Server) forgetAllocator(network string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.allocators, network)
 }
 
-// dropBooks forgets all tables: none of them is stored any more.
-func (s *Server) dropBooks() {
+// forgetAllocators forgets all tables: none of them is stored any more.
+func (s *Server) forgetAllocators() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	clear(s.allocators)

@@ -162,7 +162,7 @@ func TestF163_SpoiltEntriesHarmNobody(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, n := range []*node{a, b} {
-		if err := n.view.wait(ctx, last); err != nil {
+		if err := n.view.Wait(ctx, last); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -189,7 +189,7 @@ func TestF163_SpoiltEntriesHarmNobody(t *testing.T) {
 
 	// And the remedy is one.
 	if err := a.Client.RemoveEntry(ctx, "blocks/lan/"+
-		a.view.blocksOf("lan", func(metadata.Block) bool { return true })[0].CIDR.String()); !metadata.IsCode(err,
+		a.view.Blocks("lan", func(metadata.Block) bool { return true })[0].CIDR.String()); !metadata.IsCode(err,
 		metadata.CodeConflict) {
 		t.Errorf("a good entry was removed: %v", err)
 	}
@@ -240,7 +240,7 @@ func TestSpoiltOverGood(t *testing.T) {
 	if s, err := b.View(ctx); err != nil || len(s.Blocks) != 0 || len(s.Networks) != 0 || len(s.Problems) != 2 {
 		t.Errorf("%+v %v", s, err)
 	}
-	old, _, _ := a.view.network("lan")
+	old, _, _ := a.view.Network("lan")
 	data, _ := json.Marshal(old)
 	inject(t, st, map[string]string{"view/networks/lan": string(data)})
 	eventually(t, b, func(s *metadata.Snapshot) bool {

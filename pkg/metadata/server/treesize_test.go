@@ -38,7 +38,8 @@ func BenchmarkTreeOf(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			entries = append(entries, store.Entry{Key: entry.ContainerPrefix + metadata.ContainerKey(c), Value: value, Revision: 1})
+			entries = append(entries, store.Entry{Key: entry.ContainerPrefix + metadata.ContainerKey(c), Value: value,
+				Revision: 1})
 		}
 	}
 	base := tree.NewBase(snap)

@@ -69,8 +69,8 @@ func TestCloneOfALiveHost(t *testing.T) {
 	data, _ := json.Marshal(hostLease{Host: "b", MachineID: "machine-b", BootID: "boot-1-b", Address: "192.0.2.2"})
 	hold := func() {
 		t.Helper()
-		if _, err := store.One(t.Context(), killed, store.Change{Key: entry.LivePrefix + "b", Value: data, Revision: store.Any,
-			Lease: lease}); err != nil {
+		if _, err := store.One(t.Context(), killed, store.Change{Key: entry.LivePrefix + "b", Value: data,
+			Revision: store.Any, Lease: lease}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -457,8 +457,15 @@ func put[K1, K2 comparable, V any](m map[K1]map[K2]V, k1 K1, k2 K2, value V) {
 	m[k1][k2] = value
 }
 
-// wait returns when the view has come to a revision.
-func (v *view) wait(ctx context.Context, revision int64) error {
+// Revision returns the revision that the view has come to.
+func (v *view) Revision() int64 {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	return v.revision
+}
+
+// Wait returns when the view has come to a revision.
+func (v *view) Wait(ctx context.Context, revision int64) error {
 	for {
 		v.mu.RLock()
 		now, changed := v.revision, v.changed
@@ -529,7 +536,8 @@ func comparePrefix(a, b netip.Prefix) int {
 	return a.Bits() - b.Bits()
 }
 
-func (v *view) network(name string) (metadata.Network, uint64, bool) {
+// Network returns a network that can be used, and its generation.
+func (v *view) Network(name string) (metadata.Network, uint64, bool) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	n, ok := v.networks[name]
@@ -550,7 +558,8 @@ func (v *view) host(name string) (metadata.Host, bool) {
 	return h, ok
 }
 
-func (v *view) hostCount() int {
+// HostCount counts the hosts.
+func (v *view) HostCount() int {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	return len(v.hosts)
@@ -591,24 +600,39 @@ func (v *view) networkProblem(name string) error {
 	return nil
 }
 
-// block returns a claimed block.
-func (v *view) block(network string, p netip.Prefix) (metadata.Block, bool) {
+// Unknown returns the error for a network that is not in force.
+func (v *view) Unknown(name string) error {
+	if err := v.networkProblem(name); err != nil {
+		return err
+	}
+	e := metadata.Errorf(metadata.CodeNotFound, "there is no network %s", name)
+	if all := v.networkNames(); len(all) > 0 {
+		e.Details = "known: " + strings.Join(all, ", ")
+	} else {
+		e.Details = "no network is defined yet; make one with `lariat network create " + name +
+			" --subnet 10.42.0.0/16`, or name a subnet in the CNI configuration"
+	}
+	return e
+}
+
+// Block returns a claimed block.
+func (v *view) Block(network string, p netip.Prefix) (metadata.Block, bool) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	b, ok := v.blocks[network][p]
 	return b, ok
 }
 
-// ownBlocks lists this host's blocks of a network, sorted.
-func (v *view) ownBlocks(network string) []metadata.Block {
+// OwnBlocks lists this host's blocks of a network, sorted.
+func (v *view) OwnBlocks(network string) []metadata.Block {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	return slices.SortedFunc(maps.Values(v.mine[network]),
 		func(a, b metadata.Block) int { return comparePrefix(a.CIDR, b.CIDR) })
 }
 
-// blockCount counts the blocks of a subnet, and those of them that are this host's.
-func (v *view) blockCount(network string, subnet netip.Prefix) (all, own int) {
+// BlockCount counts the blocks of a subnet, and those of them that are this host's.
+func (v *view) BlockCount(network string, subnet netip.Prefix) (all, own int) {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	for p := range v.mine[network] {
@@ -619,8 +643,8 @@ func (v *view) blockCount(network string, subnet netip.Prefix) (all, own int) {
 	return v.counts[network][subnet], own
 }
 
-// blocksOf lists a network's blocks that match, sorted. It looks at all of them.
-func (v *view) blocksOf(network string, match func(metadata.Block) bool) []metadata.Block {
+// Blocks lists a network's blocks that match, sorted. It looks at all of them.
+func (v *view) Blocks(network string, match func(metadata.Block) bool) []metadata.Block {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	var out []metadata.Block
@@ -633,8 +657,8 @@ func (v *view) blocksOf(network string, match func(metadata.Block) bool) []metad
 	return out
 }
 
-// gateway is this host's own address on a network in the family of subnet.
-func (v *view) gateway(network string, subnet netip.Prefix) netip.Addr {
+// Gateway is this host's own address on a network in the family of subnet.
+func (v *view) Gateway(network string, subnet netip.Prefix) netip.Addr {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	for _, a := range v.own[network] {
@@ -645,13 +669,13 @@ func (v *view) gateway(network string, subnet netip.Prefix) netip.Addr {
 	return netip.Addr{}
 }
 
-// endpointsOf lists the addresses that a host announces one by one.
-func (v *view) endpointsOf(network, host string) []netip.Addr {
+// OwnHostRoutes lists the addresses that this host announces one by one.
+func (v *view) OwnHostRoutes(network string) []netip.Addr {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	var out []netip.Addr
 	for a, e := range v.endpoints[network] {
-		if e.Host == host {
+		if e.Host == v.self {
 			out = append(out, a)
 		}
 	}
@@ -659,8 +683,8 @@ func (v *view) endpointsOf(network, host string) []netip.Addr {
 	return out
 }
 
-// holder says who has an address although no table does; empty: nobody.
-func (v *view) holder(network string, a netip.Addr) string {
+// Holder says who has an address although no table does; empty: nobody.
+func (v *view) Holder(network string, a netip.Addr) string {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
 	if h, ok := v.gateways[network][a]; ok {
@@ -678,8 +702,8 @@ func (v *view) holder(network string, a netip.Addr) string {
 	return ""
 }
 
-// announceable returns why an address outside of its network's subnets cannot be announced, or nil.
-func (v *view) announceable(a netip.Addr) error {
+// Announceable returns why an address outside of its network's subnets cannot be announced, or nil.
+func (v *view) Announceable(a netip.Addr) error {
 	s := v.topology().Sane()
 	return metadata.Announceable(a, s.Networks, metadata.Links(s.Hosts))
 }
