@@ -61,7 +61,9 @@ func (c *Container) Detach(network, ifname string) (keep bool) {
 }
 
 // Attached reports whether the object lists an interface.
-func (c *Container) Attached(network, ifname string) bool { return c.interfaceIndex(network, ifname) >= 0 }
+func (c *Container) Attached(network, ifname string) bool {
+	return c.interfaceIndex(network, ifname) >= 0
+}
 
 func (c *Container) interfaceIndex(network, ifname string) int {
 	return slices.IndexFunc(c.Interfaces, func(i ContainerInterface) bool {

@@ -364,65 +364,6 @@ func eventually(t testing.TB, n *node, ok func(*metadata.Snapshot) bool) {
 	}
 }
 
-func TestF126_FIFOCooldownAndNoABA(t *testing.T) {
-	ctx := t.Context()
-	now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
-	var offset atomic.Int64
-	def := overlay("10.42.0.0/28")
-	def.BlockSizeV4, def.CooldownSeconds = 28, 60
-	n, _ := one(t, def, func(c *Config) { c.Now = func() time.Time { return now.Add(time.Duration(offset.Load())) } })
-	var order []metadata.AttachmentAddress
-	for i := range 13 { // 16 less network, broadcast, gateway
-		order = append(order, attach(t, n, "lan", req(fmt.Sprint("c", i))).Addresses[0])
-	}
-	for _, i := range []int{5, 2, 9} {
-		offset.Add(int64(time.Second))
-		if err := n.Client.Release(ctx, "lan", aid(fmt.Sprint("c", i)), 0); err != nil {
-			t.Fatal(err)
-		}
-	}
-	// All three cool down: the longest-released is better than no container.
-	if x := attach(t, n, "lan", req("hot")).Addresses[0]; x.Address != order[5].Address {
-		t.Errorf("%s, want %s", x.Address, order[5].Address)
-	}
-	offset.Add(int64(2 * time.Minute))
-	x := attach(t, n, "lan", req("d1")).Addresses[0]
-	if x.Address != order[2].Address {
-		t.Errorf("%s, want %s: first released, first used", x.Address, order[2].Address)
-	}
-	// A late DEL of the former owner, by id and by sequence.
-	if err := n.Client.Release(ctx, "lan", aid("c2"), order[2].Sequence); err != nil {
-		t.Fatal(err)
-	}
-	// The same container id came back meanwhile: only what was handed out by then is freed.
-	if err := n.Client.Release(ctx, "lan", aid("d1"), x.Sequence); err != nil {
-		t.Fatal(err)
-	}
-	y := attach(t, n, "lan", req("d1")).Addresses[0]
-	if y.Sequence <= x.Sequence {
-		t.Errorf("sequence %d after %d", y.Sequence, x.Sequence)
-	}
-	if err := n.Client.Release(ctx, "lan", aid("d1"), x.Sequence); err != nil {
-		t.Fatal(err)
-	}
-	if at, err := n.Client.Attachment(ctx, "lan", aid("d1")); err != nil || at.Addresses[0].Address != y.Address {
-		t.Errorf("the late release freed the new one: %+v %v", at, err)
-	}
-}
-
-func TestF126_ReleasedComesLastWhileOthersAreFresh(t *testing.T) {
-	n, _ := one(t, overlay("10.42.0.0/24"))
-	first := attach(t, n, "lan", req("c")).Addresses[0].Address
-	for i := range 200 {
-		if err := n.Client.Release(t.Context(), "lan", aid("c"), 0); err != nil {
-			t.Fatal(err)
-		}
-		if x := attach(t, n, "lan", req("c")).Addresses[0].Address; x == first && i < 190 {
-			t.Fatalf("%s came back after %d others", x, i)
-		}
-	}
-}
-
 func TestF128_EarlierBootIsReportedAndReleased(t *testing.T) {
 	ctx := t.Context()
 	st := openStore(t, t.TempDir())

@@ -26,6 +26,25 @@ func open(t testing.TB, dir string) *Etcd {
 	return s
 }
 
+// implementations are the stores that the same tests hold for.
+var implementations = map[string]func(testing.TB) Store{
+	"etcd":   func(t testing.TB) Store { return open(t, t.TempDir()) },
+	"memory": func(testing.TB) Store { return NewMemory() },
+}
+
+// each runs a test for each implementation, within a time that only a hanging one needs.
+func each(t *testing.T, test func(*testing.T, context.Context, Store)) {
+	for name, make := range implementations {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			s := make(t)
+			defer s.Close()
+			test(t, ctx, s)
+		})
+	}
+}
+
 // TestSocketIsPrivate: whatever the umask, only the owner opens the store's socket, or its directory.
 func TestSocketIsPrivate(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0))
@@ -53,12 +72,9 @@ func TestSocketIsPrivate(t *testing.T) {
 	}
 }
 
-func TestConditionalWrites(t *testing.T) {
-	ctx := t.Context()
-	start := time.Now()
-	s := open(t, t.TempDir())
-	t.Logf("opened in %v", time.Since(start))
-	defer s.Close()
+func TestConditionalWrites(t *testing.T) { each(t, conditionalWrites) }
+
+func conditionalWrites(t *testing.T, ctx context.Context, s Store) {
 	r1, err := One(ctx, s, Change{Key: "a", Value: []byte("1")})
 	if err != nil {
 		t.Fatal(err)
@@ -74,7 +90,17 @@ func TestConditionalWrites(t *testing.T) {
 	if err != nil || string(e.Value) != "1" || e.Revision != r1 {
 		t.Fatalf("%+v %v", e, err)
 	}
-	start = time.Now()
+	if r := s.Write(ctx, Change{Key: "nothing", Revision: Any}); r[0].Err != nil || r[0].Revision > e.Revision+1 {
+		t.Fatalf("a deletion of what is not there: %+v", r)
+	}
+	if _, err := s.Get(ctx, "nothing"); !errors.Is(err, ErrNotFound) {
+		t.Fatal(err)
+	}
+	r2, err := One(ctx, s, Change{Key: "a", Value: []byte("2"), Revision: r1})
+	if e, gerr := s.Get(ctx, "a"); err != nil || gerr != nil || e.Created != r1 || e.Revision != r2 || r2 <= r1 {
+		t.Fatalf("%+v %v %v", e, err, gerr)
+	}
+	start := time.Now()
 	for i := range 200 {
 		One(ctx, s, Change{Key: fmt.Sprint("k", i), Value: make([]byte, 4000)})
 	}
@@ -85,11 +111,9 @@ func TestConditionalWrites(t *testing.T) {
 	}
 }
 
-func TestWatchGivesWholeRevisionsAndTellsOfCompaction(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	s := open(t, t.TempDir())
-	defer s.Close()
+func TestWatchGivesWholeRevisionsAndTellsOfCompaction(t *testing.T) { each(t, watchAndCompaction) }
+
+func watchAndCompaction(t *testing.T, ctx context.Context, s Store) {
 	first, err := One(ctx, s, Change{Key: "w/a", Value: []byte("1")})
 	if err != nil {
 		t.Fatal(err)
@@ -115,19 +139,22 @@ func TestWatchGivesWholeRevisionsAndTellsOfCompaction(t *testing.T) {
 		t.Errorf("%q %v", got, err)
 	}
 	now, _ := One(ctx, s, Change{Key: "w/a", Value: []byte("2"), Revision: Any})
-	if err := s.compact(now); err != nil {
-		t.Fatal(err)
+	switch s := s.(type) {
+	case *Memory:
+		s.Compact(now)
+	case *Etcd:
+		if err := s.compact(now); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := s.Watch(ctx, "w/", first, func(Update) error { return nil }); !errors.Is(err, ErrCompacted) {
 		t.Errorf("%v", err)
 	}
 }
 
-func TestLeaseTakesItsKeysAlong(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
-	defer cancel()
-	s := open(t, t.TempDir())
-	defer s.Close()
+func TestLeaseTakesItsKeysAlong(t *testing.T) { each(t, leaseTakesItsKeysAlong) }
+
+func leaseTakesItsKeysAlong(t *testing.T, ctx context.Context, s Store) {
 	l, err := s.Hold(ctx, 30*time.Second)
 	if err != nil {
 		t.Fatal(err)
@@ -139,6 +166,9 @@ func TestLeaseTakesItsKeysAlong(t *testing.T) {
 	if e, err := s.Get(ctx, "live"); err != nil || !e.Held {
 		t.Errorf("%+v %v", e, err)
 	}
+	if _, ttl, err := s.Idle(ctx, "live"); err != nil || ttl != 30*time.Second {
+		t.Errorf("the lease lasts %s: %v", ttl, err)
+	}
 	l.Close()
 	stop := errors.New("gone")
 	if err := s.Watch(ctx, "live", r, func(u Update) error {
@@ -149,12 +179,19 @@ func TestLeaseTakesItsKeysAlong(t *testing.T) {
 	}); !errors.Is(err, stop) {
 		t.Error(err)
 	}
+	if _, _, err := s.Idle(ctx, "live"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("the lease of what is gone: %v", err)
+	}
+	select {
+	case <-l.Lost():
+	case <-ctx.Done():
+		t.Error("the lease does not end")
+	}
 }
 
-func TestManyChangesInOneCall(t *testing.T) {
-	ctx := t.Context()
-	s := open(t, t.TempDir())
-	defer s.Close()
+func TestManyChangesInOneCall(t *testing.T) { each(t, manyChangesInOneCall) }
+
+func manyChangesInOneCall(t *testing.T, ctx context.Context, s Store) {
 	var changes []Change
 	for i := range 1000 { // more than one transaction of etcd takes, in number and in size
 		changes = append(changes, Change{Key: fmt.Sprintf("k%03d", i), Value: make([]byte, 9000)})
