@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/lariat-net/lariat/pkg/cni"
+	"github.com/lariat-net/lariat/pkg/hostid"
 	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
@@ -43,7 +44,7 @@ func (b Client) Acquire(ctx context.Context, network string, req metadata.Attach
 	state := journal.Held
 	a, err := b.attach(ctx, network, req)
 	if errors.Is(err, metadata.ErrUnreachable) {
-		if old, ok, _ := b.Journal.Get(network, id); ok && old.State != journal.Released && old.BootID == journal.BootID() {
+		if old, ok, _ := b.Journal.Get(network, id); ok && old.State != journal.Released && old.BootID == hostid.Boot() {
 			a, state, err = &old.Attachment, old.State, nil
 		} else if explicit != nil {
 			a, state, err = explicit, journal.Unregistered, nil
@@ -53,7 +54,7 @@ func (b Client) Acquire(ctx context.Context, network string, req metadata.Attach
 		return nil, err
 	}
 	if a.BootID == "" {
-		a.BootID = journal.BootID()
+		a.BootID = hostid.Boot()
 	}
 	old, known, _ := b.Journal.Get(network, id)
 	known = known && old.State != journal.Released
@@ -180,7 +181,7 @@ func (b Client) Release(ctx context.Context, network string, id metadata.Attachm
 		return err
 	}
 	if !known {
-		old = journal.Record{AttachmentID: id, Attachment: metadata.Attachment{Network: network}, BootID: journal.BootID(),
+		old = journal.Record{AttachmentID: id, Attachment: metadata.Attachment{Network: network}, BootID: hostid.Boot(),
 			Created: time.Now().UTC(), Type: b.Type}
 	}
 	old.State = journal.Released

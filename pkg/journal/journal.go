@@ -415,12 +415,3 @@ func (j Journal) removeStale(network, record string) {
 		unlock()
 	}
 }
-
-// BootID is the kernel's id of this boot.
-func BootID() string {
-	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(data))
-}

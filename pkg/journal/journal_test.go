@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/hostid"
 	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
@@ -42,7 +43,7 @@ func id(container string) metadata.AttachmentID {
 }
 
 func record(container, address string) journal.Record {
-	return journal.Record{AttachmentID: id(container), State: journal.Held, Type: "lariat-vxlan", BootID: journal.BootID(),
+	return journal.Record{AttachmentID: id(container), State: journal.Held, Type: "lariat-vxlan", BootID: hostid.Boot(),
 		Netns: "/run/netns/x", NetnsInode: 7,
 		Attachment: metadata.Attachment{Network: "overlay",
 			Addresses: []metadata.AttachmentAddress{{Address: netip.MustParseAddr(address), Sequence: 3}}}}

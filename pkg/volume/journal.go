@@ -166,12 +166,3 @@ func (j Journal[T]) List() (map[string]T, error) {
 	}
 	return all, nil
 }
-
-// BootID tells one boot of the host from the next.
-func BootID() string {
-	data, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(data))
-}

@@ -85,7 +85,7 @@ func TestVolumeDriversAreLight(t *testing.T) {
 		if strings.HasPrefix(p.ImportPath, "pkg/volume/flex") || strings.HasPrefix(p.ImportPath, "pkg/volume/dockerapi") ||
 			strings.HasPrefix(p.ImportPath, "pkg/volume/mounts") {
 			for _, d := range p.Deps {
-				if own, ours := strings.CutPrefix(d, module+"/pkg/"); ours && own != "volume" && own != "volume/mounts" {
+				if own, ours := strings.CutPrefix(d, module+"/pkg/"); ours && own != "volume" && own != "volume/mounts" && own != "hostid" {
 					t.Errorf("%s links %s", p.ImportPath, d)
 				}
 			}
@@ -115,7 +115,7 @@ func TestArrows(t *testing.T) {
 		"pkg/plan":              {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/ipsec", "pkg/guard", "pkg/nat"},
 		"pkg/graph":             {"pkg/metadata", "pkg/delta", "pkg/vxlan", "pkg/ipsec", "pkg/mtu", "pkg/printable"},
 		"pkg/kernel":            {"pkg/delta", "pkg/metadata"},
-		"pkg/volume":            {},
+		"pkg/volume":            {"pkg/hostid"},
 	}
 	for _, p := range list(t) {
 		allowed, ok := pure[p.ImportPath]

@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/hostid"
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
@@ -81,7 +82,7 @@ func New(c Config) (*Server, error) {
 		c.now = time.Now
 	}
 	s := &Server{
-		config: c, boot: volume.BootID(), touched: map[string]time.Time{},
+		config: c, boot: hostid.Boot(), touched: map[string]time.Time{},
 		journal: volume.Journal[record]{Dir: filepath.Join(c.StateDir, "volumes")},
 		locks:   volume.Locks{Dir: filepath.Join(c.StateDir, "locks")},
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
 	"golang.org/x/sys/unix"
 
+	"github.com/lariat-net/lariat/pkg/hostid"
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
@@ -133,7 +134,7 @@ func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request
 		return err
 	}
 	rec := mountRecord{Name: v.Name, ID: v.ID, Region: r.Config.Region, FromNode: d.config.fromNode(),
-		BootID: volume.BootID(),
+		BootID: hostid.Boot(),
 		Pod:    strings.Trim(req.Pod.Namespace+"/"+req.Pod.Name, "/"), Time: time.Now().UTC()}
 	old, known, err := d.mounts.Get(dir)
 	if err != nil {
@@ -147,7 +148,7 @@ func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request
 		return err
 	}
 	// Those of volumes that unmount has to detach stay until it does.
-	boot := volume.BootID()
+	boot := hostid.Boot()
 	if err := d.mounts.Prune(func(r mountRecord) bool { return r.BootID != boot && !r.FromNode }); err != nil {
 		d.log.Warn("journal not pruned", "error", err)
 	}

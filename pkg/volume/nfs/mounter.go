@@ -12,6 +12,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/lariat-net/lariat/pkg/hostid"
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
@@ -56,7 +57,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	}
 	defer unlock()
 
-	rec := mountRecord{Volume: v, BootID: volume.BootID(), Pod: strings.Trim(pod.Namespace+"/"+pod.Name, "/"),
+	rec := mountRecord{Volume: v, BootID: hostid.Boot(), Pod: strings.Trim(pod.Namespace+"/"+pod.Name, "/"),
 		Time: time.Now().UTC()}
 	shown, err := m.reuse(ctx, dir, v)
 	if err != nil {
@@ -108,7 +109,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 		}
 	}
 	m.log.Info("mounted", "volume", v.Name, "source", s.Source, "dir", dir, "pod", rec.Pod)
-	boot := volume.BootID()
+	boot := hostid.Boot()
 	if err := m.mounts.Prune(func(r mountRecord) bool { return r.BootID != boot }); err != nil {
 		m.log.Warn("journal not pruned", "error", err)
 	}
