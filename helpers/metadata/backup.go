@@ -25,7 +25,7 @@ import (
 func backup(args []string, stdout io.Writer) error {
 	var c config
 	f := pflag.NewFlagSet("lariat-metadata backup", pflag.ContinueOnError)
-	f.StringVar(&c.Socket, "socket", metadata.DefaultSocket, "of the running lariat-metadata")
+	socket := f.String("socket", metadata.DefaultSocket, "of the running lariat-metadata")
 	f.StringVar(&c.DataDir, "data-dir", "", "of a lariat-metadata that is stopped, instead of asking a running one")
 	timeout := f.Duration("timeout", 10*time.Minute, "for all of it")
 	f.Usage = func() {
@@ -48,7 +48,7 @@ func backup(args []string, stdout io.Writer) error {
 	if c.DataDir != "" {
 		err = copyStopped(ctx, c.DataDir, tmp)
 	} else {
-		err = copyRunning(ctx, c.Socket, tmp)
+		err = copyRunning(ctx, *socket, tmp)
 	}
 	if err != nil {
 		return fmt.Errorf("backup: %w", err)

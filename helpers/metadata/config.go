@@ -5,37 +5,37 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/pflag"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/lariat-net/lariat/pkg/hostid"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/private"
+	"github.com/lariat-net/lariat/pkg/service"
 )
 
 // config is what the flags say.
 type config struct {
 	HostName      string
-	Socket        string
 	DataDir       string
 	StateDir      string
 	MachineIDFile string
 	BootIDFile    string
 	Underlay      []string
 	Labels        map[string]string
-	LogLevel      string
 
-	ListenTree    string
-	ListenMetrics string
-	TreeLabels    []string
-	TreeOrigin    string
+	ListenTree string
+	TreeLabels []string
+	TreeOrigin string
 
 	Endpoints      []string
 	CA, Cert, Key  string
@@ -51,26 +51,23 @@ type config struct {
 	LeaseTTL       time.Duration
 }
 
-// flags declares the flags that the service takes; its sub-commands take some of them.
+// flags declares the service's own flags; its sub-commands take some of them.
 func (c *config) flags(f *pflag.FlagSet) {
 	host, _ := os.Hostname()
 	f.StringVar(&c.HostName, "host-name", host, "this host's name in the cluster")
-	f.StringVar(&c.Socket, "socket", metadata.DefaultSocket, "unix socket of the control API")
 	f.StringVar(&c.MachineIDFile, "machine-id-file", "/etc/machine-id", "what tells a reinstalled host from a second one")
-	f.StringVar(&c.BootIDFile, "boot-id-file", "/proc/sys/kernel/random/boot_id", "what tells one boot from the next")
+	f.StringVar(&c.BootIDFile, "boot-id-file", hostid.BootFile, "what tells one boot from the next")
 	f.StringVar(&c.StateDir, "state-dir", metadata.DefaultStateDir,
 		"folder for the last valid values of entries that cannot be used any more")
 	f.StringArrayVar(&c.Underlay, "underlay", nil, "address/length by which the other hosts reach this one, "+
 		"repeated; default: of the default route")
 	f.StringToStringVar(&c.Labels, "label", nil, "label of this host, key=value, repeated")
-	f.StringVar(&c.LogLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&c.ListenTree, "listen-tree", "", "IP:port of the read-only tree for containers, usually "+
 		"169.254.169.250:80")
 	f.StringArrayVar(&c.TreeLabels, "tree-label", nil, "name of a container's label that the tree shows to all "+
 		"containers, or prefix*, repeated; those of services are always shown")
 	f.StringVar(&c.TreeOrigin, "tree-allow-origin", "", "origin whose web pages may read the tree "+
 		"(Access-Control-Allow-Origin), or *; empty: none")
-	f.StringVar(&c.ListenMetrics, "listen-metrics", "", "IP:port of /metrics, /healthz and /readyz, beside the socket")
 	f.DurationVar(&c.StartTimeout, "start-timeout", time.Minute, "give up when the store was silent for so long")
 	f.DurationVar(&c.LeaseTTL, "lease", 30*time.Second, "a host that is silent for so long counts as gone")
 	c.storeFlags(f)
@@ -91,6 +88,27 @@ func (c *config) storeFlags(f *pflag.FlagSet) {
 	f.StringVar(&c.InitialCluster, "initial-cluster", "", "all members: name=https://IP:port,…")
 	f.BoolVar(&c.Join, "join", false, "the cluster runs already and expects this member")
 	f.Int64Var(&c.QuotaMiB, "etcd-quota", 4096, "MiB that the embedded store may take")
+}
+
+const help = `lariat-metadata: the metadata service of one host
+
+  lariat-metadata [flags]
+  lariat-metadata backup [flags] FILE
+  lariat-metadata restore [flags] FILE
+`
+
+// prepare is normalize for the service.
+func (c *config) prepare(p *service.Process) error {
+	if err := c.normalize(); err != nil {
+		return err
+	}
+	syscall.Umask(0o077)                                        // nothing that the service makes is for others
+	if info, err := os.Stat(c.Key); c.Key != "" && err == nil { // one that is not there is an error later
+		if err := private.Check(c.Key, info); err != nil {
+			p.Log.Warn("others can act as this host: the key of its certificate is not private", "err", err)
+		}
+	}
+	return nil
 }
 
 // normalize fills in what follows from other flags, and refuses contradictions.
@@ -157,18 +175,6 @@ func (c *config) tls() (*tls.Config, error) {
 			pair, err := tls.LoadX509KeyPair(c.Cert, c.Key)
 			return &pair, err
 		}}, nil
-}
-
-func readID(flag, file string) (string, error) {
-	data, err := os.ReadFile(file)
-	if err != nil {
-		return "", fmt.Errorf("--%s: %w", flag, err)
-	}
-	id := strings.TrimSpace(string(data))
-	if id == "" {
-		return "", fmt.Errorf("--%s: %s is empty; `systemd-machine-id-setup` fills /etc/machine-id", flag, file)
-	}
-	return id, nil
 }
 
 // underlay finds the addresses by which other hosts reach this one.
@@ -300,11 +306,6 @@ func virtual(l netlink.Link) bool {
 		}
 	}
 	return false
-}
-
-func usage(w io.Writer, f *pflag.FlagSet) {
-	fmt.Fprintf(w, "lariat-metadata: the metadata service of one host\n\n  lariat-metadata [flags]\n  "+
-		"lariat-metadata backup [flags] FILE\n  lariat-metadata restore [flags] FILE\n\n%s", f.FlagUsages())
 }
 
 // memberURL finds a member's URL in an --initial-cluster list.

@@ -4,4 +4,6 @@ package main
 
 import "os"
 
+var version = "unknown" // set by the Makefile
+
 func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }

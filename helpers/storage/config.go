@@ -2,9 +2,7 @@ package main
 
 import (
 	_ "embed"
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"maps"
 	"os"
@@ -16,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/service"
 	"github.com/lariat-net/lariat/pkg/volume"
 	"github.com/lariat-net/lariat/pkg/volume/ebs"
 	"github.com/lariat-net/lariat/pkg/volume/efs"
@@ -30,16 +29,11 @@ type config struct {
 	driver   string
 	name     string
 	dialect  string
-	socket   string
 	stateDir string
 	mountDir string
 	scope    string
-	listen   string
 	metadata string
-	logLevel *slog.LevelVar
 }
-
-var errHelp = errors.New("help")
 
 // builtIn are the drivers that need no executable: what Swarm is told of their volumes, and what makes one of
 // the environment.
@@ -75,58 +69,38 @@ func warn(log *slog.Logger, err error) {
 // builtInNames are theirs, for a sentence.
 func builtInNames() string { return strings.Join(slices.Sorted(maps.Keys(builtIn)), ", ") }
 
-func parse(args []string, stdout io.Writer) (config, error) {
-	c := config{logLevel: new(slog.LevelVar)}
-	var level string
-	f := pflag.NewFlagSet("lariat-storage", pflag.ContinueOnError)
-	f.SetOutput(io.Discard)
+func (c *config) flags(f *pflag.FlagSet) {
 	f.StringVar(&c.driver, "driver", "", "one that is built in ("+builtInNames()+
 		"), or the path of an executable that speaks FlexVolume")
 	f.StringVar(&c.name, "name", "", "what Docker's users call the driver; empty: lariat- and the driver's name")
 	f.StringVar(&c.dialect, "dialect", "rancher", "how an executable is called: rancher (create, mount DIR DEVICE "+
 		"JSON) or kubernetes (mount DIR JSON)")
-	f.StringVar(&c.socket, "socket", "", "unix socket for Docker; empty: /run/docker/plugins/NAME.sock")
 	f.StringVar(&c.stateDir, "state-dir", "/var/lib/lariat/storage",
 		"the journal of volumes and their users, in a folder for each name")
 	f.StringVar(&c.mountDir, "mount-dir", "/run/lariat/storage", "where volumes are mounted: MOUNT-DIR/NAME/VOLUME")
 	f.StringVar(&c.scope, "scope", "",
 		"what Swarm is told: global, a volume is the same on all hosts, or local; empty: global for nfs, efs and ebs, "+
 			"else local")
-	f.StringVar(&c.listen, "listen-metrics", "", "TCP address for /metrics, /healthz and /readyz, such as "+
-		"127.0.0.1:9477; empty: the unix socket alone")
 	f.StringVar(&c.metadata, "metadata-socket", metadata.DefaultSocket,
 		"lariat-metadata's unix socket, to list volumes there whenever it answers; empty: never")
-	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
-	showVersion := f.Bool("version", false, "print the version")
-	help := f.BoolP("help", "h", false, "print the manual")
-	if err := f.Parse(args); err != nil {
-		return c, fmt.Errorf("%w; see lariat-storage --help", err)
-	}
+}
+
+// prepare fills in what follows from other flags, and refuses contradictions.
+func (c *config) prepare(p *service.Process) error {
 	switch {
-	case *help:
-		fmt.Fprintf(stdout, "%s\nFlags:\n%s", manual, f.FlagUsages())
-		return c, errHelp
-	case *showVersion:
-		fmt.Fprintln(stdout, "lariat-storage", version)
-		return c, errHelp
-	case f.NArg() > 0:
-		return c, fmt.Errorf("unexpected argument %q; see lariat-storage --help", f.Arg(0))
 	case c.driver == "":
-		return c, fmt.Errorf("--driver is missing: one of %s, or the path of an executable", builtInNames())
+		return fmt.Errorf("--driver is missing: one of %s, or the path of an executable", builtInNames())
 	case c.dialect != "rancher" && c.dialect != "kubernetes":
-		return c, fmt.Errorf("--dialect %q is neither rancher nor kubernetes", c.dialect)
-	}
-	if err := c.logLevel.UnmarshalText([]byte(level)); err != nil {
-		return c, fmt.Errorf("--log-level: %w", err)
+		return fmt.Errorf("--dialect %q is neither rancher nor kubernetes", c.dialect)
 	}
 	if c.name == "" {
 		c.name = "lariat-" + filepath.Base(c.driver)
 	}
 	if err := volume.CheckName(c.name); err != nil {
-		return c, fmt.Errorf("--name: %w", err)
+		return fmt.Errorf("--name: %w", err)
 	}
-	if c.socket == "" {
-		c.socket = filepath.Join("/run/docker/plugins", c.name+".sock")
+	if p.Socket == "" {
+		p.Socket = filepath.Join("/run/docker/plugins", c.name+".sock")
 	}
 	if c.scope == "" {
 		c.scope = "local"
@@ -134,7 +108,7 @@ func parse(args []string, stdout io.Writer) (config, error) {
 			c.scope = b.scope
 		}
 	}
-	return c, nil
+	return nil
 }
 
 // open makes the driver. It asks neither a server nor the executable.

@@ -32,22 +32,25 @@ type Health struct {
 type Guests struct {
 	http.Handler
 
+	// Address may come to the host later. An empty one means nowhere.
+	Address string
+
 	// Known reports whether an address is a container's, or this host's. All others share the limits of one source.
 	Known func(netip.Addr) bool
 }
 
-// Server answers a helper's requests. Each listener has its own routes, and a caller cannot mix them up:
+// Server answers a helper's requests. Each listener has its own routes:
 //
 //	Serve         every route, on a unix socket of Listen
-//	ListenMetrics /metrics, /healthz and /readyz, on TCP
-//	ListenGuests  one handler for containers, on TCP
+//	listenMetrics /metrics, /healthz and /readyz, on TCP
+//	listenGuests  one handler for containers, on TCP
 //
-// No other package of a helper serves HTTP; a test holds them to it.
+// Only Run opens those on TCP. No other package of a helper serves HTTP; a test holds them to it.
 type Server struct {
 	log     *slog.Logger
 	private *http.ServeMux
 	public  *http.ServeMux
-	failed  chan error
+	failed  chan error // a listener that broke
 
 	routes   []string // of private
 	monitors []string // of public
@@ -174,8 +177,8 @@ func (s *Server) Serve(l *Socket) {
 			ReadHeaderTimeout: headTime, MaxHeaderBytes: 64 << 10}})
 }
 
-// ListenMetrics answers the routes of monitors on a TCP address, and nothing else. An empty address means nowhere.
-func (s *Server) ListenMetrics(address string) error {
+// listenMetrics answers the routes of monitors on a TCP address, and nothing else. An empty address means nowhere.
+func (s *Server) listenMetrics(address string) error {
 	if address == "" {
 		return nil
 	}
@@ -187,12 +190,12 @@ func (s *Server) ListenMetrics(address string) error {
 	return nil
 }
 
-// ListenGuests answers containers on a TCP address, which may come to the host later. An empty address means nowhere.
-func (s *Server) ListenGuests(address string, g Guests) error {
-	if address == "" {
+// listenGuests answers containers on their TCP address.
+func (s *Server) listenGuests(g Guests) error {
+	if g.Address == "" {
 		return nil
 	}
-	l, err := listenTCP(address, true, func(a netip.Addr) netip.Addr {
+	l, err := listenTCP(g.Address, true, func(a netip.Addr) netip.Addr {
 		if g.Known(a) {
 			return a
 		}
@@ -223,9 +226,6 @@ func (s *Server) Listeners() []Listener {
 	defer s.mu.Unlock()
 	return append([]Listener{}, s.listeners...)
 }
-
-// Failed tells of a listener that broke.
-func (s *Server) Failed() <-chan error { return s.failed }
 
 // Stop ends all listeners. Requests on the unix socket may take until patience is over; then they are cut
 // off, and an error says so.

@@ -91,10 +91,10 @@ func TestListenersAnswerTheirOwn(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.Serve(l)
-	guests := Guests{http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "guest") }),
-		func(netip.Addr) bool { return true }}
-	if err := errors.Join(s.ListenMetrics("127.0.0.1:0"), s.ListenGuests("127.0.0.1:0", guests), s.ListenMetrics(""),
-		s.ListenGuests("", guests)); err != nil {
+	guests := Guests{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "guest") }),
+		Address: "127.0.0.1:0", Known: func(netip.Addr) bool { return true }}
+	if err := errors.Join(s.listenMetrics("127.0.0.1:0"), s.listenGuests(guests), s.listenMetrics(""),
+		s.listenGuests(Guests{})); err != nil {
 		t.Fatal(err)
 	}
 	list := s.Listeners()
@@ -140,9 +140,9 @@ func TestListenersAnswerTheirOwn(t *testing.T) {
 func TestConnectionsAreLimited(t *testing.T) {
 	s := server(t)
 	known := netip.MustParseAddr("127.0.0.2")
-	err := s.ListenGuests("127.0.0.1:0",
-		Guests{http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "ok") }),
-			func(a netip.Addr) bool { return a == known }})
+	err := s.listenGuests(Guests{Address: "127.0.0.1:0",
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "ok") }),
+		Known:   func(a netip.Addr) bool { return a == known }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -214,7 +214,7 @@ func TestUnreadAnswersAreLimited(t *testing.T) {
 	var making, most atomic.Int64
 	full := make(chan struct{}, 100)
 	big := make([]byte, 16<<20)
-	err := s.ListenGuests("127.0.0.1:0", Guests{http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	err := s.listenGuests(Guests{Address: "127.0.0.1:0", Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		n := making.Add(1)
 		defer making.Add(-1)
 		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
@@ -223,7 +223,7 @@ func TestUnreadAnswersAreLimited(t *testing.T) {
 			full <- struct{}{}
 			w.Write(big)
 		}
-	}), func(netip.Addr) bool { return true }})
+	}), Known: func(netip.Addr) bool { return true }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -252,7 +252,7 @@ func TestUnreadAnswersAreLimited(t *testing.T) {
 // TestBodiesAreRefused: a body that is announced is not waited for.
 func TestBodiesAreRefused(t *testing.T) {
 	s := server(t)
-	if err := s.ListenMetrics("127.0.0.1:0"); err != nil {
+	if err := s.listenMetrics("127.0.0.1:0"); err != nil {
 		t.Fatal(err)
 	}
 	for _, head := range []string{"Content-Length: 200000", "Transfer-Encoding: chunked"} {

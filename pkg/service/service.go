@@ -1,5 +1,5 @@
-// Package service is what every long-running helper does towards its host: one process for a socket, who may
-// ask what, and systemd's protocol.
+// Package service is the skeleton of every long-running helper: flags, logging, signals, one process for a socket,
+// who may ask what, systemd's protocol, and an end in good order. See Run.
 package service
 
 import (
@@ -115,10 +115,10 @@ func (l *Socket) Close() error {
 	return l.err
 }
 
-// Ready tells systemd that the service can be asked, and from then on, if the unit wants it (WatchdogSec=),
+// ready tells systemd that the service can be asked, and from then on, if the unit wants it (WatchdogSec=),
 // that it is alive: for as long as ctx lives and alive says so; nil means always. Without systemd it does
 // nothing.
-func Ready(ctx context.Context, alive func() bool) {
+func ready(ctx context.Context, alive func() bool) {
 	notify(daemon.SdNotifyReady)
 	every, err := daemon.SdWatchdogEnabled(false)
 	if err != nil || every == 0 {
@@ -145,10 +145,8 @@ func Starting(patience time.Duration) {
 	notify(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d", patience.Microseconds()))
 }
 
-// Stopping tells systemd that the service ends in good order.
-func Stopping() { notify(daemon.SdNotifyStopping) }
+// stopping tells systemd that the service ends in good order.
+func stopping() { notify(daemon.SdNotifyStopping) }
 
-func notify(state string) {
-	daemon.SdNotify(false,
-		state)
-} //nolint:errcheck // nobody may listen, and then nobody misses it
+// notify ignores errors: without systemd there is nobody to notify.
+func notify(state string) { daemon.SdNotify(false, state) }

@@ -147,7 +147,7 @@ func TestSystemd(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	asked := make(chan bool)
-	Ready(ctx, func() bool { return <-asked })
+	ready(ctx, func() bool { return <-asked })
 	next := func() string {
 		t.Helper()
 		buf := make([]byte, 100)
@@ -169,7 +169,7 @@ func TestSystemd(t *testing.T) {
 	}
 	asked <- false // nothing is sent
 	asked <- false
-	Stopping()
+	stopping()
 	if got := next(); got != "STOPPING=1" {
 		t.Error(got)
 	}
