@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -19,6 +18,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/store"
 	"github.com/lariat-net/lariat/pkg/private"
+	"github.com/lariat-net/lariat/pkg/unixhttp"
 )
 
 // backup writes the running store's state into a file that appears only when it is whole.
@@ -69,24 +69,16 @@ func backup(args []string, stdout io.Writer) error {
 
 // copyRunning asks the service.
 func copyRunning(ctx context.Context, socket string, w io.Writer) error {
-	client := &http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _,
-		_ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-	}}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lariat/v1/backup", nil)
-	if err != nil {
-		return err
-	}
-	res, err := client.Do(req)
+	r, err := unixhttp.Do(ctx, socket, "GET", "/v1/backup", nil)
 	if err != nil {
 		return fmt.Errorf("%w; is lariat-metadata running? A stopped one's store is read with --data-dir", err)
 	}
-	defer res.Body.Close()
-	if res.StatusCode != http.StatusOK {
-		text, _ := io.ReadAll(io.LimitReader(res.Body, 4096))
-		return fmt.Errorf("%s: %s", res.Status, text)
+	defer r.Close()
+	if r.Status != http.StatusOK {
+		text, _ := io.ReadAll(io.LimitReader(r, 4096))
+		return fmt.Errorf("%d %s: %s", r.Status, http.StatusText(r.Status), text)
 	}
-	_, err = io.Copy(w, res.Body)
+	_, err = io.Copy(w, r)
 	return err
 }
 

@@ -5,9 +5,7 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"net"
@@ -29,6 +27,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/doctor/echo"
 	"github.com/lariat-net/lariat/pkg/kernel/iptables"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/unixhttp"
 )
 
 // Gatherer collects facts. It changes nothing on this host or elsewhere.
@@ -455,28 +454,11 @@ func getUnix(ctx context.Context, socket, path string, parse func([]byte) error)
 	}
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-		}}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://lariat"+path, nil)
+	status, b, err := unixhttp.Page(ctx, socket, "GET", path, nil)
 	if err != nil {
-		return 0, err
+		return status, err
 	}
-	resp, err := client.Do(req)
-	if err != nil {
-		var op *net.OpError
-		if errors.As(err, &op) {
-			return 0, op // without the URL, which means nothing here
-		}
-		return 0, err
-	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, 64<<20))
-	if err != nil {
-		return resp.StatusCode, err
-	}
-	return resp.StatusCode, parse(b)
+	return status, parse(b)
 }
 
 // storeFacts reads the store's health and size from the metadata service's own pages.

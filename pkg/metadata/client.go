@@ -3,24 +3,28 @@ package metadata
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/lariat-net/lariat/pkg/unixhttp"
 )
 
 // Client speaks to the metadata service of its own host over the unix socket.
-//
-// It writes HTTP/1.0 by hand: one request per connection, the body ends with the connection. That is the least
-// that does the job; net/http would add half a millisecond and four megabytes to the start of every container.
 type Client struct {
 	// Socket is the path of the service's unix socket; empty means DefaultSocket.
 	Socket string
+	// Service is what errors call another helper that answers at the socket; empty means the metadata service. Of the
+	// methods, Do is for all helpers.
+	Service string
 }
 
 // ErrUnreachable is in every error that means that the service could not do what was asked of it now: it did not
@@ -45,6 +49,8 @@ func (c Client) socket() string {
 	}
 	return c.Socket
 }
+
+func (c Client) service() string { return cmp.Or(c.Service, "metadata service") }
 
 // Attach gives the interface its addresses. Errors are *Error (held, exhausted, not-yet, invalid, not-found)
 // or wrap ErrUnreachable.
@@ -203,12 +209,12 @@ type stopError struct{ err error }
 func (s *stopError) Error() string { return s.err.Error() }
 
 func (c Client) watchOnce(ctx context.Context, view *viewState, fn func(*Snapshot) error, progress func()) error {
-	body, closeBody, err := c.roundTrip(ctx, "GET", "/v1/watch?revision="+strconv.FormatInt(view.revision, 10), nil)
+	r, err := c.roundTrip(ctx, "GET", "/v1/watch?revision="+strconv.FormatInt(view.revision, 10), nil)
 	if err != nil {
 		return err
 	}
-	defer closeBody()
-	return follow(body, view, fn, progress)
+	defer r.Close()
+	return follow(r.Reader, view, fn, progress)
 }
 
 // follow takes the lines of a watch until one is not understood, or the stream or fn ends it.
@@ -247,68 +253,58 @@ func (c Client) Do(ctx context.Context, method, path string, in, out any) error 
 	if in != nil {
 		var err error
 		if payload, err = json.Marshal(in); err != nil {
-			return fmt.Errorf("metadata %s %s: %w", method, path, err)
+			return fmt.Errorf("%s: %s %s: %w", c.service(), method, path, err)
 		}
 	}
-	body, closeBody, err := c.roundTrip(ctx, method, path, payload)
+	r, err := c.roundTrip(ctx, method, path, payload)
 	if err != nil {
 		return err
 	}
-	defer closeBody()
-	data, err := io.ReadAll(io.LimitReader(body, maxBody))
+	defer r.Close()
+	data, err := io.ReadAll(io.LimitReader(r, maxBody))
 	if err != nil {
-		return fmt.Errorf("%w: %s %s: reading the answer: %w", ErrUnreachable, method, path, err)
+		return c.unreachable(fmt.Errorf("%s %s: reading the answer: %w", method, path, err))
 	}
 	if out == nil || len(bytes.TrimSpace(data)) == 0 {
 		return nil
 	}
 	if err := json.Unmarshal(data, out); err != nil {
-		return fmt.Errorf("metadata %s %s: answer %q: %w", method, path, clip(data), err)
+		return fmt.Errorf("%s: %s %s: answer %q: %w", c.service(), method, path, clip(data), err)
 	}
 	return nil
 }
 
-// roundTrip sends a request and reads the head of the answer; the body follows on the reader until it ends.
-func (c Client) roundTrip(ctx context.Context, method, path string, payload []byte) (*bufio.Reader, func(), error) {
-	conn, err := dial(ctx, c.socket())
+// roundTrip sends a request. The body of the answer follows until it ends.
+func (c Client) roundTrip(ctx context.Context, method, path string, payload []byte) (*unixhttp.Response, error) {
+	r, err := unixhttp.Do(ctx, c.socket(), method, path, payload)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%w: %w; is the service running?", ErrUnreachable, err)
-	}
-	done := func() { _ = conn.Close() }
-	req := make([]byte, 0, 256+len(payload))
-	req = fmt.Appendf(req, "%s %s HTTP/1.0\r\nHost: lariat\r\nAccept: application/json\r\n", method, path)
-	if payload != nil {
-		req = fmt.Appendf(req, "Content-Type: application/json\r\nContent-Length: %d\r\n", len(payload))
-	}
-	req = append(append(req, "\r\n"...), payload...)
-	fail := func(err error) (*bufio.Reader, func(), error) {
-		done()
-		if ctx.Err() != nil {
-			err = ctx.Err()
+		if _, dialed := errors.AsType[*os.PathError](err); dialed {
+			err = fmt.Errorf("%w; is the service running?", err)
 		}
-		return nil, nil, fmt.Errorf("%w: %s %s on %s: %w", ErrUnreachable, method, path, c.socket(), err)
+		return nil, c.unreachable(err)
 	}
-	if _, err := conn.Write(req); err != nil {
-		return fail(err)
+	if r.Status/100 == 2 {
+		return r, nil
 	}
-	r := bufio.NewReaderSize(conn, 16<<10)
-	status, err := readHead(r)
-	if err != nil {
-		return fail(err)
-	}
-	if status/100 == 2 {
-		return r, done, nil
-	}
-	defer done()
+	defer r.Close()
 	data, _ := io.ReadAll(io.LimitReader(r, 1<<20))
 	var e Error
 	if json.Unmarshal(data, &e) != nil || e.Message == "" {
-		e = Error{Code: CodeInternal, Message: fmt.Sprintf("metadata %s %s: status %d: %s", method, path, status, clip(data))}
+		e = Error{Code: CodeInternal, Message: fmt.Sprintf("%s: %s %s: status %d: %s", c.service(), method, path, r.Status,
+			clip(data))}
 	}
 	if e.Code == CodeUnavailable {
-		return nil, nil, unavailableError{&e}
+		return nil, unavailableError{&e}
 	}
-	return nil, nil, &e
+	return nil, &e
+}
+
+// unreachable names the service. ErrUnreachable is the metadata service's alone.
+func (c Client) unreachable(err error) error {
+	if c.Service != "" {
+		return fmt.Errorf("%s unreachable: %w", c.Service, err)
+	}
+	return fmt.Errorf("%w: %w", ErrUnreachable, err)
 }
 
 // readLine returns the next line with its end, of at most so many bytes.
@@ -326,32 +322,6 @@ func readLine(r *bufio.Reader, most int) ([]byte, error) {
 			return nil, err
 		}
 	}
-}
-
-// maxHead bounds the lines of an answer's head.
-const maxHead = 100
-
-// readHead reads the head of an answer and returns its status, of three digits. A line of it fits the reader's buffer.
-func readHead(r *bufio.Reader) (status int, err error) {
-	line, err := r.ReadSlice('\n')
-	if err != nil {
-		return 0, err
-	}
-	if f := strings.Fields(string(line)); len(f) < 2 || !strings.HasPrefix(f[0], "HTTP/1.") {
-		return 0, fmt.Errorf("answer %q is not HTTP", clip(line))
-	} else if status, err = strconv.Atoi(f[1]); err != nil || status < 100 || status > 999 {
-		return 0, fmt.Errorf("answer %q has no status", clip(line))
-	}
-	for range maxHead {
-		line, err := r.ReadSlice('\n')
-		if err != nil {
-			return 0, err
-		}
-		if len(bytes.TrimSpace(line)) == 0 {
-			return status, nil
-		}
-	}
-	return 0, fmt.Errorf("the answer's head has more than %d lines", maxHead)
 }
 
 func clip(b []byte) string {

@@ -30,6 +30,11 @@ import (
 // DefaultManagerSocket is where the network manager of this host answers.
 const DefaultManagerSocket = "/run/lariat/network-manager.sock"
 
+// ManagerClient asks the network manager of this host.
+func ManagerClient(socket string) metadata.Client {
+	return metadata.Client{Socket: cmp.Or(socket, DefaultManagerSocket), Service: "network manager"}
+}
+
 // Plugin is what tells one main plugin from another.
 type Plugin struct {
 	Name          string // of the executable
@@ -385,8 +390,7 @@ func (c *call) disconnect(ctx context.Context, hostName string, noted bool) erro
 	if index := kernel.VethIndex(hostName); index != 0 && noted {
 		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
-		manager := metadata.Client{Socket: cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket)}
-		_ = manager.Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
+		_ = ManagerClient(c.conf.ManagerSocket).Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
 	}
 	return k.DelEndpoint(ctx, hostName)
 }

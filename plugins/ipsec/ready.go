@@ -6,7 +6,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/cni"
 	"github.com/lariat-net/lariat/pkg/ipsec"
-	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/overlay"
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
@@ -15,7 +15,7 @@ import (
 // good, while a manager comes back.
 func ready(ctx context.Context, managerSocket string) error {
 	var r ipsec.Report
-	if err := (metadata.Client{Socket: managerSocket}).Do(ctx, "GET", "/v1/tunnels?summary=1", nil, &r); err != nil {
+	if err := overlay.ManagerClient(managerSocket).Do(ctx, "GET", "/v1/tunnels?summary=1", nil, &r); err != nil {
 		for _, f := range []probe.Feature{probe.XfrmInterface, probe.ESP} {
 			if err := probe.Check(f); err != nil {
 				return cni.Errorf(cni.ErrNotAvailable, "this host cannot encrypt: %w", err)

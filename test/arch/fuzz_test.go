@@ -16,7 +16,8 @@ import (
 var parsers = []struct{ bytes, by, pkg, fuzz string }{
 	{"entries of the store", "metadata.Decode", "pkg/metadata", "FuzzEntry"},
 	{"snapshots: files, and what the service answers", "metadata.Snapshot", "pkg/metadata", "FuzzSnapshot"},
-	{"the metadata service's answers and watch", "metadata.Client", "pkg/metadata", "FuzzAnswer"},
+	{"the metadata service's watch", "metadata.Client", "pkg/metadata", "FuzzWatch"},
+	{"helpers' answers", "unixhttp.Do", "pkg/unixhttp", "FuzzHead"},
 	{"address tables in the store", "allocate.Decode", "pkg/metadata/allocate", "FuzzDecode"},
 	{"requests to the metadata service", "server.decode", "pkg/metadata/server", "FuzzDecode"},
 	{"containers' requests to the tree", "tree.Get", "pkg/metadata/tree", "FuzzGet"},

@@ -18,6 +18,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/unixhttp"
 	"github.com/lariat-net/lariat/test/lab"
 )
 
@@ -308,22 +309,11 @@ func eventually(ctx context.Context, f func() error) error {
 
 // get asks a helper by its socket.
 func get(ctx context.Context, socket, path string) ([]byte, error) {
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
-	}
-	transport := &http.Transport{DisableKeepAlives: true, DialContext: dial}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://helper"+path, nil)
-	if err != nil {
-		return nil, err
-	}
-	res, err := (&http.Client{Transport: transport, Timeout: 10 * time.Second}).Do(req)
-	if err != nil {
-		return nil, err
-	}
-	defer res.Body.Close()
-	body, err := io.ReadAll(res.Body)
-	if err == nil && res.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s of %s: %s: %s", path, socket, res.Status, body)
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	status, body, err := unixhttp.Page(ctx, socket, "GET", path, nil)
+	if err == nil && status != http.StatusOK {
+		err = fmt.Errorf("%s of %s: %d: %s", path, socket, status, body)
 	}
 	return body, err
 }

@@ -6,8 +6,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"net/netip"
 	"os"
@@ -26,6 +24,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/kernel"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/unixhttp"
 	"github.com/lariat-net/lariat/test/guest"
 	"github.com/lariat-net/lariat/test/lab"
 )
@@ -128,20 +127,14 @@ func ready(h *lab.Host) {
 // manager asks a host's network manager.
 func manager(h *lab.Host, method, path, body string) (int, string) {
 	GinkgoHelper()
-	c := http.Client{Timeout: guest.Patience, Transport: &http.Transport{DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return (&net.Dialer{}).DialContext(ctx, "unix", h.ManagerSocket())
-		}}}
-	req, err := http.NewRequestWithContext(ctx, method, "http://manager"+path, strings.NewReader(body))
-	Expect(err).NotTo(HaveOccurred())
-	res, err := c.Do(req)
-	if err != nil {
+	ctx, cancel := context.WithTimeout(ctx, guest.Patience)
+	defer cancel()
+	status, answer, err := unixhttp.Page(ctx, h.ManagerSocket(), method, path, []byte(body))
+	if status == 0 {
 		return 0, err.Error()
 	}
-	defer res.Body.Close()
-	data, err := io.ReadAll(res.Body)
 	Expect(err).NotTo(HaveOccurred())
-	return res.StatusCode, string(data)
+	return status, string(answer)
 }
 
 // reload has a host's manager reconcile until that succeeds. On a busy machine the time for one pass is too

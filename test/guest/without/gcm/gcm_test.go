@@ -4,14 +4,12 @@ package gcm_test
 import (
 	"context"
 	"encoding/json"
-	"io"
-	"net"
-	"net/http"
 	"strings"
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/ipsec"
 	"github.com/lariat-net/lariat/pkg/probe"
+	"github.com/lariat-net/lariat/pkg/unixhttp"
 	"github.com/lariat-net/lariat/test/guest"
 	"github.com/lariat-net/lariat/test/guest/without"
 	"github.com/lariat-net/lariat/test/lab"
@@ -48,13 +46,7 @@ func TestF40_FallbackSuite(t *testing.T) {
 
 func report(t *testing.T, h *lab.Host) (r ipsec.Report) {
 	t.Helper()
-	c := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "unix", h.ManagerSocket())
-	}}}
-	res, err := c.Get("http://manager/v1/tunnels")
-	without.Must(t, err)
-	defer res.Body.Close()
-	data, err := io.ReadAll(res.Body)
+	_, data, err := unixhttp.Page(t.Context(), h.ManagerSocket(), "GET", "/v1/tunnels", nil)
 	without.Must(t, err)
 	without.Must(t, json.Unmarshal(data, &r))
 	return r

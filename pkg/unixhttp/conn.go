@@ -1,4 +1,4 @@
-package metadata
+package unixhttp
 
 import (
 	"context"
@@ -41,6 +41,9 @@ func dial(ctx context.Context, path string) (*conn, error) {
 	}
 	if err != nil {
 		_ = syscall.Close(fd)
+		if err == syscall.EAGAIN { // the time to send is over
+			err = context.DeadlineExceeded
+		}
 		return nil, &os.PathError{Op: "connect", Path: path, Err: err}
 	}
 	c.stop = context.AfterFunc(ctx, c.shutdown)
