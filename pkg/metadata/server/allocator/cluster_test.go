@@ -103,7 +103,8 @@ func (c *cluster) start(name string) *host {
 		containers{h}.Wrote(store.Change{Key: e.Key, Value: e.Value}, e.Revision)
 	}
 	h.Allocator = allocator.New(allocator.Config{Network: lan, Host: name, BootID: "boot-" + name, View: h,
-		Store: disk{h}, Containers: containers{h}, Now: func() time.Time { return c.now }, Log: slog.New(slog.DiscardHandler)})
+		Store: disk{h}, Containers: containers{h}, Now: func() time.Time { return c.now },
+		Log: slog.New(slog.DiscardHandler)})
 	c.hosts[name] = h
 	return h
 }
