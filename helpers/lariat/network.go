@@ -138,29 +138,19 @@ func conflicts(n metadata.Network, s *metadata.Snapshot) error {
 		if o.Name == n.Name {
 			continue
 		}
-		if n.Encapsulation == metadata.EncapVXLAN && o.Encapsulation == metadata.EncapVXLAN && o.VNI == n.VNI {
+		if n.SharesVNI(&o) {
 			errs = append(errs, fmt.Errorf("network %s: vni %d is network %s's; leave --vni away for a free one", n.Name, n.VNI,
 				o.Name))
 		}
-		for _, p := range n.Subnets {
-			for _, q := range o.Subnets {
-				if p.Overlaps(q) {
-					errs = append(errs, fmt.Errorf("network %s: subnet %s overlaps subnet %s of network %s", n.Name, p, q, o.Name))
-				}
-			}
+		for _, pair := range n.Overlaps(&o) {
+			errs = append(errs, fmt.Errorf("network %s: subnet %s overlaps subnet %s of network %s", n.Name, pair[0], pair[1],
+				o.Name))
 		}
 	}
-	if n.Encapsulation == metadata.EncapNone {
-		return errors.Join(errs...)
-	}
 	for _, h := range s.Hosts {
-		for _, u := range h.Underlay {
-			for _, p := range n.Subnets {
-				if p.Overlaps(u.Address.Masked()) {
-					errs = append(errs, fmt.Errorf("network %s: subnet %s overlaps the underlay %s of host %s; tunnels would run "+
-						"into themselves", n.Name, p, u.Address, h.Name))
-				}
-			}
+		for _, pair := range n.OverlapsUnderlay(&h) {
+			errs = append(errs, fmt.Errorf("network %s: subnet %s overlaps the underlay %s of host %s; tunnels would run "+
+				"into themselves", n.Name, pair[0], pair[1], h.Name))
 		}
 	}
 	return errors.Join(errs...)

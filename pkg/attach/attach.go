@@ -62,7 +62,7 @@ func Plan(a *metadata.Attachment, c Config) delta.Endpoint {
 			Name: c.Name}.String(),
 	}
 	if p.MAC == (delta.MAC{}) {
-		p.MAC = delta.MAC(a.MAC)
+		p.MAC = a.MAC
 	}
 	if p.MAC == (delta.MAC{}) {
 		p.MAC = MAC(c.ID)

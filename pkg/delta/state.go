@@ -10,6 +10,8 @@ package delta
 import (
 	"fmt"
 	"net/netip"
+
+	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
 // Protocol is the routing protocol number that marks Lariat's routes and nexthops (rtm_protocol,
@@ -23,22 +25,8 @@ const AliasPrefix = "lariat:"
 // Table is the name of the nftables table, of family inet, that Lariat owns.
 const Table = "lariat"
 
-// MAC is a 48-bit Ethernet address.
-type MAC [6]byte
-
-// String prints the usual form, 0e:00:c0:00:02:01.
-func (m MAC) String() string { return string(m.appendTo(nil)) }
-
-func (m MAC) appendTo(b []byte) []byte {
-	const hex = "0123456789abcdef"
-	for i, c := range m {
-		if i > 0 {
-			b = append(b, ':')
-		}
-		b = append(b, hex[c>>4], hex[c&15])
-	}
-	return b
-}
+// MAC is the model's type.
+type MAC = metadata.MAC
 
 // TunnelPrefix begins the name of every XFRM interface of Lariat's, as VethPrefix that of every container's host end.
 const TunnelPrefix = "lrx"

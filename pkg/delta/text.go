@@ -58,7 +58,7 @@ func appendVXLAN(b []byte, l Link) []byte {
 		b = append(append(b, ' '), l.Other...)
 	}
 	b = strconv.AppendInt(append(b, " mtu "...), int64(l.MTU), 10)
-	return l.MAC.appendTo(append(b, " address "...))
+	return l.MAC.Append(append(b, " address "...))
 }
 
 func appendAddr(b []byte, a Addr) []byte {
@@ -69,12 +69,12 @@ func appendAddr(b []byte, a Addr) []byte {
 func appendNeigh(b []byte, n Neigh, m MAC) []byte {
 	b = n.Addr.AppendTo(append(b, "neigh "...))
 	b = append(append(b, " dev "...), n.Dev...)
-	b = m.appendTo(append(b, " lladdr "...))
+	b = m.Append(append(b, " lladdr "...))
 	return append(b, " permanent"...)
 }
 
 func appendFDB(b []byte, f FDB) []byte {
-	b = f.MAC.appendTo(append(b, "fdb   "...))
+	b = f.MAC.Append(append(b, "fdb   "...))
 	b = append(append(b, " dev "...), f.Dev...)
 	return f.Dst.AppendTo(append(b, " dst "...))
 }

@@ -376,17 +376,13 @@ func (e *checkContext) networks() {
 			e.add(Error, where, "correct it: lariat network update "+n.Name, "%s", strings.ReplaceAll(err.Error(), "\n", "; "))
 		}
 		for _, o := range s.Networks[i+1:] {
-			if n.Encapsulation == metadata.EncapVXLAN && o.Encapsulation == metadata.EncapVXLAN && n.VNI == o.VNI {
+			if n.SharesVNI(&o) {
 				e.add(Error, where, "give one of them another: lariat network update NAME --vni N",
 					"networks %s and %s have the same VNI %d", n.Name, o.Name, n.VNI)
 			}
-			for _, p := range n.Subnets {
-				for _, q := range o.Subnets {
-					if p.Overlaps(q) {
-						e.add(Error, where, "make one of them anew with another subnet",
-							"subnet %s of network %s and subnet %s of network %s overlap", p, n.Name, q, o.Name)
-					}
-				}
+			for _, pair := range n.Overlaps(&o) {
+				e.add(Error, where, "make one of them anew with another subnet",
+					"subnet %s of network %s and subnet %s of network %s overlap", pair[0], n.Name, pair[1], o.Name)
 			}
 		}
 		for _, from := range n.AllowFrom {
@@ -401,14 +397,10 @@ func (e *checkContext) networks() {
 		}
 		e.crossed(n)
 		for _, h := range s.Hosts {
-			for _, u := range h.Underlay {
-				for _, p := range n.Subnets {
-					if p.Overlaps(u.Address.Masked()) {
-						e.add(Error, where, "make the network anew with another subnet: packets of the tunnels would be sent into "+
-							"the tunnels",
-							"subnet %s overlaps the underlay %s of host %s", p, u.Address, h.Name)
-					}
-				}
+			for _, pair := range n.OverlapsUnderlay(&h) {
+				e.add(Error, where, "make the network anew with another subnet: packets of the tunnels would be sent into "+
+					"the tunnels",
+					"subnet %s overlaps the underlay %s of host %s", pair[0], pair[1], h.Name)
 			}
 		}
 	}

@@ -39,8 +39,18 @@ func ParseMAC(s string) (MAC, error) {
 	return m, nil
 }
 
-func (m MAC) String() string {
-	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+func (m MAC) String() string { return string(m.Append(nil)) }
+
+// Append appends the colon form, also of an address that is not set.
+func (m MAC) Append(b []byte) []byte {
+	const digits = "0123456789abcdef"
+	for i, c := range m {
+		if i > 0 {
+			b = append(b, ':')
+		}
+		b = append(b, digits[c>>4], digits[c&15])
+	}
+	return b
 }
 
 // IsZero reports whether the address is not set.

@@ -342,6 +342,43 @@ func Senior(a, b Host) int {
 	return first(a.Joined, b.Joined, a.Name, b.Name)
 }
 
+// SharesVNI reports whether tunnels of both networks would carry the same VNI.
+func (n *Network) SharesVNI(o *Network) bool {
+	return n.Encapsulation == EncapVXLAN && o.Encapsulation == EncapVXLAN && n.VNI == o.VNI
+}
+
+// Overlaps returns the pairs of subnets, one of n and one of o, that overlap: a host could not tell which network an
+// address belongs to. Flat networks may overlap anything.
+func (n *Network) Overlaps(o *Network) (pairs [][2]netip.Prefix) {
+	if n.Encapsulation == EncapNone || o.Encapsulation == EncapNone {
+		return nil
+	}
+	for _, p := range n.Subnets {
+		for _, q := range o.Subnets {
+			if p.Overlaps(q) {
+				pairs = append(pairs, [2]netip.Prefix{p, q})
+			}
+		}
+	}
+	return pairs
+}
+
+// OverlapsUnderlay returns the pairs of a subnet and an underlay address of the host whose link overlaps it: packets of
+// tunnels would be sent into the tunnels. A flat network has no tunnels.
+func (n *Network) OverlapsUnderlay(h *Host) (pairs [][2]netip.Prefix) {
+	if n.Encapsulation == EncapNone {
+		return nil
+	}
+	for _, u := range h.Underlay {
+		for _, p := range n.Subnets {
+			if p.Overlaps(u.Address.Masked()) {
+				pairs = append(pairs, [2]netip.Prefix{p, u.Address})
+			}
+		}
+	}
+	return pairs
+}
+
 // Compatible returns the networks that can be used together, in their order, and a Problem for each of the
 // others. Of two that overlap or share a VNI, the one that was created first is used. Flat networks may
 // overlap anything.
@@ -356,27 +393,17 @@ func Compatible(all []Network) ([]Network, []Problem) {
 	slices.SortStableFunc(order, func(i, j int) int {
 		return first(all[i].Created, all[j].Created, all[i].Name, all[j].Name)
 	})
-	names, vnis := map[string]bool{}, map[uint32]string{}
-	type claim struct {
-		subnet netip.Prefix
-		by     string
-	}
-	var taken []claim
-	clash := func(n Network) error {
-		if names[n.Name] {
-			return errors.New("there are two of that name")
-		}
-		if n.Encapsulation == EncapNone {
-			return nil
-		}
-		if other := vnis[n.VNI]; n.Encapsulation == EncapVXLAN && other != "" {
-			return fmt.Errorf("its VNI %d is that of network %s, which was first", n.VNI, other)
-		}
-		for _, p := range n.Subnets {
-			for _, t := range taken {
-				if p.Overlaps(t.subnet) {
-					return fmt.Errorf("its subnet %s overlaps %s of network %s, which was first", p, t.subnet, t.by)
-				}
+	var used []*Network // in their order of creation
+	clash := func(n *Network) error {
+		for _, o := range used {
+			switch {
+			case n.Name == o.Name:
+				return errors.New("there are two of that name")
+			case n.SharesVNI(o):
+				return fmt.Errorf("its VNI %d is that of network %s, which was first", n.VNI, o.Name)
+			}
+			for _, pair := range n.Overlaps(o) {
+				return fmt.Errorf("its subnet %s overlaps %s of network %s, which was first", pair[0], pair[1], o.Name)
 			}
 		}
 		return nil
@@ -384,22 +411,13 @@ func Compatible(all []Network) ([]Network, []Problem) {
 	out := make(map[int]bool)
 	var problems []Problem
 	for _, i := range order {
-		n := all[i]
+		n := &all[i]
 		if err := clash(n); err != nil {
 			out[i] = true
 			problems = append(problems, problem(KindNetwork, n.Name, err))
 			continue
 		}
-		names[n.Name] = true
-		if n.Encapsulation == EncapNone {
-			continue
-		}
-		if n.Encapsulation == EncapVXLAN {
-			vnis[n.VNI] = n.Name
-		}
-		for _, p := range n.Subnets {
-			taken = append(taken, claim{p, n.Name})
-		}
+		used = append(used, n)
 	}
 	if len(out) == 0 {
 		return all, nil

@@ -274,7 +274,7 @@ func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.End
 	if err != nil {
 		return delta.Endpoint{}, err
 	}
-	conf := attach.Config{ID: c.ID(), Name: name, MAC: delta.MAC(mac), NoDefaultRoute: c.conf.DefaultRoute != nil &&
+	conf := attach.Config{ID: c.ID(), Name: name, MAC: mac, NoDefaultRoute: c.conf.DefaultRoute != nil &&
 		!*c.conf.DefaultRoute}
 	routes := c.ipam.Routes
 	if fromIPAM != nil {
@@ -459,10 +459,10 @@ func (c *call) asResulted(p *delta.Endpoint) {
 	for _, i := range c.Prev.Interfaces {
 		if i.Name == c.IfName && i.Sandbox != "" {
 			if m, err := metadata.ParseMAC(strings.ToLower(i.Mac)); err == nil {
-				if p.MAC != delta.MAC(m) {
+				if p.MAC != m {
 					p.Gateways = nil // with the address the kernel drops the neighbour entries, and learns them anew
 				}
-				p.MAC = delta.MAC(m)
+				p.MAC = m
 			}
 		}
 	}

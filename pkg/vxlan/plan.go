@@ -112,7 +112,7 @@ func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me
 	dev := Device(n.VNI)
 	v6 := n.HasIPv6() || me.UnderlayAddr().Is6()
 	s.Links[dev] = delta.Link{Kind: delta.KindVXLAN, VNI: n.VNI, Port: n.UDPPort(), Local: me.UnderlayAddr(),
-		MAC: delta.MAC(me.MAC), MTU: mtu.Container(n, me), Alias: Alias(n.Name), NoIPv6: !v6}
+		MAC: me.MAC, MTU: mtu.Container(n, me), Alias: Alias(n.Name), NoIPv6: !v6}
 	s.Sysctls["net/ipv4/ip_forward"] = "1"
 	if v6 {
 		s.Sysctls["net/ipv6/conf/all/forwarding"] = "1"
@@ -135,7 +135,7 @@ func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me
 		}
 		direct := n.DirectRouting && p.onLink
 		if !direct {
-			s.FDB[delta.FDB{Dev: dev, MAC: delta.MAC(p.mac), Dst: p.addr}] = struct{}{}
+			s.FDB[delta.FDB{Dev: dev, MAC: p.mac, Dst: p.addr}] = struct{}{}
 		}
 		var nh [2]uint32 // of IPv4 and of IPv6 gateways
 		for _, prefix := range own {
@@ -166,13 +166,13 @@ func planNexthop(s *delta.State, network, dev string, me metadata.Host, p peer, 
 		return id
 	}
 	if direct { // the other family has no gateway on the underlay that we know of: it takes the tunnel
-		s.FDB[delta.FDB{Dev: dev, MAC: delta.MAC(p.mac), Dst: p.addr}] = struct{}{}
+		s.FDB[delta.FDB{Dev: dev, MAC: p.mac, Dst: p.addr}] = struct{}{}
 	}
 	via := p.addr
 	if v6 {
 		via = p.ll
 	}
-	s.Neighs[delta.Neigh{Dev: dev, Addr: via}] = delta.MAC(p.mac)
+	s.Neighs[delta.Neigh{Dev: dev, Addr: via}] = p.mac
 	s.Nexthops[id] = delta.Nexthop{Via: via, Dev: dev, Onlink: true}
 	return id
 }

@@ -102,7 +102,7 @@ func TestArrows(t *testing.T) {
 		"pkg/metadata":          {"pkg/unixhttp"},
 		"pkg/metadata/allocate": {"pkg/metadata"},
 		"pkg/metadata/tree":     {"pkg/metadata"},
-		"pkg/delta":             {"pkg/printable"},
+		"pkg/delta":             {"pkg/metadata", "pkg/printable"},
 		"pkg/printable":         {},
 		"pkg/private":           {},
 		"pkg/mtu":               {"pkg/metadata"},

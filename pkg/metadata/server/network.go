@@ -125,15 +125,13 @@ func (s *Server) prepareNetwork(ctx context.Context, n metadata.Network, old *me
 	}
 	defined := s.view.definitions() // those too that are not in force
 	for _, other := range defined {
-		for _, p := range other.Subnets {
-			for _, q := range n.Subnets {
-				if other.Name != n.Name && p.Overlaps(q) && other.Encapsulation != metadata.EncapNone &&
-					n.Encapsulation != metadata.EncapNone {
-					return n, false, metadata.Errorf(metadata.CodeConflict,
-						"subnet %s overlaps %s of network %s: a host could not tell which of them an address belongs to", q, p,
-						other.Name)
-				}
-			}
+		if other.Name == n.Name {
+			continue
+		}
+		for _, pair := range n.Overlaps(&other) {
+			return n, false, metadata.Errorf(metadata.CodeConflict,
+				"subnet %s overlaps %s of network %s: a host could not tell which of them an address belongs to", pair[0],
+				pair[1], other.Name)
 		}
 	}
 	if !force && (old == nil || !slices.Equal(old.Subnets, n.Subnets)) {
