@@ -49,7 +49,7 @@ func (c *config) start(ctx context.Context, p *service.Process) (*service.Servic
 	if err != nil {
 		return nil, err
 	}
-	p.Defer(func() { st.Close() })
+	p.Defer(func() { _ = st.Close() })
 	var s *server.Server
 	st.Observe = func(op string, took time.Duration, err error) {
 		if s != nil {

@@ -37,7 +37,7 @@ func (c *config) start(ctx context.Context, p *service.Process) (*service.Servic
 	if err != nil {
 		return nil, err
 	}
-	p.Defer(func() { k.Close() })
+	p.Defer(func() { _ = k.Close() })
 	events, err := kernel.Watch(ctx)
 	if err != nil {
 		return nil, err
@@ -47,7 +47,7 @@ func (c *config) start(ctx context.Context, p *service.Process) (*service.Servic
 		BootID: boot, Log: p.Log, Every: c.every, Grace: c.grace, MetadataAddress: c.metadataAddress,
 	}
 	m.Tunnels = c.tunnels(k, m, p.Log)
-	p.Defer(func() { m.Tunnels.Daemon.Close() })
+	p.Defer(func() { _ = m.Tunnels.Daemon.Close() })
 	reaper, err := kernel.NewLinkReaper(ctx)
 	if err != nil {
 		return nil, err

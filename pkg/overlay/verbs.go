@@ -390,7 +390,8 @@ func (c *call) disconnect(ctx context.Context, hostName string, noted bool) erro
 	if index := kernel.VethIndex(hostName); index != 0 && noted {
 		ask, cancel := context.WithTimeout(ctx, 5*time.Second)
 		defer cancel()
-		_ = ManagerClient(c.conf.ManagerSocket).Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil, nil)
+		_ = ManagerClient(c.conf.ManagerSocket).Do(ask, "DELETE", fmt.Sprintf("/v1/ports/%s?index=%d", hostName, index), nil,
+			nil)
 	}
 	return k.DelEndpoint(ctx, hostName)
 }

@@ -214,16 +214,17 @@ func TestUnreadAnswersAreLimited(t *testing.T) {
 	var making, most atomic.Int64
 	full := make(chan struct{}, 100)
 	big := make([]byte, 16<<20)
-	err := s.listenGuests(Guests{Address: "127.0.0.1:0", Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		n := making.Add(1)
-		defer making.Add(-1)
-		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
-		}
-		if strings.HasPrefix(r.RemoteAddr, "127.0.0.2:") {
-			full <- struct{}{}
-			w.Write(big)
-		}
-	}), Known: func(netip.Addr) bool { return true }})
+	err := s.listenGuests(Guests{Address: "127.0.0.1:0",
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			n := making.Add(1)
+			defer making.Add(-1)
+			for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+			}
+			if strings.HasPrefix(r.RemoteAddr, "127.0.0.2:") {
+				full <- struct{}{}
+				w.Write(big)
+			}
+		}), Known: func(netip.Addr) bool { return true }})
 	if err != nil {
 		t.Fatal(err)
 	}

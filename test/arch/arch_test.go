@@ -85,7 +85,8 @@ func TestVolumeDriversAreLight(t *testing.T) {
 		if strings.HasPrefix(p.ImportPath, "pkg/volume/flex") || strings.HasPrefix(p.ImportPath, "pkg/volume/dockerapi") ||
 			strings.HasPrefix(p.ImportPath, "pkg/volume/mounts") {
 			for _, d := range p.Deps {
-				if own, ours := strings.CutPrefix(d, module+"/pkg/"); ours && own != "volume" && own != "volume/mounts" && own != "hostid" {
+				if own, ours := strings.CutPrefix(d, module+"/pkg/"); ours && own != "volume" && own != "volume/mounts" &&
+					own != "hostid" {
 					t.Errorf("%s links %s", p.ImportPath, d)
 				}
 			}
