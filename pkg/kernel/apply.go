@@ -13,14 +13,16 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// maxErrors is how many refusals of one kind of object are told one by one. What is wrong with ten thousand
-// is one thing.
+// maxErrors limits how many refusals of one kind of object are reported separately.
+// Ten thousand refusals mostly have one cause.
 const maxErrors = 10
 
-// Apply implements Kernel. What nftables shall have in addition comes first, in one transaction: rules that
-// block stand before there is anything to block, and without them no encrypted device is made. Then sysctls,
-// links, addresses, neighbours, forwarding entries, nexthops, and routes; what goes, goes in reverse, with
-// nftables last. What stands on a device that could not be made is left out.
+// Apply implements Kernel. Additions to nftables come first, in one transaction.
+// Blocking rules thus exist before the packets that they block.
+// Without these rules Apply creates no encrypted device.
+// Sysctls, links, addresses, neighbours, forwarding entries, nexthops and routes follow.
+// Removals follow in reverse order, with nftables last.
+// Apply leaves out objects on a device that could not be created.
 func (n *Netns) Apply(ctx context.Context, d *delta.Difference) error {
 	if d.Empty() {
 		return nil
@@ -39,8 +41,8 @@ type application struct {
 	n       *Netns
 	d       *delta.Difference
 	indexes map[string]uint32
-	missing map[string]int // devices that are not there, and how much was left out for that
-	bare    bool           // the rules could not be made
+	missing map[string]int // missing devices, with the number of objects that were left out
+	bare    bool           // the rules could not be created
 	errs    []error
 }
 
@@ -63,7 +65,7 @@ func (a *application) run() {
 	a.nexthops()
 	a.routes()
 	send(a, "remove", d.Routes.Remove, a.removeRoute, routeName, unix.ESRCH, unix.ENOENT, unix.ENODEV,
-		unix.EINVAL) // its nexthop is gone, and took it along
+		unix.EINVAL) // the route vanished with its nexthop
 	send(a, "remove", d.Nexthops.Remove, a.removeNexthop, nexthopName, unix.ENOENT, unix.ESRCH)
 	send(a, "remove", d.FDB.Remove, a.removeFDB, fdbName, unix.ENOENT)
 	send(a, "remove", d.Neighs.Remove, a.removeNeigh, neighName, unix.ENOENT)
@@ -87,7 +89,8 @@ func (a *application) run() {
 	}
 }
 
-// index is 0 when there is no such device; that is told once, with how much it cost.
+// index returns 0 when there is no such device.
+// run reports each missing device once, with the number of objects that were left out.
 func (a *application) index(dev string) uint32 {
 	if i, ok := a.indexes[dev]; ok {
 		if i == 0 {
@@ -104,7 +107,8 @@ func (a *application) index(dev string) uint32 {
 	return i
 }
 
-// send sends one message for each entry, in batches. Refusals in harmless mean that there was nothing to do.
+// send sends one message for each entry, in batches.
+// A refusal in harmless means that there was nothing to do.
 func send[K comparable, V any](a *application, verb string, entries []delta.Entry[K, V],
 	build func(*message, *delta.Entry[K, V]) bool,
 	name func(*delta.Entry[K, V]) string, harmless ...error) {
@@ -139,7 +143,7 @@ func routeName(e *routeEntry) string                     { return delta.RouteStr
 
 func (a *application) links() {
 	d := a.d
-	for _, e := range d.Links.Remove { // one tunnel end per VNI and port: the old one has to go first
+	for _, e := range d.Links.Remove { // one tunnel end per VNI and port: remove the old one first
 		if slices.ContainsFunc(d.Links.Set, func(s delta.Entry[string, delta.Link]) bool {
 			return s.Value.Kind == e.Value.Kind && s.Value.VNI == e.Value.VNI && s.Value.Port == e.Value.Port &&
 				s.Value.IfID == e.Value.IfID
@@ -164,17 +168,18 @@ func (a *application) links() {
 		}
 		if err != nil {
 			a.fail("set %s: %w", delta.LinkString(e.Key, e.Value), err)
-			a.indexes[e.Key] = 0 // nothing must be put on what may be someone else's
+			a.indexes[e.Key] = 0 // put no objects on a device that may be foreign
 		}
 	}
 }
 
 func (a *application) create(name string, l delta.Link) error {
-	old := l          // as it will be when it is made
-	old.AcceptRA = -1 // as somebody's defaults say
+	old := l          // the device after its creation
+	old.AcceptRA = -1 // unknown: the host's defaults decide
 	err := a.n.rt.do(func(m *message) { createLink(m, name, l) })
 	if errors.Is(err, unix.EEXIST) {
-		// Another process of ours may have been faster. Anything else of that name, or on that VNI, is not ours.
+		// Another process of Lariat may have been faster.
+		// Any other device with that name or VNI is foreign.
 		var f foundLink
 		gerr := a.n.rt.link(0, name, func(body []byte) { f = parseLink(body) })
 		switch {
@@ -198,11 +203,11 @@ func (a *application) create(name string, l delta.Link) error {
 	return a.adjust(name, l, old)
 }
 
-// lacking is what a kernel that does not know a kind of device is without.
+// lacking names the kernel feature that each kind of device needs.
 var lacking = map[string]string{delta.KindVXLAN: "VXLAN devices (CONFIG_VXLAN, module vxlan)",
 	delta.KindXFRM: "XFRM interfaces (CONFIG_XFRM_INTERFACE, module xfrm_interface)"}
 
-// identity is what no two devices of a kind may have in common.
+// identity returns the property that no two devices of a kind may share.
 func identity(l delta.Link) string {
 	if l.Kind == delta.KindXFRM {
 		return fmt.Sprintf("if_id %#x", l.IfID)
@@ -210,9 +215,9 @@ func identity(l delta.Link) string {
 	return fmt.Sprintf("VNI %d and port %d", l.VNI, l.Port)
 }
 
-// adjust sets what can be set in place and differs from old, and ends with the device up. The address is set
-// only when it has to be: the kernel flushes the neighbours of a device that is given an address, be it the
-// one that it has.
+// adjust sets the properties that differ from old and can change in place.
+// The device is up afterwards. adjust sets the MAC only when the MAC differs.
+// The kernel flushes a device's neighbours when it sets a MAC, even the same MAC.
 func (a *application) adjust(name string, l, old delta.Link) error {
 	index, err := a.n.index(name)
 	if err != nil {
@@ -222,7 +227,7 @@ func (a *application) adjust(name string, l, old delta.Link) error {
 	err = a.n.rt.do(func(m *message) { noLinkLocal(m, index) })
 	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) &&
 		!errors.Is(err, unix.EINVAL) {
-		return err // those three are a kernel or device without IPv6
+		return err // the three errors above mean a kernel or device without IPv6
 	}
 	if l.NoIPv6 != old.NoIPv6 || l.AcceptRA != old.AcceptRA {
 		if err := a.n.setSysctls(ipv6Settings(name, l.NoIPv6)); err != nil {
@@ -281,15 +286,16 @@ func (a *application) addr(m *message, typ, flags uint16, k delta.Addr) bool {
 	m.begin(typ, flags)
 	family, scope, noDAD := byte(unix.AF_INET), byte(unix.RT_SCOPE_UNIVERSE), byte(0)
 	if ip.Is6() {
-		// Nobody else can have it: it is derived from a block or a MAC that is ours. Waiting for others would cost a second.
+		// The address is unique: it derives from a block or a MAC of this host.
+		// Duplicate address detection would cost a second.
 		family, noDAD = unix.AF_INET6, unix.IFA_F_NODAD
 	}
 	if ip.IsLinkLocalUnicast() && ip.Is6() {
 		scope = unix.RT_SCOPE_LINK
 	}
 	if k.Dev == "lo" && ip.Is4() {
-		// The first address of the first device is what the kernel takes for packets, also masqueraded ones, by
-		// devices that have none.
+		// The kernel uses the first address of the first device for packets by a device without an
+		// address. Masqueraded packets are among them.
 		scope = unix.RT_SCOPE_HOST
 	}
 	m.raw(family, byte(k.Prefix.Bits()), noDAD, scope)
@@ -323,9 +329,9 @@ func (a *application) removeNeigh(m *message, e *delta.Entry[delta.Neigh, delta.
 }
 
 func (a *application) addFDB(m *message, e *delta.Entry[delta.FDB, struct{}]) bool {
-	// The kernel takes an appended destination for a unicast MAC, says nothing, and forgets it. A replaced one
-	// works, and the removal of the former, which follows, finds nothing. For what is no unicast address it is
-	// the other way round.
+	// For a unicast MAC the kernel accepts an appended destination without an error and drops it.
+	// A replaced destination works. The later removal of the earlier destination finds nothing.
+	// For other MACs an appended destination works and a replaced one does not.
 	how := uint16(unix.NLM_F_REPLACE)
 	if e.Key.MAC[0]&1 != 0 || e.Key.MAC == (delta.MAC{}) {
 		how = unix.NLM_F_APPEND

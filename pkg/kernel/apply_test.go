@@ -20,7 +20,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// rows are the lines of a command's output, with single spaces, sorted by nobody.
+// rows returns the lines of a command's output, with single spaces and in the command's order.
 func rows(out string) map[string]bool {
 	m := map[string]bool{}
 	for line := range strings.Lines(out) {
@@ -81,7 +81,7 @@ func TestF23F26IPRouteListsExactlyTheRowsOfThePlan(t *testing.T) {
 
 func TestF25TheMACIsThereFromTheFirstMomentAndStays(t *testing.T) {
 	ns, k := newKernel(t)
-	// One message makes the device with its MAC: a monitor never sees another one.
+	// One message creates the device with its MAC: a monitor never sees another MAC.
 	want := overlay(1)
 	reconcile(t, k, want)
 	before := ns.Command(t, "cat", "/proc/net/if_inet6")
@@ -184,7 +184,7 @@ func TestF31DeviceWithWrongParametersIsMadeAgain(t *testing.T) {
 	}
 }
 
-// All that stood on a device is on the new one after a single pass, and what comes back is all.
+// After a single pass the re-created device has all objects of the old device.
 func TestF31EverythingIsBackInTheSamePass(t *testing.T) {
 	_, k := newKernel(t)
 	want := overlay(200)
@@ -236,7 +236,7 @@ func TestF32ForeignStateSurvives(t *testing.T) {
 	probe.Need(t, probe.VXLAN, probe.NexthopObjects, probe.Nft, probe.Veth)
 	ns, other := netnstest.New(t), netnstest.New(t)
 	k := openKernel(t, ns)
-	// the kernel's own link-local addresses come late, with routes, and send packets
+	// The kernel's own link-local addresses appear late, with routes, and send packets.
 	for _, n := range []*netnstest.NS{ns, other} {
 		n.Do(t, func() {
 			if err := os.WriteFile("/proc/sys/net/ipv6/conf/default/addr_gen_mode", []byte("1"), 0); err != nil {
@@ -298,7 +298,7 @@ func TestF32ForeignRouteToOurDestinationIsNamedAndKept(t *testing.T) {
 	ns.Command(t, "ip", "link", "add", "lrtaaaa", "type", "veth", "peer", "name", "lrtbbbb")
 	ns.Command(t, "ip", "link", "set", "lrtaaaa", "up")
 	ns.Command(t, "ip", "route", "add", "10.43.0.64/26", "dev", "x", "proto", "static")
-	// of a container that moved here a moment ago
+	// This is the route of a container that has just moved to this host.
 	ns.Command(t, "ip", "route", "add", "10.43.0.128/26", "dev", "lrtaaaa", "proto", "76")
 	ns.Command(t, "ip", "nexthop", "add", "id", "1275068419", "dev", "x")
 	_, err := kernel.Reconcile(t.Context(), k, overlay(3))
@@ -315,8 +315,8 @@ func TestF32ForeignRouteToOurDestinationIsNamedAndKept(t *testing.T) {
 	}
 }
 
-// Another program's route to a network's whole subnet stays in force, and a refusing one of an earlier version,
-// which had no metric, is replaced.
+// A foreign route to a network's whole subnet remains in force.
+// The unreachable route of an earlier version, which had no metric, is replaced.
 func TestF32TheLastMetricComesBehindEveryOtherRoute(t *testing.T) {
 	ns, k := newKernel(t)
 	want := overlay(1)
@@ -369,7 +369,7 @@ func TestApplyTwiceIsHarmless(t *testing.T) {
 	wantText(t, observe(t, k, want).String(), want.String())
 }
 
-// Plugin and manager may build the same overlay at the same moment.
+// The plugin and the network manager may create the same overlay at the same time.
 func TestReconcileByManyAtOnce(t *testing.T) {
 	ns, _ := newKernel(t)
 	want := overlay(50)
@@ -437,7 +437,7 @@ func TestDirectRoutesNeedNoTunnel(t *testing.T) {
 		Dev: dev, MTU: 1400}
 	want.Routes[delta.To(netip.MustParsePrefix("10.62.0.0/26"))] = delta.Route{Type: "unreachable"}
 	want.Routes[delta.To(netip.MustParsePrefix("10.63.0.0/26"))] = delta.Route{Dev: dev}
-	// IPv4 by a nexthop of IPv6, as over an IPv6 underlay.
+	// An IPv4 route has an IPv6 nexthop, as over an IPv6 underlay.
 	ll := netip.MustParseAddr("fe80::c00:c6ff:fe12:1")
 	want.Nexthops[0x4c00fffe] = delta.Nexthop{Via: ll, Dev: "vtep1042", Onlink: true}
 	want.Neighs[delta.Neigh{Dev: "vtep1042", Addr: ll}] = delta.MAC{0x0e, 0, 198, 18, 0, 1}
@@ -463,7 +463,7 @@ func TestVXLANOverIPv6(t *testing.T) {
 	wantText(t, observe(t, k, want).String(), want.String())
 }
 
-// A VNI that moves to another device name: the old one has to go before the new one can be made.
+// A VNI moves to another device name. Apply must remove the old device before it adds the new one.
 func TestDeviceThatIsRenamedInThePlan(t *testing.T) {
 	_, k := newKernel(t)
 	want := delta.NewState()

@@ -9,8 +9,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// worlds are states of a host with an underlay device, each unlike the others in something that makes the
-// kernel flush more than was asked for.
+// worlds returns states of a host with an underlay device.
+// They differ in properties whose change makes the kernel flush more than the request says.
 func worlds(underlay string) map[string]*delta.State {
 	base := func(change func(s *delta.State, l *delta.Link)) *delta.State {
 		s := overlay(3)
@@ -19,7 +19,7 @@ func worlds(underlay string) map[string]*delta.State {
 		s.Nexthops[0x4c00fffe] = delta.Nexthop{Via: ll, Dev: "vtep1042", Onlink: true}
 		s.Routes[delta.To(netip.MustParsePrefix("fd43::/64"))] = delta.Route{NH: 0x4c00fffe,
 			Src: netip.MustParseAddr("fd42::1")}
-		// Direct routes: by the underlay, but from the address of the tunnel device.
+		// Direct routes use the underlay, but the source address of the tunnel device.
 		s.Nexthops[0x4c00ffff] = delta.Nexthop{Via: netip.MustParseAddr("192.0.2.2"), Dev: underlay}
 		s.Routes[delta.To(netip.MustParsePrefix("10.60.0.0/26"))] = delta.Route{NH: 0x4c00ffff,
 			Src: netip.MustParseAddr("10.42.0.1")}
@@ -82,8 +82,8 @@ func worlds(underlay string) map[string]*delta.State {
 	}
 }
 
-// One pass leads from every state to every other, and a second one finds nothing to do: delta.Between knows
-// what the kernel flushes.
+// One pass leads from every state to every other state, and a second pass finds nothing to do.
+// delta.Between accounts for the objects that the kernel flushes.
 func TestOnePassLeadsFromEveryStateToEveryOther(t *testing.T) {
 	probe.Need(t, probe.VXLAN, probe.NexthopObjects, probe.IPv6, probe.Veth)
 	ns, other := netnstest.New(t), netnstest.New(t)

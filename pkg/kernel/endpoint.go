@@ -23,9 +23,10 @@ import (
 
 // AddEndpoint implements Kernel.
 //
-// Both ends are made by one message, the container's already in its own namespace, each with its MAC: set
-// later, udev's MACAddressPolicy may replace it. What is to be done at each end then goes in one batch. The
-// two settings that no message carries are written before the host's end is up.
+// One message creates both ends, and the container's end starts in the container's namespace.
+// The message sets both MACs, because udev's MACAddressPolicy may replace a MAC that is set later.
+// One batch for each end makes the other changes.
+// Two settings have no netlink message: AddEndpoint writes them before the host end is up.
 func (n *Netns) AddEndpoint(ctx context.Context, path string, p delta.Endpoint) (err error) {
 	inside, err := os.Open(path)
 	if err != nil {
@@ -58,8 +59,9 @@ func (n *Netns) AddEndpoint(ctx context.Context, path string, p delta.Endpoint) 
 	alias := func(m *message) { m.bytes(unix.IFLA_IFALIAS, []byte(p.Alias)) }
 	err = n.hostEnd(index, p.Veth(), alias)
 	if errors.Is(err, unix.EINVAL) && len(p.Sources) > 0 {
-		// The host has lost its address, to somebody who deleted the device that has it. The network manager
-		// gives it back, and then the route its source; a container need not wait for that.
+		// The host has lost its address, because somebody deleted the device with that address.
+		// The network manager restores the address, and later the source of the route.
+		// A container need not wait for the repair.
 		p.Sources = nil
 		err = n.hostEnd(index, p.Veth(), alias)
 	}
@@ -76,19 +78,24 @@ func (n *Netns) AddEndpoint(ctx context.Context, path string, p delta.Endpoint) 
 	return n.rt.operational(ctx, told, index, []byte{operUp}, local)
 }
 
-// operational waits until an end of a port sends and hears: its device is in one of the states, and the
-// IPv6 addresses are local. A container's first packets need both. The kernel does both in works of its own,
-// some time after the messages that ask for them. linkwatch does its work once a second, unless it takes it for
-// urgent; it does not where the two ends happen to have one index, each in its namespace. What does not come in
-// three seconds is no error: nothing more can be done about it.
+// operational waits until an end of a veth pair sends and receives.
+// Its device is then in one of the states, and the IPv6 addresses are local.
+// A container's first packets need both conditions.
+// The kernel fulfils both in work queues, some time after the messages that request them.
+// linkwatch runs once a second, unless it considers an event urgent.
+// An event is not urgent when both ends have the same index, each in its namespace.
+// A timeout of three seconds is no error, because there is no remedy.
 //
-// A device whose peer comes up later gets its queue by linkwatch_event. What is sent before is dropped: the
-// host's first ARP request, which is repeated after a second. Only then IPv6 takes the device for ready, and
-// gives it the route of multicast, without which it hears no question for its MAC. Kernels since 6.8 do that
-// work when they are asked for the device (linkwatch_sync_dev in rtnl_getlink), older ones announce its end.
+// linkwatch_event gives a device its queue when the peer comes up later.
+// The kernel drops earlier packets, such as the host's first ARP request.
+// The host repeats an ARP request after a second.
+// IPv6 considers the device ready only after linkwatch_event, and then adds the multicast route.
+// Without the multicast route the device receives no neighbour solicitation.
+// Kernels since 6.8 do that work when a process requests the device (linkwatch_sync_dev in
+// rtnl_getlink). Older kernels announce the end of that work.
 //
-// An address joins the group to which such questions are sent, becomes local and is announced by
-// addrconf_dad_work, also where no duplicates are to be detected.
+// addrconf_dad_work joins the solicited-node group of an address, makes the address local and
+// announces it. addrconf_dad_work also does so without duplicate address detection.
 func (s *socket) operational(ctx context.Context, told *os.File, index uint32, states []byte,
 	addrs []netip.Addr) error {
 	up, missing := false, map[netip.Addr]bool{}
@@ -125,13 +132,13 @@ func (s *socket) operational(ctx context.Context, told *os.File, index uint32, s
 	return nil
 }
 
-// step is one message of a port, and what to say when the kernel refuses it.
+// A step is one message for an endpoint, with the words for an error when the kernel refuses it.
 type step struct {
 	what  string
 	build func(m *message)
 }
 
-// steps sends them in one batch and returns the first refusal.
+// steps sends the messages of list in one batch and returns the first refusal.
 func (s *socket) steps(list []step) (first error) {
 	err := s.run(len(list), func(m *message, i int) bool { list[i].build(m); return true }, func(i int, err error) {
 		if first == nil {
@@ -145,7 +152,7 @@ func (n *Netns) createPair(inside *os.File, p delta.Endpoint) error {
 	create := func() error { return n.rt.do(func(m *message) { createVeth(m, int(inside.Fd()), p) }) }
 	err := create()
 	if errors.Is(err, unix.EEXIST) {
-		// Either our end is left over from a killed ADD, or the container has such an interface.
+		// Either a killed ADD left the host end, or the container has such an interface.
 		alias, _ := delta.ParseEndpointAlias(p.Alias)
 		if err := n.portFree(inside, p.HostName, p.IfName, alias.Network); err != nil {
 			return err
@@ -190,15 +197,16 @@ func createVeth(m *message, netnsFD int, p delta.Endpoint) {
 	m.end(info)
 }
 
-// hostEnd makes a device the host's end of a port; more sets what else the caller has to say of the link. The two
-// settings that no message carries are written before it is up.
+// hostEnd turns a device into the host end of an endpoint. more adds the caller's link attributes.
+// Two settings have no netlink message: hostEnd writes them before the device is up.
 func (n *Netns) hostEnd(index uint32, h delta.VethInfo, more func(m *message)) error {
 	if err := n.setSysctls(ipv6Settings(h.Name, h.NoIPv6)); err != nil {
 		return err
 	}
 	var list []step
-	if !h.NoIPv6 { // without IPv6 there may be no such setting at all
-		// Before it is up, or the kernel begins to detect duplicates of a link-local address that nobody needs.
+	if !h.NoIPv6 { // a kernel without IPv6 may lack this setting
+		// Set this before the device is up.
+		// Otherwise the kernel starts duplicate address detection for an unused link-local address.
 		list = append(list, step{"keep " + h.Name + " from making addresses", func(m *message) { noLinkLocal(m, index) }})
 	}
 	list = append(list, step{"set " + h.Name + " up", func(m *message) {
@@ -233,8 +241,9 @@ func (n *Netns) hostEnd(index uint32, h delta.VethInfo, more func(m *message)) e
 	return n.rt.steps(list)
 }
 
-// routeFree reports why a route to a container's address must not be replaced: it leads to another container, or
-// it is not Lariat's. One of the overlay gives way: the address was on another host, and moved here.
+// routeFree reports why a route to a container's address must not be replaced.
+// The route leads to another container, or it is foreign.
+// A route of the overlay may be replaced: the address has moved to this host.
 func (n *Netns) routeFree(dst netip.Prefix, index uint32) error {
 	var bits, protocol byte
 	var oif uint32
@@ -251,12 +260,12 @@ func (n *Netns) routeFree(dst netip.Prefix, index uint32) error {
 		}
 	})
 	if err != nil || int(bits) != dst.Bits() || oif == index {
-		return nil // none by now, or this port's
+		return nil // there is no such route now, or it is this endpoint's
 	}
 	var at foundLink
 	if oif != 0 {
 		if err := n.rt.link(oif, "", func(body []byte) { at = parseLink(body) }); err != nil {
-			return nil // it went away, and the route with it
+			return nil // the device vanished, and the route with it
 		}
 	}
 	alias, port := delta.ParseEndpointAlias(at.link.Alias)
@@ -294,9 +303,10 @@ func (n *Netns) RepairVeth(ctx context.Context, want delta.VethInfo) error {
 	return err
 }
 
-// forwarding sets, without a write to /proc, the device's forwarding to 1, whatever the host has for new
-// devices, and its rp_filter to 1: what arrives must have its route back by the device, so that no container
-// can use another's address.
+// forwarding sets the device's forwarding and rp_filter to 1, without a write to /proc.
+// The host's default for new devices does not matter.
+// With rp_filter a packet's source must have its route back by the device.
+// Therefore no container can use the address of another container.
 func forwarding(m *message) {
 	const inetConf = 1 // IFLA_INET_CONF
 	spec := m.nest(unix.IFLA_AF_SPEC)
@@ -338,7 +348,8 @@ func insideEnd(ctx context.Context, inside *os.File, path string, p delta.Endpoi
 	list := endpointSteps(req.Uint32(), p)
 	err = s.steps(list)
 	if errors.Is(err, unix.EACCES) && v6 {
-		// Some runtimes switch IPv6 off by default in the namespaces that they make. All steps can be repeated.
+		// Some runtimes disable IPv6 by default in the namespaces that they create.
+		// All steps can be repeated.
 		if err = enableIPv6(path, p.IfName); err == nil {
 			err = s.steps(list)
 		}
@@ -347,14 +358,14 @@ func insideEnd(ctx context.Context, inside *os.File, path string, p delta.Endpoi
 		return err
 	}
 	local := slices.DeleteFunc(slices.Clone(p.Addrs), netip.Addr.Is4)
-	// Its peer was up before it, so it had a queue from the first.
+	// The host end was up first, so the container's end has had a queue from the start.
 	return s.operational(ctx, told, req.Uint32(), []byte{operUp, operUnknown}, local)
 }
 
 func endpointSteps(index uint32, p delta.Endpoint) []step {
 	const lo = 1 // of every network namespace
-	// Not every runtime has a loopback plugin in its lists, and who serves 127.0.0.1 inside does not ask. An own
-	// address goes by lo, too.
+	// Some runtimes have no loopback plugin in their lists, but servers on 127.0.0.1 need lo.
+	// Packets to the container's own address use lo, too.
 	list := []step{{"set lo up in the container", func(m *message) { changeLink(m, lo, unix.IFF_UP, unix.IFF_UP) }}}
 	for _, a := range p.Addrs {
 		list = append(list, step{"give " + p.IfName + " the address " + a.String(), func(m *message) {
@@ -384,8 +395,8 @@ func endpointSteps(index uint32, p delta.Endpoint) []step {
 	return list
 }
 
-// newAddr adds an address without duplicate address detection: it is ours alone by construction, and waiting
-// costs seconds.
+// newAddr adds an address without duplicate address detection.
+// The address is unique by construction, and the detection costs seconds.
 func newAddr(m *message, index uint32, p netip.Prefix) {
 	ip := p.Addr()
 	m.begin(unix.RTM_NEWADDR, unix.NLM_F_CREATE|unix.NLM_F_REPLACE)
@@ -403,8 +414,9 @@ func newAddr(m *message, index uint32, p netip.Prefix) {
 	m.addr(unix.IFA_ADDRESS, ip)
 }
 
-// newRoute adds a route by the device; without Via it is on-link. One that is there is replaced with NLM_F_REPLACE as
-// exists, and an error with NLM_F_EXCL.
+// newRoute adds a route by the device. Without Via the route is on-link.
+// exists is NLM_F_REPLACE or NLM_F_EXCL. With NLM_F_REPLACE newRoute replaces an existing route.
+// With NLM_F_EXCL an existing route is an error.
 func newRoute(m *message, index uint32, r delta.EndpointRoute, protocol byte, exists uint16) {
 	v6 := r.Dst.Addr().Is6()
 	table, scope, flags := r.Table, byte(unix.RT_SCOPE_UNIVERSE), uint32(0)
@@ -442,7 +454,8 @@ func newRoute(m *message, index uint32, r delta.EndpointRoute, protocol byte, ex
 	}
 }
 
-// within runs f in another namespace. A socket that f opens stays there, the thread comes back.
+// within runs f in another namespace. A socket that f opens stays in that namespace.
+// The thread returns to its own namespace.
 func within(ns *os.File, f func() error) error {
 	runtime.LockOSThread()
 	own, err := os.Open(ownNamespace)
@@ -457,7 +470,8 @@ func within(ns *os.File, f func() error) error {
 	}
 	err = f()
 	if berr := unix.Setns(int(own.Fd()), unix.CLONE_NEWNET); berr != nil {
-		// A thread that is lost elsewhere must not be used again: still locked, it ends with its goroutine.
+		// Go must not reuse a thread in the wrong namespace.
+		// A locked thread ends with its goroutine.
 		return errors.Join(err, os.NewSyscallError("setns", berr))
 	}
 	runtime.UnlockOSThread()
@@ -477,7 +491,7 @@ func (n *Netns) DelEndpoint(ctx context.Context, hostName string) error {
 	return n.deleteVeth(hostName)
 }
 
-// deleteVeth asks by name: one message, no look-up before it.
+// deleteVeth deletes a veth by name. This takes one message and no lookup.
 func (n *Netns) deleteVeth(name string) error {
 	err := n.rt.do(func(m *message) {
 		m.begin(unix.RTM_DELLINK, 0)
@@ -490,8 +504,8 @@ func (n *Netns) deleteVeth(name string) error {
 	return nil
 }
 
-// DelEndpoints implements Kernel: the links are put into a group of their own, and the group is deleted. The
-// kernel unregisters all members in one go, and waits for RCU once.
+// DelEndpoints implements Kernel. It moves the links into a new link group and deletes the group.
+// The kernel unregisters all members together and waits for RCU once.
 func (n *Netns) DelEndpoints(ctx context.Context, names []string) error {
 	if len(names) == 0 {
 		return nil
@@ -511,15 +525,15 @@ func (n *Netns) DelEndpoints(ctx context.Context, names []string) error {
 	return errors.Join(append(errs, n.removeGroup(links))...)
 }
 
-// removeGroup removes links that the caller knows by their index; those that are gone are no error. Another
-// process may be at the same links, such as the network manager during a GC: between the two steps they are
-// gone, or in its group.
+// removeGroup removes links by their indexes. A missing link is no error.
+// Another process may remove the same links, such as the network manager in a garbage collection.
+// Between the two steps the links may then vanish or move into that process's group.
 func (n *Netns) removeGroup(links []uint32) error {
 	if len(links) == 0 {
 		return nil
 	}
 	var err error
-	for range 5 { // each failure is the other's step forward
+	for range 5 { // each failure means that the other process made progress
 		if err = n.tryRemoveGroup(links); !errors.Is(err, unix.ENODEV) {
 			break
 		}
@@ -527,7 +541,7 @@ func (n *Netns) removeGroup(links []uint32) error {
 	return err
 }
 
-// tryRemoveGroup fails with ENODEV when no link is left in the group by the time that it is removed.
+// tryRemoveGroup fails with ENODEV when the group has no links at the time of its removal.
 func (n *Netns) tryRemoveGroup(links []uint32) error {
 	group := uint32(delta.Protocol<<24 | rand.IntN(1<<24))
 	var errs []error
@@ -555,8 +569,8 @@ func (n *Netns) tryRemoveGroup(links []uint32) error {
 	return errors.Join(errs...)
 }
 
-// VethIndex is the interface index of a port's host end in the calling goroutine's network namespace; 0 when
-// there is none.
+// VethIndex returns the interface index of a host end in the calling goroutine's network namespace.
+// It returns 0 when there is no such host end.
 func VethIndex(hostName string) uint32 {
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
@@ -594,7 +608,7 @@ func (n *Netns) Joined(ctx context.Context, device string, addrs []netip.Addr) (
 			m.addr(unix.RTA_DST, a)
 		}, func(_ uint16, body []byte) { local = len(body) >= unix.SizeofRtMsg && body[7] == unix.RTN_LOCAL })
 		if err != nil || !local {
-			return false, nil // no route at all is no error: it says the same
+			return false, nil // a missing route is no error: the address is not local either
 		}
 	}
 	return true, nil
@@ -613,7 +627,7 @@ func (n *Netns) Veths(ctx context.Context) ([]delta.VethInfo, error) {
 	})
 }
 
-// veths makes four lists: of devices, their IPv6 addresses, and routes of both families.
+// veths combines four dumps: devices, their IPv6 addresses, and the routes of both families.
 func (n *Netns) veths() (out []delta.VethInfo, err error) {
 	interrupted := false
 	dump := func(what string, typ uint16, build func(m *message), each func(body []byte)) {
@@ -663,15 +677,16 @@ func (n *Netns) veths() (out []delta.VethInfo, err error) {
 	return out, err
 }
 
-// veth is a device that is the host's end of one.
+// port returns the device as the host end of an endpoint.
 func (f foundLink) port(alias delta.EndpointAlias) delta.VethInfo {
 	return delta.VethInfo{Name: f.name, Index: int(f.index), Alias: alias,
 		Up: !f.link.Down, Group: f.group, MAC: f.link.MAC, MTU: f.link.MTU,
 		RPFilter: f.rpFilter, Forwarding: f.forwarding, AcceptRA: f.link.AcceptRA, NoIPv6: f.link.NoIPv6}
 }
 
-// RetryDump repeats a dump that changed while it was read. One that was interrupted over and over is complete
-// enough: what it missed changed a moment ago, and will be seen by the next pass.
+// RetryDump retries a dump that changed during the read.
+// After ten interruptions RetryDump returns the last result, which is complete enough.
+// The next pass sees the recent changes that this result misses.
 func RetryDump[T any](dump func() ([]T, error)) ([]T, error) {
 	var out []T
 	var err error
@@ -683,7 +698,7 @@ func RetryDump[T any](dump func() ([]T, error)) ([]T, error) {
 	return out, nil
 }
 
-// veth asks for the device of one host end; its addresses and routes are left out.
+// vethInfo returns the device of one host end, without its addresses and routes.
 func (n *Netns) vethInfo(name string) (p delta.VethInfo, err error) {
 	err = n.rt.link(0, name, func(body []byte) { p = parseLink(body).port(delta.EndpointAlias{}) })
 	return p, err
@@ -715,8 +730,8 @@ func (n *Netns) CheckEndpoint(ctx context.Context, path string, p delta.Endpoint
 	return errors.Join(errs...)
 }
 
-// checkHost asks for the routes that packets take, and not for those that are ours: any may be more specific,
-// or another rule come first.
+// checkHost checks the routes that packets take, not Lariat's own routes.
+// A foreign route may be more specific, or a foreign routing rule may come first.
 func (n *Netns) checkHost(host *netlink.Handle, want delta.VethInfo) error {
 	n.mu.Lock()
 	have, err := n.vethInfo(want.Name)

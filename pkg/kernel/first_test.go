@@ -24,12 +24,13 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TestF1_FirstPackets: a container sends as soon as its ADD has returned, on a busy machine, and the kernel loses
-// nothing of that. A device that has no queue yet drops the host's first request for the container's MAC, and the
-// answer waits for the second request, a second later: the kernel counts the requests.
+// TestF1_FirstPackets checks that the kernel loses no packet of a container after its ADD.
+// The container sends as soon as its ADD has returned, on a busy machine.
+// A device without a queue drops the host's first request for the container's MAC.
+// The answer then waits for the second request, a second later. The kernel counts the requests.
 //
-// LARIAT_FIRST_PACKETS is how many containers there are, one after the other. test/guest/kernel runs the test in
-// other kernels.
+// LARIAT_FIRST_PACKETS is the number of containers, one after the other.
+// test/guest/kernel runs the test in other kernels.
 func TestF1_FirstPackets(t *testing.T) {
 	rounds, err := strconv.Atoi(cmp.Or(os.Getenv("LARIAT_FIRST_PACKETS"), "50"))
 	if err != nil {
@@ -61,7 +62,7 @@ func TestF1_FirstPackets(t *testing.T) {
 		host.Do(t, func() {
 			have := requests(t, p.HostName)
 			for _, w := range ways {
-				// The kernel's count begins with as many as it would send to a MAC that it knew before.
+				// The kernel's count starts at the number of requests to a previously known MAC.
 				family := map[bool]string{false: "ipv4", true: "ipv6"}[w.from.Is6()]
 				text, err := os.ReadFile("/proc/sys/net/" + family + "/neigh/" + p.HostName + "/ucast_solicit")
 				if err != nil {
@@ -82,7 +83,7 @@ func TestF1_FirstPackets(t *testing.T) {
 	}
 }
 
-// busy keeps n processors busy, so that the kernel's own work comes late.
+// busy keeps n processors busy, so that the kernel's work queues run late.
 func busy(t *testing.T, n int) {
 	t.Helper()
 	for range n {
@@ -94,7 +95,8 @@ func busy(t *testing.T, n int) {
 	}
 }
 
-// way is from a container to its host, by one family. Its socket is there before the container's device is.
+// A way leads from a container to its host, by one family.
+// Its socket exists before the container's device.
 type way struct {
 	conn     *icmp.PacketConn
 	from, to netip.Addr
@@ -113,7 +115,7 @@ func newWay(t *testing.T, inside *netnstest.NS, network, from, to string) *way {
 	return w
 }
 
-// ping sends one request, whose number is seq, and waits for its answer.
+// ping sends one request with number seq and waits for the answer.
 func (w *way) ping(t *testing.T, seq int) {
 	t.Helper()
 	echo, reply, proto := icmp.Type(ipv4.ICMPTypeEcho), icmp.Type(ipv4.ICMPTypeEchoReply), unix.IPPROTO_ICMP
@@ -145,7 +147,7 @@ func (w *way) ping(t *testing.T, seq int) {
 	}
 }
 
-// requests is how often the kernel asked for the MAC of each neighbour of a device.
+// requests returns how often the kernel requested the MAC of each neighbour of a device.
 func requests(t *testing.T, device string) map[netip.Addr]int {
 	t.Helper()
 	link, err := netlink.LinkByName(device)

@@ -6,7 +6,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// What the kernel says is read by hand; whatever it says, nothing may run off the end.
+// Package kernel parses the kernel's messages by hand. No message may cause a read beyond its end.
 func FuzzParse(f *testing.F) {
 	m := &message{}
 	createLink(m, "vtep1042", delta.Link{Kind: "vxlan", VNI: 1042, Port: 4789, MTU: 1450})

@@ -1,8 +1,8 @@
-// Package kernel is the only one that changes the machine: links, addresses, routes, neighbours, forwarding entries,
-// nftables and sysctls of one network namespace.
+// Package kernel changes the machine: links, addresses, routes, neighbours, forwarding entries,
+// nftables and sysctls of one network namespace. No other package does.
 //
-// It reads what carries Lariat's mark, applies a difference, and never touches anything else. What should be there is
-// decided elsewhere, by planners that cannot import this package.
+// The package reads objects with Lariat's mark, applies a difference, and never changes foreign
+// objects. The planners decide the desired state, and they cannot import this package.
 package kernel
 
 import (
@@ -13,65 +13,72 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// ErrExists is wrapped when a container already has an interface of the name that a port is to get.
+// ErrExists is wrapped when a container already has an interface with the name of a new endpoint.
 var ErrExists = errors.New("interface exists")
 
-// ErrTaken is wrapped when an address that a port is to get has a route that is not to be replaced: to another
-// container that runs, or to something that is not Lariat's.
+// ErrTaken is wrapped when an address of a new endpoint has a route that must not be replaced.
+// That route leads to another running container, or it is foreign.
 var ErrTaken = errors.New("the address is in use on this host")
 
-// Kernel is one network namespace. New gives the real one; package fake has one that prints itself and fails
-// on request.
+// A Kernel is one network namespace. New returns the real one.
+// Package fake has a Kernel that prints itself and fails on request.
 type Kernel interface {
-	// Observe reads what carries Lariat's mark. Sysctls and addresses on devices of others carry no mark: of them it
-	// reads those that want names, and no other. want may be nil. Nothing is changed.
+	// Observe reads the objects with Lariat's mark. It changes nothing, and want may be nil.
+	// Sysctls, and addresses on foreign devices, carry no mark.
+	// Of these Observe reads only the ones that want names.
 	Observe(ctx context.Context, want *delta.State) (*delta.State, error)
 
-	// Apply makes the changes, additions before removals, in an order in which each finds what it needs. It tries
-	// every change, and joins the errors; each names its change. Repeating an Apply is harmless.
+	// Apply makes the changes, additions before removals.
+	// Each change follows the changes that it needs.
+	// Apply tries every change and joins the errors. Each error names its change.
+	// Repeating an Apply is harmless.
 	Apply(ctx context.Context, d *delta.Difference) error
 
-	// VethFree reports why AddEndpoint would not make a port of that host end: a container runs with it
-	// in another network namespace or on another network, or the other end was renamed and its name
-	// is taken. The error wraps ErrExists. Nothing is changed.
+	// VethFree reports why AddEndpoint would not create an endpoint with that host end.
+	// A container uses the host end in another network namespace or on another network.
+	// Or the container's end was renamed, and another interface has its name.
+	// The error wraps ErrExists. VethFree changes nothing.
 	VethFree(ctx context.Context, netns, hostName, ifName, network string) error
 
-	// PortNetwork returns the network of a host end; empty when there is no such port, or it has no
-	// alias yet.
+	// PortNetwork returns the network of a host end.
+	// It returns an empty string when the host end does not exist or has no alias yet.
 	PortNetwork(ctx context.Context, hostName string) (string, error)
 
-	// AddEndpoint makes a container's port, or leaves nothing of it behind. A host end of the same name
-	// that is left over is replaced, one that VethFree objects to is not; an interface IfName
-	// inside of the container that already exists is an error that wraps ErrExists. A route that leads
-	// one of the addresses elsewhere is not replaced, unless it is the overlay's: the error wraps ErrTaken.
+	// AddEndpoint creates an endpoint, or rolls back completely.
+	// It replaces a dangling host end of the same name, but no host end that VethFree reports.
+	// An existing interface IfName in the container is an error that wraps ErrExists.
+	// AddEndpoint replaces a route of the overlay to one of the addresses.
+	// Any other route of an address that leads elsewhere is an error that wraps ErrTaken.
 	AddEndpoint(ctx context.Context, netns string, p delta.Endpoint) error
 
-	// DelEndpoint removes a port by its host end. Both ends and all routes go with it. It is no error when it is gone.
+	// DelEndpoint removes an endpoint by its host end.
+	// The kernel removes both ends and all routes with it. A missing endpoint is no error.
 	DelEndpoint(ctx context.Context, hostName string) error
 
-	// DelEndpoints removes many in one request: a link removal alone waits some 16 ms for RCU, a group hardly longer.
+	// DelEndpoints removes many endpoints in one request.
+	// The removal of one link waits some 16 ms for RCU. The removal of a group takes hardly longer.
 	DelEndpoints(ctx context.Context, hostNames []string) error
 
-	// CheckEndpoint compares a port with what it should be and names everything that differs.
+	// CheckEndpoint compares an endpoint with the desired endpoint and names every difference.
 	CheckEndpoint(ctx context.Context, netns string, p delta.Endpoint) error
 
-	// Joined reports whether a device of ours is there and every address is one of this host's own: what an ADD needs to
-	// know before it relies on them. It asks for single objects and dumps nothing.
+	// Joined reports whether Lariat's device exists and every address is local.
+	// An ADD needs both before it relies on them. Joined requests single objects and dumps nothing.
 	Joined(ctx context.Context, device string, addrs []netip.Addr) (bool, error)
 
-	// Veths lists the host ends of ports.
+	// Veths lists the host ends of endpoints.
 	Veths(ctx context.Context) ([]delta.VethInfo, error)
 
-	// RepairVeth makes a port's host end what it should be. It makes no port: one that is gone is no error.
-	// Routes are replaced as by AddEndpoint.
+	// RepairVeth makes a host end equal to want. It creates no host end: a missing one is no error.
+	// RepairVeth replaces the same routes as AddEndpoint.
 	RepairVeth(ctx context.Context, want delta.VethInfo) error
 
 	// Close frees the sockets.
 	Close() error
 }
 
-// Reconcile makes the kernel equal to want and returns what it changed, also beside an error. A kernel that already is
-// equal is not written to.
+// Reconcile makes the kernel equal to want and returns its changes, even with an error.
+// It writes nothing when the kernel is already equal.
 func Reconcile(ctx context.Context, k Kernel, want *delta.State) (*delta.Difference, error) {
 	have, err := k.Observe(ctx, want)
 	if err != nil {

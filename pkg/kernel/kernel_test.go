@@ -18,7 +18,8 @@ import (
 
 func TestMain(m *testing.M) { netnstest.Main(m) }
 
-// overlay is what host 192.0.2.1 needs for n peers: for each a neighbour, a forwarding entry, a nexthop and a route.
+// overlay returns the desired state of host 192.0.2.1 for n peers.
+// Each peer has a neighbour, a forwarding entry, a nexthop and a route.
 func overlay(n int) *delta.State {
 	s := delta.NewState()
 	const dev = "vtep1042"
@@ -104,7 +105,8 @@ func TestF23F26ReconcileMakesWhatThePlanSays(t *testing.T) {
 	wantText(t, observe(t, k, want).String(), want.String())
 }
 
-// A settled pass writes nothing: the kernel announces no change but the one that the test makes itself afterwards.
+// A pass without changes writes nothing.
+// The kernel announces only the change that the test makes afterwards.
 func TestF141SettledPassWritesNothing(t *testing.T) {
 	probe.Need(t, probe.NftFib, probe.NftNAT)
 	ns, k := newKernel(t)
@@ -120,8 +122,8 @@ func TestF141SettledPassWritesNothing(t *testing.T) {
 	})
 	var log bytes.Buffer
 	passes := []*kernel.Netns{k, k, openKernel(t, ns)}
-	// The kernel tells of an IPv6 address some time after it was set, from a work queue: that is not the passes'
-	// doing, and comes once. So one round of several must be silent.
+	// A work queue of the kernel announces an IPv6 address once, some time after its creation.
+	// The passes do not cause this event. Therefore one round of several must be silent.
 	var e kernel.Event
 	for round := range 5 {
 		for _, k := range passes {
@@ -148,7 +150,7 @@ func TestF141SettledPassWritesNothing(t *testing.T) {
 	}
 }
 
-// Opened by a thread that is in another namespace, it stays in that one, whoever uses it.
+// A Netns that a thread in another namespace opens stays in that namespace for all callers.
 func TestNewStaysInTheNamespaceWhereItWasOpened(t *testing.T) {
 	probe.Need(t, probe.Nft)
 	ns, there := newKernel(t)

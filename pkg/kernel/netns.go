@@ -12,18 +12,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Netns is the Kernel of one real network namespace. It keeps its sockets open, and may be used from any
-// goroutine, whatever namespace that is in; calls that need the sockets take turns.
+// Netns is the Kernel of one real network namespace. A Netns keeps its sockets open.
+// A goroutine in any namespace may use a Netns. Calls that need the sockets take turns.
 type Netns struct {
-	// Log is told of what is out of the ordinary, such as a device that had to be made again. nil: slog.Default().
+	// Log receives unusual events, such as the re-creation of a device. nil: slog.Default().
 	Log *slog.Logger
 
-	mu sync.Mutex // guards what follows
+	mu sync.Mutex // guards the fields below
 	rt *socket
 	nf *nftables // nil until something needs nftables
 
-	// unknown are the kinds of devices that the kernel did not know when it was asked. What it does not know it
-	// has none of, and a list of all devices instead can be long.
+	// unknown holds the kinds of devices that the kernel did not know at an earlier dump.
+	// The kernel has no devices of an unknown kind.
+	// A dump of an unknown kind would list all devices, and that list can be long.
 	unknown map[string]bool
 
 	ns *os.File // the namespace itself
@@ -34,8 +35,8 @@ type nsID struct{ dev, ino uint64 }
 
 const ownNamespace = "/proc/thread-self/ns/net"
 
-// New opens the network namespace of the calling goroutine. A goroutine that is in another namespace than its
-// process must be locked to its thread, as ever.
+// New opens the network namespace of the calling goroutine.
+// A goroutine in another namespace than its process must be locked to its thread.
 func New() (*Netns, error) {
 	f, err := os.Open(ownNamespace)
 	if err != nil {
@@ -89,8 +90,9 @@ func (n *Netns) log() *slog.Logger {
 	return slog.Default()
 }
 
-// do calls f on a thread that is in the namespace: the caller's own if it is there already, and otherwise one
-// that ends with the call, for a thread that came from elsewhere must not go back into Go's pool.
+// do calls f on a thread in the namespace. It uses the caller's thread when that thread is in the
+// namespace. Otherwise it uses a new thread, which ends with the call.
+// A thread that has changed its namespace must not return to Go's pool.
 func (n *Netns) do(f func() error) error {
 	runtime.LockOSThread()
 	var st unix.Stat_t
@@ -111,7 +113,7 @@ func (n *Netns) do(f func() error) error {
 	return <-done
 }
 
-// handle is a netlink socket of the common library in the namespace, for work on single objects.
+// handle returns a netlink socket of the common library in the namespace, for single objects.
 func (n *Netns) handle() (h *netlink.Handle, err error) {
 	err = n.do(func() (err error) {
 		h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
@@ -123,11 +125,11 @@ func (n *Netns) handle() (h *netlink.Handle, err error) {
 	return h, nil
 }
 
-// index is the interface index of a device; unix.ENODEV is wrapped when there is none.
+// index returns the interface index of a device. The error wraps unix.ENODEV when there is none.
 func (n *Netns) index(dev string) (uint32, error) {
 	req, err := unix.NewIfreq(dev)
 	if err == nil {
-		// An ioctl is an eighth of a netlink request, and a netlink socket takes it as well as any other.
+		// An ioctl costs an eighth of a netlink request, and every socket takes it.
 		err = unix.IoctlIfreq(n.rt.fd, unix.SIOCGIFINDEX, req)
 	}
 	if err != nil {
@@ -136,7 +138,7 @@ func (n *Netns) index(dev string) (uint32, error) {
 	return req.Uint32(), nil
 }
 
-// name is the device of an interface index, empty when there is none (any more).
+// name returns the device of an interface index, or an empty string when there is none.
 func (n *Netns) name(index uint32) string { return deviceName(n.rt.fd, index) }
 
 func deviceName(fd int, index uint32) string {

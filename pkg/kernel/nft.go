@@ -14,8 +14,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// Numbers of include/uapi/linux/netfilter/nf_tables.h that golang.org/x/sys/unix has under the same names are
-// used from there.
+// golang.org/x/sys/unix has the other numbers of include/uapi/linux/netfilter/nf_tables.h, with the
+// names of that file.
 const (
 	nfprotoInet   = 1
 	keyIPv4       = 7 // nft's numbers of its types ipv4_addr and ipv6_addr
@@ -23,23 +23,24 @@ const (
 	keyPort       = 13 // inet_service
 	batchGenID    = 1  // NFNL_BATCH_GENID
 	elemEnd       = unix.NFT_SET_ELEM_INTERVAL_END
-	elementsOnce  = 1500 // of one message: an attribute holds 64 KiB
-	generations   = 5    // how often a transaction is begun again because the ruleset changed meanwhile
+	elementsOnce  = 1500 // elements of one message: an attribute holds 64 KiB
+	generations   = 5    // tries of a transaction while other processes change the ruleset
 	plainSetFlags = unix.NFT_SET_INTERVAL | unix.NFT_SET_CONSTANT
 )
 
 var hooks = []string{"prerouting", "input", "forward", "output", "postrouting"}
 
-// nftables is the kernel's ruleset as far as it is ours.
+// nftables keeps Lariat's part of the kernel's ruleset.
 //
-// The ruleset has a generation number that every change of anyone's counts up. What was read is kept with it,
-// so that a pass over an unchanged ruleset asks for that number and for nothing else.
+// The ruleset has a generation number, and every change by any process increments it.
+// nftables caches the ruleset together with this number.
+// A pass over an unchanged ruleset therefore requests the number only.
 type nftables struct {
 	s      *socket
 	read   bool
 	gen    uint32
 	exists bool // the table
-	// dormant: somebody switched the table off, with all that is in it.
+	// dormant is set when somebody disabled the table with all its chains.
 	dormant bool
 	sets    map[string]delta.Set
 	chains  map[string]delta.Chain
@@ -84,7 +85,7 @@ func (f *nftables) generation() (gen uint32, err error) {
 	return gen, nil
 }
 
-// refresh reads the table unless it is known to be unchanged.
+// refresh reads the table unless the generation number is unchanged.
 func (f *nftables) refresh() error {
 	for range generations {
 		gen, err := f.generation()
@@ -100,7 +101,7 @@ func (f *nftables) refresh() error {
 		case err != nil:
 			return err
 		case after != gen, errors.Is(loaded, errInterrupted):
-			// Somebody changed it meanwhile: what was listed and then was not found is gone.
+			// The ruleset changed during the read, so a listed object may have vanished: retry.
 		case loaded != nil:
 			return fmt.Errorf("read the nftables table inet %s: %w", delta.Table, loaded)
 		default:
@@ -168,7 +169,7 @@ func (f *nftables) load() error {
 		func(body []byte) { parseRule(body, f.chains) }); err != nil {
 		return err
 	}
-	if f.dormant { // no chain of it does anything, so none is as it is wanted
+	if f.dormant { // no chain of the table has an effect, so none equals its desired chain
 		for name, c := range f.chains {
 			c.Rules = append(c.Rules, delta.Rule{delta.Unknown("table dormant")})
 			f.chains[name] = c
@@ -179,7 +180,8 @@ func (f *nftables) load() error {
 
 const tableDormant = 1 // NFT_TABLE_F_DORMANT: its chains are not hooked
 
-// list dumps objects of the table; tableAttr 0 dumps those of all tables of the family.
+// list dumps objects of the table.
+// With tableAttr 0 it dumps the objects of all tables of the family.
 func (f *nftables) list(typ, tableAttr uint16, set string, each func(body []byte)) error {
 	return f.s.dump(unix.NFNL_SUBSYS_NFTABLES<<8|typ, func(m *message) {
 		m.raw(nfprotoInet, 0, 0, 0)
@@ -219,8 +221,8 @@ func parseSet(body []byte) (name string, s delta.Set, anonymous bool) {
 	return name, s, flags&unix.NFT_SET_ANONYMOUS != 0
 }
 
-// element is one element of a set as the kernel holds it: an interval is two of them, its first address and
-// the first one behind.
+// An element is one element of a set in the kernel's form.
+// An interval has two elements: its first address, and the first address after the interval.
 type element struct {
 	addr netip.Addr
 	port uint16
@@ -268,7 +270,8 @@ func toPorts(elements []element) (out []uint16, other string) {
 	return out, ""
 }
 
-// fromElements turns elements into sorted prefixes. What is no prefix makes the set unlike any that is wanted.
+// fromElements turns elements into sorted prefixes.
+// When an element is no prefix, other makes the set differ from every desired set.
 func fromElements(elements []element, s delta.Set) (out []netip.Prefix, other string) {
 	out = make([]netip.Prefix, 0, len(elements))
 	if !s.Interval {
@@ -295,7 +298,7 @@ func fromElements(elements []element, s delta.Set) (out []netip.Prefix, other st
 			return nil, "of other elements"
 		}
 		if e.end {
-			continue // of the interval before, or nft's marker at the first address
+			continue // the end of the previous interval, or nft's marker at the first address
 		}
 		var end netip.Addr
 		if i+1 < len(elements) && elements[i+1].end {
@@ -310,8 +313,8 @@ func fromElements(elements []element, s delta.Set) (out []netip.Prefix, other st
 	return out, ""
 }
 
-// prefixBetween is the prefix of the addresses from first up to and without end; an invalid end stands for
-// the end of all addresses.
+// prefixBetween returns the prefix of the addresses from first to end, without end.
+// An invalid end means the end of all addresses.
 func prefixBetween(first, end netip.Addr) (netip.Prefix, bool) {
 	for bits := 0; bits <= first.BitLen(); bits++ {
 		p := netip.PrefixFrom(first, bits)
@@ -322,7 +325,7 @@ func prefixBetween(first, end netip.Addr) (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
-// behind is the first address after those of a prefix, invalid when there is none.
+// behind returns the first address after a prefix. It is invalid when there is none.
 func behind(p netip.Prefix) netip.Addr {
 	b := p.Addr().AsSlice()
 	for i := range b {
@@ -373,7 +376,7 @@ func parseChain(body []byte, chains map[string]delta.Chain) {
 	chains[name] = c
 }
 
-// observeNft adds what the table holds.
+// observeNft adds the table's sets and chains to s.
 func (n *Netns) observeNft(s, want *delta.State) error {
 	f, err := n.nftables()
 	if err == nil {
@@ -381,7 +384,7 @@ func (n *Netns) observeNft(s, want *delta.State) error {
 	}
 	if err != nil {
 		if len(want.Sets)+len(want.Chains) == 0 {
-			return nil // a kernel without nftables holds none of ours
+			return nil // a kernel without nftables holds no objects of Lariat
 		}
 		return err
 	}
@@ -389,9 +392,9 @@ func (n *Netns) observeNft(s, want *delta.State) error {
 	return nil
 }
 
-// applyNft changes the table in one transaction. What the difference says to set or remove is held against
-// the table as it is by now, so that what is done already is left out, and nothing is done by halves. With
-// grow it takes nothing away yet.
+// applyNft changes the table in one transaction. It compares the difference with the current table.
+// Therefore it leaves out changes that the table already has, and makes no partial changes.
+// With grow it removes nothing.
 func (n *Netns) applyNft(d *delta.Difference, grow bool) error {
 	if d.Sets.Len()+d.Chains.Len() == 0 || !grow && !shrinks(d) {
 		return nil
@@ -414,7 +417,7 @@ func (n *Netns) applyNft(d *delta.Difference, grow bool) error {
 	return nil
 }
 
-// shrinks reports whether a difference takes anything of nftables away.
+// shrinks reports whether a difference removes anything from nftables.
 func shrinks(d *delta.Difference) bool {
 	return len(d.Sets.Remove)+len(d.Chains.Remove) > 0 ||
 		slices.ContainsFunc(d.Sets.Set, func(e delta.Entry[string, delta.Set]) bool {
@@ -425,8 +428,8 @@ func shrinks(d *delta.Difference) bool {
 	})
 }
 
-// target is what the table should hold once the difference is applied to what it holds now; with grow, and
-// nothing that goes is gone.
+// target returns the sets and chains of the current table with the difference applied.
+// With grow the result keeps everything that the difference removes.
 func (f *nftables) target(d *delta.Difference, grow bool) (sets map[string]delta.Set, chains map[string]delta.Chain) {
 	sets, chains = maps.Clone(f.sets), maps.Clone(f.chains)
 	if sets == nil {
@@ -457,7 +460,7 @@ func (f *nftables) target(d *delta.Difference, grow bool) (sets map[string]delta
 	return sets, chains
 }
 
-// nftStep is one message of a transaction.
+// An nftStep is one message of a transaction.
 type nftStep struct {
 	name  string
 	build func(m *message) error
@@ -473,8 +476,9 @@ func (f *nftables) change(d *delta.Difference, grow bool) error {
 		f.read = false
 		return err
 	}
-	// No read-back: the transaction was refused unless it was built on this very generation, so the outcome is
-	// known. The number itself is the next one, but is asked for, because somebody may have been there since.
+	// Do not read the ruleset again.
+	// The kernel refuses a transaction upon another generation, so the outcome is known.
+	// Read the new generation, because another process may have changed the ruleset since.
 	if gen, err := f.generation(); err == nil && gen == next(f.gen) {
 		f.gen, f.sets, f.chains = gen, sets, chains
 		f.exists, f.dormant = len(sets)+len(chains) > 0, false
@@ -484,7 +488,7 @@ func (f *nftables) change(d *delta.Difference, grow bool) error {
 	return nil
 }
 
-// next is the generation after gen; the kernel leaves 0 out.
+// next returns the generation after gen. The kernel skips 0.
 func next(gen uint32) uint32 {
 	if gen++; gen == 0 {
 		gen = 1
@@ -492,8 +496,8 @@ func next(gen uint32) uint32 {
 	return gen
 }
 
-// plan is the shortest transaction that leads to sets and chains: whatever refers to a set goes before it and
-// comes after it.
+// plan returns the shortest transaction that leads to sets and chains.
+// A transaction removes a rule before the set of that rule, and adds it after that set.
 func (f *nftables) plan(sets map[string]delta.Set, chains map[string]delta.Chain) ([]nftStep, error) {
 	var steps []nftStep
 	add := func(name string, build func(m *message) error) { steps = append(steps, nftStep{name, build}) }
@@ -526,7 +530,7 @@ func (f *nftables) plan(sets map[string]delta.Set, chains map[string]delta.Chain
 		if !ok || !want.SameBase(have) {
 			gone = append(gone, name)
 		}
-		// Chains that go are emptied too: the kernel keeps a chain that a rule jumps to.
+		// Flush removed chains too: the kernel keeps a chain that is the target of a jump.
 		add("flush chain "+name, func(m *message) error {
 			nftMessage(m, unix.NFT_MSG_DELRULE, 0)
 			m.string(unix.NFTA_RULE_TABLE, delta.Table)
@@ -571,7 +575,7 @@ func (f *nftables) plan(sets map[string]delta.Set, chains map[string]delta.Chain
 		_, ok := f.chains[name]
 		return ok && !changed[name]
 	})
-	for _, name := range names { // all of them, before a rule jumps to one
+	for _, name := range names { // all chains, before a rule jumps to one
 		want := chains[name]
 		hook := slices.Index(hooks, want.Hook)
 		if hook < 0 && want.Hook != "" {
@@ -636,8 +640,9 @@ func set(m *message, typ, flags uint16, name string, s *delta.Set) {
 	m.u32be(unix.NFTA_SET_FLAGS, setFlags)
 	m.u32be(unix.NFTA_SET_KEY_TYPE, key)
 	m.u32be(unix.NFTA_SET_KEY_LEN, length)
-	m.u32be(unix.NFTA_SET_ID, 1) // the kernel wants one, and finds sets by their names
-	// The byte order of keys for nft's listing (NFTNL_UDATA_SET_KEYBYTEORDER, big endian): type, length, value.
+	m.u32be(unix.NFTA_SET_ID, 1) // the kernel requires an id, but finds sets by their names
+	// nft's listing needs the byte order of keys (NFTNL_UDATA_SET_KEYBYTEORDER, big endian).
+	// The bytes are type, length and value.
 	m.bytes(unix.NFTA_SET_USERDATA, []byte{0, 4, 2, 0, 0, 0})
 }
 
@@ -684,7 +689,7 @@ func elements(m *message, typ, flags uint16, name string, s delta.Set, list []ne
 	m.end(all)
 }
 
-// transact sends all steps as one transaction upon the generation that was read.
+// transact sends all steps as one transaction upon the cached generation.
 func (f *nftables) transact(steps []nftStep) error {
 	s, m := f.s, &f.s.out
 	m.b = m.b[:0]
@@ -716,7 +721,7 @@ func (f *nftables) transact(steps []nftStep) error {
 	var refused []error
 	err := s.acks(first, last, nil, func(seq uint32, err error) error {
 		if seq == first {
-			return err // the transaction was not even begun: nothing else will be answered
+			return err // the kernel did not begin the transaction and will send no other answer
 		}
 		if len(refused) < maxErrors {
 			refused = append(refused, fmt.Errorf("%s: %w", steps[seq-first-1].name, err))
@@ -731,7 +736,8 @@ func (f *nftables) explain(err error, d *delta.Difference) error {
 	if !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EOPNOTSUPP) {
 		return err
 	}
-	// The kernel does not say which rule of the transaction it means: name what can be missing in all that are new.
+	// The kernel does not name the rule that it refused.
+	// Name every feature that the new rules need and the kernel may lack.
 	lacks := map[string]bool{}
 	for _, e := range d.Chains.Set {
 		if e.Value.Type == "nat" {

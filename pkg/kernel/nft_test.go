@@ -25,7 +25,7 @@ func prefixes(list ...string) []netip.Prefix {
 	return out
 }
 
-// filters is one of each statement.
+// filters has one statement of each kind.
 func filters() *delta.State {
 	s := delta.NewState()
 	s.Sets["nat4-overlay"] = delta.Set{Interval: true, Elements: prefixes("10.42.0.0/16")}
@@ -107,7 +107,7 @@ func TestNftablesHoldWhatThePlanSays(t *testing.T) {
 	}
 }
 
-// Another reader, which did not write it and so has nothing remembered, must see the same.
+// Another Netns, which did not write the table and has no cache, must read the same table.
 func TestNftablesReadBackByAnother(t *testing.T) {
 	probe.Need(t, probe.NftFib, probe.NftNAT)
 	ns, k := newKernel(t)
@@ -227,7 +227,7 @@ func TestNftablesFollowThePlan(t *testing.T) {
 	}
 }
 
-// Applying a difference once more, after it was done and after half of it was undone, must be harmless.
+// Applying a difference again must be harmless, even after half of it was reverted.
 func TestNftablesApplyTwice(t *testing.T) {
 	probe.Need(t, probe.NftFib, probe.NftNAT)
 	ns, k := newKernel(t)
@@ -284,8 +284,8 @@ func BenchmarkNftablesFromNothing10000(b *testing.B) {
 	}
 }
 
-// TestF29_SetsThatGoWhileTheyAreRead: another process, the network manager say, changes the table while an ADD
-// reads it. What was listed a moment ago and is gone is no error.
+// TestF29_SetsThatGoWhileTheyAreRead checks that a listed set that vanishes before its read is no
+// error. Another process, such as the network manager, changes the table while an ADD reads it.
 func TestF29_SetsThatGoWhileTheyAreRead(t *testing.T) {
 	host := netnstest.New(t)
 	k := openKernel(t, host)

@@ -24,25 +24,26 @@ const (
 
 	rtXFRM = 4 // NFT_RT_XFRM (Linux 4.20)
 
-	// Bits of include/uapi/linux/netfilter/nf_conntrack_common.h: of the state, established and related; of the
-	// status, IPS_DST_NAT.
+	// Bits of include/uapi/linux/netfilter/nf_conntrack_common.h.
+	// ctReply has the states established and related. ctDNAT is the status IPS_DST_NAT.
 	ctReply = 1<<1 | 1<<2
 	ctDNAT  = 1 << 5
 
 	fragmentHeader = 44 // IANA's number of the IPv6 fragment header
-	fragmentOffset = 6  // of the IPv4 header's field
+	fragmentOffset = 6  // offset of the field in the IPv4 header
 )
 
-// fragmentMask leaves of that field whether more fragments follow, and where this one belongs (RFC 791 §3.1).
+// fragmentMask selects the more-fragments flag and the fragment offset (RFC 791 §3.1).
 var fragmentMask = []byte{0x3f, 0xff}
 
-// Field offsets in the IP headers.
+// addrField maps fields to their offsets in the IPv4 header (false) and the IPv6 header (true).
 var addrField = map[bool]map[string]uint32{
 	false: {"saddr": 12, "daddr": 16},
 	true:  {"saddr": 8, "daddr": 24},
 }
 
-// expressions compiles a rule into what nft itself would send, so that "nft list" prints it as delta.Rule.String does.
+// expressions compiles a rule into the expressions that nft would send.
+// Therefore "nft list" prints the rule as delta.Rule.String does.
 func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 	add := func(e ...expr.Any) { out = append(out, e...) }
 	cmp := func(not bool, data []byte) {
@@ -52,7 +53,7 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		}
 		add(&expr.Cmp{Op: op, Register: reg, Data: data})
 	}
-	var proto byte // of the network layer, once a statement of this rule has matched it
+	var proto byte // the network protocol that an earlier statement of this rule has matched
 	ofFamily := func(v6 bool) {
 		want := byte(unix.NFPROTO_IPV4)
 		if v6 {
@@ -83,7 +84,7 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 		switch s := s.(type) {
 		case delta.IifPrefix:
 			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
-			cmp(false, []byte(s)) // compared up to here only
+			cmp(false, []byte(s)) // compares the prefix only
 		case delta.NotIifPrefix:
 			add(&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: reg})
 			cmp(true, []byte(s))
@@ -102,7 +103,7 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 			ofFamily(v6)
 			addr := s.Prefix.Masked().Addr().AsSlice()
 			whole := s.Prefix.Bits() / 8
-			if s.Prefix.Bits()%8 == 0 { // of whole octets no more are loaded than count
+			if s.Prefix.Bits()%8 == 0 { // load only the bytes of the prefix
 				add(&expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(whole)})
 				cmp(false, addr[:whole])
 				continue
@@ -214,14 +215,14 @@ func expressions(r delta.Rule) (out []expr.Any, comment string, err error) {
 	return out, comment, nil
 }
 
-// tooBig is all of delta.TooBig, so that reading it back is comparing with this.
+// tooBig returns all expressions of delta.TooBig. readTooBig compares a rule with them.
 func tooBig(s delta.TooBig) []expr.Any {
 	load := func(offset, length uint32) expr.Any {
 		return &expr.Payload{DestRegister: reg, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: length}
 	}
 	compare := func(op expr.CmpOp, data ...byte) expr.Any { return &expr.Cmp{Op: op, Register: reg, Data: data} }
 	is := func(what expr.Any, data ...byte) []expr.Any { return []expr.Any{what, compare(expr.CmpOpEq, data...)} }
-	const inner = 8 // where the packet begins that the error is about
+	const inner = 8 // offset of the packet inside the ICMP error
 	l4proto := &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg}
 	v6, below := s.From.Is6(), binary.BigEndian.AppendUint32(nil, uint32(s.Below))
 	var out []expr.Any
@@ -237,7 +238,8 @@ func tooBig(s delta.TooBig) []expr.Any {
 		[]expr.Any{load(inner+addrField[v6]["daddr"], length(v6)), &expr.Lookup{SourceRegister: reg, SetName: s.To}})
 }
 
-// readTooBig reads what tooBig wrote: it takes out of the expressions what can differ, and compares the rest.
+// readTooBig parses the expressions of tooBig.
+// It extracts the variable parts, and compares all expressions with those of tooBig.
 func readTooBig(x []expression) (s delta.TooBig, n int, ok bool) {
 	n = slices.IndexFunc(x, func(e expression) bool { return e.name == "lookup" }) + 1
 	if n < 8 {
@@ -307,7 +309,8 @@ func rule(m *message, chain string, r delta.Rule) error {
 	return nil
 }
 
-// masqueradePorts writes what the library (0.3.0) leaves out: without the flag the kernel ignores the ports.
+// masqueradePorts writes a masquerade with the flag that the library (0.3.0) leaves out.
+// Without the flag the kernel ignores the ports.
 func masqueradePorts(m *message, masq *expr.Masq) {
 	elem := m.nest(unix.NFTA_LIST_ELEM)
 	m.string(unix.NFTA_EXPR_NAME, "masq")
@@ -319,8 +322,8 @@ func masqueradePorts(m *message, masq *expr.Masq) {
 	m.end(elem)
 }
 
-// expression is one expression of a rule as the kernel tells it. Whatever attribute it has is kept: an
-// expression with one more than expected is another expression.
+// An expression is one expression of a rule as the kernel lists it.
+// It keeps all attributes, because an additional attribute makes another expression.
 type expression struct {
 	name  string
 	attrs map[uint16][]byte
@@ -333,7 +336,7 @@ func (e expression) u32(attr uint16) uint32 {
 	return 0
 }
 
-// data is the value inside of an attribute of the type nft_data.
+// data returns the value in an attribute of the type nft_data.
 func (e expression) data(attr uint16) []byte {
 	for a := newAttrs(e.attrs[attr]); a.next(); {
 		if a.typ == unix.NFTA_DATA_VALUE {
@@ -375,8 +378,8 @@ func parseRule(body []byte, chains map[string]delta.Chain) {
 	chains[chain] = c
 }
 
-// statements reads a rule back, expression by expression. It knows what expressions writes and nothing else;
-// the rest becomes Unknown, and with it the rule is replaced.
+// statements parses a rule, expression by expression. It knows only the output of expressions.
+// All other expressions become Unknown, so the rule is replaced.
 func statements(exprs []expression, comment string) delta.Rule {
 	var out delta.Rule
 	for len(exprs) > 0 {
@@ -392,8 +395,8 @@ func statements(exprs []expression, comment string) delta.Rule {
 	return out
 }
 
-// statement reads the first statement and says of how many expressions it is; nil for a match on the network
-// protocol, which nft does not print either.
+// statement returns the first statement and the number of its expressions.
+// The statement is nil for a match on the network protocol, because nft does not print that match.
 func statement(x []expression) (delta.Statement, int) {
 	first := x[0]
 	unknown := delta.Unknown(first.name)
@@ -567,7 +570,7 @@ func verdict(e expression) (delta.Verdict, bool) {
 	return "", false
 }
 
-// masqueradeTo reads the two ports and the masquerade that uses them.
+// masqueradeTo parses two ports and the masquerade that uses them.
 func masqueradeTo(x []expression) (delta.Masquerade, bool) {
 	if len(x) < 3 || x[1].name != "immediate" || x[2].name != "masq" ||
 		x[2].u32(unix.NFTA_MASQ_FLAGS) != unix.NF_NAT_RANGE_PROTO_SPECIFIED {
@@ -584,7 +587,8 @@ func masqueradeTo(x []expression) (delta.Masquerade, bool) {
 	return delta.Masquerade{First: ports[0], Last: ports[1]}, ports != [2]uint16{}
 }
 
-// anyBit reads the comparison behind the first expression, which asks whether any bit of a mask is set.
+// anyBit parses the comparison after the first expression. That comparison matches when any bit of
+// the mask is set.
 func anyBit(x []expression) (mask []byte, ok bool) {
 	if len(x) < 3 || x[1].name != "bitwise" || x[1].u32(unix.NFTA_BITWISE_SREG) != reg ||
 		x[1].u32(unix.NFTA_BITWISE_DREG) != reg ||
@@ -596,7 +600,7 @@ func anyBit(x []expression) (mask []byte, ok bool) {
 	return mask, bytes.Equal(x[2].data(unix.NFTA_CMP_DATA), make([]byte, len(mask)))
 }
 
-// notAddr reads a match of an address against one that it is not.
+// notAddr parses a match of an address that differs from a given one.
 func notAddr(x []expression) (delta.NotAddr, bool) {
 	if len(x) < 2 || !x[1].compares() || x[1].u32(unix.NFTA_CMP_OP) != unix.NFT_CMP_NEQ {
 		return delta.NotAddr{}, false
@@ -620,8 +624,8 @@ func length(v6 bool) uint32 {
 	return 4
 }
 
-// matchesFamily says whether a match on the network protocol is the one that the next statement, on an
-// address, brings along.
+// matchesFamily reports whether a match on the network protocol belongs to the next statement.
+// The statements on addresses and fragments need such a match.
 func matchesFamily(x []expression, proto byte) bool {
 	var v6 bool
 	switch s, _ := statement(x); s := s.(type) {
@@ -639,7 +643,8 @@ func matchesFamily(x []expression, proto byte) bool {
 	return v6 && proto == unix.NFPROTO_IPV6 || !v6 && proto == unix.NFPROTO_IPV4
 }
 
-// inPrefix reads a match of an address against a prefix: some octets that are equal, or all of them behind a mask.
+// inPrefix parses a match of an address against a prefix.
+// The match compares the first bytes, or all bytes behind a mask.
 func inPrefix(x []expression) (p delta.InPrefix, n int, ok bool) {
 	for v6, fields := range addrField {
 		for field, offset := range fields {
@@ -675,7 +680,7 @@ func inPrefix(x []expression) (p delta.InPrefix, n int, ok bool) {
 	return p, 0, false
 }
 
-// plainLookup says whether this asks whether register 1 is in a set.
+// plainLookup reports whether the expression tests that register 1 is in a set.
 func (e expression) plainLookup() bool {
 	return e.name == "lookup" && e.u32(unix.NFTA_LOOKUP_SREG) == reg && e.attrs[unix.NFTA_LOOKUP_DREG] == nil &&
 		e.u32(unix.NFTA_LOOKUP_FLAGS) == 0
@@ -686,7 +691,7 @@ func (e expression) compares() bool {
 	return e.name == "cmp" && e.u32(unix.NFTA_CMP_SREG) == reg && (op == unix.NFT_CMP_EQ || op == unix.NFT_CMP_NEQ)
 }
 
-// equals says whether this compares register 1 for equality with n octets.
+// equals reports whether the expression compares register 1 for equality with n bytes.
 func (e expression) equals(n int) bool {
 	return e.compares() && e.u32(unix.NFTA_CMP_OP) == unix.NFT_CMP_EQ && len(e.data(unix.NFTA_CMP_DATA)) == n
 }

@@ -14,8 +14,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// interruptedTries is how often an inconsistent list is read again. After that it is taken as it is: each
-// change that follows from it is harmless when it comes to nothing, and the next pass sees the rest.
+// interruptedTries limits the reads of an inconsistent list. Observe then uses the last read.
+// Each change that follows from this read is harmless, and the next pass sees the rest.
 const interruptedTries = 4
 
 // Observe implements Kernel.
@@ -50,7 +50,8 @@ func (n *Netns) Observe(ctx context.Context, want *delta.State) (*delta.State, e
 	return s, nil
 }
 
-// sized is an empty state with room for as much as is wanted: in the settled case nothing has to grow.
+// sized returns an empty state with the capacity of want.
+// No map grows when the kernel holds the desired state.
 func sized(want *delta.State) *delta.State {
 	return &delta.State{
 		Links:    make(map[string]delta.Link, len(want.Links)),
@@ -69,14 +70,14 @@ type observation struct {
 	n     *Netns
 	want  *delta.State
 	s     *delta.State
-	names map[uint32]string // of interface indexes, as far as known; lookup finds the others
+	names map[uint32]string // known names of interface indexes; lookup finds the others
 	owned []uint32          // indexes of owned devices
 
 	lookup func(index uint32) string
 
 	interrupted bool
 
-	ports map[string]map[netip.Prefix]delta.Route // routes to containers, by device, where somebody asks for them
+	ports map[string]map[netip.Prefix]delta.Route // routes to containers, by device; nil: not requested
 }
 
 func (o *observation) run() error {
@@ -88,7 +89,7 @@ func (o *observation) run() error {
 	}
 	for _, index := range o.owned {
 		if o.s.Links[o.name(index)].Kind != delta.KindVXLAN {
-			continue // has neither neighbours nor forwarding entries
+			continue // other kinds have no neighbours and no forwarding entries
 		}
 		if err := o.neighs(index); err != nil {
 			return err
@@ -111,7 +112,7 @@ func (o *observation) run() error {
 	return nil
 }
 
-// dump lets a list that was inconsistent pass for now, and remembers that it was.
+// dump returns no error for an inconsistent list, but sets interrupted.
 func (o *observation) dump(what string, typ uint16, build func(m *message), each func(body []byte)) error {
 	err := o.n.rt.dump(typ, build, func(_ uint16, body []byte) { each(body) })
 	if errors.Is(err, errInterrupted) {
@@ -133,14 +134,14 @@ func (o *observation) name(index uint32) string {
 	return name
 }
 
-// foundLink is a device as the kernel describes it.
+// A foundLink is a device as the kernel describes it.
 type foundLink struct {
 	index uint32
 	name  string
 	kind  string
 	link  delta.Link
 
-	oper       byte // its operational state
+	oper       byte // the operational state
 	group      uint32
 	rpFilter   int
 	forwarding bool
@@ -153,7 +154,7 @@ func (o *observation) links() error {
 		}
 		err := o.dump(kind+" devices", unix.RTM_GETLINK, func(m *message) { allOfKind(m, kind) }, func(body []byte) {
 			f := parseLink(body)
-			if f.kind != kind { // asked for a kind that it does not know, the kernel lists all there is
+			if f.kind != kind { // the kernel lists all devices when it does not know the kind
 				if o.n.unknown == nil {
 					o.n.unknown = map[string]bool{}
 				}
@@ -192,10 +193,10 @@ func (o *observation) wants(kind string) bool {
 	return false
 }
 
-// linkKinds are the kinds of devices that Lariat makes for a host.
+// linkKinds are the kinds of devices that Lariat creates for a host.
 var linkKinds = []string{delta.KindVXLAN, delta.KindXFRM}
 
-// allOfKind asks for the devices of one kind: thousands of containers' veths are left out by the kernel.
+// allOfKind requests the devices of one kind. The kernel leaves out thousands of containers' veths.
 func allOfKind(m *message, kind string) {
 	m.raw(make([]byte, unix.SizeofIfInfomsg)...)
 	info := m.nest(unix.IFLA_LINKINFO)
@@ -204,11 +205,11 @@ func allOfKind(m *message, kind string) {
 	m.u32(unix.IFLA_EXT_MASK, rtextFilterSkipStats)
 }
 
-// addrs reads all addresses of owned devices, and those of others that are wanted.
+// addrs reads all addresses of owned devices, and the desired addresses of foreign devices.
 func (o *observation) addrs() error {
 	for _, index := range o.owned {
 		if dev := o.name(index); strings.HasPrefix(dev, delta.TunnelPrefix) && !o.addressed(dev) {
-			continue // of hundreds of tunnels to peers, none has an address
+			continue // none of the hundreds of tunnels to peers has an address
 		}
 		if err := o.addrsOf(index, o.name(index), true); err != nil {
 			return err
@@ -235,7 +236,7 @@ func (o *observation) addrs() error {
 	return nil
 }
 
-// addressed reports whether an address is wanted on a device.
+// addressed reports whether a device has a desired address.
 func (o *observation) addressed(dev string) bool {
 	for a := range o.want.Addrs {
 		if a.Dev == dev {
@@ -245,7 +246,7 @@ func (o *observation) addressed(dev string) bool {
 	return false
 }
 
-// parseAddr reads an RTM_NEWADDR: an address, and the index of its device.
+// parseAddr parses an RTM_NEWADDR. It returns the address and the index of the device.
 func parseAddr(body []byte) (index uint32, p netip.Prefix) {
 	if len(body) < unix.SizeofIfAddrmsg {
 		return 0, p
@@ -280,7 +281,8 @@ func (o *observation) addrsOf(index uint32, dev string, owned bool) error {
 				o.s.Addrs[key] = struct{}{}
 			}
 		})
-		// A kernel without IPv6 says EOPNOTSUPP or answers with all addresses, which are filtered above.
+		// A kernel without IPv6 answers EOPNOTSUPP or all addresses.
+		// The code above filters those addresses.
 		if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
 			return err
 		}
@@ -331,7 +333,8 @@ func parseNeigh(body []byte, index uint32, states uint16) (addr netip.Addr, mac 
 	return addr, mac, true
 }
 
-// Nexthop objects (Linux 5.3, include/uapi/linux/nexthop.h): struct nhmsg is family, scope, protocol, reserved, flags.
+// These are numbers of nexthop objects (Linux 5.3, include/uapi/linux/nexthop.h).
+// struct nhmsg has the fields family, scope, protocol, reserved and flags.
 const (
 	sizeofNhMsg = 8
 	nhaID       = 1
@@ -368,7 +371,7 @@ func (o *observation) nexthops() error {
 	return named(err, "this kernel lacks nexthop objects (Linux 5.3)", unix.EOPNOTSUPP)
 }
 
-// named says what an error of the kernel means.
+// named adds a meaning to an error of the kernel when the error is one of codes.
 func named(err error, meaning string, codes ...error) error {
 	for _, c := range codes {
 		if errors.Is(err, c) {
@@ -383,12 +386,12 @@ func (o *observation) routes(family byte) error {
 		ownRoutes(m, family)
 	}, o.route)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EOPNOTSUPP) {
-		return nil // an IPv4 table appears with its first route; a kernel without IPv6 has none
+		return nil // an IPv4 table appears with its first route; a kernel without IPv6 has no table
 	}
 	return err
 }
 
-// ownRoutes asks for Lariat's routes of one family.
+// ownRoutes requests Lariat's routes of one family.
 func ownRoutes(m *message, family byte) {
 	m.raw(family, 0, 0, 0, unix.RT_TABLE_MAIN, delta.Protocol, 0, 0)
 	m.rawU32(0)
@@ -401,7 +404,7 @@ var routeTypes = map[byte]string{
 
 func (o *observation) route(body []byte) {
 	if len(body) < unix.SizeofRtMsg || body[4] != unix.RT_TABLE_MAIN || body[5] != delta.Protocol {
-		return // an older kernel does not filter
+		return // older kernels do not filter
 	}
 	flags := binary.NativeEndian.Uint32(body[8:])
 	if flags&unix.RTM_F_CLONED != 0 {
@@ -434,15 +437,15 @@ func (o *observation) route(body []byte) {
 				}
 			}
 		case unix.RTA_MULTIPATH:
-			r.Type = "multipath" // not ours to write: differs from whatever is wanted
+			r.Type = "multipath" // Lariat never writes it, so it differs from every desired route
 		}
 	}
 	switch {
 	case r.NH != 0 || r.Type != "":
-		r.Via, r.Onlink = netip.Addr{}, false // the nexthop's, or lo for what leads nowhere
+		r.Via, r.Onlink = netip.Addr{}, false // the values of the nexthop object, or of lo for other types
 	case oif != 0:
 		r.Dev = o.name(oif)
-		if strings.HasPrefix(r.Dev, delta.VethPrefix) { // a container's, made and removed with its port
+		if strings.HasPrefix(r.Dev, delta.VethPrefix) { // a container's route, created and removed with its endpoint
 			if o.ports != nil {
 				if o.ports[r.Dev] == nil {
 					o.ports[r.Dev] = map[netip.Prefix]delta.Route{}

@@ -36,9 +36,9 @@ func (n *Netns) PortNetwork(ctx context.Context, hostName string) (string, error
 	return alias.Network, nil
 }
 
-// portFree looks where the other end of an existing host end is. It is left over when that is in no
-// container, when its namespace is being taken down, or when it is this very interface of the
-// container.
+// portFree returns an error when a container uses an existing host end.
+// A host end is dangling when its peer is in no container or in a namespace that is being removed.
+// A host end is also replaceable when its peer is interface ifName of this container.
 func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) error {
 	if _, err := n.index(hostName); errors.Is(err, unix.ENODEV) {
 		return nil
@@ -54,7 +54,7 @@ func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) erro
 	}
 	name, err := n.nameAt(at, peer, "")
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENODEV) {
-		return nil // the namespace or the link is being removed
+		return nil // the kernel is removing the namespace or the link
 	}
 	if err != nil {
 		return fmt.Errorf("look for the peer of %s: %w", hostName, err)
@@ -82,8 +82,8 @@ func (n *Netns) portFree(inside *os.File, hostName, ifName, network string) erro
 	return nil
 }
 
-// veth returns a veth device, the index of its peer, and the id of the peer's network namespace:
-// negative when the peer is in this namespace, or in one that is being removed.
+// veth returns a veth device, the index of its peer, and the id of the peer's network namespace.
+// The id is negative when the peer is in this namespace or in a namespace that is being removed.
 func (n *Netns) veth(name string) (f foundLink, peer uint32, at int32, err error) {
 	at = -1
 	err = n.rt.link(0, name, func(body []byte) {
@@ -100,8 +100,8 @@ func (n *Netns) veth(name string) (f foundLink, peer uint32, at int32, err error
 	return f, peer, at, err
 }
 
-// nameAt looks for a link in another network namespace, by index or by name. The kernel answers
-// EINVAL for a namespace that does not exist any more.
+// nameAt finds a link in another network namespace, by index or by name.
+// The kernel answers EINVAL for a namespace that no longer exists.
 func (n *Netns) nameAt(nsid int32, index uint32, name string) (found string, err error) {
 	err = n.rt.get(unix.RTM_GETLINK, func(m *message) {
 		askLink(m, index, name)
@@ -110,7 +110,7 @@ func (n *Netns) nameAt(nsid int32, index uint32, name string) (found string, err
 	return found, err
 }
 
-// nsid is this namespace's id of another one; negative when it has none.
+// nsid returns this namespace's id of another namespace. The id is negative when there is none.
 func (n *Netns) nsid(ns *os.File) (id int32, err error) {
 	id = -1
 	err = n.rt.get(unix.RTM_GETNSID, func(m *message) {

@@ -15,15 +15,15 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// portOf plans the port of one container on a network.
+// portOf plans the endpoint of one container on a network.
 func portOf(network string) delta.Endpoint {
 	addresses := []metadata.AttachmentAddress{{Address: netip.MustParseAddr("10.42.0.5")}}
 	return attach.Plan(&metadata.Attachment{Network: network, MTU: 1450, Addresses: addresses},
 		attach.Config{ID: metadata.AttachmentID{ContainerID: "c", IfName: "eth0"}})
 }
 
-// TestPortOfARunningContainerStays: an ADD that cannot succeed, or is not for the container that
-// runs, does not take its port away. What is really left over is replaced.
+// TestPortOfARunningContainerStays checks that an ADD never removes a running container's endpoint.
+// The ADD cannot succeed, or is for another container. An ADD replaces a dangling host end.
 func TestPortOfARunningContainerStays(t *testing.T) {
 	host, first, second, taken := netnstest.New(t), netnstest.New(t), netnstest.New(t), netnstest.New(t)
 	bridge := func(name string) func() {
@@ -85,7 +85,7 @@ func TestPortOfARunningContainerStays(t *testing.T) {
 			}
 		})
 		rename("net0", "eth0")
-		for range 2 { // the interface itself, damaged or whole, is made anew
+		for range 2 { // the interface itself, damaged or whole, is re-created
 			if err := add(first, p); err != nil {
 				t.Fatal(err)
 			}
@@ -96,8 +96,9 @@ func TestPortOfARunningContainerStays(t *testing.T) {
 	})
 }
 
-// TestPortOfADyingNamespaceIsReplaced: the kernel takes a namespace down some time after its last
-// process. Until then the host's end of its veth stands, and no container uses it.
+// TestPortOfADyingNamespaceIsReplaced checks that ADD replaces the host end of a dying namespace.
+// The kernel removes a namespace some time after the end of its last process.
+// Until then the host end exists, and no container uses it.
 func TestPortOfADyingNamespaceIsReplaced(t *testing.T) {
 	host, next := netnstest.New(t), netnstest.New(t)
 	host.Do(t, func() {

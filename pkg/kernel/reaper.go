@@ -13,27 +13,30 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// LinkReaper removes ports for callers who need not wait for the kernel's house-keeping.
+// LinkReaper removes host ends for callers that need not wait for the kernel's cleanup.
 //
-// A link is out of everyone's sight, its routes and addresses gone, after a third of a millisecond, and the
-// kernel says so (RTM_DELLINK). The request that asked for it returns 16 ms later, when RCU has let go of the
-// device (netdev_run_todo), and what is in that wait cannot be killed. So a short-lived process lets a
-// long-lived one do it. Nobody holds a lock during that wait, so a few workers take turns; requests that find
-// them all waiting are made into one, for a group of links.
+// A removed link, its routes and its addresses vanish after a third of a millisecond.
+// The kernel announces this removal (RTM_DELLINK). The request returns 16 ms later.
+// Until then the kernel waits for RCU to release the device (netdev_run_todo).
+// A process in that wait cannot be killed.
+// Therefore a short-lived process leaves the removal to a long-lived process.
+// The kernel holds no lock during that wait, so a few workers can wait in parallel.
+// When all workers wait, LinkReaper merges further requests into one request for a group of links.
 type LinkReaper struct {
 	kick  chan struct{}
-	names int // a socket to ask for names by; it lives as long as the process
+	names int // a socket for lookups of names, open until the process ends
 
 	mu      sync.Mutex
 	queue   []uint32
 	waiting map[uint32][]chan error
 }
 
-// workers is how many requests may wait in the kernel at once: four at 16 ms each remove 250 ports a second
-// one by one, and any number in groups.
+// workers limits how many requests wait in the kernel at the same time.
+// Four requests of 16 ms each remove 250 links per second singly, and any number in groups.
 const workers = 4
 
-// NewLinkReaper works in the calling goroutine's network namespace until the context ends.
+// NewLinkReaper returns a LinkReaper for the calling goroutine's network namespace.
+// It works until the context ends.
 func NewLinkReaper(ctx context.Context) (*LinkReaper, error) {
 	events, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK)
 	if err != nil {
@@ -52,16 +55,18 @@ func NewLinkReaper(ctx context.Context) (*LinkReaper, error) {
 		go r.work(ctx, n)
 	}
 	context.AfterFunc(ctx, func() { events.Close() })
-	// Those whose announcement is lost wait for the request to return.
+	// When an announcement is lost, the caller of Remove waits until the request returns.
 	go receive(events, r.announced, func() {})
 	return r, nil
 }
 
-// Remove returns when the kernel has announced that the port's host end is gone, or was not there. Its error
-// is DelEndpoints', or the context's.
+// Remove returns when the kernel has announced the removal of the host end.
+// It returns at once when there is no such host end.
+// The error is that of DelEndpoints or of the context.
 //
-// The link is named by its index, which the kernel does not use again: a request whose caller was killed may
-// wait its turn until after the next ADD of the same container, and that one's port has the same name.
+// The index identifies the link, because the kernel does not reuse an index.
+// A request of a killed caller may wait until after the next ADD of the same container.
+// The host end of that ADD has the same name.
 func (r *LinkReaper) Remove(ctx context.Context, hostName string, index uint32) error {
 	if !strings.HasPrefix(hostName, delta.VethPrefix) || index == 0 {
 		return fmt.Errorf("remove %s, index %d: it is no container's port", hostName, index)
@@ -104,7 +109,7 @@ func (r *LinkReaper) work(ctx context.Context, n *Netns) {
 		n.mu.Lock()
 		err := n.removeGroup(links)
 		n.mu.Unlock()
-		// Whoever still waits now asked for a link that was not there, or could not be removed.
+		// The remaining callers requested a link that did not exist or could not be removed.
 		for _, index := range links {
 			r.gone(index, err)
 		}

@@ -13,8 +13,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TestF132RemoverSparesTheNextPort: ports go, many at once; the request of a DEL that was killed meanwhile
-// does not cost the next ADD of the same container its port, which has the same name.
+// TestF132RemoverSparesTheNextPort checks that the late request of a killed DEL spares the host end
+// of the next ADD. That host end has the same name. The test removes many endpoints at once.
 func TestF132RemoverSparesTheNextPort(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	host.Do(t, func() {
@@ -59,7 +59,7 @@ func TestF132RemoverSparesTheNextPort(t *testing.T) {
 					t.Error(err)
 				}
 			}
-			if err := r.Remove(t.Context(), name, index); err != nil { // gone already
+			if err := r.Remove(t.Context(), name, index); err != nil { // already removed
 				t.Error(err)
 			}
 		}
@@ -80,8 +80,8 @@ func TestF132RemoverSparesTheNextPort(t *testing.T) {
 	})
 }
 
-// TestF132PortsThatTwoRemoveAtOnce: a GC and the network manager come upon the same leftovers; both find in
-// the end that they are gone.
+// TestF132PortsThatTwoRemoveAtOnce checks that two removals of the same host ends both succeed.
+// A garbage collection and the network manager may find the same dangling host ends.
 func TestF132PortsThatTwoRemoveAtOnce(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	host.Do(t, func() {

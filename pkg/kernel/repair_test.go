@@ -16,8 +16,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TestF29_PortLosesWhatItsADDMade: whatever a port loses on its host is an event, a fault that names it, and
-// mended by one call. The container's end is not touched.
+// TestF29_PortLosesWhatItsADDMade checks that every lost property of a host end causes an event and
+// a fault that names it. One call repairs the host end. The container's end does not change.
 func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 	addresses := func(list ...string) (out []metadata.AttachmentAddress) {
 		for _, s := range list {
@@ -42,7 +42,7 @@ func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 		t.Run(port.name, func(t *testing.T) {
 			host, inside := netnstest.New(t), netnstest.New(t)
 			host.Command(t, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-			// What the host has for new devices is not what a port is to have.
+			// The host's defaults for new devices differ from the settings of a host end.
 			host.Command(t, "sh", "-c", "echo 0 > /proc/sys/net/ipv4/conf/default/forwarding")
 			host.Command(t, "sh", "-c", "echo 1 > /proc/sys/net/ipv6/conf/default/disable_ipv6")
 			host.Command(t, "ip", "link", "add", "own", "type", "veth", "peer", "name", "owm")
@@ -115,7 +115,7 @@ func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 				}
 				command := strings.ReplaceAll(tc.command, "D", want.Name)
 				host.Command(t, "sh", "-ec", command)
-				// All IPv6 on the host went with it, and with it the address from which it speaks.
+				// All IPv6 on the host was removed with it, and with IPv6 the host's source address.
 				host.Command(t, "sh", "-c", "echo 0 > /proc/sys/net/ipv6/conf/own/disable_ipv6")
 				host.Command(t, "ip", "addr", "replace", "fd42::1/128", "dev", "own", "nodad")
 				got := faults()
@@ -154,7 +154,7 @@ func TestF29_PortLosesWhatItsADDMade(t *testing.T) {
 	}
 }
 
-// TestF29_PortsThatComeAreNoNews: no ADD makes the manager look at all ports.
+// TestF29_PortsThatComeAreNoNews checks that no ADD makes the manager read all host ends.
 func TestF29_PortsThatComeAreNoNews(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	host.Command(t, "ip", "link", "add", "last", "type", "veth", "peer", "name", "tsal")
@@ -178,8 +178,9 @@ func TestF29_PortsThatComeAreNoNews(t *testing.T) {
 	}
 }
 
-// TestF1_HostWithoutItsAddress: a device that somebody deletes takes the host's address along, and the manager
-// needs a moment. An ADD that comes meanwhile succeeds, and its port is told apart from one that has all.
+// TestF1_HostWithoutItsAddress checks an ADD on a host that has lost its address.
+// The kernel removes the address with a deleted device. The manager needs a moment for the repair.
+// The ADD succeeds meanwhile, and the faults of its host end show the missing source.
 func TestF1_HostWithoutItsAddress(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	k := openKernel(t, host)
@@ -196,8 +197,9 @@ func TestF1_HostWithoutItsAddress(t *testing.T) {
 	}
 }
 
-// TestAddressOfAnotherPort: an address that leads to a container that runs, or that somebody else routes, is not taken
-// over, neither by an ADD nor by the manager. The overlay's own route gives way: the address was on another host.
+// TestAddressOfAnotherPort checks that neither an ADD nor the manager replaces certain routes.
+// These are routes to a running container, and foreign routes.
+// A route of the overlay is replaced: the address was on another host.
 func TestAddressOfAnotherPort(t *testing.T) {
 	for _, address := range []string{"10.42.0.5", "fd42::5"} {
 		t.Run(address, func(t *testing.T) {
@@ -227,7 +229,7 @@ func TestAddressOfAnotherPort(t *testing.T) {
 			if out := host.Command(t, "ip", "-o", "link"); strings.Contains(out, thief.HostName) {
 				t.Errorf("the port that failed is there:\n%s", out)
 			}
-			// The manager finds two, as an earlier version left them.
+			// The manager finds two host ends, as an earlier version left them.
 			if err := k.AddEndpoint(t.Context(), two.Path(), attach.Plan(&metadata.Attachment{Network: "n", MTU: 1450},
 				attach.Config{ID: metadata.AttachmentID{ContainerID: "thief", IfName: "eth0"}})); err != nil {
 				t.Fatal(err)
@@ -240,7 +242,7 @@ func TestAddressOfAnotherPort(t *testing.T) {
 				t.Errorf("a port's own route: %v", err)
 			}
 
-			// Of others.
+			// The route is foreign.
 			if err := k.DelEndpoint(t.Context(), running.HostName); err != nil {
 				t.Fatal(err)
 			}
@@ -260,7 +262,7 @@ func TestAddressOfAnotherPort(t *testing.T) {
 	}
 }
 
-// TestF1_LoopbackIsUp: a list without the loopback plugin is a list all the same.
+// TestF1_LoopbackIsUp checks that lo is up even without the loopback plugin in the list.
 func TestF1_LoopbackIsUp(t *testing.T) {
 	host, inside := netnstest.New(t), netnstest.New(t)
 	inside.Command(t, "ip", "link", "set", "lo", "down")
@@ -295,8 +297,8 @@ func TestF1_LoopbackIsUp(t *testing.T) {
 	}
 }
 
-// TestHostPortLeavingHasNoFaults: a port that is being removed is in a group of its own, and must not be taken
-// out of it.
+// TestHostPortLeavingHasNoFaults checks that a host end under removal has no faults.
+// It is in a link group of its own, and a repair must not change the group.
 func TestHostPortLeavingHasNoFaults(t *testing.T) {
 	if f := (delta.VethInfo{Group: delta.Protocol<<24 | 5}).Faults(delta.VethInfo{Up: true,
 		Group: delta.OverlayLinkGroup}); len(f) > 0 {

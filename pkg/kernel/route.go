@@ -14,9 +14,9 @@ type (
 	routeEntry   = delta.Entry[delta.RouteKey, delta.Route]
 )
 
-// collisions collects what EEXIST refused: an object of that key is there, and Observe did not see it. Either
-// it is ours, made by someone faster or by this very difference applied before, and is replaced; or it is
-// not, and is left alone.
+// collisions resolves refusals with EEXIST. An object of that key exists, and Observe did not see it.
+// Either the object is Lariat's, and is replaced. A faster process or an earlier Apply created it.
+// Or the object is foreign, and remains.
 type collisions struct {
 	a      *application
 	seen   *delta.State
@@ -75,7 +75,7 @@ func (a *application) routes() {
 	send(a, "set", ours, a.setRoute, routeName)
 }
 
-// refuse sends like send, and gives what exists already to exists.
+// refuse sends entries like send, and calls exists for every object that already exists.
 func refuse[K comparable, V any](a *application, entries []delta.Entry[K, V],
 	build func(*message, *delta.Entry[K, V]) bool,
 	name func(*delta.Entry[K, V]) string, exists func(*delta.Entry[K, V])) {
@@ -98,8 +98,8 @@ func refuse[K comparable, V any](a *application, entries []delta.Entry[K, V],
 	}
 }
 
-// createOrReplace are the flags of an object that is known to be there, or known not to be. What is not known
-// to be ours is never replaced.
+// createOrReplace returns the flags of a request. replaces says that the object is known to exist.
+// Without it the request fails for an existing object, because that object may be foreign.
 func createOrReplace(replaces bool) uint16 {
 	if replaces {
 		return unix.NLM_F_CREATE | unix.NLM_F_REPLACE
@@ -138,8 +138,9 @@ func (a *application) setRoute(m *message, e *routeEntry) bool {
 	return a.route(m, unix.RTM_NEWROUTE, createOrReplace(e.Replaces), e.Key, e.Value)
 }
 
-// removeRoute names all that it knows of the route: another of the same destination may have come meanwhile,
-// such as a container's that moved here, and must stay.
+// removeRoute sends all known properties of the route.
+// Another route to the same destination may have appeared since, and must remain.
+// An example is the route of a container that moved to this host.
 func (a *application) removeRoute(m *message, e *routeEntry) bool {
 	return a.route(m, unix.RTM_DELROUTE, 0, e.Key, e.Value)
 }
@@ -156,7 +157,7 @@ func routeType(word string) (kind byte, known bool) {
 	return unix.RTN_UNICAST, false
 }
 
-// metric6 is what IPv6 calls a route's metric when there is none (IP6_RT_PRIO_USER).
+// metric6 is the metric of an IPv6 route that was created without one (IP6_RT_PRIO_USER).
 const metric6 = 1024
 
 func (a *application) route(m *message, typ, flags uint16, k delta.RouteKey, r delta.Route) bool {
@@ -169,7 +170,7 @@ func (a *application) route(m *message, typ, flags uint16, k delta.RouteKey, r d
 	}
 	v6 := dst.Addr().Is6()
 	if v6 && metric == 0 {
-		metric = metric6 // without one a removal would take any
+		metric = metric6 // a removal without a metric would match any metric
 	}
 	m.begin(typ, flags)
 	kind, known := routeType(r.Type)

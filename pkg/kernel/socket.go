@@ -11,19 +11,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// batchSize is how much is sent to the kernel at once, in octets. Beyond 64 KiB nothing is gained, and the
-// default send buffer takes no more than 208 KiB.
+// batchSize is the size of a batch of requests in bytes. Batches above 64 KiB are no faster.
+// The default send buffer takes no more than 208 KiB.
 const batchSize = 60 << 10
 
-// replyTimeout is how long the kernel may take for one answer. It answers while the request is sent, so to wait at all
-// means that an answer was lost; link removals, the slowest, take some 16 ms each.
+// replyTimeout limits the wait for one answer. The kernel answers during the send of the request.
+// A longer wait therefore means that an answer was lost.
+// Link removals are the slowest requests and take some 16 ms each.
 const replyTimeout = 30 * time.Second
 
-// errInterrupted says that what a dump lists changed while it was read (NLM_F_DUMP_INTR).
+// errInterrupted means that the list changed during its dump (NLM_F_DUMP_INTR).
 var errInterrupted = errors.New("the kernel's list changed while it was read")
 
-// socket is a netlink socket that sends many requests at once and reads answers without garbage. It belongs
-// to one caller at a time.
+// A socket is a netlink socket that sends many requests at once and reads answers without
+// allocations. It belongs to one caller at a time.
 type socket struct {
 	fd  int
 	seq uint32
@@ -41,7 +42,7 @@ func openSocket(family int) (*socket, error) {
 		unix.Close(fd)
 		return nil, os.NewSyscallError("bind", err)
 	}
-	// All of these make it faster or its errors clearer; an older kernel works without them.
+	// These options make the socket faster or its errors clearer. Older kernels work without them.
 	const size = 4 << 20
 	if unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, size) != nil {
 		_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, size)
@@ -83,8 +84,9 @@ func (s *socket) receive() ([]byte, error) {
 	}
 }
 
-// dump asks for a list and calls each with every message of it. What each is given is valid during the call only. The
-// error is errInterrupted when all was read and may be inconsistent.
+// dump requests a list and calls each with every message of the list.
+// The body is valid only during the call of each.
+// The error is errInterrupted when dump has read the whole list and the list may be inconsistent.
 func (s *socket) dump(typ uint16, build func(m *message), each func(typ uint16, body []byte)) error {
 	s.seq++
 	m := &s.out
@@ -110,7 +112,7 @@ func (s *socket) dump(typ uint16, build func(m *message), each func(typ uint16, 
 			body := in[unix.NLMSG_HDRLEN:n]
 			in = in[min(align(n), len(in)):]
 			if h.seq() != s.seq {
-				continue // of an earlier request that was given up
+				continue // an answer to an earlier, abandoned request
 			}
 			interrupted = interrupted || h.flags()&unix.NLM_F_DUMP_INTR != 0
 			switch h.typ() {
@@ -129,7 +131,8 @@ func (s *socket) dump(typ uint16, build func(m *message), each func(typ uint16, 
 	}
 }
 
-// get asks for one object and calls each with the answer. A missing object is an error of the kernel's choice.
+// get requests one object and calls each with the answer.
+// For a missing object it returns the kernel's error.
 func (s *socket) get(typ uint16, build func(m *message), each func(typ uint16, body []byte)) error {
 	s.seq++
 	m := &s.out
@@ -143,13 +146,15 @@ func (s *socket) get(typ uint16, build func(m *message), each func(typ uint16, b
 	return s.acks(s.seq, s.seq, each, func(_ uint32, err error) error { return err })
 }
 
-// run sends n requests in batches. build writes request i with m.begin and what follows, or returns false to
-// leave it out. failed is told of each that the kernel refuses; the others are carried out. The error is one
-// of the socket itself.
+// run sends n requests in batches. build writes request i, starting with m.begin, or returns false
+// to leave it out. run calls failed for each request that the kernel refuses.
+// The kernel carries out the other requests. The error is one of the socket itself.
 //
-// Only the last of each batch asks for an acknowledgement: the kernel works through a batch in order and
-// reports refusals unasked, so its acknowledgement stands for all before it. An acknowledgement for each
-// would cost a quarter more, and overflow a small receive buffer.
+// Only the last request of each batch asks for an acknowledgement.
+// The kernel processes a batch in order and always reports refusals.
+// Therefore the last acknowledgement covers all requests before it.
+// One acknowledgement for each request would cost a quarter more.
+// Those acknowledgements would also overflow a small receive buffer.
 func (s *socket) run(n int, build func(m *message, i int) bool, failed func(i int, err error)) error {
 	m := &s.out
 	m.b = m.b[:0]
@@ -231,8 +236,8 @@ func (h header) typ() uint16   { return binary.NativeEndian.Uint16(h[4:]) }
 func (h header) flags() uint16 { return binary.NativeEndian.Uint16(h[6:]) }
 func (h header) seq() uint32   { return binary.NativeEndian.Uint32(h[8:]) }
 
-// ackError reads NLMSG_ERROR and NLMSG_DONE: the error number, and the kernel's own words where it has some
-// (NETLINK_EXT_ACK).
+// ackError returns the error of an NLMSG_ERROR or NLMSG_DONE.
+// It holds the error number, and the kernel's message when there is one (NETLINK_EXT_ACK).
 func ackError(body []byte, h header) error {
 	if len(body) < 4 {
 		return nil
@@ -275,7 +280,7 @@ func cstring(b []byte) string {
 	return string(b)
 }
 
-// message is a buffer of netlink requests, the last of which is being written.
+// A message is a buffer of netlink requests. The last request is incomplete.
 type message struct {
 	b     []byte
 	start int
@@ -352,7 +357,7 @@ func (m *message) addr(typ uint16, a netip.Addr) {
 	}
 }
 
-// nest begins a nested attribute; its result goes to end.
+// nest begins a nested attribute. The caller passes the result to end.
 func (m *message) nest(typ uint16) int {
 	at := len(m.b)
 	m.attrHead(typ|unix.NLA_F_NESTED, 0)
@@ -418,7 +423,7 @@ func (a *attrs) u32be() uint32 {
 	return binary.BigEndian.Uint32(a.value)
 }
 
-// gateway is the value of RTA_GATEWAY, or of RTA_VIA, which has the family in front.
+// gateway returns the address of RTA_GATEWAY or RTA_VIA. RTA_VIA has the family before the address.
 func (a *attrs) gateway() netip.Addr {
 	if a.typ == unix.RTA_VIA && len(a.value) > 2 {
 		v, _ := netip.AddrFromSlice(a.value[2:])
@@ -427,7 +432,7 @@ func (a *attrs) gateway() netip.Addr {
 	return a.addr()
 }
 
-// addr is the value as an IP address; the zero Addr when it is none.
+// addr returns the value as an IP address, or the zero Addr when the value is no address.
 func (a *attrs) addr() netip.Addr {
 	v, _ := netip.AddrFromSlice(a.value)
 	return v

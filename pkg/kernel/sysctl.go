@@ -12,10 +12,11 @@ import (
 
 const sysctlRoot = "/proc/sys/"
 
-// LooseReversePath reports whether settings of this network namespace override the strict reverse-path check
-// of a container's port, or may do so behind Lariat's back: the kernel takes the larger of a device's value
-// and that of all devices, and where new devices are meant to be loose (2, as systemd's own sysctl.d has it),
-// udev writes that into each port a moment after its ADD.
+// LooseReversePath reports whether settings of this network namespace override the strict
+// reverse-path check of a host end, or may override it later.
+// The kernel takes the larger value of the device's setting and the setting of all devices.
+// The default of new devices may be loose (2, as in systemd's sysctl.d).
+// udev then writes this default to each host end, a moment after the ADD.
 func LooseReversePath() bool {
 	for _, of := range []string{"all", "default"} {
 		b, err := os.ReadFile(sysctlRoot + "net/ipv4/conf/" + of + "/rp_filter")
@@ -26,7 +27,8 @@ func LooseReversePath() bool {
 	return false
 }
 
-// observeSysctls reads what want names. One that the kernel does not have is left out: Apply will name it.
+// observeSysctls reads the sysctls that want names. It leaves out sysctls that the kernel lacks.
+// Apply then reports them.
 func (n *Netns) observeSysctls(s, want *delta.State) error {
 	if len(want.Sysctls) == 0 {
 		return nil
@@ -46,7 +48,7 @@ func (n *Netns) observeSysctls(s, want *delta.State) error {
 	})
 }
 
-// sysctls writes those of devices that this difference makes, or all others.
+// sysctls writes the sysctls of devices that this difference creates, or all other sysctls.
 func (a *application) sysctls(ofNewDevices bool) {
 	d := a.d
 	if len(d.Sysctls.Set) == 0 {
@@ -73,13 +75,13 @@ func (a *application) sysctls(ofNewDevices bool) {
 	}
 }
 
-// setSysctls writes settings of single devices. One whose device is gone is no error.
+// setSysctls writes settings of single devices. A missing device is no error.
 func (n *Netns) setSysctls(list []delta.Sysctl) error {
 	return n.do(func() error {
 		var errs []error
 		for _, s := range list {
 			err := os.WriteFile(sysctlRoot+s.Key, []byte(s.Value), 0)
-			if err != nil && !errors.Is(err, fs.ErrNotExist) { // the device is gone, and its settings with it
+			if err != nil && !errors.Is(err, fs.ErrNotExist) { // a removed device has no settings
 				errs = append(errs, fmt.Errorf("set %s: %w", delta.SysctlString(s.Key, s.Value), err))
 			}
 		}
@@ -87,8 +89,9 @@ func (n *Netns) setSysctls(list []delta.Sysctl) error {
 	})
 }
 
-// ipv6Settings returns the settings that keep the device's IPv6 off, or on, and router
-// advertisements out. Write them before the device is up: they hold from its first packet then.
+// ipv6Settings returns the settings that disable or enable a device's IPv6.
+// They also reject router advertisements.
+// Write the settings before the device is up, so that they apply to the first packet.
 func ipv6Settings(dev string, off bool) []delta.Sysctl {
 	disable := "0"
 	if off {

@@ -17,9 +17,10 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Underlays lists the addresses of the current network namespace that could carry tunnels: global ones that
-// last, on devices that are up and are neither Lariat's nor the loopback. They are sorted by device, then
-// address, IPv4 first.
+// Underlays lists the addresses of the current network namespace that could carry tunnels.
+// The addresses are global and permanent, on devices that are up.
+// Underlays leaves out the loopback and Lariat's own devices.
+// It sorts by device, then address, IPv4 first.
 func Underlays() ([]metadata.Underlay, error) {
 	addrs, err := RetryDump(func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
@@ -34,7 +35,7 @@ func Underlays() ([]metadata.Underlay, error) {
 			continue
 		}
 		if ip.Is6() && a.Flags&(unix.IFA_F_TEMPORARY|unix.IFA_F_DEPRECATED) != 0 {
-			continue // will be gone before long
+			continue // it will vanish soon
 		}
 		link, known := links[a.LinkIndex]
 		if !known {
@@ -61,13 +62,17 @@ func Underlays() ([]metadata.Underlay, error) {
 	return out, nil
 }
 
-// foreignProtocols are those of routes that somebody set up. Routing daemons' come and go by the thousand.
+// foreignProtocols are the protocols of routes that somebody configured.
+// The routes of routing daemons are left out, because they change by the thousand.
 var foreignProtocols = []byte{unix.RTPROT_KERNEL, unix.RTPROT_BOOT, unix.RTPROT_STATIC, unix.RTPROT_RA,
 	unix.RTPROT_DHCP}
 
-// Foreign lists the links that the current network namespace is on, and its routes by gateways, in the main table:
-// addresses that no network of ours should have. The underlay's own links, default routes (and what is as wide), single
-// addresses and the links' own addresses are left out. Links come first, and what exceeds metadata.MaxForeign is cut.
+// Foreign lists routes of the main table in the current network namespace.
+// It lists the routes to links and the routes by gateways.
+// No network of Lariat should use the addresses of these routes.
+// Foreign leaves out the underlay's links, default routes and similarly wide routes.
+// It also leaves out single addresses and the links' own addresses.
+// Links come first. Foreign cuts the list at metadata.MaxForeign.
 func Foreign(underlay []metadata.Underlay) ([]metadata.Foreign, error) {
 	s, err := openSocket(unix.NETLINK_ROUTE)
 	if err != nil {
@@ -133,7 +138,7 @@ func parseForeign(body []byte, name func(index uint32) string) (f metadata.Forei
 	}
 	read(body[unix.SizeofRtMsg:])
 	for a := newAttrs(body[unix.SizeofRtMsg:]); a.next(); {
-		if a.typ == unix.RTA_MULTIPATH && len(a.value) >= unix.SizeofRtNexthop { // the first stands for all
+		if a.typ == unix.RTA_MULTIPATH && len(a.value) >= unix.SizeofRtNexthop { // use the first nexthop only
 			oif = binary.NativeEndian.Uint32(a.value[4:])
 			n := int(binary.NativeEndian.Uint16(a.value))
 			read(a.value[unix.SizeofRtNexthop:max(unix.SizeofRtNexthop, min(n, len(a.value)))])
@@ -153,7 +158,7 @@ func parseForeign(body []byte, name func(index uint32) string) (f metadata.Forei
 	return f, f.Device != ""
 }
 
-// Neighbour reports whether somebody on a link has answered for an address, not long ago.
+// Neighbour reports whether a host on a link has recently answered for an address.
 func Neighbour(index int, a netip.Addr) bool {
 	family := netlink.FAMILY_V4
 	if a.Is6() {

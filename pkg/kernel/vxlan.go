@@ -9,14 +9,15 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// parseLink reads an RTM_NEWLINK. What a vxlan device of ours never has is in Other, in ip's words.
+// parseLink parses an RTM_NEWLINK.
+// Other names the properties that Lariat's vxlan devices never have, in the words of ip.
 func parseLink(body []byte) foundLink {
 	var f foundLink
 	if len(body) < unix.SizeofIfInfomsg {
 		return f
 	}
 	f.index = binary.NativeEndian.Uint32(body[4:])
-	f.link.NoIPv6 = true // without IPv6 the message says nothing of it
+	f.link.NoIPv6 = true // without IPv6 the message has no such attribute
 	f.link.Down = binary.NativeEndian.Uint32(body[8:])&unix.IFF_UP == 0
 	var data []byte
 	for a := newAttrs(body[unix.SizeofIfInfomsg:]); a.next(); {
@@ -55,14 +56,14 @@ func parseLink(body []byte) foundLink {
 	case delta.KindVXLAN:
 		parseVXLAN(&f.link, data)
 	case delta.KindXFRM:
-		f.link.MAC = delta.MAC{} // the kernel invents one, and never uses it
+		f.link.MAC = delta.MAC{} // the kernel sets a random MAC and never uses it
 		f.link.Group = f.group
 		parseXFRM(&f.link, data)
 	}
 	return f
 }
 
-// link asks for one link, by its index or, where that is 0, by its name.
+// link requests one link by its index, or by its name when the index is 0.
 func (s *socket) link(index uint32, name string, each func(body []byte)) error {
 	ask := func(m *message) { askLink(m, index, name) }
 	return s.get(unix.RTM_GETLINK, ask, func(_ uint16, body []byte) { each(body) })
@@ -77,14 +78,15 @@ func askLink(m *message, index uint32, name string) {
 	}
 }
 
-// deviceConf is what a link's message says of the settings that are otherwise below /proc/sys/net/{ipv4,ipv6}/conf.
+// deviceConf keeps the settings in a link's message.
+// The same settings are below /proc/sys/net/{ipv4,ipv6}/conf.
 type deviceConf struct {
 	rpFilter, acceptRA      int
 	forwarding, disableIPv6 bool
 }
 
-// parseConf reads IFLA_AF_SPEC. The arrays inside are indexed by include/uapi/linux/ip.h (from 1) and
-// include/uapi/linux/ipv6.h.
+// parseConf parses IFLA_AF_SPEC. include/uapi/linux/ip.h and include/uapi/linux/ipv6.h have the
+// indexes of its arrays. The indexes of ip.h start at 1.
 func parseConf(spec []byte) deviceConf {
 	const (
 		conf        = 1 // IFLA_INET_CONF
@@ -185,9 +187,9 @@ func parseXFRM(l *delta.Link, data []byte) {
 	}
 }
 
-// createLink is the message that makes a device. The MAC is part of it: set afterwards, udev may replace it
-// with one of its own (MACAddressPolicy=persistent), and the forwarding entries of every peer are then wrong;
-// flannel-io/flannel#1155.
+// createLink writes the message that creates a device. The message includes the MAC.
+// udev may replace a MAC that is set later (MACAddressPolicy=persistent).
+// The forwarding entries of every peer are then wrong (flannel-io/flannel#1155).
 func createLink(m *message, name string, l delta.Link) {
 	m.begin(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
 	m.raw(make([]byte, unix.SizeofIfInfomsg)...)
@@ -206,7 +208,8 @@ func createLink(m *message, name string, l delta.Link) {
 	data := m.nest(unix.IFLA_INFO_DATA)
 	switch l.Kind {
 	case delta.KindXFRM:
-		// Bound to no device: the outer packets follow the routes of the underlay, wherever those lead today.
+		// Bind the interface to no device.
+		// The outer packets follow the current routes of the underlay.
 		m.u32(iflaXFRMIfID, l.IfID)
 	case delta.KindVXLAN:
 		m.u32(unix.IFLA_VXLAN_ID, l.VNI)
@@ -231,8 +234,10 @@ func changeLink(m *message, index uint32, flags, mask uint32) {
 	m.rawU32(mask)
 }
 
-// noLinkLocal keeps the kernel from making a link-local address by itself: it would detect duplicates for a
-// second, and until then nothing leaves from it. The planners name the address, and it is added without that.
+// noLinkLocal keeps the kernel from generating a link-local address.
+// The kernel would run duplicate address detection for a second.
+// Until then the kernel sends no packets from that address.
+// The planners name the address, and Apply adds it without the detection.
 func noLinkLocal(m *message, index uint32) {
 	const in6AddrGenModeNone = 1
 	changeLink(m, index, 0, 0)

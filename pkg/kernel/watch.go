@@ -18,7 +18,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// EventKind says what sort of object was touched.
+// An EventKind is the kind of the object that changed.
 type EventKind string
 
 // The kinds of events.
@@ -29,30 +29,31 @@ const (
 	EventRoute   EventKind = "route"
 	EventNexthop EventKind = "nexthop"
 	EventNft     EventKind = "nft"
-	EventBridge  EventKind = "bridge" // of somebody else's
-	EventPort    EventKind = "port"   // the host's end of a container's port lost something
-	EventSysctl  EventKind = "sysctl" // forwarding or the reverse-path check of all devices, or of new ones, was changed
-	EventResync  EventKind = "resync" // anything may have happened: the kernel had more to tell than was read in time
+	EventBridge  EventKind = "bridge" // a foreign bridge
+	EventPort    EventKind = "port"   // a host end lost a property
+	EventSysctl  EventKind = "sysctl" // forwarding or the reverse-path check of all devices, or of new devices
+	EventResync  EventKind = "resync" // events were lost, because the reader was too slow
 )
 
-// Event says that something was touched, by whomever. It does not say what became of it: look.
+// An Event says that any process changed an object. It does not hold the new state of the object.
 type Event struct {
 	Kind EventKind
 	Name string // a device, destination, or nftables table; empty when unknown
 }
 
-// String is kind and name.
+// String returns the kind and the name.
 func (e Event) String() string { return strings.TrimSpace(string(e.Kind) + " " + e.Name) }
 
-// quiet is how long events are gathered before they are passed on: whatever touches one object mostly touches many.
+// quiet is the time in which events are collected before they are passed on.
+// A process that changes one object mostly changes many.
 const quiet = 10 * time.Millisecond
 
-// Watch reports what touches something of Lariat's in the current network namespace, and changes of links and
-// addresses of others, for the underlay is one of them. Containers' ports that come and go are no news, but
-// what they lose in between is. Equal events within some milliseconds are one. The channel is closed when ctx
-// ends.
+// Watch reports changes of Lariat's objects in the current network namespace.
+// It also reports changes of foreign links and addresses, because the underlay is among them.
+// Watch does not report the creation and removal of host ends, but it reports lost properties.
+// It merges equal events within some milliseconds. It closes the channel when ctx ends.
 //
-// Lariat's own changes are reported as well; the pass that follows finds nothing to do.
+// Watch also reports Lariat's own changes. The pass that follows finds nothing to do.
 func Watch(ctx context.Context) (<-chan Event, error) {
 	rt, err := subscribe(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_NEIGH, unix.RTNLGRP_IPV4_IFADDR,
 		unix.RTNLGRP_IPV6_IFADDR,
@@ -64,7 +65,7 @@ func Watch(ctx context.Context) (<-chan Event, error) {
 	if err != nil {
 		return nil, fmt.Errorf("watch the kernel: %w", err)
 	}
-	// Neither older kernels without nexthop objects nor those without nftables have anything to tell of them.
+	// Older kernels without nexthop objects or nftables send no such events.
 	_ = raw.Control(func(fd uintptr) {
 		_ = unix.SetsockoptInt(int(fd), unix.SOL_NETLINK, unix.NETLINK_ADD_MEMBERSHIP, unix.RTNLGRP_NEXTHOP)
 	})
@@ -125,13 +126,13 @@ type watcher struct {
 	pending map[Event]struct{}
 	notify  chan struct{}
 
-	// Of the reader of routes alone.
-	owned map[uint32]string    // devices of ours by index, ports left out
-	macs  map[uint32]delta.MAC // of ports, by index, as far as they were told
-	names *socket              // asks for the names of devices, in the namespace of Watch's caller
+	// Only the reader of routes uses these fields.
+	owned map[uint32]string    // Lariat's devices by index, without host ends
+	macs  map[uint32]delta.MAC // known MACs of host ends, by index
+	names *socket              // for lookups of device names in the namespace of Watch's caller
 }
 
-// learn finds the devices that are ours already.
+// learn finds the existing devices of Lariat.
 func (w *watcher) learn() (err error) {
 	if w.names, err = openSocket(unix.NETLINK_ROUTE); err != nil {
 		return err
@@ -189,7 +190,8 @@ func (w *watcher) read(f *os.File, each func(typ uint16, body []byte)) {
 	receive(f, each, func() { w.add(EventResync, "") })
 }
 
-// receive calls each with every message that comes, until the socket is closed, and lost when some did not fit.
+// receive calls each with every message until the socket is closed.
+// It calls lost when messages did not fit into the receive buffer.
 func receive(f *os.File, each func(typ uint16, body []byte), lost func()) {
 	buf := make([]byte, 64<<10)
 	for {
@@ -205,7 +207,7 @@ func receive(f *os.File, each func(typ uint16, body []byte), lost func()) {
 	}
 }
 
-// split calls each with every message of what was read.
+// split calls each with every message in the buffer.
 func split(in []byte, each func(typ uint16, body []byte)) {
 	for len(in) >= unix.NLMSG_HDRLEN {
 		h := header(in)
@@ -221,13 +223,13 @@ func split(in []byte, each func(typ uint16, body []byte)) {
 func (w *watcher) route(typ uint16, body []byte) {
 	switch typ {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		if len(body) >= unix.SizeofIfInfomsg && body[0] == unix.AF_UNSPEC { // others are a bridge's own affairs
+		if len(body) >= unix.SizeofIfInfomsg && body[0] == unix.AF_UNSPEC { // other families concern bridges only
 			w.link(typ, binary.NativeEndian.Uint32(body[12:]), parseLink(body))
 		}
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		if len(body) >= unix.SizeofIfAddrmsg {
 			index, addr := parseAddr(body)
-			// An ADD gives its port this address and no other.
+			// An ADD gives the host end this address and no other.
 			lost := (typ == unix.RTM_DELADDR) == (addr == delta.GatewayAddress6)
 			if name := w.device(index); !strings.HasPrefix(name, delta.VethPrefix) {
 				w.add(EventAddr, name)
@@ -251,7 +253,7 @@ func (w *watcher) route(typ uint16, body []byte) {
 			}
 		}
 		for key, r := range o.s.Routes {
-			// Without a name for its device, it was a port that is gone.
+			// A route without a device name belonged to a removed host end.
 			if r.NH != 0 || r.Type != "" || r.Dev != "" {
 				w.add(EventRoute, key.Dst.String())
 			}
@@ -265,8 +267,9 @@ func (w *watcher) route(typ uint16, body []byte) {
 	}
 }
 
-// netconf reports a setting of IPv4 that somebody changed for the worse, of a port, or at all, of all or new
-// devices. A new device's message, which has all settings, is no such news.
+// netconf reports a setting of IPv4 that somebody disabled on a host end.
+// It reports every change of such a setting of all devices or of new devices.
+// It ignores the message of a new device, which has all settings.
 func (w *watcher) netconf(body []byte) {
 	const ( // include/uapi/linux/netconf.h
 		header     = 4 // struct netconfmsg, aligned
@@ -300,8 +303,8 @@ func (w *watcher) netconf(body []byte) {
 	}
 }
 
-// veth reports a port that somebody set down, or gave another group or MAC. Its own ADD and DEL set it up, and
-// tell of a new device (~0).
+// port reports a host end that somebody set down or gave another group or MAC.
+// It ignores the messages of ADD and DEL, which set the device up or announce a new device (~0).
 func (w *watcher) port(typ uint16, change uint32, f foundLink) {
 	if typ == unix.RTM_DELLINK {
 		delete(w.macs, f.index)
@@ -340,8 +343,10 @@ func (w *watcher) device(index uint32) string {
 	return deviceName(w.names.fd, index)
 }
 
-// nft reports all of our own table, and of others' the chains and iptables' rules of FORWARD: the policy of one
-// may be what drops all that is forwarded, as Docker's does, and what lets ours through is a rule there.
+// nft reports all changes of Lariat's table.
+// In foreign tables it reports changes of chains, and of iptables' rules in FORWARD.
+// The policy of a foreign chain may drop all forwarded packets, as Docker's does.
+// A rule in FORWARD accepts Lariat's packets.
 func (w *watcher) nft(typ uint16, body []byte) {
 	typ &= 0xff
 	if typ == unix.NFT_MSG_NEWGEN || len(body) < 4 {
@@ -350,7 +355,7 @@ func (w *watcher) nft(typ uint16, body []byte) {
 	var table, chain string
 	for a := newAttrs(body[4:]); a.next(); {
 		switch a.typ {
-		case 1: // in all messages of nftables, the table's name
+		case 1: // the table's name in all messages of nftables
 			table = cstring(a.value)
 		case unix.NFTA_RULE_CHAIN: // of rules
 			chain = cstring(a.value)

@@ -15,7 +15,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// next waits for one of the wanted events; others may come before.
+// next waits for one of the wanted events. Other events may arrive first.
 func next(t *testing.T, events <-chan kernel.Event, want kernel.Event) {
 	t.Helper()
 	deadline := time.After(5 * time.Second)
@@ -124,8 +124,8 @@ func TestUnderlaysListWhatMayCarryTunnels(t *testing.T) {
 	})
 }
 
-// A host's links and routes are told apart from what is Lariat's, from the underlay, and from what no network
-// could have.
+// Foreign distinguishes a host's links and routes from Lariat's, from the underlay, and from routes
+// that no network could have.
 func TestForeignListsWhatANetworkMustNotHave(t *testing.T) {
 	ns, k := newKernel(t)
 	other := netnstest.New(t)

@@ -14,21 +14,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// SA is a security association of the kernel's: one direction of one tunnel (RFC 4301 §4.1).
+// An SA is a security association of the kernel: one direction of one tunnel (RFC 4301 §4.1).
 type SA struct {
-	IfID     uint32 // whose policies use it
+	IfID     uint32 // the interface whose policies use the SA
 	SPI      uint32
 	Src, Dst netip.Addr // of the outer packets
 
 	state netlink.XfrmState
 }
 
-// String is the SA as ip lists it, without its keys.
+// String returns the SA as ip lists it, without its keys.
 func (s SA) String() string {
 	return fmt.Sprintf("xfrm state src %s dst %s spi %#08x if_id %#x", s.Src, s.Dst, s.SPI, s.IfID)
 }
 
-// XFRMPolicy is a policy of the kernel's: which packets need an SA, and which.
+// An XFRMPolicy is a policy of the kernel. It says which packets need an SA, and which SA.
 type XFRMPolicy struct {
 	IfID     uint32
 	Dir      string // in, fwd or out
@@ -37,13 +37,13 @@ type XFRMPolicy struct {
 	policy netlink.XfrmPolicy
 }
 
-// String is the policy as ip lists it.
+// String returns the policy as ip lists it.
 func (p XFRMPolicy) String() string {
 	return fmt.Sprintf("xfrm policy src %s dst %s dir %s if_id %#x", p.Src, p.Dst, p.Dir, p.IfID)
 }
 
-// XFRM lists the security associations and policies whose if_id is one of ours. Larval SAs, with which the
-// kernel waits for IKE, are left out.
+// XFRM lists the security associations and policies whose if_id is one of Lariat's.
+// It leaves out larval SAs. The kernel uses larval SAs to wait for IKE.
 func (n *Netns) XFRM(ctx context.Context, ours func(ifID uint32) bool) ([]SA, []XFRMPolicy, error) {
 	h, err := n.xfrmHandle(ctx)
 	if err != nil {
@@ -67,8 +67,9 @@ func (n *Netns) XFRM(ctx context.Context, ours func(ifID uint32) bool) ([]SA, []
 	return sas, policies, err
 }
 
-// policies is XfrmPolicyList of the common library, which (1.3.1) takes an IPv6 prefix whose last twelve
-// octets are zero, such as fd44::/48, for one of IPv4.
+// policies replaces XfrmPolicyList of the common library.
+// XfrmPolicyList (1.3.1) reads an IPv6 prefix with twelve zero bytes at its end as an IPv4 prefix.
+// An example is fd44::/48.
 func (n *Netns) policies(ours func(ifID uint32) bool) (list []XFRMPolicy, err error) {
 	var s *socket
 	if err := n.do(func() (err error) { s, err = openSocket(unix.NETLINK_XFRM); return err }); err != nil {
@@ -95,7 +96,7 @@ func (n *Netns) policies(ours func(ifID uint32) bool) (list []XFRMPolicy, err er
 				p.IfID = binary.NativeEndian.Uint32(a.Value)
 			}
 		}
-		// Which one it is the kernel knows by these.
+		// The kernel identifies a policy by these fields.
 		p.policy = netlink.XfrmPolicy{Index: int(info.Index), Dir: dir, Ifid: int(p.IfID)}
 		if ours(p.IfID) {
 			list = append(list, p)
@@ -110,7 +111,7 @@ func (n *Netns) policies(ours func(ifID uint32) bool) (list []XFRMPolicy, err er
 	return list, nil
 }
 
-// directions are ip's words for them.
+// directions maps directions to the words of ip.
 var directions = map[netlink.Dir]string{netlink.XFRM_DIR_IN: "in", netlink.XFRM_DIR_OUT: "out",
 	netlink.XFRM_DIR_FWD: "fwd"}
 
@@ -121,8 +122,9 @@ func prefix(family uint16, a nl.XfrmAddress, length uint8) netip.Prefix {
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte(a[:4])), int(length))
 }
 
-// Flushes calls each when all SAs or all policies of the namespace were removed at once, as by "ip xfrm
-// policy flush", whoever's they were, and when it cannot be told whether they were. It ends with the context.
+// Flushes calls each when a process removes all SAs or all policies of the namespace at once.
+// An example is "ip xfrm policy flush". Foreign SAs and policies count, too.
+// Flushes also calls each when it may have missed such a removal. It ends with the context.
 func (n *Netns) Flushes(ctx context.Context, each func()) error {
 	var f *os.File
 	err := n.do(func() (err error) {
@@ -141,7 +143,7 @@ func (n *Netns) Flushes(ctx context.Context, each func()) error {
 	return nil
 }
 
-// RemoveSA removes a security association. It is no error when it is gone.
+// RemoveSA removes a security association. A missing one is no error.
 func (n *Netns) RemoveSA(ctx context.Context, s SA) error {
 	h, err := n.xfrmHandle(ctx)
 	if err != nil {
@@ -154,7 +156,7 @@ func (n *Netns) RemoveSA(ctx context.Context, s SA) error {
 	return nil
 }
 
-// RemovePolicy removes a policy. It is no error when it is gone.
+// RemovePolicy removes a policy. A missing policy is no error.
 func (n *Netns) RemovePolicy(ctx context.Context, p XFRMPolicy) error {
 	h, err := n.xfrmHandle(ctx)
 	if err != nil {

@@ -19,7 +19,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// encrypted is what host a needs for an encrypted network with one peer.
+// encrypted returns the desired state of host a for an encrypted network with one peer.
 func encrypted(mtu int, blocks ...string) *delta.State {
 	s := &metadata.Snapshot{Networks: []metadata.Network{{Name: "private", Encapsulation: metadata.EncapIPsec, MTU: mtu,
 		Subnets: prefixes("10.44.0.0/16", "fd44::/48")}}}
@@ -37,8 +37,8 @@ func encrypted(mtu int, blocks ...string) *delta.State {
 	return ipsec.Plan(s, "a")
 }
 
-// TestXFRMInterfacesHoldWhatThePlanSays: made, settled, changed in place, made again by hand's damage, and
-// removed without a trace.
+// TestXFRMInterfacesHoldWhatThePlanSays checks the creation of XFRM interfaces and a second pass.
+// It also checks a change in place, a repair after manual damage, and complete removal.
 func TestXFRMInterfacesHoldWhatThePlanSays(t *testing.T) {
 	probe.Need(t, probe.XfrmInterface, probe.Nft, probe.IPv6)
 	ns, k := newKernel(t)
@@ -72,8 +72,8 @@ func TestXFRMInterfacesHoldWhatThePlanSays(t *testing.T) {
 	wantText(t, observe(t, k, nil).String(), empty)
 }
 
-// TestXFRMRulesComeFirst: a host whose rules cannot be made gets no encrypted device, and one whose rules can
-// has them before any device.
+// TestXFRMRulesComeFirst checks that a host gets its rules before any encrypted device.
+// A host whose rules cannot be created gets no encrypted device.
 func TestXFRMRulesComeFirst(t *testing.T) {
 	probe.Need(t, probe.XfrmInterface, probe.Nft)
 	_, k := newKernel(t)
@@ -94,8 +94,8 @@ func TestXFRMRulesComeFirst(t *testing.T) {
 	wantText(t, observe(t, k, want).String(), want.String())
 }
 
-// TestXFRMListsAndRemovesOursAlone: SAs and policies under an if_id of Lariat's range are listed and removed;
-// others stay.
+// TestXFRMListsAndRemovesOursAlone checks that XFRM lists only SAs and policies of Lariat's if_ids.
+// The test removes these. Foreign SAs and policies remain.
 func TestXFRMListsAndRemovesOursAlone(t *testing.T) {
 	probe.Need(t, probe.ESP, probe.AESGCM, probe.XfrmInterface)
 	ns, k := newKernel(t)
@@ -140,7 +140,7 @@ func TestXFRMListsAndRemovesOursAlone(t *testing.T) {
 	if got := sas[0].String(); got != "xfrm state src 192.0.2.1 dst 192.0.2.2 spi 0x00001000 if_id 0x4c000007" {
 		t.Errorf("it prints %q", got)
 	}
-	for range 2 { // what is gone is no error
+	for range 2 { // a missing object is no error
 		if err := k.RemoveSA(t.Context(), sas[0]); err != nil {
 			t.Error(err)
 		}
@@ -156,7 +156,7 @@ func TestXFRMListsAndRemovesOursAlone(t *testing.T) {
 	}
 }
 
-// TestF42_XFRMFlushesAreTold: that everything is gone is told at once; single removals are not.
+// TestF42_XFRMFlushesAreTold checks that Flushes reports a flush at once, and no single removals.
 func TestF42_XFRMFlushesAreTold(t *testing.T) {
 	probe.Need(t, probe.ESP, probe.XfrmInterface)
 	ns, k := newKernel(t)

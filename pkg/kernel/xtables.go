@@ -13,12 +13,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// legacyEvery is how often the older iptables' rules are looked at: nothing announces a change of them. A look at
-// a table of a hundred rules takes some microseconds.
+// legacyEvery is the interval between reads of the legacy iptables' rules.
+// The kernel does not announce changes of these rules.
+// A read of a table with a hundred rules takes some microseconds.
 const legacyEvery = 500 * time.Millisecond
 
-// LegacyFilter reports whether the older iptables has a filter table in the current network namespace. To ask for the
-// table itself would make one.
+// LegacyFilter reports whether the legacy iptables has a filter table in the current network
+// namespace. A request for the table itself would create one.
 func LegacyFilter(v6 bool) bool {
 	name := "/proc/thread-self/net/ip_tables_names"
 	if v6 {
@@ -28,12 +29,13 @@ func LegacyFilter(v6 bool) bool {
 	return err == nil && slices.Contains(strings.Fields(string(b)), "filter")
 }
 
-// legacyTable is the older iptables' filter table of one family (linux/netfilter_ipv4/ip_tables.h, ip6_tables.h).
+// A legacyTable is the legacy iptables' filter table of one family
+// (linux/netfilter_ipv4/ip_tables.h, ip6_tables.h).
 type legacyTable struct {
 	v6       bool
 	level    int
-	counters int // where they are in struct ipt_entry; next_offset is where next is
-	next     int
+	counters int // offset of the counters in struct ipt_entry
+	next     int // offset of next_offset
 }
 
 var legacyTables = []legacyTable{
@@ -46,12 +48,12 @@ const (
 	soGetEntries = 65 // IPT_SO_GET_ENTRIES, struct ipt_get_entries
 
 	sizeofInfo    = 84
-	infoSize      = 80 // of the member size, the octets of all entries
+	infoSize      = 80 // offset of the member size: the bytes of all entries
 	sizeofEntries = 40
 	entriesSize   = 32
 	sizeofCounter = 16
 
-	mostEntries = 4 << 20 // octets; in larger tables only what is said of all entries is looked at
+	mostEntries = 4 << 20 // bytes; of larger tables only ipt_getinfo is read
 )
 
 func getsockopt(fd, level, name int, buf []byte) error {
@@ -64,7 +66,8 @@ func getsockopt(fd, level, name int, buf []byte) error {
 	return nil
 }
 
-// sum is a digest of all rules without their counters; ok is false where there is no such table.
+// sum returns a digest of all rules without their counters.
+// ok is false when there is no such table.
 func (t legacyTable) sum(fd int) (sum uint64, ok bool) {
 	if !LegacyFilter(t.v6) {
 		return 0, false
@@ -84,7 +87,7 @@ func (t legacyTable) sum(fd int) (sum uint64, ok bool) {
 	copy(buf, "filter")
 	binary.NativeEndian.PutUint32(buf[entriesSize:], uint32(size))
 	if getsockopt(fd, t.level, soGetEntries, buf) != nil {
-		return h.Sum64(), true // it grows or shrinks just now
+		return h.Sum64(), true // the table changes its size at this moment
 	}
 	for rest := buf[sizeofEntries:]; len(rest) >= t.counters+sizeofCounter; {
 		n := int(binary.NativeEndian.Uint16(rest[t.next:]))
@@ -98,7 +101,7 @@ func (t legacyTable) sum(fd int) (sum uint64, ok bool) {
 	return h.Sum64(), true
 }
 
-// legacy reports changes of the older iptables' filter tables until the context ends.
+// legacy reports changes of the legacy iptables' filter tables until the context ends.
 func (w *watcher) legacy(ctx context.Context, fd int) {
 	defer unix.Close(fd)
 	type state struct {
