@@ -1,4 +1,5 @@
-// Package plan puts the planners together: all that Lariat wants of one host, as a pure function of the metadata.
+// Package plan combines the planners into the desired state of one host.
+// The desired state is a pure function of the metadata.
 package plan
 
 import (
@@ -13,10 +14,12 @@ import (
 	"github.com/lariat-net/lariat/pkg/vxlan"
 )
 
-// Desired is all that Lariat wants of host self's kernel, apart from containers' ports, which their own ADD
-// makes. It is a pure function of the snapshot and of one fact of the host, whether its settings make a port's
-// reverse-path check loose (see guard.Plan). "lariat plan" prints it, and the network manager applies it.
-// Whatever the snapshot holds, it plans from what is sane of it; the rest is told in Problems.
+// Desired returns the desired state of host self's kernel, without endpoints.
+// ADD creates endpoints.
+// Desired is a pure function of the snapshot and of loose.
+// loose says that the host's settings loosen the reverse-path check of host ends (see guard.Plan).
+// "lariat plan" prints the desired state, and the network manager applies it.
+// Desired plans from the sane entries of the snapshot. Problems name the other entries.
 func Desired(snap *metadata.Snapshot, self string, loose bool) *delta.State {
 	snap = snap.Sane()
 	left := &delta.State{}
@@ -26,7 +29,8 @@ func Desired(snap *metadata.Snapshot, self string, loose bool) *delta.State {
 	return delta.Merge(left, vxlan.Plan(snap, self), ipsec.Plan(snap, self), guard.Plan(snap, self, loose), nat.Plan(snap))
 }
 
-// Device is the device that carries a network's addresses on each host, empty of a network that needs none.
+// Device returns the device that carries a network's addresses on each host.
+// It returns an empty string for a network without such a device.
 func Device(n metadata.Network) string {
 	switch n.Encapsulation {
 	case metadata.EncapVXLAN:
@@ -37,9 +41,9 @@ func Device(n metadata.Network) string {
 	return ""
 }
 
-// Same reports whether nothing that planners read differs between two views: of both the same is planned, for
-// the kernel and for tunnels. It costs little where the views share their lists, as those of one watch do where
-// nothing changed.
+// Same reports whether two views are equal in everything that planners read.
+// Equal views have the same plan for the kernel and for tunnels.
+// Same costs little when the views share lists. Views of one watch share unchanged lists.
 func Same(a, b *metadata.Snapshot) bool {
 	return a.Self == b.Self && sameHosts(a.Hosts, b.Hosts, a.Self) &&
 		same(a.Blocks, b.Blocks, func(x, y metadata.Block) bool { return x == y }) &&
@@ -55,8 +59,9 @@ func same[T any](a, b []T, equal func(x, y T) bool) bool {
 	return slices.EqualFunc(a, b, equal)
 }
 
-// sameHosts compares all of hosts but what planners do not read. Of foreign routes they read the planned host's
-// own. Whether a host lives is read where two claim the same address or MAC: see metadata.Senior.
+// sameHosts compares the properties of hosts that planners read.
+// Planners read only the foreign routes of the planned host.
+// Planners read Live only when two hosts claim the same address or MAC (see metadata.Senior).
 func sameHosts(a, b []metadata.Host, self string) bool {
 	flipped := false
 	if !same(a, b, func(x, y metadata.Host) bool {

@@ -17,8 +17,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/plan"
 )
 
-// check fails when a plan could harm its host: it diverts what is not the networks', or the kernel refuses
-// the whole of it.
+// check fails when a plan could harm its host.
+// A harmful plan diverts packets that do not belong to the networks.
+// Or the kernel refuses the whole plan.
 func check(t *testing.T, snap *metadata.Snapshot, s *delta.State) {
 	t.Helper()
 	sane := snap.Sane()
@@ -122,7 +123,7 @@ func tunnels(t *testing.T, snap *metadata.Snapshot) {
 	}
 }
 
-// FuzzDesired: whatever a snapshot says, its plan harms no host that follows it.
+// FuzzDesired checks that the plan of any snapshot harms no host.
 func FuzzDesired(f *testing.F) {
 	files, err := filepath.Glob("../*/testdata/*.json")
 	if err != nil || len(files) < 5 {
@@ -151,8 +152,9 @@ func FuzzDesired(f *testing.F) {
 	})
 }
 
-// hostile are snapshots with one entry each that harmed every host, or made the kernel refuse all of a plan.
-// red and green are in order.
+// hostile are snapshots with one bad entry each.
+// Such an entry harmed every host, or made the kernel refuse all of a plan.
+// The entries red and green are good.
 var hostile = []string{
 	with(`"blocks":[{"network":"red","cidr":"0.0.0.0/0","host":"b"}]`),
 	with(`"blocks":[{"network":"green","cidr":"0.0.0.0/0","host":"b"}]`),
@@ -205,7 +207,7 @@ func networks(one string) string {
 
 func hosts(one string) string { return snapshot(one+","+goodHosts, goodNetworks, goodBlocks, "") }
 
-// TestF163_OneBadEntry: the plan is the one without the bad entry, and says so.
+// TestF163_OneBadEntry checks that a bad entry changes nothing in the plan but Problems.
 func TestF163_OneBadEntry(t *testing.T) {
 	read := func(text string) *metadata.Snapshot {
 		var s metadata.Snapshot
@@ -233,7 +235,8 @@ func TestF163_OneBadEntry(t *testing.T) {
 	}
 }
 
-// TestSeniorHostKeepsItsAddress: who claims another host's address later gets it nowhere, whatever it calls itself.
+// TestSeniorHostKeepsItsAddress checks that a later claim of a host's address has no effect on any
+// host. The name of the later host does not matter.
 func TestSeniorHostKeepsItsAddress(t *testing.T) {
 	var s metadata.Snapshot
 	if err := json.Unmarshal([]byte(hosts(`{"name":"aaa","underlay":[{"address":"192.0.2.2/24","device":"eth0"}],"mac":"0e:00:c0:00:02:02"}`)), &s); err != nil {
@@ -247,7 +250,7 @@ func TestSeniorHostKeepsItsAddress(t *testing.T) {
 	}
 }
 
-// picker builds snapshots of what a fuzzer picks: words that are in order, and words that have harmed.
+// picker builds snapshots of words that a fuzzer picks. Some words are good, and some have harmed.
 type picker struct{ picks []byte }
 
 func (p *picker) n(most int) int {
@@ -317,11 +320,11 @@ func (p *picker) snapshot() *metadata.Snapshot {
 	return s
 }
 
-// FuzzDesiredOf is FuzzDesired with snapshots that are built of the words which matter, so that the fuzzer
-// need not find JSON first.
+// FuzzDesiredOf checks the same as FuzzDesired, with snapshots built of relevant words.
+// Therefore the fuzzer need not find JSON first.
 func FuzzDesiredOf(f *testing.F) {
 	r := rand.New(rand.NewPCG(1, 2))
-	for range 300 { // each of them is a test of its own, without the fuzzer as well
+	for range 300 { // each seed is also a test without the fuzzer
 		b := make([]byte, 120)
 		for i := range b {
 			b[i] = byte(r.Uint32())

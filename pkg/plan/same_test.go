@@ -14,13 +14,13 @@ import (
 	"github.com/lariat-net/lariat/pkg/plan"
 )
 
-// everything is all that is planned of a view.
+// everything returns all plans of a view.
 func everything(s *metadata.Snapshot) string {
 	state := plan.Desired(s, s.Self, false)
 	return fmt.Sprint(state, state.Problems, ipsec.Tunnels(s, s.Self, ipsec.Options{Keys: []string{"k1", "k2"}}))
 }
 
-// TestSameViewsPlanTheSame: whatever differs between two views that are the same to planners, the plans are equal.
+// TestSameViewsPlanTheSame checks that two views have equal plans when Same reports true.
 func TestSameViewsPlanTheSame(t *testing.T) {
 	same, flips := 0, 0
 	for seed := range uint64(3000) {
@@ -83,8 +83,8 @@ func TestSameViewsPlanTheSame(t *testing.T) {
 	}
 }
 
-// TestSameLooksAtEveryField of a host, of a block, of an endpoint and of a network, but for those that no
-// planner reads.
+// TestSameLooksAtEveryField checks that Same compares each field of a host, block, host route and
+// network that a planner reads.
 func TestSameLooksAtEveryField(t *testing.T) {
 	unread := []string{"Labels", "MachineID", "AgentVersion", "Live"}
 	base := func() *metadata.Snapshot {
@@ -140,8 +140,8 @@ func TestSameLooksAtEveryField(t *testing.T) {
 	}
 }
 
-// BenchmarkChange is what a change costs beside the view itself: to see that nothing is to be planned anew, and
-// to plan it.
+// BenchmarkChange measures the cost of a change without the view itself.
+// It measures Same, which may find that no new plan is needed, and the plan.
 func BenchmarkChange(b *testing.B) {
 	s := big(2000, 20000)
 	flipped := *s
@@ -162,7 +162,7 @@ func BenchmarkChange(b *testing.B) {
 	})
 }
 
-// big is a sane view of so many hosts and blocks.
+// big returns a sane view with the given numbers of hosts and blocks.
 func big(hosts, blocks int) *metadata.Snapshot {
 	s := &metadata.Snapshot{Self: "h0", Networks: []metadata.Network{{Name: "n",
 		Subnets:       []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")},
