@@ -1,17 +1,18 @@
-// Package guard plans the nftables rules that keep containers, networks and the underlay apart.
-// docs/security.md says what each rule promises.
+// Package guard plans the nftables rules that separate containers, networks and the underlay.
+// docs/security.md describes the promise of each rule.
 //
-//	prerouting  guard      from-port: what a container may send at all
-//	                       tunnel packets to this host: not tracked, so that no NAT can divert them
-//	                       overlay addresses: only from ports and tunnels
-//	forward     isolation  what crosses from one network to another
+//	prerouting  guard      from-port: the packets that a container may send
+//	                       tunnel packets to this host: untracked, so that no NAT diverts them
+//	                       overlay addresses: only from endpoints and tunnels
+//	forward     isolation  packets from one network to another
 //	output      untracked  this host's own tunnel packets
 //
-// Every packet that comes for this host or passes it goes through guard once, so what there is most of leaves
-// it first: VXLAN packets on the wire, then those that such a packet brought, then those of containers. The
-// rules name networks, and sets name hosts: a peer that comes or goes changes no rule.
+// Every packet to this host or through this host traverses guard once.
+// Therefore the most frequent packets leave guard first.
+// These are VXLAN packets on the wire, then their inner packets, then packets of containers.
+// Rules name networks, and sets name hosts: a new or removed peer changes no rule.
 //
-// Pure: no kernel, no clock.
+// The package is pure: it uses no kernel and no clock.
 package guard
 
 import (
@@ -28,28 +29,29 @@ import (
 
 // The chains.
 const (
-	Chain       = "guard"        // prerouting, in front of connection tracking
-	FromPort    = "from-port"    // guard jumps there with what a container sent
-	ToHost      = "to-host"      // from-port jumps there with what is for a tunnel or the store
+	Chain       = "guard"        // prerouting, before connection tracking
+	FromPort    = "from-port"    // guard jumps there for packets of containers
+	ToHost      = "to-host"      // from-port jumps there for packets to tunnels or the store
 	Isolation   = "isolation"    // forward
-	FromOutside = "from-outside" // isolation jumps there with what comes from the underlay
-	Untracked   = "untracked"    // output, in front of connection tracking
+	FromOutside = "from-outside" // isolation jumps there for packets from the underlay
+	Untracked   = "untracked"    // output, before connection tracking
 )
 
-// Sets of ports: of tunnels, IKE and the probe, by UDP; of the store, by TCP.
+// These are the sets of ports. TunnelPorts has the UDP ports of tunnels, IKE and the probe.
+// StorePorts has the TCP ports of the store.
 const (
 	TunnelPorts = "tunnel-ports"
 	StorePorts  = "store-ports"
 )
 
-// VTEPSet is the set of the addresses from which VXLAN packets are taken.
+// VTEPSet returns the name of the set of addresses from which this host accepts VXLAN packets.
 func VTEPSet(v6 bool) string { return "vteps" + family(v6) }
 
-// HostSet is the set of all addresses at which listed hosts have tunnels' ends: of the underlay, and their
-// own on the overlay.
+// HostSet returns the name of the set of all addresses at which listed hosts have tunnel ends.
+// The set holds the underlay addresses of hosts and their own overlay addresses.
 func HostSet(v6 bool) string { return "hosts" + family(v6) }
 
-// priority is nftables' "raw": in front of connection tracking (-200).
+// priority is nftables' "raw", which comes before connection tracking (-200).
 const priority = -300
 
 // IANA's protocol numbers.
@@ -65,22 +67,22 @@ const (
 	nattPort = 4500
 )
 
-// plan is what the rules are made of.
+// plan keeps the input of the rules.
 type plan struct {
 	s        *delta.State
 	snap     *metadata.Snapshot
 	me       metadata.Host
-	local    netip.Addr         // end of this host's tunnels; invalid when it has none
-	networks []metadata.Network // encapsulated ones, by name
-	vxlan    []metadata.Network // those of them that are VXLAN's
+	local    netip.Addr         // end of this host's tunnels; invalid when there is none
+	networks []metadata.Network // encapsulated networks, by name
+	vxlan    []metadata.Network // VXLAN networks
 	size     int                // bytes of the largest tunnel packet of any network
-	loose    bool               // the kernel cannot be trusted to check IPv4 sources by itself
+	loose    bool               // the kernel may not check IPv4 sources
 }
 
-// Plan returns the rules of a host. They stand as long as there is any encapsulated network, also on a host
-// that nothing else can be planned for: it may have containers. A port has the kernel's strict reverse-path
-// check for IPv4, which makes a rule for that family's sources unnecessary, unless loose says that something
-// on the host overrides it.
+// Plan returns the rules of a host. A host has rules as long as there is an encapsulated network.
+// Even a host without any other plan has rules, because it may have containers.
+// The kernel checks the IPv4 sources of a host end with its strict reverse-path check.
+// Therefore IPv4 sources need no rule, unless loose says that the host overrides that check.
 func Plan(snap *metadata.Snapshot, self string, loose bool) *delta.State {
 	snap = snap.Sane()
 	p := plan{s: delta.NewState(), snap: snap, loose: loose}
@@ -111,7 +113,7 @@ func Plan(snap *metadata.Snapshot, self string, loose bool) *delta.State {
 	return p.s
 }
 
-// hosts are the sets of tunnels' ends, and of the ports there.
+// hosts plans the sets of tunnel ends and of their ports.
 func (p *plan) hosts() {
 	var all [2][]netip.Prefix
 	add := func(a netip.Addr) {
@@ -142,10 +144,13 @@ func (p *plan) hosts() {
 	p.s.Sets[StorePorts] = delta.Set{Ports: metadata.StorePorts}
 }
 
-// fromPort is what a container must not send: to the store and to the ends of tunnels; with an address that is
-// not its own; with one of the link alone (nothing needs it: a port's neighbours are known on both ends); to
-// this host's loopback addresses (which a port with route_localnet would let in). Whatever else guard forbids,
-// a port's packet cannot be.
+// fromPort plans the chain that drops forbidden packets of containers.
+// A container must not send to the store or to tunnel ends.
+// It must not use a foreign source address.
+// It must not use a link-local source address.
+// No packet needs such a source, because both ends of an endpoint have permanent neighbours.
+// It must not send to this host's loopback addresses, which route_localnet would admit.
+// The other packets that guard drops cannot come from an endpoint.
 func (p *plan) fromPort() {
 	c := delta.Chain{Rules: []delta.Rule{
 		{delta.DportIn{Proto: protoUDP, Set: TunnelPorts}, delta.Jump(ToHost)},
@@ -176,7 +181,7 @@ func (p *plan) guard() {
 			if n.Encapsulation != metadata.EncapIPsec {
 				continue
 			}
-			// whatever a VXLAN device brings for an encrypted network, or from one, came in clear
+			// A packet of an encrypted network from a VXLAN device arrived unencrypted.
 			for _, subnet := range n.Subnets {
 				add(delta.InPrefix{Field: "saddr", Prefix: subnet}, delta.IifPrefix(delta.VTEPPrefix), drop)
 				add(delta.InPrefix{Field: "daddr", Prefix: subnet}, delta.IifPrefix(delta.VTEPPrefix), drop)
@@ -194,14 +199,14 @@ func (p *plan) guard() {
 	for _, n := range p.networks {
 		for _, subnet := range n.Subnets {
 			from, to := delta.InPrefix{Field: "saddr", Prefix: subnet}, delta.InPrefix{Field: "daddr", Prefix: subnet}
-			for _, f := range p.me.On(subnet) { // somebody asked for both
+			for _, f := range p.me.On(subnet) { // the configuration requests both
 				from := from
 				if f.Prefix.Bits() > subnet.Bits() {
 					from.Prefix = f.Prefix
 				}
 				add(from, delta.Iif{Name: f.Device}, accept)
 			}
-			if n.DirectRouting { // from where the source's own block is routed to: a host on this link
+			if n.DirectRouting { // the route to the source's block leads to a host on this link
 				add(from, to, delta.Reverse{}, accept)
 			}
 			add(slices.Concat([]delta.Statement{from}, outside, []delta.Statement{drop})...)
@@ -222,8 +227,8 @@ func (p *plan) guard() {
 	p.s.Chains[Chain] = c
 }
 
-// tooBig drops lies: whoever says that a tunnel's path takes less than its network needs. Where it is true,
-// the network's MTU is wrong; lariat doctor measures it.
+// tooBig drops false ICMP errors that claim too small an MTU for a tunnel's path.
+// When such an error is true, the network's MTU is wrong. lariat doctor measures the path.
 func (p *plan) tooBig() []delta.Rule {
 	if !p.local.IsValid() {
 		return nil
@@ -232,9 +237,9 @@ func (p *plan) tooBig() []delta.Rule {
 	return []delta.Rule{{delta.TooBig{From: p.local, To: HostSet(p.local.Is6()), Below: below}, drop}}
 }
 
-// tunnels takes VXLAN packets without tracking: from listed hosts, and at the underlay address alone, because
-// the kernel's socket listens on every address. No container's packet is one of them, whatever source it
-// claims.
+// tunnels accepts VXLAN packets of listed hosts without tracking.
+// It accepts them at the underlay address alone: the kernel's socket listens on every address.
+// It never accepts a packet from an endpoint, with any source address.
 func (p *plan) tunnels(add func(...delta.Statement)) {
 	v6 := p.local.Is6()
 	for _, port := range p.vxlanPorts() {
@@ -243,9 +248,11 @@ func (p *plan) tunnels(add func(...delta.Statement)) {
 	}
 }
 
-// wire drops what has one of our VNIs all the same (another overlay on the same port is not ours to filter),
-// and takes IKE, ESP and the probe without tracking. Without connection tracking, fragments are put together
-// behind this hook, and a first one may end before the VNI: strangers' are dropped.
+// wire drops the other VXLAN packets with one of Lariat's VNIs.
+// It does not filter foreign overlays on the same port.
+// It accepts IKE, ESP and the probe without tracking.
+// Without connection tracking, the kernel reassembles fragments after this hook.
+// A first fragment may end before the VNI, so wire drops the fragments of unlisted hosts.
 func (p *plan) wire(add func(...delta.Statement)) {
 	for _, port := range p.vxlanPorts() {
 		add(port, delta.Fragment{V6: p.local.Is6()}, delta.ToLocal{}, drop)
@@ -262,7 +269,7 @@ func (p *plan) toHere() delta.InPrefix {
 	return delta.InPrefix{Field: "daddr", Prefix: netip.PrefixFrom(p.local, p.local.BitLen())}
 }
 
-// vxlanPorts match the UDP ports of VXLAN networks, each once.
+// vxlanPorts returns matches of the UDP ports of VXLAN networks, without duplicates.
 func (p *plan) vxlanPorts() (out []delta.Statement) {
 	for _, n := range p.vxlan {
 		if m := delta.UDPDport(n.UDPPort()); !slices.Contains(out, delta.Statement(m)) {
@@ -272,7 +279,8 @@ func (p *plan) vxlanPorts() (out []delta.Statement) {
 	return out
 }
 
-// exempt are the destinations that see a network's containers by their own addresses. They answer to those.
+// exempt returns the destinations that see the own addresses of a network's containers.
+// These destinations send their replies to the containers' addresses.
 func exempt(n metadata.Network) []netip.Prefix {
 	if !n.HostNAT {
 		return []netip.Prefix{netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0)}
@@ -280,10 +288,11 @@ func exempt(n metadata.Network) []netip.Prefix {
 	return n.HostNATExempt
 }
 
-// isolation drops what goes from one network to another that does not allow it, and what comes from the
-// underlay to a network whose containers are seen there, unless it was asked for. Replies pass, and what was
-// sent to a published port. The set is the second match, so a packet within a network costs one comparison
-// for each network.
+// isolation drops packets from one network to another network that does not allow them.
+// Some networks' containers are visible on the underlay.
+// isolation drops packets from the underlay to such a network unless the network allows the source.
+// Replies and packets to published ports pass.
+// The set is the second match, so a packet within a network costs one comparison for each network.
 func (p *plan) isolation() {
 	c := delta.Chain{Type: "filter", Hook: "forward", Priority: -10}
 	var outside []delta.Rule
@@ -301,7 +310,7 @@ func (p *plan) isolation() {
 			}
 			sources := ofFamily(n.AllowedPrefixes(), subnet)
 			if len(ofFamily(exempt(n), subnet)) == 0 || all(sources) {
-				continue // guard lets pass what is allowed and no more
+				continue // guard accepts the allowed packets only
 			}
 			if n.DirectRouting {
 				sources = append(sources, subnet)
@@ -323,7 +332,7 @@ func (p *plan) isolation() {
 	}
 }
 
-// denied are the subnets of one family whose containers must not reach a network's.
+// denied returns the subnets of one family whose containers must not reach network n.
 func (p *plan) denied(n metadata.Network, v6 bool) (out []netip.Prefix) {
 	for _, other := range p.networks {
 		if other.Name == n.Name || n.Allows(other.Name) {
@@ -338,7 +347,7 @@ func (p *plan) denied(n metadata.Network, v6 bool) (out []netip.Prefix) {
 	return out
 }
 
-// ofFamily are the prefixes of a subnet's family, without those that others cover.
+// ofFamily returns the prefixes of a subnet's family, without prefixes that another prefix covers.
 func ofFamily(list []netip.Prefix, subnet netip.Prefix) []netip.Prefix {
 	return slices.DeleteFunc(delta.Disjoint(list),
 		func(p netip.Prefix) bool { return p.Addr().Is6() != subnet.Addr().Is6() })
@@ -355,7 +364,7 @@ func within(field string, p netip.Prefix) delta.Rule {
 	return delta.Rule{delta.InPrefix{Field: field, Prefix: p}}
 }
 
-// untracked is the way out of what guard does not track on its way in.
+// untracked exempts outgoing tunnel packets from tracking. guard exempts the incoming ones.
 func (p *plan) untracked() {
 	if !p.local.IsValid() {
 		return
@@ -366,7 +375,7 @@ func (p *plan) untracked() {
 		c.Rules = append(c.Rules, delta.Rule{from, match, delta.Notrack{}, accept})
 	}
 	for _, port := range p.vxlanPorts() {
-		add(port) // its source port is a hash of the packet inside
+		add(port) // the source port is a hash of the inner packet
 	}
 	for _, port := range []uint16{metadata.ProbePort, ikePort, nattPort} {
 		add(delta.UDPSport(port))

@@ -45,7 +45,7 @@ func with(n metadata.Network, change func(*metadata.Network)) metadata.Network {
 	return n
 }
 
-// TestF174_Golden: the rules of each little cluster are the text of testdata.
+// TestF174_Golden checks the rules of each small cluster against testdata.
 func TestF174_Golden(t *testing.T) {
 	two := hosts("192.0.2.1/24", "192.0.2.2/24")
 	for _, tc := range []struct {
@@ -106,8 +106,8 @@ func TestF174_Golden(t *testing.T) {
 	}
 }
 
-// TestF37_F144_RulesKnowNoPeers: the rules are the same with one host and with many, so nothing that happens
-// to a peer touches them.
+// TestF37_F144_RulesKnowNoPeers checks that one host and many hosts have the same rules.
+// Therefore a change of a peer changes no rule.
 func TestF37_F144_RulesKnowNoPeers(t *testing.T) {
 	networks := []metadata.Network{red, blue, payroll}
 	few := guard.Plan(&metadata.Snapshot{Hosts: hosts("192.0.2.1/24"), Networks: networks}, "a", false)
@@ -118,8 +118,8 @@ func TestF37_F144_RulesKnowNoPeers(t *testing.T) {
 	}
 }
 
-// TestF45_LooseReversePath: where the kernel's check of IPv4 sources may be loose, the rule is for both
-// families, and nothing else differs.
+// TestF45_LooseReversePath checks that with a loose reverse-path check the rule matches both
+// families. Nothing else differs.
 func TestF45_LooseReversePath(t *testing.T) {
 	snap := &metadata.Snapshot{Hosts: hosts("192.0.2.1/24"), Networks: []metadata.Network{red}}
 	strict, loose := guard.Plan(snap, "a", false).String(), guard.Plan(snap, "a", true).String()
@@ -130,8 +130,8 @@ func TestF45_LooseReversePath(t *testing.T) {
 	}
 }
 
-// TestF37_FailsClosed: a host that the metadata does not list (any more), or that has no underlay address,
-// keeps what blocks: it may have containers.
+// TestF37_FailsClosed checks that blocking rules remain on a host that may have containers.
+// The metadata does not list the host, or the host has no underlay address.
 func TestF37_FailsClosed(t *testing.T) {
 	bare := hosts("192.0.2.1/24")
 	bare[0].Underlay = nil
