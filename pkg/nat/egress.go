@@ -1,7 +1,9 @@
-// Package nat plans host NAT: what containers send to the outside leaves with the host's address.
+// Package nat plans host NAT: containers' packets to the underlay leave with the host's address.
 //
-// It is one nftables rule per network and family over sets of prefixes, so it does not grow with containers
-// and a container's start or stop changes nothing. Pure: no kernel, no clock.
+// Each network and family has a fixed number of nftables rules over sets of prefixes.
+// Therefore the plan does not grow with containers.
+// A container's start or stop changes nothing.
+// The package is pure: it uses no kernel and no clock.
 package nat
 
 import (
@@ -12,22 +14,25 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Chain is where the rules stand: postrouting, at nft's own priority for source NAT.
+// Chain is the chain of the rules: postrouting, with nft's priority for source NAT.
 const Chain = "egress"
 
-// The source ports that masqueraded packets have, which are those that Linux gives to clients
-// (ip_local_port_range): a container that chooses the port of a service of its host would otherwise receive
-// what peers send to that service (CVE-2021-3773).
+// FirstPort and LastPort limit the source ports of masqueraded packets.
+// Linux gives the same ports to clients (ip_local_port_range).
+// Otherwise a container could choose the port of a service of its host.
+// The container would then receive packets of peers to that service (CVE-2021-3773).
 const (
 	FirstPort = 32768
 	LastPort  = 60999
 )
 
-// portProtocols have ports that NAT can choose, by IANA's numbers: TCP, UDP, SCTP, DCCP.
+// portProtocols lists the protocols with ports that NAT can choose, by IANA's numbers: TCP, UDP,
+// SCTP, DCCP.
 var portProtocols = []delta.L4Proto{6, 17, 132, 33}
 
-// Plan returns the rules of every network that wants host NAT. What stays inside of any of our networks, goes
-// to an exempted prefix, or to a link-local or multicast address keeps its source.
+// Plan returns the rules of every network with host NAT.
+// Packets to Lariat's networks and to exempted prefixes keep their source.
+// Packets to link-local and multicast addresses keep their source, too.
 func Plan(snap *metadata.Snapshot) *delta.State {
 	s := delta.NewState()
 	var inside []netip.Prefix

@@ -19,7 +19,7 @@ func prefixes(list ...string) (out []netip.Prefix) {
 	return out
 }
 
-// TestF58_F59_Golden: the rules of each little set of networks are the text of testdata.
+// TestF58_F59_Golden checks the rules of each small set of networks against testdata.
 func TestF58_F59_Golden(t *testing.T) {
 	overlay := metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, HostNAT: true,
 		Subnets: prefixes("10.42.0.0/16", "fd42::/48")}
@@ -29,7 +29,7 @@ func TestF58_F59_Golden(t *testing.T) {
 	flat := metadata.Network{Name: "flat", Encapsulation: metadata.EncapNone, HostNAT: true,
 		Subnets: prefixes("192.0.2.0/24")}
 	exempt := overlay
-	// Host bits, one within another, one twice, one that covers the network itself, and both families.
+	// The prefixes have host bits, nest, repeat, cover the network itself, and use both families.
 	exempt.HostNATExempt = prefixes("198.51.100.7/24", "198.51.100.128/25", "198.51.100.0/24", "10.0.0.0/8",
 		"2001:db8::/32", "fd00::/8")
 	for _, tc := range []struct {
