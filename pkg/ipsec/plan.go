@@ -1,13 +1,17 @@
-// Package ipsec plans the encrypted networks of a host: for each network a device that holds the host's own
-// address, for each other host that takes part one XFRM interface and one route per block, the tunnels that
-// IKE has to keep, and the rules which make that no packet of a container ever travels in clear.
+// Package ipsec plans the encrypted networks of a host.
+// Each network has one device with the host's own address.
+// Each peer has one XFRM interface, and one route per block.
+// Package ipsec also plans the tunnels of IKE.
+// Its rules ensure that no packet of a container leaves unencrypted.
 //
-// A packet to 10.42.7.9 takes the route of its block to the XFRM interface of its host. The interface has a
-// number, the if_id, and a packet leaves by it only as ESP under a policy of the same number; without such a
-// policy, or a key for it, it is dropped. Selectors are the network's subnets on both sides, so blocks come
-// and go without a word to the other host.
+// A packet to 10.42.7.9 takes the route of its block to the XFRM interface of its host.
+// The interface has a number, the if_id.
+// A packet leaves by the interface only as ESP under a policy of the same number.
+// Without such a policy or its key, the kernel drops the packet.
+// Selectors are the network's subnets on both sides.
+// Therefore hosts claim and release blocks without a change of the tunnels.
 //
-// Same input, same output. No clock, no kernel, no logging, no secrets.
+// The package is pure: it uses no clock, no kernel, no log and no secrets.
 package ipsec
 
 import (
@@ -23,22 +27,23 @@ import (
 	"github.com/lariat-net/lariat/pkg/underlay"
 )
 
-// ClearOut is the nftables chain that keeps clear packets of the overlay off the wire. pkg/guard keeps those
-// of others out.
+// ClearOut is the nftables chain that drops outgoing unencrypted packets of the overlay.
+// Package guard drops incoming unencrypted packets.
 const ClearOut = "clear-out"
 
-// Owned reports whether an if_id is of the range from which Lariat takes them, 0x4c000000 to 0x4cffffff (0x4c
-// is 76, as with its routes). SAs and policies under such an if_id are Lariat's.
+// Owned reports whether an if_id is in Lariat's range, 0x4c000000 to 0x4cffffff.
+// 0x4c is 76, as for Lariat's routes. SAs and policies with such an if_id are Lariat's.
 func Owned(ifID uint32) bool { return ifID>>24 == delta.Protocol }
 
-// Device is the XFRM interface of an if_id.
+// Device returns the name of the XFRM interface of an if_id.
 func Device(ifID uint32) string { return fmt.Sprintf("%s%06x", delta.TunnelPrefix, ifID&0xffffff) }
 
-// GatewayDevice is the device that carries a host's own addresses on a network. It is an XFRM interface whose
-// if_id has neither policies nor keys: what is sent to it goes nowhere.
+// GatewayDevice returns the name of the device with a host's own addresses on a network.
+// The device is an XFRM interface whose if_id has no policies and no keys.
+// Therefore the kernel drops packets that leave by it.
 func GatewayDevice(network string) string { return Device(gatewayID(network)) }
 
-// Alias is the ifalias of a network's device: of the tunnel to a peer, or, with no peer, of the home device.
+// Alias returns the ifalias of the tunnel to a peer, or of the gateway device without a peer.
 func Alias(network, peer string) string {
 	if peer == "" {
 		return delta.AliasPrefix + "ipsec:" + network
@@ -46,9 +51,10 @@ func Alias(network, peer string) string {
 	return delta.AliasPrefix + "ipsec:" + network + ":" + peer
 }
 
-// Plan returns what the kernel of host self needs for all of its encrypted networks, but for the SAs and
-// policies, which are IKE's. A host or entry that cannot be planned is left out and told in Problems; the
-// rest stands. It plans from what is sane of the snapshot.
+// Plan returns the desired state of host self for all encrypted networks.
+// The state holds no SAs and policies, because the IKE daemon creates them.
+// Plan leaves out a host or entry that cannot be planned, and names it in Problems.
+// It plans from the sane entries of the snapshot.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	s, snap := delta.NewState(), snap.Sane()
 	me, _ := snap.Host(self)
@@ -62,8 +68,8 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	if len(all) == 0 {
 		return s
 	}
-	// Of every network, those too that cannot be planned, and on a host that nothing can be planned for: there
-	// may be containers.
+	// Block for every network, even when the network or this host cannot be planned.
+	// There may be containers.
 	block(s, all)
 	if l, ok := layOut(snap, self, s); ok {
 		prefixes := underlay.Prefixes(snap)
@@ -74,7 +80,7 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	return s
 }
 
-// layout is what the kernel's part and IKE's part of the plan have in common.
+// layout keeps the common input of the kernel's part and IKE's part of the plan.
 type layout struct {
 	me       metadata.Host
 	networks []metadata.Network
@@ -82,7 +88,7 @@ type layout struct {
 	ids      map[[2]string]uint32 // network and peer to if_id
 }
 
-// layOut is not ok when there is nothing to plan.
+// layOut returns the layout of host self. It returns false when there is nothing to plan.
 func layOut(snap *metadata.Snapshot, self string, s *delta.State) (*layout, bool) {
 	l := &layout{ids: map[[2]string]uint32{}}
 	taken := map[uint32]string{}
@@ -119,7 +125,7 @@ func layOut(snap *metadata.Snapshot, self string, s *delta.State) (*layout, bool
 	slices.SortFunc(l.peers, func(a, b underlay.Peer) int { return strings.Compare(a.Name, b.Name) })
 	for _, n := range l.networks {
 		for _, p := range l.peers {
-			// Two that fall together are told apart by the order of their names. The number means something on this host alone.
+			// The order of the names resolves collisions. Only this host uses the number.
 			id := hashID(n.Name, p.Name)
 			for taken[id] != "" {
 				id = delta.Protocol<<24 | (id+1)&0xffffff
@@ -177,8 +183,9 @@ func (l *layout) network(s *delta.State, snap *metadata.Snapshot, n metadata.Net
 	}
 }
 
-// block keeps the overlay's addresses inside: a packet to one leaves this host by a container's port or by a
-// tunnel, or it is dropped. The rules know no peers, so they stand, unchanged, whatever happens to those.
+// block plans the rules that keep packets to the overlay's addresses on the overlay.
+// Such a packet leaves this host by a host end or by a tunnel. Otherwise the rules drop it.
+// The rules name no peers, so a change of a peer changes no rule.
 func block(s *delta.State, networks []metadata.Network) {
 	var subnets []netip.Prefix
 	for _, n := range networks {
@@ -186,12 +193,14 @@ func block(s *delta.State, networks []metadata.Network) {
 	}
 	slices.SortFunc(subnets, netip.Prefix.Compare)
 	out := delta.Chain{Type: "filter", Hook: "postrouting", Priority: -300}
-	// What costs is ESP on the wire: there every packet comes alone, while those of a stream pass the
-	// containers' ports and the tunnels' interfaces by the dozen. So the address is first, which lets ESP go
-	// after one comparison for each rule, and there is no rule more than needed (make bench/guest).
+	// ESP on the wire costs most, because each ESP packet passes alone.
+	// Packets of a stream pass host ends and tunnel interfaces in batches of a dozen.
+	// Therefore the address is the first match: ESP needs one comparison for each rule.
+	// For the same reason there are no further rules (make bench/guest).
 	for _, p := range subnets {
-		// A packet passes here twice: on its way into the tunnel's interface, and on its way to the wire with the
-		// transformation ahead of it.
+		// A packet passes this chain twice.
+		// The first time is before the tunnel interface.
+		// The second time is on the way to the wire, before the transformation.
 		out.Rules = append(out.Rules,
 			delta.Rule{delta.InPrefix{Field: "daddr", Prefix: p}, delta.OifGroup{Group: delta.OverlayLinkGroup, Not: true},
 				delta.NotRouteIPsec{}, delta.Oif{Name: "lo", Not: true}, delta.Verdict("drop")})

@@ -41,7 +41,8 @@ func text(snap *metadata.Snapshot, o ipsec.Options) string {
 	return b.String()
 }
 
-// TestF36_F38_PlanGolden: the plan of each little cluster, the kernel's part and IKE's, is the text beside it.
+// TestF36_F38_PlanGolden checks the plan of each small cluster against its golden file.
+// The plan has the kernel's part and IKE's part.
 func TestF36_F38_PlanGolden(t *testing.T) {
 	files, _ := filepath.Glob("testdata/*.json")
 	for _, f := range files {
@@ -74,7 +75,7 @@ func TestF36_F38_PlanGolden(t *testing.T) {
 	}
 }
 
-// TestPlanIsPure: the order in which the metadata lists things makes no difference.
+// TestPlanIsPure checks that the plan does not depend on the order of the metadata.
 func TestPlanIsPure(t *testing.T) {
 	snap := load(t, "testdata/three.json")
 	want := text(snap, ipsec.Options{})
@@ -92,7 +93,7 @@ func shuffle[T any](list []T) {
 	rand.Shuffle(len(list), func(i, j int) { list[i], list[j] = list[j], list[i] })
 }
 
-// cluster is n hosts with a block each.
+// cluster returns a snapshot of n hosts with one block each.
 func cluster(n int) *metadata.Snapshot {
 	s := &metadata.Snapshot{Self: "h0",
 		Networks: []metadata.Network{{Name: "overlay", Encapsulation: metadata.EncapIPsec,
@@ -108,8 +109,8 @@ func cluster(n int) *metadata.Snapshot {
 	return s
 }
 
-// TestInterfacesOfMany: with ten thousand peers some hashes are bound to fall together; every peer has an
-// interface and an if_id of its own all the same, all of them ours.
+// TestInterfacesOfMany checks that every peer has its own interface and its own if_id in Lariat's
+// range. With ten thousand peers some hashes collide.
 func TestInterfacesOfMany(t *testing.T) {
 	snap := cluster(10_000)
 	s := ipsec.Plan(snap, "h0")
@@ -136,8 +137,8 @@ func TestInterfacesOfMany(t *testing.T) {
 	}
 }
 
-// TestF37_F144_RulesKnowNoPeers: what blocks clear packets is the same with one host and with many, so
-// nothing that happens to a peer touches it.
+// TestF37_F144_RulesKnowNoPeers checks that one host and many hosts have the same blocking rules.
+// Therefore a change of a peer changes no rule.
 func TestF37_F144_RulesKnowNoPeers(t *testing.T) {
 	few, many := ipsec.Plan(cluster(1), "h0"), ipsec.Plan(cluster(50), "h0")
 	for _, chain := range []string{ipsec.ClearOut} {
@@ -150,7 +151,8 @@ func TestF37_F144_RulesKnowNoPeers(t *testing.T) {
 	}
 }
 
-// TestF43_KeyThatBothHave: the first key of a pair is one that the peer has announced; all are accepted.
+// TestF43_KeyThatBothHave checks that a pair's first key is one that the peer has announced.
+// All keys are accepted.
 func TestF43_KeyThatBothHave(t *testing.T) {
 	for _, tc := range []struct {
 		mine, peers, want string
@@ -158,9 +160,9 @@ func TestF43_KeyThatBothHave(t *testing.T) {
 		{"old", "old", "old"},
 		{"new old", "old", "old new"},
 		{"new old", "new old", "new old"},
-		{"new old", "old new", "new old"}, // each side sends what it prefers; both accept both
+		{"new old", "old new", "new old"}, // each side sends its preferred key; both accept both
 		{"new", "old", "new"},
-		{"new old", "", "new old"}, // a peer that has announced nothing yet
+		{"new old", "", "new old"}, // the peer has announced no keys yet
 		{"c b a", "a b", "b a c"},
 	} {
 		snap := cluster(2)
@@ -172,8 +174,9 @@ func TestF43_KeyThatBothHave(t *testing.T) {
 	}
 }
 
-// TestF37_FailsClosed: a host that the metadata does not list (any more), or that has no underlay address,
-// and a network that hashes to the same interface as another, keep what blocks: there may be containers.
+// TestF37_FailsClosed checks that blocking rules remain where there may be containers.
+// The metadata does not list the host, or the host has no underlay address.
+// Or a network hashes to the same interface as another network.
 func TestF37_FailsClosed(t *testing.T) {
 	blocked := func(what string, s *delta.State, subnets ...string) {
 		t.Helper()

@@ -9,52 +9,52 @@ import (
 const (
 	StateEstablished = "established" // both ends hold keys
 	StateConnecting  = "connecting"  // IKE is at work
-	StateIdle        = "idle"        // nothing was sent yet: the first packet sets it up
+	StateIdle        = "idle"        // no packets yet: the first packet sets the tunnel up
 	StateDown        = "down"        // the IKE daemon does not run, or does not know the connection
 )
 
-// Report is what a host's network manager tells of its encrypted networks: GET /v1/tunnels.
+// A Report is the answer of a host's network manager to GET /v1/tunnels.
 type Report struct {
-	Networks []string `json:"networks"` // that are encrypted, sorted; with none, the rest is empty
+	Networks []string `json:"networks"` // encrypted networks, sorted; without any, the other fields are empty
 
-	// Missing says what the host lacks so that none of them can work: a feature of the kernel, the secret. ADD
-	// is refused for it.
+	// Missing names a requirement of all encrypted networks that the host lacks.
+	// Examples are a feature of the kernel and the secret. ADD fails in this case.
 	Missing string `json:"missing,omitempty"`
-	// Problem says what keeps tunnels from being set up or kept for now: the IKE daemon does not run, say.
+	// Problem names a temporary obstacle to tunnels, such as an IKE daemon that does not run.
 	Problem string `json:"problem,omitempty"`
-	Remedy  string `json:"remedy,omitempty"` // for either
+	Remedy  string `json:"remedy,omitempty"` // for Missing or Problem
 
 	Daemon     string   `json:"daemon,omitempty"`     // such as "strongSwan 5.9.8"
-	Supervised bool     `json:"supervised,omitempty"` // the manager started it, and starts it again
+	Supervised bool     `json:"supervised,omitempty"` // the manager starts and restarts the daemon
 	Auth       string   `json:"auth,omitempty"`       // AuthPSK or AuthPubkey
 	Keys       []string `json:"keys,omitempty"`       // ids of the secrets, the preferred one first
-	Suites     []string `json:"suites,omitempty"`     // of ESP that this host offers, in strongSwan's words
+	Suites     []string `json:"suites,omitempty"`     // ESP suites that this host offers, in strongSwan's words
 	Tunnels    []Status `json:"tunnels"`              // one for each peer, sorted
 }
 
-// Status is how one tunnel fares.
+// A Status is the status of one tunnel.
 type Status struct {
 	Peer      string     `json:"peer"`
 	Remote    netip.Addr `json:"remote"`
 	State     string     `json:"state"`
-	Since     time.Time  `json:"since,omitzero"` // that it has been established
+	Since     time.Time  `json:"since,omitzero"` // time of establishment
 	Initiator bool       `json:"initiator,omitempty"`
-	Encap     bool       `json:"encap,omitempty"` // ESP goes in UDP: asked for, or a NAT was found
+	Encap     bool       `json:"encap,omitempty"` // ESP in UDP: configured, or IKE found a NAT
 	Suite     string     `json:"suite,omitempty"` // of IKE
 	Keys      []string   `json:"keys,omitempty"`  // ids, the one in use first
 
-	LastError string    `json:"lastError,omitempty"` // since it was last established
+	LastError string    `json:"lastError,omitempty"` // since the last establishment
 	ErrorAt   time.Time `json:"errorAt,omitzero"`
 
 	Children []ChildStatus `json:"children"` // sorted by network
 }
 
-// ChildStatus is the part of a tunnel that carries one network.
+// A ChildStatus is the status of the part of a tunnel that carries one network.
 type ChildStatus struct {
 	Network    string    `json:"network"`
 	IfID       uint32    `json:"ifID"`
 	Device     string    `json:"device"`
-	State      string    `json:"state"` // as of the tunnel
+	State      string    `json:"state"` // one of the states of a tunnel
 	Since      time.Time `json:"since,omitzero"`
 	Suite      string    `json:"suite,omitempty"` // of ESP
 	BytesIn    uint64    `json:"bytesIn"`

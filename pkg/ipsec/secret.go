@@ -15,22 +15,22 @@ import (
 	"github.com/lariat-net/lariat/pkg/private"
 )
 
-// DefaultSecretFile is where a host keeps the secret that it shares with the others.
+// DefaultSecretFile is the file with the secret that all hosts share.
 const DefaultSecretFile = "/etc/lariat/ipsec.secret" //nolint:gosec // the name of a file, not a secret
 
-// MinSecret is the least length of a secret, in characters. 32 random octets are 44 characters of base64.
+// MinSecret is the minimal length of a secret in characters.
+// 32 random bytes are 44 characters of base64.
 const MinSecret = 32
 
-// The salt and the labels of HKDF (RFC 5869). They keep these keys apart from whatever else derives from the
-// same secret.
+// The salt and the labels of HKDF (RFC 5869) separate these keys from other keys of one secret.
 const (
 	salt     = "lariat ipsec v1"
 	labelPSK = "pair "
 	labelID  = "id"
 )
 
-// Secrets are what a file of secrets holds: the one in use first, and behind it those that are accepted
-// still. They print as their ids.
+// Secrets keeps the content of a file of secrets. The first secret is in use.
+// The other secrets are still accepted. Secrets prints as its ids.
 type Secrets struct{ list []secret }
 
 type secret struct {
@@ -38,8 +38,9 @@ type secret struct {
 	value []byte
 }
 
-// ReadSecrets reads a file of secrets: one a line, the one to use first; empty lines and those that begin
-// with # are skipped. The file must be a regular one that nobody but its owner, root or the caller, may read.
+// ReadSecrets reads a file of secrets. Each line holds one secret. The preferred one comes first.
+// ReadSecrets skips empty lines and lines that begin with #. The file must be a regular file.
+// Root or the caller must own the file, and no other user may read it.
 // Errors name the file and the line, never a secret.
 func ReadSecrets(path string) (Secrets, error) {
 	data, err := private.Read(path)
@@ -57,7 +58,7 @@ func ReadSecrets(path string) (Secrets, error) {
 	return s, nil
 }
 
-// ParseSecrets reads the text of a file of secrets.
+// ParseSecrets parses the text of a file of secrets.
 func ParseSecrets(text []byte) (Secrets, error) {
 	var s Secrets
 	lines := bufio.NewScanner(bytes.NewReader(text))
@@ -90,12 +91,13 @@ func ParseSecrets(text []byte) (Secrets, error) {
 func derive(value []byte, label string, n int) []byte {
 	key, err := hkdf.Key(sha256.New, value, []byte(salt), label, n)
 	if err != nil {
-		panic(err) // of lengths beyond 255 hashes alone
+		panic(err) // only lengths beyond 255 hashes fail
 	}
 	return key
 }
 
-// IDs name the secrets, in their order, without telling anything of them: four octets of HKDF output.
+// IDs returns the ids of the secrets, in their order. An id is four bytes of HKDF output.
+// An id reveals nothing about its secret.
 func (s Secrets) IDs() []string {
 	ids := make([]string, len(s.list))
 	for i, x := range s.list {
@@ -104,21 +106,21 @@ func (s Secrets) IDs() []string {
 	return ids
 }
 
-// String is the ids.
+// String returns the ids.
 func (s Secrets) String() string { return strings.Join(s.IDs(), ",") }
 
-// GoString is the ids too: %#v must not print what %v does not.
+// GoString returns the ids, too: %#v must not print the secrets.
 func (s Secrets) GoString() string { return s.String() }
 
-// Pair is the key of two IKE identities under one secret, the same whichever comes first: 32 octets. nil when
-// there is no secret of that id.
+// Pair returns the key of two IKE identities under one secret: 32 bytes.
+// The order of the identities does not matter. Pair returns nil when there is no secret of that id.
 func (s Secrets) Pair(id, a, b string) []byte {
 	if b < a {
 		a, b = b, a
 	}
 	for _, x := range s.list {
 		if x.id == id {
-			// The length keeps ("ab", "c") and ("a", "bc") apart.
+			// The length distinguishes ("ab", "c") from ("a", "bc").
 			return derive(x.value, fmt.Sprintf("%s%d %s %s", labelPSK, len(a), a, b), 32)
 		}
 	}

@@ -17,7 +17,8 @@ const (
 	second = "YW5vdGhlciBvbmUgdGhhdCBpcyBub3QgcmVhbCBlaXRoZXI="
 )
 
-// TestF143_KeysOfPairs: a key for each pair, the same from both ends, another for any other pair or secret.
+// TestF143_KeysOfPairs checks that both ends of a pair derive the same key.
+// Any other pair or secret has another key.
 func TestF143_KeysOfPairs(t *testing.T) {
 	s, err := ipsec.ParseSecrets([]byte("# in use\n" + first + "\n\n" + second + "\n"))
 	if err != nil {
@@ -50,7 +51,7 @@ func TestF143_KeysOfPairs(t *testing.T) {
 	}
 }
 
-// TestSecretsNeverPrint: whatever a log does with them.
+// TestSecretsNeverPrint checks that no way of logging prints a secret.
 func TestSecretsNeverPrint(t *testing.T) {
 	s, err := ipsec.ParseSecrets([]byte(first))
 	if err != nil {
@@ -68,7 +69,7 @@ func TestSecretsNeverPrint(t *testing.T) {
 	}
 }
 
-// TestReadSecrets names what is wrong with a file, and never what is in it.
+// TestReadSecrets checks that an error names the fault of a file, and never its content.
 func TestReadSecrets(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "secret")
@@ -115,7 +116,7 @@ func TestReadSecrets(t *testing.T) {
 	}
 }
 
-// FuzzParseSecrets: no text makes it fall over, and no error repeats a line.
+// FuzzParseSecrets checks that no text causes a panic, and that no error repeats a line.
 func FuzzParseSecrets(f *testing.F) {
 	f.Add([]byte(first + "\n" + second))
 	f.Add([]byte("# x\n\n \t\nshort"))

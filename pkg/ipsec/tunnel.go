@@ -13,13 +13,13 @@ import (
 	"github.com/lariat-net/lariat/pkg/printable"
 )
 
-// ConnPrefix begins the name of every IKE connection, and of every secret, that Lariat gives to the IKE
-// daemon. Others are never touched.
+// ConnPrefix begins the names of Lariat's connections and keys in the IKE daemon.
+// Lariat never changes foreign connections and keys.
 const ConnPrefix = "lariat-"
 
-// How hosts prove to each other who they are.
+// These are the ways of authentication between hosts.
 const (
-	AuthPSK    = "psk"    // a key for each pair of hosts, derived from the secret that all of them share
+	AuthPSK    = "psk"    // a key for each pair of hosts, derived from the secret that all hosts share
 	AuthPubkey = "pubkey" // X.509 certificates
 )
 
@@ -33,39 +33,40 @@ const (
 // of 32 drops packets as soon as several queues are busy.
 const ReplayWindow = 1024
 
-// Options are what a host knows beside the metadata.
+// Options keeps the local settings of a host beside the metadata.
 type Options struct {
 	Auth  string // AuthPSK or AuthPubkey
-	Encap bool   // ESP in UDP always, not only behind NAT
+	Encap bool   // always ESP in UDP, not only behind NAT
 
-	// NoGCM says that this host's kernel lacks AES-GCM for ESP: only the fallback is offered.
+	// NoGCM says that this host's kernel lacks AES-GCM for ESP.
+	// Tunnels then offers only the fallback.
 	NoGCM bool
 
-	Rekey time.Duration // of the ESP keys; those of IKE live four times as long. 0: DefaultRekey
-	DPD   time.Duration // how long a silent peer is believed in. 0: DefaultDPD
+	Rekey time.Duration // lifetime of ESP keys; IKE keys live four times as long. 0: DefaultRekey
+	DPD   time.Duration // silence after which the daemon checks a peer. 0: DefaultDPD
 
-	// Keys are the ids of this host's secrets (Secrets.IDs), the one to use first at the front.
+	// Keys are the ids of this host's secrets (Secrets.IDs). The preferred one comes first.
 	Keys []string
 }
 
-// Tunnel is one IKE connection: to one peer, for all networks.
+// A Tunnel is one IKE connection to one peer, for all networks.
 type Tunnel struct {
 	Name          string // ConnPrefix and the peer's name
 	Peer          string
-	PeerBoot      string // the boot id of the peer: under another one it has forgotten all its keys
+	PeerBoot      string // the boot id of the peer: a peer loses all keys with a reboot
 	Local, Remote netip.Addr
-	LocalID       string // IKE identities, by which the peers know each other
+	LocalID       string // IKE identities
 	RemoteID      string
 	Auth          string
-	Keys          []string // ids of the secrets this pair's keys derive from: the first to send, all to accept
+	Keys          []string // ids of the secrets of this pair's keys: the first is sent, all are accepted
 	Encap         bool
-	Proposals     []string // of IKE, in strongSwan's words
+	Proposals     []string // IKE suites in strongSwan's words
 	Rekey         time.Duration
 	DPD           time.Duration
 	Children      []Child // sorted by network
 }
 
-// Child is the ESP part of a tunnel for one network.
+// A Child is the ESP part of a tunnel for one network.
 type Child struct {
 	Network   string
 	IfID      uint32
@@ -74,24 +75,26 @@ type Child struct {
 	Rekey     time.Duration
 }
 
-// Suites in strongSwan's words: x25519 for forward secrecy, extended sequence numbers. An AES-NI core does
-// AES-256-GCM at nearly the speed of AES-128-GCM, so the longer key is offered first. CBC with SHA-256 is for
-// kernels without GCM.
+// The suites are in strongSwan's words.
+// They have x25519 for forward secrecy, and ESP has extended sequence numbers.
+// With AES-NI, AES-256-GCM is nearly as fast as AES-128-GCM, so the longer key comes first.
+// CBC with SHA-256 is for kernels without GCM.
 var (
 	ikeSuites = []string{"aes256gcm16-prfsha256-x25519", "aes128gcm16-prfsha256-x25519", "aes256-sha256-x25519"}
 	espGCM    = []string{"aes256gcm16-x25519-esn", "aes128gcm16-x25519-esn"}
 	espCBC    = []string{"aes256-sha256-x25519-esn"}
 )
 
-// Identity is the IKE identity of a host: its name, unless the metadata says otherwise.
+// Identity returns the IKE identity of a host. The default is the host's name.
 func Identity(h metadata.Host) string { return cmp.Or(h.IKEIdentity, h.Name) }
 
-// Tunnels returns the connections that host self has to offer, sorted by name. What cannot be planned is left
-// out, as in Plan, which tells why.
+// Tunnels returns the connections of host self, sorted by name.
+// It leaves out entries that cannot be planned. Plan names these entries in Problems.
 //
-// Of a pair's keys, the first of this host's that the peer has announced too comes first: a peer that does
-// not have a new secret yet is still spoken to with the old one, and both ends change over on their own.
-// Whatever the snapshot holds, Tunnels plans from what is sane of it.
+// Keys that the peer has announced come first among a pair's keys, in this host's order.
+// Therefore this host uses the old secret with a peer that lacks the new one.
+// Both ends change to the new secret without help.
+// Tunnels plans from the sane entries of the snapshot.
 func Tunnels(snap *metadata.Snapshot, self string, o Options) []Tunnel {
 	l, ok := layOut(snap.Sane(), self, delta.NewState())
 	if !ok {
@@ -121,7 +124,7 @@ func Tunnels(snap *metadata.Snapshot, self string, o Options) []Tunnel {
 	return out
 }
 
-// preferred puts the keys that the peer has as well in front.
+// preferred returns mine with the peer's keys first.
 func preferred(mine, peers []string) []string {
 	out := slices.Clone(mine)
 	slices.SortStableFunc(out, func(a, b string) int {
