@@ -1,7 +1,7 @@
-// Package attach plans one container's connection to its host: a routed veth pair, its addresses and routes.
+// Package attach plans one container's endpoint: a routed veth pair, its addresses and routes.
 //
-// Pure: from what the metadata service or another IPAM plugin answered to a delta.Endpoint, which the kernel
-// package makes.
+// The package is pure. It turns the answer of the metadata service or of another IPAM plugin into a
+// delta.Endpoint. Package kernel creates the endpoint.
 package attach
 
 import (
@@ -14,46 +14,47 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// HostMAC is the MAC of the host's end of every port. All may share one, for no two ports share a link; the container's
-// neighbour entry for its gateway is then known before the port exists.
+// HostMAC is the MAC of every host end. All host ends share a MAC, because each has its own link.
+// Therefore the container's neighbour entry for its gateway is known before the endpoint exists.
 var HostMAC = delta.MAC{0x0e, 0xfe, 0, 0, 0, 1}
 
-// Gateway6 is every container's IPv6 gateway: the host's end of its port.
+// Gateway6 is every container's IPv6 gateway: the host end of its endpoint.
 var Gateway6 = netip.MustParseAddr("fe80::1")
 
-// Gateway4 is a container's IPv4 gateway on a host that has no overlay address of its own (all blocks were
-// taken when it joined, so it borrows). Nobody answers for it but the permanent neighbour entry.
+// Gateway4 is a container's IPv4 gateway on a host without an overlay address of its own.
+// Such a host borrows addresses, because no block was free when it joined.
+// No host answers for Gateway4. Only the permanent neighbour entry resolves it.
 var Gateway4 = netip.MustParseAddr("169.254.1.1")
 
 var encoding = base32.NewEncoding("abcdefghijklmnopqrstuvwxyz234567").WithPadding(base32.NoPadding)
 
-// digest names an attachment in few characters: 60 bits of SHA-256 over the pair.
+// digest returns the SHA-256 of an attachment's id. HostName uses 60 bits of it.
 func digest(id metadata.AttachmentID) [32]byte {
 	return sha256.Sum256([]byte(id.ContainerID + "\x00" + id.IfName))
 }
 
-// HostName is the name of the host's end of an attachment's port: 15 characters, the kernel's limit.
+// HostName returns the name of an attachment's host end. It has 15 characters, the kernel's limit.
 func HostName(id metadata.AttachmentID) string {
 	d := digest(id)
 	return delta.VethPrefix + encoding.EncodeToString(d[:])[:12]
 }
 
-// MAC is the container's MAC when nobody asked for one: locally administered, the same at each try.
+// MAC returns the container's default MAC. It is locally administered and the same at each retry.
 func MAC(id metadata.AttachmentID) delta.MAC {
 	d := digest(id)
 	return delta.MAC{0x0a, d[8], d[9], d[10], d[11], d[12]}
 }
 
-// Config is what the caller adds to the metadata's answer.
+// Config keeps the caller's additions to the answer of the metadata service.
 type Config struct {
 	ID             metadata.AttachmentID
 	Name           string // of the container, for people
 	MAC            delta.MAC
 	Routes         []delta.EndpointRoute // beyond the default route
-	NoDefaultRoute bool                  // only the network's subnets go by this interface
+	NoDefaultRoute bool                  // only routes to the network's subnets use this interface
 }
 
-// Plan turns the answer of the metadata service into a port.
+// Plan turns the answer of the metadata service into an endpoint.
 func Plan(a *metadata.Attachment, c Config) delta.Endpoint {
 	p := delta.Endpoint{
 		Network: a.Network, ContainerID: c.ID.ContainerID, IfName: c.ID.IfName,

@@ -14,7 +14,8 @@ import (
 
 var id = metadata.AttachmentID{ContainerID: "c0ffee", IfName: "eth0"}
 
-// answer is the metadata service's, with addresses written as address or address>gateway.
+// answer returns an answer of the metadata service.
+// Its arguments have the form address or address>gateway.
 func answer(addresses ...string) *metadata.Attachment {
 	a := &metadata.Attachment{Network: "overlay", MTU: 1450, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"),
 		netip.MustParsePrefix("fd42::/48")}}
@@ -90,7 +91,8 @@ func TestF1_F20_Plan(t *testing.T) {
 	}
 }
 
-// TestF11_MAC: the caller's, else the model's, else one made from the attachment, the same at each try.
+// TestF11_MAC checks the order of MACs: the caller's, the model's, then one that derives from the
+// attachment. The derived MAC is the same at each retry.
 func TestF11_MAC(t *testing.T) {
 	a := answer("10.42.0.5>10.42.0.1")
 	made := attach.Plan(a, attach.Config{ID: id}).MAC
@@ -107,7 +109,7 @@ func TestF11_MAC(t *testing.T) {
 	}
 }
 
-// TestNames: of the host's end fit the kernel, and tell attachments apart.
+// TestNames checks that names of host ends fit the kernel's limit and differ between attachments.
 func TestNames(t *testing.T) {
 	names, macs := map[string]metadata.AttachmentID{}, map[delta.MAC]metadata.AttachmentID{}
 	for i := range 50_000 {
@@ -124,7 +126,7 @@ func TestNames(t *testing.T) {
 		}
 		names[n], macs[attach.MAC(x)] = x, x
 	}
-	// The two parts do not run into each other.
+	// The boundary between the two parts matters.
 	if attach.HostName(metadata.AttachmentID{ContainerID: "a",
 		IfName: "bc"}) == attach.HostName(metadata.AttachmentID{ContainerID: "ab", IfName: "c"}) {
 		t.Error("a/bc and ab/c share a name")
