@@ -16,7 +16,7 @@ func TestF8_MTU(t *testing.T) {
 	for _, tc := range []struct {
 		name      string
 		encap     string
-		set       int // by the network
+		set       int // the network's MTU
 		h         metadata.Host
 		container int
 		overhead  int
