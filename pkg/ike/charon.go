@@ -23,38 +23,39 @@ import (
 	"github.com/lariat-net/lariat/pkg/private"
 )
 
-// DefaultDir is where a charon of our own has its configuration, socket and log.
+// DefaultDir is the directory of the configuration, socket and log of Lariat's own charon.
 const DefaultDir = "/run/lariat/ipsec"
 
-// Charon is a charon of Lariat's own, apart from the system's: with its own configuration and socket. It
-// outlives this process: the tunnels stay while the network manager is started anew, and the next Ensure
-// finds it again.
+// A Charon is Lariat's own charon, separate from the system's.
+// It has its own configuration and socket. charon outlives this process.
+// The tunnels remain while the network manager restarts.
+// The next Ensure finds the running charon.
 type Charon struct {
-	Path string // of charon-systemd or charon; "": the first of those where distributions have it
+	Path string // of charon-systemd or charon; "": the first of candidates that exists
 	Dir  string // "": DefaultDir
 	Log  *slog.Logger
 
-	// Prepare, when not nil, is called by Ensure before it starts one, while there is none for sure. If it fails
-	// none is started.
+	// Ensure calls Prepare, when not nil, before it starts charon. No charon runs at that time.
+	// If Prepare fails, Ensure starts no charon.
 	Prepare func(ctx context.Context) error
 
-	// OnExit is called, by another goroutine, when a charon that this process started is gone.
+	// Another goroutine calls OnExit when a charon of this process has ended.
 	OnExit func()
 
-	// Port and PortNATT are UDP's. 0: 500 and 4500. All hosts need the same.
+	// Port and PortNATT are UDP ports. 0: 500 and 4500. All hosts need the same ports.
 	Port, PortNATT uint16
 
-	mu      sync.Mutex    // held while one is started or stopped, which takes its time
-	child   chan struct{} // closed when the one this process started is gone; nil: it started none
-	stopped *atomic.Bool  // the one that was started last was asked to end
+	mu      sync.Mutex    // held during a start or stop, which may take long
+	child   chan struct{} // closed when this process's charon has ended; nil: this process started none
+	stopped *atomic.Bool  // Stop has ended the last charon
 
-	lives   sync.Mutex // guards what follows, and is held for a moment only
+	lives   sync.Mutex // guards the fields below, and is held only briefly
 	started time.Time
-	short   int   // lives in a row that were short
-	died    error // how the last one ended
+	short   int   // number of short lives in a row
+	died    error // how the last charon ended
 }
 
-// Files in the folder.
+// These are the files in the directory.
 const (
 	confFile   = "strongswan.conf"
 	socketFile = "charon.vici"
@@ -62,11 +63,11 @@ const (
 	lockFile   = "charon.pid"
 )
 
-// maxLog is how large the log may grow; the folder is in memory, usually.
+// maxLog is the maximal size of the log in bytes. The directory is usually in memory.
 const maxLog = 4 << 20
 
-// candidates are where distributions have it: Debian and Ubuntu, RHEL and Fedora, Alpine and openSUSE.
-// charon-systemd comes first: charon insists on being the only one of its machine.
+// candidates are the paths of charon in distributions: Debian and Ubuntu, RHEL and Fedora, Alpine
+// and openSUSE. charon-systemd comes first, because charon refuses to run twice on a machine.
 var candidates = []string{
 	"/usr/sbin/charon-systemd", "/usr/bin/charon-systemd", "/usr/local/sbin/charon-systemd",
 	"/usr/lib/ipsec/charon", "/usr/libexec/ipsec/charon", "/usr/libexec/strongswan/charon", "/usr/lib/strongswan/charon",
@@ -89,15 +90,15 @@ func FindCharon() (string, error) {
 		"system's own charon used")
 }
 
-// Socket is where it listens for vici.
+// Socket returns the path of charon's vici socket.
 func (c *Charon) Socket() string { return filepath.Join(c.dir(), socketFile) }
 
-// LogFile is where it says what it does.
+// LogFile returns the path of charon's log.
 func (c *Charon) LogFile() string { return filepath.Join(c.dir(), logFile) }
 
 func (c *Charon) dir() string { return cmp.Or(c.Dir, DefaultDir) }
 
-// Running reports whether there is one, whoever started it.
+// Running reports whether a charon runs. Any process may have started it.
 func (c *Charon) Running() bool {
 	f, err := c.lock()
 	if err == nil {
@@ -106,7 +107,7 @@ func (c *Charon) Running() bool {
 	return errors.Is(err, unix.EWOULDBLOCK)
 }
 
-// Pid is the process, 0 if there is none.
+// Pid returns charon's process id, or 0 when no charon runs.
 func (c *Charon) Pid() int {
 	if !c.Running() {
 		return 0
@@ -119,8 +120,9 @@ func (c *Charon) Pid() int {
 	return pid
 }
 
-// lock is held by charon itself, which inherits it open and never touches it, so it is free exactly when
-// charon is dead: no pid has to be believed, and no two of them can ever be started.
+// lock takes the lock file. charon inherits the open lock file and never uses it.
+// Therefore the lock is free exactly when no charon runs.
+// Lariat need not trust a pid, and can never start two charons.
 func (c *Charon) lock() (*os.File, error) {
 	f, err := os.OpenFile(filepath.Join(c.dir(), lockFile), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
@@ -133,8 +135,9 @@ func (c *Charon) lock() (*os.File, error) {
 	return f, nil
 }
 
-// Ensure makes sure that charon runs and answers: it takes the one that runs, or starts one. One that keeps
-// dying is started less and less often, and the error tells what it said last.
+// Ensure makes sure that charon runs and answers. It uses a running charon or starts one.
+// It starts a charon that repeatedly dies with back-off.
+// The error then holds the last lines of charon's log.
 func (c *Charon) Ensure(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -169,7 +172,7 @@ func (c *Charon) Ensure(ctx context.Context) error {
 	return c.answer(ctx)
 }
 
-// A life shorter than this counts against it.
+// shortLife is the limit below which a life of charon counts for the back-off.
 const shortLife = 10 * time.Second
 
 func (c *Charon) backOff() (time.Duration, error) {
@@ -197,7 +200,7 @@ func (c *Charon) start(lock *os.File) error {
 		return err
 	}
 	if err := os.Remove(c.Socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err // the dead one's
+		return err // the socket of the earlier charon
 	}
 	out, err := os.OpenFile(c.LogFile(), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
@@ -206,17 +209,17 @@ func (c *Charon) start(lock *os.File) error {
 	defer out.Close()
 	cmd := exec.Command(path)
 	cmd.Dir = "/"
-	// Nothing of this process's environment: NOTIFY_SOCKET above all, by which charon-systemd would speak to
-	// systemd in our name.
+	// Do not pass on this process's environment.
+	// With NOTIFY_SOCKET charon-systemd would notify systemd in place of this process.
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "STRONGSWAN_CONF=" + conf}
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.ExtraFiles = []*os.File{lock}
-	// A session of its own: what ends this process, or its terminal, is not meant for charon.
+	// Use a new session: signals for this process or its terminal must not reach charon.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return err
 	}
-	// Its memory holds keys. It has none yet.
+	// Disable core dumps, because charon's memory holds keys. It holds none yet.
 	if err := unix.Prlimit(cmd.Process.Pid, unix.RLIMIT_CORE, &unix.Rlimit{}, nil); err != nil {
 		c.say(slog.LevelWarn, "charon may dump core, with its keys", "error", err)
 	}
@@ -239,8 +242,9 @@ func (c *Charon) start(lock *os.File) error {
 	return nil
 }
 
-// portsFree tells of another IKE daemon, such as the system's own, which Debian starts when charon-systemd is
-// installed. charon itself runs on without its ports, deaf, and says so in its log alone.
+// portsFree returns an error when another IKE daemon has the ports.
+// For example, Debian starts the system's own daemon at the installation of charon-systemd.
+// charon itself runs without its ports, receives nothing, and reports this only in its log.
 func (c *Charon) portsFree() error {
 	for _, port := range []uint16{cmp.Or(c.Port, 500), cmp.Or(c.PortNATT, 4500)} {
 		l, err := net.ListenUDP("udp", &net.UDPAddr{Port: int(port)})
@@ -260,8 +264,8 @@ func writeAt(f *os.File, text string) error {
 	return err
 }
 
-// ended is told of each that was started here, when it is gone. Whoever holds mu may be starting the next one
-// by then; that there is none is to be known meanwhile.
+// ended records the end of a charon that this process started.
+// It does not take mu, because the holder of mu may be starting the next charon.
 func (c *Charon) ended(begun time.Time, stopped *atomic.Bool, how error) {
 	if stopped.Load() {
 		return
@@ -285,7 +289,7 @@ func (c *Charon) ended(begun time.Time, stopped *atomic.Bool, how error) {
 	}
 }
 
-// tail is the end of the log, as part of an error.
+// tail returns the last lines of the log, as part of an error.
 func (c *Charon) tail() string {
 	text, err := os.ReadFile(c.LogFile())
 	if err != nil {
@@ -298,7 +302,7 @@ func (c *Charon) tail() string {
 	return "; its last words: " + strings.Join(lines, " | ")
 }
 
-// answer waits until it listens. It is quick, but not at once.
+// answer waits until charon listens. charon needs a moment after its start.
 func (c *Charon) answer(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
@@ -309,7 +313,7 @@ func (c *Charon) answer(ctx context.Context) error {
 		if err == nil {
 			return conn.Close()
 		}
-		if !c.Running() { // what held the lock was about to die
+		if !c.Running() { // the holder of the lock has ended
 			return fmt.Errorf("charon is gone%s", c.tail())
 		}
 		select {
@@ -323,7 +327,8 @@ func (c *Charon) answer(ctx context.Context) error {
 	}
 }
 
-// Stop ends it, and waits for that. It says goodbye to its peers, so their packets do not go into the void.
+// Stop ends charon and waits for its end.
+// charon informs its peers, so that they do not send packets to a dead tunnel.
 func (c *Charon) Stop(ctx context.Context) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -339,7 +344,7 @@ func (c *Charon) Stop(ctx context.Context) error {
 		return fmt.Errorf("stop charon: %w", err)
 	}
 	defer unix.Close(fd)
-	if c.Pid() != pid { // the number may have been another's by the time it was opened
+	if c.Pid() != pid { // another process may have the pid by now
 		return nil
 	}
 	if c.stopped != nil {
@@ -363,7 +368,7 @@ func (c *Charon) Stop(ctx context.Context) error {
 	return fmt.Errorf("stop charon: process %d does not end", pid)
 }
 
-// hasEnded waits for a process.
+// hasEnded waits for the end of a process and reports whether it ended within limit.
 func hasEnded(ctx context.Context, pidfd int, limit time.Duration) bool {
 	for end := time.Now().Add(limit); time.Now().Before(end) && ctx.Err() == nil; {
 		n, err := unix.Poll([]unix.PollFd{{Fd: int32(pidfd), Events: unix.POLLIN}}, 100)
@@ -374,7 +379,8 @@ func hasEnded(ctx context.Context, pidfd int, limit time.Duration) bool {
 	return false
 }
 
-// trimLog puts a large log aside. charon appends, so an emptied file is filled from its start.
+// trimLog moves the newer half of a large log to another file and empties the log.
+// charon appends, so its next write starts at the beginning of the empty file.
 func (c *Charon) trimLog() error {
 	fi, err := os.Stat(c.LogFile())
 	if err != nil || fi.Size() < maxLog {
@@ -399,14 +405,15 @@ func (c *Charon) say(level slog.Level, msg string, args ...any) {
 	}
 }
 
-// config is charon's configuration.
+// config returns charon's configuration.
 //
-// A request is repeated after 1, 1.5, 2.3, 3.4, 4 and 4 s and given up after 20: a peer that is just booting
-// is found at most 4 s after it listens, and one that is dead is known for dead 20 s after DPD asked, where
-// strongSwan's defaults take 165. The kernel asks for a tunnel once, and again only when it has forgotten
-// that (xfrm_acq_expires): so long does it take to try again what the peer has refused.
+// charon retries a request after 1, 1.5, 2.3, 3.4, 4 and 4 s, and gives up after 20 s.
+// Therefore charon finds a booting peer at most 4 s after the peer listens.
+// charon detects a dead peer 20 s after a DPD request. strongSwan's defaults take 165 s.
+// The kernel requests a tunnel once, and again only after xfrm_acq_expires.
+// A tunnel that the peer has refused is retried after that time.
 //
-// No line of the log at level 1 holds a key; from 4 on they would.
+// At level 1 no line of the log holds a key. From level 4 on the log would hold keys.
 func (c *Charon) config() string {
 	return fmt.Sprintf(`# Written by lariat-network-manager each time it starts charon; changes are lost.
 charon {

@@ -14,7 +14,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/certs"
 )
 
-// TestF44_CharonThatDies: the error has its last words, and the next try is not at once.
+// TestF44_CharonThatDies checks that the error has the last lines of the log.
+// The retry has back-off.
 func TestF44_CharonThatDies(t *testing.T) {
 	dir := t.TempDir()
 	script := filepath.Join(dir, "charon-systemd")
@@ -49,7 +50,8 @@ func TestF44_CharonThatDies(t *testing.T) {
 	}
 }
 
-// TestF44_OneCharonOnly: a charon that holds the lock and does not answer yet is waited for; another is not started.
+// TestF44_OneCharonOnly checks that Ensure waits for a charon that has the lock but no answer yet.
+// Ensure starts no other charon.
 func TestF44_OneCharonOnly(t *testing.T) {
 	c := &Charon{Path: "/nonexistent/charon", Dir: t.TempDir()}
 	lock, err := c.lock()
@@ -87,7 +89,8 @@ func TestF44_OneCharonOnly(t *testing.T) {
 	}
 }
 
-// TestF44_PortTaken: charon would run without it and hear nothing.
+// TestF44_PortTaken checks the error for a port in use.
+// charon would run without the port and receive nothing.
 func TestF44_PortTaken(t *testing.T) {
 	l, err := net.ListenUDP("udp", nil)
 	if err != nil {
@@ -100,7 +103,7 @@ func TestF44_PortTaken(t *testing.T) {
 	}
 }
 
-// TestLogIsTrimmed: the newer half of a large log stays.
+// TestLogIsTrimmed checks that the newer half of a large log remains.
 func TestLogIsTrimmed(t *testing.T) {
 	c := &Charon{Dir: t.TempDir()}
 	if err := os.WriteFile(c.LogFile(), []byte(strings.Repeat("a line\n", maxLog/7+1)), 0o600); err != nil {
@@ -117,7 +120,7 @@ func TestLogIsTrimmed(t *testing.T) {
 	}
 }
 
-// TestConfigGolden is charon's own configuration.
+// TestConfigGolden checks charon's configuration against its golden file.
 func TestConfigGolden(t *testing.T) {
 	got := (&Charon{Port: 5500}).config()
 	const golden = "testdata/strongswan.conf"
@@ -135,7 +138,8 @@ func TestConfigGolden(t *testing.T) {
 	}
 }
 
-// TestF143_LoadCertificates: what "lariat certs" makes is read, and what is wrong with a folder is told.
+// TestF143_LoadCertificates checks that LoadCertificates reads the output of "lariat certs".
+// Errors name the faults of a directory.
 func TestF143_LoadCertificates(t *testing.T) {
 	pki := t.TempDir()
 	now := time.Now()

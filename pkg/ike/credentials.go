@@ -15,29 +15,30 @@ import (
 	"github.com/lariat-net/lariat/pkg/private"
 )
 
-// Credentials are what a host proves its name with: secrets, or a certificate. They print without what is secret.
+// Credentials keeps the proof of a host's identity: secrets or a certificate.
+// Credentials prints without secret content.
 type Credentials struct {
 	Secrets ipsec.Secrets
 
-	Certificate [][]byte   // DER: the host's own, and behind it those up to the authority's
+	Certificate [][]byte   // DER: the host's own certificate, then the chain up to the authority's
 	Key         PrivateKey // of the certificate
-	CAs         [][]byte   // DER: those whose certificates other hosts may have
+	CAs         [][]byte   // DER: authorities of other hosts' certificates
 }
 
-// PrivateKey is a key in PKCS #8 that does not print.
+// A PrivateKey is a key in PKCS #8 that does not print.
 type PrivateKey []byte
 
 func (PrivateKey) String() string { return "(private key)" }
 
-// GoString keeps %#v from printing it.
+// GoString keeps %#v from printing the key.
 func (PrivateKey) GoString() string { return "(private key)" }
 
-// Format keeps every other verb from printing it.
+// Format keeps every other verb from printing the key.
 func (k PrivateKey) Format(f fmt.State, _ rune) { fmt.Fprint(f, k.String()) }
 
-// LoadCertificates reads a folder as "lariat certs" makes it for a host: ca.crt, and one certificate with its
-// key, NAME.crt and NAME.key. A ca.crt of several certificates trusts them all. Errors never hold what is in
-// a key.
+// LoadCertificates reads a host's directory from "lariat certs".
+// It holds ca.crt, and one certificate with its key, NAME.crt and NAME.key.
+// LoadCertificates trusts all certificates in ca.crt. Errors never hold the content of a key.
 func LoadCertificates(dir string) (Credentials, error) {
 	var c Credentials
 	var err error
@@ -92,7 +93,7 @@ func readCerts(file string) (out [][]byte, err error) {
 	return out, nil
 }
 
-// parseKey returns the key of a certificate. Its errors never hold what is in the key.
+// parseKey returns the key of a certificate. Errors never hold the content of the key.
 func parseKey(text, cert []byte) (PrivateKey, error) {
 	b, _ := pem.Decode(text)
 	if b == nil {

@@ -36,7 +36,7 @@ func join(parts ...[]byte) (out []byte) {
 	return out
 }
 
-// anSA is what charon answers to list-sas, in short.
+// anSA is a short answer of charon to list-sas.
 var anSA = join(element(sectionStart, "lariat-b"), value("uniqueid", "7"), value("state", "ESTABLISHED"),
 	value("local-host", "192.0.2.1"), value("local-port", "500"),
 	value("remote-host", "192.0.2.2"), value("encr-alg", "AES_GCM_16"), value("encr-keysize", "256"),
@@ -56,8 +56,8 @@ func packet(typ byte, name string, body []byte) []byte {
 	return append(binary.BigEndian.AppendUint32(nil, uint32(len(b))), b...)
 }
 
-// fakeCharon answers every command on a socket with an event of list-sa and with a response; it is told which
-// by the bodies.
+// fakeCharon answers every command on a socket with an event of list-sa and with a response.
+// The bodies hold the event and the response.
 func fakeCharon(f *testing.F, bodies <-chan [2][]byte) (socket string) {
 	dir, err := os.MkdirTemp("", "vici")
 	if err != nil {
@@ -81,12 +81,12 @@ func fakeCharon(f *testing.F, bodies <-chan [2][]byte) (socket string) {
 				return
 			}
 			if head[4] == eventRegister {
-				c.Write(packet(eventConfirm, "", nil)) //nolint:errcheck // the other end is gone
+				c.Write(packet(eventConfirm, "", nil)) //nolint:errcheck // the other end has closed
 				continue
 			}
 			said := <-bodies
-			c.Write(packet(event, eventSA, said[0]))  //nolint:errcheck // the other end is gone
-			c.Write(packet(cmdResponse, "", said[1])) //nolint:errcheck // the other end is gone
+			c.Write(packet(event, eventSA, said[0]))  //nolint:errcheck // the other end has closed
+			c.Write(packet(cmdResponse, "", said[1])) //nolint:errcheck // the other end has closed
 		}
 	}
 	go func() {
@@ -101,8 +101,7 @@ func fakeCharon(f *testing.F, bodies <-chan [2][]byte) (socket string) {
 	return socket
 }
 
-// FuzzReply: whatever charon says to a command, and in its log, what is made of it is an SA of a connection
-// of ours, or an error.
+// FuzzReply checks that any output of charon yields SAs of Lariat's connections, or an error.
 func FuzzReply(f *testing.F) {
 	f.Add(anSA, value("success", "yes"), "received AUTHENTICATION_FAILED notify error")
 	f.Add(join(anSA, anSA[:20]), []byte{}, "giving up after 5 retransmits")
@@ -140,8 +139,8 @@ func FuzzReply(f *testing.F) {
 	})
 }
 
-// TestFakeCharonIsUnderstood: the seed of FuzzReply is read as an SA, so that the fuzzer begins behind the
-// first checks.
+// TestFakeCharonIsUnderstood checks that the seed of FuzzReply yields an SA.
+// Therefore the fuzzer starts after the first checks.
 func TestFakeCharonIsUnderstood(t *testing.T) {
 	m := vici.NewMessage()
 	if err := m.Set("uniqueid", "7"); err != nil {
@@ -152,8 +151,8 @@ func TestFakeCharonIsUnderstood(t *testing.T) {
 	}
 }
 
-// FuzzCertificates: whatever stands in the files of a host's credentials, they are used whole or refused,
-// without a word of the key.
+// FuzzCertificates checks that LoadCertificates accepts a host's files completely or refuses them.
+// Errors hold nothing of the key.
 func FuzzCertificates(f *testing.F) {
 	pki := f.TempDir()
 	at := time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)

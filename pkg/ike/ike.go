@@ -1,12 +1,13 @@
-// Package ike keeps an IKE daemon, strongSwan's charon, equal to the planned tunnels. It speaks vici, the
-// daemon's own protocol, and can start the daemon and look after it.
+// Package ike keeps an IKE daemon, strongSwan's charon, equal to the planned tunnels.
+// It uses vici, the daemon's own protocol, and can start and supervise the daemon.
 //
-// Only what bears Lariat's prefix is ever changed: the system's own connections, keys and certificates may
-// live in the same daemon. What is loaded is remembered as long as the connection to the daemon lasts, so
-// that nothing is asked of it while nothing changes; a daemon that was started anew has lost all, and so has
-// the connection.
+// Package ike changes only objects with Lariat's prefix.
+// The system's own connections, keys and certificates may be in the same daemon.
+// Package ike caches the loaded objects as long as the connection to the daemon lasts.
+// Therefore it sends no commands while nothing changes.
+// A restarted daemon has lost all objects, and the restart also ends the connection.
 //
-// This package never routes, blocks or opens anything: without it packets of encrypted networks are dropped.
+// Package ike has no routes or rules. Without it the kernel drops packets of encrypted networks.
 package ike
 
 import (
@@ -28,67 +29,68 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipsec"
 )
 
-// SystemSocket is where the system's own charon listens.
+// SystemSocket is the vici socket of the system's own charon.
 const SystemSocket = "/var/run/charon.vici"
 
-// ErrTooOld is a daemon before 5.9.
+// ErrTooOld is wrapped when the daemon is older than 5.9.
 var ErrTooOld = errors.New("strongSwan is too old")
 
 var errNotConnected = errors.New("IKE daemon: not connected")
 
-// Daemon is an IKE daemon, reached by its socket. The connection is made when it is needed and kept.
+// A Daemon is an IKE daemon behind its socket. It connects on demand and keeps the connection.
 type Daemon struct {
-	Socket string       // of vici; "": SystemSocket
-	Log    *slog.Logger // nil: nowhere
+	Socket string       // the vici socket; "": SystemSocket
+	Log    *slog.Logger // nil: no log
 
-	// Notify is called, by another goroutine, when something happened that Apply or whoever reports should know:
-	// a tunnel came up or failed. Gone is when the connection to the daemon ended, whoever did it. They must not
-	// block.
+	// Another goroutine calls Notify when a tunnel came up or failed.
+	// Another goroutine calls Gone when the connection to the daemon has ended for any reason.
+	// Notify and Gone must not block.
 	Notify, Gone func()
 
-	// ReauthOnRotation has tunnels that are established authenticate anew when the key to be sent has changed;
-	// else it is used when they are set up the next time, and what is established lives on: its own keys came
-	// from Diffie-Hellman, not from that one. The new SAs are made before the old are broken, but the peer sends
-	// by the new ones as soon as it has them, and what arrives before this end has them too is lost: some
-	// milliseconds' worth.
+	// ReauthOnRotation makes established tunnels reauthenticate when the key to send has changed.
+	// Otherwise a tunnel uses the new key at its next setup, and established SAs remain.
+	// Their own keys derive from Diffie-Hellman, not from that key.
+	// A reauthentication makes new SAs before it ends the old ones.
+	// But the peer uses the new SAs as soon as the peer has them.
+	// This end loses the packets that arrive before it has the new SAs: some milliseconds' worth.
 	ReauthOnRotation bool
 
-	// Timeout of one command. 0: 20 seconds.
+	// Timeout limits one command. 0: 20 seconds.
 	Timeout time.Duration
 
 	calls atomic.Uint64
 
-	mu      sync.Mutex // held while a command is under way
+	mu      sync.Mutex // held during a command
 	session *session
 	events  *vici.Session
 	ended   chan struct{} // closed when events is
 	version string
 	have    map[string]held
-	private string   // id of the private key that was loaded
-	digest  [32]byte // and of its content
+	private string   // id of the loaded private key
+	digest  [32]byte // digest of the loaded private key
 
 	errMu sync.Mutex
 	errs  map[string]Failure
 }
 
-// Failure is what went wrong last with a tunnel.
+// A Failure is the last failure of a tunnel.
 type Failure struct {
 	Text string
 	At   time.Time
 }
 
-// Calls is how many commands the daemon was given.
+// Calls returns the number of commands that were sent to the daemon.
 func (d *Daemon) Calls() uint64 { return d.calls.Load() }
 
-// Version is the daemon's name and version as of when it was last spoken to, such as "strongSwan 5.9.8"; ""
-// if it never was.
+// Version returns the daemon's name and version at the last connection, such as "strongSwan 5.9.8".
+// It returns an empty string when there was no connection yet.
 func (d *Daemon) Version() string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.version
 }
 
-// Close ends the connection. The daemon keeps what it has.
+// Close ends the connection. The daemon keeps its objects.
 func (d *Daemon) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -96,12 +98,14 @@ func (d *Daemon) Close() error {
 	return nil
 }
 
-// Apply makes the daemon's connections and keys that are Lariat's equal to want, and returns what it changed
-// as lines for the log. A tunnel that cannot be made is told in the error and tried again the next time; the
-// others are not kept from anything.
+// Apply makes Lariat's connections and keys in the daemon equal to want.
+// It returns its changes as lines for the log.
+// The error names tunnels that cannot be loaded. The next Apply retries them.
+// A failed tunnel does not affect other tunnels.
 //
-// Nothing is asked of the daemon when want and creds are what they were. With verify it is: connections,
-// keys, traps and SAs are listed, and what somebody else has removed, or added under our prefix, is mended.
+// Apply sends no commands when want and creds are unchanged.
+// With verify it lists connections, keys, traps and SAs.
+// It then repairs objects that somebody else has removed or added under Lariat's prefix.
 func (d *Daemon) Apply(ctx context.Context, want []ipsec.Tunnel, creds Credentials,
 	verify bool) (changed []string, err error) {
 	d.mu.Lock()
@@ -122,7 +126,7 @@ func (d *Daemon) Apply(ctx context.Context, want []ipsec.Tunnel, creds Credentia
 		ks, err := keys(t, creds)
 		if err != nil {
 			errs = append(errs, err)
-			ks = d.have[t.Name].keys // better than none
+			ks = d.have[t.Name].keys // keep the old keys
 		}
 		wishes[t.Name] = wish{tunnel: t, conn: conn, text: conn.String(), keys: ks}
 	}
@@ -157,7 +161,8 @@ func (d *Daemon) Apply(ctx context.Context, want []ipsec.Tunnel, creds Credentia
 			return changed, errors.Join(errs...)
 		}
 	}
-	// Connections whose traps the daemon could not install are loaded all the same, and nothing tells but the list.
+	// The daemon loads a connection even when it cannot install the traps.
+	// Only the list of traps shows this failure.
 	if slices.ContainsFunc(todo, func(s step) bool { return s.cmd == "load-conn" }) {
 		errs = append(errs, d.checkTraps(ctx, wishes, failed)...)
 	}
@@ -167,7 +172,7 @@ func (d *Daemon) Apply(ctx context.Context, want []ipsec.Tunnel, creds Credentia
 	for name, w := range wishes {
 		switch {
 		case failed[name]:
-			// What it has is not known: all is loaded again, the next time.
+			// The daemon's objects are unknown: the next Apply loads all of them again.
 			d.have[name] = held{tunnel: d.have[name].tunnel, keys: d.have[name].keys}
 		default:
 			d.have[name] = held{tunnel: w.tunnel, conn: w.text, keys: w.keys}
@@ -184,7 +189,7 @@ func (d *Daemon) Apply(ctx context.Context, want []ipsec.Tunnel, creds Credentia
 	return changed, errors.Join(errs...)
 }
 
-// explain says what a command was about and what can be done.
+// explain adds the purpose of a command and a remedy to its error.
 func explain(s step, err error) error {
 	switch s.cmd {
 	case "load-conn":
@@ -201,7 +206,7 @@ func explain(s step, err error) error {
 	return fmt.Errorf("%s %s: %w", s.cmd, s.tunnel, err)
 }
 
-// checkTraps looks for a trap of every child.
+// checkTraps checks that every child has a trap, and installs missing traps.
 func (d *Daemon) checkTraps(ctx context.Context, wishes map[string]wish, failed map[string]bool) (errs []error) {
 	traps, err := d.traps(ctx)
 	if err != nil {
@@ -225,7 +230,7 @@ func (d *Daemon) checkTraps(ctx context.Context, wishes map[string]wish, failed 
 	return errs
 }
 
-// alive reports whether both connections are there. A daemon that dies closes one after the other.
+// alive reports whether both connections are open. A daemon that dies closes them one by one.
 func (d *Daemon) alive() bool {
 	if d.session == nil || !d.session.alive() {
 		return false
@@ -238,7 +243,8 @@ func (d *Daemon) alive() bool {
 	}
 }
 
-// connect makes sure of a connection to a daemon that is new enough. fresh: it was made just now.
+// connect ensures a connection to a daemon of a sufficient version.
+// fresh says that the connection is new.
 func (d *Daemon) connect(ctx context.Context) (fresh bool, err error) {
 	if d.alive() {
 		return false, nil
@@ -316,7 +322,7 @@ func (d *Daemon) call(ctx context.Context, cmd string, args section) (*vici.Mess
 	m, err := d.session.call(ctx, cmd, args)
 	var f *failure
 	if err != nil && !errors.As(err, &f) {
-		d.drop() // who knows what comes next
+		d.drop() // the state of the connection is unknown
 	}
 	return m, err
 }
@@ -336,7 +342,7 @@ func (d *Daemon) list(ctx context.Context, cmd, event string, args section) ([]*
 	return all, nil
 }
 
-// loadPrivate gives the daemon the private key of certificates, and takes the one before it away.
+// loadPrivate loads the private key of the certificate and unloads the previous one.
 func (d *Daemon) loadPrivate(ctx context.Context, want []ipsec.Tunnel, c Credentials) (line string, err error) {
 	if len(want) == 0 || want[0].Auth != ipsec.AuthPubkey {
 		c.Key = nil
@@ -367,7 +373,7 @@ func (d *Daemon) loadPrivate(ctx context.Context, want []ipsec.Tunnel, c Credent
 	return line, nil
 }
 
-// observe lists what the daemon has of ours.
+// observe lists Lariat's objects in the daemon.
 func (d *Daemon) observe(ctx context.Context) (*observed, error) {
 	seen := &observed{sas: map[string][]SA{}}
 	var err error
@@ -396,7 +402,7 @@ func (d *Daemon) names(ctx context.Context, cmd, in string) ([]string, error) {
 	return slices.DeleteFunc(all, func(name string) bool { return !strings.HasPrefix(name, ipsec.ConnPrefix) }), nil
 }
 
-// traps are the connections and children, with a slash between, that the daemon waits for packets of.
+// traps returns the installed traps as connection/child. The daemon waits for packets of a trap.
 func (d *Daemon) traps(ctx context.Context) (map[string]bool, error) {
 	all, err := d.list(ctx, "list-policies", eventPolicy, section{{"trap", "yes"}})
 	traps := map[string]bool{}
@@ -410,7 +416,7 @@ func (d *Daemon) traps(ctx context.Context) (map[string]bool, error) {
 	return traps, err
 }
 
-// forget what the daemon does not have any more.
+// forget removes from the cache the objects that the daemon no longer has.
 func (d *Daemon) forget(seen *observed) {
 	for name, h := range d.have {
 		if !slices.Contains(seen.conns, name) {
@@ -423,7 +429,8 @@ func (d *Daemon) forget(seen *observed) {
 	}
 }
 
-// Terminate ends a tunnel's SAs; the next packet sets them up again. With force the peer is told and not waited for.
+// Terminate ends a tunnel's SAs. The next packet sets them up again.
+// With force the daemon informs the peer and does not wait for an answer.
 func (d *Daemon) Terminate(ctx context.Context, name string, force bool) error {
 	args := terminateIKE(name)
 	if !force {
@@ -432,14 +439,15 @@ func (d *Daemon) Terminate(ctx context.Context, name string, force bool) error {
 	return d.command(ctx, "terminate", name, args)
 }
 
-// Initiate sets a tunnel's part for a network up without waiting for a packet, nor for the result.
+// Initiate sets up a tunnel's part for a network. It waits neither for a packet nor for the result.
 func (d *Daemon) Initiate(ctx context.Context, name, network string) error {
 	return d.command(ctx, "initiate", name, section{{"ike", name}, {"child", network}, {"timeout", "-1"}})
 }
 
-// Reinstall gives the kernel anew the policies of a tunnel for a network, which the daemon takes for being
-// there. The tunnel's SAs end: of those that hold the same policies the daemon would give the kernel none.
-// The next packet sets them up again.
+// Reinstall installs a tunnel's policies for a network in the kernel again.
+// The daemon wrongly assumes that the kernel has these policies.
+// Reinstall ends the tunnel's SAs: the daemon installs no policies that an SA already holds.
+// The next packet sets the SAs up again.
 func (d *Daemon) Reinstall(ctx context.Context, name, network string) error {
 	trap := section{{"child", network}, {"ike", name}}
 	for _, s := range []step{
@@ -454,7 +462,7 @@ func (d *Daemon) Reinstall(ctx context.Context, name, network string) error {
 	return nil
 }
 
-// CloseChild ends one pair of ESP SAs, by the daemon's number for it.
+// CloseChild ends one pair of ESP SAs by the daemon's number.
 func (d *Daemon) CloseChild(ctx context.Context, name string, id uint64) error {
 	err := d.command(ctx, "terminate", name, section{{"child-id", fmt.Sprint(id)}, {"timeout", "-1"}})
 	if missing(err) {
@@ -463,7 +471,8 @@ func (d *Daemon) CloseChild(ctx context.Context, name string, id uint64) error {
 	return err
 }
 
-// Reauth has the ends of a tunnel prove anew who they are. The new SAs are made before the old are broken.
+// Reauth makes the ends of a tunnel reauthenticate.
+// The daemon makes the new SAs before it ends the old ones.
 func (d *Daemon) Reauth(ctx context.Context, name string) error {
 	return d.command(ctx, "rekey", name, section{{"ike", name}, {"reauth", "yes"}})
 }

@@ -10,18 +10,22 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipsec"
 )
 
-// overlap is how long keys outlive the moment when new ones are asked for. strongSwan's default is a tenth of
-// their life, which with a short one is less than an exchange takes on a slow host, or one retransmission:
-// packets would be dropped until its end. A minute is an exchange that is given up (20 s: see the
-// retransmissions in strongswan.conf), and another one.
+// overlap returns the lifetime of old keys after the request for new keys.
+// strongSwan's default is a tenth of the keys' lifetime.
+// For a short lifetime this is less than an exchange on a slow host, or than one retransmission.
+// The kernel would drop packets until the end of that exchange.
+// A minute is enough for one failed exchange (20 s: see the retransmissions in strongswan.conf) and
+// another one.
 func overlap(rekey time.Duration) time.Duration { return max(rekey/10, time.Minute) }
 
-// renewal is when an end asks for new keys, what is taken off that by chance so that not all are renewed at once, and
-// when the old keys end.
+// renewal returns the age of keys at which an end requests new keys.
+// end is the age at which old keys end.
+// chance is the maximal random reduction of ask, so that not all keys are renewed at once.
 //
-// One end leads. Where both ask at the same time, strongSwan before 6.0 may leave an end without the SA by which
-// it should send (its issue 1896), or sending by one that the other end drops; the slower the exchange, the
-// likelier it is. The other end asks when the leader has not, in the middle of the overlap.
+// One end leads, because simultaneous requests fail in strongSwan before 6.0.
+// An end may then lack the SA for its packets (strongSwan's issue 1896).
+// Or an end sends by an SA that the other end drops. A slow exchange makes both likelier.
+// The other end requests new keys in the middle of the overlap, if the leader has not.
 func renewal(rekey time.Duration, leads bool) (ask, chance, end time.Duration) {
 	rest := overlap(rekey)
 	if leads {
@@ -30,15 +34,16 @@ func renewal(rekey time.Duration, leads bool) (ask, chance, end time.Duration) {
 	return rekey + rest*2/3, rest / 3, rekey + rest
 }
 
-// leads reports whether this end of a tunnel does what both ends must not do at once.
+// leads reports whether this end of a tunnel takes the actions that only one end may take.
 func leads(t ipsec.Tunnel) bool { return t.LocalID < t.RemoteID }
 
-// connection is what load-conn is given for a tunnel.
+// connection returns the arguments of load-conn for a tunnel.
 func connection(t ipsec.Tunnel, c Credentials) section {
 	local := section{{"auth", t.Auth}, {"id", t.LocalID}}
 	remote := section{{"auth", t.Auth}, {"id", t.RemoteID}}
 	if t.Auth == ipsec.AuthPubkey {
-		// Named here, and not loaded for everybody, so that the system's own connections neither use nor trust them.
+		// Name the certificates here and do not load them globally.
+		// Therefore the system's own connections neither use nor trust them.
 		local = append(local, field{"certs", ders(c.Certificate[:min(1, len(c.Certificate))])})
 		remote = append(remote, field{"cacerts", ders(c.CAs)})
 	}
@@ -53,7 +58,7 @@ func connection(t ipsec.Tunnel, c Credentials) section {
 		{"remote_addrs", []string{t.Remote.String()}},
 		{"proposals", t.Proposals},
 		{"encap", yes(t.Encap)},
-		{"mobike", "no"}, // a host's address is what the metadata says
+		{"mobike", "no"}, // the metadata defines a host's address
 		{"unique", "replace"},
 		{"dpd_delay", seconds(t.DPD)},
 		{"rekey_time", seconds(ask)},
@@ -84,23 +89,23 @@ func childSection(c ipsec.Child, leads bool) section {
 		{"rand_time", seconds(chance)},
 		{"life_time", seconds(end)},
 		{"replay_window", strconv.Itoa(ipsec.ReplayWindow)},
-		// The trap alone sets tunnels up: the next packet tries again. Together with a restart on DPD or close
-		// there would be two of everything; strongSwan #541.
+		// The trap alone sets tunnels up: the next packet retries.
+		// An additional restart on DPD or close would duplicate all SAs (strongSwan #541).
 		{"start_action", "trap"},
 		{"dpd_action", "clear"},
 		{"close_action", "none"},
 	}
 }
 
-// key is a pair's key as it is to be loaded.
+// A key is a pair's key with its arguments of load-shared.
 type key struct {
-	id     string // of the daemon's, unique among all of its keys
-	secret string // id of the secret it derives from
+	id     string // the daemon's id, unique among all its keys
+	secret string // id of the secret from which the key derives
 	digest [sha256.Size]byte
 	args   section
 }
 
-// keys are a tunnel's, the one to send first.
+// keys returns a tunnel's keys. The key to send comes first.
 func keys(t ipsec.Tunnel, c Credentials) ([]key, error) {
 	if t.Auth != ipsec.AuthPSK {
 		return nil, nil
@@ -116,8 +121,9 @@ func keys(t ipsec.Tunnel, c Credentials) ([]key, error) {
 			{"id", k.id},
 			{"type", "ike"},
 			{"data", secret(data)},
-			// The peer alone is the owner. To verify a peer the daemon tries each key of which one owner matches,
-			// whichever: were this host an owner too, every peer's key would do for every other peer's name.
+			// The peer is the only owner.
+			// To verify a peer, the daemon tries each key with a matching owner.
+			// If this host were an owner too, every peer's key would prove every other peer's name.
 			{"owners", []string{t.RemoteID}},
 		}
 		k.digest = sha256.Sum256(fmt.Appendf(data, "%q", t.RemoteID))
@@ -146,7 +152,7 @@ func seconds(d time.Duration) string {
 	return strconv.FormatInt(int64((d+time.Second-1)/time.Second), 10)
 }
 
-// moved reports whether a tunnel goes somewhere else, or to somebody else, so that what is established is of no use.
+// moved reports whether a tunnel has another address or identity, so that its SAs are useless.
 func moved(a, b ipsec.Tunnel) bool {
 	type end struct {
 		local, remote     netip.Addr

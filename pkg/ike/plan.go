@@ -10,14 +10,14 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipsec"
 )
 
-// held is what the daemon has of one tunnel, as far as this process knows.
+// held keeps the daemon's objects of one tunnel, as far as this process knows.
 type held struct {
 	tunnel ipsec.Tunnel
-	conn   string // text of what was loaded; "": not known, or not loaded
+	conn   string // text of the loaded connection; "": unknown or not loaded
 	keys   []key  // in the order in which the daemon tries them
 }
 
-// wish is what it should have.
+// wish keeps the desired objects of one tunnel.
 type wish struct {
 	tunnel ipsec.Tunnel
 	conn   section
@@ -25,21 +25,21 @@ type wish struct {
 	keys   []key
 }
 
-// observed is what the daemon itself says that it has, of what is ours.
+// observed keeps Lariat's objects that the daemon lists.
 type observed struct {
 	conns []string        // names of connections
-	keys  []string        // ids, in the order in which they are tried
+	keys  []string        // ids, in the order in which the daemon tries them
 	traps map[string]bool // connection/child
 	sas   map[string][]SA // by the connection's name
 }
 
-// step is one command.
+// A step is one command.
 type step struct {
 	cmd    string
 	args   section
-	tunnel string // whose tunnel it is
+	tunnel string // name of the tunnel
 	line   string // for the log
-	soft   bool   // that there is nothing of that name is no error
+	soft   bool   // a missing object is no error
 }
 
 func (s step) String() string {
@@ -53,15 +53,16 @@ func indent(text string) string {
 	return "  " + strings.ReplaceAll(strings.TrimSuffix(text, "\n"), "\n", "\n  ") + "\n"
 }
 
-// steps lead from what is held to what is wished. What is unwanted goes first, for its selectors may be
-// another's now; keys come before the connections that need them, and go after the connections that used
-// them.
+// steps returns the commands that lead from the held objects to the desired ones.
+// Removals come first, because another connection may now have the same selectors.
+// Keys are loaded before the connections that need them, and unloaded after those connections.
 func steps(want map[string]wish, have map[string]held, seen *observed) []step {
 	var out []step
 	add := func(tunnel, line string, soft bool, cmd string, args section) {
 		out = append(out, step{cmd: cmd, args: args, tunnel: tunnel, line: line, soft: soft})
 	}
-	// Of what is gone: the traps first, or the next packet would begin anew. They go with the connection.
+	// Unload an unwanted connection before its SAs end: this removes its traps.
+	// Otherwise the next packet would set the tunnel up again.
 	for _, name := range gone(want, have, seen) {
 		add(name, "- tunnel "+name, true, "unload-conn", section{{"name", name}})
 		add(name, "", true, "terminate", terminateIKE(name))
@@ -98,7 +99,7 @@ func steps(want map[string]wish, have map[string]held, seen *observed) []step {
 	return out
 }
 
-// gone are the names of connections of ours that nobody wants, sorted.
+// gone returns the names of Lariat's connections that are not desired, sorted.
 func gone(want map[string]wish, have map[string]held, seen *observed) []string {
 	names := map[string]struct{}{}
 	for name := range have {
@@ -136,14 +137,14 @@ func unwantedKeys(want map[string]wish, have map[string]held, seen *observed) []
 	return slices.Sorted(maps.Keys(ids))
 }
 
-// keysToLoad are the keys to load, in this order, so that the daemon tries them as wanted: it puts each that
-// is loaded in front of all others, and replaces one of the same id in the same breath, so at no time is
-// there one missing.
+// keysToLoad returns the keys to load, in the order of loading.
+// The daemon puts each loaded key before all others, and thus tries the keys in the desired order.
+// It atomically replaces a key of the same id, so no key is ever missing.
 func keysToLoad(want, have []key) []key {
 	have = slices.DeleteFunc(slices.Clone(have), func(h key) bool {
 		return !slices.ContainsFunc(want, func(w key) bool { return w.id == h.id && w.digest == h.digest })
 	})
-	// The longest tail of want that is there in that order stays as it is.
+	// The longest tail of want that the daemon has in that order remains loaded.
 	tail, i := 0, len(have)
 	for ; tail < len(want); tail++ {
 		i = slices.IndexFunc(have[:i], func(h key) bool { return h.id == want[len(want)-1-tail].id })
@@ -156,7 +157,7 @@ func keysToLoad(want, have []key) []key {
 	return load
 }
 
-// refresh is what becomes of tunnels that are established under what has changed.
+// refresh returns the commands for established SAs whose settings have changed.
 func refresh(w wish, h held) (out []step) {
 	name := w.tunnel.Name
 	if h.tunnel.Name == "" {
@@ -173,7 +174,7 @@ func refresh(w wish, h held) (out []step) {
 		again("- security associations of "+name+", whose peer was booted again", terminateIKE(name))
 		return out
 	case options(h.tunnel) != options(w.tunnel):
-		// Those that are established live by their old settings for ever, rekeyed or not.
+		// Established SAs keep their old settings for ever, even after a rekey.
 		again("- security associations of "+name+", which has other settings", section{{"ike", name}, {"timeout", "-1"}})
 		return out
 	}
@@ -191,7 +192,7 @@ func refresh(w wish, h held) (out []step) {
 				section{{"ike", name}, {"child", c.Network}, {"timeout", "-1"}})
 		}
 	}
-	// One end does it, or both would at once.
+	// Only one end reauthenticates, so that both ends do not do so at the same time.
 	if first(h.tunnel.Keys) != "" && first(w.tunnel.Keys) != "" && first(h.tunnel.Keys) != first(w.tunnel.Keys) &&
 		leads(w.tunnel) {
 		out = append(out, step{cmd: "rekey", args: section{{"ike", name}, {"reauth", "yes"}}, tunnel: name, soft: true,
@@ -200,8 +201,8 @@ func refresh(w wish, h held) (out []step) {
 	return out
 }
 
-// outdated ends what was established under settings of an earlier life of this process, as far as it shows:
-// without UDP where that is wanted now.
+// outdated ends SAs with settings of an earlier process, as far as the SAs show them.
+// These are SAs without UDP when the tunnel needs UDP.
 func outdated(w wish, seen *observed) (out []step) {
 	for _, sa := range seen.sas[w.tunnel.Name] {
 		if sa.State != Established || sa.NAT || !w.tunnel.Encap {
@@ -221,16 +222,16 @@ func first(ids []string) string {
 	return ids[0]
 }
 
-// options is the text of what a tunnel is set to beside its ends, children and keys.
+// options returns the text of a tunnel's connection without children and keys.
 func options(t ipsec.Tunnel) string {
 	t.Children, t.Keys = nil, nil
 	return connection(t, Credentials{}).String()
 }
 
-// young is how long, in seconds, a second IKE SA may be on its way to replace the first.
+// young is the age in seconds below which a second IKE SA may be about to replace the first one.
 const young = 15
 
-// repair mends what others have taken away or made double.
+// repair reinstalls missing traps and ends duplicate SAs.
 func repair(w wish, seen *observed) (out []step) {
 	name := w.tunnel.Name
 	for _, c := range w.tunnel.Children {
@@ -247,9 +248,11 @@ func repair(w wish, seen *observed) (out []step) {
 	return out
 }
 
-// extra are the IKE SAs to end when both hosts have set one up at the same time. Neither is wrong, so the
-// daemons keep both for ever. One end decides, and keeps the one by which it sends: what it sends by another
-// until the peer has agreed is lost, and what it is sent is not.
+// extra returns the IKE SAs to end when both hosts have set one up at the same time.
+// Both SAs are valid, so the daemons keep both for ever.
+// One end decides, and keeps the SA by which it sends.
+// Packets that it sends by another SA are lost until the peer has agreed.
+// Packets of the peer are not lost.
 func extra(t ipsec.Tunnel, sas []SA) []SA {
 	if !leads(t) {
 		return nil
@@ -267,7 +270,8 @@ func extra(t ipsec.Tunnel, sas []SA) []SA {
 	return full[:len(full)-1]
 }
 
-// terminateIKE ends all of a connection's IKE SAs at once: the peer is told, and not waited for.
+// terminateIKE returns arguments that end all IKE SAs of a connection at once.
+// The daemon informs the peer and does not wait for an answer.
 func terminateIKE(name string) section {
 	return section{{"ike", name}, {"force", "yes"}, {"timeout", "-1"}}
 }

@@ -65,7 +65,8 @@ func has(w map[string]wish) map[string]held {
 	return out
 }
 
-// TestStepsGolden: what the daemon is told, in which order, as each thing changes. No key is in it.
+// TestStepsGolden checks the commands to the daemon and their order for each change.
+// The golden file holds no key.
 func TestStepsGolden(t *testing.T) {
 	c := Credentials{Secrets: secrets(t, 2)}
 	ids := c.Secrets.IDs()
@@ -147,7 +148,7 @@ func TestStepsGolden(t *testing.T) {
 	}
 }
 
-// daemonOrder plays what charon does with load-shared and unload-shared.
+// daemonOrder simulates charon's load-shared and unload-shared.
 func daemonOrder(have []string, load []key, unload []string) []string {
 	for _, k := range load {
 		have = slices.DeleteFunc(have, func(id string) bool { return id == k.id })
@@ -156,9 +157,9 @@ func daemonOrder(have []string, load []key, unload []string) []string {
 	return slices.DeleteFunc(have, func(id string) bool { return slices.Contains(unload, id) })
 }
 
-// TestF41_KeysOutliveTheirRenewal: even short-lived ones by more than a slow exchange takes, or packets are lost.
-// The ends never ask for new ones at the same time, but in time both: strongSwan 5 does not sort that out without
-// a loss.
+// TestF41_KeysOutliveTheirRenewal checks that even short-lived keys outlive a slow exchange.
+// Otherwise packets are lost. Both ends request new keys in time, but never at the same time.
+// strongSwan 5 loses packets after simultaneous requests.
 func TestF41_KeysOutliveTheirRenewal(t *testing.T) {
 	number := func(text, field string) time.Duration {
 		m := regexp.MustCompile(`(?m)^ *` + field + ` = (\d+)$`).FindStringSubmatch(text)
@@ -172,7 +173,8 @@ func TestF41_KeysOutliveTheirRenewal(t *testing.T) {
 		return time.Duration(n) * time.Second
 	}
 	for _, rekey := range []time.Duration{10 * time.Second, 10 * time.Minute, time.Hour, 24 * time.Hour} {
-		// Of both ends, IKE's keys and those of a child: the first and the last moment of a request, and the end.
+		// The values are the first moment and last moment of a request, and the end.
+		// They are for both ends, and for the keys of IKE and of a child.
 		type times struct{ first, last, end time.Duration }
 		var ike, child [2]times
 		for i, ids := range [][2]string{{"h1", "h2"}, {"h2", "h1"}} {
@@ -197,7 +199,7 @@ func TestF41_KeysOutliveTheirRenewal(t *testing.T) {
 	}
 }
 
-// TestF43_KeysEndInOrder: from any keys to any other, the daemon tries them in the order that is wanted.
+// TestF43_KeysEndInOrder checks that after any change the daemon tries keys in the desired order.
 func TestF43_KeysEndInOrder(t *testing.T) {
 	var all [][]string
 	for _, s := range []string{"", "a", "b", "a b", "b a", "c", "a b c", "c b a", "b c a", "c a", "a c", "c a b"} {
@@ -226,13 +228,13 @@ func TestF43_KeysEndInOrder(t *testing.T) {
 			}
 		}
 	}
-	// The same name with another content is loaded.
+	// A key with the same id and another content is loaded.
 	if load := keysToLoad([]key{{id: "a", digest: [32]byte{1}}}, made([]string{"a"})); len(load) != 1 {
 		t.Errorf("a key with other content: %v", load)
 	}
 }
 
-// TestF43_NoKeyPrints: whatever is printed of what holds keys.
+// TestF43_NoKeyPrints checks that no value with keys prints a key.
 func TestF43_NoKeyPrints(t *testing.T) {
 	c := Credentials{Secrets: secrets(t, 1), Key: []byte("PRIVATE PRIVATE")}
 	x := tunnel("h2", "192.0.2.2", c.Secrets.IDs()[0])
@@ -259,7 +261,7 @@ func TestF43_NoKeyPrints(t *testing.T) {
 	}
 }
 
-// TestF43_UnknownSecret names the tunnel and the secret.
+// TestF43_UnknownSecret checks that the error names the tunnel and the secret.
 func TestF43_UnknownSecret(t *testing.T) {
 	_, err := keys(tunnel("h2", "192.0.2.2", "00000000"), Credentials{Secrets: secrets(t, 1)})
 	if err == nil || !strings.Contains(err.Error(), "lariat-h2") || !strings.Contains(err.Error(), "00000000") {
@@ -267,8 +269,8 @@ func TestF43_UnknownSecret(t *testing.T) {
 	}
 }
 
-// TestF142_OneEndDecides: of what both have set up at once, one end alone ends one, and never while something
-// is going on.
+// TestF142_OneEndDecides checks that only one end ends a duplicate SA.
+// It never does so while an SA has tasks.
 func TestF142_OneEndDecides(t *testing.T) {
 	a := tunnel("h2", "192.0.2.2")
 	b := a
@@ -298,7 +300,7 @@ func TestF142_OneEndDecides(t *testing.T) {
 	}
 }
 
-// TestF142_TheOneInUseStays: by which packets are sent.
+// TestF142_TheOneInUseStays checks that the SA by which this end sends packets remains.
 func TestF142_TheOneInUseStays(t *testing.T) {
 	used, unused := []ChildSA{{IdleOut: time.Second}}, []ChildSA{{IdleOut: time.Minute}}
 	for _, sas := range [][]SA{
@@ -313,7 +315,7 @@ func TestF142_TheOneInUseStays(t *testing.T) {
 	}
 }
 
-// TestJudge: lines as strongSwan 5.9.8 writes them.
+// TestJudge checks lines of strongSwan 5.9.8.
 func TestJudge(t *testing.T) {
 	for line, want := range map[string]string{
 		"IKE_SA lariat-h2[1] established between 192.0.2.1[h1]...192.0.2.2[h2]": "up",
@@ -337,7 +339,7 @@ func TestJudge(t *testing.T) {
 	}
 }
 
-// TestRecent: 5.9 is the oldest.
+// TestRecent checks that 5.9 is the oldest version.
 func TestRecent(t *testing.T) {
 	for v, want := range map[string]bool{"5.9.8": true, "5.9": true, "5.10.1": true, "6.0.1": true, "6.0dr4": true,
 		"5.8.4": false, "4.6.1": false, "": false, "x.y": false, "5.9dr1": true} {

@@ -16,32 +16,32 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipsec"
 )
 
-// States of the daemon's that mean that all is well.
+// These are the daemon's states of working SAs.
 const (
 	Established = "ESTABLISHED" // of an IKE SA
 	Installed   = "INSTALLED"   // of a child
 )
 
-// SA is an IKE SA of ours.
+// An SA is an IKE SA of Lariat.
 type SA struct {
 	Name          string // of the connection
 	Peer          string
-	ID            uint64 // the daemon's number for it
+	ID            uint64 // the daemon's number
 	State         string // the daemon's word, such as Established, CONNECTING, DELETING
 	Initiator     bool
 	Local, Remote netip.AddrPort
-	NAT           bool          // there is one between, or it is made believe that there is (encap)
+	NAT           bool          // a NAT is on the path, or encap simulates one
 	Suite         string        // such as AES_GCM_16-256/PRF_HMAC_SHA2_256/CURVE_25519
 	Age           time.Duration // since it was established
 	RekeyIn       time.Duration
-	Tasks         []string // what it is at or about to do, such as IKE_REAUTH
+	Tasks         []string // active and queued tasks, such as IKE_REAUTH
 	Children      []ChildSA
 }
 
-// settled reports whether nothing is going on.
+// settled reports whether the SA has no tasks.
 func (s SA) settled() bool { return len(s.Tasks) == 0 }
 
-// idle is how long no packet was sent by any of its children.
+// idle returns the time since any child of the SA sent a packet.
 func (s SA) idle() time.Duration {
 	idle := s.Age
 	for _, c := range s.Children {
@@ -50,7 +50,7 @@ func (s SA) idle() time.Duration {
 	return idle
 }
 
-// ChildSA is a pair of ESP SAs.
+// A ChildSA is a pair of ESP SAs.
 type ChildSA struct {
 	Network               string
 	ID                    uint64
@@ -61,7 +61,7 @@ type ChildSA struct {
 	Suite                 string // such as AES_GCM_16-256/ESN
 	BytesIn, BytesOut     uint64
 	PacketsIn, PacketsOut uint64
-	IdleOut               time.Duration // since a packet was sent; as old as it is if none was
+	IdleOut               time.Duration // time since the last sent packet; without packets the age
 	Age                   time.Duration
 	RekeyIn               time.Duration
 }
@@ -77,8 +77,8 @@ func (d *Daemon) SAs(ctx context.Context) ([]SA, error) {
 }
 
 func (d *Daemon) sas(ctx context.Context) ([]SA, error) {
-	// With noblock those that are busy would be left out, and whoever removes what the daemon does not know
-	// would remove theirs.
+	// Do not use noblock, which leaves out busy SAs.
+	// The cleanup of SAs that the daemon does not list would then remove busy SAs.
 	all, err := d.list(ctx, "list-sas", eventSA, nil)
 	if err != nil {
 		return nil, err
@@ -186,16 +186,18 @@ func suite(m *vici.Message, kinds ...string) string {
 	return strings.Join(words, "/")
 }
 
-// LastErrors is what went wrong last, by the connection's name, with those that have not come up since.
+// LastErrors returns the last failures, by the connection's name.
+// It leaves out tunnels that have come up since.
 func (d *Daemon) LastErrors() map[string]Failure {
 	d.errMu.Lock()
 	defer d.errMu.Unlock()
 	return maps.Clone(d.errs)
 }
 
-// listen follows the daemon's log, on a connection of its own: the library waits for ever when an event comes
-// while it subscribes to the next, so this one subscribes to a single kind. Vici's other events tell of
-// tunnels that come and go, and not why.
+// listen follows the daemon's log on a separate connection.
+// The library blocks for ever when an event arrives during a further subscription.
+// Therefore this connection subscribes to a single kind of events.
+// Vici's other events announce tunnels that come up or end, but give no reason.
 func (d *Daemon) listen() error {
 	s, err := vici.NewSession(vici.WithSocketPath(d.socket()))
 	if err != nil {
@@ -219,7 +221,7 @@ func (d *Daemon) listen() error {
 	return nil
 }
 
-// follow ends with the connection.
+// follow records failures from the daemon's log until the connection ends.
 func (d *Daemon) follow(events <-chan vici.Event) {
 	for e := range events {
 		name, said := str(e.Message, "ikesa-name"), str(e.Message, "msg")
@@ -241,7 +243,7 @@ func (d *Daemon) follow(events <-chan vici.Event) {
 			d.errs[name] = Failure{Text: what, At: e.Timestamp}
 			d.errMu.Unlock()
 			if !news {
-				continue // it is tried every few seconds, as long as there are packets
+				continue // the tunnel is retried every few seconds while there are packets
 			}
 			if d.Log != nil {
 				d.Log.Warn("tunnel failed", "tunnel", name, "error", what)
@@ -255,10 +257,11 @@ func (d *Daemon) follow(events <-chan vici.Event) {
 	}
 }
 
-// judgements are what lines of the daemon's log mean, the first that fits. The lines are the same in 5.9 and 6.0.
+// judgements maps lines of the daemon's log to their meanings. The first match counts.
+// The lines are the same in 5.9 and 6.0.
 var judgements = []struct {
 	line *regexp.Regexp
-	mean string // "": that it is up
+	mean string // "": the tunnel is up
 }{
 	{regexp.MustCompile(`^(IKE|CHILD)_SA \S+ established`), ""},
 	{regexp.MustCompile(`^received AUTHENTICATION_FAILED`),
@@ -278,7 +281,8 @@ var judgements = []struct {
 	{regexp.MustCompile(`^(unable to install .*|failed to establish CHILD_SA.*|installing .* failed.*)`), "$1"},
 }
 
-// judge says what a line of the daemon's log means for its tunnel: that it is up, what is wrong, or nothing.
+// judge returns the meaning of a line of the daemon's log for its tunnel.
+// The tunnel is up, it has a failure, or the line has no meaning.
 func judge(line string) (wrong string, up bool) {
 	for _, j := range judgements {
 		m := j.line.FindStringSubmatchIndex(line)
@@ -293,7 +297,7 @@ func judge(line string) (wrong string, up bool) {
 	return "", false
 }
 
-// String is a line for people.
+// String returns a line for people.
 func (s SA) String() string {
 	return fmt.Sprintf("%s[%d] %s %s to %s %s, %d children", s.Name, s.ID, s.State, s.Local, s.Remote, s.Suite,
 		len(s.Children))

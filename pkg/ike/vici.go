@@ -10,19 +10,19 @@ import (
 	"github.com/strongswan/govici/vici"
 )
 
-// section is a message of vici, or a part of one: its keys in order.
+// A section is a message of vici, or a part of a message: its keys in order.
 type section []field
 
-// field is a key with a string, a []string, a secret, some DER or a section.
+// A field is a key with a string, a []string, a secret, a []der or a section.
 type field struct {
 	key   string
 	value any
 }
 
-// secret is a value that goes to the daemon and nowhere else.
+// A secret is a value that goes only to the daemon.
 type secret []byte
 
-// der is binary. It prints as its hash.
+// A der is binary. It prints as its hash.
 type der []byte
 
 func (s section) message() (*vici.Message, error) {
@@ -84,31 +84,32 @@ func (s section) print(b *strings.Builder, indent string) {
 	}
 }
 
-// failure is the daemon's own no to a command.
+// A failure is the daemon's refusal of a command.
 type failure struct{ said string }
 
 func (f *failure) Error() string { return f.said }
 
-// missing reports whether a command failed because there was nothing of that name.
+// missing reports whether a command failed because no object has that name.
 func missing(err error) bool {
 	var f *failure
 	return errors.As(err, &f) && (strings.Contains(f.said, "not found") || strings.Contains(f.said, "no matching"))
 }
 
-// session is one connection to the daemon's socket, on which one command at a time is under way.
+// A session is one connection to the daemon's socket. It runs one command at a time.
 type session struct {
 	vici *vici.Session
-	// events are those of commands that list; it is closed when the connection is. The library's reader fills
-	// it, in the order in which things come, so all events of a command are in it when the command's answer is
-	// there. Not so with the library's own streams (0.8.0): they take events and the answer from two channels at
-	// random, and lose what is left.
+	// events holds the events of list commands. It is closed with the connection.
+	// The library's reader fills events in the order of arrival.
+	// Therefore events holds all events of a command when the command's answer arrives.
+	// The library's own streams (0.8.0) read events and the answer from two channels in random order.
+	// They lose the remaining events.
 	events chan vici.Event
 }
 
-// maxEvents of one command. The library drops silently what finds no room.
+// maxEvents limits the events of one command. The library silently drops further events.
 const maxEvents = 1 << 14
 
-// What list-sas and list-policies answer with.
+// These are the events of list-sas and list-policies.
 const (
 	eventSA     = "list-sa"
 	eventPolicy = "list-policy"
@@ -121,7 +122,8 @@ func dial(socket string) (*session, error) {
 	}
 	s := &session{vici: v, events: make(chan vici.Event, maxEvents)}
 	v.NotifyEvents(s.events)
-	// Only now, when no such event can come: while it subscribes, the library cannot take one.
+	// Subscribe while no such event can arrive.
+	// During a subscription the library cannot receive one.
 	if err := v.Subscribe(eventSA, eventPolicy); err != nil {
 		s.close()
 		return nil, err
@@ -131,7 +133,7 @@ func dial(socket string) (*session, error) {
 
 func (s *session) close() { _ = s.vici.Close() }
 
-// alive is a guess: false is certain, true may be over by now.
+// alive reports whether the connection is open. A result of true may already be outdated.
 func (s *session) alive() bool {
 	for {
 		select {
