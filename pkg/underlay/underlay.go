@@ -1,7 +1,7 @@
-// Package underlay sees the cluster's hosts as one of them does: by which address each can be reached, and
-// what lies behind it.
+// Package underlay describes the cluster's hosts from the view of one host.
+// It finds the address and the prefixes of each peer.
 //
-// Every encapsulation plans from this. Pure: no kernel, no clock.
+// All encapsulations plan from this view. The package is pure: it uses no kernel and no clock.
 package underlay
 
 import (
@@ -11,16 +11,16 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Peer is another host that can be reached.
+// A Peer is another, reachable host.
 type Peer struct {
 	metadata.Host
 	Addr   netip.Addr // of the family of the viewer's own underlay address
 	OnLink bool       // on the link of the viewer's underlay
 }
 
-// Peers are the other hosts as me sees them, in the snapshot's order. One that cannot be reached, or claims
-// an address that a senior one has, is left out and told in the state's Problems. me must have an underlay
-// address, and keeps it.
+// Peers returns the other hosts from the view of me, in the snapshot's order.
+// It leaves out unreachable hosts, and hosts that claim the address of a senior host.
+// The state's Problems name these hosts. me must have an underlay address, and keeps it.
 func Peers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []Peer {
 	local := me.UnderlayAddr()
 	link := me.Underlay[0].Address.Masked()
@@ -57,7 +57,8 @@ func Peers(snap *metadata.Snapshot, me metadata.Host, s *delta.State) []Peer {
 	return peers
 }
 
-// address is a host's first underlay address of the family of local; the zero Addr when it has none.
+// address returns a host's first underlay address of the family of local.
+// It returns the zero Addr when there is none.
 func address(h metadata.Host, local netip.Addr) netip.Addr {
 	for _, u := range h.Underlay {
 		if a := u.Address.Addr(); a.Is4() == local.Is4() {
@@ -67,10 +68,13 @@ func address(h metadata.Host, local netip.Addr) netip.Addr {
 	return netip.Addr{}
 }
 
-// Enclose keeps a network's packets on the overlay: what goes to an address of it that no block holds is refused,
-// and does not follow the default route, from containers under their own addresses. The routes have the last
-// metric, so that another program's route to the same prefix is neither replaced nor overruled. Lariat's own, to
-// the blocks, are more specific. A link of the host's own that has some of the addresses keeps them all.
+// Enclose plans unreachable routes that keep a network's packets on the overlay.
+// The host refuses packets to an address of the network that no block holds.
+// Otherwise such packets would follow the default route with containers' own source addresses.
+// The routes have the last metric.
+// Therefore they neither replace nor override a foreign route to the same prefix.
+// Lariat's routes to the blocks are more specific.
+// Enclose plans no route when a link of the host has some of the addresses.
 func Enclose(s *delta.State, me metadata.Host, n metadata.Network) {
 	for _, p := range n.Subnets {
 		if len(me.On(p)) > 0 {
@@ -80,7 +84,9 @@ func Enclose(s *delta.State, me metadata.Host, n metadata.Network) {
 	}
 }
 
-// Own ends what goes to an address of an own block that no container has, unless a link of the host has it.
+// Own plans a blackhole route for each of the host's blocks.
+// It skips a block when a link of the host has addresses of the block.
+// The route drops packets to addresses of the block that no container has.
 func Own(s *delta.State, me metadata.Host, prefixes []netip.Prefix) {
 	for _, p := range prefixes {
 		if !p.IsSingleIP() && len(me.On(p)) == 0 {
@@ -89,7 +95,8 @@ func Own(s *delta.State, me metadata.Host, prefixes []netip.Prefix) {
 	}
 }
 
-// Prefixes is network to host to prefixes: the host's blocks, and the endpoints that none of its blocks cover.
+// Prefixes maps each network and each host to the host's prefixes.
+// The prefixes are the host's blocks and its host routes.
 func Prefixes(snap *metadata.Snapshot) map[string]map[string][]netip.Prefix {
 	out := map[string]map[string][]netip.Prefix{}
 	add := func(network, host string, p netip.Prefix) {

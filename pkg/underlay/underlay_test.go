@@ -10,8 +10,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TestLiveHostBeforeADeadRecord: a host that is gone does not keep its address from the one that has it now,
-// whichever joined first and whatever their names are.
+// TestLiveHostBeforeADeadRecord checks that a live host gets its address when the record of a dead
+// host claims the address. The order of joining and the names do not matter.
 func TestLiveHostBeforeADeadRecord(t *testing.T) {
 	host := func(name, address string, live bool, day int) metadata.Host {
 		return metadata.Host{Name: name, Live: live, Joined: time.Date(2026, 1, day, 0, 0, 0, 0, time.UTC),
