@@ -1,10 +1,10 @@
-// Package probe finds out what this kernel and this process can do, by doing it in a network namespace that
-// is thrown away. Modules load on first use, configurations lie, and containers forbid: only a try tells.
-// Nothing outside of that namespace changes.
+// Package probe tests the features of this kernel and this process in temporary network namespaces.
+// Only a test gives a certain answer: modules load on first use, configurations may be wrong, and
+// containers may forbid. Package probe changes nothing outside of these namespaces.
 //
-// "lariat doctor" asks Check; tests say what they need with Need, and are skipped, with the names of what is
-// missing, where it is missing. REQUIRE=vxlan,nftfib (or REQUIRE=all) turns such a skip into a failure, so
-// that coverage cannot leak away unseen.
+// "lariat doctor" calls Check. Tests call Need, which skips a test and names the missing features.
+// REQUIRE=vxlan,nftfib (or REQUIRE=all) turns such a skip into a failure.
+// Therefore coverage cannot shrink unseen.
 package probe
 
 import (
@@ -27,13 +27,13 @@ import (
 	"github.com/lariat-net/lariat/pkg/kernel"
 )
 
-// Feature is something that a kernel may lack. Its text is its name in REQUIRE.
+// A Feature is a feature that a kernel may lack. Its text is its name in REQUIRE.
 type Feature string
 
 // The features.
 const (
-	NetNS          Feature = "netns"   // the right to make network namespaces
-	UserNS         Feature = "userns"  // the right to make user namespaces
+	NetNS          Feature = "netns"   // the right to create network namespaces
+	UserNS         Feature = "userns"  // the right to create user namespaces
 	Veth           Feature = "veth"    // pairs of devices
 	VXLAN          Feature = "vxlan"   // tunnel devices
 	NexthopObjects Feature = "nexthop" // routes by the id of a nexthop (Linux 5.3)
@@ -42,8 +42,8 @@ const (
 	NftCT          Feature = "nftct"   // connection tracking in nftables
 	NftNAT         Feature = "nftnat"  // masquerade in nftables, family inet (Linux 5.2)
 	Macvlan        Feature = "macvlan" // devices that share another one's link
-	IFB            Feature = "ifb"     // devices for shaping what arrives
-	IPv6           Feature = "ipv6"    // at all
+	IFB            Feature = "ifb"     // devices for shaping of incoming packets
+	IPv6           Feature = "ipv6"    // IPv6 in general
 	Dummy          Feature = "dummy"   // devices without a link
 	Bridge         Feature = "bridge"  // software switches
 	ESP            Feature = "esp"     // IPsec's encapsulation over IPv4, with any cipher
@@ -70,7 +70,7 @@ var tries = map[Feature]func() error{
 	NexthopObjects: func() error {
 		return apply(func(s *delta.State) {
 			dev := device(s)
-			// A namespace without any IPv4 address takes no gateway at all.
+			// The kernel accepts no gateway in a namespace without an IPv4 address.
 			s.Addrs[delta.Addr{Dev: dev, Prefix: netip.MustParsePrefix("203.0.113.1/32")}] = struct{}{}
 			s.Nexthops[1] = delta.Nexthop{Via: netip.MustParseAddr("192.0.2.2"), Dev: dev, Onlink: true}
 			s.Routes[delta.To(netip.MustParsePrefix("198.51.100.0/24"))] = delta.Route{NH: 1}
@@ -98,8 +98,8 @@ var (
 	results = map[Feature]error{}
 )
 
-// Check tries a feature until it is there, once then in the life of the process, and says why it is missing.
-// A try takes some milliseconds.
+// Check returns an error that says why a feature is missing. A test takes some milliseconds.
+// Check remembers a present feature for the life of the process, and tests a missing one again.
 func Check(f Feature) error {
 	try, ok := tries[f]
 	if !ok {
@@ -112,7 +112,7 @@ func Check(f Feature) error {
 		if err = try(); err != nil {
 			err = fmt.Errorf("%s: %w", f, err)
 		}
-		if err == nil { // what is missing may be loaded by and by
+		if err == nil { // a missing feature may be loaded later
 			results[f] = nil
 		}
 	}
@@ -129,21 +129,23 @@ func All() []Feature {
 	return out
 }
 
-// Short reports whether this is a test under "go test -short", which makes no namespaces. Flags must be parsed.
+// Short reports whether this is a test under "go test -short", which creates no namespaces.
+// Flags must be parsed.
 func Short() bool {
 	f := flag.Lookup("test.short")
 	return f != nil && f.Value.String() == "true"
 }
 
-// TB is what Need needs of a test. It is not testing.TB, so that programs that link Check do not link package testing.
+// TB is the part of testing.TB that Need uses.
+// With testing.TB, programs that link Check would link package testing.
 type TB interface {
 	Helper()
 	Skipf(format string, args ...any)
 	Fatalf(format string, args ...any)
 }
 
-// Need skips a test with the names of what is missing. A feature that the environment variable REQUIRE lists,
-// or any if that is "all", makes it fail instead.
+// Need skips a test when features are missing, and names them.
+// It fails the test when the environment variable REQUIRE lists a missing feature or is "all".
 func Need(t TB, features ...Feature) {
 	t.Helper()
 	if Short() {
@@ -171,7 +173,7 @@ func need(t TB, require string, check func(Feature) error, features []Feature) {
 	}
 }
 
-// inside calls f on a thread in a new network namespace; both end with the call.
+// inside calls f on a thread in a new network namespace. Thread and namespace end with the call.
 func inside(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
@@ -195,7 +197,7 @@ func link(l netlink.Link) error {
 	return inside(func() error { return netlink.LinkAdd(l) })
 }
 
-// remedy says what of the kernel a feature is.
+// remedy adds the kernel's module or configuration of a feature to an error.
 func remedy(err error, what string) error {
 	if err != nil {
 		err = fmt.Errorf("%w; what it takes of the kernel: %s", err, what)
@@ -203,7 +205,7 @@ func remedy(err error, what string) error {
 	return err
 }
 
-// The ciphers that a security association is tried with, the likeliest first.
+// ciphers are the ciphers for the test of security associations. The likeliest cipher comes first.
 var (
 	gcm = netlink.XfrmState{Aead: &netlink.XfrmStateAlgo{Name: "rfc4106(gcm(aes))", Key: make([]byte, 20),
 		ICVLen: 128}}
@@ -220,8 +222,9 @@ var (
 	}
 )
 
-// esp makes a security association in tunnel mode with one of the ciphers. The kernel refuses a protocol that
-// it does not have as well as a cipher, with different errors; they are all told.
+// esp creates a security association in tunnel mode with one of the ciphers.
+// The kernel refuses an unknown protocol and an unknown cipher with different errors.
+// esp returns all errors.
 func esp(src, dst string, with ...netlink.XfrmState) error {
 	return inside(func() error {
 		var errs []error
@@ -263,7 +266,7 @@ func macvlan() error {
 	})
 }
 
-// apply makes a state by the very code that will have to.
+// apply creates a state with the production code.
 func apply(build func(s *delta.State)) error {
 	return inside(func() error {
 		k, err := kernel.New()
@@ -290,7 +293,8 @@ func chain(kind, hook string, r ...delta.Statement) error {
 	})
 }
 
-// userNS starts a program that does not exist: the kernel makes the namespaces before it finds that out.
+// userNS starts a program that does not exist. The kernel creates the namespaces before it looks for
+// the program.
 func userNS() error {
 	_, err := os.StartProcess("/nonexistent/lariat-probe", []string{"probe"}, &os.ProcAttr{Sys: &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER | syscall.CLONE_NEWNET,

@@ -12,7 +12,7 @@ import (
 
 func TestMain(m *testing.M) { netnstest.Main(m) }
 
-// fakeT notes what became of a test.
+// fakeT records the result of a test.
 type fakeT struct{ skipped, failed string }
 
 func (f *fakeT) Helper()                           {}
@@ -48,7 +48,8 @@ func TestNeedSkipsWithTheNamesAndFailsWhereRequired(t *testing.T) {
 	}
 }
 
-// What is there differs between machines; that every try ends soon and says something sensible does not.
+// The features differ between machines.
+// On all machines every check ends soon and returns a clear error.
 func TestCheckAnswersForEveryFeature(t *testing.T) {
 	for _, f := range All() {
 		start := time.Now()
