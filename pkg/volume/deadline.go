@@ -5,8 +5,9 @@ import (
 	"time"
 )
 
-// Deadlines of verbs whose caller sets none. kubelet waits for ever, dockerd for two minutes at Create and
-// Mount and for one at the others; an answer must be out before, because what comes later is thrown away.
+// Deadlines apply to verbs whose caller sets no deadline. kubelet waits for ever. dockerd waits two
+// minutes for Create and Mount, and one minute for the other verbs. A driver must answer before
+// that, because dockerd discards a later answer.
 var Deadlines = struct{ Long, Short time.Duration }{Long: 110 * time.Second, Short: 50 * time.Second}
 
 // WithDeadline gives a context a deadline unless it has one.
@@ -17,8 +18,8 @@ func WithDeadline(ctx context.Context, d time.Duration) (context.Context, contex
 	return context.WithTimeoutCause(ctx, d, Timeout(d))
 }
 
-// WithReserve ends a while before the deadline of a context, so that there is time left to say why. The
-// context has one: see WithDeadline.
+// WithReserve returns a context that ends a little before the deadline of ctx. The reserve leaves
+// time to report why a call failed. ctx must have a deadline: see WithDeadline.
 func WithReserve(ctx context.Context) (context.Context, context.CancelFunc) {
 	end, _ := ctx.Deadline()
 	left := time.Until(end)
@@ -26,7 +27,8 @@ func WithReserve(ctx context.Context) (context.Context, context.CancelFunc) {
 	return context.WithTimeoutCause(ctx, left, Timeout(left))
 }
 
-// Timeout is the cause to give to a context with a deadline. It is context.DeadlineExceeded with the time.
+// Timeout returns the cause of a context with the deadline d. The cause matches
+// context.DeadlineExceeded and its text shows d.
 func Timeout(d time.Duration) error { return timeout(d) }
 
 type timeout time.Duration

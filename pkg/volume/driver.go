@@ -1,124 +1,132 @@
-// Package volume is what a volume driver is, behind whichever door it is called: kubelet's FlexVolume
-// (pkg/volume/flex), Docker's volume plugin protocol, a person at a shell.
+// Package volume defines a volume driver, independent of its callers: kubelet's FlexVolume
+// (pkg/volume/flex), Docker's volume plugin protocol, and a person at a shell.
 //
 //	kubelet ── argv, JSON ──► flex ──────┐
 //	dockerd ── HTTP ────────► dockerapi ─┼─► Driver: nfs, efs, ebs, or any executable that speaks the protocol
 //	a person ─ argv, JSON ──► flex ──────┘
 //
-// Beside the interface it holds what drivers share: options that decode into a struct, checks of names, a
-// journal that survives kill -9 and power failures, locks between processes. What mounts is in
-// pkg/volume/mounts.
+// The package also holds code that drivers share. It decodes options into a struct and checks
+// names. Its journal survives kill -9 and power failures. Its locks work between processes. The
+// code that mounts is in pkg/volume/mounts.
 package volume
 
 import "context"
 
-// Driver makes volumes and brings them to folders of this host. One method for each verb of the protocols.
+// Driver makes volumes and mounts them at directories of this host. It has one method for each verb
+// of the protocols.
 //
-// All of it is true for every method:
-//   - It may be repeated, with the same arguments, after success, after failure and after its process was
-//     killed at any point, and the end is the same as if it had been called once. What is already so is a
-//     success.
-//   - It may run at the same time in several processes, and for one volume too; drivers lock for each
-//     volume, so that one that hangs holds up no other.
-//   - It ends when its context does, whatever a server or a kernel thread is waiting for, and the error
-//     says what it waited for. A context without a deadline is given one: see Deadlines.
-//   - It never acts beyond a failure that it cannot judge: a mount whose end could not be proven is not
-//     reported as unmounted, a device not proven blank is not formatted, a folder that Lariat did not
-//     create is not purged.
-//   - ErrNotSupported is a static fact about the driver: it depends on neither arguments, nor the host,
-//     nor the hour. Callers remember it until they restart, and do without the verb.
-//   - An error that IsFinal comes back however often the call is repeated: something must change first,
-//     and the text says what. All others may pass by themselves.
+// These rules hold for every method:
+//   - A caller may repeat a method with the same arguments, after success, after failure and after
+//     a kill at any point. The result is the same as after one call. A state that is already
+//     reached is a success.
+//   - Several processes may run a method at the same time, even for one volume. Drivers lock each
+//     volume separately, so that a hanging volume delays no other.
+//   - A method ends when its context ends, even if a server or a kernel thread still blocks. The
+//     error names the cause of the wait. A context without a deadline gets one: see Deadlines.
+//   - A method does not continue after a failure that it cannot judge. A mount whose end is not
+//     proven is not reported as unmounted. A device that is not proven blank is not formatted. A
+//     directory that Lariat did not create is not purged.
+//   - ErrNotSupported is a static fact about the driver. It depends neither on arguments, nor on
+//     the host, nor on time. Callers remember it until they restart, and do without the verb.
+//   - An error that IsFinal recurs with every call until something changes. The text says which
+//     change is needed. All other errors may pass by themselves.
 //   - Errors hold no secret.
 type Driver interface {
-	// Init says what the driver can do. It is a constant: no network, no file, no look at the host, for kubelet
-	// does not ask again after a failure.
+	// Init returns the driver's capabilities. They are a constant and use no network, no file and
+	// no state of the host. The reason is that kubelet does not ask again after a failure.
 	Init(ctx context.Context) (Capabilities, error)
 
-	// Create makes the volume, unless it is there. One that is there and differs from what the request asks for is an
-	// ErrConflict. The reply's options are to be kept and given back with each later request; drivers do
-	// not depend on that. A creation that was cut short is resumed by the next call.
+	// Create makes the volume, unless it exists. An existing volume that differs from the request
+	// is an ErrConflict. Callers keep the reply's options and pass them with each later request.
+	// Drivers do not depend on that. The next call resumes a creation that was cut short.
 	Create(ctx context.Context, r Request) (Reply, error)
-	// Delete removes the volume, as far as it was made by Create; what was not is kept, and the reply's message says so.
-	// A volume that does not exist is a success, one that is mounted here an ErrInUse.
+	// Delete removes the parts of the volume that Create made. It keeps all other parts, and the
+	// reply's message says so. A volume that does not exist is a success. A volume that is mounted
+	// here is an ErrInUse.
 	Delete(ctx context.Context, r Request) (Reply, error)
 
-	// GetVolumeName is the same for two requests if and only if they mean the same volume. It reads nothing but
-	// the request.
+	// GetVolumeName returns equal names for two requests if and only if they mean the same volume.
+	// It reads only the request.
 	GetVolumeName(ctx context.Context, r Request) (string, error)
 
-	// Attach brings the volume to a node, or this one if node is "", and returns its device, which may be "".
+	// Attach attaches the volume to a node and returns its device, which may be "". If node is "",
+	// Attach uses this node.
 	Attach(ctx context.Context, r Request, node string) (device string, err error)
-	// WaitForAttach returns the device as this node calls it, when it is there. The device argument is what
-	// Attach answered, or "" when the caller has forgotten it.
+	// WaitForAttach waits for the device and returns this node's name for it. The device argument
+	// is the answer of Attach, or "" when the caller has forgotten that answer.
 	WaitForAttach(ctx context.Context, device string, r Request) (string, error)
-	// IsAttached says whether a node has the volume.
+	// IsAttached reports whether a node has the volume.
 	IsAttached(ctx context.Context, r Request, node string) (bool, error)
-	// Detach is Attach's opposite. The volume is a device, or the volume's name as the orchestrator knows it:
-	// there are no options, so drivers find the volume by their own record or by the cloud's. One that is
-	// attached nowhere, or elsewhere only, is a success.
+	// Detach reverses Attach. The volume argument is a device, or the orchestrator's name of the
+	// volume. Detach gets no options, so drivers find the volume by their own record or the
+	// cloud's. A volume that is attached nowhere, or only elsewhere, is a success.
 	Detach(ctx context.Context, volume, node string) error
 
 	// MountDevice mounts an attached volume for the whole node.
 	MountDevice(ctx context.Context, dir, device string, r Request) error
-	// UnmountDevice is MountDevice's opposite. As Unmount, it is told nothing but the folder.
+	// UnmountDevice reverses MountDevice. Like Unmount, it knows only the directory.
 	UnmountDevice(ctx context.Context, dir string) error
 
-	// Mount makes the volume appear at a folder, which it creates if need be. A folder where something else is
-	// mounted is an ErrConflict. The device is what Attach answered, or "".
+	// Mount mounts the volume at a directory and creates the directory if necessary. If something
+	// else is mounted at the directory, Mount returns an ErrConflict. The device argument is the
+	// answer of Attach, or "".
 	Mount(ctx context.Context, dir, device string, r Request) error
-	// Unmount ends what Mount began. Success means that the mount table was read and shows nothing at the folder
-	// any more. The folder stays; it is the caller's. A folder with nothing mounted is a success.
+	// Unmount reverses Mount. Success means that the mount table was read and shows nothing at the
+	// directory. The directory stays, because it belongs to the caller. A directory with nothing
+	// mounted is a success.
 	Unmount(ctx context.Context, dir string) error
 
-	// Expand makes the volume larger, or its file system, and returns the size it has now.
+	// Expand enlarges the volume or its file system, and returns the current size.
 	Expand(ctx context.Context, r Request, to Expansion) (size int64, err error)
 }
 
 // Capabilities are static facts about a driver.
 type Capabilities struct {
-	Attach bool // Attach and Detach mean something, and a controller is to call them
-	// the caller may walk through the volume and set its group; drivers of shared file systems set it
-	// themselves, on top only
+	Attach bool // Attach and Detach have an effect, and a controller must call them
+	// The caller may walk through the volume and set its group. Drivers of shared file systems set
+	// the group themselves, on the top directory only.
 	FSGroup          bool
 	SELinuxRelabel   bool // the caller may relabel the volume
-	SupportsMetrics  bool // statfs of the folder tells the volume's size
-	RequiresFSResize bool // after the volume, its file system must be made larger
-	Local            bool // a volume of one name is another one on each host; otherwise all hosts see the same
+	SupportsMetrics  bool // statfs of the directory returns the volume's size
+	RequiresFSResize bool // the file system must be enlarged after the volume
+	Local            bool // one name means a different volume on each host; otherwise all hosts share it
 }
 
-// Request is a volume, and how it is wanted.
+// Request names a volume and its desired properties.
 type Request struct {
-	// Name of the volume as the orchestrator knows it. Doors pass it as it came, and drivers check it: see CheckName.
+	// Name of the volume in the orchestrator. Callers pass the name unchanged, and drivers check
+	// it: see CheckName.
 	Name string
-	// what Detach will call it; "": Name. kubelet keeps to its own name when the user gives another
+	// DetachAs is the name that Detach will use. "" means Name. kubelet keeps its own name when the
+	// user gives another.
 	DetachAs string
 	Options  map[string]string // the driver's own, as the user wrote them; see Decode
 	ReadOnly bool
 	FSType   string            // "": the driver's choice
-	FSGroup  *int64            // group that the volume is to belong to
-	Pod      Pod               // for whom; nothing is allowed or refused on its account, for users can set it
-	Secrets  map[string]string // by key, decoded; they are never written or shown
+	FSGroup  *int64            // group that is to own the volume
+	Pod      Pod               // the consumer; it grants and denies nothing, because users can set it
+	Secrets  map[string]string // by key, decoded; never written or shown
 }
 
-// Pod is whom a volume is mounted for, as far as the orchestrator tells.
+// Pod is the consumer of a mount, as far as the orchestrator reports it.
 type Pod struct{ Namespace, Name, UID, ServiceAccount string }
 
-// Reply of Create and Delete.
+// Reply is the answer of Create and Delete.
 type Reply struct {
-	Options map[string]string // facts about the volume, to be kept with it
-	Message string            // what a person should know though all went well, such as that data was kept
+	Options map[string]string // facts about the volume, for the caller to keep
+	Message string            // a notice for a person after a success, such as that data was kept
 }
 
-// Expansion is a wish for more room.
+// Expansion is a request for more space.
 type Expansion struct {
 	Size, Old  int64  // bytes; Old is 0 when it is not known
-	Device     string // as Attach answered
-	Dir        string // where the volume is mounted
-	FileSystem bool   // on the node, the file system also; otherwise only the volume, maybe from elsewhere
+	Device     string // the answer of Attach
+	Dir        string // the directory where the volume is mounted
+	FileSystem bool   // true: on the node, also the file system; false: only the volume, maybe from another host
 }
 
-// Unsupported answers every verb with ErrNotSupported. Drivers embed it and override what they can do.
+// Unsupported answers every verb with ErrNotSupported. Drivers embed it and override the verbs that
+// they support.
 type Unsupported struct{}
 
 var _ Driver = Unsupported{}

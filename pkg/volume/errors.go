@@ -5,22 +5,23 @@ import (
 	"fmt"
 )
 
-// What can be wrong, for errors.Is. All but ErrInUse are final.
+// Kinds of errors, for errors.Is. All kinds but ErrInUse are final.
 var (
-	// ErrNotSupported is the driver's answer to a verb that it does not have, ever.
+	// ErrNotSupported is the driver's answer to a verb that it never supports.
 	ErrNotSupported = errors.New("not supported")
-	// ErrInvalid is a request that cannot be right: a name, an option, a value. Nothing was done.
+	// ErrInvalid means that the request cannot be right: a name, an option or a value. The driver
+	// changed nothing.
 	ErrInvalid = errors.New("invalid request")
-	// ErrConflict is when what was asked for and what is there differ: another volume mounted at the folder,
-	// another definition of the name.
+	// ErrConflict means that the request differs from the existing state. Examples: another volume
+	// is mounted at the directory, or the name has another definition.
 	ErrConflict = errors.New("conflict")
-	// ErrNotFound is a volume that does not exist, where it must.
+	// ErrNotFound means that a required volume does not exist.
 	ErrNotFound = errors.New("not found")
-	// ErrInUse is a volume that somebody uses: it passes when they end.
+	// ErrInUse means that a process uses the volume. The error passes when the use ends.
 	ErrInUse = errors.New("in use")
 )
 
-// IsFinal says that an error comes back however often the call is repeated, until a person changes something.
+// IsFinal reports whether an error recurs with every call until a person changes something.
 func IsFinal(err error) bool {
 	for _, e := range []error{ErrNotSupported, ErrInvalid, ErrConflict, ErrNotFound} {
 		if errors.Is(err, e) {
@@ -30,7 +31,7 @@ func IsFinal(err error) bool {
 	return false
 }
 
-// kindError has a kind for errors.Is without its text.
+// kindError gives an error a kind for errors.Is, without the kind's text.
 type kindError struct {
 	kind error
 	err  error
@@ -39,7 +40,7 @@ type kindError struct {
 func (e *kindError) Error() string   { return e.err.Error() }
 func (e *kindError) Unwrap() []error { return []error{e.kind, e.err} }
 
-// Errorf makes an error of one of the kinds above. Its text is only what is formatted.
+// Errorf makes an error of one of the kinds above. The error's text is the formatted text alone.
 func Errorf(kind error, format string, args ...any) error {
 	return &kindError{kind, fmt.Errorf(format, args...)}
 }

@@ -1,12 +1,13 @@
 package volume
 
-// Identity is a key of the options that Create answers. Its value says which volume it was that
-// Create made or found: a name may mean another one by now. Callers give it back with each later
-// request; drivers that get it act on that volume and on no other.
+// Identity is a key of the options that Create answers. Its value identifies the volume that Create
+// made or found, because the name may mean another volume later. Callers pass the identity with
+// each later request. Drivers that receive an identity act on that volume and on no other.
 const Identity = "identity"
 
-// Remembered returns the identity that a request is about: the one that the caller gives back, else
-// the one that this host has on record. "" means that the name is all that is known.
+// Remembered returns the identity of the volume that a request is about. The caller's identity
+// comes first, then the identity that this host has on record. "" means that only the name is
+// known.
 func Remembered(r Request, record string) string {
 	if said := r.Options[Identity]; said != "" {
 		return said

@@ -12,28 +12,28 @@ import (
 	"strings"
 )
 
-// Where a host keeps what drivers must remember, and their locks.
+// Default directories of a host for the drivers' journals and locks.
 const (
 	DefaultStateDir = "/var/lib/lariat/volumes"
 	DefaultRunDir   = "/run/lariat/volumes"
 )
 
-// Environment are the variables that all drivers read, with what they mean.
+// Environment lists the variables that all drivers read, with their meanings.
 var Environment = [][2]string{
 	{"LARIAT_STATE_DIR", "where the journal is; default " + DefaultStateDir},
 	{"LARIAT_RUN_DIR", "where locks are; default " + DefaultRunDir},
 }
 
-// Journal is a folder of small records, one file for each key. A record is replaced whole or not at all and
-// is on the disk when Put returns: other than the journal of attachments it tells of data that outlives a
-// power failure.
+// Journal is a directory of small records, one file for each key. Put replaces a record as a whole
+// or not at all. When Put returns, the record is on the disk. The journal of attachments does not
+// need that, but this journal describes data that outlives a power failure.
 //
-// Who changes a record holds its lock (see Locks); readers need none. A journal is a memory, not the truth:
-// drivers can do without a record, by the mount table, the export's own marks or the cloud's tags. So a
-// damaged one is set aside and counts as missing.
+// A writer holds the record's lock (see Locks). Readers need no lock. A journal is not the truth.
+// Without a record, drivers use the mount table, the export's marks or the cloud's tags. Therefore
+// a damaged record is set aside and counts as missing.
 type Journal[T any] struct{ Dir string }
 
-// entry is a file's content. The key is in it because the file's name may be a hash.
+// entry is the content of a file. entry holds the key because the file's name may be a hash.
 type entry[T any] struct {
 	Key   string `json:"key"`
 	Value T      `json:"value"`
@@ -41,7 +41,8 @@ type entry[T any] struct {
 
 func (j Journal[T]) path(key string) string { return filepath.Join(j.Dir, fileName(key)+".json") }
 
-// fileName is a key itself if it is a proper name, otherwise, as with folders, its hash.
+// fileName returns the key if the key is a proper name. For other keys, such as directories, it
+// returns a hash.
 func fileName(key string) string {
 	if CheckName(key) == nil {
 		return key
@@ -50,7 +51,7 @@ func fileName(key string) string {
 	return "@" + hex.EncodeToString(sum[:16])
 }
 
-// Put writes a record.
+// Put writes a record and returns when the record is on the disk.
 func (j Journal[T]) Put(key string, value T) error {
 	data, err := json.MarshalIndent(entry[T]{key, value}, "", "  ")
 	if err != nil {
@@ -80,7 +81,7 @@ func (j Journal[T]) Put(key string, value T) error {
 	return j.sync()
 }
 
-// sync makes renames and removals last.
+// sync makes renames and removals durable.
 func (j Journal[T]) sync() error {
 	dir, err := os.Open(j.Dir)
 	if err != nil {
@@ -108,7 +109,7 @@ func (j Journal[T]) read(path string) (e entry[T], found bool, err error) {
 		return e, false, fmt.Errorf("journal: %w", err)
 	}
 	if err := json.Unmarshal(data, &e); err != nil || fileName(e.Key)+".json" != filepath.Base(path) {
-		// Kept for a person to look at. The name hides it from List.
+		// Keep the damaged file for a person to examine. The new name hides the file from List.
 		if err := os.Rename(path, filepath.Join(j.Dir, ".damaged-"+filepath.Base(path))); err != nil &&
 			!errors.Is(err, fs.ErrNotExist) {
 			return entry[T]{}, false, fmt.Errorf("journal: set the damaged %s aside: %w", path, err)
@@ -118,7 +119,7 @@ func (j Journal[T]) read(path string) (e entry[T], found bool, err error) {
 	return e, true, nil
 }
 
-// Remove drops a record; one that is not there is no error.
+// Remove deletes a record. A missing record is no error.
 func (j Journal[T]) Remove(key string) error {
 	err := os.Remove(j.path(key))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -130,7 +131,8 @@ func (j Journal[T]) Remove(key string) error {
 	return j.sync()
 }
 
-// Prune drops the records that are old. One that cannot be dropped holds up no other.
+// Prune deletes the records for which old returns true. A record that cannot be deleted does not
+// stop the others.
 func (j Journal[T]) Prune(old func(T) bool) error {
 	all, err := j.List()
 	errs := []error{err}
@@ -142,7 +144,7 @@ func (j Journal[T]) Prune(old func(T) bool) error {
 	return errors.Join(errs...)
 }
 
-// List reads all records, by key.
+// List returns all records by key.
 func (j Journal[T]) List() (map[string]T, error) {
 	all := map[string]T{}
 	files, err := os.ReadDir(j.Dir)

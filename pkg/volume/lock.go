@@ -11,11 +11,13 @@ import (
 	"syscall"
 )
 
-// Locks serialise the work on one volume, or one folder, between processes. The kernel drops a lock with its
-// process. Each key has a file of its own, so that a volume whose server hangs holds up no other.
+// Locks serialise the work on one volume, or one directory, between processes. The kernel drops a
+// lock when its process ends. Each key has a file of its own, so that a volume whose server hangs
+// delays no other volume.
 type Locks struct{ Dir string }
 
-// LockAll takes the locks of several keys, in their order: the volume's before the folder's.
+// LockAll takes the locks of several keys in their order: first the volume's lock, then the
+// directory's.
 func (l Locks) LockAll(ctx context.Context, purpose string, keys ...string) (unlock func(), err error) {
 	var held []func()
 	unlock = func() {
@@ -34,7 +36,8 @@ func (l Locks) LockAll(ctx context.Context, purpose string, keys ...string) (unl
 	return unlock, nil
 }
 
-// Lock waits until it has the lock of a key or the context ends; then the error says who holds it and for what.
+// Lock waits until it has the lock of a key or the context ends. If the context ends, the error
+// names the lock's holder and the holder's purpose.
 func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), err error) {
 	if err := os.MkdirAll(l.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("lock %s: %w", key, err)
@@ -45,15 +48,16 @@ func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), er
 		err error
 	}
 	release := func(f *os.File) {
-		os.Remove(path) // while it is held, so that nobody locks a file without a name: see lock
+		os.Remove(path) // while the lock is held: see lock
 		f.Close()
 	}
-	// flock cannot be interrupted. If nobody waits any more when it comes, it is given back.
+	// A signal cannot interrupt flock. If the caller no longer waits, release the lock as soon as
+	// flock returns.
 	got := make(chan result)
 	go func() {
 		f, err := lock(ctx, path)
 		if f == nil && ctx.Err() != nil {
-			return // Lock says who holds it
+			return // Lock names the holder
 		}
 		select {
 		case got <- result{f, err}:
@@ -68,7 +72,7 @@ func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), er
 		if r.err != nil {
 			return nil, fmt.Errorf("lock %s: %w", key, r.err)
 		}
-		// For who waits in vain. The lock does not depend on it.
+		// A waiter that times out reads this text. The lock does not depend on the text.
 		_ = r.f.Truncate(0)
 		_, _ = r.f.WriteAt(fmt.Appendf(nil, "process %d (%s)", os.Getpid(), purpose), 0)
 		return func() { release(r.f) }, nil
@@ -79,8 +83,8 @@ func (l Locks) Lock(ctx context.Context, key, purpose string) (unlock func(), er
 	}
 }
 
-// lock opens and locks a file until the one that is locked is the one that has the name, or nobody waits for
-// it any more.
+// lock opens and locks the file at path. It repeats this until the locked file still has that name,
+// or the context ends.
 func lock(ctx context.Context, path string) (*os.File, error) {
 	for {
 		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)

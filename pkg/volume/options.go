@@ -12,15 +12,15 @@ import (
 	"unicode/utf8"
 )
 
-// Limits of what doors accept.
+// Limits for names, values and paths in requests.
 const (
 	MaxName  = 128
 	MaxValue = 4096
 	MaxPath  = 4095
 )
 
-// CheckName refuses names of volumes that could mean something else as one element of a path, an argument or
-// a line of a log: they are [A-Za-z0-9][A-Za-z0-9_.-]*, at most MaxName long.
+// CheckName refuses names of volumes that are ambiguous in a path, an argument or a line of a log.
+// A name must match [A-Za-z0-9][A-Za-z0-9_.-]* and have at most MaxName bytes.
 func CheckName(name string) error {
 	switch {
 	case name == "":
@@ -38,8 +38,8 @@ func CheckName(name string) error {
 	return nil
 }
 
-// CheckDir refuses a folder to mount at that is not plainly one: absolute, without dots and double slashes,
-// without control characters.
+// CheckDir refuses a mount directory that is not a plain path. A plain path is absolute and has no
+// dots, double slashes or control characters.
 func CheckDir(dir string) error {
 	switch {
 	case !strings.HasPrefix(dir, "/"):
@@ -59,7 +59,8 @@ func CheckDir(dir string) error {
 	return nil
 }
 
-// CheckOptions refuses what no option of any driver can be: control characters, values beyond MaxValue.
+// CheckOptions refuses options that no driver can accept: control characters, and values beyond
+// MaxValue.
 func CheckOptions(options map[string]string) error {
 	for _, k := range slices.Sorted(maps.Keys(options)) {
 		v := options[k]
@@ -75,12 +76,12 @@ func CheckOptions(options map[string]string) error {
 	return nil
 }
 
-// plain text has no control characters and is UTF-8.
+// plain reports whether a text is UTF-8 without control characters.
 func plain(s string) bool {
 	return utf8.ValidString(s) && !strings.ContainsFunc(s, unicode.IsControl)
 }
 
-// Excerpt is how an odd text is shown: quoted, and not all of it.
+// Excerpt returns an odd text for messages: quoted and shortened.
 func Excerpt(s string) string {
 	if len(s) > 60 {
 		return strconv.Quote(s[:60]) + "…"
@@ -88,7 +89,7 @@ func Excerpt(s string) string {
 	return strconv.Quote(s)
 }
 
-// OneOf is for UnmarshalText of options that take few words.
+// OneOf implements UnmarshalText for options that accept a few words.
 func OneOf[T ~string](into *T, text []byte, allowed ...T) error {
 	if !slices.Contains(allowed, T(text)) {
 		return fmt.Errorf("%s is none of %v", Excerpt(string(text)), allowed)
@@ -97,11 +98,11 @@ func OneOf[T ~string](into *T, text []byte, allowed ...T) error {
 	return nil
 }
 
-// Decode fills a struct from a volume's options. A field tagged `option:"size"` takes the option of that
-// name; one that is absent leaves the field as it is, which is how defaults are given. Fields are strings,
-// bools, integers, or encoding.TextUnmarshalers; bool is true, false, 1, 0, yes or no. Embedded structs count
-// as their fields. An option without a field is an error that names the nearest, unless it is among those to
-// ignore.
+// Decode fills a struct from a volume's options. A field tagged `option:"size"` takes the option of
+// that name. An absent option does not change its field, so callers set defaults before Decode.
+// Fields are strings, bools, integers, or encoding.TextUnmarshalers. A bool is true, false, 1, 0,
+// yes or no. Fields of embedded structs count as fields of the struct. An option without a field is
+// an error that names the nearest field. Options in ignore are exempt.
 func Decode(options map[string]string, into any, ignore ...string) error {
 	if err := CheckOptions(options); err != nil {
 		return err
@@ -127,7 +128,7 @@ func Decode(options map[string]string, into any, ignore ...string) error {
 	return nil
 }
 
-// OptionNames are the options that a struct takes, sorted.
+// OptionNames returns the options that a struct accepts, sorted.
 func OptionNames(of any) []string {
 	fields := map[string]reflect.Value{}
 	v := reflect.New(reflect.TypeOf(of)).Elem()
@@ -174,7 +175,8 @@ func set(f reflect.Value, text string) error {
 	return nil
 }
 
-// nearest is the field that was probably meant: at most two edits away, or different in case only.
+// nearest returns the field that the user probably meant. That field is at most two edits away, or
+// differs only in case.
 func nearest(key string, fields map[string]reflect.Value) string {
 	best, at := "", 3
 	for _, name := range slices.Sorted(maps.Keys(fields)) {
@@ -185,7 +187,7 @@ func nearest(key string, fields map[string]reflect.Value) string {
 	return best
 }
 
-// distance counts the edits from one word to the other.
+// distance returns the number of edits between two words.
 func distance(a, b string) int {
 	if len(a) > 64 {
 		return len(a)

@@ -1,11 +1,11 @@
 package volume
 
-// OnFailpoint is called, if it is set, between the steps of the work with their names. Nothing but tests sets
-// it, in processes of their own, to end them there: no input reaches it.
+// OnFailpoint, if it is set, receives the name of each failpoint. Only tests set OnFailpoint, in
+// processes of their own, to end those processes there. No input reaches OnFailpoint.
 var OnFailpoint func(name string)
 
-// Failpoint marks a point where the process may be killed: all that comes before has been done, nothing of
-// what follows has.
+// Failpoint marks a point where the process may be killed. All work before the point is done. No
+// work after the point has begun.
 func Failpoint(name string) {
 	if OnFailpoint != nil {
 		OnFailpoint(name)
