@@ -18,21 +18,22 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// argv0 marks a child. Callers of a driver choose its arguments, but not this one.
+// argv0 marks a child process. Callers of a driver choose its arguments, but cannot choose argv[0].
 const argv0 = "lariat-volume-child"
 
-// tasks are what a child can be asked to do.
+// tasks maps names to the tasks that a child can run.
 var tasks = map[string]func(args []byte) (any, error){}
 
-// Task registers work for children, at the start of the program, and returns what runs it: in a child, until
-// the context ends. The arguments travel by a pipe and not by argv, where everybody could read them. A task's
-// error keeps its kind (volume.ErrConflict …) or its errno on the way.
+// Task registers a task for children, at the start of the program. It returns a function that runs
+// the task in a child until the context ends. The arguments travel through a pipe, because every
+// user can read argv. The error of a task keeps its kind (volume.ErrConflict …) or its errno on the
+// way.
 func Task[A, R any](name string, task func(A) (R, error)) func(context.Context, A) (R, error) {
 	return register(name, 0, task)
 }
 
-// PrivateTask is a Task in a mount namespace of its own: what it mounts shows nowhere else and is gone when
-// it ends, however it ends.
+// PrivateTask is a Task in a mount namespace of its own. Its mounts are visible nowhere else. They
+// vanish when the task ends, even by a kill.
 func PrivateTask[A, R any](name string, task func(A) (R, error)) func(context.Context, A) (R, error) {
 	return register(name, syscall.CLONE_NEWNS, task)
 }
@@ -59,7 +60,7 @@ func register[A, R any](name string, unshare uintptr, task func(A) (R, error)) f
 		cmd.Stdin = bytes.NewReader(data)
 		said, err := run(ctx, cmd, unshare, &r)
 		if err != nil && said != "" && !errors.As(err, new(*answer)) {
-			err = fmt.Errorf("%s", said) // a program that the child became says better what is wrong than its exit status
+			err = fmt.Errorf("%s", said) // the words of an executed program explain more than its exit status
 			if ctx.Err() != nil {
 				err = fmt.Errorf("%w (%s)", context.Cause(ctx), said)
 			}
@@ -68,12 +69,13 @@ func register[A, R any](name string, unshare uintptr, task func(A) (R, error)) f
 	}
 }
 
-// answer is what a child says, on descriptor 3. As an error it is one that the task returned.
+// answer is the message that a child writes to descriptor 3. As an error, answer is the error that
+// the task returned.
 type answer struct {
 	Reply json.RawMessage `json:"reply,omitempty"`
 	Text  string          `json:"error,omitempty"`
 	Kind  int             `json:"kind,omitempty"`  // index in kinds, from 1
-	Errno syscall.Errno   `json:"errno,omitempty"` // within the error
+	Errno syscall.Errno   `json:"errno,omitempty"` // the errno inside the error
 }
 
 var kinds = []error{volume.ErrNotSupported, volume.ErrInvalid, volume.ErrConflict, volume.ErrNotFound, volume.ErrInUse}
@@ -91,8 +93,9 @@ func (a *answer) Unwrap() []error {
 	return causes
 }
 
-// RunChild does a child's work and ends the process, if this is a child; otherwise it returns. The main of
-// every program that calls a driver in its own process calls it before anything else; flex.Main does.
+// RunChild runs the task and ends the process, if this process is a child. Otherwise RunChild
+// returns. Every program that calls a driver in its own process must call RunChild first in main.
+// flex.Main does so.
 func RunChild() {
 	if len(os.Args) != 2 || os.Args[0] != argv0 || tasks[os.Args[1]] == nil {
 		return
@@ -123,14 +126,15 @@ func RunChild() {
 	exit(code)
 }
 
-// exit is the only way for a child to end: what follows in main is not for it.
+// exit ends a child at once, because the rest of main is not for a child.
 func exit(code int) { syscall.Exit(code) }
 
-// grace is for a killed process to be gone. One that is not waits in the kernel, where no signal reaches it.
+// grace is the time in which a killed process must end. A process that does not end is blocked in
+// the kernel, where no signal reaches it.
 const grace = 3 * time.Second
 
-// Run runs a command that dies with the context, and with this process; cmd's output streams are replaced. It
-// returns what the command wrote to standard output, and to standard error, each up to a mebibyte.
+// Run runs a command that dies with the context and with this process. It replaces the output
+// streams of cmd. It returns standard output and standard error, each up to a mebibyte.
 func Run(ctx context.Context, cmd *exec.Cmd) (stdout []byte, stderr string, err error) {
 	var out, words limited
 	cmd.Stdout, cmd.Stderr = &out, &words
@@ -138,7 +142,8 @@ func Run(ctx context.Context, cmd *exec.Cmd) (stdout []byte, stderr string, err 
 	return out.raw(), words.String(), err
 }
 
-// run is Run for children: it reads their answers, and both streams are one.
+// run is Run for children. It also reads a child's answer, and joins both output streams unless cmd
+// has its own.
 func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said string, err error) {
 	if err := ctx.Err(); err != nil {
 		return "", context.Cause(ctx)
@@ -152,7 +157,7 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 	}
 	cmd.Env = append(cmd.Env, "LC_ALL=C")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL, Unshareflags: unshare}
-	cmd.WaitDelay = time.Second // for processes that outlive the command and hold its pipes
+	cmd.WaitDelay = time.Second // for processes that outlive the command and hold its pipes open
 	r, w, err := os.Pipe()
 	if err != nil {
 		return "", err
@@ -161,16 +166,18 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 	cmd.ExtraFiles = []*os.File{w}
 
 	started, ended, read := make(chan error, 1), make(chan struct{}), make(chan struct{})
-	var werr error // of the command, once it has ended
+	var werr error // the command's error, valid after the end
 	go func() {
-		// The death signal comes when the thread ends that started the process, not when this process does.
+		// The kernel sends the death signal when the thread that started the process ends, not when
+		// this process ends.
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 		err := cmd.Start()
 		w.Close()
 		started <- err
 		if err == nil {
-			// With ErrWaitDelay it ended well, and what it left behind, or a busy machine, keeps its pipes open.
+			// ErrWaitDelay means that the command succeeded. A process that it left behind, or a
+			// busy machine, keeps the pipes open.
 			if werr = cmd.Wait(); errors.Is(werr, exec.ErrWaitDelay) {
 				werr = nil
 			}
@@ -191,13 +198,13 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 		late := time.NewTimer(grace)
 		defer late.Stop()
 		select {
-		case <-ended: // killed, or just in time: nobody can tell
+		case <-ended: // either killed or just finished: there is no way to know which
 			return words.String(), context.Cause(ctx)
 		case <-late.C:
 			return words.String(), fmt.Errorf("%w; process %d is stuck in the kernel", context.Cause(ctx), cmd.Process.Pid)
 		}
 	}
-	// Whatever it started and left behind has no business any more.
+	// Kill all processes that the command left behind.
 	_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
 	_ = r.SetReadDeadline(time.Now().Add(time.Second))
 	<-read
@@ -217,7 +224,7 @@ func run(ctx context.Context, cmd *exec.Cmd, unshare uintptr, reply any) (said s
 	return words.String(), werr
 }
 
-// limited collects what a process says, as far as anybody would read it.
+// limited collects the output of a process up to maxSaid bytes.
 type limited struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -225,7 +232,7 @@ type limited struct {
 
 const maxSaid = 1 << 20
 
-// Write never fails: a talkative process is not to be stopped by its own words.
+// Write never fails, so that a talkative process is not stopped by its own output.
 func (l *limited) Write(p []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -241,7 +248,7 @@ func (l *limited) raw() []byte {
 	return bytes.Clone(l.buf.Bytes())
 }
 
-// String is for one line of a message.
+// String returns the output as one line for a message.
 func (l *limited) String() string {
 	text := strings.TrimSpace(string(l.raw()))
 	if len(text) > 2000 {

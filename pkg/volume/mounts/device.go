@@ -44,7 +44,7 @@ func deviceMount(s Spec) error {
 		a, own := attributes[o]
 		attr = attr&^a.clear | a.set
 		switch key, value, valued := strings.Cut(o, "="); {
-		case o == "ro" && s.Writable: // the mount's alone
+		case o == "ro" && s.Writable: // applies to the mount alone
 		case own && o != "ro" && o != "rw":
 		case valued:
 			errs = append(errs, unix.FsconfigSetString(fs, key, value))
@@ -69,7 +69,7 @@ func deviceMount(s Spec) error {
 	return nil
 }
 
-// kernelWords returns what the kernel says of a file system that it refuses.
+// kernelWords returns the kernel's explanation of a refused file system.
 func kernelWords(fs int) string {
 	var words []string
 	buf := make([]byte, 1024)
@@ -166,7 +166,7 @@ func namespaces(visit func(pid string, table Table) (more bool)) {
 		seen[ns] = true
 		data, err := os.ReadFile("/proc/" + p.Name() + "/mountinfo")
 		if err != nil {
-			delete(seen, ns) // it ended; another process may be there
+			delete(seen, ns) // the process ended; another process may be in the namespace
 			continue
 		}
 		if table, err := Parse(data); err == nil && !visit(p.Name(), table) {

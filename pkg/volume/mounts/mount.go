@@ -21,23 +21,24 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// Spec is a mount that is wanted.
+// Spec describes a desired mount.
 type Spec struct {
 	Source  string
-	Shown   string // what the table calls the source, if a program mounts another one in its place; "": Source
-	Dir     string // as Resolve gives it
+	Shown   string // the table's name of the source, if a program mounts another source instead; "": Source
+	Dir     string // a result of Resolve
 	FSType  string
-	Options []string // all checked; words such as ro and nodev among them
-	Address string   // of the server, for a kernel that gets no help by a program
-	// The server's name has other addresses, which may be dead. The kernel mounts from Address then,
-	// for mount.nfs takes no address and tries all of them in an order of its own, a minute each.
+	Options []string // all checked; including words such as ro and nodev
+	Address string   // of the server, for a mount without a helper program
+	// Pinned means that the server's name has other addresses, which may be dead. The kernel then
+	// mounts from Address. mount.nfs takes no address. It tries all addresses in its own order, a
+	// minute each.
 	Pinned bool
-	// The file system of a device is writable, or mounted for writing elsewhere: ro among the options
-	// is for this mount alone.
+	// Writable means that a device's file system is writable, or mounted for writing elsewhere.
+	// Then the option ro applies to this mount alone.
 	Writable bool
 }
 
-// flags are the options that mount(2) takes as bits.
+// flags maps options to the bits of mount(2).
 var flags = map[string]struct{ set, clear uintptr }{
 	"ro": {unix.MS_RDONLY, 0}, "rw": {0, unix.MS_RDONLY},
 	"nosuid": {unix.MS_NOSUID, 0}, "suid": {0, unix.MS_NOSUID},
@@ -52,8 +53,9 @@ var flags = map[string]struct{ set, clear uintptr }{
 
 var doMount = Task("mount", func(s Spec) (struct{}, error) { return struct{}{}, MountHere(s, true) })
 
-// Mount mounts, by the file system's own program if there is one (mount.nfs), else by mount(2). It creates
-// the folder. It returns nil only if the table then shows the source at the folder.
+// Mount mounts by the file system's own program (such as mount.nfs), or by mount(2) if there is no
+// program. It creates the directory. It returns nil only if the table then shows the source at the
+// directory.
 func Mount(ctx context.Context, s Spec) error {
 	if _, err := doMount(ctx, s); err != nil {
 		return err
@@ -68,10 +70,11 @@ func Mount(ctx context.Context, s Spec) error {
 	return nil
 }
 
-// helper is the program that mounts a file system, such as mount.nfs, or "".
+// helper returns the path of the program that mounts a file system, such as mount.nfs, or "".
 func helper(fstype string) string { return Program("mount." + fstype) }
 
-// Program is where a program of the system is, or "". PATH is not asked, which is whatever kubelet was started with.
+// Program returns the path of a system program, or "". It ignores PATH, because kubelet's
+// environment determines PATH.
 func Program(name string) string {
 	for _, dir := range []string{"/sbin", "/usr/sbin", "/usr/local/sbin", "/usr/bin", "/run/current-system/sw/bin"} {
 		path := filepath.Join(dir, name)
@@ -82,8 +85,8 @@ func Program(name string) string {
 	return ""
 }
 
-// MountHere mounts in this process, which must be a child. With become, the process turns into the file
-// system's program, so that there is one process less that could outlive its parent.
+// MountHere mounts in this process, which must be a child. With become, the process turns into the
+// file system's program. Then there is one process less that could outlive its parent.
 func MountHere(s Spec, become bool) error {
 	if err := os.MkdirAll(s.Dir, 0o750); err != nil {
 		return fmt.Errorf("create the folder: %w", err)
@@ -99,11 +102,12 @@ func MountHere(s Spec, become bool) error {
 	if program == "" || s.Pinned {
 		return kernelMount(s, program != "")
 	}
-	// The source cannot begin with a dash: it is a host and a path, or a device's path. The folder is absolute.
+	// The source cannot begin with a dash, because it is a host and a path, or a device's path. The
+	// directory is absolute.
 	argv := []string{program, s.Source, s.Dir, "-o", strings.Join(s.Options, ",")}
 	runtime.LockOSThread()
 	if become {
-		// The wish to die with the parent is a thread's, and only the thread that calls exec lives on.
+		// PR_SET_PDEATHSIG applies to a thread, and only the thread that calls exec survives.
 		if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(syscall.SIGKILL), 0, 0, 0); err != nil {
 			return fmt.Errorf("prctl: %w", err)
 		}
@@ -112,7 +116,7 @@ func MountHere(s Spec, become bool) error {
 	var words limited
 	cmd := exec.Command(program, argv[1:]...)
 	cmd.Stdout, cmd.Stderr = &words, &words
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // and it is in this process's group
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} // the program stays in this process's group
 	err := cmd.Run()
 	if text := words.String(); err != nil && text != "" {
 		return errors.New(text)
@@ -120,13 +124,13 @@ func MountHere(s Spec, become bool) error {
 	return err
 }
 
-// kernelMount mounts without the file system's program, though it may be installed.
+// kernelMount mounts without the file system's program, which may nevertheless be installed.
 func kernelMount(s Spec, installed bool) error {
 	bits, data := uintptr(0), []string{}
 	for _, o := range s.Options {
 		if f, ok := flags[o]; ok {
 			bits = bits&^f.clear | f.set
-		} else if !strings.HasPrefix(o, "retry=") { // mount.nfs's own
+		} else if !strings.HasPrefix(o, "retry=") { // only mount.nfs knows this option
 			data = append(data, o)
 		}
 	}
@@ -139,10 +143,11 @@ func kernelMount(s Spec, installed bool) error {
 			return strings.HasPrefix(o, "vers=") || strings.HasPrefix(o, "nfsvers=")
 		})
 		if s.FSType == "nfs" && !said || slices.ContainsFunc(data, open) {
-			// As mount.nfs does: the highest that both sides speak. To the kernel, 4 is 4.0.
+			// As mount.nfs does, use the highest version that both sides speak. The kernel reads
+			// version 4 as 4.0.
 			data = slices.DeleteFunc(data, open)
 			tries = []try{{"nfs4", ",vers=4.2"}, {"nfs4", ",vers=4.1"}, {"nfs4", ",vers=4.0"}}
-			if !said && installed { // and with it what version 3 needs
+			if !said && installed { // the programs of version 3 are then installed too
 				tries = append(tries, try{"nfs", ",vers=3"})
 			}
 		}
@@ -175,9 +180,9 @@ func kernelMount(s Spec, installed bool) error {
 	return nil
 }
 
-// startStatd starts the program that locks of NFS 3 need, as mount.nfs does: by the script that
-// comes with it, which does nothing if the program is running. Without the script locks are the
-// kernel's affair.
+// startStatd starts the program that locks of NFS 3 need, as mount.nfs does. It runs the script of
+// that program, which does nothing if the program is running. Without the script, the kernel alone
+// handles locks.
 func startStatd() error {
 	script := Program("start-statd")
 	if script == "" {
@@ -214,7 +219,8 @@ var doProbe = Task("probe", func(dir string) (struct{}, error) {
 	if err := unix.Statfs(dir, &st); err != nil {
 		return struct{}{}, err
 	}
-	// Who has a file open keeps a folder alive that was removed on the server. The server is asked, not the cache.
+	// An open file keeps a directory alive that was removed on the server. Ask the server, not the
+	// cache.
 	var x unix.Statx_t
 	err := unix.Statx(unix.AT_FDCWD, dir, unix.AT_SYMLINK_NOFOLLOW|unix.AT_STATX_FORCE_SYNC, unix.STATX_NLINK, &x)
 	if err == nil && x.Mask&unix.STATX_NLINK != 0 && x.Nlink == 0 {
@@ -226,7 +232,7 @@ var doProbe = Task("probe", func(dir string) (struct{}, error) {
 	return struct{}{}, err
 })
 
-// Alive says whether what is mounted at a folder answers within a time.
+// Alive reports whether the mount at a directory answers within a time.
 func Alive(ctx context.Context, dir string, within time.Duration) bool {
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
@@ -234,12 +240,12 @@ func Alive(ctx context.Context, dir string, within time.Duration) bool {
 	return !unanswered(err)
 }
 
-// Patience is how long a mount that is there is waited for before it is used again.
+// Patience is the time that an existing mount has to answer before its next use.
 const Patience = 5 * time.Second
 
-// Probe asks the server of what is mounted at a folder, in a child. nil: it answers. Stale says
-// that the error is final: the server does not know the volume any more, or the mount has no server
-// any more. Otherwise nobody has answered, and somebody may yet.
+// Probe asks the server of the mount at a directory, in a child. nil means that the server answers.
+// With stale, the error is final: the server has forgotten the volume, or the mount has lost its
+// server. Otherwise the server has not answered yet, and may answer later.
 func Probe(ctx context.Context, dir string) (stale bool, err error) {
 	within, cancel := context.WithTimeoutCause(ctx, part(ctx, 4, Patience), volume.Timeout(Patience))
 	defer cancel()
@@ -255,13 +261,13 @@ func Probe(ctx context.Context, dir string) (stale bool, err error) {
 	return false, nil // a refusal is an answer
 }
 
-// errRestartSys is ERESTARTSYS (linux/errno.h), which no program should ever see: it is what a call that
-// waits for an NFS server ends with when another mount of the same export is unmounted by force, and no
-// signal is there to restart it after.
+// errRestartSys is ERESTARTSYS (linux/errno.h), which user space should never see. A call that
+// waits for an NFS server returns it under two conditions. Another mount of the same export is
+// unmounted by force, and no signal is pending for a restart of the call.
 const errRestartSys = unix.Errno(512)
 
-// unanswered reports whether a call to a server ended without the server's word. What else fails was said by
-// the server, and so it lives.
+// unanswered reports whether a call ended without an answer of the server. All other errors come
+// from the server, and prove that it lives.
 func unanswered(err error) bool {
 	return slices.ContainsFunc([]error{
 		context.DeadlineExceeded, errRestartSys, unix.EINTR, unix.EIO, unix.ETIMEDOUT, unix.ENOTCONN, unix.ECONNREFUSED,
@@ -270,27 +276,28 @@ func unanswered(err error) bool {
 	}, func(e error) bool { return errors.Is(err, e) })
 }
 
-// Policy is how far Unmount goes.
+// Policy limits the means of Unmount.
 type Policy struct {
-	Remote bool // there is a server that may be gone: its waiting calls may be aborted then (MNT_FORCE)
-	// Dead says that the mount is known to be stale though its server answers. Nothing is aborted by
-	// force then: that would hit other mounts of the server, too. Lazy alone can help.
+	Remote bool // the server may be dead; its waiting calls may then be aborted (MNT_FORCE)
+	// Dead means that the mount is known to be stale though its server answers. Then Unmount never
+	// uses force, because force would also hit other mounts of the server. Only Lazy can help.
 	Dead bool
-	Lazy bool // if even that does not help, detach: processes that still use the volume keep it, out of sight
+	Lazy bool // if all else fails, detach: processes that use the volume keep it, out of sight
 }
 
-// forceTries is how often a dead server's volume is asked to go. Each try aborts the calls that wait for the
-// server; the processes that made them leave only afterwards.
+// forceTries is the number of forced unmounts of a dead server's volume. Each attempt aborts the
+// calls that wait for the server. The processes that made these calls leave only afterwards.
 const forceTries = 6
 
-// leastTry is what a try gets at least of the time that is left: a child has to be started, on a host that may be busy.
+// leastTry is the least time for one attempt, because a busy host needs time to start a child.
 const leastTry = time.Second
 
-// deepest is how many mounts at one folder are taken away. More are nobody's accident.
+// deepest is the number of mounts that UnmountAll removes from one directory. More mounts there are
+// no accident.
 const deepest = 8
 
-// UnmountAll takes one mount after the other away from a folder, until the mount table shows none there any
-// more. One that is not ours, which kind names, is an ErrConflict.
+// UnmountAll unmounts one mount after the other at a directory, until the mount table shows none
+// there. A mount for which ours returns false is an ErrConflict. The error names the expected kind.
 func UnmountAll(ctx context.Context, dir string, p Policy, log *slog.Logger, kind string, ours func(Entry) bool) error {
 	for range deepest {
 		table, err := Read()
@@ -316,9 +323,9 @@ func UnmountAll(ctx context.Context, dir string, p Policy, log *slog.Logger, kin
 	return fmt.Errorf("unmount %s: more than %d mounts are there", dir, deepest)
 }
 
-// Unmount takes the uppermost mount away from a folder, and returns how: "umount", "force" or "lazy". A
-// volume whose server answers and which somebody uses is an ErrInUse, with the users. Nothing mounted is how
-// == "".
+// Unmount removes the uppermost mount of a directory, and returns the method: "umount", "force" or
+// "lazy". A volume in use whose server answers is an ErrInUse, which names the users. If nothing is
+// mounted, the method is "".
 func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) {
 	before, err := Read()
 	if err != nil {
@@ -375,7 +382,7 @@ func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) 
 	if !late && Alive(ctx, dir, part(ctx, 4, 5*time.Second)) {
 		return "", inUse(dir, cause)
 	}
-	var kept time.Duration // for the step that needs no server
+	var kept time.Duration // reserved for the lazy unmount, which needs no server
 	if p.Lazy {
 		kept = part(ctx, 2, 5*time.Second)
 	}
@@ -404,7 +411,7 @@ func Unmount(ctx context.Context, dir string, p Policy) (how string, err error) 
 	return "", fmt.Errorf("the server does not answer, and %w", inUse(dir, cause))
 }
 
-// part is a share of the time that is left.
+// part returns a share of the remaining time.
 func part(ctx context.Context, share int, most time.Duration) time.Duration {
 	if end, ok := ctx.Deadline(); ok {
 		return min(time.Until(end)/time.Duration(share), most)
@@ -423,9 +430,10 @@ func inUse(dir string, cause error) error {
 	return volume.Errorf(volume.ErrInUse, "%s is in use by %s: %w", dir, strings.Join(who, ", "), cause)
 }
 
-// Holders are processes in whose mount namespaces a mount is in use, as "name (pid) at folder", at
-// most five: a container's, above all. The place of the mount itself is in every copy of the host's
-// namespace, also below a folder where a container has the host's root, so it does not count.
+// Holders returns processes in whose mount namespaces a mount is in use, as "name (pid) at
+// directory". It returns at most five, above all processes of containers. The place of the mount
+// itself does not count, because every copy of the host's namespace has it. That includes a copy
+// below a directory where a container has the host's root.
 func Holders(top Entry, place func(point string) bool) (who []string) {
 	below := strings.TrimSuffix(top.Root, "/") + "/"
 	namespaces(func(pid string, table Table) bool {
@@ -441,8 +449,9 @@ func Holders(top Entry, place func(point string) bool) (who []string) {
 	return who
 }
 
-// Users are processes that have something below a folder open or as their working folder, as "name (pid)", at
-// most five. Mount namespaces of others are not searched. Links in /proc say it without asking a server.
+// Users returns processes that have something below a directory open or as their working directory.
+// The result has at most five entries, as "name (pid)". Users does not search other mount
+// namespaces. It reads links in /proc, which needs no server.
 func Users(dir string) (who []string) {
 	procs, _ := os.ReadDir("/proc")
 	for _, p := range procs {

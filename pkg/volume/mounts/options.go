@@ -8,34 +8,33 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// Rule is for one mount option that is allowed.
+// Rule describes one allowed mount option.
 type Rule struct {
-	Group string            // of each, the last one counts
-	Value func(string) bool // checks the value; nil: it has none
-	Admin bool              // only where an administrator says it
+	Group string            // of each group, the last option counts
+	Value func(string) bool // checks the value; nil: the option has no value
+	Admin bool              // allowed only in the administrator's configuration
 }
 
-// Flag is a rule for an option without a value, Valued for one with a value, AdminFlag for one that only an
-// administrator may say.
+// Flag returns a rule for an option without a value.
 func Flag(group string) Rule { return Rule{Group: group} }
 
-// Valued is described with Flag.
+// Valued returns a rule for an option with a value that check accepts.
 func Valued(group string, check func(string) bool) Rule { return Rule{Group: group, Value: check} }
 
-// AdminFlag is described with Flag.
+// AdminFlag returns a rule for an option without a value that only an administrator may set.
 func AdminFlag(group string) Rule { return Rule{Group: group, Admin: true} }
 
-// idle are words that people copy from fstab and that mean nothing to who mounts by a call.
+// idle lists words that people copy from fstab. These words mean nothing to mount calls.
 var idle = map[string]bool{
 	"defaults": true, "_netdev": true, "auto": true, "noauto": true, "nofail": true,
 	"intr": true, "nointr": true, "bg": true, "fg": true,
 }
 
-// Rules are all mount options that a driver takes, by name. What is not here is refused: bind, remount,
-// context=, helper programs, credentials …
+// Rules holds all mount options that a driver accepts, by name. Parse refuses all others: bind,
+// remount, context=, helper programs, credentials …
 type Rules map[string]Rule
 
-// Number checks values that are numbers.
+// Number returns a check for numeric values from least to most.
 func Number(least, most int) func(string) bool {
 	return func(s string) bool {
 		n, err := strconv.Atoi(s)
@@ -43,13 +42,14 @@ func Number(least, most int) func(string) bool {
 	}
 }
 
-// Words checks values that are one of some words.
+// Words returns a check for values from a list of words.
 func Words(allowed ...string) func(string) bool {
 	return func(s string) bool { return slices.Contains(allowed, s) }
 }
 
-// Parse reads a list with commas and refuses what is not among the rules, all of it at once. What
-// is where the list comes from, such as MOUNT_OPTS, which is admin's.
+// Parse reads a list with commas. One error reports all the options that the rules refuse. The
+// argument what names the source of the list, such as MOUNT_OPTS. With admin, the list comes from
+// the administrator.
 func (r Rules) Parse(what, text string, admin bool) (list []string, err error) {
 	if text == "" {
 		return nil, nil
@@ -81,7 +81,7 @@ func (r Rules) Parse(what, text string, admin bool) (list []string, err error) {
 	return list, nil
 }
 
-// Merge joins lists of checked options; of those that exclude each other the last one stays.
+// Merge joins lists of checked options. Of options that exclude each other, the last one stays.
 func (r Rules) Merge(lists ...[]string) (merged []string) {
 	group := func(o string) string {
 		key, _, _ := strings.Cut(o, "=")

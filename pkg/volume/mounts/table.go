@@ -1,9 +1,9 @@
-// Package mounts reads the mount table and changes it without ever waiting for a server.
+// Package mounts reads and changes the mount table without waiting for a server.
 //
-// What is mounted is told by /proc/self/mountinfo, never by stat, which hangs when a server does. Whatever
-// may touch a remote file system happens in a child process with a deadline, for a stuck thread cannot be
-// ended and a child can: waits of the NFS client give way to SIGKILL, and a killed mount leaves nothing
-// behind.
+// The package learns of mounts from /proc/self/mountinfo. It does not use stat, which hangs when a
+// server hangs. All work that may touch a remote file system runs in a child process with a
+// deadline. The reason is that a stuck thread cannot be ended, but a child can. Waits of the NFS
+// client give way to SIGKILL, and a killed mount leaves nothing behind.
 package mounts
 
 import (
@@ -21,28 +21,28 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// Entry is a line of the table.
+// Entry is one line of the mount table.
 type Entry struct {
 	ID      int
 	Point   string
 	Source  string
 	FSType  string
-	Root    string // what of the file system is mounted
+	Root    string // the mounted part of the file system
 	Device  string // major:minor, as in /sys/dev/block
 	Options string // of this mount: ro, nosuid, …
 	Super   string // of the file system, as the kernel shows them
-	Shared  bool   // mounts below it propagate
+	Shared  bool   // mounts below this one propagate
 }
 
-// ReadOnly says that nothing can be written through this mount.
+// ReadOnly reports whether this mount prevents writes.
 func (m Entry) ReadOnly() bool {
 	return strings.HasPrefix(m.Options+",", "ro,") || strings.HasPrefix(m.Super+",", "ro,")
 }
 
-// Table is all that is mounted in this process's mount namespace, in the order of mounting.
+// Table holds all mounts of this process's mount namespace, in the order of mounting.
 type Table []Entry
 
-// Read reads the table.
+// Read returns the mount table of this process.
 func Read() (Table, error) {
 	data, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
@@ -51,7 +51,7 @@ func Read() (Table, error) {
 	return Parse(data)
 }
 
-// Parse reads what /proc/self/mountinfo holds.
+// Parse parses the content of /proc/self/mountinfo.
 func Parse(data []byte) (Table, error) {
 	infos, err := mountinfo.GetMountsFromReader(bytes.NewReader(data), nil)
 	if err != nil {
@@ -68,7 +68,8 @@ func Parse(data []byte) (Table, error) {
 	return t, nil
 }
 
-// At are the mounts at a folder, the uppermost last. The folder is as Resolve gives it.
+// At returns the mounts at a directory, the uppermost last. The directory must be a result of
+// Resolve.
 func (t Table) At(dir string) (stack []Entry) {
 	for _, m := range t {
 		if m.Point == dir {
@@ -78,7 +79,7 @@ func (t Table) At(dir string) (stack []Entry) {
 	return stack
 }
 
-// Of are the mounts of a source.
+// Of returns the mounts of a source.
 func (t Table) Of(source string) (all []Entry) {
 	for _, m := range t {
 		if m.Source == source {
@@ -88,16 +89,16 @@ func (t Table) Of(source string) (all []Entry) {
 	return all
 }
 
-// Resolve gives a folder the name that the mount table uses: without symbolic links in its parents. It does
-// not look at the folder itself, where a dead server's volume may be mounted, and which need not exist, nor
-// need its parents.
+// Resolve returns the mount table's name of a directory: the path without symbolic links in its
+// parents. It does not examine the directory itself, because a dead server's volume may be mounted
+// there. Neither the directory nor its parents need to exist.
 func Resolve(dir string) (string, error) {
 	if err := volume.CheckDir(dir); err != nil {
 		return "", err
 	}
 	dir = filepath.Clean(dir)
 	parent, base := filepath.Dir(dir), filepath.Base(dir)
-	// O_PATH does not ask the server, not even one that the parent is mounted from.
+	// O_PATH asks no server, not even the server of the parent's mount.
 	fd, err := unix.Open(parent, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	for errors.Is(err, unix.ENOENT) && parent != "/" {
 		parent, base = filepath.Dir(parent), filepath.Join(filepath.Base(parent), base)
