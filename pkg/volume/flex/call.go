@@ -1,8 +1,9 @@
-// Package flex is the FlexVolume process contract, from both sides: Main makes an executable of a driver,
-// Client makes a driver of an executable.
+// Package flex implements both sides of the FlexVolume process contract. Main makes an executable
+// of a driver. Client makes a driver of an executable.
 //
-// A call is argv in, one JSON document out. kubelet's verbs of today and those of kubelet up to 1.5, which
-// are Rancher's too, differ in the number of arguments, so one executable answers both:
+// A call is argv in, one JSON document out. kubelet's current verbs differ from the verbs of
+// kubelet up to 1.5, which are also Rancher's. They differ in the number of arguments, so one
+// executable answers both:
 //
 //	verb           today (kubelet and controller)     up to 1.5, and Rancher
 //	init           –                                  –
@@ -34,7 +35,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// MaxJSON is how large the JSON argument may be. Linux passes no argument beyond 128 KiB.
+// MaxJSON is the largest accepted JSON argument in bytes. Linux passes no argument beyond 128 KiB.
 const MaxJSON = 1 << 20
 
 // Keys that kubelet adds to the options.
@@ -64,10 +65,11 @@ type Call struct {
 	Old     int64
 }
 
-// errUnknownVerb is answered as Not supported: callers of other times know other verbs.
+// errUnknownVerb becomes the answer Not supported, because newer and older callers know other
+// verbs.
 var errUnknownVerb = volume.Errorf(volume.ErrNotSupported, "unknown verb")
 
-// Parse reads what comes after the executable's name.
+// Parse parses the arguments after the executable's name.
 func Parse(args []string) (Call, error) {
 	if len(args) == 0 {
 		return Call{}, volume.Errorf(volume.ErrInvalid, "no verb; see --help")
@@ -95,7 +97,7 @@ type verb struct {
 	about       string
 }
 
-// verbs is filled once; init breaks the circle with help, which lists it.
+// verbs maps each verb to its arguments, their parser and its help.
 var verbs = map[string]verb{
 	"init": {0, 0, "no arguments", func(*Call, []string) error { return nil }, false,
 		"Says what the driver can do."},
@@ -111,7 +113,7 @@ var verbs = map[string]verb{
 		true,
 		"Waits until the device is there, and prints its name."},
 	"isattached": {1, 2, "JSON NODE", func(c *Call, a []string) error {
-		if len(a) == 2 && !isJSON(a[0]) && isJSON(a[1]) { // as it was documented once
+		if len(a) == 2 && !isJSON(a[0]) && isJSON(a[1]) { // the order of old documentation
 			a = []string{a[1], a[0]}
 		}
 		c.Node = at(a, 1)
@@ -154,7 +156,7 @@ var verbs = map[string]verb{
 		"Makes the volume's file system larger."},
 }
 
-// order is how help lists them.
+// order is the order of the verbs in help.
 var order = []string{"init", "create", "delete", "getvolumename", "attach", "waitforattach", "isattached",
 	"mountdevice", "mount", "unmount", "unmountdevice", "detach", "expandvolume", "expandfs"}
 
@@ -182,8 +184,8 @@ func (c *Call) request(text string) (err error) {
 	return err
 }
 
-// DecodeRequest reads the JSON argument: an object of strings, as kubelet and Rancher write it. What it
-// cannot be is refused: nested values, other types, a key that comes twice, text behind it.
+// DecodeRequest reads the JSON argument: an object of strings, as kubelet and Rancher write it. It
+// refuses nested values, other types, repeated keys and text after the object.
 func DecodeRequest(text string) (volume.Request, error) {
 	r := volume.Request{Options: map[string]string{}}
 	flat, err := decodeFlat(text)
@@ -226,13 +228,14 @@ func DecodeRequest(text string) (volume.Request, error) {
 			}
 			r.Secrets[strings.TrimPrefix(k, prefixSecret)] = string(value)
 		case strings.HasPrefix(k, prefixKubernetes), k == "rancher":
-			// kubelet's next invention, or the mark of Rancher's daemon
+			// A future key of kubelet, or the mark of Rancher's daemon.
 		case k == "name":
 		default:
 			r.Options[k] = v
 		}
 	}
-	// What a person wrote, or Rancher's daemon, goes before kubelet's: so several PersistentVolumes can mean one volume.
+	// The name from a person or from Rancher's daemon takes precedence over kubelet's. So several
+	// PersistentVolumes can mean one volume.
 	kubelets := flat[keyName]
 	if r.Name = flat["name"]; r.Name == "" {
 		r.Name = kubelets
@@ -274,7 +277,7 @@ func decodeFlat(text string) (map[string]string, error) {
 		if k == json.Delim('}') {
 			break
 		}
-		key := k.(string) // or else dec.Token had refused it
+		key := k.(string) // otherwise dec.Token would have refused it
 		v, err := dec.Token()
 		if err != nil {
 			return nil, bad("%s: %s", volume.Excerpt(key), eof(err))

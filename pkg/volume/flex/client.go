@@ -18,34 +18,35 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Shape of verbs that a Client speaks.
+// Shape is the dialect that a Client speaks.
 type Shape int
 
-// The two dialects; see the package's comment.
+// The two dialects. See the package's comment.
 const (
 	Rancher    Shape = iota // attach JSON, mount DIR DEVICE JSON, detach DEVICE; with create and delete
 	Kubernetes              // attach JSON NODE, mount DIR JSON, detach NAME NODE
 )
 
-// Client makes a driver of any executable that speaks the protocol; a shell script of twenty lines does. It
-// stands what such scripts do: keys in any case, unknown fields, words on standard error, no JSON at all
-// together with an exit status.
+// Client makes a driver of any executable that speaks the protocol. A shell script of twenty lines
+// is enough. Client accepts the habits of such scripts: keys in any case, unknown fields, words on
+// standard error. It also accepts an exit status without JSON.
 //
-// Each call ends with its context: the executable and whatever it started are killed then. A program for
-// which an argument means "not supported" is asked again each time; callers that care remember it.
+// Each call ends with its context, which kills the executable and its child processes. A program
+// that answers "not supported" for one argument is asked again each time. Callers may remember the
+// answer.
 //
-// Secrets would be in argv, for every user of the host to read: requests with secrets are refused unless
-// AllowSecrets is set.
+// Secrets in argv would be readable for every user of the host. Therefore Client refuses requests
+// with secrets unless AllowSecrets is set.
 type Client struct {
 	Path         string
 	Shape        Shape
-	Env          []string // beside nothing; nil: this process's own
+	Env          []string // the complete environment; nil: this process's own
 	AllowSecrets bool
 }
 
 var _ volume.Driver = Client{}
 
-// call executes the program.
+// call executes the program with a verb and its arguments, and returns the parsed answer.
 func (c Client) call(ctx context.Context, args ...string) (Reply, error) {
 	verb := args[0]
 	d := volume.Deadlines.Short
@@ -92,8 +93,8 @@ func (c Client) call(ctx context.Context, args ...string) (Reply, error) {
 	return r, nil
 }
 
-// ParseReply reads a driver's answer. Keys may be in any case and unknown ones are ignored; more than one
-// document, or a status that is none of the three, is an error.
+// ParseReply parses a driver's answer. Keys may be in any case, and unknown keys are ignored. More
+// than one document is an error. So is a status other than the three.
 func ParseReply(out []byte) (r Reply, err error) {
 	if len(bytes.TrimSpace(out)) == 0 {
 		return r, errors.New("the answer is empty, where one JSON document is due")
@@ -113,7 +114,7 @@ func ParseReply(out []byte) (r Reply, err error) {
 		volume.Excerpt(r.Status))
 }
 
-// EncodeRequest is DecodeRequest's opposite.
+// EncodeRequest reverses DecodeRequest.
 func EncodeRequest(r volume.Request, shape Shape) string {
 	flat := maps.Clone(r.Options)
 	if flat == nil {
@@ -142,7 +143,7 @@ func EncodeRequest(r volume.Request, shape Shape) string {
 	for k, v := range r.Secrets {
 		flat[prefixSecret+k] = base64.StdEncoding.EncodeToString([]byte(v))
 	}
-	data, _ := json.Marshal(flat) // a map of strings: it cannot fail
+	data, _ := json.Marshal(flat) // encoding a map of strings cannot fail
 	return string(data)
 }
 
@@ -160,7 +161,7 @@ func (c Client) encode(r volume.Request) (string, error) {
 	return EncodeRequest(r, c.Shape), nil
 }
 
-// Init implements volume.Driver. What an executable does not say has kubelet's defaults.
+// Init implements volume.Driver. Capabilities missing from the answer have kubelet's defaults.
 func (c Client) Init(ctx context.Context) (volume.Capabilities, error) {
 	r, err := c.call(ctx, "init")
 	if err != nil {
@@ -174,7 +175,7 @@ func (c Client) Init(ctx context.Context) (volume.Capabilities, error) {
 		SupportsMetrics: caps.SupportsMetrics, RequiresFSResize: caps.RequiresFSResize}, nil
 }
 
-// UnmarshalJSON gives what is missing kubelet's defaults.
+// UnmarshalJSON sets missing members to kubelet's defaults.
 func (c *Capabilities) UnmarshalJSON(data []byte) error {
 	type plain Capabilities
 	p := plain{Attach: true, FSGroup: true, SELinuxRelabel: true, RequiresFSResize: true}

@@ -18,35 +18,38 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Program is an executable for one driver.
+// Program describes the executable of one driver.
 type Program struct {
-	Name    string // as kubelet calls it: nfs
+	Name    string // kubelet's name of the driver: nfs
 	About   string // one line
 	Version string
-	// Driver makes the driver. It must not fail for what init does not need: kubelet does not ask again.
+	// Driver makes the driver. It must not fail for reasons that do not concern init, because
+	// kubelet does not ask again.
 	Driver func(log *slog.Logger) (volume.Driver, error)
-	// Options are shown by --help; Environment, too: pairs of a variable and its meaning.
+	// --help shows Options and Environment. Environment has pairs of a variable and its meaning.
 	Options     []string
 	Environment [][2]string
 
 	LogFile string // "": /var/log/lariat/volume-<name>.log
 }
 
-// TimeoutVariable lets an administrator change how long a call may take.
+// TimeoutVariable is the environment variable that limits the time of a call.
 const TimeoutVariable = "LARIAT_VOLUME_TIMEOUT"
 
-// slack is how long after its deadline a driver may take to say what it waited for. It is cut off then.
+// slack is the time after its deadline in which a driver may still report the cause. After that,
+// the call is cut off.
 const slack = 5 * time.Second
 
-// maxLog is when the log file makes room: one older file is kept.
+// maxLog is the size at which the log file is rotated. One older file is kept.
 const maxLog = 8 << 20
 
-// Main is the whole of a driver's main. It answers the call in os.Args and ends the process: 0 for Success,
-// otherwise 1.
+// Main is the complete main function of a driver. It answers the call in os.Args and ends the
+// process with status 0 for Success, otherwise 1.
 //
-// From the first moment the process's own standard output and error are the log file, for its children also:
-// kubelet reads both streams together, and one warning of a library would make a mount that worked count as
-// failed. The answer leaves by a private copy of standard output, after a panic too.
+// From the start, standard output and error of the process and its children are the log file. The
+// reason is that kubelet reads both streams together. One warning of a library would make a
+// successful mount count as failed. The answer leaves through a private copy of standard output,
+// even after a panic.
 func Main(p Program) {
 	mounts.RunChild()
 	if len(os.Args) == 2 {
@@ -61,14 +64,14 @@ func Main(p Program) {
 	}
 	out, err := p.quiet()
 	if err != nil {
-		os.Exit(1) // there is nowhere to say it
+		os.Exit(1) // there is no way to report the error
 	}
-	// What os.Stdout is now: the log.
+	// os.Stderr is the log file by now.
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil)).With("driver", p.Name)
 	os.Exit(p.answer(out, log, os.Args[1:]))
 }
 
-// quiet turns standard output and error into the log and returns what was standard output.
+// quiet turns standard output and error into the log, and returns the original standard output.
 func (p Program) quiet() (io.Writer, error) {
 	fd, err := unix.FcntlInt(1, unix.F_DUPFD_CLOEXEC, 3)
 	if err != nil {
@@ -119,7 +122,7 @@ func (p Program) answer(out io.Writer, log *slog.Logger, args []string) int {
 	return 0
 }
 
-// deadline of a call.
+// deadline returns the time limit of a call.
 func deadline(args []string) time.Duration {
 	if d, err := time.ParseDuration(os.Getenv(TimeoutVariable)); err == nil && d >= time.Second {
 		return d
@@ -160,7 +163,7 @@ func (p Program) reply(log *slog.Logger, args []string, d time.Duration) (r Repl
 	return r
 }
 
-// Do has a driver execute a call.
+// Do executes a call with a driver.
 func Do(ctx context.Context, drv volume.Driver, c Call) (r Reply, err error) {
 	r.Status = Success
 	switch c.Verb {
@@ -212,7 +215,7 @@ func Do(ctx context.Context, drv volume.Driver, c Call) (r Reply, err error) {
 	return r, nil
 }
 
-// Help is what --help prints.
+// Help returns the text of --help.
 func (p Program) Help() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%s: %s\n\nA FlexVolume driver: kubelet calls it, Rancher's storage daemon did, and a person "+

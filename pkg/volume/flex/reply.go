@@ -9,26 +9,26 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// The three words for how a call went.
+// The three values of a reply's status.
 const (
 	Success      = "Success"
 	Failure      = "Failure"
 	NotSupported = "Not supported"
 )
 
-// Reply is the answer to a call. Of one for kubelet it ignores options, which are Rancher's.
+// Reply is the answer to a call. kubelet ignores Options, which only Rancher uses.
 type Reply struct {
 	Status        string            `json:"status"`
 	Message       string            `json:"message,omitempty"`
 	Device        string            `json:"device,omitempty"`
 	VolumeName    string            `json:"volumeName,omitempty"`
 	Attached      *bool             `json:"attached,omitempty"`
-	Capabilities  *Capabilities     `json:"capabilities,omitempty"` // never null: kubelet would follow the pointer
+	Capabilities  *Capabilities     `json:"capabilities,omitempty"` // never null: kubelet would dereference it
 	VolumeNewSize int64             `json:"volumeNewSize,omitempty"`
 	Options       map[string]string `json:"options,omitempty"`
 }
 
-// Capabilities are all written out, for kubelet's defaults are not ours.
+// Capabilities has all members in JSON, because kubelet's defaults differ from Lariat's.
 type Capabilities struct {
 	Attach           bool `json:"attach"`
 	FSGroup          bool `json:"fsGroup"`
@@ -37,10 +37,10 @@ type Capabilities struct {
 	RequiresFSResize bool `json:"requiresFSResize"`
 }
 
-// maxMessage is what fits in an event and in what a person reads.
+// maxMessage is a length that fits in an event and that a person can read.
 const maxMessage = 4000
 
-// encode is the one line that is printed.
+// encode returns the reply as the one line of output.
 func (r Reply) encode() []byte {
 	r.Message = oneLine(r.Message)
 	data, err := json.Marshal(r)
@@ -50,7 +50,7 @@ func (r Reply) encode() []byte {
 	return append(data, '\n')
 }
 
-// oneLine has neither line breaks nor other control characters, and an end.
+// oneLine returns a text without line breaks and control characters, at most maxMessage long.
 func oneLine(s string) string {
 	s = strings.Join(strings.FieldsFunc(strings.ToValidUTF8(s, "?"), func(r rune) bool { return r == '\n' || r == '\r' }),
 		"; ")
@@ -66,7 +66,8 @@ func oneLine(s string) string {
 	return s
 }
 
-// failed is the reply to a call that ended in an error. Secrets do not get into it, whatever the error says.
+// failed returns the reply to a call that ended in an error. Secrets are removed from the error's
+// text.
 func failed(err error, secrets map[string]string) Reply {
 	r := Reply{Status: Failure, Message: redact(err.Error(), secrets)}
 	if errors.Is(err, volume.ErrNotSupported) {
@@ -75,7 +76,8 @@ func failed(err error, secrets map[string]string) Reply {
 	return r
 }
 
-// redact hides secrets by value. Very short ones would hide half of the text and can be guessed anyway.
+// redact hides secrets by value. It ignores very short secrets, which would hide half of the text
+// and can be guessed anyway.
 func redact(text string, secrets map[string]string) string {
 	for _, v := range secrets {
 		if len(v) >= 4 {
