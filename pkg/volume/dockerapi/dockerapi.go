@@ -1,19 +1,20 @@
-// Package dockerapi is Docker's door to a volume driver: its volume plugin protocol, HTTP with JSON over a
-// unix socket. Podman speaks it, too.
+// Package dockerapi serves Docker's volume plugin protocol for a volume driver. The protocol is
+// HTTP with JSON over a unix socket. Podman speaks it, too.
 //
 //	docker volume create ─► Create ──► Driver.Create
-//	docker run -v v:/d ───► Mount ID ► Driver.Mount, unless somebody has it already
-//	the container ends ───► Unmount ID ► Driver.Unmount, if nobody has it any more
+//	docker run -v v:/d ───► Mount ID ► Driver.Mount, unless the volume has a user
+//	the container ends ───► Unmount ID ► Driver.Unmount, after the last user
 //	docker volume rm ─────► Remove ──► Driver.Delete
-//	docker volume ls ─────► List, Get: answered from memory, whatever a server does
+//	docker volume ls ─────► List, Get: answered from memory, even if a server hangs
 //
-// It counts who uses a volume: for each volume and each of Docker's mount ids how often, because Docker uses
-// an id again while it is in use ("docker cp"). The counts are in a journal, written before the answer
-// leaves. They hold for one boot of the host; what is mounted is the mount table's to say. So a killed
-// process finds everything again, and nothing at its start asks the driver or waits for a server.
+// The package counts the users of a volume. It counts the uses of each volume by each of Docker's
+// mount ids. The reason is that Docker uses an id again while it is in use ("docker cp"). The
+// counts are in a journal, which is written before the answer leaves. The counts hold for one boot
+// of the host. The mount table alone decides whether a volume is mounted. So a restarted process
+// recovers the state of a killed process. Its start neither asks the driver nor waits for a server.
 //
-// A call whose answer may not have reached Docker is in the journal as well: Docker repeats it, and it must
-// not count twice.
+// The journal also holds a call whose answer may not have reached Docker. Docker repeats that call,
+// and the repetition must not count twice.
 package dockerapi
 
 import (
@@ -33,13 +34,14 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// MaxRequest is the size of the largest request that is read. Docker's own have a few hundred octets.
+// MaxRequest is the size in bytes of the largest request that is read. Docker's own requests have a
+// few hundred bytes.
 const MaxRequest = 256 << 10
 
-// maxID limits a mount id; Docker's and Podman's have 64 digits.
+// maxID limits the length of a mount id. Ids of Docker and Podman have 64 digits.
 const maxID = 256
 
-// mediaType is what Docker asks for; it takes any.
+// mediaType is the type that Docker requests. Docker accepts any type.
 const mediaType = "application/vnd.docker.plugins.v1.1+json"
 
 // request is the body of any call.
@@ -51,7 +53,7 @@ type request struct {
 	caller context.Context // ends when the caller hangs up
 }
 
-// answer is the body of any reply. A member that is nil is left out.
+// answer is the body of any reply. Nil members are omitted.
 type answer struct {
 	Implements   []string      `json:",omitempty"`
 	Mountpoint   *string       `json:",omitempty"`
@@ -70,16 +72,16 @@ type info struct {
 
 type capabilities struct{ Scope string }
 
-// verb is one call of the protocol.
+// verb describes one call of the protocol.
 type verb struct {
 	name   string
 	do     func(*Server, context.Context, request) (answer, error)
-	volume bool // it is about one volume
-	locks  bool // one at a time for a volume; the others wait for nothing
-	long   bool // Docker gives it two minutes, and one to the others
+	volume bool // the call is about one volume
+	locks  bool // one such call at a time for a volume; other verbs do not wait
+	long   bool // Docker allows two minutes, and one minute for other verbs
 }
 
-// verbs by path.
+// verbs maps paths to verbs.
 var verbs = map[string]verb{
 	"/Plugin.Activate":           {name: "activate", do: (*Server).activate},
 	"/VolumeDriver.Capabilities": {name: "capabilities", do: (*Server).capabilities},
@@ -113,7 +115,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.config.Observe(v.name, time.Since(began), err)
 }
 
-// serve answers one call, and returns what went wrong with it.
+// serve answers one call, and returns the call's error.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request, v verb) error {
 	q, err := decode(http.MaxBytesReader(w, r.Body, MaxRequest), v)
 	if err != nil {
@@ -121,7 +123,8 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, v verb) error {
 		return err
 	}
 	q.caller = r.Context()
-	// What is begun is brought to an end, by its own deadline, when the caller hangs up: half of a mount helps nobody.
+	// A call that has begun runs to its own deadline even if the caller hangs up, because half of a
+	// mount helps no caller.
 	d := volume.Deadlines.Short
 	if v.long {
 		d = volume.Deadlines.Long
@@ -142,7 +145,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, v verb) error {
 	if err != nil {
 		s.refuse(w, http.StatusInternalServerError, v, q, err)
 		if v.locks {
-			s.answered(q.Name) // Docker repeats no call that failed
+			s.answered(q.Name) // Docker repeats no failed call
 		}
 		return err
 	}
@@ -158,14 +161,15 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, v verb) error {
 	return nil
 }
 
-// refuse tells Docker, which shows it to the user, and the log, which an administrator reads.
+// refuse sends an error to Docker, which shows it to the user. It also logs the error for the
+// administrator.
 func (s *Server) refuse(w http.ResponseWriter, status int, v verb, q request, err error) {
 	level := slog.LevelError
 	if errors.Is(err, volume.ErrNotFound) || status == http.StatusBadRequest {
 		level = slog.LevelDebug // Docker asks each driver for volumes of others
 	}
 	s.config.Log.Log(q.context(), level, v.name+" failed", "volume", cut(q.Name), "error", err)
-	_ = reply(w, status, answer{Err: err.Error()}) // a caller that hung up misses it
+	_ = reply(w, status, answer{Err: err.Error()}) // a caller that hung up misses the reply
 }
 
 func (q request) context() context.Context {
@@ -175,8 +179,8 @@ func (q request) context() context.Context {
 	return context.Background()
 }
 
-// reply writes the whole answer, and returns only when the kernel has it: what this process does after that,
-// the caller gets.
+// reply writes the whole answer. It returns only when the kernel has the answer. The caller
+// therefore gets the answer even if this process ends afterwards.
 func reply(w http.ResponseWriter, status int, a answer) error {
 	data, err := json.Marshal(a)
 	if err != nil {
@@ -194,9 +198,9 @@ func reply(w http.ResponseWriter, status int, a answer) error {
 	return nil
 }
 
-// decode reads a request. Members that it does not know are a later Docker's and no error; wrong types, more
-// than one document, and what no volume's name, id or option can be, are. It does as little with an odd name
-// as showing a part of it, quoted.
+// decode reads a request. It ignores unknown members, which a later Docker may send. Errors are
+// wrong types, more than one document, and impossible names, ids or options. Of an odd name, an
+// error shows only a quoted part.
 func decode(body io.Reader, v verb) (q request, err error) {
 	data, err := io.ReadAll(body)
 	var large *http.MaxBytesError
@@ -230,7 +234,7 @@ func decode(body io.Reader, v verb) (q request, err error) {
 	return q, checkOptions(q)
 }
 
-// cut shortens what may be of any length, for a message.
+// cut shortens a text of any length, for a message.
 func cut(s string) string {
 	if len(s) > 80 {
 		return s[:80] + "…"

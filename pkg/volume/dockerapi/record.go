@@ -7,53 +7,55 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// State of a volume.
+// State is the state of a volume.
 type State string
 
-// The four.
+// The four states.
 const (
-	Creating  State = "creating"  // the process was killed in Create; the next Create or Mount goes on
+	Creating  State = "creating"  // the process was killed in Create; the next Create or Mount continues
 	Ready     State = "ready"     //
-	Removing  State = "removing"  // Delete did not end well; nothing but Remove is allowed
-	Recovered State = "recovered" // it is mounted and nothing else is known: the journal was lost
+	Removing  State = "removing"  // Delete failed; only Remove is allowed
+	Recovered State = "recovered" // it is mounted, but the journal was lost, so nothing else is known
 )
 
-// record of a volume in the journal. Records are values: who changes Users makes a new map.
+// record describes a volume in the journal. Records are values. A function that changes Users makes
+// a new map.
 type record struct {
 	State   State             `json:"state"`
-	Options map[string]string `json:"options,omitempty"` // as the user gave them
-	Facts   map[string]string `json:"facts,omitempty"`   // as the driver's Create answered
+	Options map[string]string `json:"options,omitempty"` // as the user wrote them
+	Facts   map[string]string `json:"facts,omitempty"`   // the answer of the driver's Create
 	Created time.Time         `json:"created"`
 
-	// What follows is about one boot, and void in the next.
+	// The following members apply to one boot, and are void in the next.
 	BootID   string         `json:"bootID,omitempty"`
-	Users    map[string]int `json:"users,omitempty"`    // how often each mount id has it
-	Device   string         `json:"device,omitempty"`   // what Attach answered
-	Attached bool           `json:"attached,omitempty"` // Attach was called, and Detach did not end well since
+	Users    map[string]int `json:"users,omitempty"`    // the number of uses by each mount id
+	Device   string         `json:"device,omitempty"`   // the answer of Attach
+	Attached bool           `json:"attached,omitempty"` // Attach was called, and no Detach has succeeded since
 	ByDevice bool           `json:"byDevice,omitempty"` // MountDevice was called, not Mount
-	Open     *call          `json:"open,omitempty"`     // counted, and nobody knows whether the answer arrived
+	Open     *call          `json:"open,omitempty"`     // counted, but the answer may not have arrived
 }
 
-// call is one that Docker may repeat.
+// call is a call that Docker may repeat.
 type call struct {
 	Verb string    `json:"verb"`
 	ID   string    `json:"id"`
 	Time time.Time `json:"time"`
 }
 
-// repeats is for how long a call may be one that Docker repeats. It does so for half a minute, and may have
-// to wait for its turn.
+// repeats is the time in which Docker may repeat a call. Docker repeats calls for half a minute,
+// and a call may have to wait for its turn.
 const repeats = time.Minute
 
-// is says that a call is the one that was counted already. It is wrong if the process was killed just after
-// an answer and Docker then really makes the same call of the same id anew ("docker cp" into a container that
-// has just started): then one count is missing, and the volume is unmounted on the host early, though not in
-// the container, which has its own mount. The other mistake would be a volume that nobody can remove.
+// is reports whether a call is the call that was counted already. The answer is wrong in one case.
+// The process is killed just after an answer, and Docker makes the same call with the same id
+// again. An example is "docker cp" into a container that has just started. Then one count is
+// missing, and the volume is unmounted early on the host. The container has its own mount and keeps
+// the volume. The opposite error would leave a volume that no user can remove.
 func (c *call) is(verb, id string, now time.Time) bool {
 	return c != nil && c.Verb == verb && c.ID == id && now.Sub(c.Time) < repeats
 }
 
-// in is the record as it stands in a boot.
+// in returns the record as it applies in a boot.
 func (r record) in(boot string) record {
 	if r.BootID != boot {
 		r.BootID, r.Users, r.Device, r.Attached, r.ByDevice, r.Open = boot, nil, "", false, false, nil
@@ -61,7 +63,7 @@ func (r record) in(boot string) record {
 	return r
 }
 
-// users is the sum of the counts.
+// users returns the sum of the counts.
 func (r record) users() (n int) {
 	for _, c := range r.Users {
 		n += c
@@ -69,7 +71,7 @@ func (r record) users() (n int) {
 	return n
 }
 
-// count adds to an id's count, which does not fall below zero.
+// count adds to the count of an id. The count does not fall below zero.
 func (r *record) count(id string, add int) {
 	r.Users = maps.Clone(r.Users)
 	if r.Users == nil {
@@ -80,7 +82,7 @@ func (r *record) count(id string, add int) {
 	}
 }
 
-// request for the driver. The user's words win over facts of the same name.
+// request returns the request for the driver. The user's options override facts of the same name.
 func (r record) request(name string) volume.Request {
 	options := maps.Clone(r.Facts)
 	if options == nil {

@@ -16,24 +16,26 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Config of a Server.
+// Config configures a Server.
 type Config struct {
 	Driver   volume.Driver
 	Name     string // of the driver, as users call it
-	StateDir string // the journal and the locks, of this driver alone
-	MountDir string // volumes are mounted here, each in the folder of its name
+	StateDir string // holds the journal and the locks of this driver alone
+	MountDir string // volumes are mounted here, each in the directory of its name
 	Scope    string // local or global: whether a volume's name means the same on all hosts
 
-	// DetachDevice says that the driver's Detach wants the device, as Rancher's dialect does, and not the name.
+	// DetachDevice means that the driver's Detach wants the device, as Rancher's dialect does, not
+	// the name.
 	DetachDevice bool
 
-	Grace   time.Duration // how long a volume that nobody has may stay mounted; 0: a minute
+	Grace   time.Duration // how long a volume without users may stay mounted; 0: a minute
 	Log     *slog.Logger
-	Observe func(call string, took time.Duration, err error) // of each call; nil: nobody
-	// a record was written or dropped: the answer of Volumes may be another. It must not wait; nil: nobody
+	Observe func(call string, took time.Duration, err error) // called after each call; may be nil
+	// Changed is called after a record was written or deleted, because the result of Volumes may
+	// differ. It must not block. It may be nil.
 	Changed func()
 
-	// Tests have their own.
+	// Tests replace these functions.
 	table func() (mounts.Table, error)
 	probe func(ctx context.Context, dir string) (stale bool, err error)
 	now   func() time.Time
@@ -48,14 +50,14 @@ type Server struct {
 	unlock  func()
 
 	mu      sync.RWMutex
-	records map[string]record // what the journal holds
+	records map[string]record // the content of the journal
 	touched map[string]time.Time
 }
 
 // one is the key of the lock that a process holds while it serves. No volume has this name.
 const one = "@server"
 
-// New reads the journal and the mount table, and nothing else: no server, no driver.
+// New reads only the journal and the mount table. It asks no server and no driver.
 func New(c Config) (*Server, error) {
 	if c.Scope != "local" && c.Scope != "global" {
 		return nil, fmt.Errorf("scope %q is neither local nor global", c.Scope)
@@ -93,7 +95,7 @@ func New(c Config) (*Server, error) {
 }
 
 func (s *Server) start() error {
-	const wait = 2 * time.Second // a predecessor that was just killed is still on its way out
+	const wait = 2 * time.Second // a killed predecessor may need this time to end
 	ctx, cancel := context.WithTimeoutCause(context.Background(), wait, volume.Timeout(wait))
 	defer cancel()
 	unlock, err := s.locks.Lock(ctx, one, "serve")
@@ -109,7 +111,8 @@ func (s *Server) start() error {
 	return nil
 }
 
-// load makes memory, journal and mount table agree. Nothing is written: the next change of a record does.
+// load makes memory, journal and mount table agree. It writes no record: the next change of a
+// record does.
 func (s *Server) load() (err error) {
 	if err := os.MkdirAll(s.config.MountDir, 0o711); err != nil {
 		return fmt.Errorf("folder for mounts: %w", err)
@@ -143,7 +146,7 @@ func (s *Server) load() (err error) {
 	return nil
 }
 
-// Close lets another process serve. Mounts stay.
+// Close releases the lock, so that another process can serve. Mounts stay.
 func (s *Server) Close() { s.unlock() }
 
 func (s *Server) dir(name string) string { return filepath.Join(s.config.MountDir, name) }
@@ -178,7 +181,7 @@ func (s *Server) drop(name string) error {
 	return nil
 }
 
-// touch notes that somebody wants something of a volume, so that Sweep lets it be for a while.
+// touch records a request for a volume, so that Sweep ignores the volume for a while.
 func (s *Server) touch(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -187,7 +190,8 @@ func (s *Server) touch(name string) {
 	}
 }
 
-// answered notes that the caller has the answer to the last call: when the same comes again, it is another.
+// answered records that the caller has received the last answer. The same call is then a new call,
+// not a repetition.
 func (s *Server) answered(name string) {
 	rec, known := s.get(name)
 	if !known || rec.Open == nil {
@@ -199,16 +203,16 @@ func (s *Server) answered(name string) {
 	}
 }
 
-// Volume is one that the server knows, for people and metrics.
+// Volume describes a volume that the server knows, for people and metrics.
 type Volume struct {
 	Name    string         `json:"name"`
 	State   State          `json:"state"`
 	Mounted bool           `json:"mounted"`
-	Users   map[string]int `json:"users,omitempty"` // how often each mount id has it
+	Users   map[string]int `json:"users,omitempty"` // the number of uses by each mount id
 	Created time.Time      `json:"created"`
 }
 
-// Volumes lists them all.
+// Volumes returns all volumes.
 func (s *Server) Volumes() ([]Volume, error) {
 	table, err := s.config.table()
 	if err != nil {
@@ -225,7 +229,7 @@ func (s *Server) Volumes() ([]Volume, error) {
 	return all, nil
 }
 
-// mounted are the names of the volumes that are.
+// mounted returns the names of the mounted volumes.
 func (s *Server) mounted(table mounts.Table) map[string]bool {
 	names := map[string]bool{}
 	for _, m := range table {
@@ -236,9 +240,9 @@ func (s *Server) mounted(table mounts.Table) map[string]bool {
 	return names
 }
 
-// Sweep unmounts, until its context ends, what is mounted though nobody has it: what a killed Mount left, and
-// what could not be unmounted when the last user went. It leaves alone what was asked for a short while ago,
-// because Docker repeats calls for half a minute.
+// Sweep unmounts, until its context ends, mounted volumes without users. A killed Mount leaves such
+// volumes, and so does a failed unmount of the last user. Sweep ignores volumes with a recent
+// request, because Docker repeats calls for half a minute.
 func (s *Server) Sweep(ctx context.Context) {
 	t := time.NewTicker(s.config.Grace / 2)
 	defer t.Stop()
@@ -270,7 +274,8 @@ func (s *Server) sweep(ctx context.Context, began, now time.Time) {
 		if !known || rec.users() > 0 || now.Sub(last) < s.config.Grace || len(s.holders(table, name)) > 0 {
 			continue
 		}
-		// Each by itself: one whose server is gone is not to hold up the others.
+		// Each volume has its own goroutine, so that a dead server does not delay the other
+		// volumes.
 		go func() {
 			ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
 			defer cancel()
@@ -296,7 +301,8 @@ func (s *Server) sweepOne(ctx context.Context, name string) error {
 	return s.takeAway(ctx, name, rec)
 }
 
-// holders are the processes in whose mount namespaces a volume is in use: a container's, above all.
+// holders returns the processes in whose mount namespaces a volume is in use, above all processes
+// of containers.
 func (s *Server) holders(table mounts.Table, name string) (who []string) {
 	stack := table.At(s.dir(name))
 	if len(stack) == 0 {

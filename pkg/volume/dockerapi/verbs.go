@@ -14,8 +14,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// foreign begins options that kubelet gives to FlexVolume drivers. From Docker's users they would be a lie,
-// or a secret in argv.
+// foreign is the prefix of options that kubelet passes to FlexVolume drivers. From Docker's users,
+// such options would be a lie, or a secret in argv.
 const foreign = "kubernetes.io/"
 
 func checkOptions(q request) error {
@@ -46,7 +46,7 @@ func (s *Server) unknown(name string) error {
 		name)
 }
 
-// show is what Docker is told of a volume.
+// show returns Docker's view of a volume.
 func (s *Server) show(name string, rec record, mounted bool) info {
 	i := info{Name: name, CreatedAt: rec.Created.UTC().Format(time.RFC3339),
 		Status: map[string]any{"state": rec.State, "users": rec.users()}}
@@ -92,8 +92,8 @@ func (s *Server) list(context.Context, request) (answer, error) {
 	return answer{Volumes: &all}, nil
 }
 
-// create makes a volume, or goes on where a killed process was. Docker asks Get before, and does not come
-// here for a name that it found.
+// create makes a volume, or continues the work of a killed process. Docker calls Get first, and
+// does not call create for a name that exists.
 func (s *Server) create(ctx context.Context, q request) (answer, error) {
 	rec, known := s.get(q.Name)
 	switch {
@@ -112,10 +112,10 @@ func (s *Server) create(ctx context.Context, q request) (answer, error) {
 	return answer{}, err
 }
 
-// verify has the driver look whether a volume that was created is still there, and make it anew if
-// it is gone. What is mounted is there. The driver gets the user's options alone: which volume it
-// was the driver's own record says, which changes with what the driver makes, at whatever moment
-// this process is killed.
+// verify has the driver check that a created volume still exists, and create the volume again if it
+// does not. A mounted volume exists. The driver gets the user's options alone. The driver's own
+// record identifies the volume. That record changes together with the driver's work, even if this
+// process is killed at any moment.
 func (s *Server) verify(ctx context.Context, name string, rec record) error {
 	table, err := s.config.table()
 	if err != nil || len(table.At(s.dir(name))) > 0 {
@@ -134,7 +134,8 @@ func errRemoving(name string) error {
 		name, name)
 }
 
-// different are the options that are not the same, without their values, which are nobody's business in a log.
+// different returns the names of the options that differ. It omits the values, which do not belong
+// in a log.
 func different(a, b map[string]string) (keys []string) {
 	for k, v := range a {
 		if w, ok := b[k]; !ok || v != w {
@@ -150,8 +151,8 @@ func different(a, b map[string]string) (keys []string) {
 	return keys
 }
 
-// finish has the driver create the volume. One that it could not is forgotten: drivers keep their own record
-// of what is half made.
+// finish has the driver create the volume. If that fails, finish deletes a fresh record. Drivers
+// keep their own record of an incomplete volume.
 func (s *Server) finish(ctx context.Context, name string, rec record, fresh bool) (record, error) {
 	rec.State = Creating
 	if err := s.put(name, rec); err != nil {
@@ -173,7 +174,7 @@ func (s *Server) finish(ctx context.Context, name string, rec record, fresh bool
 	return rec, s.put(name, rec)
 }
 
-// mount counts one user more, and mounts if nothing is mounted.
+// mount counts one more user, and mounts the volume if it is not mounted.
 func (s *Server) mount(ctx context.Context, q request) (a answer, err error) {
 	rec, known := s.get(q.Name)
 	switch {
@@ -192,10 +193,10 @@ func (s *Server) mount(ctx context.Context, q request) (a answer, err error) {
 	volume.Failpoint("docker-mounted")
 	dir := s.dir(q.Name)
 	if rec.Open.is("mount", q.ID, s.config.now()) && rec.Users[q.ID] > 0 {
-		return answer{Mountpoint: &dir}, nil // it comes again because nobody got the answer
+		return answer{Mountpoint: &dir}, nil // a repetition, because the answer did not arrive
 	}
 	if q.caller.Err() != nil {
-		// It will come again, or never. Sweep unmounts it then.
+		// Docker may repeat the call. If it does not, Sweep unmounts the volume.
 		return answer{}, fmt.Errorf("mount of %s: Docker hung up before it was done", q.Name)
 	}
 	rec.count(q.ID, 1)
@@ -207,7 +208,7 @@ func (s *Server) mount(ctx context.Context, q request) (a answer, err error) {
 	return answer{Mountpoint: &dir}, nil
 }
 
-// bring mounts a volume in its folder, unless it is there.
+// bring mounts a volume at its directory, unless the volume is mounted there.
 func (s *Server) bring(ctx context.Context, name string, rec record) (record, error) {
 	dir := s.dir(name)
 	table, err := s.config.table()
@@ -263,9 +264,9 @@ func (s *Server) bring(ctx context.Context, name string, rec record) (record, er
 	return rec, nil
 }
 
-// revive takes away a mount that is stale, so that it can be made anew. Who has the old one would
-// not have the new one: unless the volume's options say that this is wanted, it is an error that
-// names them.
+// revive unmounts a stale mount, so that the volume can be mounted again. Users of the old mount
+// would not get the new mount. Such users are an error that names them, unless the volume's options
+// allow it.
 func (s *Server) revive(
 	ctx context.Context, name string, rec record, table mounts.Table, stale bool, cause error,
 ) (record, error) {
@@ -285,7 +286,8 @@ func (s *Server) revive(
 	return rec, nil
 }
 
-// lost adds what to do about a volume that is gone: Docker does not ask to create one that is listed.
+// lost adds a remedy to the error of a missing volume, because Docker does not create a volume that
+// is listed.
 func lost(name string, err error) error {
 	if errors.Is(err, volume.ErrNotFound) {
 		return fmt.Errorf("%w; docker volume rm %s, and create it again", err, name)
@@ -293,7 +295,7 @@ func lost(name string, err error) error {
 	return err
 }
 
-// attach brings the device here. It is on record before anything is mounted.
+// attach attaches the device to this host. The record says so before anything is mounted.
 func (s *Server) attach(ctx context.Context, name string, rec record) (record, error) {
 	r := rec.request(name)
 	rec.Attached, rec.ByDevice = true, true
@@ -316,16 +318,16 @@ func (s *Server) attach(ctx context.Context, name string, rec record) (record, e
 	return rec, s.put(name, rec)
 }
 
-// unmount counts one user less, and unmounts if that was the last. The count comes first: Docker has done
-// with the volume even if it cannot be unmounted now.
+// unmount counts one user less, and unmounts the volume after the last user. The count comes first,
+// because Docker has finished with the volume even if the unmount fails.
 func (s *Server) unmount(ctx context.Context, q request) (answer, error) {
 	rec, known := s.get(q.Name)
 	if !known {
-		return answer{}, nil // whatever is mounted is known: see load
+		return answer{}, nil // the server knows every mounted volume: see load
 	}
 	if !rec.Open.is("unmount", q.ID, s.config.now()) {
 		if rec.Users[q.ID] == 0 {
-			// After a reboot, or when Docker repeats itself.
+			// This happens after a reboot, or when Docker repeats a call.
 			s.config.Log.Debug("unmount by one who does not have it", "volume", q.Name, "id", q.ID)
 		}
 		rec.count(q.ID, -1)
@@ -344,13 +346,14 @@ func (s *Server) unmount(ctx context.Context, q request) (answer, error) {
 			return answer{}, err
 		}
 		if len(s.holders(table, q.Name)) > 0 {
-			return answer{}, nil // others have it, of whom no count is known
+			return answer{}, nil // uncounted users still have the volume
 		}
 	}
 	return answer{}, s.takeAway(ctx, q.Name, rec)
 }
 
-// takeAway unmounts a volume and detaches it. A folder with nothing mounted is nothing to do.
+// takeAway unmounts a volume and detaches it. If nothing is mounted at the directory, there is
+// nothing to unmount.
 func (s *Server) takeAway(ctx context.Context, name string, rec record) error {
 	dir := s.dir(name)
 	table, err := s.config.table()
@@ -390,15 +393,16 @@ func (s *Server) takeAway(ctx context.Context, name string, rec record) error {
 			return err
 		}
 	}
-	_ = os.Remove(dir) // an empty folder, and the next Mount makes it again
+	_ = os.Remove(dir) // the directory is empty, and the next Mount creates it again
 	if rec.State == Recovered {
 		return s.drop(name)
 	}
 	return nil
 }
 
-// remove ends a volume. One that is not there has been removed. Docker asks only when none of its containers
-// has the volume; counts that say otherwise are of a dockerd that was killed, unless somebody really has it.
+// remove deletes a volume. A missing volume counts as removed. Docker calls remove only when none
+// of its containers has the volume. Other counts stem from a killed dockerd, unless a process
+// really uses the volume.
 func (s *Server) remove(ctx context.Context, q request) (answer, error) {
 	rec, known := s.get(q.Name)
 	if !known {
@@ -418,7 +422,7 @@ func (s *Server) remove(ctx context.Context, q request) (answer, error) {
 	before := rec
 	rec.State, rec.Open = Removing, nil
 	if before.State == Recovered {
-		return answer{}, s.takeAway(ctx, q.Name, before) // nothing is known of it that could be deleted
+		return answer{}, s.takeAway(ctx, q.Name, before) // too little is known for a Delete
 	}
 	if err := s.put(q.Name, rec); err != nil {
 		return answer{}, err
@@ -434,7 +438,7 @@ func (s *Server) remove(ctx context.Context, q request) (answer, error) {
 	switch {
 	case errors.Is(err, volume.ErrNotSupported):
 	case errors.Is(err, volume.ErrInUse):
-		rec.State = before.State // and nothing was deleted
+		rec.State = before.State // nothing was deleted
 		return answer{}, errors.Join(err, s.put(q.Name, rec))
 	case err != nil:
 		return answer{}, err
