@@ -21,38 +21,38 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// What Lariat keeps on an export is below .lariat in the base: a mark for each folder that it created,
-// folders in the making, and folders that are being removed. All hosts see it, and containers do not, for
-// they see only their volume.
+// Names below .lariat in the base, where Lariat keeps its state on an export. The directory holds a
+// mark for each directory that Lariat created. It also holds directories in creation and in
+// removal. All hosts see it. Containers do not, because they see only their volume.
 const (
 	hidden = ".lariat"
 	made   = "new-"
 	trash  = "trash-"
 )
 
-// mark says which folder was created by us: its identity on the server, not its name, for somebody may have
-// put another there.
+// mark identifies a directory that Lariat created. It holds the identity on the server, because
+// another directory may have taken the name.
 type mark struct {
 	Name  string `json:"name"`
 	ID    string `json:"id,omitempty"` // of the volume; "": an older version wrote the mark, see identity
 	Inode uint64 `json:"inode"`
-	// of the file on the server, where the client tells; it does not come back when an inode's
-	// number does
+	// Handle is the server's file handle, where the client reports it. A handle is never reused,
+	// unlike an inode number.
 	Handle   string    `json:"handle,omitempty"`
-	OnRemove OnRemove  `json:"onRemove,omitempty"` // as the creator wants it; "": the creator did not say
+	OnRemove OnRemove  `json:"onRemove,omitempty"` // the creator's choice; "": the creator made none
 	Deleting bool      `json:"deleting,omitempty"`
 	Host     string    `json:"host,omitempty"`
 	Time     time.Time `json:"time"`
 
-	born int64 // when the folder was last written to, which is its birth as long as it is aside
+	born int64 // last write to the directory; while it is aside, that is its creation
 }
 
 func (m mark) is(of mark) bool {
 	return m.Inode == of.Inode && (m.Handle == of.Handle || m.Handle == "" || of.Handle == "")
 }
 
-// identity is the same on all hosts, and no other volume ever has it. Marks of older versions have
-// none written: theirs follows from the rest.
+// identity returns an identity that is equal on all hosts and unique to the volume. Marks of older
+// versions hold no identity. Their identity follows from their other members.
 func (m mark) identity() string {
 	if m.ID != "" {
 		return m.ID
@@ -65,46 +65,47 @@ func digest(of ...any) string {
 	return hex.EncodeToString(sum[:16])
 }
 
-// hostname is this host's; tests play several.
+// hostname returns the name of this host. Tests simulate several hosts.
 var hostname = os.Hostname
 
-// maker says who created a volume, for messages.
+// maker returns the creator of a volume, for messages.
 func (m mark) maker() string {
 	return fmt.Sprintf("host %s created it at %s", cmp.Or(m.Host, "unknown"), m.Time.UTC().Format(time.RFC3339))
 }
 
-// unmarked is the identity of all folders that Lariat did not create: what becomes of them is the administrator's.
+// unmarked is the identity of all directories that Lariat did not create. Only the administrator
+// decides about them.
 const unmarked = "unmarked"
 
-// exportArgs are for children that work on an export.
+// exportArgs holds the arguments of children that work on an export.
 type exportArgs struct {
 	Mount    mounts.Spec // of the base
 	RunDir   string
 	Name     string
-	OnRemove OnRemove `json:",omitempty"` // "" is not a word that can be read
-	Want     string   // identity of the only volume that may be touched; "": the name is all that is known
-	// Want is not known, because an older version wrote the record: host and time of the latest
-	// mark that can be meant
+	OnRemove OnRemove `json:",omitempty"` // omitted if empty, because "" is not a valid word
+	Want     string   // identity of the only volume to touch; "": only the name is known
+	// Legacy is set when an older version wrote the record, so that Want is unknown. It holds host
+	// and time of the latest possible mark.
 	Legacy *mark
 }
 
-// created is what a folder is, as the base shows it.
+// created describes a directory, as the base shows it.
 type created struct {
-	Ours     bool   // Lariat created the folder, now or before
-	New      bool   // now
-	Identity string // "": there is no folder
+	Ours     bool   // Lariat created the directory, now or earlier
+	New      bool   // this call created the directory
+	Identity string // "": there is no directory
 	Inode    uint64
-	OnRemove OnRemove `json:",omitempty"` // as the creator wants it; "" is not a word that can be read
-	Made     string   // by whom and when, for messages
-	NoFolder bool     // what has the name is a file, or the like
+	OnRemove OnRemove `json:",omitempty"` // the creator's choice; omitted if empty, because "" is not a valid word
+	Made     string   // creator and time, for messages
+	NoFolder bool     // the name belongs to a file or another non-directory
 }
 
 type removed struct {
 	Message string
-	Other   bool // the name is another volume's by now; nothing was touched
+	Other   bool // the name belongs to another volume by now; nothing was touched
 }
 
-// In a mount namespace of their own: whatever becomes of them, the host never sees the base.
+// These tasks have mount namespaces of their own, so the host never sees the base.
 var (
 	createOn = mounts.PrivateTask("nfs-create", func(a exportArgs) (created, error) {
 		root, err := a.open()
@@ -130,19 +131,19 @@ var (
 		defer root.Close()
 		return remove(root, a)
 	})
-	// rootInode reads where a volume is mounted.
+	// rootInode reads the inode at a volume's mount.
 	rootInode = mounts.Task("nfs-inode", func(dir string) (uint64, error) {
 		var st unix.Stat_t
 		err := unix.Lstat(dir, &st)
 		return st.Ino, err
 	})
-	// setGroup works on a volume where it is mounted.
+	// setGroup sets the group at a volume's mount.
 	setGroup = mounts.Task("nfs-group", func(a groupArgs) (struct{}, error) { return struct{}{}, group(a) })
 )
 
-// open mounts the base out of sight.
+// open mounts the base out of sight of the host.
 func (a exportArgs) open() (*os.Root, error) {
-	// A file system in memory, only for a folder to mount at.
+	// The tmpfs only holds the mount directory.
 	if err := unix.Mount("tmpfs", a.RunDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "size=64k,mode=0700"); err != nil {
 		return nil, fmt.Errorf("mount a tmpfs: %w", err)
 	}
@@ -153,7 +154,7 @@ func (a exportArgs) open() (*os.Root, error) {
 	return os.OpenRoot(a.Mount.Dir)
 }
 
-// look says what the base's folder name is.
+// look returns the state of the base's directory name.
 func look(root *os.Root, name string) (created, error) {
 	m, marked, err := readMark(root, name)
 	if err != nil {
@@ -183,12 +184,12 @@ func see(root *os.Root, name string, m mark, marked bool) (created, error) {
 	return created{Ours: true, Identity: m.identity(), Inode: id.Inode, OnRemove: m.OnRemove, Made: m.maker()}, nil
 }
 
-// create makes the base's folder name, unless it is there. It can be killed anywhere, and run on several hosts at once:
-// the folder is made aside, marked, and gets its name at last.
+// create makes the base's directory name, unless it exists. It can be killed at any point, and
+// several hosts may run it at once. The directory is made aside and marked, and gets its name last.
 func create(root *os.Root, a exportArgs) (created, error) {
 	name := a.Name
 	aside := filepath.Join(hidden, made+name)
-	for try := range 5 { // again when another host was faster
+	for try := range 5 { // repeat if another host was faster
 		m, marked, err := readMark(root, name)
 		if err != nil {
 			return created{}, err
@@ -204,7 +205,7 @@ func create(root *os.Root, a exportArgs) (created, error) {
 			return created{}, volume.Errorf(volume.ErrConflict, "%s is there, and is not a folder", name)
 		case c.Identity != "":
 			if try > 0 {
-				_ = root.Remove(aside) // made here, and not needed
+				_ = root.Remove(aside) // made here, but not needed
 			}
 			return c, nil
 		case marked && putBack(root, m):
@@ -214,7 +215,7 @@ func create(root *os.Root, a exportArgs) (created, error) {
 			return created{}, denied(err)
 		}
 		volume.Failpoint("hidden-made")
-		// What is there already was left by a killed creation, or another host is at it.
+		// An existing directory was left by a killed creation, or another host is creating it.
 		if err := root.Mkdir(aside, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return created{}, denied(err)
 		}
@@ -226,8 +227,8 @@ func create(root *os.Root, a exportArgs) (created, error) {
 		if err != nil {
 			return created{}, err
 		}
-		// Hosts that are at it at the same time find the same folder, and with it the same
-		// identity, before anybody writes to the folder.
+		// Hosts that create at the same time find the same directory. They therefore compute the
+		// same identity before any host writes to the directory.
 		id.ID = digest(name, id.Inode, id.Handle, id.born)
 		id.Name, id.OnRemove, id.Time = name, a.OnRemove, time.Now().UTC().Truncate(time.Second)
 		if marked && m.ID == id.ID {
@@ -243,7 +244,7 @@ func create(root *os.Root, a exportArgs) (created, error) {
 		err = root.Rename(aside, name)
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, fs.ErrExist) ||
 			errors.Is(err, unix.ENOTDIR) {
-			if !errors.Is(err, fs.ErrNotExist) { // somebody else's, made in between
+			if !errors.Is(err, fs.ErrNotExist) { // another process made the name meanwhile
 				_ = root.Remove(aside)
 			}
 			continue
@@ -257,7 +258,7 @@ func create(root *os.Root, a exportArgs) (created, error) {
 	return created{}, fmt.Errorf("folder %s: others keep changing it", name)
 }
 
-// denied names the usual cause.
+// denied adds the usual cause to a permission error.
 func denied(err error) error {
 	if errors.Is(err, fs.ErrPermission) {
 		return fmt.Errorf("%w: the export must be writable for root (no_root_squash), or its base for the user that "+
@@ -266,9 +267,9 @@ func denied(err error) error {
 	return err
 }
 
-// remove does what onRemove says to a folder that Lariat created. It can be killed anywhere; a purge once
-// begun is finished by the next call. Other hosts may be at it, too: after each move the folder itself says
-// whether it is the one that is meant.
+// remove applies onRemove to a directory that Lariat created. It can be killed at any point. The
+// next call finishes a purge that has begun. Other hosts may work on the directory at the same
+// time. After each move, remove therefore checks the identity of the moved directory.
 func remove(root *os.Root, a exportArgs) (removed, error) {
 	name := a.Name
 	m, marked, err := readMark(root, name)
@@ -282,7 +283,7 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 	case c.Identity == "" && !marked:
 		return removed{}, nil
 	}
-	gone := c.Identity == "" // the mark is all that is left, or the folder is on its way
+	gone := c.Identity == "" // only the mark is left, or the directory is in transit
 	if gone {
 		c.Identity, c.Made = m.identity(), m.maker()
 	}
@@ -304,7 +305,7 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 			name, c.Made)}, nil
 	}
 	if gone && !m.Deleting && !putBack(root, m) {
-		_ = root.Remove(filepath.Join(hidden, made+name)) // of a creation that was killed
+		_ = root.Remove(filepath.Join(hidden, made+name)) // of a killed creation
 		return removed{}, dropMark(root, m)
 	}
 	how := cautious(m.OnRemove, a.OnRemove)
@@ -346,13 +347,14 @@ func remove(root *os.Root, a exportArgs) (removed, error) {
 	return removed{Message: "purged " + n.String()}, dropMark(root, m)
 }
 
-// covers says whether a mark can be the one that an older version's record, which has no identity,
-// is about: this host wrote it, not later than that record.
+// covers reports whether a mark can belong to a record of an older version, which has no identity.
+// Such a mark is of the same host, and not later than the record.
 func (m mark) covers(other mark) bool {
 	return other.ID == "" && other.Host == m.Host && !other.Time.After(m.Time)
 }
 
-// bin is where a folder is moved to be emptied. Older versions had one for each name.
+// bin returns the path to which a directory is moved to be emptied. Older versions had one path for
+// each name.
 func (m mark) bin() string {
 	if m.ID == "" {
 		return filepath.Join(hidden, trash+m.Name)
@@ -360,11 +362,11 @@ func (m mark) bin() string {
 	return filepath.Join(hidden, trash+m.Name+"@"+m.ID)
 }
 
-// errOvertaken is when another host has changed a volume since this one looked.
+// errOvertaken means that another host has changed a volume since this host examined it.
 var errOvertaken = volume.Errorf(volume.ErrInUse, "another host has just changed the volume: try again")
 
-// move gives the marked folder another name. A rename goes by the old name alone, so the folder is
-// looked at afterwards, and given back if it is another.
+// move renames the marked directory. A rename uses only the old name. move therefore checks the
+// directory afterwards, and renames a wrong directory back.
 func move(root *os.Root, m mark, to string) error {
 	if err := root.Rename(m.Name, to); err != nil {
 		return err
@@ -377,8 +379,8 @@ func move(root *os.Root, m mark, to string) error {
 	return err
 }
 
-// putBack gives a marked folder its name again if a removal of another volume took it and was
-// killed before it could give the folder back.
+// putBack restores the name of a marked directory. It applies if a removal of another volume moved
+// the directory, and was killed before it could rename it back.
 func putBack(root *os.Root, m mark) bool {
 	f, err := root.Open(hidden)
 	if err != nil {
@@ -400,14 +402,14 @@ func putBack(root *os.Root, m mark) bool {
 	return false
 }
 
-// tally counts what was removed, so that a purge of nothing shows.
+// tally counts removed files and bytes, so that a purge of nothing is visible.
 type tally struct{ Files, Bytes int64 }
 
 func (n tally) String() string { return fmt.Sprintf("%d files, %d octets", n.Files, n.Bytes) }
 
-// clear removes a folder with all that is in it. It neither follows a link nor enters another file system:
-// os.Root keeps it below the folder, whatever others do meanwhile. The folder that was opened must be the one
-// that is meant; is is asked for the uppermost alone.
+// clear removes a directory with all its content. It follows no link and enters no other file
+// system. os.Root keeps it below the directory despite concurrent changes. The opened directory
+// must satisfy is, which clear calls for the top directory only.
 func (n *tally) clear(parent *os.Root, name string, device uint64, is func(mark) bool) error {
 	dir, err := parent.OpenRoot(name)
 	if err != nil {
@@ -463,7 +465,7 @@ func (n *tally) clear(parent *os.Root, name string, device uint64, is func(mark)
 	return parent.Remove(name)
 }
 
-// identify is a folder of the base as the server knows it.
+// identify returns the server's identity of a directory in the base.
 func identify(root *os.Root, name string) (mark, error) {
 	f, err := root.Open(name)
 	if err != nil {
@@ -492,12 +494,12 @@ func readMark(root *os.Root, name string) (m mark, found bool, err error) {
 		return m, false, fmt.Errorf("the mark of volume %s: %w", name, err)
 	}
 	if err := json.Unmarshal(data, &m); err != nil || m.Inode == 0 {
-		return mark{}, false, nil // a torn one proves nothing: the folder counts as not ours
+		return mark{}, false, nil // a torn mark proves nothing: the directory counts as foreign
 	}
 	return m, true, nil
 }
 
-// writeMark replaces a mark, or the absence of one, that was read before.
+// writeMark replaces the mark, or the absence of a mark, that was read before.
 func writeMark(root *os.Root, m, old mark, marked bool) error {
 	data, err := json.Marshal(m)
 	if err != nil {
@@ -524,15 +526,16 @@ func writeMark(root *os.Root, m, old mark, marked bool) error {
 	return nil
 }
 
-// draft is a mark that is being written. Each host has its own, and the volume's lock there.
+// draft returns the path of a mark during its writing. Each host has its own path, and holds the
+// volume's lock meanwhile.
 func draft(name string) string {
 	host, _ := hostname()
 	return filepath.Join(hidden, "."+name+"@"+host)
 }
 
-// dropMark removes a volume's mark, unless it is another volume's by now.
+// dropMark removes a volume's mark, unless the mark belongs to another volume by now.
 func dropMark(root *os.Root, m mark) error {
-	_ = root.Remove(draft(m.Name)) // if a process was killed there
+	_ = root.Remove(draft(m.Name)) // a killed process may have left it
 	now, marked, err := readMark(root, m.Name)
 	if err != nil || marked && now.identity() != m.identity() {
 		return err
@@ -548,7 +551,7 @@ type groupArgs struct {
 	Group int64
 }
 
-// group gives the uppermost folder of a volume to a group, which may write and inherits.
+// group gives a volume's top directory to a group, which may write and whose id new files inherit.
 func group(a groupArgs) error {
 	f, err := os.OpenFile(a.Dir, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if err != nil {

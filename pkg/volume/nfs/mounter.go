@@ -17,16 +17,17 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Mounter brings volumes to folders of this host by NFS, and takes them away again. Each driver whose volumes
-// are mounted by NFS has one.
+// Mounter mounts volumes at directories of this host by NFS, and unmounts them. Each driver with
+// NFS mounts has one Mounter.
 type Mounter struct {
-	Locks volume.Locks // of volumes, by name, and of folders
+	Locks volume.Locks // of volumes, by name, and of directories
 
 	mounts volume.Journal[mountRecord]
 	log    *slog.Logger
 }
 
-// mountRecord says what was mounted at a folder. It is written before the mount and removed after it is gone.
+// mountRecord describes the mount at a directory. It is written before the mount, and removed after
+// the unmount.
 type mountRecord struct {
 	Volume Volume    `json:"volume"`
 	BootID string    `json:"bootID"`
@@ -34,7 +35,7 @@ type mountRecord struct {
 	Time   time.Time `json:"time"`
 }
 
-// NewMounter makes the mounter of a driver, with a journal and locks of its own.
+// NewMounter returns the mounter of a driver, with a journal and locks of its own.
 func NewMounter(driver, stateDir, runDir string, log *slog.Logger) *Mounter {
 	return &Mounter{
 		Locks:  volume.Locks{Dir: filepath.Join(runDir, driver)},
@@ -43,8 +44,9 @@ func NewMounter(driver, stateDir, runDir string, log *slog.Logger) *Mounter {
 	}
 }
 
-// Mount makes a volume appear at a folder, as volume.Driver's does. If it fails and missing is not nil, that
-// is asked to make what may be missing on the server; if it made something, the mount is tried again.
+// Mount mounts a volume at a directory, as volume.Driver's Mount does. If the mount fails and
+// missing is not nil, Mount calls missing to create the missing parts on the server. If missing
+// made something, the mount is retried.
 func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Pod,
 	missing func(context.Context) (made bool, err error)) error {
 	dir, err := mounts.Resolve(dir)
@@ -80,7 +82,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	defer cancelMount()
 	err = mounts.Mount(within, s)
 	if err != nil && missing != nil && ctx.Err() == nil && within.Err() == nil {
-		// mount.nfs has one exit status for everything, so look.
+		// mount.nfs has one exit status for all failures, so examine the server.
 		if made, merr := missing(ctx); merr == nil && made {
 			err = mounts.Mount(within, s)
 		} else if errors.Is(merr, volume.ErrInUse) || errors.Is(merr, volume.ErrConflict) {
@@ -89,21 +91,22 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	}
 	volume.Failpoint("mounted")
 	if errors.Is(err, context.DeadlineExceeded) {
-		// Maybe it was just in time. The table knows.
+		// The mount may have succeeded just before the deadline. The mount table shows that.
 		if t, terr := mounts.Read(); terr == nil && len(t.At(dir)) == 1 && t.At(dir)[0].Source == v.Source() {
 			err = nil
 		}
 	}
 	if err != nil {
 		err = explain(ctx, fmt.Sprintf("mount %s at %s", s.Source, dir), err)
-		// A mount whose end nobody saw stays on record.
+		// A mount with an unknown end stays on record.
 		if t, terr := mounts.Read(); terr == nil && len(t.At(dir)) == 0 {
 			err = errors.Join(err, m.mounts.Remove(dir))
 		}
 		return err
 	}
 	if v.FSGroup != nil && !v.ReadOnly {
-		// A server that maps root to nobody refuses that, and kubelet would ignore it: so do we, aloud.
+		// A server that maps root to nobody refuses the change. kubelet would ignore that error.
+		// Ignore it too, but log a warning.
 		if _, err := setGroup(within, groupArgs{dir, *v.FSGroup}); err != nil {
 			m.log.Warn("fsGroup not set", "volume", v.Name, "group", *v.FSGroup, "error", err)
 		}
@@ -116,7 +119,7 @@ func (m *Mounter) Mount(ctx context.Context, dir string, v Volume, pod volume.Po
 	return nil
 }
 
-// has says whether a volume is mounted at a folder already, as reuse does.
+// has reports whether a volume is already mounted at a directory, by the rules of reuse.
 func (m *Mounter) has(ctx context.Context, dir string, v Volume) (bool, error) {
 	dir, err := mounts.Resolve(dir)
 	if err != nil {
@@ -131,9 +134,9 @@ func (m *Mounter) has(ctx context.Context, dir string, v Volume) (bool, error) {
 	return shown != nil, err
 }
 
-// reuse is the volume if it is mounted at a folder and its server answers. A mount that is stale,
-// because the server or the folder on it was made anew, is taken away; one that somebody uses only
-// if the volume says so. The locks are held.
+// reuse returns the volume if it is mounted at a directory and its server answers. It unmounts a
+// stale mount, whose server or directory was replaced. It unmounts a mount in use only if the
+// volume's options allow that. The caller holds the locks.
 func (m *Mounter) reuse(ctx context.Context, dir string, v Volume) (*Volume, error) {
 	shown, err := m.shown(dir, v)
 	if err != nil || shown == nil {
@@ -170,8 +173,8 @@ func (m *Mounter) reuse(ctx context.Context, dir string, v Volume) (*Volume, err
 	return nil, m.mounts.Remove(dir)
 }
 
-// shown is the volume, as it was mounted, if the mount table shows it and nothing else at a folder; nil if
-// there is nothing. All else is an ErrConflict.
+// shown returns the volume, as it was mounted, if the mount table shows only this volume at a
+// directory. It returns nil if nothing is mounted there. All other mounts are an ErrConflict.
 func (m *Mounter) shown(dir string, v Volume) (*Volume, error) {
 	table, err := mounts.Read()
 	if err != nil {
@@ -185,7 +188,8 @@ func (m *Mounter) shown(dir string, v Volume) (*Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The path, not the device: all mounts of one server may have the same device number.
+	// Compare the path, not the device, because all mounts of one server may have the same device
+	// number.
 	top := stack[len(stack)-1]
 	if len(stack) == 1 && isNFS(top) && top.ReadOnly() == v.ReadOnly {
 		if v.Through == nil && top.Source == v.Source() {
@@ -201,7 +205,7 @@ func (m *Mounter) shown(dir string, v Volume) (*Volume, error) {
 
 func isNFS(m mounts.Entry) bool { return m.FSType == "nfs" || m.FSType == "nfs4" }
 
-// Unmount takes away what is mounted by NFS at a folder, as volume.Driver's does.
+// Unmount unmounts an NFS mount at a directory, as volume.Driver's Unmount does.
 func (m *Mounter) Unmount(ctx context.Context, dir string) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
 	defer cancel()
@@ -227,7 +231,8 @@ func (m *Mounter) Unmount(ctx context.Context, dir string) error {
 	return m.mounts.Remove(dir)
 }
 
-// Mounted lists what this host has mounted, by folder, of what the journal knows and the mount table shows.
+// Mounted returns the volumes that this host has mounted, by directory. It returns only volumes
+// that the journal has and the mount table shows.
 func (m *Mounter) Mounted() (map[string]Volume, error) {
 	all, err := m.mounts.List()
 	if err != nil {
@@ -248,18 +253,18 @@ func (m *Mounter) Mounted() (map[string]Volume, error) {
 	return found, nil
 }
 
-// server is where a volume is mounted from.
+// server is the address from which a volume is mounted.
 type server struct {
 	addr    string
-	several bool // the name has other addresses, too, of which this one has answered first
+	several bool // the name has more addresses, and this one answered first
 }
 
-// stagger is how long an address is waited for before the next one is tried beside it.
+// stagger is the time that an address has to answer before the next address is tried in parallel.
 const stagger = 200 * time.Millisecond
 
-// reach finds out in a few seconds what mount.nfs would try for minutes and then not say: whether
-// there is a server at all. Of several addresses the first that answers is taken. A server that
-// does not answer is a context.DeadlineExceeded.
+// reach finds out in a few seconds whether there is a server. mount.nfs would try for minutes and
+// then not report the cause. Of several addresses, reach takes the first that answers. A server
+// that does not answer is a context.DeadlineExceeded.
 func (v Volume) reach(ctx context.Context) (server, error) {
 	end, _ := ctx.Deadline()
 	ctx, cancel := context.WithTimeout(ctx, min(time.Until(end)/3, 5*time.Second))
@@ -285,8 +290,8 @@ func (v Volume) reach(ctx context.Context) (server, error) {
 	return server{addr, len(all) > 1}, nil
 }
 
-// race connects to addresses, each a moment after the one before, and returns the first that
-// answers; "": none does, and the errors of all of them.
+// race connects to addresses with a pause between them, and returns the first that answers. ""
+// means that no address answered; then race returns all errors.
 func race(ctx context.Context, addrs []string, port string) (string, []error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -295,7 +300,7 @@ func race(ctx context.Context, addrs []string, port string) (string, []error) {
 		err error
 	}
 	ends := make(chan end, len(addrs))
-	next := make(chan struct{}, len(addrs)) // one has failed: no reason to wait any more
+	next := make(chan struct{}, len(addrs)) // an address has failed: try the next at once
 	go func() {
 		tick := time.NewTicker(stagger)
 		defer tick.Stop()
@@ -325,7 +330,7 @@ func race(ctx context.Context, addrs []string, port string) (string, []error) {
 	return "", errs
 }
 
-// silent says why no address of a server took a connection.
+// silent explains why no address of a server accepted a connection.
 func silent(to string, addrs []string, errs []error) error {
 	const refuses, quiet = "refuses connections", "does not answer"
 	var kind error
@@ -370,7 +375,7 @@ func isTimeout(err error) bool {
 	return errors.As(err, &n) && n.Timeout()
 }
 
-// explain says what a child that was cut off waited for.
+// explain adds the cause of the wait to the error of a child that was cut off.
 func explain(ctx context.Context, what string, err error) error {
 	if errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 		return fmt.Errorf("%s: the NFS server accepts connections and does not answer: %w", what, err)

@@ -1,18 +1,18 @@
-// Package nfs is the volume driver for NFS: exports, and folders on exports that it makes and
-// removes.
+// Package nfs is the volume driver for NFS. Its volumes are exports, and directories on exports
+// that the driver makes and removes.
 //
 //	host + export                  the export itself is the volume; it is mounted, and never changed
-//	host + exportBase + name       a folder on the export is the volume; Create makes it, Delete removes what Create made
+//	host + exportBase + name       a directory on the export is the volume; Delete removes only a directory of Create
 //	NFS_SERVER, MOUNT_DIR + name   the same, by the environment
 //
-// What Lariat created is known by a mark on the export beside the folder, which all hosts see, and
-// which tells the folder's identity and not only its name. A host that has created or found a
-// volume remembers that identity, for another host may remove the volume and make one of the same
-// name. The host's journal says which volume was mounted where and how; without it the mount table
-// does.
+// A mark beside a directory on the export shows that Lariat created the directory. All hosts see
+// the mark. It holds the directory's identity, not only its name. A host remembers the identity of
+// each volume that it created or found. The reason is that another host may replace the volume with
+// one of the same name. The host's journal says where and how each volume was mounted. Without the
+// journal, the mount table does.
 //
-// Whatever touches the export happens in children with a deadline (pkg/volume/mounts). The base is
-// mounted in a mount namespace of the child's own, so nothing is left of one that was killed.
+// All work on the export runs in children with a deadline (pkg/volume/mounts). The base is mounted
+// in a mount namespace of the child's own. So a killed child leaves nothing behind.
 package nfs
 
 import (
@@ -28,8 +28,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Driver implements volume.Driver. Attach, MountDevice and Expand are not supported, nor GetVolumeName:
-// kubelet's own names serve.
+// Driver implements volume.Driver. It does not support Attach, MountDevice and Expand. It does not
+// support GetVolumeName, because kubelet's own names suffice.
 type Driver struct {
 	volume.Unsupported
 	config  Config
@@ -40,22 +40,23 @@ type Driver struct {
 
 var _ volume.Driver = (*Driver)(nil)
 
-// record of a volume that Create was asked for on this host.
+// record describes a volume for which Create was called on this host.
 type record struct {
 	Volume Volume `json:"volume"`
 	State  string `json:"state"` // creating, ready, deleting or lost
-	// of the folder that Create made or found; "": none yet, or an older version wrote the record
+	// Identity of the directory that Create made or found. "" means that there is none yet, or that
+	// an older version wrote the record.
 	Identity string    `json:"identity,omitempty"`
 	Created  bool      `json:"created"`
 	Time     time.Time `json:"time"`
 }
 
-// lost is the state of a record whose volume is gone: another host has replaced it, and a Delete
-// has touched nothing, or a Create has begun to make it anew. The record stays until a Create ends,
-// so that no Delete takes what has the name by then for what this host knew.
+// lost is the state of a record whose volume no longer exists. Another host has replaced the volume
+// and a Delete touched nothing, or a Create has begun to make it again. The record stays until a
+// Create ends. Until then, no Delete mistakes another volume of that name for the lost volume.
 const lost = "lost"
 
-// want is the identity of the only volume that Create or Mount may be about.
+// want returns the identity of the only volume that Create or Mount may touch.
 func (r record) want(q volume.Request) string {
 	if r.State == lost {
 		return q.Options[volume.Identity]
@@ -63,8 +64,9 @@ func (r record) want(q volume.Request) string {
 	return volume.Remembered(q, r.Identity)
 }
 
-// New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers
-// Init, because kubelet does not ask a second time, and unmounts. All else says what is wrong.
+// New returns the driver. It does nothing before the first call. With a wrong configuration, the
+// driver still answers Init, because kubelet does not ask again, and still unmounts. All other
+// calls return the configuration's error.
 func New(c Config, log *slog.Logger) *Driver {
 	c.StateDir, c.RunDir = cmp.Or(c.StateDir, volume.DefaultStateDir), cmp.Or(c.RunDir, volume.DefaultRunDir)
 	return &Driver{
@@ -74,13 +76,14 @@ func New(c Config, log *slog.Logger) *Driver {
 	}
 }
 
-// Init implements volume.Driver: nobody attaches anything, and nobody walks through a shared file system to
-// change groups.
+// Init implements volume.Driver. It reports no attachment. It also reports no FSGroup, because
+// callers must not walk through a shared file system to change groups.
 func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
 	return volume.Capabilities{}, nil
 }
 
-// Create implements volume.Driver: it makes the folder below exportBase. With export there is nothing to make.
+// Create implements volume.Driver: it makes the directory below exportBase. With export there is
+// nothing to make.
 func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -114,8 +117,8 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 		case !errors.Is(err, volume.ErrNotFound):
 			return volume.Reply{}, err
 		default:
-			// One that is gone is made anew, and lost first: after a kill the next call must know as
-			// its own what this one makes.
+			// A missing volume is created again. Record it as lost first: after a kill, the next
+			// call must recognise the new directory as its own.
 			begun.State, begun.Identity = lost, want
 		}
 	}
@@ -130,7 +133,7 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 			err = replaced(v, rec.Identity, c)
 		}
 		if err != nil {
-			if !known { // nothing of it exists here
+			if !known { // this host has nothing of the volume
 				err = errors.Join(err, d.volumes.Remove(v.Name))
 			}
 			return volume.Reply{}, err
@@ -160,7 +163,7 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	return reply, nil
 }
 
-// replaced says that a volume's name is another volume's by now.
+// replaced returns the error for a name that means another volume by now.
 func replaced(v Volume, want string, c created) error {
 	return volume.Errorf(volume.ErrConflict,
 		"volume %s, identity %s, that this host knows does not exist any more, and folder %s is "+
@@ -169,7 +172,7 @@ func replaced(v Volume, want string, c created) error {
 		v.Name, want, v.Source(), c.Identity, c.Made)
 }
 
-// provision makes a volume's folder.
+// provision makes a volume's directory.
 func (d *Driver) provision(ctx context.Context, v Volume, how OnRemove) (created, error) {
 	a, err := d.export(ctx, v)
 	if err != nil {
@@ -188,8 +191,8 @@ func (d *Driver) provision(ctx context.Context, v Volume, how OnRemove) (created
 	return c, nil
 }
 
-// verify says whether a volume's folder is still the one with an identity. The inode is for who
-// looks at the mount later.
+// verify checks that a volume's directory still has an identity. Callers compare the returned inode
+// with the later mount.
 func (d *Driver) verify(ctx context.Context, v Volume, want string) (inode uint64, err error) {
 	a, err := d.export(ctx, v)
 	if err != nil {
@@ -211,22 +214,24 @@ func (d *Driver) verify(ctx context.Context, v Volume, want string) (inode uint6
 	return c.Inode, nil
 }
 
-// export is how children get at a volume's base.
+// export returns the arguments for children that work on a volume's base.
 func (d *Driver) export(ctx context.Context, v Volume) (exportArgs, error) {
 	at, err := v.reach(ctx)
 	if err != nil {
 		return exportArgs{}, err
 	}
-	// Nothing cached, nothing shared with other mounts of the export: decisions are made by what is on the server now.
-	// No locks are taken. A program for them, started by this mount, would keep the child's mount
-	// namespace, and with it the export, for ever.
+	// Cache nothing, and share nothing with other mounts of the export: decisions must rest on the
+	// server's current state.
+	//
+	// Take no locks. This mount would start a program for locks. That program would keep the
+	// child's mount namespace, and with it the export, for ever.
 	options := rules.Merge(v.Options,
 		[]string{"rw", "noac", "lookupcache=none", "nosharecache", "nosuid", "nodev", "noexec", "nolock"})
 	return exportArgs{Mount: spec(v.Host, v.Base, "", options, at), RunDir: d.config.RunDir, Name: v.Name,
 		OnRemove: v.OnRemove}, nil
 }
 
-// Delete implements volume.Driver. Without options the journal says where the volume is.
+// Delete implements volume.Driver. Without options, the journal locates the volume.
 func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -254,7 +259,7 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 	if err != nil {
 		return volume.Reply{}, err
 	}
-	elsewhere := known && rec.Volume.Source() != v.Source() // the record is about another folder
+	elsewhere := known && rec.Volume.Source() != v.Source() // the record is about another directory
 	if elsewhere {
 		rec, known = record{}, false
 	}
@@ -310,9 +315,9 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 	return reply, d.volumes.Remove(r.Name)
 }
 
-// Mount implements volume.Driver. A folder below exportBase that does not exist yet is created,
-// because kubelet has no verb for that. On a host that has created or found the volume that would
-// be an empty volume in the place of one with data: there it is an error.
+// Mount implements volume.Driver. It creates a missing directory below exportBase, because kubelet
+// has no verb for that. On a host that has created or found the volume, a missing directory is an
+// error. A new directory there would be an empty volume in place of a volume with data.
 func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -336,7 +341,7 @@ func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) err
 	var missing func(context.Context) (bool, error)
 	if !v.ReadOnly {
 		missing = func(ctx context.Context) (bool, error) {
-			// A default is nobody's word that the data must stay.
+			// A default is not a request to keep the data, so pass only the user's option.
 			c, err := d.provision(ctx, v, OnRemove(r.Options["onRemove"]))
 			return c.New, err
 		}
@@ -344,13 +349,13 @@ func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) err
 	return d.mounter.Mount(ctx, dir, v, r.Pod, missing)
 }
 
-// mountThat mounts the volume with an identity, and no other.
+// mountThat mounts the volume with an identity, and no other volume.
 func (d *Driver) mountThat(ctx context.Context, dir string, v Volume, pod volume.Pod, want string) error {
 	if there, err := d.mounter.has(ctx, dir, v); err != nil || there {
 		if err == nil {
 			err = d.mounter.Mount(ctx, dir, v, pod, nil)
 		}
-		return err // it was looked at when it was mounted, and no name leads a mount elsewhere
+		return err // verified when it was mounted; a later rename cannot redirect a mount
 	}
 	inode, err := d.verify(ctx, v, want)
 	if err != nil {
@@ -360,7 +365,7 @@ func (d *Driver) mountThat(ctx context.Context, dir string, v Volume, pod volume
 	if err := d.mounter.Mount(ctx, dir, v, pod, nil); err != nil {
 		return err
 	}
-	// Another host may have replaced the folder since. What is mounted does not change any more.
+	// Another host may have replaced the directory since. The mount itself no longer changes.
 	within, cancel := volume.WithReserve(ctx)
 	defer cancel()
 	if resolved, rerr := mounts.Resolve(dir); rerr != nil {

@@ -14,7 +14,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Options of a volume, as users write them.
+// Options are a volume's options, as users write them.
 type Options struct {
 	Host       string   `option:"host"`
 	Export     string   `option:"export"`
@@ -26,14 +26,14 @@ type Options struct {
 	FSGroup    int64    `option:"fsGroup"`
 }
 
-// told are what Create's reply says, and what Rancher's daemon gives back at each later call. What was
-// created is known by the mark on the export, not by these.
+// told lists the options of Create's reply, which Rancher's daemon passes with each later call. The
+// mark on the export, not these options, shows the work of Create.
 var told = []string{"created", "name", volume.Identity}
 
-// OnRemove is what Delete does with a folder that Create made.
+// OnRemove selects the action of Delete on a directory that Create made.
 type OnRemove string
 
-// The three.
+// The three actions.
 const (
 	Retain  OnRemove = "retain"
 	Purge   OnRemove = "purge"
@@ -45,7 +45,7 @@ func (o *OnRemove) UnmarshalText(text []byte) error {
 	return volume.OneOf(o, text, Retain, Purge, Archive)
 }
 
-// cautious is the one of two words that keeps more of the data.
+// cautious returns the word that keeps more of the data.
 func cautious(a, b OnRemove) OnRemove {
 	for _, o := range []OnRemove{Retain, Archive} {
 		if a == o || b == o {
@@ -55,10 +55,10 @@ func cautious(a, b OnRemove) OnRemove {
 	return cmp.Or(a, b)
 }
 
-// OnHang is how far Unmount goes when the server does not answer.
+// OnHang limits the means of Unmount when the server does not answer.
 type OnHang string
 
-// The two.
+// The two limits.
 const (
 	Force OnHang = "force"
 	Lazy  OnHang = "lazy"
@@ -67,17 +67,17 @@ const (
 // UnmarshalText refuses other words.
 func (o *OnHang) UnmarshalText(text []byte) error { return volume.OneOf(o, text, Force, Lazy) }
 
-// Config is what an administrator decides for all volumes.
+// Config holds the administrator's settings for all volumes.
 type Config struct {
 	Server    string   // for volumes without a host: NFS_SERVER
-	Base      string   // folder on it, for volumes without export and exportBase: MOUNT_DIR
-	MountOpts string   // before each volume's own: MOUNT_OPTS. Here, suid, dev and exec are allowed
-	OnRemove  OnRemove // for volumes that do not say: ON_REMOVE; "": retain
+	Base      string   // directory on Server, for volumes without export and exportBase: MOUNT_DIR
+	MountOpts string   // placed before each volume's own: MOUNT_OPTS. It may have suid, dev and exec
+	OnRemove  OnRemove // for volumes without the option: ON_REMOVE; "": retain
 	StateDir  string   // "": volume.DefaultStateDir
 	RunDir    string   // "": volume.DefaultRunDir
 }
 
-// Environment are the variables that FromEnvironment reads, with what they mean.
+// Environment lists the variables that FromEnvironment reads, with their meanings.
 var Environment = append([][2]string{
 	{"NFS_SERVER", "server of volumes that name no host"},
 	{"MOUNT_DIR", "folder on the server below which volumes without export and exportBase are"},
@@ -85,8 +85,8 @@ var Environment = append([][2]string{
 	{"ON_REMOVE", "retain, purge or archive, for volumes that do not say"},
 }, volume.Environment...)
 
-// FromEnvironment reads the configuration as Rancher's driver did. What is wrong with it is for those to hear
-// who need not go on; see New.
+// FromEnvironment reads the configuration as Rancher's driver did. It returns errors of the
+// configuration for callers that must stop. Drivers of New continue: see New.
 func FromEnvironment(getenv func(string) string) (Config, error) {
 	c := Config{Server: getenv("NFS_SERVER"), Base: getenv("MOUNT_DIR"), MountOpts: getenv("MOUNT_OPTS"),
 		OnRemove: OnRemove(getenv("ON_REMOVE")),
@@ -113,35 +113,37 @@ func (c Config) check() error {
 	return errors.Join(errs...)
 }
 
-// Volume is a request understood: where the data is and how it is mounted.
+// Volume is a parsed request: the location of the data and the way to mount it.
 type Volume struct {
 	Name string `json:"name"`
 	Host string `json:"host"`
 	Path string `json:"path"` // on the server
-	// of which Path is the folder Name; "": Path is an export that Lariat has nothing to do with
+	// Base is the parent of Path, which is the directory Name. "" means that Path is an export that
+	// Lariat does not manage.
 	Base     string   `json:"base,omitempty"`
 	Options  []string `json:"options,omitempty"`
 	OnRemove OnRemove `json:"onRemove,omitempty"`
 	OnHang   OnHang   `json:"onHang"`
 	ReadOnly bool     `json:"readOnly,omitempty"`
-	FSGroup  *int64   `json:"fsGroup,omitempty"` // of the uppermost folder, if that is to be set
+	FSGroup  *int64   `json:"fsGroup,omitempty"` // of the top directory; nil: do not set it
 
-	// Of drivers whose volumes are more than a host and a path; see Mounter.
-	// which volume it is, though it may be mounted from one host today and from another tomorrow
+	// The members below are for drivers whose volumes are more than a host and a path. See Mounter.
+	// ID identifies the volume, which may be mounted from different hosts at different times.
 	ID      string   `json:"id,omitempty"`
 	Through *Through `json:"through,omitempty"`
 }
 
-// Through is the program that mounts a volume if not mount.nfs does, with a proxy of its own on this host:
-// Source and Options are what it is called with, and the mount table shows the proxy.
+// Through describes a program that mounts a volume instead of mount.nfs. The program runs a proxy
+// of its own on this host. Source and Options are the program's arguments. The mount table shows
+// the proxy.
 type Through struct {
 	FSType  string   `json:"fsType"`
 	Source  string   `json:"source"`
 	Options []string `json:"options"`
-	Pin     string   `json:"pin,omitempty"` // the option by which it is told one of several addresses
+	Pin     string   `json:"pin,omitempty"` // the option that passes one of several addresses
 }
 
-// Source is what the mount table calls it.
+// Source returns the mount table's name of the volume.
 func (v Volume) Source() string {
 	if v.Through != nil {
 		return source("127.0.0.1", v.Path)
@@ -149,7 +151,7 @@ func (v Volume) Source() string {
 	return source(v.Host, v.Path)
 }
 
-// String is for messages.
+// String returns the volume's name for messages.
 func (v Volume) String() string {
 	if v.ID != "" {
 		return v.ID + ":" + v.Path
@@ -157,7 +159,7 @@ func (v Volume) String() string {
 	return v.Source()
 }
 
-// spec is how it is mounted at a folder.
+// spec returns the volume's mount at a directory.
 func (v Volume) spec(dir string, at server) mounts.Spec {
 	if v.Through != nil {
 		options := v.Through.Options
@@ -185,7 +187,8 @@ func source(host, path string) string {
 	return host + ":" + path
 }
 
-// Volume understands a request. It reads nothing else, and is where all input is checked.
+// Volume parses a request and checks all its input. It reads nothing but the request and the
+// configuration.
 func (c Config) Volume(r volume.Request) (Volume, error) {
 	if err := c.check(); err != nil {
 		return Volume{}, fmt.Errorf("the driver's environment: %w", err)
@@ -227,7 +230,7 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 		v.Path, v.OnRemove = o.Export, Retain
 	default:
 		if o.ExportBase == "" {
-			// MOUNT_DIR is NFS_SERVER's; on another server it would be a guess.
+			// MOUNT_DIR belongs to NFS_SERVER. On another server it would be a guess.
 			if o.ExportBase = c.Base; o.ExportBase == "" || o.Host != c.Server {
 				return v, volume.Errorf(volume.ErrInvalid, "volume %s: neither export nor exportBase is given", v.Name)
 			}
@@ -238,7 +241,7 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 		v.Base, v.Path = o.ExportBase, path.Join(o.ExportBase, v.Name)
 	}
 	if v.Base == "" {
-		v.FSGroup = nil // somebody else's folder
+		v.FSGroup = nil // Lariat does not manage the directory
 	}
 	all, err := parse("MOUNT_OPTS", c.MountOpts, true)
 	if err != nil {
@@ -247,8 +250,8 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	return v, v.SetOptions(all, o.MntOptions)
 }
 
-// parse reads mount options. A minor version by itself, or beside its major one, is written as one
-// version, which later words can replace.
+// parse parses mount options. It joins a minor version with its major version, or with version 4,
+// into one option. Later options can then replace that option.
 func parse(what, text string, admin bool) ([]string, error) {
 	list, err := rules.Parse(what, text, admin)
 	minor := value(list, "minorversion")
@@ -265,7 +268,8 @@ func parse(what, text string, admin bool) ([]string, error) {
 	}
 }
 
-// SetOptions gives a volume its mount options: the defaults, then the user's own, which are checked here.
+// SetOptions sets a volume's mount options: the defaults, then the user's options, which SetOptions
+// checks.
 func (v *Volume) SetOptions(defaults []string, mntOptions string) error {
 	own, err := parse("mntOptions", mntOptions, false)
 	if err != nil {
@@ -283,7 +287,7 @@ func (v *Volume) SetOptions(defaults []string, mntOptions string) error {
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?)*\.?$`)
 
-// zoneName is what an interface can be called, as far as it cannot mean anything else to a kernel or a program.
+// zoneName matches names of interfaces that have no other meaning to a kernel or a program.
 var zoneName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}$`)
 
 func checkHost(what, host string) error {
@@ -297,7 +301,7 @@ func checkHost(what, host string) error {
 	return nil
 }
 
-// Bare is a host without the brackets that addresses of IPv6 have in URLs and in fstab.
+// Bare returns a host without the brackets of IPv6 addresses in URLs and in fstab.
 func Bare(host string) string {
 	if inner, ok := strings.CutPrefix(host, "["); ok && strings.HasSuffix(inner, "]") && strings.Contains(inner, ":") {
 		return strings.TrimSuffix(inner, "]")
@@ -305,7 +309,7 @@ func Bare(host string) string {
 	return host
 }
 
-// Trimmed is a path without the slash at its end, which means nothing.
+// Trimmed returns a path without the slash at its end, which means nothing.
 func Trimmed(p string) string {
 	if len(p) > 1 {
 		return strings.TrimSuffix(p, "/")
@@ -313,7 +317,7 @@ func Trimmed(p string) string {
 	return p
 }
 
-// CheckPath refuses what is not plainly a path on a server.
+// CheckPath refuses a path that is not a plain path on a server.
 func CheckPath(what, p string) error {
 	if !strings.HasPrefix(p, "/") || path.Clean(p) != p || len(p) > 1024 {
 		return volume.Errorf(volume.ErrInvalid, "%s %s is not a plain absolute path", what, volume.Excerpt(p))
@@ -321,7 +325,7 @@ func CheckPath(what, p string) error {
 	return volume.CheckOptions(map[string]string{what: p})
 }
 
-// rules are all mount options that there are. What is not here is refused: bind, remount, context=, helper
+// rules holds all allowed mount options. All others are refused: bind, remount, context=, helper
 // programs, credentials …
 var rules = mounts.Rules{
 	"vers":         mounts.Valued("vers", mounts.Words("3", "4", "4.0", "4.1", "4.2")),
@@ -363,7 +367,7 @@ var rules = mounts.Rules{
 	"suid": mounts.AdminFlag("suid"), "dev": mounts.AdminFlag("dev"), "exec": mounts.AdminFlag("exec"),
 }
 
-// value of an option in a list of checked ones.
+// value returns the value of an option in a list of checked options.
 func value(options []string, keys ...string) string {
 	for _, o := range options {
 		if k, v, _ := strings.Cut(o, "="); slices.Contains(keys, k) {
@@ -373,15 +377,15 @@ func value(options []string, keys ...string) string {
 	return ""
 }
 
-// dialed is the port whose silence shows that the server is away, "" where a connection proves
-// nothing, and the kind of addresses that the server may be mounted from.
+// dialed returns the kind of addresses that the server may be mounted from, and a port. Silence of
+// that port proves that the server is down. The port is "" if a connection proves nothing.
 func (v Volume) dialed() (network, port string) {
 	proto := value(v.Options, "proto")
 	switch {
 	case strings.HasSuffix(proto, "6"):
 		network = "ip6"
 	case proto != "":
-		network = "ip4" // so mount.nfs and the kernel mean it
+		network = "ip4" // mount.nfs and the kernel mean IPv4
 	default:
 		network = "ip"
 	}
