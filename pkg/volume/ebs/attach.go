@@ -17,9 +17,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/cloud"
 )
 
-// Attach implements volume.Driver. A volume that does not exist is created if the options say what it is to
-// be, because kubelet has no verb for that. The device is what AWS calls it, which on most instances is not
-// what their kernels do.
+// Attach implements volume.Driver. It creates a missing volume if the options specify the volume,
+// because kubelet has no verb for that. The returned device is AWS's name, which differs from the
+// kernel's name on most instances.
 func (d *Driver) Attach(ctx context.Context, req volume.Request, node string) (string, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -53,7 +53,7 @@ func (d *Driver) attach(ctx context.Context, r *region, v Volume, node string) (
 		return nil, "", err
 	}
 	if d.called(f) != v.DetachAs {
-		// Detach gets nothing but this, and maybe on another host.
+		// Detach gets only this name, maybe on another host.
 		if err := r.tag(ctx, f.id(), tagAttachedAs, v.DetachAs); err != nil {
 			return nil, "", err
 		}
@@ -67,19 +67,19 @@ func (d *Driver) attach(ctx context.Context, r *region, v Volume, node string) (
 	return a.f, a.device, nil
 }
 
-// attachment is one on its way.
+// attachment is an attachment in progress.
 type attachment struct {
 	d      *Driver
 	r      *region
 	v      Volume
 	f      *found
 	to     string   // instance
-	device string   // once AWS has given one
-	bad    []string // names that AWS calls used though it does not show by what
-	asked  bool     // AttachVolume was called, so that it may not show yet
+	device string   // known after AWS's answer
+	bad    []string // names that AWS reports as used, but whose users it does not show
+	asked  bool     // AttachVolume was called; its effect may not be visible yet
 }
 
-// step looks at the volume, does what comes next and says whether it was the last.
+// step examines the volume, takes the next action and reports whether the attachment is complete.
 func (a *attachment) step(ctx context.Context) (done bool, seen string, err error) {
 	f, err := a.r.describe(ctx, a.f.id())
 	if err != nil {
@@ -118,8 +118,8 @@ func (a *attachment) step(ctx context.Context) (done bool, seen string, err erro
 	return false, fmt.Sprintf("it is still %s from there", at.State), nil
 }
 
-// elsewhere is for a volume that another instance has. It is taken away only from one that cannot write to it
-// any more, and only if that was asked for.
+// elsewhere handles a volume that is attached to another instance. It detaches the volume only if
+// the options ask for that and that instance can no longer write.
 func (a *attachment) elsewhere(ctx context.Context, id string,
 	at types.VolumeAttachment) (done bool, seen string, err error) {
 	other, err := a.r.instanceByID(ctx, id)
@@ -142,13 +142,13 @@ func (a *attachment) elsewhere(ctx context.Context, id string,
 			"are stopped or terminated, because others may write to it", at.State, name)
 	}
 	a.d.log.Warn("detaching by force", "volume", a.v.Name, "id", a.f.id(), "from", id, "state", state(other))
-	// Force only where the ordinary way has been gone and does not end.
+	// Use force only after an ordinary detachment that does not end.
 	force := at.State == types.VolumeAttachmentStateDetaching || at.State == types.VolumeAttachmentStateBusy
 	return false, "it is being detached from " + name, a.r.release(ctx, a.f.id(), id, force)
 }
 
-// ask calls AttachVolume, after a look at what AWS would refuse. What passes by itself is no error:
-// seen says what it is.
+// ask calls AttachVolume, after checks for reasons of a refusal by AWS. A state that passes by
+// itself is no error. Then seen describes the state.
 func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 	i, err := a.r.instanceByID(ctx, a.to)
 	if err != nil {
@@ -190,15 +190,16 @@ func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 		return "AWS says that the instance uses the device name " + device, nil
 	case cloud.Is(err, "VolumeInUse", "IncorrectState", "IncorrectInstanceState",
 		"InvalidVolume.NotFound", "InvalidInstanceID.NotFound"):
-		// By the earlier call, whose answer was lost, or by somebody else; or one part of AWS does
-		// not know yet what another has shown. The next look shows it.
+		// The volume may be attached by an earlier call, whose answer was lost, or by another
+		// caller. Otherwise one part of AWS does not know yet what another part has shown. The next
+		// step shows the result.
 		return cloud.Explain(ctx, err).Error(), nil
 	case cloud.Is(err, "OperationNotPermitted", "IncorrectModificationState"):
 		m, merr := a.r.modification(ctx, a.f.id())
 		if merr != nil {
 			return "", merr
 		}
-		// Optimizing goes on for hours, and does not keep a volume from being attached.
+		// Optimizing takes hours, and does not prevent an attachment.
 		if m != nil && m.ModificationState == types.VolumeModificationStateModifying ||
 			strings.Contains(err.Error(), "modification state") {
 			return "AWS attaches no volume that is being modified: " + describe(m), nil
@@ -210,7 +211,7 @@ func (a *attachment) ask(ctx context.Context) (seen string, err error) {
 	return "", cloud.Invalid(cloud.Explain(ctx, err))
 }
 
-// describe says what a modification is, for messages.
+// describe returns the text of a modification, for messages.
 func describe(m *types.VolumeModification) string {
 	if m == nil {
 		return "AWS does not say to what"
@@ -221,9 +222,10 @@ func describe(m *types.VolumeModification) string {
 		aws.ToTime(m.StartTime).UTC().Format(time.RFC3339), aws.ToInt64(m.Progress))
 }
 
-// freeName is a device name that is not used: /dev/xvdba to /dev/xvddz, which every kind of instance takes.
-// Each volume begins to search at another, so that attachments at the same time do not want the same one, and
-// one that was freed just now, which EC2 holds for a while, is not taken by the next.
+// freeName returns a device name that is not used, from /dev/xvdba to /dev/xvddz. Every type of
+// instance accepts these names. Each volume starts its search at a different name, so that
+// simultaneous attachments do not want the same name. This also avoids a name that was just freed,
+// because EC2 holds such a name for a while.
 func freeName(id string, used []string) string {
 	const names = 3 * 26
 	h := fnv.New32a()
@@ -267,7 +269,7 @@ func (f *found) attachedTo(instance string) bool {
 	})
 }
 
-// Detach implements volume.Driver. The volume is a name, or a device of this host.
+// Detach implements volume.Driver. The volume argument is a name, or a device of this host.
 func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -316,7 +318,8 @@ func (d *Driver) Detach(ctx context.Context, name, node string) error {
 	return d.forget(name)
 }
 
-// called is what Detach will call a volume: as Attach was told last, or by the name under which Create made it.
+// called returns Detach's name for a volume: the name of the last Attach, or the name under which
+// Create made the volume.
 func (d *Driver) called(f *found) string {
 	if as := f.tags[tagAttachedAs]; as != "" {
 		return as
@@ -327,8 +330,8 @@ func (d *Driver) called(f *found) string {
 	return ""
 }
 
-// has is the volume that an instance has under a name of Detach's, or nil. Other instances may have others
-// under the same: two pods can call theirs "data".
+// has returns the volume that an instance has under Detach's name for it, or nil. Other instances
+// may have other volumes of the same name, because two pods can call their volumes "data".
 func (d *Driver) has(ctx context.Context, r *region, instance, name string) (*found, error) {
 	pages := ec2.NewDescribeVolumesPaginator(r.ec2,
 		&ec2.DescribeVolumesInput{Filters: []types.Filter{{Name: aws.String("attachment.instance-id"),
@@ -347,8 +350,8 @@ func (d *Driver) has(ctx context.Context, r *region, instance, name string) (*fo
 	return nil, nil
 }
 
-// named is the volume that Detach was told: by its id, by the device that AWS gave it here, by what the node
-// has under the name, by this host's record, or by its tags.
+// named returns the volume of a Detach. It looks by id, by AWS's device name on this host, and by
+// the node's volume of that name. Then it uses this host's record and the tags.
 func (d *Driver) named(ctx context.Context, r *region, name, id, node string, rec record) (*found, error) {
 	if strings.HasPrefix(name, "/dev/") {
 		self, err := r.instance(ctx, "")
@@ -388,7 +391,7 @@ func (d *Driver) named(ctx context.Context, r *region, name, id, node string, re
 	return d.findByTag(ctx, r, tagVolume, name)
 }
 
-// detach takes a volume away from a node, and from no other.
+// detach detaches a volume from a node, and from no other node.
 func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) error {
 	if len(f.Attachments) == 0 && f.State == types.VolumeStateAvailable {
 		return nil
@@ -413,7 +416,8 @@ func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) e
 		i := slices.IndexFunc(now.Attachments,
 			func(a types.VolumeAttachment) bool { return aws.ToString(a.InstanceId) == from })
 		if i < 0 {
-			// In the answer to a look just after AttachVolume it may not show yet; then the volume is in use by nobody.
+			// Just after AttachVolume, the answer may not show the attachment yet. Then the volume
+			// is in use without an attachment.
 			return now.State == types.VolumeStateAvailable || len(now.Attachments) > 0,
 				fmt.Sprintf("%s is %s", f.id(), now.State), nil
 		}
@@ -436,13 +440,13 @@ func (d *Driver) detach(ctx context.Context, r *region, f *found, node string) e
 	})
 }
 
-// here says whether an instance is this one.
+// here reports whether an instance is this instance.
 func (d *Driver) here(ctx context.Context, r *region, instance string) bool {
 	self, err := r.Instance(ctx)
 	return err == nil && self.ID == instance
 }
 
-// release calls DetachVolume. What is detached already is no error.
+// release calls DetachVolume. A volume that is already detached is no error.
 func (r *region) release(ctx context.Context, id, instance string, force bool) error {
 	_, err := r.ec2.DetachVolume(ctx, &ec2.DetachVolumeInput{VolumeId: aws.String(id), InstanceId: aws.String(instance),
 		Force: aws.Bool(force)})

@@ -16,27 +16,28 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// devices are the block devices of this host, as the kernel shows them below two roots, which tests replace.
-// Links in /dev/disk/by-id are not asked: they need udev, and have led to other volumes.
+// devices finds the block devices of this host below two roots of the kernel, which tests replace.
+// It ignores links in /dev/disk/by-id. They need udev, and have led to other volumes.
 type devices struct{ sys, dev string }
 
-// device is a block device that was looked at.
+// device is a block device that was examined.
 type device struct {
 	path   string // /dev/nvme1n1
 	number string // major:minor, as in /sys/dev/block and in the mount table
 	size   int64
 }
 
-// model is what EBS's NVMe devices call themselves.
+// model is the model name of EBS's NVMe devices.
 const model = "Amazon Elastic Block Store"
 
-// nvmeName is a namespace; hidden paths of native multipath, nvme0c0n1, and partitions are none.
+// nvmeName matches an NVMe namespace. Hidden paths of native multipath, such as nvme0c0n1, and
+// partitions do not match.
 var nvmeName = regexp.MustCompile(`^nvme[0-9]+n[0-9]+$`)
 
-// serial is how a device calls a volume.
+// serial returns a device's serial number for a volume id.
 func serial(id string) string { return strings.Replace(id, "-", "", 1) }
 
-// volume is the id of the volume that an NVMe device is, or "".
+// volume returns the id of the volume behind an NVMe device, or "".
 func (d devices) volume(name string) string {
 	if !nvmeName.MatchString(name) {
 		return ""
@@ -44,7 +45,8 @@ func (d devices) volume(name string) string {
 	return d.id(filepath.Join(d.sys, "block", name))
 }
 
-// numbered is the id of the volume that has a device number, and whether the kernel has a device of that number at all.
+// numbered returns the id of the volume with a device number, and whether the kernel has a device
+// of that number.
 func (d devices) numbered(number string) (id string, alive bool) {
 	dir := filepath.Join(d.sys, "dev/block", number)
 	if _, err := os.Stat(dir); err != nil {
@@ -53,7 +55,7 @@ func (d devices) numbered(number string) (id string, alive bool) {
 	return d.id(dir), true
 }
 
-// id reads what the device of a folder in /sys says of itself.
+// id returns the volume id that a device reports in its directory in /sys.
 func (d devices) id(dir string) string {
 	if text(dir, "hidden") == "1" || text(dir, "device/model") != model {
 		return ""
@@ -69,8 +71,8 @@ func text(dir, file string) string {
 	return strings.TrimSpace(string(data))
 }
 
-// find is the device of a volume, or a zero one. as is the name that AWS gave it, by which alone instances
-// without NVMe know it.
+// find returns the device of a volume, or a zero device. The argument as is AWS's name of the
+// device, which alone identifies the volume on instances without NVMe.
 func (d devices) find(id, as string) (device, error) {
 	entries, err := os.ReadDir(filepath.Join(d.sys, "block"))
 	if err != nil {
@@ -98,14 +100,14 @@ func (d devices) find(id, as string) (device, error) {
 			unix.Close(fd)
 		}
 		if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENXIO) || errors.Is(err, unix.ENODEV) {
-			return device{}, nil // it comes, or goes
+			return device{}, nil // the device is appearing or vanishing
 		}
 		return dev, err
 	}
 	return device{}, fmt.Errorf("the devices %s all say that they are %s", strings.Join(found, ", "), id)
 }
 
-// xenName is what Xen's kernels make of a name that AWS has given: /dev/sdf and /dev/xvdf are xvdf.
+// xenName returns the name of Xen's kernels for AWS's name: /dev/sdf and /dev/xvdf become xvdf.
 func xenName(as string) string {
 	name, ok := strings.CutPrefix(as, "/dev/")
 	if rest, sd := strings.CutPrefix(name, "sd"); sd {
@@ -117,8 +119,8 @@ func xenName(as string) string {
 	return name
 }
 
-// open opens a device and then makes sure that the one that is open is the volume, whatever had its name
-// before. As long as it is open the kernel gives its number to no other.
+// open opens a device and then checks that the open device is the volume, because names change.
+// While the device is open, the kernel gives its number to no other device.
 func (d devices) open(name, id string, flags int) (device, int, error) {
 	dev := device{path: filepath.Join(d.dev, name)}
 	fd, err := unix.Open(dev.path, flags|unix.O_CLOEXEC|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
@@ -152,7 +154,7 @@ func (d devices) open(name, id string, flags int) (device, int, error) {
 	return dev, fd, nil
 }
 
-// wait waits until the device of a volume is there.
+// wait waits until the device of a volume exists.
 func (d devices) wait(ctx context.Context, id, as string) (device, error) {
 	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
@@ -170,8 +172,8 @@ func (d devices) wait(ctx context.Context, id, as string) (device, error) {
 	}
 }
 
-// rescan has the kernel ask an NVMe device how large it is now. It does that itself when the device says so,
-// which not all do.
+// rescan makes the kernel read the current size of an NVMe device. The kernel does so by itself if
+// the device reports the change, but not all devices report it.
 func (d devices) rescan(dev device) {
 	dir := filepath.Join(d.sys, "block", filepath.Base(dev.path), "device")
 	for _, pattern := range []string{dir + "/rescan_controller", dir + "/nvme*/rescan_controller"} {

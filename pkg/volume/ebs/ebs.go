@@ -2,15 +2,16 @@
 // mounts, enlarges, detaches and deletes them.
 //
 //	volumeID              a volume that exists; it is never deleted
-//	name, with size …     the volume that has the name as a tag; Create makes it, Delete removes what Create made
+//	name, with size …     the volume with the name as a tag; Delete removes only a volume of Create
 //
-// What Lariat created is known by tags on the volume, which all hosts see. A host whose Create has
-// made or found a volume remembers its id, for another host may delete the volume and make one of
-// the same name. The host's journal knows what was mounted where, so that Unmount and Detach need
-// no options; without it the mount table and the tags do.
+// Tags on a volume show that Lariat created it. All hosts see the tags. A host whose Create made or
+// found a volume remembers its id. The reason is that another host may replace the volume with one
+// of the same name. The host's journal records all mounts, so that Unmount and Detach need no
+// options. Without the journal, the mount table and the tags suffice.
 //
-// A device is known by the volume's id, which NVMe devices of EBS have as their serial number, and
-// never by its name, which changes. It is formatted only if it is proven blank: see format.go.
+// The volume's id identifies a device, because NVMe devices of EBS have the id as their serial
+// number. The device's name changes and identifies nothing. A device is formatted only if it is
+// proven blank: see format.go.
 package ebs
 
 import (
@@ -27,14 +28,15 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/cloud"
 )
 
-// Driver implements volume.Driver. GetVolumeName is not supported: kubelet's own names serve.
+// Driver implements volume.Driver. It does not support GetVolumeName, because kubelet's own names
+// suffice.
 type Driver struct {
 	volume.Unsupported
 	config  Config
 	log     *slog.Logger
 	volumes volume.Journal[record]
 	mounts  volume.Journal[mountRecord]
-	formats volume.Journal[time.Time] // of volumes by id whose mkfs was begun here on a proven blank device, and not ended
+	formats volume.Journal[time.Time] // by volume id: mkfs began here on a proven blank device, and has not ended
 	locks   volume.Locks
 	devices devices
 
@@ -44,22 +46,23 @@ type Driver struct {
 
 var _ volume.Driver = (*Driver)(nil)
 
-// record of a volume that this host created or attached.
+// record describes a volume that this host created or attached.
 type record struct {
 	ID      string `json:"id"`
 	Region  string `json:"region"`
 	Cluster string `json:"cluster,omitempty"`
-	// Create has made or found it: the name means this volume here until Delete; otherwise until
-	// Detach
+	// Created means that Create has made or found the volume. Then the name means this volume here
+	// until Delete. Otherwise it does so until Detach.
 	Created  bool `json:"created,omitempty"`
 	Deleting bool `json:"deleting,omitempty"`
-	// it is gone: Delete found another volume of the name and has touched nothing, or a Create has
-	// begun to make it anew; no Delete touches anything until a Create ends
+	// Lost means that the volume no longer exists. Delete found another volume of the name and
+	// touched nothing, or a Create has begun to make it again. No Delete touches anything until a
+	// Create ends.
 	Lost bool      `json:"lost,omitempty"`
 	Time time.Time `json:"time"`
 }
 
-// understand reads a request, and what this host remembers of the volume's name.
+// understand parses a request, and adds this host's record of the volume's name.
 func (d *Driver) understand(req volume.Request) (Volume, error) {
 	v, err := d.config.Volume(req)
 	if err != nil || v.ID != "" || v.Known != "" {
@@ -72,7 +75,7 @@ func (d *Driver) understand(req volume.Request) (Volume, error) {
 	return v, err
 }
 
-// forget drops the record of a volume that is attached no more, unless Create or Delete need it.
+// forget drops the record of a detached volume, unless Create or Delete need the record.
 func (d *Driver) forget(name string) error {
 	rec, known, err := d.volumes.Get(name)
 	if err != nil || !known || rec.Created || rec.Deleting || rec.Lost {
@@ -81,20 +84,21 @@ func (d *Driver) forget(name string) error {
 	return d.volumes.Remove(name)
 }
 
-// mountRecord says what was mounted at a folder. It is written before the mount and removed after it is gone,
-// and after the volume is detached, if that is for unmount to do.
+// mountRecord describes the mount at a directory. It is written before the mount. It is removed
+// after the unmount, and after the detachment if unmount must detach.
 type mountRecord struct {
 	Name     string    `json:"name"`
 	ID       string    `json:"id"`
 	Region   string    `json:"region"`
-	FromNode bool      `json:"fromNode,omitempty"` // unmount detaches
+	FromNode bool      `json:"fromNode,omitempty"` // unmount detaches the volume
 	BootID   string    `json:"bootID"`
 	Pod      string    `json:"pod,omitempty"`
 	Time     time.Time `json:"time"`
 }
 
-// New makes the driver. Nothing happens before the first call. With a configuration that is wrong it answers
-// Init, because kubelet does not ask a second time, and unmounts. All else says what is wrong.
+// New returns the driver. It does nothing before the first call. With a wrong configuration, the
+// driver still answers Init, because kubelet does not ask again, and still unmounts. All other
+// calls return the configuration's error.
 func New(c Config, log *slog.Logger) *Driver {
 	c.StateDir, c.RunDir = cmp.Or(c.StateDir, volume.DefaultStateDir), cmp.Or(c.RunDir, volume.DefaultRunDir)
 	dir := filepath.Join(c.StateDir, "ebs")
@@ -113,7 +117,7 @@ func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
 		RequiresFSResize: true}, nil
 }
 
-// region is EC2 in one of them.
+// region is the EC2 service of one region.
 type region struct {
 	*cloud.Session
 	ec2 *ec2.Client
@@ -134,5 +138,5 @@ func (d *Driver) open(ctx context.Context, name string) (*region, error) {
 	return r, nil
 }
 
-// pauses between looks at AWS. Tests of this package have no time for them.
+// pauses are the pauses between requests to AWS. Tests of this package shorten them.
 var pauses = cloud.Pauses{First: 250 * time.Millisecond, Most: 5 * time.Second}

@@ -15,8 +15,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Expand implements volume.Driver. On the node it enlarges the volume, too, unless that is done: kubelet's
-// controller does not call it.
+// Expand implements volume.Driver. On the node it also enlarges the volume if necessary, because
+// kubelet's controller does not call Expand.
 func (d *Driver) Expand(ctx context.Context, req volume.Request, to volume.Expansion) (int64, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -56,16 +56,17 @@ func (d *Driver) Expand(ctx context.Context, req volume.Request, to volume.Expan
 	return size, d.enlargeFS(within, v, f, to.Dir, size)
 }
 
-// coolDown is how long AWS wants a volume to be left as it is after a change.
+// coolDown is AWS's minimum time between two changes of a volume.
 const coolDown = 6 * time.Hour
 
-// enlarge enlarges a volume, and waits until its new size can be used.
+// enlarge enlarges a volume, and waits until the new size is usable.
 func (d *Driver) enlarge(ctx context.Context, r *region, f *found, want int32) error {
 	last, err := r.modification(ctx, f.id())
 	if err != nil {
 		return err
 	}
-	// A volume shows its new size before that can be used; its modification tells.
+	// A volume shows its new size before that size is usable. The state of its modification shows
+	// whether it is.
 	going := last != nil && last.ModificationState == types.VolumeModificationStateModifying &&
 		aws.ToInt32(last.TargetSize) >= want
 	if !going {
@@ -80,7 +81,7 @@ func (d *Driver) enlarge(ctx context.Context, r *region, f *found, want int32) e
 			if last != nil && last.StartTime != nil {
 				when = "at " + last.StartTime.Add(coolDown).UTC().Format(time.RFC3339)
 			}
-			// The answer to an earlier call was lost, maybe.
+			// The answer to an earlier call may have been lost.
 			if now, merr := r.modification(ctx, f.id()); merr != nil || now == nil || aws.ToInt32(now.TargetSize) < want ||
 				now.ModificationState == types.VolumeModificationStateFailed {
 				return fmt.Errorf("AWS lets a volume be changed once in six hours; it can be tried again %s: %w", when,
@@ -105,7 +106,7 @@ func (d *Driver) enlarge(ctx context.Context, r *region, f *found, want int32) e
 	})
 }
 
-// modification is a volume's latest one, or nil.
+// modification returns the latest modification of a volume, or nil.
 func (r *region) modification(ctx context.Context, id string) (*types.VolumeModification, error) {
 	out, err := r.ec2.DescribeVolumesModifications(ctx, &ec2.DescribeVolumesModificationsInput{VolumeIds: []string{id}})
 	if cloud.Is(err, "InvalidVolumeModification.NotFound") || err == nil && len(out.VolumesModifications) == 0 {
@@ -120,7 +121,7 @@ func (r *region) modification(ctx context.Context, id string) (*types.VolumeModi
 	return &latest, nil
 }
 
-// enlargeFS enlarges the file system that is mounted at a folder, to all of the device.
+// enlargeFS enlarges the file system at a directory to the whole device.
 func (d *Driver) enlargeFS(ctx context.Context, v Volume, f *found, dir string, size int64) error {
 	dir, err := mounts.Resolve(dir)
 	if err != nil {

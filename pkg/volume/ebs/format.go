@@ -18,8 +18,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// run executes a program of the system on a device and returns its standard output. One that ends with
-// another status than 0 is an *ended.
+// run executes a program of the system on a device and returns its standard output. A status other
+// than 0 is an *ended.
 func run(ctx context.Context, program string, args ...string) (out string, err error) {
 	path := mounts.Program(program)
 	if path == "" {
@@ -36,11 +36,11 @@ func run(ctx context.Context, program string, args ...string) (out string, err e
 	return string(stdout), err
 }
 
-// ended is how a program ended that was not content.
+// ended is the error of a program with a status other than 0.
 type ended struct {
 	program string
 	status  int
-	words   string // on standard error
+	words   string // standard error
 }
 
 func (e *ended) Error() string {
@@ -51,14 +51,14 @@ func (e *ended) Error() string {
 	return text
 }
 
-// endedWith says that an error is a program's end with a status.
+// endedWith reports whether an error is a program's end with a status.
 func endedWith(err error, status int) bool {
 	var e *ended
 	return errors.As(err, &e) && e.status == status
 }
 
-// identify says which file system a device has; "" is one on which nothing is recognised, which proves
-// nothing. Whatever else there is, is an error.
+// identify returns the type of a device's file system. "" means that nothing was recognised, which
+// proves nothing. All other content is an error.
 func identify(ctx context.Context, dev device) (string, error) {
 	out, err := run(ctx, "blkid", "-p", "-o", "export", dev.path)
 	has := map[string]string{}
@@ -82,8 +82,8 @@ func identify(ctx context.Context, dev device) (string, error) {
 		"the whole device", dev.path, has["PTTYPE"])
 }
 
-// prepare sees to it that a device has a file system, and that it is sound, and returns its type. The device
-// is mounted nowhere.
+// prepare ensures that a device has a sound file system, and returns its type. The device must not
+// be mounted.
 func (d *Driver) prepare(ctx context.Context, r *region, v Volume, f *found, dev device) (string, error) {
 	fs, err := identify(ctx, dev)
 	if err != nil {
@@ -101,7 +101,7 @@ func (d *Driver) prepare(ctx context.Context, r *region, v Volume, f *found, dev
 		return "", err
 	}
 	if strings.HasPrefix(fs, "ext") {
-		// Of xfs, the mount itself replays the log.
+		// An xfs mount replays the log by itself.
 		if _, err := run(ctx, "e2fsck", "-p", dev.path); err != nil && !endedWith(err, 1) {
 			return "", fmt.Errorf("volume %s (%s): the file system on %s may have errors that e2fsck does not repair by "+
 				"itself: %w", v.Name, f.id(), dev.path, err)
@@ -110,12 +110,12 @@ func (d *Driver) prepare(ctx context.Context, r *region, v Volume, f *found, dev
 	return fs, nil
 }
 
-// format makes a file system on a volume that Lariat created, not from a snapshot, whose tag says that it was
-// never formatted, and whose device has the volume's size and reads as zeros wherever a file system would
-// leave something.
+// format makes a file system on a volume under four conditions. Lariat created the volume, and not
+// from a snapshot. Its tag says that it was never formatted. Its device has the volume's size. The
+// device reads as zeros in all places where a file system would leave data.
 //
-// Before mkfs begins the journal and the tag say so. One that was killed is begun again only by both: the tag
-// alone may be an old answer of AWS, on a volume that has data by now.
+// Before mkfs begins, the journal and the tag record it. A killed mkfs is repeated only if both
+// record it. The tag alone may be an outdated answer of AWS, for a volume that has data by now.
 func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev device) (string, error) {
 	fs := v.FSType
 	if fs == "" {
@@ -168,7 +168,7 @@ func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev 
 	if fs != "xfs" {
 		args = append([]string{"-m", "0"}, args...)
 	}
-	// Without -F and -f: where these programs see something, they refuse.
+	// Omit -F and -f, so that these programs refuse a device with data.
 	if _, err := run(ctx, "mkfs."+fs, args...); err != nil {
 		return "", fmt.Errorf("volume %s (%s): %w", v.Name, f.id(), err)
 	}
@@ -177,7 +177,7 @@ func (d *Driver) format(ctx context.Context, r *region, v Volume, f *found, dev 
 	return fs, nil
 }
 
-// formatted is when a device has a file system: if Lariat began to make it, that is over.
+// formatted records that a device has a file system: an mkfs of Lariat that began has ended.
 func (d *Driver) formatted(ctx context.Context, r *region, f *found) error {
 	if state := f.tags[tagFileSystem]; state == none || state == making {
 		if err := r.tag(ctx, f.id(), tagFileSystem, made); err != nil {
@@ -189,17 +189,18 @@ func (d *Driver) formatted(ctx context.Context, r *region, f *found) error {
 	return d.formats.Remove(f.id())
 }
 
-// extent of a device, in octets.
+// extent is a range of a device, in bytes.
 type extent struct{ from, to int64 }
 
 const (
-	edge    = 4 << 20 // what is read at both ends
+	edge    = 4 << 20 // the size of the tested range at both ends
 	samples = 512
 	sample  = 32 << 10
 )
 
-// places are what must be zero on a blank device: both ends, wherever ext file systems of any block size have
-// copies of their superblock, and a sample over all of it, in which are the starts of xfs's groups.
+// places returns the ranges that must be zero on a blank device. These are both ends, and all
+// places where ext file systems of any block size keep copies of their superblock. A sample over
+// the whole device includes the starts of xfs's groups.
 func places(size int64) (list []extent) {
 	add := func(from, length int64) {
 		if from, to := max(from, 0), min(from+length, size); from < to {
@@ -212,7 +213,7 @@ func places(size int64) (list []extent) {
 		group := 8 * block * block
 		for _, base := range []int64{1, 3, 5, 7} {
 			for n := base; n*group < size && n <= 1<<24; n *= max(base, 2) {
-				add(n*group-block, 4*block) // of 1024, the superblock is one block further
+				add(n*group-block, 4*block) // with blocks of 1024 bytes, the superblock is one block further
 			}
 		}
 	}
@@ -237,7 +238,8 @@ type proof struct {
 	Size   int64
 }
 
-// proveBlank reads the places, with the device opened exclusively, and returns the first octet that is not zero, or -1.
+// proveBlank reads the places, with the device opened exclusively. It returns the position of the
+// first byte that is not zero, or -1.
 var proveBlank = mounts.Task("blank", func(p proof) (int64, error) {
 	fd, err := unix.Open(p.Path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, unix.EBUSY) {
@@ -252,12 +254,12 @@ var proveBlank = mounts.Task("blank", func(p proof) (int64, error) {
 		fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev)) != p.Number {
 		return 0, fmt.Errorf("%s is not the device any more that it was", p.Path)
 	}
-	// What is cached may be another's.
+	// Cached data may be outdated.
 	_ = unix.Fadvise(fd, 0, 0, unix.FADV_DONTNEED)
 	return firstData(p.Size, func(b []byte, at int64) (int, error) { return syscall.Pread(fd, b, at) })
 })
 
-// firstData is the first octet among the places that is not zero, or -1.
+// firstData returns the position of the first byte in the places that is not zero, or -1.
 func firstData(size int64, read func(b []byte, at int64) (int, error)) (int64, error) {
 	buf := make([]byte, 256<<10)
 	for _, e := range places(size) {

@@ -14,16 +14,16 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// superblock is the part of a file system's own description that matters here.
+// superblock holds the needed members of a file system's superblock.
 type superblock struct {
 	size    int64 // bytes
-	damaged bool  // the kernel has found errors; xfs does not say
+	damaged bool  // the kernel has found errors; xfs does not record them
 }
 
-// superblockSize is how many bytes of a device hold it.
+// superblockSize is the number of bytes that hold the superblock.
 const superblockSize = 4096
 
-// parseSuperblock reads the beginning of a device.
+// parseSuperblock parses the first bytes of a device.
 func parseSuperblock(fs string, b []byte) (superblock, error) {
 	var s superblock
 	be, le := binary.BigEndian, binary.LittleEndian
@@ -53,13 +53,13 @@ func readSuperblock(fd int, fs string) (superblock, error) {
 	return parseSuperblock(fs, b)
 }
 
-// slack is how much smaller than its device a file system may be. ext uses no last group that is too
-// small for its own tables.
+// slack is the accepted difference between the sizes of a device and its file system. ext does not
+// use a last group that is too small for its own tables.
 const slack = 64 << 20
 
-// grow enlarges a file system that is mounted for writing, if it is smaller than its device: the
-// volume comes from a smaller snapshot, or was enlarged while it was mounted nowhere. A volume that
-// cannot be enlarged can be used all the same.
+// grow enlarges a file system that is mounted for writing and is smaller than its device. The
+// volume may come from a smaller snapshot, or was enlarged while it was not mounted. A failure is
+// not fatal, because the volume is usable at its old size.
 func (d *Driver) grow(ctx context.Context, v Volume, f *found, dev device, fd int, fs, dir string) {
 	s, err := readSuperblock(fd, fs)
 	if err == nil && dev.size-s.size < slack {
@@ -78,9 +78,8 @@ func (d *Driver) grow(ctx context.Context, v Volume, f *found, dev device, fd in
 		"from", s.size, "to", dev.size)
 }
 
-// growFS enlarges the file system that is mounted at a directory to all of its device. It does
-// not call resize2fs, which takes the first mount of the device that it finds: that may be a read-only
-// one.
+// growFS enlarges the file system at a directory to the whole device. It does not call resize2fs,
+// which uses the first mount of the device. That mount may be read-only.
 func growFS(ctx context.Context, fs, dir string, dev device) (err error) {
 	if strings.HasPrefix(fs, "ext") {
 		_, err = growExt(ctx, growArgs{dir, dev.number, dev.size})
@@ -98,7 +97,7 @@ type growArgs struct {
 	Size        int64
 }
 
-// resizeFS is EXT4_IOC_RESIZE_FS (fs/ext4/ext4.h): it takes a number of blocks.
+// resizeFS is EXT4_IOC_RESIZE_FS (fs/ext4/ext4.h), whose argument is a number of blocks.
 const resizeFS = 0x40086610
 
 var growExt = mounts.Task("ext-grow", func(a growArgs) (struct{}, error) {

@@ -20,9 +20,9 @@ var (
 	nodeName   = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?$`)
 )
 
-// instance is the id of a node, as kubelet calls it: "" and this host's own name are the instance that this
-// is, others are found by their private DNS name or, where nodes have names of their own, by their tag Name.
-// An id is itself.
+// instance returns the id of a node with kubelet's name. "" and this host's own name mean this
+// instance. Other nodes are found by their private DNS name. Nodes with names of their own are
+// found by their tag Name. An id is returned unchanged.
 func (r *region) instance(ctx context.Context, node string) (string, error) {
 	host, _ := os.Hostname()
 	short, _, _ := strings.Cut(host, ".")
@@ -64,7 +64,7 @@ func (r *region) instance(ctx context.Context, node string) (string, error) {
 		r.Config.Region, errNoInstance)
 }
 
-// errNoInstance is when a node's name leads to none, which may pass.
+// errNoInstance means that a node's name matches no instance. The error may pass.
 var errNoInstance = fmt.Errorf("is it gone, or in another region?")
 
 func (r *region) instances(ctx context.Context, in *ec2.DescribeInstancesInput) (all []types.Instance, err error) {
@@ -81,7 +81,8 @@ func (r *region) instances(ctx context.Context, in *ec2.DescribeInstancesInput) 
 	return all, nil
 }
 
-// instanceByID is an instance by its id; a zero one with state terminated if AWS has forgotten it.
+// instanceByID returns an instance by its id. If AWS has forgotten the instance, it returns an
+// instance with the state terminated.
 func (r *region) instanceByID(ctx context.Context, id string) (types.Instance, error) {
 	all, err := r.instances(ctx, &ec2.DescribeInstancesInput{InstanceIds: []string{id}})
 	if cloud.Is(err, "InvalidInstanceID.NotFound") || err == nil && len(all) == 0 {
@@ -101,7 +102,7 @@ func state(i types.Instance) types.InstanceStateName {
 	return i.State.Name
 }
 
-// zone of an instance.
+// zone returns the zone of an instance.
 func zone(i types.Instance) string {
 	if i.Placement == nil {
 		return ""
@@ -109,8 +110,8 @@ func zone(i types.Instance) string {
 	return aws.ToString(i.Placement.AvailabilityZone)
 }
 
-// checkAttachLimit says whether an instance can take one volume more. Credentials that may not ask are no
-// reason to refuse: AttachVolume does that.
+// checkAttachLimit checks that an instance can take one more volume. It accepts credentials without
+// the permission for this check, because AttachVolume enforces the limit.
 func (d *Driver) checkAttachLimit(ctx context.Context, r *region, i types.Instance) error {
 	out, err := r.ec2.DescribeInstanceTypes(ctx,
 		&ec2.DescribeInstanceTypesInput{InstanceTypes: []types.InstanceType{i.InstanceType}})

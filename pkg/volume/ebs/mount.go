@@ -19,7 +19,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// WaitForAttach implements volume.Driver. What AWS called the device matters only on instances without NVMe.
+// WaitForAttach implements volume.Driver. AWS's name of the device matters only on instances
+// without NVMe.
 func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Request) (string, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -29,7 +30,8 @@ func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Reques
 	}
 	within, cancelWork := volume.WithReserve(ctx)
 	defer cancelWork()
-	// kubelet asks again after it was restarted. What is mounted is there, even if AWS cannot be asked.
+	// kubelet asks again after its restart. A mounted volume has its device, even if AWS does not
+	// answer.
 	if dev, err := d.mounted(v); err != nil || dev.path != "" {
 		return dev.path, err
 	}
@@ -45,7 +47,7 @@ func (d *Driver) WaitForAttach(ctx context.Context, as string, req volume.Reques
 	return dev.path, err
 }
 
-// mounted is the device of a volume of which this host has a mount on record.
+// mounted returns the device of a volume for which this host has a mount on record.
 func (d *Driver) mounted(v Volume) (device, error) {
 	all, err := d.mounts.List()
 	if err != nil {
@@ -62,8 +64,8 @@ func (d *Driver) mounted(v Volume) (device, error) {
 	return device{}, nil
 }
 
-// arrived waits for the device of a volume that is attached, as AWS says, to this instance. One that is still
-// attaching, or already detaching, is not touched.
+// arrived waits for the device of a volume that AWS reports as attached to this instance. It does
+// not change a volume that is still attaching or already detaching.
 func (d *Driver) arrived(ctx context.Context, r *region, v Volume, f *found, as string) (device, error) {
 	if len(f.Attachments) == 0 {
 		return device{}, fmt.Errorf("volume %s (%s) is attached to no instance: attach it first", v.Name, f.id())
@@ -93,8 +95,8 @@ func (d *Driver) arrived(ctx context.Context, r *region, v Volume, f *found, as 
 	return dev, nil
 }
 
-// MountDevice implements volume.Driver. kubelet has one directory for all pods of a node, and
-// calls for any of them. The last call decides whether the mount there is read-only.
+// MountDevice implements volume.Driver. kubelet has one directory for all pods of a node, and calls
+// MountDevice for any of them. The last call decides whether the mount there is read-only.
 func (d *Driver) MountDevice(ctx context.Context, dir, as string, req volume.Request) error {
 	return d.mountAt(ctx, dir, as, req, true)
 }
@@ -102,15 +104,16 @@ func (d *Driver) MountDevice(ctx context.Context, dir, as string, req volume.Req
 // UnmountDevice implements volume.Driver.
 func (d *Driver) UnmountDevice(ctx context.Context, dir string) error { return d.Unmount(ctx, dir) }
 
-// Mount implements volume.Driver. At a second folder the device is mounted once more, which is the
-// same file system: so one verb serves kubelet, which mounts for the node and then for each pod, as
-// well as those who mount once. Each mount is read-only or read-write by itself. With Config.Attach=node
-// it attaches first.
+// Mount implements volume.Driver. At a second directory it mounts the device once more, which is
+// the same file system. So one verb serves callers that mount once, and kubelet, which mounts for
+// the node and then for each pod. Each mount is read-only or read-write by itself. With
+// Config.Attach=node, Mount attaches first.
 func (d *Driver) Mount(ctx context.Context, dir, as string, req volume.Request) error {
 	return d.mountAt(ctx, dir, as, req, false)
 }
 
-// mountAt does the work of both. With switches, a mount that exists may become read-only, or read-write.
+// mountAt implements MountDevice and Mount. With switches, an existing mount may become read-only
+// or read-write.
 func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request, switches bool) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -141,13 +144,13 @@ func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request
 		return err
 	}
 	if err := d.mount(within, r, v, dir, as, rec, switches); err != nil {
-		// A mount whose end nobody saw stays on record.
+		// A mount with an unknown end stays on record.
 		if t, terr := mounts.Read(); terr == nil && len(t.At(dir)) == 0 && (!known || old.Name == v.Name) {
 			err = errors.Join(err, d.giveUp(ctx, r, dir))
 		}
 		return err
 	}
-	// Those of volumes that unmount has to detach stay until it does.
+	// Keep the records of volumes that unmount has to detach.
 	boot := hostid.Boot()
 	if err := d.mounts.Prune(func(r mountRecord) bool { return r.BootID != boot && !r.FromNode }); err != nil {
 		d.log.Warn("journal not pruned", "error", err)
@@ -155,8 +158,8 @@ func (d *Driver) mountAt(ctx context.Context, dir, as string, req volume.Request
 	return nil
 }
 
-// giveUp drops the record of a mount that failed. kubelet does not call unmount then, so what Mount attached
-// is detached here; nobody waits for that.
+// giveUp drops the record of a failed mount. kubelet does not call unmount then, so giveUp detaches
+// a volume that Mount attached. It does not wait for the detachment.
 func (d *Driver) giveUp(ctx context.Context, r *region, dir string) error {
 	rec, known, err := d.mounts.Get(dir)
 	if err != nil || !known {
@@ -168,7 +171,7 @@ func (d *Driver) giveUp(ctx context.Context, r *region, dir string) error {
 			err = r.release(ctx, rec.ID, self, false)
 		}
 		if err != nil {
-			return fmt.Errorf("and it is still attached: %w", err) // it stays on record
+			return fmt.Errorf("and it is still attached: %w", err) // the volume stays on record
 		}
 	}
 	return d.mounts.Remove(dir)
@@ -211,7 +214,7 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	if err != nil {
 		return err
 	}
-	// As long as it is open, its name and number are no other device's.
+	// While the device is open, no other device gets its name and number.
 	dev, fd, err := d.devices.open(filepath.Base(dev.path), f.id(), unix.O_RDONLY)
 	if err != nil {
 		return err
@@ -255,7 +258,8 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	if others, err := d.others(ctx, table, dev); err != nil {
 		return fmt.Errorf("volume %s (%s): %w", v.Name, f.id(), err)
 	} else if len(others) > 0 {
-		// Mounted once more, it is the same file system with the same state; what is mounted is not examined.
+		// Another mount shares the file system and its state. A mounted file system is not
+		// examined.
 		spec.FSType = others[0].FSType
 		if err := v.is(f, spec.FSType); err != nil {
 			return err
@@ -275,7 +279,7 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 		return err
 	}
 	if spec.FSType == "xfs" && aws.ToString(f.SnapshotId) != "" {
-		spec.Options = rules.Merge(spec.Options, []string{"nouuid"}) // the volume that the snapshot is of may be here, too
+		spec.Options = rules.Merge(spec.Options, []string{"nouuid"}) // the snapshot's source may be mounted here, too
 	}
 	err = mounts.Mount(ctx, spec)
 	volume.Failpoint("mounted")
@@ -289,7 +293,7 @@ func (d *Driver) mount(ctx context.Context, r *region, v Volume, dir, as string,
 	return nil
 }
 
-// is refuses a file system that the options do not ask for.
+// is refuses a file system that differs from the options.
 func (v Volume) is(f *found, fs string) error {
 	if v.FSType == "" || v.FSType == fs {
 		return nil
@@ -298,7 +302,7 @@ func (v Volume) is(f *found, fs string) error {
 		v.Name, f.id(), fs, v.FSType)
 }
 
-// mode is for messages.
+// mode returns the name of a mount's mode for messages.
 func mode(readOnly bool) string {
 	if readOnly {
 		return "read-only"
@@ -306,10 +310,11 @@ func mode(readOnly bool) string {
 	return "read-write"
 }
 
-// readOnly says whether a list of the mount table begins with ro, as it does then.
+// readOnly reports whether a list of the mount table begins with ro, as it does for read-only
+// mounts.
 func readOnly(options string) bool { return strings.HasPrefix(options+",", "ro,") }
 
-// having are the mounts of a device.
+// having returns the mounts of a device on this host.
 func (d *Driver) having(table mounts.Table, dev device) (all []mounts.Entry) {
 	for _, m := range table {
 		if m.Device == dev.number {
@@ -319,8 +324,9 @@ func (d *Driver) having(table mounts.Table, dev device) (all []mounts.Entry) {
 	return all
 }
 
-// others are the mounts of a device, on this host or, if there are none, in the mount namespaces of
-// its processes alone: a container keeps its own after the host's is gone.
+// others returns the mounts of a device on this host. If there are none, it returns the mounts in
+// the mount namespaces of the host's processes. A container keeps its mount after the host's mount
+// is removed.
 func (d *Driver) others(ctx context.Context, table mounts.Table, dev device) ([]mounts.Entry, error) {
 	if all := d.having(table, dev); len(all) > 0 {
 		return all, nil
@@ -338,9 +344,9 @@ func (d *Driver) others(ctx context.Context, table mounts.Table, dev device) ([]
 	return nil, d.refused(ctx, dev, "", err)
 }
 
-// writable says whether the file system of a device that has mounts can be written to. If only they
-// are read-only, and the file system with them, and the volume is wanted for writing, it is made
-// so, which changes none of them.
+// writable reports whether the file system of a mounted device can be written to. If the file
+// system is read-only and the volume is wanted for writing, writable makes the file system
+// writable. This does not change the existing mounts.
 func (d *Driver) writable(ctx context.Context, r *region, v Volume, f *found, dev device, fd int,
 	others []mounts.Entry) (bool, error) {
 	if !slices.ContainsFunc(others, func(m mounts.Entry) bool { return readOnly(m.Super) }) {
@@ -390,7 +396,8 @@ func points(all []mounts.Entry) string {
 	return strings.Join(list, ", ")
 }
 
-// refused adds to EBUSY who has the device, and to EINVAL which other one has the same UUID: the kernel says neither.
+// refused adds facts that the kernel omits. To EBUSY it adds the users of the device, and to EINVAL
+// the other device with the same UUID.
 func (d *Driver) refused(ctx context.Context, dev device, fs string, err error) error {
 	switch {
 	case errors.Is(err, unix.EBUSY):
@@ -420,17 +427,17 @@ func (d *Driver) refused(ctx context.Context, dev device, fs string, err error) 
 	return err
 }
 
-// uuid of the file system on a device, or "".
+// uuid returns the UUID of the file system on a device, or "".
 func uuid(ctx context.Context, path string) string {
 	out, _ := run(ctx, "blkid", "-p", "-s", "UUID", "-o", "value", path)
 	return strings.TrimSpace(out)
 }
 
-// healthy says whether the device below a mount is still there. The file system of one that was torn away
-// answers as if nothing had happened, takes what is written, and loses it.
+// healthy checks that the device below a mount still exists. The file system of a device that was
+// detached by force still answers, accepts writes, and loses them.
 func (d *Driver) healthy(dir string, m mounts.Entry) error {
 	if strings.HasPrefix(m.Device, "0:") {
-		return nil // no device's, and another's
+		return nil // a file system without a device, which is not this driver's
 	}
 	if _, alive := d.devices.numbered(m.Device); !alive {
 		return fmt.Errorf("the device of what is mounted at %s (%s, %s) is gone: it was detached while it was mounted, "+
@@ -439,8 +446,8 @@ func (d *Driver) healthy(dir string, m mounts.Entry) error {
 	return nil
 }
 
-// alive refuses a file system that the kernel has shut down, after errors of its device: it would
-// be handed out as a success.
+// alive refuses a file system that the kernel has shut down after errors of its device. Without
+// this check, its mount would count as a success.
 func alive(ctx context.Context, v Volume, f *found, dir string) error {
 	if stale, err := mounts.Probe(ctx, dir); stale {
 		return fmt.Errorf("the file system of volume %s (%s), mounted at %s, is shut down: %w. The kernel's log says "+
@@ -449,7 +456,7 @@ func alive(ctx context.Context, v Volume, f *found, dir string) error {
 	return nil
 }
 
-// torn looks for mounts of a volume on this host whose device is gone.
+// torn returns an error if a mount of a volume on this host has lost its device.
 func (d *Driver) torn(table mounts.Table, id string) error {
 	all, err := d.mounts.List()
 	if err != nil {
@@ -468,7 +475,7 @@ func (d *Driver) torn(table mounts.Table, id string) error {
 	return nil
 }
 
-// used is a folder where a volume is mounted, or "".
+// used returns a directory where a volume is mounted, or "".
 func (d *Driver) used(id string) string {
 	table, err := mounts.Read()
 	if err != nil {
@@ -488,8 +495,8 @@ func (d *Driver) used(id string) string {
 	return ""
 }
 
-// Unmount implements volume.Driver. What a Mount with Config.Attach=node attached is detached when it is
-// mounted nowhere any more.
+// Unmount implements volume.Driver. A volume that a Mount with Config.Attach=node attached is
+// detached after its last unmount.
 func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Short)
 	defer cancel()
@@ -529,7 +536,8 @@ func (d *Driver) Unmount(ctx context.Context, dir string) error {
 	return d.release(within, dir, now)
 }
 
-// release drops the record of a mount that is gone, after what goes with it.
+// release drops the record of a removed mount. Before that, it detaches the volume if unmount must
+// do so.
 func (d *Driver) release(ctx context.Context, dir string, rec mountRecord) error {
 	if rec.FromNode && (rec.ID == "" || d.used(rec.ID) == "") {
 		r, err := d.open(ctx, rec.Region)

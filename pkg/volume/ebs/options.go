@@ -13,7 +13,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Options of a volume, as users write them.
+// Options are a volume's options, as users write them.
 type Options struct {
 	VolumeID         string         `option:"volumeID"`
 	Size             int32          `option:"size"` // GiB
@@ -33,28 +33,30 @@ type Options struct {
 	ReadOnly         bool           `option:"readOnly"`
 }
 
-// told are what Create's reply says, beside options of their own, and what Rancher's daemon gives back at
-// each later call.
+// told lists the options of Create's reply that are not options of a volume. Rancher's daemon
+// passes them with each later call.
 var told = []string{"created", "name", volume.Identity}
 
-// Config is what an administrator decides for all volumes.
+// Config holds the administrator's settings for all volumes.
 type Config struct {
-	// who attaches volumes: controller, which "" means too, or node, the one that mounts them, where no
-	// controller can: LARIAT_EBS_ATTACH
+	// Attach selects the process that attaches volumes: LARIAT_EBS_ATTACH. "controller" is the
+	// default. "node" is the node that mounts, for clusters whose controller cannot have the
+	// driver.
 	Attach   string
-	Cluster  string // whose volumes these are; names of volumes of other clusters mean others: LARIAT_EBS_CLUSTER
+	Cluster  string // the owner of the volumes; other clusters have other volumes of the same name: LARIAT_EBS_CLUSTER
 	StateDir string // "": volume.DefaultStateDir
 	RunDir   string // "": volume.DefaultRunDir
 }
 
-// Environment are the variables that FromEnvironment reads, and those of the SDK, with what they mean.
+// Environment lists the variables of FromEnvironment and of the SDK, with their meanings.
 var Environment = slices.Concat([][2]string{
 	{"LARIAT_EBS_ATTACH", "controller or node: who attaches; node where a controller cannot be given the driver"},
 	{"LARIAT_EBS_CLUSTER", "name of the cluster, if several share the account: volumes are known by it and their " +
 		"own name"},
 }, volume.Environment, cloud.Environment)
 
-// FromEnvironment reads the configuration. What is wrong with it is for those to hear who need not go on; see New.
+// FromEnvironment reads the configuration. It returns errors of the configuration for callers that
+// must stop. Drivers of New continue: see New.
 func FromEnvironment(getenv func(string) string) (Config, error) {
 	c := Config{Attach: getenv("LARIAT_EBS_ATTACH"), Cluster: getenv("LARIAT_EBS_CLUSTER"),
 		StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
@@ -77,23 +79,23 @@ func (c Config) check() error {
 
 func (c Config) fromNode() bool { return c.Attach == "node" }
 
-// Volume is a request understood.
+// Volume is a parsed request.
 type Volume struct {
 	Name     string
 	DetachAs string // volume.Request's, never ""
 	ID       string // of a volume that is not found by its name
-	Known    string // id of the only volume that the name may mean here; "": the tag says
+	Known    string // id of the only volume that the name may mean here; "": the tag decides
 	Region   string // "": the configured one
 	New      Specification
-	FSType   string // "": what there is, or else ext4
+	FSType   string // "": the existing one, or else ext4
 	Options  []string
 	OnRemove cloud.OnRemove
-	Said     bool // OnRemove was
+	Said     bool // the user set OnRemove
 	Force    bool
 	ReadOnly bool
 }
 
-// Specification is what a volume is created as. A member that is zero is AWS's to choose.
+// Specification describes a volume to create. AWS chooses the value of a zero member.
 type Specification struct {
 	Size       int32 // GiB
 	Type       string
@@ -113,13 +115,15 @@ var (
 	keyName    = regexp.MustCompile(`^[A-Za-z0-9:/_-]{1,1000}$`)
 )
 
-// FSTypes are the file systems that are made and mounted.
+// FSTypes lists the file systems that the driver makes and mounts.
 var FSTypes = []string{"ext4", "ext3", "xfs"}
 
-// volumeTypes are EBS's. Which sizes, IOPS and throughput go with each is AWS's to say: it changes.
+// volumeTypes lists EBS's types. AWS alone checks sizes, IOPS and throughput of each type, because
+// these limits change.
 var volumeTypes = []string{"gp3", "gp2", "io2", "io1", "st1", "sc1", "standard"}
 
-// Volume understands a request. It reads nothing else, and is where all input is checked.
+// Volume parses a request and checks all its input. It reads nothing but the request and the
+// configuration.
 func (c Config) Volume(r volume.Request) (Volume, error) {
 	if err := c.check(); err != nil {
 		return Volume{}, fmt.Errorf("the driver's environment: %w", err)
@@ -192,7 +196,7 @@ func (c Config) Volume(r volume.Request) (Volume, error) {
 	return v, nil
 }
 
-// parseTags reads k=v,k=v, or a JSON object for values with commas.
+// parseTags parses k=v,k=v, or a JSON object for values with commas.
 func parseTags(text string) (map[string]string, error) {
 	tags := map[string]string{}
 	if strings.HasPrefix(text, "{") {
@@ -222,7 +226,7 @@ func parseTags(text string) (map[string]string, error) {
 	return tags, volume.CheckOptions(tags)
 }
 
-// rules are all mount options that there are.
+// rules holds all allowed mount options.
 var rules = mounts.Rules{
 	"ro": mounts.Flag("ro"), "rw": mounts.Flag("ro"), "sync": mounts.Flag("sync"), "async": mounts.Flag("sync"),
 	"dirsync": mounts.Flag("dirsync"),

@@ -20,21 +20,23 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/cloud"
 )
 
-// Tags of ours. The first is the mark of a volume that Create made: it is in the call that creates it.
+// Tags that Lariat sets. The first tag marks a volume of Create, and is part of the call that
+// creates the volume.
 const (
 	tagPrefix  = "lariat:"
 	tagVolume  = tagPrefix + "volume"  // the name
 	tagCluster = tagPrefix + "cluster" // Config.Cluster, if it is not ""
-	// what Detach will call it, if that is not the name: it is another's, or kubelet calls it otherwise
+	// Detach's name for the volume, if it is not the volume's name. It differs if Lariat did not
+	// create the volume, or if kubelet uses another name.
 	tagAttachedAs = tagPrefix + "attached-as"
 	tagFileSystem = tagPrefix + "file-system" // none, making or made
-	tagOnRemove   = tagPrefix + "on-remove"   // what the creator said; absent: the creator did not say
+	tagOnRemove   = tagPrefix + "on-remove"   // the creator's choice; absent: the creator made none
 )
 
 // Values of tagFileSystem.
 const (
 	none   = "none"   // never formatted
-	making = "making" // mkfs was begun
+	making = "making" // mkfs has begun
 	made   = "made"
 )
 
@@ -46,15 +48,15 @@ type found struct {
 
 func (f *found) id() string { return aws.ToString(f.VolumeId) }
 
-// bytes is its size.
+// bytes returns the volume's size in bytes.
 func (f *found) bytes() int64 { return int64(aws.ToInt32(f.Size)) << 30 }
 
-// ours says that Create made it, under this name.
+// ours reports whether Create made the volume under this name.
 func (d *Driver) ours(f *found, name string) bool {
 	return f.tags[tagVolume] == name && f.tags[tagCluster] == d.config.Cluster
 }
 
-// describe is one volume, or nil.
+// describe returns one volume, or nil.
 func (r *region) describe(ctx context.Context, id string) (*found, error) {
 	out, err := r.ec2.DescribeVolumes(ctx, &ec2.DescribeVolumesInput{VolumeIds: []string{id}})
 	if cloud.Is(err, "InvalidVolume.NotFound") {
@@ -77,7 +79,7 @@ func newFound(v types.Volume) *found {
 	return f
 }
 
-// findByTag is the volume of a name in a tag, or nil. Those that are being deleted are no more.
+// findByTag returns the volume of a name in a tag, or nil. It ignores volumes in deletion.
 func (d *Driver) findByTag(ctx context.Context, r *region, tag, name string) (*found, error) {
 	var all []*found
 	pages := ec2.NewDescribeVolumesPaginator(r.ec2,
@@ -88,7 +90,7 @@ func (d *Driver) findByTag(ctx context.Context, r *region, tag, name string) (*f
 			return nil, cloud.Explain(ctx, err)
 		}
 		for _, v := range page.Volumes {
-			// The filter takes * and ? for what they are not in names; compare.
+			// The filter reads * and ? as wildcards, which they are not in names, so compare again.
 			if f := newFound(v); f.tags[tag] == name && f.tags[tagCluster] == d.config.Cluster &&
 				v.State != types.VolumeStateDeleting && v.State != types.VolumeStateDeleted {
 				all = append(all, f)
@@ -105,7 +107,7 @@ func (d *Driver) findByTag(ctx context.Context, r *region, tag, name string) (*f
 		"that are not meant", len(all), tag, name, all[0].id(), all[1].id())
 }
 
-// find is the volume that a request means, or nil if there is none of its name.
+// find returns the volume that a request means, or nil if no volume has its name.
 func (d *Driver) find(ctx context.Context, r *region, v Volume) (*found, error) {
 	switch {
 	case v.ID != "":
@@ -128,7 +130,7 @@ func (d *Driver) find(ctx context.Context, r *region, v Volume) (*found, error) 
 	return nil, err
 }
 
-// alive is one volume, or nil, also if it is being deleted.
+// alive returns one volume, or nil if it does not exist or is in deletion.
 func (r *region) alive(ctx context.Context, id string) (*found, error) {
 	f, err := r.describe(ctx, id)
 	if f != nil && (f.State == types.VolumeStateDeleting || f.State == types.VolumeStateDeleted) {
@@ -137,7 +139,8 @@ func (r *region) alive(ctx context.Context, id string) (*found, error) {
 	return f, err
 }
 
-// replaced is when another host has deleted the volume that this host knows, and made another one of the same name.
+// replaced is the error for a known volume that another host has replaced with another of the same
+// name.
 type replaced struct {
 	v     Volume
 	other *found
@@ -153,7 +156,7 @@ func (e *replaced) Error() string {
 
 func (e *replaced) Unwrap() error { return volume.ErrConflict }
 
-// findExisting is find, where the volume must exist.
+// findExisting is find for volumes that must exist.
 func (d *Driver) findExisting(ctx context.Context, r *region, v Volume) (*found, error) {
 	f, err := d.find(ctx, r, v)
 	switch {
@@ -181,7 +184,7 @@ func (d *Driver) Create(ctx context.Context, req volume.Request) (volume.Reply, 
 		return volume.Reply{}, err
 	}
 	defer unlock()
-	if v, err = d.understand(req); err != nil { // what was remembered before the lock may have changed
+	if v, err = d.understand(req); err != nil { // the record may have changed before the lock was taken
 		return volume.Reply{}, err
 	}
 	within, cancelWork := volume.WithReserve(ctx)
@@ -196,7 +199,7 @@ func (d *Driver) Create(ctx context.Context, req volume.Request) (volume.Reply, 
 	}
 	reply := volume.Reply{Options: map[string]string{"name": v.Name, "created": "false", "volumeID": f.id()}}
 	if d.ours(f, v.Name) {
-		// Without volumeID: with it, the next call would be one for a volume that Lariat did not create.
+		// Omit volumeID. With it, the next call would be about a volume that Lariat did not create.
 		reply.Options = map[string]string{"name": v.Name, "created": "true", volume.Identity: f.id()}
 		if f.retained() && v.OnRemove != cloud.Retain {
 			reply.Message = fmt.Sprintf("volume %s was there already, and onRemove=retain of its creator counts", f.id())
@@ -207,11 +210,11 @@ func (d *Driver) Create(ctx context.Context, req volume.Request) (volume.Reply, 
 	return reply, nil
 }
 
-// retained says that the creator wants the data kept.
+// retained reports whether the creator wants to keep the data.
 func (f *found) retained() bool { return f.tags[tagOnRemove] == string(cloud.Retain) }
 
-// ensure finds the volume, or makes it. One that this host knows and that is gone is made anew by
-// Create alone: who attaches it wants its data. The lock is held.
+// ensure finds the volume, or makes it. Only Create makes a known volume again if it is missing,
+// because an attachment needs the old data. The caller holds the lock.
 func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (*found, error) {
 	find := d.find
 	if v.Known != "" && !create {
@@ -221,11 +224,11 @@ func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (
 	if err != nil {
 		return nil, err
 	}
-	// Who attaches and says nothing has not decided that the data is to stay.
+	// An attachment without the option is no decision to keep the data.
 	v.Said = v.Said || create
 	if f == nil {
-		// Lost first: after a kill the next call must know as its own what this one makes, and no
-		// Delete may take what another host makes for it.
+		// Record the volume as lost first. After a kill, the next call must recognise the new
+		// volume as its own. No Delete may mistake another host's new volume for it.
 		if v.Known != "" {
 			gone := record{ID: v.Known, Region: r.Config.Region, Cluster: d.config.Cluster, Created: true, Lost: true,
 				Time: time.Now().UTC()}
@@ -247,7 +250,8 @@ func (d *Driver) ensure(ctx context.Context, r *region, v Volume, create bool) (
 	return f, d.remember(v, r, f, create)
 }
 
-// remember puts on record which volume the name is. What the record says beside stays if it is of the same one.
+// remember records which volume the name means. It keeps the other members of a record of the same
+// volume.
 func (d *Driver) remember(v Volume, r *region, f *found, create bool) error {
 	old, _, err := d.volumes.Get(v.Name)
 	same := old.ID == f.id() && old.Cluster == d.config.Cluster
@@ -260,8 +264,8 @@ func (d *Driver) remember(v Volume, r *region, f *found, create bool) error {
 	return err
 }
 
-// differs says what of a specification a volume is not. It may have grown since, and been modified by those
-// who pay for it.
+// differs returns an error that lists how a volume differs from a specification. The volume may
+// have grown since, and its owner may have modified it.
 func (s Specification) differs(f *found) error {
 	var what []string
 	is := func(option string, want, have any, differ bool) {
@@ -281,17 +285,19 @@ func (s Specification) differs(f *found) error {
 	return errors.New(strings.Join(what, ", "))
 }
 
-// tokens is how many of a name's are tried: one more for each earlier volume of the name that AWS still remembers.
+// tokens is the number of tokens that make tries for a name. Each earlier volume of the name that
+// AWS remembers takes one token.
 const tokens = 50
 
-// token makes CreateVolume repeatable, from whichever host: AWS answers the same one with the same volume.
+// token makes CreateVolume repeatable from every host: AWS answers the same token with the same
+// volume.
 func (d *Driver) token(name string, n int) string {
 	sum := sha256.Sum256([]byte("lariat\x00" + d.config.Cluster + "\x00" + name + "\x00" + strconv.Itoa(n)))
 	return hex.EncodeToString(sum[:])
 }
 
-// make creates the volume. A process that was killed, or did not get the answer, comes here again and gets
-// the same volume by its token.
+// make creates the volume. After a kill or a lost answer, the next call gets the same volume by its
+// token.
 func (d *Driver) make(ctx context.Context, r *region, v Volume) (*found, error) {
 	in, err := d.creation(ctx, r, v)
 	if err != nil {
@@ -304,7 +310,8 @@ func (d *Driver) make(ctx context.Context, r *region, v Volume) (*found, error) 
 		volume.Failpoint("created")
 		switch {
 		case cloud.Is(err, "IdempotentParameterMismatch"), cloud.Is(err, "VolumeLimitExceeded"):
-			// Somebody made it, maybe at this moment and with other values; or it was, and is deleted.
+			// Another caller made the volume, maybe just now and with other values. Otherwise the
+			// volume was made and deleted.
 			if f, ferr := d.findByTag(ctx, r, tagVolume, v.Name); f != nil || ferr != nil {
 				return f, ferr
 			}
@@ -330,12 +337,13 @@ func (d *Driver) make(ctx context.Context, r *region, v Volume) (*found, error) 
 		tokens)
 }
 
-// appearance is how long AWS may not know a volume that it has just made. A test has no time for it.
+// appearance is the time for which AWS may not know a volume that it has just made. Tests shorten
+// it.
 var appearance = 15 * time.Second
 
-// appeared waits until AWS shows a volume that it said it made; nil if it was deleted since: if AWS, asked
-// after all this time, does not know it. A request that was cut short, or throttled, says nothing of the
-// kind, for the next token would make a second volume.
+// appeared waits until AWS shows a new volume. It returns nil if the volume was deleted: AWS does
+// not know the volume even after the time of appearance. A request that was cut short or throttled
+// does not prove a deletion. Otherwise the next token would make a second volume.
 func (r *region) appeared(ctx context.Context, id string) (f *found, err error) {
 	start := time.Now()
 	err = pauses.Poll(ctx, func() (done bool, seen string, err error) {
@@ -349,7 +357,8 @@ func (r *region) appeared(ctx context.Context, id string) (f *found, err error) 
 	return f, err
 }
 
-// creation is what to ask AWS for. The zone is the instance's own unless the volume says another.
+// creation returns the request for AWS. The zone is the instance's own unless the volume names
+// another.
 func (d *Driver) creation(ctx context.Context, r *region, v Volume) (*ec2.CreateVolumeInput, error) {
 	s := v.New
 	if s.Size == 0 && s.SnapshotID == "" {
@@ -411,7 +420,8 @@ func tagList(tags map[string]string) (list []types.Tag) {
 	return list
 }
 
-// tag changes one tag of a volume that AWS has shown. One part of AWS may not know it yet.
+// tag changes one tag of a volume that AWS has shown. It retries, because one part of AWS may not
+// know the volume yet.
 func (r *region) tag(ctx context.Context, id, key, value string) error {
 	start := time.Now()
 	return pauses.Poll(ctx, func() (bool, string, error) {
@@ -424,7 +434,7 @@ func (r *region) tag(ctx context.Context, id, key, value string) error {
 	})
 }
 
-// ready waits until a volume is there.
+// ready waits until a volume is ready for use.
 func (r *region) ready(ctx context.Context, f *found) (*found, error) {
 	id := f.id()
 	err := pauses.Poll(ctx, func() (done bool, seen string, err error) {
@@ -468,7 +478,7 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 	if err != nil {
 		return volume.Reply{}, err
 	}
-	// The record is about another volume.
+	// In this case the record is about another volume.
 	elsewhere := v.Region != "" && old.Region != v.Region || old.Cluster != d.config.Cluster && old.Created
 	if elsewhere {
 		old = record{}
@@ -534,8 +544,8 @@ func (d *Driver) Delete(ctx context.Context, req volume.Request) (volume.Reply, 
 	return reply, d.volumes.Remove(v.Name)
 }
 
-// remove deletes a volume, and returns when AWS does not show it any more as one that could be used: a volume
-// of the same name made now would be found.
+// remove deletes a volume, and returns when AWS no longer shows the volume as usable. After that,
+// findByTag finds a new volume of the same name.
 func (r *region) remove(ctx context.Context, id string) error {
 	asked := false
 	return pauses.Poll(ctx, func() (done bool, seen string, err error) {
@@ -545,7 +555,8 @@ func (r *region) remove(ctx context.Context, id string) error {
 			volume.Failpoint("deleted")
 			switch {
 			case cloud.Is(err, "IncorrectState", "VolumeInUse"):
-				// It is being deleted, or changed, or one part of AWS does not know yet that it was detached: the look shows.
+				// The volume is in deletion or in change, or one part of AWS does not know of its
+				// detachment. The next description shows it.
 				seen = cloud.Explain(ctx, err).Error()
 			case err != nil && !cloud.Is(err, "InvalidVolume.NotFound"):
 				return false, "", cloud.Explain(ctx, err)
