@@ -20,7 +20,7 @@ func (a *account) accessPoints(ctx context.Context, fs string) ([]types.AccessPo
 	return all, refused(ctx, err)
 }
 
-// accessPoint finds the access point that Create made for a volume. nil: there is none.
+// accessPoint returns the access point that Create made for a volume. nil means that there is none.
 func (a *account) accessPoint(ctx context.Context, v Volume) (*types.AccessPointDescription, error) {
 	all, err := a.accessPoints(ctx, v.FileSystem)
 	if err != nil {
@@ -35,7 +35,7 @@ func (a *account) accessPoint(ctx context.Context, v Volume) (*types.AccessPoint
 	return &all[i], nil
 }
 
-// makeAccessPoint makes a volume's own access point, or finds it, and waits until it can be used.
+// makeAccessPoint makes or finds a volume's own access point, and waits until it is usable.
 func (a *account) makeAccessPoint(ctx context.Context, v Volume) (p *types.AccessPointDescription, err error) {
 	asked := false
 	err = until(ctx, "the access point of volume "+v.Name, func() (bool, string, error) {
@@ -75,8 +75,8 @@ func (a *account) askAccessPoint(ctx context.Context, v Volume) (asked bool, err
 		info.OwnerUid, info.OwnerGid = v.Folder.UID, v.Folder.GID
 	}
 	out, err := a.efs.CreateAccessPoint(ctx, in)
-	// One of the same token with other parameters: the next look shows which. One that is just
-	// going, or a file system that is being changed: the next look asks again.
+	// Either the token has an access point with other parameters, which the next poll shows. Or the
+	// access point is in deletion, or the file system is in change. Then the next poll asks again.
 	if cloud.Is(err, "AccessPointAlreadyExists", "IncorrectFileSystemLifeCycleState") {
 		return false, nil
 	}
@@ -88,7 +88,7 @@ func (a *account) askAccessPoint(ctx context.Context, v Volume) (asked bool, err
 	return true, nil
 }
 
-// is compares what can be seen. Permissions count only when AWS makes the folder.
+// is compares the visible members. Permissions count only when AWS creates the directory.
 func (f Folder) is(p *types.AccessPointDescription) bool {
 	if p.RootDirectory == nil || aws.ToString(p.RootDirectory.Path) != f.Path || (p.PosixUser == nil) != (f.UID == nil) {
 		return false
@@ -96,8 +96,8 @@ func (f Folder) is(p *types.AccessPointDescription) bool {
 	return f.UID == nil || aws.ToInt64(p.PosixUser.Uid) == *f.UID && aws.ToInt64(p.PosixUser.Gid) == *f.GID
 }
 
-// removeAccessPoint removes a volume's access point and waits until it is gone. The folder behind it stays,
-// with all that is in it.
+// removeAccessPoint removes a volume's access point and waits for the end of the removal. The
+// directory behind the access point stays, with all its data.
 func (a *account) removeAccessPoint(ctx context.Context, v Volume, id string) error {
 	_, err := a.efs.DeleteAccessPoint(ctx, &api.DeleteAccessPointInput{AccessPointId: &id})
 	if err != nil && !cloud.Is(err, "AccessPointNotFound") {

@@ -33,10 +33,11 @@ func open(ctx context.Context, region string, log *slog.Logger) (*account, error
 	return &account{s, api.NewFromConfig(s.Config), log}, nil
 }
 
-// ownerTag is on all that Create makes, in the very call that makes it. Its value is the volume's name.
+// ownerTag is a tag on every object that Create makes. The call that makes the object also sets the
+// tag. Its value is the volume's name.
 const ownerTag = "lariat:volume"
 
-// removeTag is what the creator said in onRemove.
+// removeTag is the tag with the creator's onRemove.
 const removeTag = "lariat:on-remove"
 
 func (v Volume) awsTags() []types.Tag {
@@ -51,7 +52,7 @@ func (v Volume) awsTags() []types.Tag {
 	return all
 }
 
-// ours says that a volume of this name was what a thing with these tags was made for.
+// ours reports whether an object with these tags was made for a volume of this name.
 func (v Volume) ours(tags []types.Tag) bool {
 	return slices.ContainsFunc(tags, func(t types.Tag) bool {
 		return aws.ToString(t.Key) == ownerTag &&
@@ -59,17 +60,18 @@ func (v Volume) ours(tags []types.Tag) bool {
 	})
 }
 
-// retained says that the creator wants the data kept.
+// retained reports whether the creator wants to keep the data.
 func retained(tags []types.Tag) bool {
 	return slices.ContainsFunc(tags, func(t types.Tag) bool {
 		return aws.ToString(t.Key) == removeTag && aws.ToString(t.Value) == string(cloud.Retain)
 	})
 }
 
-// other says that a volume's name is another's by now than the one that this host knows.
+// other reports whether the volume's name now means another volume than the one that this host
+// knows.
 func (v Volume) other(id string) bool { return v.Known != "" && v.Known != id }
 
-// replaced is the error for that.
+// replaced returns the error for a name that means another volume by now.
 func (v Volume) replaced(id string) error {
 	return volume.Errorf(volume.ErrConflict,
 		"volume %s that this host knows was %s and does not exist any more, and %s of the same name "+
@@ -78,8 +80,8 @@ func (v Volume) replaced(id string) error {
 		v.Name, v.Known, id)
 }
 
-// there says whether what this host knows of a volume, or another of its name, exists. If nothing
-// is known it says so, too.
+// there reports whether the volume that this host knows, or another of its name, exists. If this
+// host knows nothing, there returns true.
 func (a *account) there(ctx context.Context, v Volume) (bool, error) {
 	switch {
 	case v.Known == "", v.Folder == nil && v.FileSystem != "":
@@ -92,13 +94,13 @@ func (a *account) there(ctx context.Context, v Volume) (bool, error) {
 	return fs != nil, err
 }
 
-// gone is the error for a volume that is known and of whose name there is none any more.
+// gone returns the error for a known volume whose name no volume has any more.
 func (v Volume) gone() error {
 	return volume.Errorf(volume.ErrNotFound,
 		"volume %s that this host knows was %s and does not exist any more: create makes a new one", v.Name, v.Known)
 }
 
-// refused gives an error of the SDK its words and its kind.
+// refused adds an explanation and a kind to an error of the SDK.
 func refused(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
@@ -116,10 +118,12 @@ func refused(ctx context.Context, err error) error {
 	return cloud.Invalid(shown)
 }
 
-// pauses between looks at AWS. A file system takes seconds, a mount target a minute or two.
+// pauses are the pauses between requests to AWS. A file system takes seconds, a mount target a
+// minute or two.
 var pauses = cloud.Pauses{First: 300 * time.Millisecond, Most: 10 * time.Second}
 
-// until looks until it is done. What is waited for is for the error, and what look says of it meanwhile.
+// until calls look until look reports the end. The error of a timeout names what and the last state
+// of look.
 func until(ctx context.Context, what string, look func() (done bool, state string, err error)) error {
 	err := pauses.Poll(ctx, look)
 	var late *cloud.Late
@@ -129,7 +133,7 @@ func until(ctx context.Context, what string, look func() (done bool, state strin
 	return err
 }
 
-// pages gathers all pages of a list.
+// pages returns the items of all pages of a list.
 func pages[P, T any](ctx context.Context, more func() bool,
 	next func(context.Context, ...func(*api.Options)) (P, error), items func(P) []T) (all []T, err error) {
 	for more() {
@@ -142,8 +146,8 @@ func pages[P, T any](ctx context.Context, more func() bool,
 	return all, nil
 }
 
-// fileSystem finds a volume's file system: the one that it names, or the one that Create made. nil: there is
-// none, or it is just going.
+// fileSystem returns a volume's file system: the one that it names, or the one that Create made.
+// nil means that none exists, or that it is in deletion.
 func (a *account) fileSystem(ctx context.Context, v Volume) (*types.FileSystemDescription, error) {
 	in := &api.DescribeFileSystemsInput{FileSystemId: &v.FileSystem}
 	if v.FileSystem == "" {
@@ -167,7 +171,7 @@ func (a *account) fileSystem(ctx context.Context, v Volume) (*types.FileSystemDe
 	return fs, nil
 }
 
-// makeFileSystem makes a volume's own file system, or finds it, and waits until it can be used.
+// makeFileSystem makes or finds a volume's own file system, and waits until it is usable.
 func (a *account) makeFileSystem(ctx context.Context, v Volume) (fs *types.FileSystemDescription, err error) {
 	asked := false
 	err = until(ctx, "the file system of volume "+v.Name, func() (bool, string, error) {
@@ -178,7 +182,7 @@ func (a *account) makeFileSystem(ctx context.Context, v Volume) (fs *types.FileS
 		case fs == nil && v.FileSystem != "":
 			return false, "", volume.Errorf(volume.ErrNotFound, "file system %s does not exist in %s", v.FileSystem,
 				a.Config.Region)
-		case fs == nil && asked: // what was made is not shown at once
+		case fs == nil && asked: // AWS does not show a new file system at once
 			return false, "not shown", nil
 		case fs == nil:
 			asked, err = a.askFileSystem(ctx, v)
@@ -213,7 +217,8 @@ func (a *account) askFileSystem(ctx context.Context, v Volume) (asked bool, err 
 		in.ProvisionedThroughputInMibps = aws.Float64(float64(v.Make.Throughput))
 	}
 	out, err := a.efs.CreateFileSystem(ctx, in)
-	// Another host, or this one before its answer was lost. If that one is just going, the next look asks again.
+	// Another host made it, or this host made it and lost the answer. If that file system is in
+	// deletion, the next poll asks again.
 	if cloud.Is(err, "FileSystemAlreadyExists") {
 		return false, nil
 	}
@@ -225,7 +230,8 @@ func (a *account) askFileSystem(ctx context.Context, v Volume) (asked bool, err 
 	return true, nil
 }
 
-// differs says in what a file system is other than asked for. What was not said is not compared.
+// differs returns how a file system differs from the request. It compares only options that the
+// request has.
 func (m Make) differs(fs *types.FileSystemDescription) string {
 	have := func(option, is, wanted string) string { return fmt.Sprintf("with %s=%s, not %s", option, is, wanted) }
 	key := aws.ToString(fs.KmsKeyId)
@@ -246,7 +252,8 @@ func (m Make) differs(fs *types.FileSystemDescription) string {
 	return ""
 }
 
-// removeFileSystem removes a file system of ours with its mount targets, and waits until all is gone.
+// removeFileSystem removes a file system of Create with its mount targets, and waits for the end of
+// the removal.
 func (a *account) removeFileSystem(ctx context.Context, v Volume, id string) error {
 	points, err := a.accessPoints(ctx, id)
 	if err != nil {
@@ -272,7 +279,7 @@ func (a *account) removeFileSystem(ctx context.Context, v Volume, id string) err
 			asked[*t.MountTargetId] = true
 			volume.Failpoint("mount-target-removed")
 		}
-		if errors.Is(err, volume.ErrNotFound) { // the file system went
+		if errors.Is(err, volume.ErrNotFound) { // the file system no longer exists
 			return true, "", nil
 		}
 		return len(targets) == 0, "deleting", err
@@ -290,7 +297,7 @@ func (a *account) removeFileSystem(ctx context.Context, v Volume, id string) err
 			case err == nil, cloud.Is(err, "FileSystemNotFound"):
 				removed = true
 				volume.Failpoint("file-system-removed")
-			case cloud.Is(err, "FileSystemInUse"): // a mount target that is no longer shown, or one that somebody made just now
+			case cloud.Is(err, "FileSystemInUse"): // a mount target is hidden or new
 				return false, "in use", nil
 			default:
 				return false, "", refused(ctx, err)
@@ -301,7 +308,8 @@ func (a *account) removeFileSystem(ctx context.Context, v Volume, id string) err
 	})
 }
 
-// dnsName of a file system. Its suffix is that of the region's partition, which the SDK knows.
+// dnsName returns the DNS name of a file system. The SDK knows the suffix, which belongs to the
+// region's partition.
 func (a *account) dnsName(ctx context.Context, id string) (string, error) {
 	e, err := api.NewDefaultEndpointResolverV2().ResolveEndpoint(ctx, api.EndpointParameters{Region: &a.Config.Region})
 	if err != nil {

@@ -1,17 +1,17 @@
-// Package efs is the volume driver for AWS's Elastic File System: file systems of a volume's own, folders of
-// a shared one behind access points, and what exists already.
+// Package efs is the volume driver for AWS's Elastic File System. Its volumes are own file systems,
+// directories of a shared file system behind access points, and existing objects.
 //
 //	no fsid                a file system of its own, with mount targets; Create makes them, Delete removes them
-//	fsid                   that file system, or the folder export on it; never changed
+//	fsid                   that file system, or the directory export on it; never changed
 //	fsid + basePath        an access point of its own, to the directory basePath/NAME; Create makes it, Delete
 //	                       removes it, but never the data
 //	fsid + accessPoint     that access point; never changed
-//	mountTargetIp          what is mounted from that address, without asking AWS
+//	mountTargetIp          the export at that address, without a request to AWS
 //
-// What Lariat created is known by a tag that the call which made it has written, and found by a creation
-// token that follows from the volume's name, so that every host, and a host that forgot all, finds the same.
-// Mounts are those of pkg/volume/nfs; with TLS they are made by the program of amazon-efs-utils, because a
-// proxy must outlive this process.
+// A tag shows that Lariat created an object. The call that makes the object also writes the tag. A
+// creation token follows from the volume's name. So every host, even a host without its state,
+// finds the same object. pkg/volume/nfs mounts the volumes. With TLS, the program of
+// amazon-efs-utils mounts them, because a proxy must outlive this process.
 package efs
 
 import (
@@ -35,8 +35,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
 
-// Driver implements volume.Driver. Attach, MountDevice and Expand are not supported, nor GetVolumeName:
-// kubelet's own names serve.
+// Driver implements volume.Driver. It does not support Attach, MountDevice and Expand. It does not
+// support GetVolumeName, because kubelet's own names suffice.
 type Driver struct {
 	volume.Unsupported
 	log     *slog.Logger
@@ -46,22 +46,23 @@ type Driver struct {
 
 var _ volume.Driver = (*Driver)(nil)
 
-// record of a volume that Create was asked for on this host.
+// record describes a volume for which Create was called on this host.
 type record struct {
 	Volume      Volume    `json:"volume"`
 	State       string    `json:"state"`                 // creating, ready, deleting or lost
-	FileSystem  string    `json:"fileSystem,omitempty"`  // as it was found or made
+	FileSystem  string    `json:"fileSystem,omitempty"`  // as Create found or made it
 	AccessPoint string    `json:"accessPoint,omitempty"` // likewise
 	Created     bool      `json:"created"`
 	Time        time.Time `json:"time"`
 }
 
-// lost is the state of a record whose volume is gone: another host has replaced it, and a Delete
-// has touched nothing, or a Create has begun to make it anew. The record stays until a Create ends,
-// so that no Delete takes what has the name by then for what this host knew.
+// lost is the state of a record whose volume no longer exists. Another host has replaced the volume
+// and a Delete touched nothing, or a Create has begun to make it again. The record stays until a
+// Create ends. Until then, no Delete mistakes another volume of that name for the lost volume.
 const lost = "lost"
 
-// identity is the id of what Create has made or found of a volume's own; "" if it has nothing of its own.
+// identity returns the id of the volume's own object that Create made or found, or "" if there is
+// none.
 func (r record) identity() string {
 	switch {
 	case !r.Created:
@@ -72,7 +73,7 @@ func (r record) identity() string {
 	return r.FileSystem
 }
 
-// New makes the driver. Nothing happens before the first call.
+// New returns the driver. It does nothing before the first call.
 func New(c Config, log *slog.Logger) *Driver {
 	c.StateDir, c.RunDir = cmp.Or(c.StateDir, volume.DefaultStateDir), cmp.Or(c.RunDir, volume.DefaultRunDir)
 	return &Driver{
@@ -82,13 +83,14 @@ func New(c Config, log *slog.Logger) *Driver {
 	}
 }
 
-// Init implements volume.Driver: nobody attaches anything, and nobody walks through a shared file system to
-// change groups.
+// Init implements volume.Driver. It reports no attachment. It also reports no FSGroup, because
+// callers must not walk through a shared file system to change groups.
 func (d *Driver) Init(context.Context) (volume.Capabilities, error) {
 	return volume.Capabilities{}, nil
 }
 
-// Create implements volume.Driver. A creation that ran out of time goes on in AWS, and the next call waits for its end.
+// Create implements volume.Driver. A creation that ran out of time continues in AWS, and the next
+// call waits for its end.
 func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -126,9 +128,9 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	switch {
 	case err != nil && wasLost:
 		return volume.Reply{}, err
-	case err != nil && !known && volume.IsFinal(err): // nobody goes on with it
+	case err != nil && !known && volume.IsFinal(err): // no later call continues it
 		return volume.Reply{}, errors.Join(err, d.volumes.Remove(v.Name))
-	case err != nil && volume.IsFinal(err): // it is what it was
+	case err != nil && volume.IsFinal(err): // the volume did not change
 		return volume.Reply{}, errors.Join(err, d.volumes.Put(v.Name, old))
 	case err != nil:
 		return volume.Reply{}, err
@@ -158,10 +160,11 @@ func (d *Driver) Create(ctx context.Context, r volume.Request) (volume.Reply, er
 	return reply, nil
 }
 
-// provision makes what is missing of a volume and notes what there is. It says whether the creator wants the data kept.
+// provision makes the missing parts of a volume and records all parts. It reports whether the
+// creator wants to keep the data.
 func (d *Driver) provision(ctx context.Context, of *Volume, rec *record) (kept bool, err error) {
 	if of.Address != "" && of.Folder == nil {
-		return false, nil // AWS is not to be asked
+		return false, nil // AWS must not be asked
 	}
 	a, err := open(ctx, of.Region, d.log)
 	if err != nil {
@@ -170,8 +173,8 @@ func (d *Driver) provision(ctx context.Context, of *Volume, rec *record) (kept b
 	if is, err := a.there(ctx, *of); err != nil {
 		return false, err
 	} else if !is {
-		// Lost first: after a kill the next call must know as its own what this one makes, and no
-		// Delete may take what another host makes for it.
+		// Record the volume as lost first. After a kill, the next call must recognise the new
+		// object as its own. No Delete may mistake another host's new object for it.
 		own := &rec.FileSystem
 		if of.Folder != nil {
 			own = &rec.AccessPoint
@@ -218,7 +221,7 @@ func (d *Driver) provision(ctx context.Context, of *Volume, rec *record) (kept b
 	return kept, nil
 }
 
-// String is for messages.
+// String returns the volume's description for messages.
 func (v Volume) String() string {
 	where := cmp.Or(v.FileSystem, v.Address, "a file system of its own")
 	switch {
@@ -232,8 +235,8 @@ func (v Volume) String() string {
 	return where
 }
 
-// is says whether a request means the volume of the record. A file system of its own may be called by its id,
-// too, once it has one.
+// is reports whether a request means the volume of the record. A request may also name an own file
+// system by its id.
 func (r record) is(v Volume) bool {
 	o := r.Volume
 	fs := v.FileSystem == o.FileSystem || v.FileSystem == r.FileSystem || v.FileSystem == "" && r.Created
@@ -242,7 +245,8 @@ func (r record) is(v Volume) bool {
 		reflect.DeepEqual(v.Folder, o.Folder)
 }
 
-// about says whether a request to delete can mean the volume of the record: the request need not have all options.
+// about reports whether a request to delete can mean the volume of the record. The request need not
+// have all options.
 func (r record) about(v Volume) bool {
 	o := r.Volume
 	fs := v.FileSystem == "" || v.FileSystem == o.FileSystem || v.FileSystem == r.FileSystem
@@ -251,7 +255,7 @@ func (r record) about(v Volume) bool {
 	return fs && folder && (v.Region == "" || o.Region == "" || v.Region == o.Region)
 }
 
-// Delete implements volume.Driver. Without options the journal says where the volume is.
+// Delete implements volume.Driver. Without options, the journal locates the volume.
 func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, error) {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -308,8 +312,8 @@ func (d *Driver) Delete(ctx context.Context, r volume.Request) (volume.Reply, er
 	return reply, d.volumes.Remove(v.Name)
 }
 
-// purge removes what Create made of a volume, and says what it removed or kept. Other is when the
-// name is another volume's by now.
+// purge removes the parts of a volume that Create made, and returns a text about removed and kept
+// parts. With other, the name means another volume by now.
 func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (message string, other bool, err error) {
 	a, err := open(ctx, v.Region, d.log)
 	if err != nil {
@@ -381,7 +385,7 @@ func (d *Driver) purge(ctx context.Context, v Volume, rec record, known bool) (m
 	return fmt.Sprintf("file system %s is removed, with its mount targets and all data", id), false, nil
 }
 
-// unused refuses what is mounted on this host.
+// unused returns an error if a matching volume is mounted on this host.
 func (d *Driver) unused(is func(nfs.Volume) bool) error {
 	mounted, err := d.mounter.Mounted()
 	if err != nil {
@@ -395,7 +399,8 @@ func (d *Driver) unused(is func(nfs.Volume) bool) error {
 	return nil
 }
 
-// unmounted refuses a file system of which anything is mounted on this host, whoever mounted it.
+// unmounted returns an error if any part of a file system is mounted on this host, even by another
+// program.
 func (d *Driver) unmounted(ctx context.Context, a *account, fs string) error {
 	if err := d.unused(func(m nfs.Volume) bool { id, _, _ := strings.Cut(m.ID, "/"); return id == fs }); err != nil {
 		return err
@@ -425,7 +430,7 @@ func (d *Driver) unmounted(ctx context.Context, a *account, fs string) error {
 	return nil
 }
 
-// known is a request understood, with what this host remembers of the volume's name.
+// known parses a request, and adds this host's record of the volume's name.
 func (d *Driver) known(r volume.Request) (Volume, error) {
 	v, err := ParseVolume(r)
 	if err != nil {
@@ -438,7 +443,7 @@ func (d *Driver) known(r volume.Request) (Volume, error) {
 	return v, err
 }
 
-// Mount implements volume.Driver. It makes nothing in AWS.
+// Mount implements volume.Driver. It creates nothing in AWS.
 func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) error {
 	ctx, cancel := volume.WithDeadline(ctx, volume.Deadlines.Long)
 	defer cancel()
@@ -461,7 +466,7 @@ func (d *Driver) Mount(ctx context.Context, dir, _ string, r volume.Request) err
 	return err
 }
 
-// source is a volume as NFS is to mount it.
+// source returns a volume's description for an NFS mount.
 func (d *Driver) source(ctx context.Context, v Volume) (nfs.Volume, error) {
 	m, fs, point := v.Mount, v.FileSystem, v.AccessPoint
 	m.Host = v.Address
@@ -487,7 +492,7 @@ func (d *Driver) source(ctx context.Context, v Volume) (nfs.Volume, error) {
 			point = *p.AccessPointId
 		}
 		if fs == "" {
-			fs = v.Known // no other can come of that
+			fs = v.Known // the name can mean no other
 		}
 		if fs == "" {
 			found, err := a.fileSystem(ctx, v)
@@ -520,7 +525,7 @@ func (d *Driver) source(ctx context.Context, v Volume) (nfs.Volume, error) {
 	return m, nil
 }
 
-// through is how the program of amazon-efs-utils is called.
+// through returns the call of amazon-efs-utils' program.
 func (v Volume) through(m nfs.Volume, fs, point string) *nfs.Through {
 	options := append([]string{"tls"}, m.Options...)
 	if v.IAM {
@@ -542,5 +547,6 @@ func (v Volume) through(m nfs.Volume, fs, point string) *nfs.Through {
 	return t
 }
 
-// Unmount implements volume.Driver. The proxy of a mount with TLS is ended by amazon-efs-utils' own watchdog.
+// Unmount implements volume.Driver. The watchdog of amazon-efs-utils ends the proxy of a mount with
+// TLS.
 func (d *Driver) Unmount(ctx context.Context, dir string) error { return d.mounter.Unmount(ctx, dir) }

@@ -14,7 +14,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
 
-// Options of a volume, as users write them.
+// Options are a volume's options, as users write them.
 type Options struct {
 	Region string `option:"region"`
 	FSID   string `option:"fsid"`
@@ -46,14 +46,14 @@ type Options struct {
 	FSGroup       int64          `option:"fsGroup"`
 }
 
-// told are what Create's reply says beside fsid, and what Rancher's daemon gives back at each later call.
-// What was created is known by tags, not by these.
+// told lists the options of Create's reply beside fsid, which Rancher's daemon passes with each
+// later call. The tags, not these options, show the work of Create.
 var told = []string{"created", "name", "accessPointId", "mountTargetId", "mountTargetSGID", volume.Identity}
 
-// Switch is a bool that may not have been said.
+// Switch is a bool that may be unset.
 type Switch string
 
-// UnmarshalText takes what a bool does.
+// UnmarshalText accepts the words of a bool.
 func (s *Switch) UnmarshalText(text []byte) error {
 	switch strings.ToLower(string(text)) {
 	case "1", "yes":
@@ -64,13 +64,14 @@ func (s *Switch) UnmarshalText(text []byte) error {
 	return volume.OneOf(s, []byte(strings.ToLower(string(text))), "true", "false")
 }
 
-// Config is where the driver keeps what it must remember. All else is a volume's, or AWS's own configuration.
+// Config names the directories of the driver's state. All other settings belong to a volume, or to
+// AWS's own configuration.
 type Config struct {
 	StateDir string // "": volume.DefaultStateDir
 	RunDir   string // "": volume.DefaultRunDir
 }
 
-// Environment are the variables that FromEnvironment and the SDK read, with what they mean.
+// Environment lists the variables that FromEnvironment and the SDK read, with their meanings.
 var Environment = slices.Concat(cloud.Environment, volume.Environment)
 
 // FromEnvironment reads the configuration.
@@ -78,15 +79,15 @@ func FromEnvironment(getenv func(string) string) Config {
 	return Config{StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}
 }
 
-// Volume is a request understood.
+// Volume is a parsed request.
 type Volume struct {
 	Name        string  `json:"name"`
-	Region      string  `json:"region,omitempty"`      // "": what AWS's configuration or the instance says
-	FileSystem  string  `json:"fileSystem,omitempty"`  // "": its own
-	AccessPoint string  `json:"accessPoint,omitempty"` // one that exists
-	Folder      *Folder `json:"folder,omitempty"`      // an access point of its own
-	Address     string  `json:"address,omitempty"`     // of the mount target, if AWS is not to be asked for it
-	// sorted; empty: the instance's, if the file system is its own
+	Region      string  `json:"region,omitempty"`      // "": from AWS's configuration or the instance
+	FileSystem  string  `json:"fileSystem,omitempty"`  // "": the volume's own
+	AccessPoint string  `json:"accessPoint,omitempty"` // an existing access point
+	Folder      *Folder `json:"folder,omitempty"`      // the directory of the volume's own access point
+	Address     string  `json:"address,omitempty"`     // of the mount target, if AWS must not be asked
+	// Subnets is sorted. Empty means the instance's subnet, if the file system is the volume's own.
 	Subnets  []string       `json:"subnets,omitempty"`
 	Groups   []string       `json:"groups,omitempty"` // likewise
 	Make     Make           `json:"make,omitzero"`
@@ -95,20 +96,21 @@ type Volume struct {
 	OnRemove cloud.OnRemove `json:"onRemove"`
 	Tags     []Tag          `json:"tags,omitempty"` // sorted
 	Mount    nfs.Volume     `json:"mount"`          // without host and ID
-	// id of the only file system or access point of its own that the name may mean here; "": the
-	// token says
+	// Known is the id of the only own file system or access point that the name may mean here. ""
+	// means that the token decides.
 	Known string `json:"-"`
 }
 
-// Folder is what an access point of a volume's own leads to.
+// Folder describes the directory of a volume's own access point.
 type Folder struct {
 	Path  string `json:"path"`
-	UID   *int64 `json:"uid,omitempty"` // who all clients are, with GID; nil: who they are themselves
+	UID   *int64 `json:"uid,omitempty"` // the user of all clients, with GID; nil: each client's own
 	GID   *int64 `json:"gid,omitempty"`
 	Perms string `json:"perms"` // octal
 }
 
-// Make is how a file system is to be made. Zero values are AWS's choice, except that Encrypted is true then.
+// Make describes a file system to create. AWS chooses zero values, except that an unset Encrypted
+// means true.
 type Make struct {
 	PerformanceMode string `json:"performanceMode,omitempty"`
 	ThroughputMode  string `json:"throughputMode,omitempty"`
@@ -117,10 +119,10 @@ type Make struct {
 	KMSKey          string `json:"kmsKey,omitempty"`
 }
 
-// Tag of AWS.
+// Tag is a tag of AWS.
 type Tag struct{ Key, Value string }
 
-// recommended are the mount options that AWS asks for.
+// recommended lists the mount options that AWS recommends.
 var recommended = []string{"nfsvers=4.1", "rsize=1048576", "wsize=1048576", "hard", "timeo=600", "retrans=2",
 	"noresvport"}
 
@@ -132,12 +134,12 @@ var (
 	groupID       = regexp.MustCompile(`^sg-[0-9a-z]{1,32}$`)
 	regionName    = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$`)
 	permissions   = regexp.MustCompile(`^[0-7]{3,4}$`)
-	// what AWS's documentation gives for the path of RootDirectory
+	// From AWS's documentation of the path of RootDirectory.
 	accessPointPath = regexp.MustCompile(`^(/[^.$#<>;` + "`" + `|&?{}^*/\n][^$#<>;` + "`" + `|&?{}^*/\n]*){1,4}$`)
 	keyID           = regexp.MustCompile(`^[A-Za-z0-9:/_-]+$`)
 )
 
-// ParseVolume reads a request. It reads nothing else, and is where all input is checked.
+// ParseVolume parses a request and checks all its input. It reads nothing else.
 func ParseVolume(r volume.Request) (Volume, error) {
 	if err := volume.CheckName(r.Name); err != nil {
 		return Volume{}, err
@@ -149,7 +151,7 @@ func ParseVolume(r volume.Request) (Volume, error) {
 	o.Export, o.BasePath = nfs.Trimmed(o.Export), nfs.Trimmed(o.BasePath)
 	known := r.Options[volume.Identity]
 	if known != "" && known == o.FSID {
-		o.FSID = "" // Create's answer, given back: it is the volume's own
+		o.FSID = "" // Create's answer, which names the volume's own file system
 	}
 	v := Volume{Name: r.Name, Known: known, Region: o.Region, FileSystem: o.FSID, AccessPoint: o.AccessPoint,
 		Address: o.MountTargetIP, IAM: o.IAM, OnRemove: o.OnRemove,
@@ -251,7 +253,7 @@ func ParseVolume(r volume.Request) (Volume, error) {
 		v.Mount.FSGroup = &o.FSGroup
 	}
 	if o.FSID != "" || o.MountTargetIP != "" {
-		v.Mount.FSGroup = nil // somebody else's folder
+		v.Mount.FSGroup = nil // Lariat does not manage the directory
 	}
 	if err := v.Mount.SetOptions(recommended, o.MntOptions); err != nil {
 		return v, err
@@ -279,7 +281,7 @@ func ids(option, text string, form *regexp.Regexp) (all []string, err error) {
 	return slices.Compact(all), nil
 }
 
-// tags reads key=value, with commas. What is ours and AWS's own cannot be set.
+// tags parses key=value, with commas. It refuses tags of Lariat and of AWS.
 func tags(text string) (all []Tag, err error) {
 	for _, t := range strings.Split(text, ",") {
 		if t = strings.TrimSpace(t); t == "" {
@@ -300,8 +302,8 @@ func tags(text string) (all []Tag, err error) {
 	return all, nil
 }
 
-// token is what AWS knows a volume's own file system or access point by: the same call again is the same
-// thing. AWS takes 64 octets.
+// token returns the creation token of a volume's own file system or access point. AWS answers a
+// repeated call with the same object. AWS accepts 64 bytes.
 func (v Volume) token() string {
 	if v.FileSystem != "" && v.Folder == nil {
 		return ""

@@ -23,11 +23,11 @@ func (a *account) mountTargets(ctx context.Context, fs string) ([]types.MountTar
 	return all, refused(ctx, err)
 }
 
-// patience is how many looks it takes at most until what was made shows.
+// patience is the largest number of polls until a new mount target must be visible.
 const patience = 6
 
-// makeMountTargets makes those that are missing of a volume's subnets and waits for all of them. Security
-// groups are the volume's or the instance's; none is made, and none is opened.
+// makeMountTargets makes missing mount targets in a volume's subnets and waits for all of them. The
+// security groups are the volume's or the instance's. It neither makes nor opens a security group.
 func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) error {
 	subnets, groups, zone := v.Subnets, v.Groups, ""
 	if len(subnets) == 0 || len(groups) == 0 {
@@ -52,7 +52,8 @@ func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) err
 		done, state := true, ""
 		for _, subnet := range subnets {
 			at := slices.IndexFunc(have, func(t types.MountTargetDescription) bool {
-				// Nobody named the instance's subnet: another one of its zone, which can have but one mount target, is as good.
+				// The user did not name the instance's subnet. A zone can have only one mount
+				// target, so another subnet of the zone is as good.
 				return aws.ToString(t.SubnetId) == subnet || zone != "" && aws.ToString(t.AvailabilityZoneName) == zone
 			})
 			switch {
@@ -64,7 +65,8 @@ func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) err
 					a.log.Info("created", "volume", v.Name, "fileSystem", fs, "mountTargetIn", subnet, "securityGroups", groups)
 					volume.Failpoint("mount-target-asked")
 				case cloud.Is(err, "MountTargetConflict"):
-					// Another host was faster, or an answer was lost: then it will show. If not, the zone has one in another subnet.
+					// Another host was faster, or an answer was lost. Then the mount target will
+					// show. If it does not, the zone has a mount target in another subnet.
 					conflict[subnet] = fmt.Errorf("subnet %s: %w", subnet, refused(ctx, err))
 				case cloud.Is(err, "IncorrectFileSystemLifeCycleState"):
 					return false, "waiting for its file system", nil
@@ -91,7 +93,7 @@ func (a *account) makeMountTargets(ctx context.Context, v Volume, fs string) err
 	return a.checkGroups(ctx, v, fs)
 }
 
-// checkGroups compares the security groups that a volume asks for with those that its mount targets have.
+// checkGroups compares the volume's security groups with the security groups of its mount targets.
 func (a *account) checkGroups(ctx context.Context, v Volume, fs string) error {
 	have, err := a.mountTargets(ctx, fs)
 	if err != nil {
@@ -114,11 +116,12 @@ func (a *account) checkGroups(ctx context.Context, v Volume, fs string) error {
 	return nil
 }
 
-// lookup is how long DNS is waited for, which may not be there: the API knows addresses, too.
+// lookup is the time limit for DNS, which may not work. The API knows addresses, too.
 const lookup = 2 * time.Second
 
-// server is where a file system is mounted from: its name, which stands for the mount target of the asker's
-// zone, if it resolves; otherwise the address of that mount target, or, as a last resort, of another.
+// server returns the address from which a file system is mounted. It is the DNS name, if that
+// resolves: the name stands for the mount target of the client's zone. Otherwise it is the address
+// of that mount target or, as a last resort, of another mount target.
 func (a *account) server(ctx context.Context, fs string) (string, error) {
 	name, err := a.dnsName(ctx, fs)
 	if err != nil {
