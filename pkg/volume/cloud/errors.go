@@ -12,13 +12,13 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// Is says whether AWS answered with one of these error codes.
+// Is reports whether AWS answered with one of these error codes.
 func Is(err error, codes ...string) bool {
 	var api smithy.APIError
 	return errors.As(err, &api) && slices.Contains(codes, api.ErrorCode())
 }
 
-// remedies are for codes that mean the same in every service.
+// remedies maps codes that mean the same in every service to remedies.
 var remedies = map[string]string{
 	"UnauthorizedOperation": "the credentials may not do this: see the manual for the permissions that the " +
 		"driver needs",
@@ -38,8 +38,8 @@ var remedies = map[string]string{
 	"ThrottlingException":         "the account makes too many requests in this region: it passes",
 }
 
-// Explain turns an error of the SDK into one for a person: the action as policies call it, AWS's code and
-// words, and what to do. The code stays for Is, a deadline for errors.Is.
+// Explain turns an error of the SDK into an error for a person. The text has the action's name in
+// policies, AWS's code and words, and a remedy. Is still finds the code, and errors.Is a deadline.
 func Explain(ctx context.Context, err error) error {
 	var op *smithy.OperationError
 	if err == nil || !errors.As(err, &op) {
@@ -53,7 +53,7 @@ func Explain(ctx context.Context, err error) error {
 	switch {
 	case errors.As(err, &api):
 		text := api.ErrorMessage()
-		// What follows is of use to those only who may decode it.
+		// Only a caller with the permission to decode the rest can use it.
 		text, _, _ = strings.Cut(text, " Encoded authorization failure message")
 		out := fmt.Errorf("%s: %s: %s", action, api.ErrorCode(), text)
 		if remedy := remedies[api.ErrorCode()]; remedy != "" {
@@ -75,7 +75,8 @@ type explained struct{ shown, cause error }
 func (e *explained) Error() string   { return e.shown.Error() }
 func (e *explained) Unwrap() []error { return []error{e.cause} }
 
-// Invalid says that AWS refuses the request for what is in it, so that it will do so again; its words say what.
+// Invalid reports whether AWS refuses the content of the request, so that a retry fails again.
+// AWS's words name the fault.
 func Invalid(err error) error {
 	var api smithy.APIError
 	if errors.As(err, &api) && (strings.HasPrefix(api.ErrorCode(), "InvalidParameter") ||

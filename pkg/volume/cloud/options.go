@@ -2,10 +2,10 @@ package cloud
 
 import "github.com/lariat-net/lariat/pkg/volume"
 
-// OnRemove is what Delete does with what Create made.
+// OnRemove selects the action of Delete on objects that Create made.
 type OnRemove string
 
-// The two.
+// The two actions.
 const (
 	Retain OnRemove = "retain"
 	Purge  OnRemove = "purge"

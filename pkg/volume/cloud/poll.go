@@ -6,14 +6,14 @@ import (
 	"time"
 )
 
-// Pauses between looks at something that AWS is about to change.
+// Pauses sets the pauses between polls of an object that AWS is about to change.
 type Pauses struct {
-	First time.Duration // what most changes take
-	Most  time.Duration // what pauses grow to
+	First time.Duration // the time of most changes
+	Most  time.Duration // the upper limit of pauses
 }
 
-// Poll looks until there is an end, an error, or no time left. Then it returns a *Late, also when the time
-// ended in the middle of a look, unless that was the first.
+// Poll calls look until it reports the end or an error, or the context ends. If the context ends,
+// Poll returns a *Late, even in the middle of a look, unless that look was the first.
 func (p Pauses) Poll(ctx context.Context, look func() (done bool, seen string, err error)) error {
 	last, looked := "", false
 	for pause := p.First; ; pause = min(pause*8/5, p.Most) {
@@ -25,7 +25,7 @@ func (p Pauses) Poll(ctx context.Context, look func() (done bool, seen string, e
 			return err
 		}
 		last, looked = seen, true
-		// Those who began at the same time do not all come back at the same time.
+		// Add a random time, so that pollers that began together do not return together.
 		t := time.NewTimer(pause + rand.N(pause/2))
 		select {
 		case <-t.C:
@@ -36,7 +36,7 @@ func (p Pauses) Poll(ctx context.Context, look func() (done bool, seen string, e
 	}
 }
 
-// Late is what was seen when the time was over.
+// Late is the error of a Poll whose time ended. It holds the last observed state.
 type Late struct {
 	Seen  string
 	Cause error

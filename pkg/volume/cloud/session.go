@@ -1,9 +1,9 @@
-// Package cloud is what drivers of AWS's volumes share: credentials and region as AWS's own tools find them,
-// what the instance says of itself, and errors that say what to do.
+// Package cloud holds code that the drivers of AWS's volumes share. It finds credentials and region
+// as AWS's own tools do. It reads the instance's metadata. Its errors name a remedy.
 //
-// All of it is the SDK's: environment, shared configuration and credentials files, web identity, the
-// instance's profile by IMDSv2; custom endpoints by AWS_ENDPOINT_URL and its like. Nothing of it comes by
-// argv, and no credential is ever part of an error.
+// The SDK supplies the settings: environment, shared configuration and credentials files, web
+// identity, and the instance's profile by IMDSv2. AWS_ENDPOINT_URL and similar variables set custom
+// endpoints. No setting comes by argv, and no credential is ever part of an error.
 package cloud
 
 import (
@@ -26,7 +26,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// Environment are the variables that the SDK reads and that administrators most often set, with what they mean.
+// Environment lists the variables of the SDK that administrators most often set, with their
+// meanings.
 var Environment = [][2]string{
 	{"AWS_REGION", "region of volumes that name none; without it the instance's own"},
 	{"AWS_PROFILE", "profile in the shared configuration and credentials files"},
@@ -35,38 +36,38 @@ var Environment = [][2]string{
 	{"AWS_ENDPOINT_URL", "another endpoint, such as an emulator's or a VPC's"},
 }
 
-// Session is how to reach one region.
+// Session gives access to one region.
 type Session struct {
 	Config aws.Config // has a region
 
 	imds *imds.Client
 	mu   sync.Mutex
-	self Instance // once it is known
+	self Instance // set after the first answer
 }
 
-// Retries are bounded by the caller's deadline; these make them patient with a throttled account and quick
-// with a passing fault.
+// The caller's deadline bounds retries. These limits make retries patient with a throttled account,
+// and quick with a passing fault.
 const (
 	attempts   = 12
 	maxBackoff = 5 * time.Second
 )
 
-// passing are codes of EC2 and EFS that their documentation says to try again, beside throttling
-// and all answers with a status of 5xx, which the SDK knows. What passes only with the state of a
-// volume is for drivers, which look at that state.
+// passing lists codes of EC2 and EFS that their documentation says to retry. The SDK itself knows
+// throttling and all answers with a status of 5xx. Drivers handle errors that pass only with the
+// state of a volume, because drivers examine that state.
 var passing = map[string]struct{}{
 	"ConcurrentTagAccess": {}, "DependencyTimeout": {}, "InsufficientThroughputCapacity": {},
 	"InsufficientVolumeCapacity": {}, "InternalServerError": {}, "RequestResourceCountExceeded": {}, "TooManyRequests": {},
 }
 
-// Open prepares a session in a region, or the configured one if region is "". The network is asked only for
-// the region of an instance that nothing else tells.
+// Open returns a session in a region, or in the configured region if region is "". It uses the
+// network only to ask for the instance's region if no setting names a region.
 func Open(ctx context.Context, region string) (*Session, error) {
 	s := &Session{}
 	var meta *imds.Client
 	cfg, err := config.LoadDefaultConfig(ctx,
 		config.WithRegion(region),
-		config.WithLogger(logging.Nop{}), // what it would say belongs to nobody's log: requests have signatures
+		config.WithLogger(logging.Nop{}), // no SDK logs: requests have signatures
 		config.WithRetryer(func() aws.Retryer {
 			return retry.NewStandard(func(o *retry.StandardOptions) {
 				o.MaxAttempts, o.MaxBackoff = attempts, maxBackoff
@@ -81,7 +82,8 @@ func Open(ctx context.Context, region string) (*Session, error) {
 	if err != nil {
 		return nil, fmt.Errorf("AWS configuration: %w", err)
 	}
-	// Version 1 of the metadata service answers everybody in the instance who can make it send a GET.
+	// Version 1 of the metadata service answers every process that can make the instance send a
+	// GET.
 	meta = imds.NewFromConfig(cfg, func(o *imds.Options) {
 		o.EnableFallback = aws.FalseTernary
 		o.Retryer = retry.NewStandard(func(o *retry.StandardOptions) { o.MaxAttempts = 3 })
@@ -98,21 +100,22 @@ func Open(ctx context.Context, region string) (*Session, error) {
 	return s, nil
 }
 
-// Instance is what an EC2 instance says of itself.
+// Instance is an EC2 instance's description of itself.
 type Instance struct {
 	ID             string
 	Type           string
 	Region         string
 	Zone           string
-	Subnet         string   // of its first interface
-	VPC            string   // likewise
-	SecurityGroups []string // ids, likewise
+	Subnet         string   // of the first interface
+	VPC            string   // of the first interface
+	SecurityGroups []string // ids, of the first interface
 }
 
-// metadataPatience is how long IMDS is waited for: it is on the same machine, or the hop limit keeps its answers away.
+// metadataPatience is the time limit for IMDS. IMDS is on the same machine, unless the hop limit
+// stops its answers.
 const metadataPatience = 3 * time.Second
 
-// Instance asks IMDSv2, until it has answered once.
+// Instance asks IMDSv2 for the instance, and keeps the first answer.
 func (s *Session) Instance(ctx context.Context) (Instance, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -165,7 +168,7 @@ func (s *Session) get(ctx context.Context, path string) (string, error) {
 	return strings.TrimSpace(string(data)), err
 }
 
-// root is what was waited for in vain, without the layers that the SDK wraps around.
+// root returns the cause of a failed wait, without the SDK's wrappers.
 func root(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
