@@ -9,7 +9,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 )
 
-// program is the driver with the environment as its configuration.
+// program returns the driver's program, configured by the environment.
 func program() flex.Program {
 	return flex.Program{
 		Name:        "ebs",
@@ -18,7 +18,7 @@ func program() flex.Program {
 		Options:     volume.OptionNames(ebs.Options{}),
 		Environment: ebs.Environment,
 		Driver: func(log *slog.Logger) (volume.Driver, error) {
-			c, _ := ebs.FromEnvironment(os.Getenv) // what is wrong is for the driver to say: see New
+			c, _ := ebs.FromEnvironment(os.Getenv) // the driver reports errors of the configuration: see New
 			return ebs.New(c, log), nil
 		},
 	}

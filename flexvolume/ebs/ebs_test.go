@@ -11,8 +11,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 )
 
-// F155: init is a constant of the installation, whatever else the environment is; what needs the environment
-// says what is wrong with it.
+// F155: init is a constant of the installation in every environment. Verbs that need the
+// environment report its errors.
 func TestF155WrongEnvironment(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("LARIAT_STATE_DIR", dir)
@@ -52,7 +52,7 @@ func TestF155WrongEnvironment(t *testing.T) {
 	}
 }
 
-// F106: who attaches is the installation's to say, and init tells kubelet.
+// F106: the installation selects the process that attaches, and init reports the choice to kubelet.
 func TestF106InitTellsWhoAttaches(t *testing.T) {
 	for who, want := range map[string]bool{"": true, "controller": true, "node": false} {
 		t.Setenv("LARIAT_EBS_ATTACH", who)

@@ -9,7 +9,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 )
 
-// program is the driver with the environment as its configuration.
+// program returns the driver's program, configured by the environment.
 func program() flex.Program {
 	return flex.Program{
 		Name:        "efs",

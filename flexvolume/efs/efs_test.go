@@ -8,8 +8,8 @@ import (
 	"github.com/lariat-net/lariat/test/flextest"
 )
 
-// F155, F108: init is a constant, whatever the environment is, and what kubelet asks and this driver has no
-// answer to is Not supported, always.
+// F155, F108: init is a constant in every environment. The answer to kubelet's verbs that this
+// driver does not support is always Not supported.
 func TestF155Constant(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("LARIAT_STATE_DIR", dir)

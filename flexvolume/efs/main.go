@@ -1,5 +1,6 @@
-// Command efs is the FlexVolume driver for AWS's Elastic File System. kubelet finds it as lariat~efs/efs,
-// Rancher's storage daemon called its like, and a person can: see README.md, or --help.
+// Command efs is the FlexVolume driver for AWS's Elastic File System. kubelet finds it as
+// lariat~efs/efs. Rancher's storage daemon called such drivers, and a person can: see README.md, or
+// --help.
 package main
 
 import "github.com/lariat-net/lariat/pkg/volume/flex"

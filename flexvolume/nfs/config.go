@@ -9,7 +9,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/nfs"
 )
 
-// program is the driver with the environment as its configuration.
+// program returns the driver's program, configured by the environment.
 func program() flex.Program {
 	return flex.Program{
 		Name:        "nfs",
@@ -18,7 +18,7 @@ func program() flex.Program {
 		Options:     volume.OptionNames(nfs.Options{}),
 		Environment: nfs.Environment,
 		Driver: func(log *slog.Logger) (volume.Driver, error) {
-			c, _ := nfs.FromEnvironment(os.Getenv) // what is wrong is for the driver to say: see New
+			c, _ := nfs.FromEnvironment(os.Getenv) // the driver reports errors of the configuration: see New
 			return nfs.New(c, log), nil
 		},
 	}

@@ -11,7 +11,7 @@ import (
 	"github.com/lariat-net/lariat/test/flextest"
 )
 
-// F155: init is a constant, whatever the environment is; what needs the environment says what is wrong with it.
+// F155: init is a constant in every environment. Verbs that need the environment report its errors.
 func TestF155WrongEnvironment(t *testing.T) {
 	dir := t.TempDir()
 	t.Setenv("LARIAT_STATE_DIR", dir)
@@ -38,7 +38,7 @@ func TestF155WrongEnvironment(t *testing.T) {
 	}
 }
 
-// F108: what kubelet asks and this driver has no answer to is Not supported, always.
+// F108: the answer to kubelet's verbs that this driver does not support is always Not supported.
 func TestF108NotSupported(t *testing.T) {
 	d, err := program().Driver(slog.New(slog.DiscardHandler))
 	if err != nil {
