@@ -75,8 +75,8 @@ type explained struct{ shown, cause error }
 func (e *explained) Error() string   { return e.shown.Error() }
 func (e *explained) Unwrap() []error { return []error{e.cause} }
 
-// Invalid reports whether AWS refuses the content of the request, so that a retry fails again.
-// AWS's words name the fault.
+// Invalid turns an error into a volume.ErrInvalid if AWS refuses the content of the request. A
+// retry would fail again. AWS's words name the fault.
 func Invalid(err error) error {
 	var api smithy.APIError
 	if errors.As(err, &api) && (strings.HasPrefix(api.ErrorCode(), "InvalidParameter") ||
