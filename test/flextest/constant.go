@@ -9,8 +9,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/flex"
 )
 
-// NotSupported tests that what kubelet asks and a driver of shared file systems has no answer to is Not
-// supported, always.
+// NotSupported tests that a driver of shared file systems answers Not supported to all of kubelet's
+// verbs that it does not support.
 func NotSupported(t *testing.T, d volume.Driver) {
 	t.Helper()
 	for line := range strings.Lines(`getvolumename {"kubernetes.io/pvOrVolumeName":"v"}

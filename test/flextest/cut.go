@@ -10,26 +10,27 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// ErrKilled is how a call ended that Cuts killed.
+// ErrKilled is the error of a call that Cuts killed.
 var ErrKilled = errors.New("killed")
 
-// killed is what a call panics with that is killed: nothing of the driver runs behind it.
+// killed is the panic value of a killed call, so that no more code of the driver runs.
 type killed struct{}
 
-// Cuts has two hosts act in turns, each call of the one cut at one of its steps by calls of the other, or by a kill.
+// Cuts lets two hosts act in turns. It cuts each call of one host at a failpoint, by calls of the
+// other host or by a kill.
 type Cuts struct {
 	Rand    *rand.Rand
-	Act     func(host int)    // a call by a host, which it makes within Survive
-	Tell    func(line string) // what was done, for a failure
-	Steps   int               // a call is cut at one of its first so many, or at one that has a name
-	Most    int               // calls of the other host in between
-	Reached map[string]int    // how often a call was cut at each step, by its name
+	Act     func(host int)    // makes a host's call within Survive
+	Tell    func(line string) // records an action, for the report of a failure
+	Steps   int               // a call is cut at one of its first Steps failpoints, or at a named one
+	Most    int               // the most calls of the other host at one cut
+	Reached map[string]int    // the number of cuts at each failpoint, by name
 }
 
-// Next is a call by one of the hosts, and what comes in between.
+// Next makes a call of one of the hosts, and cuts it.
 func (c Cuts) Next() {
 	host, at, dies := c.Rand.IntN(2), c.Rand.IntN(c.Steps), c.Rand.IntN(3) == 0
-	// By numbers alone, steps that few calls pass would hardly ever be cut.
+	// A choice by numbers alone would rarely cut calls at failpoints that few calls pass.
 	name := ""
 	if known := slices.Sorted(maps.Keys(c.Reached)); len(known) > 0 && c.Rand.IntN(2) == 0 {
 		name = slices.MinFunc(known, func(a, b string) int { return c.Reached[a] - c.Reached[b] })
@@ -68,7 +69,7 @@ func Survive(call func() error) (err error) {
 	return call()
 }
 
-// WantReached fails a test in which no call was cut at one of the steps.
+// WantReached fails a test in which no call was cut at one of the failpoints.
 func WantReached(t *testing.T, reached map[string]int, steps ...string) {
 	t.Helper()
 	for _, step := range steps {

@@ -1,5 +1,5 @@
-// Package flextest lets the binary of a guest test be a volume driver, too, so that the test can call it as
-// kubelet does and kill it at each of its steps.
+// Package flextest lets the binary of a guest test also be a volume driver. The test can then call
+// the driver as kubelet does, and kill it at each of its failpoints.
 package flextest
 
 import (
@@ -23,25 +23,26 @@ import (
 	"github.com/lariat-net/lariat/test/guest"
 )
 
-// Driver is one that the test's binary can be.
+// Driver is a driver that the test's binary can be.
 type Driver struct {
-	Name     string // as argv[0]
+	Name     string // argv[0]
 	New      func(log *slog.Logger) (volume.Driver, error)
-	Env      []string // beside this process's own
-	Programs []string // that it runs: how their names begin
-	Secret   string   // what no answer may show
+	Env      []string // in addition to this process's own
+	Programs []string // prefixes of the names of programs that the driver runs
+	Secret   string   // a secret that no answer may show
 }
 
-// killVariable names the step at which a driver, or its child, is killed. Only binaries of tests know it.
+// killVariable names the failpoint at which a driver, or its child, is killed. Only binaries of
+// tests read it.
 const killVariable = "LARIAT_TEST_KILL"
 
-// KillAt is for the environment of a call that is to be killed at a step.
+// KillAt returns the environment for a call that is killed at a failpoint.
 func KillAt(step string) []string { return []string{killVariable + "=" + step} }
 
 const child = "lariat-volume-child"
 
-// Main is TestMain of a package that calls a driver: in the driver's process, and in those of its children,
-// it does their work and does not return.
+// Main is TestMain of a package that calls a driver. In the processes of the driver and its
+// children, Main does their work and does not return.
 func (d Driver) Main(m *testing.M, o guest.Options) {
 	self := os.Args[0]
 	if step := os.Getenv(killVariable); step != "" && (self == child || self == d.Name) {
@@ -51,7 +52,7 @@ func (d Driver) Main(m *testing.M, o guest.Options) {
 			}
 			who := os.Getpid()
 			if self == child {
-				who = os.Getppid() // the driver dies, and with it this process
+				who = os.Getppid() // the driver dies, and this process with it
 			}
 			syscall.Kill(who, syscall.SIGKILL)
 			select {}
@@ -66,13 +67,13 @@ func (d Driver) Main(m *testing.M, o guest.Options) {
 	guest.Main(m, o)
 }
 
-// LogFile is the driver's.
+// LogFile returns the path of the driver's log file.
 func (d Driver) LogFile() string { return "/tmp/" + d.Name + ".log" }
 
-// StateDir is where the driver's journal is.
+// StateDir returns the directory of the driver's journal.
 func (d Driver) StateDir() string { return filepath.Join(volume.DefaultStateDir, d.Name) }
 
-// Command is a call of the driver.
+// Command returns a call of the driver.
 func (d Driver) Command(env []string, args ...string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = d.Name
@@ -80,7 +81,8 @@ func (d Driver) Command(env []string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// Call calls the driver as kubelet does, with both streams in one, and expects one line of JSON, unless it was killed.
+// Call calls the driver as kubelet does, with both streams in one. It expects one line of JSON,
+// unless the driver was killed.
 func (d Driver) Call(t *testing.T, env []string, args ...string) (r flex.Reply, killed bool) {
 	t.Helper()
 	cmd := d.Command(env, args...)
@@ -101,7 +103,7 @@ func (d Driver) Call(t *testing.T, env []string, args ...string) (r flex.Reply, 
 	return r, false
 }
 
-// Play is a call that comes to its end.
+// Play makes a call that must end without a kill.
 func (d Driver) Play(t *testing.T, env []string, args ...string) flex.Reply {
 	t.Helper()
 	r, killed := d.Call(t, env, args...)
@@ -111,7 +113,7 @@ func (d Driver) Play(t *testing.T, env []string, args ...string) flex.Reply {
 	return r
 }
 
-// OK is a call that must succeed.
+// OK makes a call that must succeed.
 func (d Driver) OK(t *testing.T, args ...string) flex.Reply {
 	t.Helper()
 	r := d.Play(t, nil, args...)
@@ -121,7 +123,7 @@ func (d Driver) OK(t *testing.T, args ...string) flex.Reply {
 	return r
 }
 
-// Fails is a call that must fail with words.
+// Fails makes a call that must fail with words in its message.
 func (d Driver) Fails(t *testing.T, env []string, words string, args ...string) {
 	t.Helper()
 	r := d.Play(t, env, args...)
@@ -130,7 +132,8 @@ func (d Driver) Fails(t *testing.T, env []string, words string, args ...string) 
 	}
 }
 
-// Place is a folder for a mount, which is not made yet; what a test leaves there is detached.
+// Place returns a directory for a mount, which does not exist yet. The end of the test detaches all
+// mounts there.
 func (d Driver) Place(t *testing.T, name string) string {
 	t.Helper()
 	dir := filepath.Join("/tmp/pods", strings.ReplaceAll(t.Name(), "/", "_"), "volumes", "lariat~"+d.Name, name)
@@ -138,7 +141,7 @@ func (d Driver) Place(t *testing.T, name string) string {
 	return dir
 }
 
-// Killed waits until the processes of a killed driver are gone; the kernel ends them.
+// Killed waits until the processes of a killed driver have ended; the kernel ends them.
 func (d Driver) Killed(t *testing.T) {
 	t.Helper()
 	tick := time.NewTicker(20 * time.Millisecond)
@@ -152,7 +155,7 @@ func (d Driver) Killed(t *testing.T) {
 	}
 }
 
-// processes of the driver, of its children and of the programs that it runs.
+// processes returns the processes of the driver, of its children and of its programs.
 func (d Driver) processes() (found []string) {
 	all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, f := range all {
@@ -167,7 +170,7 @@ func (d Driver) processes() (found []string) {
 	return found
 }
 
-// NoRecords wants the journal empty, but for files of these names.
+// NoRecords fails the test if the journal has files, other than files of these names.
 func (d Driver) NoRecords(t *testing.T, but ...string) {
 	t.Helper()
 	left, _ := filepath.Glob(d.StateDir() + "/*/*")
@@ -177,7 +180,7 @@ func (d Driver) NoRecords(t *testing.T, but ...string) {
 	}
 }
 
-// NoProcesses wants neither processes nor locks left.
+// NoProcesses fails the test if processes or locks are left.
 func (d Driver) NoProcesses(t *testing.T) {
 	t.Helper()
 	if left, _ := filepath.Glob(filepath.Join(volume.DefaultRunDir, d.Name, "*")); len(left) > 0 {
@@ -188,7 +191,7 @@ func (d Driver) NoProcesses(t *testing.T) {
 	}
 }
 
-// Detach takes away all that is mounted at a folder, whoever uses it.
+// Detach detaches all mounts at a directory, even mounts in use.
 func Detach(dir string) {
 	for unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
 	}

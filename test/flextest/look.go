@@ -9,7 +9,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume/mounts"
 )
 
-// Options of a volume as JSON, from keys and values in turn.
+// Options returns a volume's options as JSON, from alternating keys and values.
 func Options(pairs ...string) string {
 	m := map[string]string{}
 	for i := 0; i < len(pairs); i += 2 {
@@ -19,7 +19,7 @@ func Options(pairs ...string) string {
 	return string(data)
 }
 
-// At are the mounts at a folder, the uppermost last.
+// At returns the mounts at a directory, the uppermost last.
 func At(t *testing.T, dir string) []mounts.Entry {
 	t.Helper()
 	table, err := mounts.Read()
@@ -27,7 +27,7 @@ func At(t *testing.T, dir string) []mounts.Entry {
 	return table.At(dir)
 }
 
-// NothingAt wants nothing mounted at a folder.
+// NothingAt fails the test if anything is mounted at a directory.
 func NothingAt(t *testing.T, dir string) {
 	t.Helper()
 	if m := At(t, dir); len(m) > 0 {
@@ -43,7 +43,7 @@ func Must(t *testing.T, err error) {
 	}
 }
 
-// Sh runs a line of shell and returns what it prints.
+// Sh runs a line of shell and returns its output.
 func Sh(t *testing.T, line string) string {
 	t.Helper()
 	out, err := exec.Command("sh", "-c", line).CombinedOutput()
