@@ -1,13 +1,14 @@
-// Package fakeaws is the part of AWS that the volume drivers talk to, in one process: EC2, EFS and the
-// metadata service of instances (IMDSv2), each as the real SDK speaks it.
+// Package fakeaws emulates the AWS services that the volume drivers use, in one process. These are
+// EC2, EFS and the metadata service of instances (IMDSv2), each with the protocol of the real SDK.
 //
-// It is stricter than it is complete. Requests must be signed; a parameter that it does not know is an error,
-// not ignored; states change as slowly as the real ones, namely by being looked at (see Options.Lag); limits,
-// zones, idempotency tokens and error codes are those of AWS. With Devices a volume that is attached is a
-// block device of this machine.
+// The emulator is strict rather than complete. Requests must be signed. An unknown parameter is an
+// error and is not ignored. States change as slowly as real ones, namely by requests that show them
+// (see Options.Lag). Limits, zones, idempotency tokens and error codes are AWS's. With Devices, an
+// attached volume is a block device of this machine.
 //
-// A request goes from serve through its signature (sign.go) and the failures that a test ordered to the
-// action's function, of ec2_*.go or efs_*.go, which runs alone: one lock guards all state.
+// A request goes from serve through its signature (sign.go) and the failures that a test ordered.
+// Then it reaches the action's function in ec2_*.go or efs_*.go. One lock guards all state, so only
+// one function runs at a time.
 package fakeaws
 
 import (
@@ -25,16 +26,18 @@ import (
 	"time"
 )
 
-// Options of a Cloud. The zero value is a cloud without devices.
+// Options configures a Cloud. The zero value is a cloud without devices.
 type Options struct {
-	// Region is the cloud's only one. "": eu-test-1.
+	// Region is the cloud's only region. "" means eu-test-1.
 	Region string
-	// Lag is how many answers still show what was before, at each step of a change: a volume is unknown to that
-	// many Describe calls, then "creating" in as many, then "available". 0: 2. Negative: 0.
+	// Lag is the number of answers that still show the previous state, at each step of a change. A
+	// volume is unknown to that many Describe calls, then "creating" in as many, then "available".
+	// 0 means 2. A negative value means 0.
 	Lag int
-	// Devices makes block devices of attached volumes. nil: there are none.
+	// Devices makes block devices of attached volumes. nil means that there are none.
 	Devices Devices
-	// Now is the clock for what AWS says to the hour. nil: time.Now. Signatures are always judged by time.Now.
+	// Now is the clock for AWS's rules that count hours. nil means time.Now. Signatures always use
+	// time.Now.
 	Now func() time.Time
 }
 
@@ -42,9 +45,9 @@ type Options struct {
 type Devices interface {
 	Attach(volumeID, instanceID, device string, bytes int64) error
 	Detach(volumeID string) error
-	// Resize is called for volumes that are not attached, too.
+	// Resize is called for detached volumes, too.
 	Resize(volumeID string, bytes int64) error
-	// Delete throws the data away. The volume is not attached.
+	// Delete discards the data. The volume must be detached.
 	Delete(volumeID string) error
 }
 
@@ -56,7 +59,7 @@ type Cloud struct {
 
 	mu        sync.Mutex
 	calls     map[string]int
-	faults    map[string][]string // codes for the next calls of an action
+	faults    map[string][]string // error codes for the next calls of an action
 	lose      map[string]int
 	instances []*instance
 	subnets   []subnet
@@ -66,7 +69,7 @@ type Cloud struct {
 	efs       efsState
 }
 
-// New starts a cloud on a port of the loopback interface. It ends with t.
+// New starts a cloud on a port of the loopback interface. The cloud ends with t.
 func New(t testing.TB, o Options) *Cloud {
 	if o.Region == "" {
 		o.Region = "eu-test-1"
@@ -107,35 +110,36 @@ func listen(t testing.TB, h http.Handler) (url string) {
 	return "http://" + l.Addr().String()
 }
 
-// URL is where EC2 and EFS answer.
+// URL returns the address of EC2 and EFS.
 func (c *Cloud) URL() string { return c.url }
 
-// Fail lets the next calls of an action fail with an error code of AWS, before anything is done.
+// Fail makes the next calls of an action fail with an error code of AWS, before they do anything.
 func (c *Cloud) Fail(action, code string, times int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.faults[action] = append(c.faults[action], slices.Repeat([]string{code}, times)...)
 }
 
-// Lose lets the next calls of an action do their work, but cuts the connection in the place of an answer.
+// Lose makes the next calls of an action do their work, but cut the connection instead of an
+// answer.
 func (c *Cloud) Lose(action string, times int) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.lose[action] += times
 }
 
-// Calls says how often an action was called with a good signature; retries count.
+// Calls returns how often an action was called with a good signature. Retries count.
 func (c *Cloud) Calls(action string) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.calls[action]
 }
 
-// apiError is an answer that says no.
+// apiError is an answer with an error.
 type apiError struct {
 	Code    string
 	Message string
-	More    map[string]string // members that an error of EFS has beside
+	More    map[string]string // additional members of an error of EFS
 }
 
 func (e *apiError) Error() string { return e.Code + ": " + e.Message }
@@ -144,7 +148,7 @@ func fail(code, format string, args ...any) *apiError {
 	return &apiError{Code: code, Message: fmt.Sprintf(format, args...)}
 }
 
-// status of HTTP that goes with an error code.
+// status returns the HTTP status of an error code.
 func (e *apiError) status() int {
 	switch e.Code {
 	case "RequestLimitExceeded", "ServiceUnavailable", "Unavailable":
@@ -169,17 +173,17 @@ func (e *apiError) status() int {
 	return http.StatusBadRequest
 }
 
-// answer is what a client gets.
+// answer is the response to a client.
 type answer struct {
 	status      int
 	contentType string
-	errorType   string // EFS says the code in a header
+	errorType   string // EFS sends the code in a header
 	body        []byte
 }
 
-// call is one request, as its protocol sees it.
+// call is one request, parsed by its protocol.
 type call struct {
-	service string // as the signature calls it
+	service string // the signature's name of the service
 	action  string
 	body    []byte
 	work    func() (answer, *apiError) // runs with the lock held
@@ -222,22 +226,24 @@ func (c *Cloud) decide(r *http.Request, call call) (a answer, lost bool) {
 	return a, lost
 }
 
-// newID makes an id as AWS has them, such as vol-0123456789abcdef0.
+// newID returns an id in AWS's form, such as vol-0123456789abcdef0.
 func newID(prefix string) string { return prefix + "-0" + newToken()[:16] }
 
-// newToken is not to be guessed or repeated.
+// newToken returns a unique token that cannot be guessed.
 func newToken() string {
 	b := make([]byte, 16)
 	rand.Read(b)
 	return hex.EncodeToString(b)
 }
 
-// zones of the region. Which id a name stands for differs by account, so neither can be computed from the other.
+// zones returns the zones of the region. The id of a name differs by account, so neither can be
+// computed from the other.
 func (c *Cloud) zones() map[string]string {
 	return map[string]string{c.o.Region + "a": "eut1-az2", c.o.Region + "b": "eut1-az3", c.o.Region + "c": "eut1-az1"}
 }
 
-// partition of the region, and the domain of its names: China's regions have their own.
+// partition returns the partition of the region, and the domain of its names. China's regions have
+// their own.
 func (c *Cloud) partition() (name, domain string) {
 	if strings.HasPrefix(c.o.Region, "cn-") {
 		return "aws-cn", "amazonaws.com.cn"
@@ -247,12 +253,12 @@ func (c *Cloud) partition() (name, domain string) {
 
 func (c *Cloud) zoneNames() []string { return slices.Sorted(maps.Keys(c.zones())) }
 
-// progress is a state that moves on by being looked at: each step but the last shows in lag looks. The step
-// "" is a change that does not show yet.
+// progress is a state that advances by being looked at. Each step but the last shows in lag looks.
+// The step "" is a change that is not visible yet.
 type progress struct {
 	steps []string
 	lag   int
-	seen  int // looks at the present step
+	seen  int // the number of looks at the present step
 }
 
 func (c *Cloud) begin(steps ...string) progress {
@@ -261,21 +267,21 @@ func (c *Cloud) begin(steps ...string) progress {
 	return p
 }
 
-// settle passes the steps that have been seen enough.
+// settle skips the steps that had enough looks.
 func (p *progress) settle() {
 	for len(p.steps) > 1 && p.seen >= p.lag {
 		p.steps, p.seen = p.steps[1:], 0
 	}
 }
 
-// look is what an answer shows.
+// look returns the state that an answer shows.
 func (p *progress) look() string {
 	p.settle()
 	p.seen++
 	return p.steps[0]
 }
 
-// truth is how it is, shown or not.
+// truth returns the real state, visible or not.
 func (p *progress) truth() string {
 	if p.steps[0] == "" {
 		return p.steps[1]

@@ -11,7 +11,7 @@ import (
 	"strings"
 )
 
-// efsState is what EFS keeps.
+// efsState is the state of EFS.
 type efsState struct {
 	fileSystems  []*fileSystem
 	mountTargets []*mountTarget
@@ -24,7 +24,7 @@ type efsAction struct {
 	do            func(*Cloud, *efsRequest) (any, *apiError)
 }
 
-// efsActions are what EFS's endpoint can do. The functions run with the lock held.
+// efsActions lists the actions of EFS's endpoint. The functions run with the lock held.
 var efsActions = []efsAction{
 	{"CreateFileSystem", "POST /2015-02-01/file-systems", (*Cloud).createFileSystem},
 	{"DescribeFileSystems", "GET /2015-02-01/file-systems", (*Cloud).describeFileSystems},
@@ -76,7 +76,7 @@ func (c *Cloud) serveEFS(a efsAction) http.HandlerFunc {
 	}
 }
 
-// bare is the id of an ARN or an id; EFS takes both.
+// bare returns the id of an ARN or an id. EFS accepts both.
 func bare(id string) string { return id[strings.LastIndexByte(id, '/')+1:] }
 
 func inJSON(status int, v any) answer {
@@ -107,7 +107,7 @@ func (r *efsRequest) decode(to any) *apiError {
 	return nil
 }
 
-// page is the part of all that a request asks for, 100 unless it says another number, and the token for the next.
+// page returns the requested part of all, and the token for the next part. The default size is 100.
 func page[T any](r *efsRequest, all []T, maxKey, tokenKey string) (part []T, next string, e *apiError) {
 	size, from := 100, 0
 	if r.has(maxKey) {
@@ -129,7 +129,7 @@ func page[T any](r *efsRequest, all []T, maxKey, tokenKey string) (part []T, nex
 	return part, "", nil
 }
 
-// Tags in JSON are a list.
+// Tags is a list in JSON.
 type Tags map[string]string
 
 type tagJSON struct{ Key, Value string }
@@ -142,10 +142,10 @@ func (t Tags) list() []tagJSON {
 	return all
 }
 
-// MarshalJSON makes it one.
+// MarshalJSON encodes the tags as a list.
 func (t Tags) MarshalJSON() ([]byte, error) { return json.Marshal(t.list()) }
 
-// UnmarshalJSON reads one.
+// UnmarshalJSON decodes a list of tags.
 func (t *Tags) UnmarshalJSON(data []byte) error {
 	var all []tagJSON
 	if err := json.Unmarshal(data, &all); err != nil {
@@ -158,7 +158,7 @@ func (t *Tags) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// tagged finds what a request's path names, by its tags.
+// tagged returns the tags of the object that a request's path names.
 func (c *Cloud) tagged(r *efsRequest) (*Tags, *apiError) {
 	if strings.HasPrefix(r.id, "fsap-") {
 		p, e := c.accessPoint(r.id)
@@ -204,7 +204,7 @@ func (c *Cloud) listTagsForResource(r *efsRequest) (any, *apiError) {
 	}{part, next}, e
 }
 
-// find is the thing with an id that is not gone, shown or not.
+// find returns the object with an id unless it is deleted, visible or not.
 func find[T any](all []T, id, notFound string, is func(T) (id string, life *progress)) (thing T, e *apiError) {
 	i := slices.IndexFunc(all, func(t T) bool {
 		have, life := is(t)
@@ -216,7 +216,7 @@ func find[T any](all []T, id, notFound string, is func(T) (id string, life *prog
 	return all[i], nil
 }
 
-// remove begins a thing's removal, unless it has begun.
+// remove begins an object's removal, unless the removal has begun.
 func (c *Cloud) remove(life *progress) {
 	if life.truth() != "deleting" {
 		*life = c.begin("deleting", "deleted")

@@ -15,34 +15,34 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Nvmet makes attached volumes NVMe drives of this machine that look as EBS's do on a Nitro instance: the
-// kernel's own target serves sparse files to its own initiator, by TCP on the loopback interface, with EBS's
-// model and the volume's id as serial number.
+// Nvmet makes attached volumes NVMe drives of this machine that look like EBS's drives on a Nitro
+// instance. The kernel's own target serves sparse files to its own initiator, by TCP on the
+// loopback interface. The drives have EBS's model, and the volume's id as serial number.
 //
 //	file ── loop device ── nvmet namespace ── 127.0.0.1 ── nvme0 ── /dev/nvme0n1
 //
-// The loop device is there for its sectors of 512 octets, which EBS has; the target would serve a file in
-// blocks of 4096. With native multipath, which is the kernel's default, sysfs has a second, hidden entry such
-// as nvme0c0n1 for each drive; some instances have that, too.
+// The loop device provides sectors of 512 bytes, which EBS has. The target would serve a file in
+// blocks of 4096 bytes. Native multipath is the kernel's default. With it, sysfs has a second,
+// hidden entry such as nvme0c0n1 for each drive. Some instances have that, too.
 //
-// It needs root and a kernel with nvmet-tcp and nvme-tcp: it is for guests.
+// Nvmet needs root and a kernel with nvmet-tcp and nvme-tcp, so it is for guests.
 type Nvmet struct {
 	dir  string
-	port string // folder in configfs
-	addr string // of the port, as the initiator wants it
+	port string // directory in configfs
+	addr string // of the port, in the initiator's syntax
 
 	mu     sync.Mutex
 	drives map[string]*drive // by volume
 }
 
 type drive struct {
-	controller string // nvme0; "" when it is torn
+	controller string // nvme0; "" after Tear
 	loop       *os.File
 }
 
 const nvmetRoot = "/sys/kernel/config/nvmet"
 
-// NewNvmet starts the target. Volumes are files in dir. All goes away with t, but for dir.
+// NewNvmet starts the target. Volumes are files in dir. The end of t removes everything but dir.
 func NewNvmet(t testing.TB, dir string) *Nvmet {
 	t.Helper()
 	if out, err := exec.Command("modprobe", "-a", "loop", "nvmet", "nvmet-tcp", "nvme-tcp").CombinedOutput(); err != nil {
@@ -66,7 +66,7 @@ func (n *Nvmet) listen() error {
 		n.port = filepath.Join(nvmetRoot, "ports", strconv.Itoa(id))
 		err := os.Mkdir(n.port, 0o755)
 		if errors.Is(err, fs.ErrExist) {
-			continue // another Nvmet's
+			continue // the port of another Nvmet
 		}
 		service := strconv.Itoa(4419 + id)
 		n.addr = "traddr=127.0.0.1,trsvcid=" + service
@@ -84,7 +84,7 @@ func (n *Nvmet) close() (err error) {
 	return errors.Join(err, os.Remove(n.port))
 }
 
-// write sets attributes of a folder in configfs.
+// write sets attributes of a directory in configfs.
 func write(dir string, pairs ...string) error {
 	for i := 0; i < len(pairs); i += 2 {
 		if err := os.WriteFile(filepath.Join(dir, pairs[i]), []byte(pairs[i+1]), 0o600); err != nil {
@@ -94,8 +94,8 @@ func write(dir string, pairs ...string) error {
 	return nil
 }
 
-// Image is the file with a volume's data. It may be made before the volume is attached for the first time,
-// and changed while it is not.
+// Image returns the file with a volume's data. A test may create the file before the first
+// attachment, and change it while the volume is detached.
 func (n *Nvmet) Image(volumeID string) string { return filepath.Join(n.dir, volumeID+".img") }
 
 func (n *Nvmet) grow(volumeID string, bytes int64) error {
@@ -111,14 +111,15 @@ func (n *Nvmet) grow(volumeID string, bytes int64) error {
 	return f.Truncate(bytes)
 }
 
-// names in configfs of a volume: the folder of its subsystem, and the link that offers it.
+// names returns a volume's paths in configfs: the directory of its subsystem, its namespace, and
+// the link that offers it.
 func (n *Nvmet) names(volumeID string) (subsystem, namespace, link string) {
 	subsystem = filepath.Join(nvmetRoot, "subsystems", volumeID)
 	return subsystem, filepath.Join(subsystem, "namespaces", "1"), filepath.Join(n.port, "subsystems", volumeID)
 }
 
-// Attach connects the volume's drive. The block device comes a moment later. All instances are this machine,
-// and the name that EC2 was told does not show.
+// Attach connects the volume's drive. The block device appears a moment later. All instances are
+// this machine. The device name of EC2 is not visible.
 func (n *Nvmet) Attach(volumeID, _, _ string, bytes int64) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -162,7 +163,7 @@ func (n *Nvmet) attach(d *drive, volumeID string) (err error) {
 	return err
 }
 
-// connect lets the initiator find a subsystem. The controller is there when the write returns.
+// connect makes the initiator connect to a subsystem. The controller exists when the write returns.
 func (n *Nvmet) connect(volumeID string) (controller string, err error) {
 	f, err := os.OpenFile("/dev/nvme-fabrics", os.O_RDWR, 0)
 	if err != nil {
@@ -186,7 +187,8 @@ func (n *Nvmet) connect(volumeID string) (controller string, err error) {
 	return fmt.Sprintf("nvme%d", number), nil
 }
 
-// Tear takes the drive away while the cloud still says that it is attached. The next Detach finds that done.
+// Tear removes the drive while the cloud still shows it as attached. The next Detach finds it
+// removed.
 func (n *Nvmet) Tear(volumeID string) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -197,7 +199,7 @@ func (n *Nvmet) Tear(volumeID string) error {
 	return d.disconnect()
 }
 
-// disconnect is the end of the block device, whoever uses it.
+// disconnect removes the block device, even if it is in use.
 func (d *drive) disconnect() error {
 	if d.controller == "" {
 		return nil
@@ -207,14 +209,14 @@ func (d *drive) disconnect() error {
 	return err
 }
 
-// Detach takes the drive away. The data stays.
+// Detach removes the drive. The data stays.
 func (n *Nvmet) Detach(volumeID string) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.detach(volumeID)
 }
 
-// detach undoes attach, or as much of it as was done.
+// detach reverses Attach, even an incomplete one.
 func (n *Nvmet) detach(volumeID string) error {
 	d := n.drives[volumeID]
 	if d == nil {
@@ -234,7 +236,8 @@ func (n *Nvmet) detach(volumeID string) error {
 	return errors.Join(errs...)
 }
 
-// Resize grows the file and, if the volume is attached, the drive, which its user sees at once.
+// Resize enlarges the file. If the volume is attached, it also enlarges the drive, and its user
+// sees that at once.
 func (n *Nvmet) Resize(volumeID string, bytes int64) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -265,7 +268,7 @@ func (n *Nvmet) Delete(volumeID string) error {
 	return nil
 }
 
-// loopDevice makes a file a block device.
+// loopDevice returns a loop device for a file.
 func loopDevice(path string) (*os.File, error) {
 	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	if err != nil {
@@ -291,7 +294,7 @@ func loopDevice(path string) (*os.File, error) {
 			return loop, nil
 		}
 		loop.Close()
-		if !errors.Is(err, unix.EBUSY) { // somebody else took it
+		if !errors.Is(err, unix.EBUSY) { // another process took it
 			return nil, fmt.Errorf("%s for %s: %w", loop.Name(), path, err)
 		}
 	}
