@@ -12,8 +12,8 @@ import (
 	"strings"
 )
 
-// ec2Actions are what EC2's endpoint can do. The functions run with the lock held and return what is inside
-// of <ActionResponse>.
+// ec2Actions lists the actions of EC2's endpoint. The functions run with the lock held and return
+// the content of <ActionResponse>.
 var ec2Actions = map[string]func(*Cloud, *params) (any, *apiError){
 	"CreateVolume":                 (*Cloud).createVolume,
 	"DeleteVolume":                 (*Cloud).deleteVolume,
@@ -81,7 +81,7 @@ func refuseEC2(e *apiError) answer {
 	}{e.Code, e.Message, newToken()})
 }
 
-// list is how EC2 writes several.
+// list is EC2's form of a list.
 type list[T any] struct {
 	Items []T `xml:"item"`
 }
@@ -90,7 +90,7 @@ type done struct {
 	Return bool `xml:"return"`
 }
 
-// params are those of a request. What no action asked for is an error.
+// params holds the parameters of a request. A parameter that no action reads is an error.
 type params struct {
 	form  url.Values
 	known map[string]bool
@@ -125,7 +125,7 @@ func (p *params) yes(key string) bool {
 	return v
 }
 
-// each are the places of a list that the request has: VolumeId.1, VolumeId.2.
+// each yields the prefixes of the request's list entries: VolumeId.1, VolumeId.2.
 func (p *params) each(name string, yield func(prefix string)) {
 	for i := 1; ; i++ {
 		prefix := name + "." + strconv.Itoa(i)
@@ -150,7 +150,7 @@ func (p *params) tags(name string) map[string]string {
 	return tags
 }
 
-// filter is a condition: one of the values, which may have * and ?.
+// filter is a condition: one of the values, which may contain * and ?.
 type filter struct {
 	name   string
 	values []string
@@ -161,10 +161,10 @@ func (p *params) filters() (all []filter) {
 	return all
 }
 
-// fields are what a thing can be filtered by.
+// fields holds the fields by which an object can be filtered.
 type fields map[string][]string
 
-// withTags adds the fields that all things with tags have.
+// withTags adds the fields that all objects with tags have.
 func (f fields) withTags(tags map[string]string) fields {
 	f["tag-key"] = slices.Collect(maps.Keys(tags))
 	for k, v := range tags {
@@ -192,7 +192,8 @@ func wildcard(pattern string) func(string) bool {
 	return regexp.MustCompile("(?s)^" + text + "$").MatchString
 }
 
-// selection is what a Describe call asks for: all, those with certain ids, those that match filters, a page of them.
+// selection is the request of a Describe call: all objects, certain ids, matches of filters, or a
+// page of them.
 type selection struct {
 	ids     []string
 	filters []filter
@@ -222,8 +223,8 @@ func (p *params) selection(idKey string) (s selection, e *apiError) {
 	return s, nil
 }
 
-// choose picks of all things those of a selection. describe says what a thing has, or nil if it does not
-// show; notFound is the code for an id that nothing shows.
+// choose returns the objects of a selection. describe returns the fields of an object, or nil if it
+// is not visible. notFound is the error code for an id without a visible object.
 func choose[T any](s selection, notFound string, all []T, describe func(T) fields,
 	idField string) (page []T, next string, e *apiError) {
 	var found []string
@@ -254,12 +255,12 @@ func choose[T any](s selection, notFound string, all []T, describe func(T) field
 	return chosen, "", nil
 }
 
-// listing is how things of one kind are asked for and shown.
+// listing describes the parameters and the output of one kind of objects.
 type listing[T, X any] struct {
-	parameter string // with ids
-	field     string // the id, as filters call it
+	parameter string // the parameter with ids
+	field     string // the filters' name of the id
 	notFound  string
-	set       string // the element around all
+	set       string // the element around all objects
 	fields    func(T) fields
 	inXML     func(T) X
 }

@@ -8,7 +8,8 @@ import (
 
 var deviceName = regexp.MustCompile(`^/dev/(sd[a-z]([1-9]|1[0-5])?|xvd[a-d]?[a-z])$`)
 
-// attachVolume makes the device at once, as it is with AWS: an instance may see it while EC2 still says "attaching".
+// attachVolume makes the device at once. In AWS too, an instance may see the device while EC2 still
+// says "attaching".
 func (c *Cloud) attachVolume(p *params) (any, *apiError) {
 	v, e := c.volume(p.text("VolumeId"))
 	if e != nil {
@@ -51,7 +52,7 @@ func (c *Cloud) attachVolume(p *params) (any, *apiError) {
 	return v.attached.inXML(v.ID, v.attached.truth()), nil
 }
 
-// devices are the names that an instance uses, its root volume's among them.
+// devices returns the device names that an instance uses, with its root volume's name.
 func (c *Cloud) devices(in *instance) []string {
 	all := []string{rootDevice}
 	for _, v := range c.volumes {
@@ -86,7 +87,7 @@ func (c *Cloud) detachVolume(p *params) (any, *apiError) {
 	return a.inXML(v.ID, a.truth()), nil
 }
 
-// release takes the device away; the attachment goes after it.
+// release removes the device. The attachment ends afterwards.
 func (c *Cloud) release(v *volume) *apiError {
 	if c.o.Devices != nil && !v.attached.noDevice {
 		if err := c.o.Devices.Detach(v.ID); err != nil {

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// Account is the one that owns everything.
+// Account is the owner of all objects.
 const Account = "123456789012"
 
 const (
@@ -17,7 +17,7 @@ const (
 	defaultGroup = "sg-0000000000000000a"
 )
 
-// Instance is a machine. AddInstance fills in what is zero.
+// Instance is a machine. AddInstance sets zero members.
 type Instance struct {
 	ID             string
 	Type           string // "": m7i.large, or m4.large without Nitro
@@ -29,19 +29,19 @@ type Instance struct {
 	PrivateIP      netip.Addr
 	PrivateDNSName string // follows from PrivateIP
 	NICs           int    // 0: 1
-	MaxVolumes     int    // what can be attached, the root volume included. 0: 28, or 40 without Nitro
+	MaxVolumes     int    // the limit of attachments, with the root volume. 0: 28, or 40 without Nitro
 	Dedicated      bool   // NICs do not count against MaxVolumes, as they do on most Nitro types
 	State          string // "": running
-	Nitro          bool   // volumes are NVMe drives; otherwise the instance is one of Xen's
+	Nitro          bool   // volumes are NVMe drives; otherwise Xen's
 }
 
 type instance struct {
 	Instance
 	mac, imds string
-	root      string // volume, which is in no other list
+	root      string // the root volume, which is in no other list
 }
 
-// others is how much of MaxVolumes is not for volumes.
+// others returns the part of MaxVolumes that is not for volumes.
 func (in *instance) others() int {
 	if in.Dedicated {
 		return 0
@@ -49,8 +49,8 @@ func (in *instance) others() int {
 	return in.NICs
 }
 
-// AddInstance starts an instance and its metadata service. Its subnet and groups are added, too, if there are
-// none of these names.
+// AddInstance starts an instance and its metadata service. It also adds the instance's subnet and
+// groups if they do not exist.
 func (c *Cloud) AddInstance(i Instance) *Instance {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -91,8 +91,9 @@ func (c *Cloud) AddInstance(i Instance) *Instance {
 	return &i
 }
 
-// SetInstanceState moves an instance to a state of EC2: pending, running, stopping, stopped, shutting-down,
-// terminated. Volumes of one that is terminated are detached, as AWS does; others stay.
+// SetInstanceState moves an instance to a state of EC2: pending, running, stopping, stopped,
+// shutting-down, terminated. Volumes of a terminated instance are detached, as in AWS. Other
+// volumes stay.
 func (c *Cloud) SetInstanceState(id, state string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -114,7 +115,8 @@ func (c *Cloud) instance(id string) (*instance, *apiError) {
 	return c.instances[i], nil
 }
 
-// noAccount unsets what a developer's own environment may have of AWS, so that no test reaches a real account.
+// noAccount unsets AWS's variables of a developer's environment, so that no test reaches a real
+// account.
 var noAccount = []string{
 	"AWS_CONFIG_FILE=/dev/null", "AWS_SHARED_CREDENTIALS_FILE=/dev/null", "AWS_PROFILE=", "AWS_REGION=",
 	"AWS_DEFAULT_REGION=", "AWS_SESSION_TOKEN=",
@@ -123,13 +125,13 @@ var noAccount = []string{
 	"AWS_CONTAINER_CREDENTIALS_FULL_URI=", "AWS_EC2_METADATA_DISABLED=",
 }
 
-// Env is the environment of a process on an instance: the endpoints and a user's keys. The region is for the
-// metadata service to tell.
+// Env returns the environment of a process on an instance: the endpoints and a user's keys. The
+// metadata service supplies the region.
 func (c *Cloud) Env(instanceID string) []string {
 	return append(c.RoleEnv(instanceID), "AWS_ACCESS_KEY_ID="+AccessKeyID, "AWS_SECRET_ACCESS_KEY="+SecretAccessKey)
 }
 
-// RoleEnv is Env without keys, so that they come from the instance's role.
+// RoleEnv returns Env without keys, so that the keys come from the instance's role.
 func (c *Cloud) RoleEnv(instanceID string) []string {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -204,7 +206,7 @@ var stateCodes = map[string]int{"pending": 0, "running": 16, "shutting-down": 32
 	"stopped": 80}
 
 func (c *Cloud) instanceXML(in *instance) instanceXML {
-	// EC2 calls both kinds "xen" here; only the type's description tells.
+	// EC2 reports "xen" for both kinds here. Only the type's description distinguishes the kinds.
 	out := instanceXML{
 		ID: in.ID, Type: in.Type, Zone: in.Zone, ZoneID: in.ZoneID, DNSName: in.PrivateDNSName, IP: in.PrivateIP.String(),
 		SubnetID: in.SubnetID, VPCID: in.VPCID, Hypervisor: "xen", RootDevice: rootDevice,

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// coolDown is how long AWS wants a volume to be left as it is.
+// coolDown is AWS's minimum time between two changes of a volume.
 const coolDown = 6 * time.Hour
 
 func (c *Cloud) modifyVolume(p *params) (any, *apiError) {

@@ -20,21 +20,21 @@ type subnet struct{ ID, VPC, Zone string }
 
 type group struct{ ID, VPC string }
 
-// AddSubnet adds one beside those that each zone has.
+// AddSubnet adds a subnet to the default subnets of the zones.
 func (c *Cloud) AddSubnet(id, vpcID, zone string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.subnets = append(c.subnets, subnet{id, vpcID, zone})
 }
 
-// AddSecurityGroup adds one beside the default one of the zones' network.
+// AddSecurityGroup adds a group to the default group of the zones' network.
 func (c *Cloud) AddSecurityGroup(id, vpcID string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.groups = append(c.groups, group{id, vpcID})
 }
 
-// AddSnapshot adds a complete snapshot, of so many GiB.
+// AddSnapshot adds a complete snapshot with a size in GiB.
 func (c *Cloud) AddSnapshot(id string, gib int, tags map[string]string, encrypted bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Volume is an EBS volume as it is, whether or not answers show it already. Sizes are GiB, throughput MiB/s.
+// Volume is the real state of an EBS volume, visible or not. Sizes are GiB, throughput MiB/s.
 type Volume struct {
 	ID, State   string // "": of AddVolume, a new id, "available"
 	Zone        string
@@ -27,27 +27,27 @@ type Volume struct {
 	Attachment  Attachment // zero: none
 }
 
-// Attachment of a volume.
+// Attachment is the attachment of a volume.
 type Attachment struct {
 	Instance, Device, State string
 }
 
-// volume is Volume with what it is on the way to.
+// volume is a Volume with its changes in progress.
 type volume struct {
 	Volume             // without State and Attachment, which follow from the rest
 	created  time.Time // by Options.Now
-	asked    Volume    // what CreateVolume wanted, for its token
+	asked    Volume    // the request of CreateVolume, for its token
 	life     progress
 	attached *attachment
 	change   *modification
 	never    bool   // its next device never appears
-	stuck    string // the state that its attachment does not leave
+	stuck    string // the state in which its attachment stays
 }
 
 type attachment struct {
 	instance, device string
 	since            time.Time
-	noDevice         bool // none, or not any more
+	noDevice         bool // it has no device, or has lost it
 	progress
 }
 
@@ -58,7 +58,7 @@ type modification struct {
 	applied bool
 }
 
-// state of a volume follows from what an answer, or the truth, says of its parts.
+// state returns a volume's state, from the visible or real states of its parts.
 func (v *volume) state(life, attached string) string {
 	if life == "available" && attached != "" {
 		return "in-use"
@@ -66,7 +66,7 @@ func (v *volume) state(life, attached string) string {
 	return life
 }
 
-// truth is the volume as it is.
+// truth returns the real state of the volume.
 func (v *volume) truth() Volume {
 	out := v.Volume
 	out.Tags = maps.Clone(v.Tags)
@@ -79,7 +79,8 @@ func (v *volume) truth() Volume {
 	return out
 }
 
-// look is the volume as an answer shows it now, which is what moves it on. State "" is a volume that does not show.
+// look returns the volume as an answer shows it now, and advances its state. State "" means that
+// the volume is not visible.
 func (c *Cloud) look(v *volume) (out Volume, e *apiError) {
 	life, attached := v.life.look(), ""
 	if v.attached != nil {
@@ -101,7 +102,7 @@ func (c *Cloud) look(v *volume) (out Volume, e *apiError) {
 	return out, nil
 }
 
-// lookAttached is the state of the attachment in an answer, "" if there is none any more or to be seen.
+// lookAttached returns the visible state of the attachment, or "" if none is visible.
 func (v *volume) lookAttached() string {
 	if v.stuck != "" && v.attached.truth() == v.stuck {
 		return v.stuck
@@ -113,7 +114,8 @@ func (v *volume) lookAttached() string {
 	return state
 }
 
-// lookModified is the state of the modification in an answer. What it changes has changed once it is optimizing.
+// lookModified returns the visible state of the modification. The changes are complete once it is
+// optimizing.
 func (c *Cloud) lookModified(v *volume) (state string, e *apiError) {
 	m := v.change
 	if state = m.look(); state == "modifying" || m.applied {
@@ -131,7 +133,7 @@ func (c *Cloud) lookModified(v *volume) (state string, e *apiError) {
 
 func inBytes(gib int) int64 { return int64(gib) << 30 }
 
-// Volumes are all that are not deleted, in the order of their creation.
+// Volumes returns all volumes that are not deleted, in the order of their creation.
 func (c *Cloud) Volumes() (all []Volume) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -143,8 +145,9 @@ func (c *Cloud) Volumes() (all []Volume) {
 	return all
 }
 
-// AddVolume adds one that somebody else made. It shows at once, as available, or attached where v.Attachment
-// says, but without a device; what is zero is as of a gp3 of 1 GiB in the first zone.
+// AddVolume adds a volume of another creator. The volume is visible at once, as available, or
+// attached as v.Attachment says, but without a device. Zero members have the values of a gp3 of 1
+// GiB in the first zone.
 func (c *Cloud) AddVolume(v Volume) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -167,14 +170,15 @@ func cloneTags(tags map[string]string) map[string]string {
 	return out
 }
 
-// NeverAppears lets attachments of the volume, of now on, succeed without a device.
+// NeverAppears makes later attachments of the volume succeed without a device.
 func (c *Cloud) NeverAppears(volumeID string) {
 	c.mustVolume(volumeID, func(v *volume) { v.never = true })
 }
 
-// Stick lets the volume's attachment not leave a state once it is in it: "attaching", or "busy", which is how
-// EC2 calls a detachment that the instance does not allow because it has the volume mounted. It ends with
-// Stick(volumeID, ""), or a DetachVolume, which a busy one must force.
+// Stick keeps the volume's attachment in a state once it has reached that state. The state is
+// "attaching" or "busy". EC2 uses "busy" for a detachment that the instance blocks because it has
+// mounted the volume. Stick(volumeID, "") ends this, and so does a DetachVolume, which must use
+// force for a busy attachment.
 func (c *Cloud) Stick(volumeID, state string) {
 	c.mustVolume(volumeID, func(v *volume) {
 		v.stuck = state
@@ -192,7 +196,7 @@ func (c *Cloud) mustVolume(id string, do func(*volume)) {
 	do(v)
 }
 
-// must is for what a test asks for itself.
+// must ends the test on an error of the test's own request.
 func (c *Cloud) must(e *apiError) {
 	if e != nil {
 		c.t.Helper()
@@ -202,7 +206,7 @@ func (c *Cloud) must(e *apiError) {
 
 var volumeID = regexp.MustCompile(`^vol-([0-9a-f]{8}|[0-9a-f]{17})$`)
 
-// volume finds one that is there, shown or not.
+// volume returns an existing volume, visible or not.
 func (c *Cloud) volume(id string) (*volume, *apiError) {
 	if !volumeID.MatchString(id) {
 		return nil, fail("InvalidParameterValue", "Value (%s) for parameter volumeId is invalid. Expected: 'vol-...'.", id)
@@ -214,10 +218,10 @@ func (c *Cloud) volume(id string) (*volume, *apiError) {
 	return c.volumes[i], nil
 }
 
-// kind is what AWS allows of a type of volumes: sizes in GiB, IOPS in all and for each GiB.
+// kind holds AWS's limits for a type of volumes: sizes in GiB, IOPS in total and for each GiB.
 type kind struct {
 	minSize, maxSize           int
-	minIOPS, maxIOPS, ioPerGiB int // 0: may not be asked for
+	minIOPS, maxIOPS, ioPerGiB int // 0: a request may not set IOPS
 	mustIOPS                   bool
 }
 
@@ -231,7 +235,7 @@ var kinds = map[string]kind{
 	"sc1":      {minSize: 125, maxSize: 16384},
 }
 
-// check says what AWS would against a volume, and fills in what it would.
+// check returns AWS's objection to a volume, and sets AWS's defaults.
 func (v *Volume) check() *apiError {
 	k, ok := kinds[v.Type]
 	bad := func(format string, args ...any) *apiError { return fail("InvalidParameterValue", format, args...) }
@@ -278,7 +282,7 @@ func (c *Cloud) createVolume(p *params) (any, *apiError) {
 			asked.Tags = p.tags(at + ".Tag")
 		}
 	})
-	// The answer to a token is the volume that was made with it, even if that was deleted since.
+	// A token returns the volume that was made with it, even a deleted one.
 	if i := slices.IndexFunc(c.volumes, func(v *volume) bool {
 		return asked.ClientToken != "" &&
 			v.asked.ClientToken == asked.ClientToken
@@ -412,7 +416,7 @@ func (c *Cloud) createTags(p *params) (any, *apiError) {
 func (c *Cloud) deleteTags(p *params) (any, *apiError) {
 	return c.changeTags(p, func(tags map[string]string) {
 		p.each("Tag", func(at string) {
-			// A tag is deleted whatever its value is, unless the request says one.
+			// Delete a tag with any value, unless the request names a value.
 			key, withValue := p.text(at+".Key"), p.has(at+".Value")
 			if value := p.text(at + ".Value"); !withValue || tags[key] == value {
 				delete(tags, key)
@@ -421,8 +425,8 @@ func (c *Cloud) deleteTags(p *params) (any, *apiError) {
 	})
 }
 
-// changeTags changes those of volumes, if all of them are there. The emulator keeps no tags of other things
-// that can change.
+// changeTags changes the tags of volumes, if all volumes exist. The emulator keeps no changeable
+// tags of other objects.
 func (c *Cloud) changeTags(p *params, change func(map[string]string)) (any, *apiError) {
 	var all []*volume
 	for _, id := range p.texts("ResourceId") {

@@ -5,7 +5,7 @@ import (
 	"regexp"
 )
 
-// AccessPoint is a folder of a file system under a name and, maybe, a user of its own.
+// AccessPoint is a directory of a file system under a name, optionally with a user of its own.
 type AccessPoint struct {
 	ID            string `json:"AccessPointId"`
 	ARN           string `json:"AccessPointArn"`
@@ -19,19 +19,19 @@ type AccessPoint struct {
 	Tags          Tags
 }
 
-// PosixUser is who all clients of an access point are.
+// PosixUser is the user of all clients of an access point.
 type PosixUser struct {
 	Uid, Gid      int64   //nolint:revive // as the protocol writes it
 	SecondaryGids []int64 `json:",omitempty"`
 }
 
-// RootDirectory is where an access point leads, and how it is created.
+// RootDirectory is the directory of an access point, with the properties for its creation.
 type RootDirectory struct {
 	Path         string        `json:",omitempty"`
 	CreationInfo *CreationInfo `json:",omitempty"`
 }
 
-// CreationInfo of a folder.
+// CreationInfo holds the properties of a directory to create.
 type CreationInfo struct {
 	OwnerUid, OwnerGid int64 //nolint:revive // as the protocol writes it
 	Permissions        string
@@ -51,7 +51,7 @@ type createAccessPoint struct {
 	Tags          Tags
 }
 
-// AccessPoints are all that are not deleted.
+// AccessPoints returns all access points that are not deleted.
 func (c *Cloud) AccessPoints() (all []AccessPoint) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -5,7 +5,7 @@ import (
 	"slices"
 )
 
-// FileSystem is one of EFS, as it is and as answers describe it.
+// FileSystem is a file system of EFS. Answers describe it in the same form.
 type FileSystem struct {
 	ID              string `json:"FileSystemId"`
 	ARN             string `json:"FileSystemArn"`
@@ -31,7 +31,7 @@ type fileSystem struct {
 	life progress
 }
 
-// FileSystems are all that are not deleted.
+// FileSystems returns all file systems that are not deleted.
 func (c *Cloud) FileSystems() (all []FileSystem) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

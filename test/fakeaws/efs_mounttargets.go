@@ -25,7 +25,7 @@ type mountTarget struct {
 	life progress
 }
 
-// MountTargets are all that are not deleted.
+// MountTargets returns all mount targets that are not deleted.
 func (c *Cloud) MountTargets() (all []MountTarget) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -39,7 +39,8 @@ func (c *Cloud) MountTargets() (all []MountTarget) {
 	return all
 }
 
-// MountTargetAddress says which address a new mount target of a subnet gets. Otherwise each gets 127.0.0.1.
+// MountTargetAddress sets the function for the addresses of new mount targets by subnet. The
+// default address is 127.0.0.1.
 func (c *Cloud) MountTargetAddress(address func(subnetID string) netip.Addr) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

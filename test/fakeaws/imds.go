@@ -9,10 +9,11 @@ import (
 	"time"
 )
 
-// RoleName is that of every instance's role.
+// RoleName is the name of every instance's role.
 const RoleName = "fakeaws-instance-role"
 
-// metadata is an instance's metadata service, version 2 only: without a token it tells nothing.
+// metadata returns an instance's metadata service. It has version 2 only: without a token it
+// answers nothing.
 func (c *Cloud) metadata(in Instance, mac string) http.Handler {
 	document, _ := json.Marshal(map[string]any{
 		"accountId": Account, "architecture": "x86_64", "availabilityZone": in.Zone, "instanceId": in.ID,

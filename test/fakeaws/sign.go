@@ -12,8 +12,8 @@ import (
 	"time"
 )
 
-// What signs requests: a user's keys, which Env has, and those that an instance's role gets from its
-// metadata. Their values are found in whatever leaks them.
+// Keys that sign requests: a user's keys, which Env has, and the keys of an instance's role, from
+// its metadata. Tests search for their values to find leaks.
 const (
 	AccessKeyID     = "AKIAFAKEAWSUSERKEY01"
 	SecretAccessKey = "fakeaws/user/secret/DoNotLeak/0123456789"
@@ -23,7 +23,7 @@ const (
 	RoleSessionToken    = "fakeaws-session-token-DoNotLeak-IQoJb3JpZ2luX2VjE"
 )
 
-// maxSkew is how far the clock of a client may be off.
+// maxSkew is the largest accepted error of a client's clock.
 const maxSkew = 5 * time.Minute
 
 // authenticate checks a request's signature, version 4:
@@ -76,7 +76,7 @@ func (c *Cloud) authenticate(r *http.Request, body []byte, service string) *apiE
 	return nil
 }
 
-// canonical is a request in the form that is signed.
+// canonical returns a request in the form that is signed.
 func canonical(r *http.Request, signed []string, body []byte) string {
 	path := strings.ReplaceAll(url.PathEscape(r.URL.EscapedPath()), "%2F", "/")
 	query := strings.ReplaceAll(r.URL.Query().Encode(), "+", "%20")
