@@ -52,7 +52,7 @@ func TestJournal(t *testing.T) {
 	}
 }
 
-// F158: a torn record, or one under another's name, is set aside and stops nobody.
+// F158: a torn record, or a record under another key's name, is set aside and blocks no caller.
 func TestF158DamagedRecord(t *testing.T) {
 	j := Journal[toy]{Dir: t.TempDir()}
 	for name, text := range map[string]string{"empty": "", "torn": `{"key":"torn","val`,
@@ -120,10 +120,10 @@ func TestLocks(t *testing.T) {
 		!strings.Contains(err.Error(), "unmount of v waited for process") || !strings.Contains(err.Error(), "(mount)") {
 		t.Errorf("%v", err)
 	}
-	other, err := l.Lock(t.Context(), "w", "mount") // nobody waits for another volume
+	other, err := l.Lock(t.Context(), "w", "mount") // no caller waits for another volume
 	must(t, err)
 	other()
-	// Of several, those that were had are given back when one cannot be had.
+	// LockAll releases its locks when it cannot take one of them.
 	if _, err := l.LockAll(ctx, "mount", "w", "v"); !errors.Is(err, ErrInUse) {
 		t.Errorf("%v", err)
 	}
@@ -134,7 +134,7 @@ func TestLocks(t *testing.T) {
 	again, err := l.Lock(t.Context(), "v", "unmount")
 	must(t, err)
 	again()
-	// Who waits no longer leaves nothing when it is his turn.
+	// A cancelled waiter leaves no file when it gets the lock.
 	if left, _ := filepath.Glob(l.Dir + "/*"); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
@@ -152,7 +152,7 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// FuzzJournal: whatever a file of the journal says, it is a record of its key or none.
+// FuzzJournal tests that every file of the journal is a record of its key or no record.
 func FuzzJournal(f *testing.F) {
 	f.Add("data", []byte(`{"key":"data","value":{"id":"vol-1","count":3}}`))
 	f.Add("@0123456789abcdef0123456789abcdef", []byte(`{"key":"a/b","value":{}}`))

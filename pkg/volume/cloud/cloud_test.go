@@ -15,7 +15,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/volume"
 )
 
-// alone takes away what the test's own environment says about AWS.
+// alone unsets AWS's variables in the test's own environment.
 func alone(t *testing.T) {
 	t.Helper()
 	for _, name := range []string{"AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE", "AWS_ACCESS_KEY_ID",
@@ -83,7 +83,7 @@ func TestF106Region(t *testing.T) {
 	}
 }
 
-// TestNoInstance: on a machine that is none, the answer comes within seconds and says so.
+// TestNoInstance tests that a machine outside EC2 gets an explaining error within seconds.
 func TestNoInstance(t *testing.T) {
 	alone(t)
 	silent := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
@@ -134,7 +134,7 @@ func TestExplain(t *testing.T) {
 	}
 }
 
-// TestPoll: whatever ends the time, the error says what was last seen.
+// TestPoll tests that the error of an ended Poll has the last observed state.
 func TestPoll(t *testing.T) {
 	p := Pauses{First: time.Millisecond, Most: time.Millisecond}
 	asked := errors.New("a request was cut short")

@@ -59,7 +59,7 @@ func TestChildren(t *testing.T) {
 	}
 }
 
-// F159: what hangs is killed, and the error says for what it waited.
+// F159: a hanging child is killed, and the error names the cause of the wait.
 func TestF159ChildThatHangs(t *testing.T) {
 	d := 500 * time.Millisecond
 	ctx, cancel := context.WithTimeoutCause(t.Context(), d, volume.Timeout(d))
