@@ -1,5 +1,5 @@
-// Package reconcile keeps a host's kernel equal to the metadata: one loop per concern, each of which
-// observes, diffs and applies on an event, on a timer, and again with back-off after an error.
+// Package reconcile keeps a host's kernel equal to the metadata. It runs one loop per concern. Each
+// loop observes, diffs and applies on an event, on a timer, and with back-off after an error.
 package reconcile
 
 import (
@@ -11,22 +11,24 @@ import (
 	"time"
 )
 
-// Concern is one thing that is kept true: run on a trigger, on a timer, and again with back-off after an error.
+// A Concern is one reconcile loop. It runs on a trigger, on a timer, and with back-off after an
+// error.
 type Concern struct {
 	Name  string
 	Every time.Duration // the slow timer
 
-	// Run observes and mends. It returns what it changed, as lines for the log; no lines means that all was well.
+	// Run observes and repairs. It returns its changes, as lines for the log. No lines means that
+	// no change was needed.
 	Run func(ctx context.Context) (changed []string, err error)
 
 	trigger chan struct{}
 	ask     chan chan error
 	mu      sync.Mutex
 	health  Health
-	breaks  uint64 // how often it was seen to break
+	breaks  uint64 // how many times Broken was called
 }
 
-// Health is how a concern fares.
+// Health describes the state of a concern.
 type Health struct {
 	Concern     string        `json:"concern"`
 	OK          bool          `json:"ok"`
@@ -35,16 +37,17 @@ type Health struct {
 	Passes      uint64        `json:"passes"`
 	Failures    uint64        `json:"failures"`
 	Changes     uint64        `json:"changes"`
-	Took        time.Duration `json:"tookNanoseconds"` // by the last pass
+	Took        time.Duration `json:"tookNanoseconds"` // duration of the last pass
 }
 
-// NewConcern makes a concern that has not run yet, and so is not healthy yet.
+// NewConcern returns a concern that has not run yet. It is not healthy before its first pass.
 func NewConcern(name string, every time.Duration, run func(ctx context.Context) ([]string, error)) *Concern {
 	return &Concern{Name: name, Every: every, Run: run, trigger: make(chan struct{}, 1), ask: make(chan chan error),
 		health: Health{Concern: name, Error: "has not run yet"}}
 }
 
-// Trigger asks for a pass soon. Triggers that come while a pass runs, or shortly after, are folded into the next one.
+// Trigger asks for a pass soon. Triggers that come during a pass, or shortly after it, are folded
+// into the next pass.
 func (c *Concern) Trigger() {
 	select {
 	case c.trigger <- struct{}{}:
@@ -52,8 +55,8 @@ func (c *Concern) Trigger() {
 	}
 }
 
-// Broken says that what was kept true has been seen to break, and asks for a pass: until one that began after
-// that is through the concern is not healthy.
+// Broken marks the concern as not healthy and triggers a pass. The concern stays not healthy until
+// a pass that began after the call succeeds.
 func (c *Concern) Broken(err error) {
 	c.mu.Lock()
 	c.breaks++
@@ -62,14 +65,15 @@ func (c *Concern) Broken(err error) {
 	c.Trigger()
 }
 
-// Repairing says, in a pass, what the pass found broken: until it is through the concern is not healthy.
+// Repairing marks the concern as not healthy until the running pass ends. A pass calls it with the
+// fault that it found.
 func (c *Concern) Repairing(err error) {
 	c.mu.Lock()
 	c.health.OK, c.health.Error = false, err.Error()
 	c.mu.Unlock()
 }
 
-// Do runs a pass that begins after the call, and returns what came of it.
+// Do runs a pass that begins after the call, and returns the error of the pass.
 func (c *Concern) Do(ctx context.Context) error {
 	answer := make(chan error, 1)
 	select {
@@ -85,18 +89,19 @@ func (c *Concern) Do(ctx context.Context) error {
 	}
 }
 
-// Health reports how the last pass went.
+// Health returns the result of the last pass.
 func (c *Concern) Health() Health {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.health
 }
 
-// Loop runs the concern until the context ends. The first pass is at once.
+// Loop runs the concern until the context ends. The first pass starts at once.
 func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 	const firstRetry, lastRetry = 250 * time.Millisecond, 30 * time.Second
-	// After a pass triggers wait for four times as long as it took: a storm of them has a fifth of a processor, and
-	// one that comes at rest is served at once. What others break is mended within a second all the same.
+	// After a pass, triggers wait for four times the duration of the pass, at most longestRest. So
+	// a storm of triggers uses a fifth of a processor. A trigger at rest is served at once. Foreign
+	// changes are still repaired within a second.
 	const restFactor, longestRest = 4, 250 * time.Millisecond
 	retry := firstRetry
 	var asked chan error
@@ -121,7 +126,7 @@ func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 		}
 		wait := c.Every
 		if err != nil {
-			// Hosts that failed together, as when the store was away, do not try again together.
+			// Hosts that failed together, as when the store was away, must not retry together.
 			wait, retry = min(retry/2+rand.N(retry), c.Every), min(2*retry, lastRetry)
 		} else {
 			retry = firstRetry
@@ -146,7 +151,7 @@ func (c *Concern) Loop(ctx context.Context, log *slog.Logger) {
 	}
 }
 
-// note takes down how a pass went. breaks is c.breaks from when it began.
+// note records the result of a pass. breaks is the value of c.breaks when the pass began.
 func (c *Concern) note(breaks uint64, changes int, took time.Duration, err error, log *slog.Logger) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -155,18 +160,18 @@ func (c *Concern) note(breaks uint64, changes int, took time.Duration, err error
 	c.health.Changes += uint64(changes)
 	c.health.Took = took
 	switch {
-	case errors.Is(err, errNoView): // at every start; the watch tells when that does not end
+	case errors.Is(err, errNoView): // happens at every start; the watch reports a service that stays away
 		c.health.OK, c.health.Error = false, err.Error()
 		return
 	case err != nil:
 		c.health.OK, c.health.Error = false, err.Error()
 		c.health.Failures++
-	case c.breaks != breaks: // it may have looked before it broke
+	case c.breaks != breaks: // the pass may have observed before the break
 		c.health.OK, c.health.Error = false, before.Error
 	default:
 		c.health.OK, c.health.Error, c.health.LastSuccess = true, "", time.Now().UTC()
 	}
-	// A quiet log is how flapping is found: say what is new, and nothing twice.
+	// A quiet log makes flapping visible. So note logs each change of state once.
 	switch {
 	case err != nil && before.Error != err.Error():
 		log.Error("failed, will be tried again", "concern", c.Name, "error", err)

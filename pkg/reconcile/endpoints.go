@@ -14,9 +14,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// EndpointFaults compares the host's end of every port with what its ADD made, by the first journal that has a
-// record of it. Ports are found in the kernel: one that is not there is nothing that could be mended, and one
-// that is being removed is left alone.
+// EndpointFaults compares the host end of every endpoint with the result of its ADD. It uses the
+// first journal that has a record of the endpoint. It finds endpoints in the kernel, because a
+// missing host end cannot be repaired. It skips endpoints that are terminating or released.
 func EndpointFaults(
 	ctx context.Context, k kernel.Kernel, s *metadata.Snapshot, journals ...journal.Journal,
 ) (out []delta.EndpointFault, err error) {
@@ -53,9 +53,11 @@ func EndpointFaults(
 	return out, errors.Join(errs...)
 }
 
-// wantedVeth is what a port should be. Without a record, which may be in another runtime's state directory,
-// its addresses are not known: then what protects the host and other containers is all that is wanted. own are the
-// host's addresses on the network: it may have others than at the time of the ADD, and speaks from those.
+// wantedVeth returns the desired host end of an endpoint. Without a record, the addresses are not
+// known: the record may be in another runtime's state directory. Then wantedVeth wants only the
+// settings that protect the host and other containers. own lists the host's current addresses on
+// the network. They may differ from the addresses at the time of the ADD, and the host sends from
+// the current ones.
 func wantedVeth(have delta.VethInfo, r journal.Record, known bool, s *metadata.Snapshot,
 	own []netip.Addr) delta.VethInfo {
 	if known {
@@ -71,7 +73,7 @@ func wantedVeth(have delta.VethInfo, r journal.Record, known bool, s *metadata.S
 			}
 		}
 		want := attach.Plan(&a, attach.Config{ID: r.AttachmentID}).Veth()
-		want.MTU = 0 // the configuration of the ADD may say another one
+		want.MTU = 0 // the configuration of the ADD may set another MTU
 		return want
 	}
 	want := have
@@ -82,9 +84,9 @@ func wantedVeth(have delta.VethInfo, r journal.Record, known bool, s *metadata.S
 	return want
 }
 
-// ports mends the host's ends of containers' ports. An interface manager that does not know them, a sysctl
-// file, or a flush takes away what no ADD will make again, and the container stays cut off, or its addresses
-// open to others.
+// ports repairs the host ends of endpoints. A foreign interface manager, a sysctl file or a flush
+// removes settings that no later ADD restores. Without a repair the container stays cut off, or its
+// addresses stay open to other containers.
 func (m *Manager) ports(ctx context.Context) (changed []string, err error) {
 	s := m.view.Load()
 	if s == nil {

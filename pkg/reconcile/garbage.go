@@ -17,25 +17,26 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// GarbageCollector gives back what nobody uses any more: attachments of an earlier boot, of containers whose
-// runtime died between two steps or never sends GC, and allocations that a killed ADD did not come to note.
-// It also tells the metadata service what could not be told when it was away, and what it has forgotten.
+// GarbageCollector releases resources that no live container owns. These are attachments of an
+// earlier boot and attachments whose runtime died between two steps or never sends GC. Allocations
+// that a killed ADD did not record are released too. The collector also replays releases that the
+// metadata service missed while it was away. It registers attachments that the service has lost.
 //
-// A live container's attachment is never touched. The proof of life is the container's network namespace:
-// while it exists, so does its end of the port, and the host's end with it.
+// It never touches the attachment of a live container. The proof of life is the container's network
+// namespace. While the namespace exists, so do both ends of the veth pair.
 type GarbageCollector struct {
 	Client  metadata.Client
 	Journal journal.Journal
 	Kernel  kernel.Kernel
 	BootID  string
 
-	// Grace is how long something must look dead, at every pass, before it is taken for dead; an ADD under way
-	// must have the time to finish. Things of an earlier boot need none.
+	// Grace is how long something must look dead, at every pass, before it is garbage-collected. An
+	// ADD in progress must have time to finish. Things of an earlier boot need no grace.
 	Grace time.Duration
 
-	suspects map[string]time.Time // by what, since when; monotonic
+	suspects map[string]time.Time // first time seen dead, by key; monotonic
 
-	settled atomic.Pointer[map[string]bool] // of the last pass, by incarnation
+	settled atomic.Pointer[map[string]bool] // networks that the last pass settled, by incarnation
 }
 
 // Run makes one pass.
@@ -67,11 +68,12 @@ func (l *GarbageCollector) Run(ctx context.Context) (changed []string, err error
 	}
 	view, err := l.Client.View(ctx)
 	if err == nil {
-		// What lives comes first: until the service knows its addresses it may give them to others.
+		// Live attachments come first: until the service knows their addresses it may allocate
+		// these to other containers.
 		changed, err = l.allocations(ctx, view, records, alive, suspect)
 	}
 	errs = append(errs, err)
-	waiting := 0 // for a service that could not do the first of them
+	waiting := 0 // records that wait because the service was unreachable for the first
 	for _, network := range networks {
 		for _, r := range records[network] {
 			if waiting > 0 && r.State != journal.Held {
@@ -120,7 +122,7 @@ func (l *GarbageCollector) record(ctx context.Context, network string, r journal
 			return "replayed the release of " + what, l.Journal.Remove(network, r.AttachmentID)
 		})
 	case journal.Unregistered:
-		return "", nil // register has seen to it
+		return "", nil // register handles it
 	}
 	if alive[r.AttachmentID] || !r.Gone(l.BootID) {
 		return "", nil
@@ -147,7 +149,7 @@ func (l *GarbageCollector) record(ctx context.Context, network string, r journal
 	})
 }
 
-// locked does something about a record that is still the same once its lock is held.
+// locked takes the record's lock and calls do, unless the record has changed meanwhile.
 func (l *GarbageCollector) locked(network string, r journal.Record,
 	do func(now journal.Record) (string, error)) (string, error) {
 	unlock, err := l.Journal.Lock(network, r.AttachmentID)
@@ -159,7 +161,7 @@ func (l *GarbageCollector) locked(network string, r journal.Record,
 	if err != nil {
 		return "", err
 	}
-	if !ok { // removed meanwhile, or torn: then r is all there is
+	if !ok { // removed meanwhile, or corrupt: then only r is known
 		now = r
 	}
 	if ok && (now.State != r.State || !now.Created.Equal(r.Created)) {
@@ -168,9 +170,9 @@ func (l *GarbageCollector) locked(network string, r journal.Record,
 	return do(now)
 }
 
-// allocations compares what the journal and the service hold, network by network. Addresses that no record and no
-// port vouches for are given back; only those count whose record would be in this journal. Attachments that live
-// and are not known are registered.
+// allocations compares the journal with the service, network by network. It releases addresses
+// without a record and without a veth. It considers only addresses whose record would be in this
+// journal. It registers live attachments that the service does not know.
 func (l *GarbageCollector) allocations(ctx context.Context, view *metadata.Snapshot,
 	records map[string][]journal.Record,
 	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool,
@@ -181,7 +183,7 @@ func (l *GarbageCollector) allocations(ctx context.Context, view *metadata.Snaps
 	for _, n := range view.Networks {
 		held, err := l.Client.Allocations(ctx, n.Name, false)
 		if metadata.IsCode(err, metadata.CodeNotFound) {
-			continue // somebody has deleted the network since
+			continue // the network has been deleted since
 		}
 		if err != nil {
 			errs = append(errs, err)
@@ -202,27 +204,29 @@ func (l *GarbageCollector) allocations(ctx context.Context, view *metadata.Snaps
 	return changed, errors.Join(errs...)
 }
 
-// incarnation tells a network, and this host's part in it, from those of the same name before: the store may have
-// been lost, or this host removed.
+// incarnation returns a key that differs from the key of an earlier network of the same name. It
+// differs too when this host was removed and joined again. The store may have been lost in between.
 func incarnation(me metadata.Host, n metadata.Network) string {
 	return fmt.Sprint(n.Name, "\x00", n.Created.Unix(), "\x00", me.Joined.Unix())
 }
 
-// Settled reports whether a pass has registered what lives on the network, as far as it could be. Before that this
-// host must not take part in handing out its addresses. me is this host.
+// Settled reports whether a pass has registered the live attachments of the network, as far as
+// possible. Before that, this host must not take part in allocating the network's addresses. me is
+// this host.
 func (l *GarbageCollector) Settled(me metadata.Host, n metadata.Network) bool {
 	settled := l.settled.Load()
 	return settled != nil && (*settled)[incarnation(me, n)]
 }
 
-// lives reports whether an attachment has a container that runs.
+// lives reports whether an attachment has a running container.
 func (l *GarbageCollector) lives(r journal.Record, alive map[metadata.AttachmentID]bool) bool {
 	return alive[r.AttachmentID] || r.BootID == l.BootID && !r.Gone(l.BootID)
 }
 
-// register tells the service of attachments that live and that it does not know: their addresses were given while
-// it was away, its store has been lost, or this host was removed while it was suspended. Who has such an address by
-// now keeps it, and both are named: nobody but a person can tell which of the two containers is to go.
+// register registers live attachments that the service does not know. The service may have been
+// away when their addresses were allocated, or its store was lost. Or this host was removed while
+// it was suspended. When another container holds the address by now, that container keeps it. The
+// error names both containers, because only a person can decide which of the two must go.
 func (l *GarbageCollector) register(ctx context.Context, network string, lost []journal.Record,
 	alive map[metadata.AttachmentID]bool) (changed []string, err error) {
 	book := ipam.Client{Service: l.Client, Journal: l.Journal}
@@ -250,7 +254,7 @@ func (l *GarbageCollector) register(ctx context.Context, network string, lost []
 	return changed, few(errs)
 }
 
-// homeless is the error of containers that run on a network that is not there.
+// homeless returns an error when containers run on a network that does not exist.
 func (l *GarbageCollector) homeless(network string, records []journal.Record,
 	alive map[metadata.AttachmentID]bool) error {
 	n := 0
@@ -267,7 +271,7 @@ func (l *GarbageCollector) homeless(network string, records []journal.Record,
 		"under the same name and with the same subnets, or remove their containers", n, network)
 }
 
-// few joins errors; of many alike it keeps the first.
+// few joins errors. It keeps the first five and counts the rest.
 func few(errs []error) error {
 	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
 	const most = 5
@@ -285,7 +289,8 @@ func addresses(r journal.Record) string {
 	return strings.Join(list, " and ")
 }
 
-// unfinished finds addresses that the service holds for this host and nobody vouches for.
+// unfinished releases addresses that the service holds for this host and that have neither a record
+// nor a veth.
 func (l *GarbageCollector) unfinished(ctx context.Context, network, self string, held []metadata.Allocation,
 	records []journal.Record,
 	alive map[metadata.AttachmentID]bool, suspect func(string, time.Duration) bool) (changed []string, err error) {
@@ -304,7 +309,7 @@ func (l *GarbageCollector) unfinished(ctx context.Context, network, self string,
 		case a.BootID != l.BootID:
 			grace = 0
 		case a.StateDir != l.Journal.StateDir():
-			continue // its record, if there is one, is in a journal that is not ours: a bridge's container may well be alive
+			continue // the record may be in another journal: a bridge's container may well be alive
 		}
 		if !suspect(fmt.Sprintf("allocation\x00%s\x00%s\x00%d", network, a.Address, a.Sequence), grace) {
 			continue

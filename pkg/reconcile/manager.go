@@ -32,37 +32,37 @@ type Manager struct {
 	// Every is the slow timer of the overlay pass; Grace is GarbageCollector.Grace.
 	Every, Grace time.Duration
 
-	// MetadataAddress is put on the loopback device, for containers and host processes to reach the metadata
-	// tree by; the zero Addr leaves it out.
+	// MetadataAddress is added to the loopback device. Containers and host processes reach the
+	// metadata tree by it. With the zero Addr no address is added.
 	MetadataAddress netip.Addr
 
-	// Tunnels keeps encrypted networks' tunnels; nil: nobody does.
+	// Tunnels keeps the tunnels of encrypted networks. With nil no tunnels are kept.
 	Tunnels *Tunnels
 
-	// OnView, when not nil, is called with each view as it comes into force.
+	// OnView, when not nil, is called with each view that comes into force.
 	OnView func(*metadata.Snapshot)
 
 	view      atomic.Pointer[metadata.Snapshot]
 	leftovers *GarbageCollector
-	home      map[netip.Addr]netip.Addr // of the underlay: what an address stands in for
+	home      map[netip.Addr]netip.Addr // underlay: from a stand-in address to the address it replaces
 	mu        sync.Mutex
 	concerns  []*Concern
-	metadata  Health // of the watch
+	metadata  Health // health of the watch
 	turns     turns  // of the overlay pass
 	again     func() // asks for an overlay pass
 }
 
-// settle is how long a port that lost something is given to vanish altogether, as it does when its container
-// ends. It is longer than a device takes to be removed, and far shorter than the second in which a port should
-// be whole again.
+// settle is the wait after a change of a host end. A container that ends loses its veth altogether,
+// which then needs no repair. The wait is longer than the removal of a device takes. It is far
+// shorter than the second within which an endpoint should be whole again.
 const settle = 100 * time.Millisecond
 
-// errNoView is told until the metadata service has answered once. Nothing is changed before that: an empty
-// view would mean to remove everything.
+// errNoView is returned until the metadata service has answered once. Nothing is changed before
+// that, because an empty view would remove everything.
 var errNoView = errors.New("the metadata service has not answered yet")
 
-// Run keeps everything true until the context ends. It ends with nothing removed: the kernel carries the
-// containers' packets without it.
+// Run reconciles until the context ends. It removes nothing at the end: the kernel carries the
+// containers' packets without the manager.
 func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	overlay := NewConcern("overlay", m.Every, m.overlay)
 	m.home = map[netip.Addr]netip.Addr{}
@@ -74,7 +74,7 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 		waiting := m.waiting()
 		changed, err := m.leftovers.Run(ctx)
 		if waiting && !m.waiting() {
-			overlay.Trigger() // it could not join before
+			overlay.Trigger() // the overlay pass could not join the network before
 		}
 		return changed, err
 	})
@@ -114,7 +114,8 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 					})
 					continue
 				case kernel.EventAddr:
-					// A route to a container went with the address that is its source. That comes back first.
+					// When an address is removed, the kernel removes container routes that use it
+					// as their source. Repair the address first.
 					time.AfterFunc(settle, ports.Trigger)
 				case kernel.EventResync:
 					ports.Trigger()
@@ -147,9 +148,10 @@ func (m *Manager) Run(ctx context.Context, events <-chan kernel.Event) error {
 	return err
 }
 
-// viewed puts a view into force. Concerns that plan from it run when something that planners read is new. It
-// reports whether the view is the first, and whether the service or its store is back, or a network deleted: what
-// DELs could not tell, and what the network left, goes then.
+// viewed puts a view into force. It triggers the planning concerns when something that planners
+// read has changed. first reports whether the view is the first. back reports whether the service
+// or its store is back, or a network was deleted. Then releases that DELs could not send, and the
+// remains of the network, can be removed.
 func (m *Manager) viewed(s *metadata.Snapshot, planning ...*Concern) (first, back bool) {
 	before := m.view.Swap(s)
 	began := m.watched(nil)
@@ -165,7 +167,7 @@ func (m *Manager) viewed(s *metadata.Snapshot, planning ...*Concern) (first, bac
 	return first, began || !first && (before.Away != "" && s.Away == "" || lost(before, s))
 }
 
-// missing reports whether a network has been deleted.
+// lost reports whether a network has been deleted.
 func lost(before, now *metadata.Snapshot) bool {
 	return slices.ContainsFunc(before.Networks, func(n metadata.Network) bool { _, ok := now.Network(n.Name); return !ok })
 }
@@ -180,8 +182,8 @@ func (m *Manager) waiting() bool {
 	return slices.ContainsFunc(s.Networks, func(n metadata.Network) bool { return !m.leftovers.Settled(me, n) })
 }
 
-// watched notes how the watch fares, and reports whether it has begun to work. What was learned stays in force
-// while it is broken.
+// watched records the state of the watch, and reports whether the watch has begun to work. The last
+// view stays in force while the watch is broken.
 func (m *Manager) watched(err error) (began bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -195,7 +197,7 @@ func (m *Manager) watched(err error) (began bool) {
 		switch {
 		case m.metadata.OK:
 			m.Log.Error("metadata service lost; the network stays as it is", "error", err)
-		case m.metadata.Failures == 0: // both were started a moment ago
+		case m.metadata.Failures == 0: // both services were started a moment ago
 			m.Log.Info("waiting for the metadata service", "error", err)
 		}
 		m.metadata.OK, m.metadata.Error = false, err.Error()
@@ -205,7 +207,8 @@ func (m *Manager) watched(err error) (began bool) {
 	return began
 }
 
-// Reload runs a pass of every concern, from the files that they read on, and returns what came of it.
+// Reload runs a pass of every concern, which reads its files again. It returns the errors of the
+// passes.
 func (m *Manager) Reload(ctx context.Context) error {
 	m.mu.Lock()
 	concerns := slices.Clone(m.concerns)
@@ -230,10 +233,10 @@ func (m *Manager) Health() []Health {
 	return out
 }
 
-// View is the network view that is in force; nil before the first.
+// View returns the view that is in force, or nil before the first.
 func (m *Manager) View() *metadata.Snapshot { return m.view.Load() }
 
-// Desired is what the overlay pass wants, the manager's own additions included.
+// Desired returns the desired state of the overlay pass, with the manager's own additions.
 func (m *Manager) Desired(s *metadata.Snapshot) *delta.State {
 	own := delta.NewState()
 	if m.MetadataAddress.IsValid() {
@@ -242,7 +245,7 @@ func (m *Manager) Desired(s *metadata.Snapshot) *delta.State {
 	return delta.Merge(plan.Desired(s, s.Self, kernel.LooseReversePath()), own)
 }
 
-// overlay is one pass over everything that the planners want.
+// overlay runs one pass over everything that the planners want.
 func (m *Manager) overlay(ctx context.Context) ([]string, error) {
 	s := m.view.Load()
 	if s == nil {
@@ -261,13 +264,13 @@ func (m *Manager) overlay(ctx context.Context) ([]string, error) {
 	for _, p := range want.Problems {
 		err = errors.Join(err, errors.New(p))
 	}
-	// Last: it waits for the store, and what comes of it comes as a new view.
+	// Join last: it waits for the store, and its result arrives as a new view.
 	return changed, errors.Join(err, m.join(ctx, s))
 }
 
-// join claims this host's first block of every overlay network, while there are blocks enough for every host.
-// With it the host has an overlay address of its own, and its processes can reach containers on other hosts
-// before it runs any.
+// join claims this host's first block of every overlay network, while there are enough blocks for
+// every host. The block gives the host its own overlay address. With it, the host's processes can
+// reach containers on other hosts before the host runs any container.
 func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 	var errs []error
 	me, _ := s.Host(s.Self)
@@ -276,16 +279,17 @@ func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 			continue
 		}
 		if !m.leftovers.Settled(me, n) {
-			continue // what runs here gets the block of its addresses first
+			continue // live attachments get the blocks of their addresses first
 		}
 		if !blocksForAll(s, n) {
-			continue // containers need them more
+			continue // containers need the blocks more
 		}
 		if wait := m.turns.wait(time.Now(), n.Name, without(s, n)); wait > 0 {
 			time.AfterFunc(wait, m.again)
 			continue
 		}
-		// A network that is not found was deleted since the snapshot; the next one is on its way.
+		// A network that is not found was deleted since the snapshot. The next snapshot is on its
+		// way.
 		if err := m.Client.Join(ctx, n.Name); err != nil && !metadata.IsCode(err, metadata.CodeNotFound) {
 			errs = append(errs, fmt.Errorf("join network %s: %w", n.Name, err))
 		}
@@ -293,18 +297,20 @@ func (m *Manager) join(ctx context.Context, s *metadata.Snapshot) error {
 	return errors.Join(errs...)
 }
 
-// Hosts that need their first block of a network at the same time, as all do when it is created, claim one after
-// the other. Every host hears of each claim, so all at once is more than a store can tell within a request's
-// deadline. A container that starts meanwhile waits for nothing: its host claims the block then.
+// All hosts need their first block of a network when it is created. They claim one after the other.
+// Every host hears of each claim, so simultaneous claims exceed what a store can send within a
+// request's deadline. A container that starts meanwhile does not wait: its host claims the block
+// then.
 const (
-	atOnce  = 8                    // so few hosts claim together
-	eachFor = 5 * time.Millisecond // on average
+	atOnce  = 8                    // up to this many hosts claim together
+	eachFor = 5 * time.Millisecond // average interval between claims
 )
 
-// turns is when this host claims its first block of each network.
+// turns maps each network to the time when this host claims its first block.
 type turns map[string]time.Time
 
-// wait returns how long this host still waits when so many hosts have no block of the network, itself among them.
+// wait returns how long this host must still wait. without is the number of hosts that have no
+// block of the network, including this one.
 func (t *turns) wait(now time.Time, network string, without int) time.Duration {
 	if without <= atOnce {
 		return 0
@@ -337,7 +343,8 @@ func without(s *metadata.Snapshot, n metadata.Network) int {
 	return count
 }
 
-// blocksForAll reports whether in each of the network's subnets every host that has no block yet could get one.
+// blocksForAll reports whether every host that has no block yet could get one in each of the
+// network's subnets.
 func blocksForAll(s *metadata.Snapshot, n metadata.Network) bool {
 	for _, subnet := range n.Subnets {
 		hosts := map[string]bool{}
@@ -356,8 +363,9 @@ func blocksForAll(s *metadata.Snapshot, n metadata.Network) bool {
 	return true
 }
 
-// underlay tells the metadata when the link that carries the tunnels got another MTU or address, and when the host
-// got on other links, or other routes, whose addresses no network should have.
+// underlay updates this host's entry in the metadata. It records a new MTU or address of the link
+// that carries the tunnels. It also records new foreign links and routes, whose addresses no
+// network should use.
 func (m *Manager) underlay(ctx context.Context) ([]string, error) {
 	s := m.view.Load()
 	if s == nil {
@@ -389,10 +397,11 @@ func (m *Manager) underlay(ctx context.Context) ([]string, error) {
 	return changed, nil
 }
 
-// follow returns the underlay as it is now: the MTU of each address's device, and for an address that is gone the
-// only one of its family that the device has. That may be a gap of DHCP, and the one that is left a virtual address
-// (VRRP): it moves between machines. So an address that stands alone, a /32 or /128, does not take the place of one
-// with a subnet, and home remembers what another stands in for: as soon as that is back it is used again.
+// follow returns the current underlay, with the MTU of each address's device. A missing address is
+// replaced by the only other address of its family on the device. The gap may be due to DHCP, and
+// the remaining address may be a virtual one (VRRP), which moves between machines. So an address
+// that stands alone, a /32 or /128, does not replace one with a subnet. home remembers the original
+// of each replacement. follow uses the original again as soon as it is back.
 func follow(registered, links []metadata.Underlay, home map[netip.Addr]netip.Addr) (
 	now []metadata.Underlay, changed []string) {
 	at := func(a netip.Addr) int {
@@ -432,7 +441,7 @@ func follow(registered, links []metadata.Underlay, home map[netip.Addr]netip.Add
 	return now, changed
 }
 
-// overlaySubnets are the subnets whose packets the host forwards.
+// overlaySubnets returns the subnets whose packets the host forwards.
 func overlaySubnets(s *metadata.Snapshot) []netip.Prefix {
 	var out []netip.Prefix
 	for _, n := range s.Networks {
@@ -444,7 +453,7 @@ func overlaySubnets(s *metadata.Snapshot) []netip.Prefix {
 	return out
 }
 
-// forward lets the networks' packets through where another program's policy for FORWARD is to drop.
+// forward accepts the networks' packets where another program's FORWARD policy is to drop.
 func (m *Manager) forward(context.Context) ([]string, error) {
 	s := m.view.Load()
 	if s == nil {

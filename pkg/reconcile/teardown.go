@@ -12,10 +12,11 @@ import (
 	"github.com/lariat-net/lariat/pkg/kernel/iptables"
 )
 
-// Teardown removes all that Lariat owns on this host: the ports of containers, devices, addresses, routes and
-// rules by the marks that planners know them by, the iptables chains, and the IKE daemon with what it left in the
-// kernel. It returns what it removed, a line each. With apply false it changes nothing, and returns what it
-// would remove. Nothing else may work on the host's network meanwhile: no manager, no plugin.
+// Teardown removes everything that Lariat owns on this host. It removes veths, devices, addresses,
+// routes and rules by the marks that planners know them by. It also removes the iptables chains,
+// and the IKE daemon with its state in the kernel. It returns a line for each removal. With apply
+// false it changes nothing, and returns the removals that it would do. No manager and no plugin may
+// work on the host's network meanwhile.
 func (m *Manager) Teardown(ctx context.Context, apply bool) (lines []string, err error) {
 	ports, err := m.Kernel.Veths(ctx)
 	if err != nil {
@@ -28,7 +29,7 @@ func (m *Manager) Teardown(ctx context.Context, apply bool) (lines []string, err
 			p.Alias.Network))
 	}
 	slices.Sort(lines)
-	own := delta.NewState() // addresses of devices that are not ours are found by name
+	own := delta.NewState() // addresses of foreign devices are found by name
 	if m.MetadataAddress.IsValid() {
 		own.Addrs[delta.Addr{Dev: "lo", Prefix: netip.PrefixFrom(m.MetadataAddress, m.MetadataAddress.BitLen())}] = struct{}{}
 	}
@@ -53,7 +54,7 @@ func (m *Manager) Teardown(ctx context.Context, apply bool) (lines []string, err
 	return lines, errors.Join(errs...)
 }
 
-// teardown ends the IKE daemon, and removes what tunnels have in the kernel.
+// teardown stops the IKE daemon, and removes the tunnels' state from the kernel.
 func (t *Tunnels) teardown(ctx context.Context, apply bool) (lines []string, err error) {
 	if t.Charon != nil && t.Charon.Running() {
 		lines = append(lines, fmt.Sprintf("- charon, process %d, with its connections", t.Charon.Pid()))

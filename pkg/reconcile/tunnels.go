@@ -20,16 +20,16 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// Tunnels keeps the IKE daemon equal to the metadata: one connection to each peer, for all encrypted
-// networks. What keeps packets from leaving in clear is not here but in the overlay's plan, and stands
-// without this.
+// Tunnels keeps the IKE daemon equal to the metadata: one connection to each peer, for all
+// encrypted networks. The overlay's plan, not Tunnels, keeps packets from leaving in clear. That
+// protection does not depend on Tunnels.
 type Tunnels struct {
 	View   func() *metadata.Snapshot
 	Client metadata.Client
 	Kernel XFRM
 	Log    *slog.Logger
 
-	// Daemon is told what to keep. Charon starts it; nil: somebody else does.
+	// Daemon is the IKE daemon to configure. Charon starts it; with nil, another program starts it.
 	Daemon *ike.Daemon
 	Charon *ike.Charon
 
@@ -38,32 +38,32 @@ type Tunnels struct {
 	Encap      bool
 	Rekey      time.Duration
 
-	// Every is how often what the daemon and the kernel hold is looked at; a pass in between asks nobody when
-	// nothing changed.
+	// Every is the interval between checks of the state that the daemon and the kernel hold. A pass
+	// in between queries neither when nothing changed.
 	Every time.Duration
 
 	concern    *Concern
-	mu         sync.Mutex // guards what follows, which the report tells
+	mu         sync.Mutex // guards the fields that Report returns
 	report     ipsec.Report
 	tunnels    []ipsec.Tunnel
 	creds      ike.Credentials
 	loaded     bool // creds have been read once
 	verified   time.Time
-	flushed    atomic.Bool                       // since the last look
-	watched    bool                              // flushes are told, or cannot be
-	unknownSAs map[saKey]time.Time               // SAs of ours that the daemon did not list, and since when
-	reinstalls map[missingState]reinstallAttempt // policies that the kernel was given anew and did not have since
-	// nothing of ours is left to take away while there is no encrypted network
+	flushed    atomic.Bool                       // a flush was seen since the last check
+	watched    bool                              // flushes are reported, or cannot be
+	unknownSAs map[saKey]time.Time               // our SAs that the daemon did not list, and since when
+	reinstalls map[missingState]reinstallAttempt // policies that were reinstalled and are still missing
+	// No state of ours is left to remove while there is no encrypted network.
 	clean bool
 }
 
 type saKey struct{ ifID, spi uint32 }
 
-// unknownFor is how long an SA must be unknown to the daemon before it is taken for a leftover: while keys
-// change, the kernel has SAs that are not in the daemon's list yet, or not any more.
+// unknownFor is how long the daemon must not know an SA before the SA is stale. While keys change,
+// the kernel has SAs that the daemon does not list yet, or no longer lists.
 const unknownFor = 15 * time.Second
 
-// XFRM is the part of the kernel that Tunnels tidies up.
+// XFRM is the part of the kernel that Tunnels cleans up.
 type XFRM interface {
 	XFRM(ctx context.Context, ours func(ifID uint32) bool) ([]kernel.SA, []kernel.XFRMPolicy, error)
 	RemoveSA(ctx context.Context, s kernel.SA) error
@@ -71,11 +71,11 @@ type XFRM interface {
 	Flushes(ctx context.Context, each func()) error
 }
 
-// notify has the concern know when the IKE daemon is gone, or has news.
+// notify makes the IKE daemon trigger the concern when the daemon ends or has news.
 func (t *Tunnels) notify(c *Concern) {
 	t.concern = c
 	t.Daemon.Notify = c.Trigger
-	// Of one that this process did not start only the connection's end is seen.
+	// For a daemon that this process did not start, only the end of the connection is visible.
 	t.Daemon.Gone = func() { t.gone(errors.New("the IKE daemon does not answer any more")) }
 	if t.Charon != nil {
 		t.Charon.OnExit = func() { t.gone(errors.New("the IKE daemon ended and is started again")) }
@@ -91,7 +91,7 @@ func (t *Tunnels) gone(err error) {
 	}
 }
 
-// Run is one pass.
+// Run runs one pass.
 func (t *Tunnels) Run(ctx context.Context) ([]string, error) {
 	s := t.View()
 	if s == nil {
@@ -108,7 +108,7 @@ func (t *Tunnels) Run(ctx context.Context) ([]string, error) {
 		r.Auth = ipsec.AuthPubkey
 	}
 	if len(r.Networks) == 0 {
-		t.publish(ipsec.Report{Networks: []string{}, Tunnels: []ipsec.Status{}}, nil) // nobody is to miss the daemon
+		t.publish(ipsec.Report{Networks: []string{}, Tunnels: []ipsec.Status{}}, nil) // the daemon is not needed
 		return t.disable(ctx)
 	}
 	changed, tunnels, err := t.reconcile(ctx, s, &r)
@@ -122,7 +122,7 @@ func (t *Tunnels) publish(r ipsec.Report, tunnels []ipsec.Tunnel) {
 	t.report, t.tunnels = r, tunnels
 }
 
-// disable takes away what there was while a network was encrypted.
+// disable removes the state that is left from a time when a network was encrypted.
 func (t *Tunnels) disable(ctx context.Context) (changed []string, err error) {
 	if t.clean {
 		return nil, nil
@@ -131,7 +131,7 @@ func (t *Tunnels) disable(ctx context.Context) (changed []string, err error) {
 		lines, err := t.Daemon.Apply(ctx, nil, ike.Credentials{}, true)
 		changed = append(changed, lines...)
 		if err != nil && t.Charon != nil {
-			return changed, err // the system's own need not run where nobody needs it
+			return changed, err // the system's own daemon need not run where no network is encrypted
 		}
 	}
 	if t.Charon != nil {
@@ -139,13 +139,13 @@ func (t *Tunnels) disable(ctx context.Context) (changed []string, err error) {
 			return changed, err
 		}
 	}
-	l, _ := t.observe(ctx, true) // a kernel without IPsec holds none of ours
+	l, _ := t.observe(ctx, true) // a kernel without IPsec holds no state of ours
 	lines, err := t.removeStale(ctx, nil, l)
 	t.clean = err == nil
 	return append(changed, lines...), err
 }
 
-// reconcile is a pass with something to keep.
+// reconcile runs a pass while at least one network is encrypted.
 func (t *Tunnels) reconcile(ctx context.Context, s *metadata.Snapshot,
 	r *ipsec.Report) (changed []string, tunnels []ipsec.Tunnel, err error) {
 	t.clean = false
@@ -161,7 +161,7 @@ func (t *Tunnels) reconcile(ctx context.Context, s *metadata.Snapshot,
 			r.Missing, r.Remedy = err.Error(), "until then nothing is sent, in clear neither"
 			return nil, nil, err
 		}
-		// What was read before stays in force.
+		// The credentials that were read before stay in force.
 		r.Problem, r.Remedy = err.Error(),
 			"what was read before stays in use; lariat-network-manager reads the file again by itself"
 	}
@@ -180,8 +180,8 @@ func (t *Tunnels) reconcile(ctx context.Context, s *metadata.Snapshot,
 	if t.Charon != nil {
 		t.Charon.Prepare = func(ctx context.Context) error {
 			t.concern.Repairing(errors.New("the IKE daemon does not run; it is started"))
-			// One that starts knows none of the SAs that there are. They would be used until they expire, and the
-			// peers will have dropped theirs with the first word of the new one.
+			// A new daemon does not know the existing SAs. The kernel would use them until they
+			// expire. The peers drop theirs at the first message of the new daemon.
 			l, err := t.observe(ctx, true)
 			if err != nil {
 				return err
@@ -230,7 +230,8 @@ func (t *Tunnels) reconcile(ctx context.Context, s *metadata.Snapshot,
 	return changed, tunnels, problem
 }
 
-// features tries what no encrypted network can do without. Without AES-GCM the fallback suite is offered.
+// features probes for the features that every encrypted network needs. Without AES-GCM the fallback
+// suite is offered.
 func (t *Tunnels) features(s *metadata.Snapshot, o *ipsec.Options) error {
 	esp := probe.ESP
 	if me, _ := s.Host(s.Self); me.UnderlayAddr().Is6() {
@@ -258,7 +259,8 @@ func (t *Tunnels) credentials() error {
 	return err
 }
 
-// announce tells the other hosts which secrets this one accepts by now. They use none that it does not.
+// announce publishes the secrets that this host accepts by now. The other hosts use only published
+// secrets.
 func (t *Tunnels) announce(ctx context.Context, s *metadata.Snapshot, keys []string) error {
 	me, ok := s.Host(s.Self)
 	if !ok || slices.Equal(me.IKEKeys, keys) {
@@ -271,11 +273,11 @@ func (t *Tunnels) announce(ctx context.Context, s *metadata.Snapshot, keys []str
 	return nil
 }
 
-// observation is what there is of ours: in the kernel, and then by the daemon's word.
+// An observation is our state in the kernel and in the daemon.
 type observation struct {
 	sas      []kernel.SA
 	policies []kernel.XFRMPolicy
-	dead     bool // there is no daemon, and so no SA that it knows
+	dead     bool // there is no daemon, so it knows no SA
 	known    []ike.SA
 }
 
@@ -287,9 +289,9 @@ func (t *Tunnels) observe(ctx context.Context, dead bool) (l observation, err er
 	return l, err
 }
 
-// removeStale removes from the kernel what a daemon that was killed left behind: policies of no tunnel, and
-// SAs that the daemon does not know. An SA of those would be used on and on, and the peer has long forgotten
-// it.
+// removeStale removes from the kernel the state that a killed daemon left behind. This is policies
+// of no tunnel and SAs that the daemon does not know. The kernel would use such an SA on and on,
+// although the peer has long forgotten it.
 func (t *Tunnels) removeStale(ctx context.Context, tunnels []ipsec.Tunnel,
 	l observation) (changed []string, err error) {
 	wanted := map[uint32]bool{}
@@ -339,16 +341,18 @@ func (t *Tunnels) removeStale(ctx context.Context, tunnels []ipsec.Tunnel,
 	return changed, errors.Join(errs...)
 }
 
-// reinstallMissing has the IKE daemon give the kernel anew what the kernel has lost, as after "ip xfrm policy
-// flush": the daemon does not look, and the tunnel would be dead until its keys are renewed.
+// reinstallMissing makes the IKE daemon reinstall what the kernel has lost, as after "ip xfrm
+// policy flush". The daemon does not check by itself. The tunnel would be dead until its keys are
+// renewed.
 func (t *Tunnels) reinstallMissing(ctx context.Context, tunnels []ipsec.Tunnel,
 	l observation) (changed []string, err error) {
 	lost := t.missing(tunnels, l)
 	if len(lost) == 0 {
 		return nil, nil
 	}
-	// What came or went between the look at the kernel and the one at the daemon seems lost. What both looks at
-	// the daemon show was in the kernel at the second look at that, or is lost indeed.
+	// State that changed between the observation of the kernel and that of the daemon seems lost.
+	// So observe twice. State in both lists of the daemon was in the kernel at the second
+	// observation of the kernel, or is really lost.
 	if l, err = t.observe(ctx, false); err != nil {
 		return nil, err
 	}
@@ -363,7 +367,8 @@ func (t *Tunnels) reinstallMissing(ctx context.Context, tunnels []ipsec.Tunnel,
 		case l.child != 0:
 			err = t.Daemon.CloseChild(ctx, l.tunnel, l.child)
 		case g.times > 0 && time.Since(g.last) < min(t.Every<<g.times, time.Hour):
-			// It ends SAs, which other networks may use. It is not for every pass when it does not help.
+			// Reinstall ends SAs, which other networks may use. So it must not run at every pass
+			// when it does not help.
 			errs = append(errs, fmt.Errorf("the kernel has no policies of %s/%s, and did not keep them when it was given "+
 				"them %d times; ip xfrm policy lists what it has", l.tunnel, l.network, g.times))
 			continue
@@ -388,8 +393,8 @@ func (t *Tunnels) reinstallMissing(ctx context.Context, tunnels []ipsec.Tunnel,
 	return changed, errors.Join(errs...)
 }
 
-// waitInstalled waits for a moment until the kernel has what it was given: the daemon ends SAs beside the
-// command that asks for it.
+// waitInstalled waits, for at most two seconds, until the kernel has the reinstalled policies. The
+// daemon ends SAs asynchronously to the command that asks for it.
 func (t *Tunnels) waitInstalled(ctx context.Context, tunnels []ipsec.Tunnel) error {
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()
@@ -407,23 +412,24 @@ func (t *Tunnels) waitInstalled(ctx context.Context, tunnels []ipsec.Tunnel) err
 			return ctx.Err()
 		}
 	}
-	return nil // the next look says what is missing still
+	return nil // the next check reports what is still missing
 }
 
-// missing is losses, and forgets what was given of all else: it has arrived.
+// missing returns the losses. It forgets reinstalls of everything else, because that has arrived.
 func (t *Tunnels) missing(tunnels []ipsec.Tunnel, l observation) []missingState {
 	lost := missingStates(tunnels, l)
 	maps.DeleteFunc(t.reinstalls, func(l missingState, _ reinstallAttempt) bool { return !slices.Contains(lost, l) })
 	return lost
 }
 
-// reinstallAttempt is how often and when last the kernel was given something in vain.
+// A reinstallAttempt counts the reinstalls without effect, and has the time of the last one.
 type reinstallAttempt struct {
 	times int
 	last  time.Time
 }
 
-// missingState is something of a tunnel that the IKE daemon takes for being in the kernel.
+// A missingState is a part of a tunnel that is in the kernel according to the IKE daemon, but is
+// not there.
 type missingState struct {
 	tunnel, network string
 	child           uint64 // the daemon's number of a pair of ESP SAs; 0: policies
@@ -437,9 +443,9 @@ func (l missingState) String() string {
 	return fmt.Sprintf("- ESP SA %#08x of %s/%s, which the kernel lost", l.spi, l.tunnel, l.network)
 }
 
-// missingStates compares, policies first. Of a pair of SAs only the one for what comes in is looked for: it
-// is the first that is there and the last that goes, and for a packet that finds no SA to go out by the
-// kernel asks for another.
+// missingStates compares the daemon's state with the kernel's, policies first. Of a pair of SAs it
+// checks only the inbound SA, which is the first to appear and the last to vanish. For a packet
+// without an outbound SA, the kernel asks for a new one.
 func missingStates(tunnels []ipsec.Tunnel, l observation) (out []missingState) {
 	type selector struct {
 		ifID     uint32
@@ -452,7 +458,7 @@ func missingStates(tunnels []ipsec.Tunnel, l observation) (out []missingState) {
 	}
 	for _, x := range tunnels {
 		for _, c := range x.Children {
-			if slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { // one of each family, and they do not mix
+			if slices.ContainsFunc(c.Subnets, func(p netip.Prefix) bool { // one subnet of each family, and families do not mix
 				return !have[selector{c.IfID, "in", p, p}] || !have[selector{c.IfID, "fwd", p, p}] ||
 					!have[selector{c.IfID, "out", p, p}]
 			}) {
@@ -474,8 +480,8 @@ func missingStates(tunnels []ipsec.Tunnel, l observation) (out []missingState) {
 	return out
 }
 
-// Reauth has the ends of every established tunnel prove anew who they are, with the secret or certificate of
-// now. The new keys are made beside the old ones.
+// Reauth makes both ends of every established tunnel authenticate again, with the current secret or
+// certificate. The new keys are made beside the old ones.
 func (t *Tunnels) Reauth(ctx context.Context) error {
 	sas, err := t.Daemon.SAs(ctx)
 	if err != nil {
@@ -490,7 +496,7 @@ func (t *Tunnels) Reauth(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// Report tells how tunnels fare. With detail the daemon is asked for them.
+// Report returns the state of the tunnels. With detail it queries the daemon for each tunnel.
 func (t *Tunnels) Report(ctx context.Context, detail bool) ipsec.Report {
 	t.mu.Lock()
 	r, tunnels := t.report, t.tunnels
@@ -519,8 +525,8 @@ func (t *Tunnels) Report(ctx context.Context, detail bool) ipsec.Report {
 	return r
 }
 
-// status puts together what is planned of a tunnel and what there is of it. While keys change there is more
-// than one SA: the newest counts.
+// status combines the plan of a tunnel with its actual state. While keys change there is more than
+// one SA, and the newest counts.
 func status(x ipsec.Tunnel, sas []ike.SA, last ike.Failure, running bool, now time.Time) ipsec.Status {
 	s := ipsec.Status{Peer: x.Peer, Remote: x.Remote, State: ipsec.StateIdle, Keys: x.Keys, LastError: last.Text,
 		ErrorAt: last.At}
