@@ -1,9 +1,10 @@
-// Package journal is a host's own record of its attachments: which container interface holds which addresses
-// of which network.
+// Package journal is a host's own record of its attachments: which container interface holds which
+// addresses of which network.
 //
-// The metadata service decides about addresses; the journal lets DEL, CHECK and GC work while it is away, and
-// lets the network manager find what a killed plugin or a reboot has left over. One small JSON file per
-// attachment, replaced atomically, so that a lookup costs the same with one attachment and with ten thousand.
+// The metadata service decides about addresses. With the journal, DEL, CHECK and GC work while the
+// service is away. The network manager finds in it the remains of a killed plugin or a reboot. The
+// journal has one small JSON file per attachment, which is replaced atomically. So a lookup costs
+// the same with one attachment and with ten thousand.
 package journal
 
 import (
@@ -31,19 +32,20 @@ import (
 const (
 	// Held: the interface holds its addresses, and the metadata service knows it.
 	Held = "held"
-	// Unregistered: the interface holds addresses that were given explicitly while the service was away; it must be told.
+	// Unregistered: the caller named the addresses while the service was away. They must be
+	// registered.
 	Unregistered = "unregistered"
-	// Released: the interface is gone, and the service must be told.
+	// Released: the interface is removed, and the release must be replayed to the service.
 	Released = "released"
 )
 
-// Record is one attachment.
+// Record describes one attachment.
 type Record struct {
 	metadata.AttachmentID
-	// as the service answered; of a Released record maybe only the network
+	// as the service answered; in a Released record maybe only the network
 	Attachment metadata.Attachment `json:"attachment"`
 	State      string              `json:"state"`
-	// of the plugin that asked: lariat-vxlan, or lariat-ipam under another one
+	// the plugin that asked: lariat-vxlan, or lariat-ipam under another plugin
 	Type       string            `json:"type"`
 	Netns      string            `json:"netns,omitempty"`
 	NetnsInode uint64            `json:"netnsInode,omitempty"`
@@ -53,12 +55,14 @@ type Record struct {
 	Labels     map[string]string `json:"labels,omitempty"`
 	Created    time.Time         `json:"created"`
 
-	// Terminating: a DEL has begun to take the interface away, and may have asked the network manager to. Even
-	// if that DEL died, what it asked for may come yet, so the interface that stands must not be relied on.
+	// Terminating: a DEL has started to remove the interface, and may have asked the network
+	// manager to do so. That request may take effect even after the DEL has died. So do not rely on
+	// an existing interface.
 	Terminating bool `json:"leaving,omitempty"`
 }
 
-// Sequence is the highest one among the record's addresses: a release that names it cannot hit a later holder.
+// Sequence returns the highest sequence number of the record's addresses. A release with this
+// number cannot hit a later holder.
 func (r Record) Sequence() uint64 {
 	var seq uint64
 	for _, a := range r.Attachment.Addresses {
@@ -67,8 +71,8 @@ func (r Record) Sequence() uint64 {
 	return seq
 }
 
-// Gone reports whether the attachment's network namespace exists no more. Of a record without a path the boot
-// alone tells.
+// Gone reports whether the attachment's network namespace no longer exists. For a record without a
+// path, only the boot id decides.
 func (r Record) Gone(bootID string) bool {
 	if r.Netns == "" {
 		return r.BootID != bootID
@@ -80,8 +84,9 @@ func (r Record) Gone(bootID string) bool {
 	return inode != r.NetnsInode
 }
 
-// Lost returns the records whose addresses the service does not know to be theirs; allocations is all that it
-// knows of this host. The records must have been read before the allocations were.
+// Lost returns the records with addresses that the service does not know as theirs. allocations is
+// the service's complete list for this host. The records must have been read before the
+// allocations.
 func Lost(records []Record, allocations []metadata.Allocation) (out []Record) {
 	type claim struct {
 		metadata.AttachmentID
@@ -104,15 +109,16 @@ func Lost(records []Record, allocations []metadata.Allocation) (out []Record) {
 	return out
 }
 
-// Journal is the folder of records.
+// Journal is the directory of records.
 type Journal struct{ Dir string }
 
-// New keeps its records under a state directory; empty means metadata.DefaultStateDir.
+// New returns the journal under a state directory. An empty stateDir means
+// metadata.DefaultStateDir.
 func New(stateDir string) Journal {
 	return Journal{Dir: filepath.Join(cmp.Or(stateDir, metadata.DefaultStateDir), "attachments")}
 }
 
-// StateDir is the state directory that the journal is in, as an absolute path.
+// StateDir returns the journal's state directory, as an absolute path.
 func (j Journal) StateDir() string {
 	dir := filepath.Dir(j.Dir)
 	if abs, err := filepath.Abs(dir); err == nil {
@@ -122,24 +128,25 @@ func (j Journal) StateDir() string {
 }
 
 func (j Journal) path(network string, id metadata.AttachmentID) string {
-	// Neither part may hold a colon or a slash: pkg/cni has refused them.
+	// Neither part can hold a colon or a slash: pkg/cni has refused them.
 	return filepath.Join(j.Dir, network, id.ContainerID+":"+id.IfName)
 }
 
-// Lock serialises the verbs of one attachment across processes; the kernel drops it with the process. Attachments
-// never wait for each other: a verb that waits for the store keeps its lock. Each locks a byte of its own in one
-// file per network.
+// Lock serialises the verbs of one attachment across processes. The kernel drops the lock when the
+// process ends. A verb that waits for the store keeps its lock, so attachments must never wait for
+// each other. Each attachment locks its own byte in one file per network.
 func (j Journal) Lock(network string, id metadata.AttachmentID) (unlock func(), err error) {
 	return j.lock(network, id, unix.F_OFD_SETLKW)
 }
 
-// TryLock is Lock for who holds another attachment's lock: it fails when a verb is at work.
+// TryLock is Lock for a caller that holds another attachment's lock. It fails when a verb is in
+// progress.
 func (j Journal) TryLock(network string, id metadata.AttachmentID) (unlock func(), err error) {
 	return j.lock(network, id, unix.F_OFD_SETLK)
 }
 
-// LockIfPossible is Lock for who takes away. On a disk that is full or read-only no lock file can be made; a
-// runtime must be able to remove a container all the same, and nobody can add one meanwhile.
+// LockIfPossible is Lock for removals. On a full or read-only disk no lock file can be created. A
+// runtime must still be able to remove a container, and no ADD can run meanwhile.
 func (j Journal) LockIfPossible(network string, id metadata.AttachmentID) (unlock func()) {
 	unlock, err := j.Lock(network, id)
 	if err != nil {
@@ -160,19 +167,20 @@ func (j Journal) lock(network string, id metadata.AttachmentID, how int) (unlock
 	return unlock, nil
 }
 
-// lockBytes locks a range of a network's lock file; a length of 0 is all of it.
+// lockBytes locks a range of a network's lock file. A length of 0 means the whole file.
 func (j Journal) lockBytes(network string, start, length int64, how int) (unlock func(), err error) {
 	name := filepath.Join(j.Dir, network, lockFile)
 	for try := 0; ; try++ {
 		f, err := j.create(name, os.O_RDWR|os.O_CREATE)
 		if (errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrExist)) && try < 100 {
-			continue // RemoveNetwork has removed the directory just now
+			continue // RemoveNetwork has just removed the directory
 		}
 		if err != nil {
 			return nil, err
 		}
 		for {
-			// Locks of a file description, not of a process: also two threads of one process exclude each other.
+			// The lock belongs to a file description, not to a process. So it also excludes two
+			// threads of one process.
 			err = unix.FcntlFlock(f.Fd(), how, &unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: start,
 				Len: length})
 			if !errors.Is(err, unix.EINTR) {
@@ -205,12 +213,13 @@ func (j Journal) create(name string, flag int) (*os.File, error) {
 	return f, err
 }
 
-// Put writes a record, whole or not at all. The caller holds its lock, so the temporary name is its own.
+// Put writes a record completely or not at all. The caller holds the record's lock, so no other
+// process uses the temporary name.
 //
-// There is no fsync, on purpose. What a power failure can tear is by then a record of an earlier boot, whose
-// containers are gone and whose addresses the manager gives back by their boot id, so nothing hangs on it
-// (docs/design/journal.md). What kill -9 can interrupt is covered by the rename. The 0.7 ms of two fsyncs are
-// a sixth of an ADD.
+// Put does not call fsync, on purpose. A power failure can corrupt only records of an earlier boot.
+// Their containers do not exist any more, and the manager releases their addresses by the boot id.
+// So nothing depends on such a record (docs/design/journal.md). The rename protects against kill
+// -9. Two fsyncs would take 0.7 ms, a sixth of an ADD.
 func (j Journal) Put(r Record) error {
 	data, err := json.Marshal(r)
 	if err != nil {
@@ -233,7 +242,7 @@ func (j Journal) Put(r Record) error {
 	return nil
 }
 
-// SetTerminating notes whether a DEL has begun; without a record there is nothing to note.
+// SetTerminating records whether a DEL has started. Without a record it does nothing.
 func (j Journal) SetTerminating(network string, id metadata.AttachmentID, leaving bool) error {
 	r, ok, err := j.Get(network, id)
 	if err != nil || !ok || r.Terminating == leaving {
@@ -243,7 +252,8 @@ func (j Journal) SetTerminating(network string, id metadata.AttachmentID, leavin
 	return j.Put(r)
 }
 
-// Get reads a record; ok is false when there is none. A torn one counts as none: it is of an earlier boot.
+// Get reads a record. ok is false when there is none. A corrupt record counts as none: it is from
+// an earlier boot.
 func (j Journal) Get(network string, id metadata.AttachmentID) (r Record, ok bool, err error) {
 	data, err := os.ReadFile(j.path(network, id))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -264,14 +274,14 @@ func temporary(path string) string {
 	return filepath.Join(filepath.Dir(path), temporaryPrefix+filepath.Base(path))
 }
 
-// Remove forgets a record, and what a killed Put may have left of one.
+// Remove removes a record, and the temporary file that a killed Put may have left.
 func (j Journal) Remove(network string, id metadata.AttachmentID) error {
 	for _, name := range []string{j.path(network, id), temporary(j.path(network, id))} {
 		err := os.Remove(name)
 		if err == nil || errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
-		// A file system that is read-only says so of files that are not there, too.
+		// A read-only file system reports EROFS even for files that do not exist.
 		if _, there := os.Lstat(name); !errors.Is(there, fs.ErrNotExist) {
 			return fmt.Errorf("journal: %w", err)
 		}
@@ -279,7 +289,8 @@ func (j Journal) Remove(network string, id metadata.AttachmentID) error {
 	return nil
 }
 
-// BeginHostSetup notes that a plugin sets this host up for a network, and EndHostSetup that it came to its end.
+// BeginHostSetup records that a plugin is setting this host up for a network. EndHostSetup records
+// the end.
 func (j Journal) BeginHostSetup(network string) error {
 	f, err := j.create(j.hostSetupFile(network), os.O_WRONLY|os.O_CREATE)
 	if err != nil {
@@ -288,7 +299,7 @@ func (j Journal) BeginHostSetup(network string) error {
 	return f.Close()
 }
 
-// EndHostSetup takes back what BeginHostSetup noted.
+// EndHostSetup removes the mark of BeginHostSetup.
 func (j Journal) EndHostSetup(network string) error {
 	if err := os.Remove(j.hostSetupFile(network)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("journal: %w", err)
@@ -296,8 +307,8 @@ func (j Journal) EndHostSetup(network string) error {
 	return nil
 }
 
-// HostSetupPending reports whether a BeginHostSetup has found no EndHostSetup yet: it is under way, or was
-// killed. It costs one system call.
+// HostSetupPending reports whether a BeginHostSetup has no EndHostSetup yet. Then the setup is in
+// progress, or was killed. The check costs one system call.
 func (j Journal) HostSetupPending(network string) bool {
 	_, err := os.Lstat(j.hostSetupFile(network))
 	return err == nil
@@ -307,8 +318,8 @@ func (j Journal) hostSetupFile(network string) string {
 	return filepath.Join(j.Dir, network, ".joining")
 }
 
-// RemoveNetwork removes the directory of a network that has no records. It reports whether there was one to remove;
-// a directory that has records, or that somebody works in, stays.
+// RemoveNetwork removes the directory of a network without records, and reports whether it did. A
+// directory with records, or with a verb in progress, stays.
 func (j Journal) RemoveNetwork(network string) (bool, error) {
 	dir := filepath.Join(j.Dir, network)
 	if entries, err := os.ReadDir(dir); err != nil ||
@@ -331,11 +342,12 @@ func (j Journal) RemoveNetwork(network string) (bool, error) {
 		return false, fmt.Errorf("journal: %w", err)
 	}
 	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), ".") { // it came meanwhile
+		if !strings.HasPrefix(e.Name(), ".") { // created meanwhile
 			return false, nil
 		}
 	}
-	// The lock file last: until it is gone, whoever comes waits for it, and then begins anew.
+	// Remove the lock file last. Until then every newcomer waits for the lock, and then starts
+	// again with a new file.
 	for _, e := range entries {
 		if e.Name() != lockFile {
 			err = errors.Join(err, os.Remove(filepath.Join(dir, e.Name())))
@@ -344,14 +356,14 @@ func (j Journal) RemoveNetwork(network string) (bool, error) {
 	if err = errors.Join(err, os.Remove(filepath.Join(dir, lockFile))); err != nil {
 		return false, fmt.Errorf("journal: %w", err)
 	}
-	// Somebody may have begun anew meanwhile, or even have come to an end.
+	// Another process may have created the directory again meanwhile, or even have removed it.
 	if err := os.Remove(dir); err != nil && !errors.Is(err, unix.ENOTEMPTY) && !errors.Is(err, fs.ErrNotExist) {
 		return false, fmt.Errorf("journal: %w", err)
 	}
 	return true, nil
 }
 
-// Networks lists the networks that have records.
+// Networks lists the networks that have a directory.
 func (j Journal) Networks() ([]string, error) {
 	entries, err := os.ReadDir(j.Dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -366,9 +378,9 @@ func (j Journal) Networks() ([]string, error) {
 	return out, nil
 }
 
-// List reads all records of a network. A torn one is listed with its id and the State Released: all that can
-// be done about it is to give back what it held. Temporary files of killed processes are removed, unless the
-// caller holds their record's lock.
+// List reads all records of a network. It lists a corrupt record with its id and the State
+// Released, because the only useful action is to release its addresses. List removes temporary
+// files of killed processes, unless the caller holds their record's lock.
 func (j Journal) List(network string) ([]Record, error) {
 	dir := filepath.Join(j.Dir, network)
 	entries, err := os.ReadDir(dir)
@@ -394,7 +406,7 @@ func (j Journal) List(network string) ([]Record, error) {
 		}
 		if !ok {
 			if _, err := os.Stat(filepath.Join(dir, e.Name())); err != nil {
-				continue // went away meanwhile
+				continue // removed meanwhile
 			}
 			r = Record{AttachmentID: id, Attachment: metadata.Attachment{Network: network}, State: Released}
 		}
@@ -403,7 +415,8 @@ func (j Journal) List(network string) ([]Record, error) {
 	return out, nil
 }
 
-// removeStale removes a temporary file whose writer is dead: it holds the record's lock no more.
+// removeStale removes a temporary file whose writer is dead: a dead writer no longer holds the
+// record's lock.
 func (j Journal) removeStale(network, record string) {
 	container, ifname, ok := strings.Cut(record, ":")
 	if !ok {
