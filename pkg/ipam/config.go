@@ -1,5 +1,5 @@
-// Package ipam acquires, releases, checks and collects the addresses of attachments: through the metadata service
-// when it answers, from the host's journal when it does not.
+// Package ipam acquires, releases, checks and garbage-collects the addresses of attachments. It
+// uses the metadata service when it answers, and the host's journal when it does not.
 package ipam
 
 import (
@@ -15,7 +15,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// IPAMType is the executable whose work the main plugins do in-process.
+// IPAMType is the IPAM plugin whose work the main plugins do in-process.
 const IPAMType = "lariat-ipam"
 
 // Config is the ipam block of a configuration whose type is lariat-ipam.
@@ -24,19 +24,19 @@ type Config struct {
 	Network  string `json:"network,omitempty"`  // in metadata; default: the configuration's name
 	Socket   string `json:"socket,omitempty"`   // of the metadata service
 	StateDir string `json:"stateDir,omitempty"` // where the journal is
-	// wait so long until the model lists the container with an address
+	// seconds to wait until the model lists the container with an address
 	WaitSeconds int `json:"waitSeconds,omitempty"`
 	// "/24": length of the address in the result; default: the subnet's
 	SubnetPrefixSize string        `json:"subnetPrefixSize,omitempty"`
 	Routes           []types.Route `json:"routes,omitempty"`
 	DNS              *types.DNS    `json:"dns,omitempty"`
-	// STATUS fails also without a store, and without free addresses
+	// STATUS also fails without a store, and without free addresses
 	StrictStatus bool `json:"strictStatus,omitempty"`
 	Definition
 }
 
-// Definition is what a configuration may say about a network so that its first use creates it. Once the
-// network exists, metadata alone counts.
+// Definition describes a network in a configuration, so that its first use creates the network.
+// Once the network exists, only metadata counts.
 type Definition struct {
 	Subnet        string   `json:"subnet,omitempty"`  // one subnet
 	Subnets       []string `json:"subnets,omitempty"` // or one of each family
@@ -50,7 +50,8 @@ type Definition struct {
 	Exclude       []string `json:"exclude,omitempty"`
 }
 
-// Create is the network to create on first use; nil when the configuration does not define one.
+// Create returns the network to create on first use, or nil when the configuration does not define
+// one.
 func (d Definition) Create(name, encapsulation string) (*metadata.Network, error) {
 	list := d.Subnets
 	if d.Subnet != "" {
@@ -73,8 +74,8 @@ func (d Definition) Create(name, encapsulation string) (*metadata.Network, error
 		n.Subnets = append(n.Subnets, p)
 	}
 	if encapsulation == metadata.EncapNone && len(d.Gateways) == 0 {
-		// As with host-local: ptp cannot work without one, and bridge takes the first address of the subnet for itself, which
-		// must then not be a container's.
+		// As with host-local: ptp needs a gateway. bridge takes the first address of the subnet for
+		// itself, so no container may have it.
 		for _, p := range n.Subnets {
 			if !p.IsSingleIP() {
 				n.Gateways = append(n.Gateways, p.Masked().Addr().Next())
@@ -91,7 +92,7 @@ func (d Definition) Create(name, encapsulation string) (*metadata.Network, error
 	return n, nil
 }
 
-// PrefixLength is subnetPrefixSize as a number; 0 when it is not set.
+// PrefixLength returns subnetPrefixSize as a number, or 0 when it is not set.
 func (c Config) PrefixLength() (int, error) {
 	if c.SubnetPrefixSize == "" {
 		return 0, nil
@@ -105,13 +106,14 @@ func (c Config) PrefixLength() (int, error) {
 	return n, nil
 }
 
-// Client opens the journal and the service that the block names.
+// Client returns a client of the journal and the service that the block names.
 func (c Config) Client(pluginType string) Client {
 	return Client{Service: metadata.Client{Socket: c.Socket}, Journal: journal.New(c.StateDir), Type: pluginType}
 }
 
-// Request turns a call of a runtime into a question to the metadata service, and into the answer that stands in for it
-// when the service is away and the caller named the addresses with their lengths.
+// Request turns a runtime's call into a request to the metadata service. It also returns the
+// addresses that the caller named, with their lengths. They replace the answer when the service is
+// away.
 func Request(r *cni.Request, waitSeconds int,
 	create *metadata.Network) (req metadata.AttachRequest, explicit []netip.Prefix, err error) {
 	if waitSeconds < 0 || waitSeconds > 600 {
@@ -131,7 +133,8 @@ func Request(r *cni.Request, waitSeconds int,
 	return req, explicit, nil
 }
 
-// Block decodes the ipam block when it is ours; ok is false when another plugin is to be executed.
+// Block decodes the ipam block when its type is lariat-ipam. ok is false when another plugin must
+// be executed.
 func Block(r *cni.Request, raw json.RawMessage) (c Config, ok bool, err error) {
 	var head struct {
 		Type string `json:"type"`

@@ -13,22 +13,24 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Client gives and takes addresses: through the metadata service when it answers, from the journal when it does not.
+// Client acquires and releases addresses. It uses the metadata service when it answers, and the
+// journal when it does not.
 type Client struct {
 	Service metadata.Client
 	Journal journal.Journal
 	Type    string // of the plugin, for the records
 }
 
-// Netns is where an attachment lives.
+// Netns identifies an attachment's network namespace.
 type Netns struct {
 	Path  string
 	Inode uint64
 }
 
-// Acquire gives the interface its addresses and notes them, before anything in the kernel holds them. Asked
-// again for the same interface it gives the same. explicit holds lengths and gateways for the case that the
-// service is away and the addresses were asked for by name: they are then used and the service is told later.
+// Acquire returns addresses for the interface and records them, before anything in the kernel holds
+// them. It returns the same addresses for the same interface. explicit holds lengths and gateways
+// of addresses that the caller named. Acquire uses them when the service is away, and they are
+// registered later.
 func (b Client) Acquire(ctx context.Context, network string, req metadata.AttachRequest, ns Netns,
 	explicit *metadata.Attachment) (*metadata.Attachment, error) {
 	id := metadata.AttachmentID{ContainerID: req.ContainerID, IfName: req.IfName}
@@ -64,7 +66,7 @@ func (b Client) Acquire(ctx context.Context, network string, req metadata.Attach
 		Terminating: known &&
 			old.Terminating})
 	if err != nil {
-		if !known { // an earlier ADD's container may run with these addresses
+		if !known { // a container of an earlier ADD may run with these addresses
 			err = errors.Join(err, b.Service.Release(ctx, network, id, 0))
 		}
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
@@ -72,11 +74,13 @@ func (b Client) Acquire(ctx context.Context, network string, req metadata.Attach
 	return a, nil
 }
 
-// Register tells the service which addresses an attachment holds: they were given while it was away, or its store
-// has lost them since. It gives exactly these, or fails with who has one of them; the others are registered then.
-// The caller holds the attachment's lock.
+// Register registers the addresses of an attachment with the service. They were allocated while the
+// service was away, or its store has lost them since. The service allocates exactly these
+// addresses, or Register fails with the holder of one of them. Then the others are registered. The
+// caller holds the attachment's lock.
 func (b Client) Register(ctx context.Context, network string, r journal.Record) error {
-	// Foreign: whatever chose the addresses, nobody else is asked for others, and a strict affinity is no reason.
+	// Foreign: no other addresses are allocated instead, and a strict affinity is no reason to
+	// refuse.
 	req := metadata.AttachRequest{ContainerID: r.ContainerID, IfName: r.IfName, Foreign: true, MAC: r.Attachment.MAC,
 		Name: r.Name, UUID: r.UUID, Labels: r.Labels, StateDir: b.Journal.StateDir()}
 	for _, a := range r.Attachment.Addresses {
@@ -84,7 +88,8 @@ func (b Client) Register(ctx context.Context, network string, r journal.Record) 
 	}
 	a, err := b.Service.Attach(ctx, network, req)
 	if metadata.IsCode(err, metadata.CodeHeld) && len(req.Requested) > 1 {
-		// Another has one of them. The rest must not go the same way.
+		// Another attachment holds one of the addresses. Register the rest, so that they are not
+		// lost too.
 		for _, one := range r.Attachment.Addresses {
 			req.Requested = []netip.Addr{one.Address}
 			_, _ = b.Service.Attach(ctx, network, req)
@@ -97,8 +102,8 @@ func (b Client) Register(ctx context.Context, network string, r journal.Record) 
 	return b.Journal.Put(r)
 }
 
-// RegisterAll registers what lives on this host and the service does not know. It leaves out what a verb works at;
-// the caller may hold one attachment's lock.
+// RegisterAll registers this host's live attachments that the service does not know. It skips
+// attachments with a verb in progress. The caller may hold one attachment's lock.
 func (b Client) RegisterAll(ctx context.Context, network, bootID string) error {
 	records, err := b.Journal.List(network)
 	if err != nil {
@@ -127,8 +132,8 @@ func (b Client) RegisterAll(ctx context.Context, network, bootID string) error {
 	return errors.Join(errs...)
 }
 
-// refuseOtherNetns fails when the attachment is that of another network namespace, which is there still:
-// its container would share its addresses.
+// refuseOtherNetns fails when the attachment belongs to another network namespace that still
+// exists. Otherwise two containers would share the addresses.
 func (b Client) refuseOtherNetns(network string, id metadata.AttachmentID, ns Netns) error {
 	old, known, err := b.Journal.Get(network, id)
 	if err != nil || !known || old.State == journal.Released || old.Terminating || old.NetnsInode == ns.Inode {
@@ -141,8 +146,8 @@ func (b Client) refuseOtherNetns(network string, id metadata.AttachmentID, ns Ne
 		WithDetails("DEL the attachment first")
 }
 
-// attach asks the service, and while the caller is ready to wait, asks again when the service went away
-// meanwhile: it may be restarting.
+// attach asks the service. While the wait of the request lasts, it retries when the service is
+// unreachable: the service may be restarting.
 func (b Client) attach(ctx context.Context, network string, req metadata.AttachRequest) (*metadata.Attachment, error) {
 	start, wait := time.Now(), time.Duration(req.WaitSeconds)*time.Second
 	for {
@@ -162,13 +167,13 @@ func (b Client) attach(ctx context.Context, network string, req metadata.AttachR
 	}
 }
 
-// Release gives the addresses back. With the service away it notes the release for the network manager to
-// replay, and succeeds: a runtime must not be kept from removing a container. Only a journal that cannot be
-// written either is an error.
+// Release releases the addresses. With the service away it records the release for the network
+// manager to replay, and succeeds. A runtime must not be kept from removing a container. With the
+// service away, the only error is a journal that cannot be written.
 func (b Client) Release(ctx context.Context, network string, id metadata.AttachmentID) error {
 	old, known, _ := b.Journal.Get(network, id)
 	if known && old.State == journal.Unregistered {
-		return b.forget(network, id) // the service never knew
+		return b.forget(network, id) // the service never knew the attachment
 	}
 	// The service itself answers within two seconds.
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
@@ -198,8 +203,8 @@ func (b Client) forget(network string, id metadata.AttachmentID) error {
 	return nil
 }
 
-// Check compares what the service and the journal hold with the addresses that a result named. With the
-// service away the journal alone decides.
+// Check returns the attachment as the service knows it. With the service away it returns the
+// journal's attachment.
 func (b Client) Check(ctx context.Context, network string, id metadata.AttachmentID) (*metadata.Attachment, error) {
 	rec, known, err := b.Journal.Get(network, id)
 	if err != nil {
@@ -222,8 +227,9 @@ func (b Client) Check(ctx context.Context, network string, id metadata.Attachmen
 	return a, nil
 }
 
-// Collect releases every attachment of the network on this host that valid does not list, those of the
-// journal and those that the service alone knows. Their interfaces must be gone. It goes on after errors.
+// Collect releases every attachment of the network on this host that valid does not list. It covers
+// attachments of the journal and attachments that only the service knows. Their interfaces must
+// have been removed. Collect continues after errors.
 func (b Client) Collect(ctx context.Context, network string, valid []metadata.AttachmentID) error {
 	keep := make(map[metadata.AttachmentID]bool, len(valid))
 	for _, id := range valid {
@@ -241,8 +247,8 @@ func (b Client) Collect(ctx context.Context, network string, valid []metadata.At
 		}
 		unlock()
 	}
-	// What a killed ADD allocated and did not come to note is known to the service alone. When it is away the manager will
-	// find it later.
+	// Only the service knows the allocations that a killed ADD did not record. When the service is
+	// away, the manager finds them later.
 	if _, err := b.Service.GC(ctx, network, valid); err != nil && !errors.Is(err, metadata.ErrUnreachable) &&
 		!metadata.IsCode(err, metadata.CodeNotFound) {
 		errs = append(errs, err)

@@ -9,10 +9,11 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Status returns an error with code 50 and the remedy when no ADD on the network can be served here for a reason of
-// this host that waiting does not cure. A kubelet evicts healthy pods after such an answer, so an absent store and a
-// network without free addresses are errors of an ADD alone. strict reports these too. A network that its
-// configuration defines and nobody has used yet is ready; its status is nil.
+// Status returns an error with code 50 and the remedy when this host cannot serve an ADD on the
+// network, and waiting does not help. A kubelet evicts healthy pods after such an answer. So an
+// absent store and a network without free addresses are errors of an ADD only. strict reports these
+// too. A network that its configuration defines and that is not in use yet is ready. Its status is
+// nil.
 func Status(ctx context.Context, b Client, network string, d Definition, strict bool) (*metadata.NetworkStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
@@ -36,7 +37,7 @@ func Status(ctx context.Context, b Client, network string, d Definition, strict 
 	return nil, nil
 }
 
-// answered reports whether an error is the service's own word.
+// answered reports whether the service itself returned the error.
 func answered(err error) bool {
 	var e *metadata.Error
 	return errors.As(err, &e)
