@@ -1,10 +1,11 @@
-// Package cni is the process contract of a CNI plugin (spec 0.3.1 to 1.1.0): what arrives in the environment
-// and on stdin, what must be refused before anything is done, and how results and errors leave.
+// Package cni is the process contract of a CNI plugin (spec 0.3.1 to 1.1.0). It reads the
+// environment and stdin, refuses invalid calls before anything is changed, and writes results and
+// errors.
 //
-// It takes the place of the reference library's skel, which answers an error without cniVersion, a verb that
-// was never written with success, and a wrong netns after the act, with a second document on stdout. Here
-// every verb is written by the plugin, everything is checked first, and exactly one JSON document leaves by
-// stdout, after a panic too.
+// It replaces the reference library's skel. That library answers an error without cniVersion, and a
+// verb that was never written with success. It reports a wrong netns after the act, with a second
+// document on stdout. Here the plugin writes every verb, and everything is checked first. Exactly
+// one JSON document is written to stdout, even after a panic.
 package cni
 
 import (
@@ -29,8 +30,8 @@ import (
 // Versions of the spec that every Lariat plugin speaks.
 var Versions = []string{"0.3.1", "0.4.0", "1.0.0", "1.1.0"}
 
-// Plugin is the six verbs of one executable; VERSION is answered here. A nil verb is answered with an error,
-// never with success.
+// A Plugin has the verbs of one executable. The package answers VERSION itself. A nil verb is
+// answered with an error, never with success.
 type Plugin struct {
 	Name    string // of the executable
 	Version string // of the build
@@ -64,7 +65,7 @@ func (p Plugin) byHand(args []string, stdout, stderr io.Writer) int {
 	return 2
 }
 
-// Run is Main with its surroundings as arguments.
+// Run is Main with the environment, files and exit code passed explicitly.
 func (p Plugin) Run(getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer) (code int) {
 	start := time.Now()
 	r := &Request{Command: getenv("CNI_COMMAND")}
@@ -80,7 +81,7 @@ func (p Plugin) Run(getenv func(string) string, stdin io.Reader, stdout, stderr 
 	}
 	if result != nil {
 		data, merr := json.Marshal(result)
-		if merr != nil { // cannot happen to the types above; but then it must still be one document
+		if merr != nil { // cannot happen with these types; still write exactly one document
 			data, code = fmt.Appendf(nil, `{"cniVersion":%q,"code":%d,"msg":"encode the answer: %s"}`, r.outputVersion(),
 				ErrInternal, merr), 1
 		}
@@ -100,19 +101,19 @@ func (p Plugin) Run(getenv func(string) string, stdin io.Reader, stdout, stderr 
 	return code
 }
 
-// variables are those of the specification beside CNI_COMMAND.
+// variables lists the variables of the specification, except CNI_COMMAND.
 var variables = []string{"CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS", "CNI_PATH"}
 
-// about prints what the reference plugins print when they are started with nothing: name, version,
-// and versions of the specification. Nomad takes the first word that is a semantic version for the
-// plugin's.
+// about prints the same text as the reference plugins when they are started without a command:
+// name, version, and versions of the specification. Nomad takes the first word that is a semantic
+// version as the plugin's version.
 func (p Plugin) about(w io.Writer) {
 	fmt.Fprintf(w, "CNI %s plugin %s\nCNI protocol versions supported: %s\n",
 		p.Name, semantic(p.Version), strings.Join(Versions, ", "))
 }
 
-// semantic returns the version of a build as a semantic version. A build between releases may have
-// only a commit for a version, which becomes build metadata of version 0.0.0.
+// semantic returns the version of a build as a semantic version. The version of a build between
+// releases may be only a commit. It becomes build metadata of version 0.0.0.
 func semantic(version string) string {
 	s := strings.TrimPrefix(version, "v")
 	core, _, _ := strings.Cut(s, "-")
@@ -133,7 +134,7 @@ func semantic(version string) string {
 	return strings.TrimSuffix("v0.0.0+"+build, "+")
 }
 
-// answer runs the verb; a nil result with a nil error is a verb that says nothing.
+// answer runs the verb. A nil result with a nil error means that the verb has no output.
 func (p Plugin) answer(r *Request, getenv func(string) string, stdin io.Reader) (result any, err error) {
 	defer func() {
 		if v := recover(); v != nil {
@@ -184,7 +185,8 @@ func notImplemented(r *Request) error {
 }
 
 func (p Plugin) version(r *Request, stdin io.Reader) (any, error) {
-	// The spec wants a configuration here; older runtimes send none, and people just press control-D.
+	// The spec requires a configuration here. Older runtimes send none, and people just press
+	// control-D.
 	data, err := io.ReadAll(stdin)
 	if err != nil {
 		return nil, wrap(ErrIO, err, "read the configuration from stdin")
@@ -216,10 +218,10 @@ const (
 	ErrNetns               = 8
 	ErrTryAgain            = 11
 	ErrNotAvailable        = 50 // STATUS: an ADD would fail
-	ErrLimited             = 51 // STATUS: and containers that run may have lost connectivity
+	ErrLimited             = 51 // STATUS: also, running containers may have lost connectivity
 	ErrAddressHeld         = 101
 	ErrExhausted           = 102
-	ErrDiffers             = 103 // CHECK: the world is not as the result said
+	ErrDiffers             = 103 // CHECK: the state differs from the result
 	ErrKernel              = 104
 	ErrMetadata            = 105
 	ErrInternal            = 999
@@ -242,10 +244,10 @@ func (e *Error) Error() string {
 	return e.Msg + "; " + e.Details
 }
 
-// Unwrap returns what Wrap was given.
+// Unwrap returns the cause of the error.
 func (e *Error) Unwrap() error { return e.cause }
 
-// Errorf makes an error with a code.
+// Errorf returns an error with a code.
 func Errorf(code uint, format string, a ...any) *Error {
 	err := fmt.Errorf(format, a...)
 	return &Error{Code: code, Msg: err.Error(), cause: err}
@@ -264,19 +266,19 @@ func (e *Error) WithDetails(format string, a ...any) *Error {
 func asError(err error) *Error {
 	var e *Error
 	if !errors.As(err, &e) {
-		if te := (*types.Error)(nil); errors.As(err, &te) { // of a delegate
+		if te := (*types.Error)(nil); errors.As(err, &te) { // from a delegate
 			return &Error{Code: te.Code, Msg: err.Error(), Details: te.Details, cause: err}
 		}
 		return &Error{Code: ErrInternal, Msg: err.Error(), cause: err}
 	}
 	c := *e
-	if front := err.Error(); front != e.Error() { // something was put in front
+	if front := err.Error(); front != e.Error() { // a wrapper added a prefix
 		c.Msg = strings.TrimSuffix(front, "; "+e.Details)
 	}
 	return &c
 }
 
-// decodeError says where in the document the mistake is.
+// decodeError adds the position of the mistake in the document.
 func decodeError(data []byte, err error) *Error {
 	var syntax *json.SyntaxError
 	if errors.As(err, &syntax) {

@@ -9,19 +9,20 @@ import (
 	"strings"
 )
 
-// document is a JSON object that was taken apart by one level. What is in it is decoded key by key, into the
-// field of that name: a process that lives for four milliseconds spends a tenth of them when encoding/json
-// takes whole types apart for the first time.
+// A document is a JSON object that is decoded by one level. Each key is decoded separately, into
+// the field of that name. A plugin process lives for four milliseconds. encoding/json would spend a
+// tenth of that to analyse whole types for the first time.
 type document map[string]json.RawMessage
 
-// Decode reads a plugin's own keys, which stand beside those of Conf. Outside of DEL and GC, which must not
-// fail for a word, a key that neither knows is an error that names it and the nearest one that is known.
+// Decode reads a plugin's own keys, which are beside the keys of Conf. An unknown key is an error
+// that names the key and the nearest known key. DEL and GC ignore unknown keys, because they must
+// not fail for a word.
 func Decode[T any](r *Request) (T, error) {
 	var conf T
 	return conf, r.doc.into(&conf, "", r.strict(), reflect.TypeFor[Conf]())
 }
 
-// DecodeBlock does the same for a part of it, as the ipam block.
+// DecodeBlock does the same for a part of the configuration, as the ipam block.
 func DecodeBlock[T any](r *Request, raw json.RawMessage, path string) (T, error) {
 	var conf T
 	doc, err := parse(raw)
@@ -41,8 +42,8 @@ func parse(data []byte) (document, error) {
 	return doc, nil
 }
 
-// into decodes the document into the struct that target points to. Keys of others, a struct type, are known
-// and left out.
+// into decodes the document into the struct that target points to. It skips the keys of the struct
+// type others.
 func (d document) into(target any, path string, strict bool, others reflect.Type) error {
 	v := reflect.ValueOf(target).Elem()
 	known := map[string][]int{}
@@ -71,8 +72,8 @@ func (d document) into(target any, path string, strict bool, others reflect.Type
 	return nil
 }
 
-// decodeField goes into a struct of ours, so that its keys are looked at too. What runtimes fill in, and what
-// decodes itself, is free.
+// decodeField decodes one value. It checks the keys inside a struct of ours too. It does not check
+// keys that runtimes fill in, nor types that decode themselves.
 func decodeField(raw json.RawMessage, field reflect.Value, path string, strict bool) error {
 	t := field.Type()
 	ours := t.Name() == "" || strings.HasPrefix(t.PkgPath(), module)
@@ -99,7 +100,7 @@ func decodeField(raw json.RawMessage, field reflect.Value, path string, strict b
 
 const module = "github.com/lariat-net/lariat/"
 
-// collect maps the JSON names of a struct's fields to where they are.
+// collect maps the JSON names of a struct's fields to their indexes.
 func collect(t reflect.Type, at []int, into map[string][]int) {
 	for i := range t.NumField() {
 		f := t.Field(i)
@@ -124,7 +125,7 @@ func nearest(key string, known map[string][]int) string {
 	return best
 }
 
-// distance is Levenshtein's.
+// distance returns the Levenshtein distance.
 func distance(a, b string) int {
 	row := make([]int, len(b)+1)
 	for j := range row {

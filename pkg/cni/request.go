@@ -20,22 +20,22 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Request is one call of a runtime, checked.
+// Request is one checked call of a runtime.
 type Request struct {
 	Command     string
 	ContainerID string
-	Netns       string // empty at DEL when the namespace is gone
+	Netns       string // empty at DEL when the namespace no longer exists
 	IfName      string
-	Path        string            // CNI_PATH: where delegates are found
+	Path        string            // CNI_PATH: directories of delegates
 	Args        map[string]string // CNI_ARGS
 	Conf        Conf
-	Stdin       []byte          // the configuration as it came
+	Stdin       []byte          // the configuration as received
 	Prev        *current.Result // nil when there is none
 	doc         document
 	Valid       *[]metadata.AttachmentID // GC: nil when the runtime sent no list, which frees nothing
 }
 
-// Conf is what the spec puts into every plugin's configuration.
+// Conf holds the keys that the spec puts into every plugin's configuration.
 type Conf struct {
 	CNIVersion   string          `json:"cniVersion"`
 	Name         string          `json:"name"`
@@ -50,13 +50,14 @@ type Conf struct {
 		} `json:"cni,omitempty"`
 	} `json:"args,omitempty"`
 	RuntimeConfig    RuntimeConfig   `json:"runtimeConfig,omitzero"`
-	Annotations      []string        `json:"annotations,omitempty"` // of the pod, that become labels: names, or prefix*
+	Annotations      []string        `json:"annotations,omitempty"` // the pod's annotations that become labels: names, or prefix*
 	PrevResult       json.RawMessage `json:"prevResult,omitempty"`
 	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments,omitempty"`
 	Attachments      json.RawMessage `json:"cni.dev/attachments,omitempty"` // the older key
 }
 
-// RuntimeConfig holds the capability arguments that Lariat understands; a runtime sends those that the list declares.
+// RuntimeConfig holds the capability arguments that Lariat understands. A runtime sends those that
+// the list declares.
 type RuntimeConfig struct {
 	IPs         []string          `json:"ips,omitempty"`
 	MAC         string            `json:"mac,omitempty"`
@@ -71,12 +72,13 @@ type RuntimeDNS struct {
 	Options  []string `json:"options,omitempty"`
 }
 
-// ID names the attachment.
+// ID returns the attachment's id.
 func (r *Request) ID() metadata.AttachmentID {
 	return metadata.AttachmentID{ContainerID: r.ContainerID, IfName: r.IfName}
 }
 
-// read takes in environment and stdin and refuses what cannot be served, before anything is done.
+// read reads environment and stdin. It refuses calls that cannot be served, before anything is
+// changed.
 func (r *Request) read(getenv func(string) string, stdin io.Reader) error {
 	data, err := io.ReadAll(stdin)
 	if err != nil {
@@ -91,7 +93,7 @@ func (r *Request) read(getenv func(string) string, stdin io.Reader) error {
 	}
 	version := r.Conf.CNIVersion
 	if version == "" {
-		version = "0.1.0" // what the spec takes an absent version for
+		version = "0.1.0" // the spec's meaning of an absent version
 	}
 	if !slices.Contains(Versions, version) {
 		return Errorf(ErrIncompatibleVersion, "cniVersion %s is not spoken here", version).WithDetails("supported: %s",
@@ -112,7 +114,7 @@ func (r *Request) read(getenv func(string) string, stdin io.Reader) error {
 		if err == nil {
 			r.Prev, err = current.NewResultFromResult(prev)
 		}
-		// A DEL works without: what it needs is in the journal.
+		// A DEL works without prevResult: the journal has all that DEL needs.
 		if err != nil && r.Command != "DEL" {
 			return Errorf(ErrDecode, "key \"prevResult\": %w", err)
 		}
@@ -149,8 +151,8 @@ func (r *Request) environment(getenv func(string) string) error {
 		return Errorf(ErrEnvironment, "CNI_IFNAME %q is no interface name: want 1 to 15 characters without / : and "+
 			"space, and not . or ..", r.IfName)
 	}
-	// What is no pair costs a DEL nothing: container id and interface name tell what it frees. The
-	// other verbs but ADD and CHECK do not look at the arguments.
+	// Malformed arguments do not matter for a DEL: container id and interface name identify the
+	// attachment. Only ADD and CHECK use the arguments.
 	var err error
 	if r.Args, err = parseArgs(getenv("CNI_ARGS")); err != nil && (r.Command == "ADD" || r.Command == "CHECK") {
 		return err
@@ -179,8 +181,8 @@ func validIfName(s string) bool {
 		!strings.ContainsFunc(s, func(c rune) bool { return c <= ' ' || c == '/' || c == ':' || c == 0x7f })
 }
 
-// parseArgs returns the pairs, beside the error too. Unknown keys are for other plugins of the
-// list, see docs/design/cni.md.
+// parseArgs returns the valid pairs, even together with an error. Unknown keys are for other
+// plugins of the list, see docs/design/cni.md.
 func parseArgs(s string) (args map[string]string, err error) {
 	args = map[string]string{}
 	for _, pair := range strings.Split(s, ";") {
@@ -197,7 +199,7 @@ func parseArgs(s string) (args map[string]string, err error) {
 	return args, err
 }
 
-// The magic number of nsfs (linux/magic.h), and of proc: the namespace files of old kernels lived there.
+// Magic numbers of nsfs (linux/magic.h) and of proc. Old kernels had the namespace files in proc.
 const (
 	nsfsMagic = 0x6e736673
 	procMagic = 0x9fa0
@@ -206,7 +208,8 @@ const (
 // nsGetType is NS_GET_NSTYPE of linux/nsfs.h.
 const nsGetType = 0xb703
 
-// checkNetns refuses what is no namespace, and the plugin's own, before the act.
+// checkNetns refuses a path that is no network namespace, and the plugin's own namespace, before
+// anything is changed.
 func checkNetns(path string) error {
 	ino, err := NetnsInode(path)
 	if err != nil {
@@ -215,21 +218,22 @@ func checkNetns(path string) error {
 	if own, err := NetnsInode("/proc/thread-self/ns/net"); err == nil && own == ino {
 		return Errorf(ErrNetns, "CNI_NETNS %s is the network namespace that the plugin itself runs in", path)
 	}
-	// Files of every kind of namespace are on the same file system. lariat-ipam never enters the one it is told, so it
-	// would give addresses to a uts namespace.
+	// Namespace files of all kinds are on the same file system. lariat-ipam never enters the
+	// namespace. Without this check it would allocate addresses to a uts namespace.
 	f, err := os.Open(path)
 	if err != nil {
 		return Errorf(ErrNetns, "CNI_NETNS: %w", err)
 	}
 	defer f.Close()
 	kind, _, errno := syscall.Syscall(syscall.SYS_IOCTL, f.Fd(), nsGetType, 0)
-	if errno == 0 && kind != syscall.CLONE_NEWNET { // before Linux 4.11 nobody can tell
+	if errno == 0 && kind != syscall.CLONE_NEWNET { // Linux before 4.11 has no NS_GET_NSTYPE
 		return Errorf(ErrNetns, "CNI_NETNS %s is a namespace, but not one of network", path)
 	}
 	return nil
 }
 
-// NetnsInode identifies the namespace behind a path; an error that wraps fs.ErrNotExist when there is none any more.
+// NetnsInode returns the inode of the namespace behind a path. When the namespace no longer exists,
+// the error wraps fs.ErrNotExist.
 func NetnsInode(path string) (uint64, error) {
 	var fsys syscall.Statfs_t
 	if err := syscall.Statfs(path, &fsys); err != nil {
@@ -260,7 +264,7 @@ func (r *Request) attachments() error {
 	if err := json.Unmarshal(raw, &list); err != nil {
 		return Errorf(ErrConfig, "key \"cni.dev/valid-attachments\": %w", err)
 	}
-	valid := make([]metadata.AttachmentID, 0, len(list)) // null is CRI-O's way to say that no pod lives
+	valid := make([]metadata.AttachmentID, 0, len(list)) // CRI-O sends null when no pod lives
 	for _, a := range list {
 		valid = append(valid, metadata.AttachmentID(a))
 	}
@@ -268,7 +272,7 @@ func (r *Request) attachments() error {
 	return nil
 }
 
-// Arg returns the first of the CNI_ARGS that is set.
+// Arg returns the value of the first name that is set in CNI_ARGS.
 func (r *Request) Arg(names ...string) string {
 	for _, n := range names {
 		if v := r.Args[n]; v != "" {
@@ -278,8 +282,9 @@ func (r *Request) Arg(names ...string) string {
 	return ""
 }
 
-// Addresses are those that the caller asks for: capability ips, then args.cni.ips, then CNI_ARGS IP= or Rancher's
-// IPAddress=. Lengths are returned where given; an address without one has its full length.
+// Addresses returns the addresses that the caller asks for. The order is capability ips,
+// args.cni.ips, then CNI_ARGS IP= or Rancher's IPAddress=. An address without a prefix length gets
+// its full length.
 func (r *Request) Addresses() ([]netip.Prefix, error) {
 	list, from := r.Conf.RuntimeConfig.IPs, "runtimeConfig.ips"
 	if len(list) == 0 && r.Conf.Args != nil {
@@ -305,8 +310,8 @@ func (r *Request) Addresses() ([]netip.Prefix, error) {
 	return out, nil
 }
 
-// MAC is the one that the caller asks for: capability mac, then args.cni.mac, then CNI_ARGS MAC= or Rancher's
-// MACAddress=.
+// MAC returns the MAC that the caller asks for. The order is capability mac, args.cni.mac, then
+// CNI_ARGS MAC= or Rancher's MACAddress=.
 func (r *Request) MAC() (metadata.MAC, error) {
 	s, from := r.Conf.RuntimeConfig.MAC, "runtimeConfig.mac"
 	if s == "" && r.Conf.Args != nil {
@@ -328,20 +333,20 @@ func (r *Request) MAC() (metadata.MAC, error) {
 	return m, nil
 }
 
-// Owner tells who the container is for people and for service discovery: a name, a uuid, and labels, as far
-// as the runtime says. Of the pod's annotations it takes those that are public, or that the configuration
-// names: others may hold secrets.
+// Owner describes the container for people and for service discovery. It returns a name, a uuid and
+// labels, as far as the runtime sends them. Of the pod's annotations it takes only those that are
+// public, or that the configuration names. Other annotations may hold secrets.
 func (r *Request) Owner() (name, uuid string, labels map[string]string) {
 	labels = map[string]string{}
 	if r.Conf.Args != nil && len(r.Conf.Args.CNI.Labels) > 0 {
-		// Either {"a":"b"} or [{"key":"a","value":"b"}], both are in use.
+		// Accept {"a":"b"} and [{"key":"a","value":"b"}]: both are in use.
 		var list []struct{ Key, Value string }
 		if json.Unmarshal(r.Conf.Args.CNI.Labels, &labels) != nil && json.Unmarshal(r.Conf.Args.CNI.Labels, &list) == nil {
 			for _, l := range list {
 				labels[l.Key] = l.Value
 			}
 		}
-		if labels == nil { // by null
+		if labels == nil { // labels was null
 			labels = map[string]string{}
 		}
 	}
@@ -364,7 +369,8 @@ func (r *Request) Owner() (name, uuid string, labels map[string]string) {
 			name = ns + "/" + name
 		}
 	case r.Args["NOMAD_JOB_ID"] != "" || r.Args["NOMAD_ALLOC_ID"] != "":
-		// Nomad leaves out what holds a semicolon. The allocation tells those of one group apart.
+		// Nomad leaves out values with a semicolon. The allocation id distinguishes the allocations
+		// of one group.
 		parts := []string{r.Args["NOMAD_JOB_ID"], r.Args["NOMAD_GROUP_NAME"], metadata.ShortID(r.Args["NOMAD_ALLOC_ID"])}
 		name = strings.Join(slices.DeleteFunc(parts, func(p string) bool { return p == "" }), "/")
 	default:
@@ -374,12 +380,12 @@ func (r *Request) Owner() (name, uuid string, labels map[string]string) {
 	return name, uuid, labels
 }
 
-// FromMetadata gives an error of the metadata service its CNI code.
+// FromMetadata returns an error of the metadata service with its CNI code.
 func FromMetadata(err error) error {
 	var e *metadata.Error
 	if errors.Is(err, metadata.ErrUnreachable) || !errors.As(err, &e) {
 		if errors.Is(err, metadata.ErrUnreachable) {
-			if metadata.IsCode(err, metadata.CodeUnavailable) { // the service of this host is well
+			if metadata.IsCode(err, metadata.CodeUnavailable) { // the service of this host works
 				return Errorf(ErrTryAgain, "%w", err).WithDetails("check the store and the way to it: lariat doctor; " +
 					"journalctl -u lariat-metadata")
 			}

@@ -4,8 +4,8 @@ import (
 	current "github.com/containernetworking/cni/pkg/types/100"
 )
 
-// render writes a result in the form of a version. The library's converters are loose: they leave fields of
-// 1.1 in older results, so those are taken out first.
+// render converts a result to a version of the spec. The library's converters leave fields of 1.1
+// in older results, so render removes those fields first.
 func render(res *current.Result, version string) (any, error) {
 	c := *res
 	if version != "1.1.0" {
@@ -27,7 +27,7 @@ func render(res *current.Result, version string) (any, error) {
 	return out, nil
 }
 
-// After puts a chain's earlier result in front of ours.
+// After returns res with the chain's earlier result in front.
 func After(prev, res *current.Result) *current.Result {
 	if prev == nil {
 		return res
