@@ -17,14 +17,14 @@ import (
 	"github.com/lariat-net/lariat/pkg/mtu"
 )
 
-// Bounds beyond which a finding is made.
+// Bounds for findings.
 const (
 	skewWarning   = 2 * time.Second
-	skewError     = time.Minute // certificates made a moment ago are refused, logs cannot be put in order
+	skewError     = time.Minute // new certificates are refused, logs cannot be put in order
 	usageWarning  = 0.90
 	storeWarning  = 0.80
-	storeError    = 0.95 // at 1 the store takes no write at all
-	oneFindingFor = 5    // peers that are named one by one
+	storeError    = 0.95 // at 1 the store refuses every write
+	oneFindingFor = 5    // maximum number of peers that are named one by one
 )
 
 var checks = []struct {
@@ -69,7 +69,7 @@ func (e *checkContext) metadata() {
 	e.add(Error, e.Metadata.Socket, remedy, "%s", what)
 }
 
-// Unreachable says in words why the metadata service did not answer, and what helps.
+// Unreachable returns the reason why the metadata service did not answer, and a remedy.
 func Unreachable(err error, socket string) (what, remedy string) {
 	start := "start it: systemctl start lariat-metadata; if it ends at once: journalctl -u lariat-metadata"
 	switch {
@@ -92,7 +92,7 @@ func Unreachable(err error, socket string) (what, remedy string) {
 	return fmt.Sprintf("the metadata service gave no proper answer: %v", err), "look at journalctl -u lariat-metadata"
 }
 
-// storeRemedy is what helps when the store does not answer, or refuses.
+// storeRemedy is the remedy when the store does not answer, or refuses.
 const storeRemedy = "on the store's host: systemctl status lariat-metadata; with external etcd: etcdctl endpoint " +
 	"health; here: journalctl -u lariat-metadata"
 
@@ -149,7 +149,7 @@ func size(n int64) string {
 const startManager = "start it: systemctl start lariat-network-manager. Until then running containers keep their " +
 	"network, but nothing follows changes"
 
-// ManagerUnreachable says in words why the network manager did not answer, and what helps.
+// ManagerUnreachable returns the reason why the network manager did not answer, and a remedy.
 func ManagerUnreachable(err error, socket string) (what, remedy string) {
 	switch {
 	case errors.Is(err, fs.ErrPermission):
@@ -203,7 +203,8 @@ func (e *checkContext) journal() {
 	}
 }
 
-// What runs and is not known has an address that others can get, and no other host finds it.
+// attachments reports running containers that the service does not know. Their addresses can be
+// allocated to others, and no other host finds them.
 func (e *checkContext) attachments() {
 	if !e.needs("journal", e.Own != nil) || !e.needs("attachments", e.Living != nil) || !e.needsSnapshot() {
 		return
@@ -276,7 +277,7 @@ func (e *checkContext) hosts() {
 	}
 }
 
-// holds says what a host has that others wait for.
+// holds describes the resources of a host that others wait for.
 func holds(blocks, containers int) string {
 	switch {
 	case containers > 0:
@@ -406,7 +407,7 @@ func (e *checkContext) networks() {
 	}
 }
 
-// crossed finds hosts that have another way to addresses of a network.
+// crossed reports hosts with a foreign route to addresses of a network.
 func (e *checkContext) crossed(n metadata.Network) {
 	hosts := map[metadata.Foreign][]string{}
 	for _, h := range e.Metadata.Snapshot.Hosts {
@@ -461,7 +462,7 @@ func (e *checkContext) addresses() {
 					"smaller blocks in a new one", "subnet %s has no free block left", u.Subnet)
 			}
 		}
-		// "store" tells of that one
+		// The check "store" reports that reason.
 		if !st.Ready && !full && (e.Metadata.Snapshot == nil || st.Reason != e.Metadata.Snapshot.Away) {
 			e.add(Error, where, "see the reason", "no container can be attached to network %s on this host: %s", st.Network,
 				st.Reason)
@@ -488,7 +489,7 @@ func (e *checkContext) features() {
 	}
 }
 
-// overlays are the networks that Lariat routes, by family.
+// overlays reports, by family, whether there are networks that Lariat routes.
 func (e *checkContext) overlays() (v4, v6 bool) {
 	for _, n := range e.Metadata.Snapshot.Networks {
 		if n.Encapsulation == metadata.EncapNone {
@@ -519,8 +520,9 @@ func (e *checkContext) forwarding() {
 	}
 }
 
-// The kernel takes the larger of net.ipv4.conf.all.rp_filter and the device's own value: "loose" (2) for all
-// makes a strict check (1) on a container's device loose as well.
+// rpFilter checks the reverse path filter. The kernel takes the larger of
+// net.ipv4.conf.all.rp_filter and the device's own value. So "loose" (2) for all makes a strict
+// filter (1) on a container's device loose as well.
 func (e *checkContext) rpFilter() {
 	if !e.needs("kernel", e.Kernel != nil) {
 		return
@@ -536,7 +538,7 @@ func (e *checkContext) rpFilter() {
 		"only Lariat's own nftables rule keeps containers from using each other's IPv4 addresses")
 }
 
-// forwardPolicy goes by packets where some could be sent, and else by what the chains say.
+// forwardPolicy uses the results of packets where some could be sent. Otherwise it uses the chains.
 func (e *checkContext) forwardPolicy() {
 	if e.Kernel != nil && e.Kernel.Passages != nil {
 		for _, p := range e.Kernel.Passages {
@@ -570,7 +572,7 @@ func (e *checkContext) forwardPolicy() {
 	}
 }
 
-// stopped tells of a packet that did not pass from one port to another, by what, and who can do something about it.
+// stopped reports a packet that did not pass between endpoints, the cause, and a remedy.
 func (e *checkContext) stopped(p Passage) {
 	family, v6 := "IPv4", p.Subnet.Addr().Is6()
 	if v6 {
@@ -683,7 +685,8 @@ func (e *checkContext) devices() {
 		return
 	}
 	remedy := "start lariat-network-manager, which mends it; if it runs, lariat plan --diff shows what is left to do"
-	// An encrypted network has a device for each host: many that are missing for one reason are one finding.
+	// An encrypted network has a device for each host. Many that are missing for one reason are one
+	// finding.
 	var missing []string
 	for _, d := range e.Kernel.Devices {
 		if d.Have == "" {
@@ -708,9 +711,9 @@ func (e *checkContext) devices() {
 	}
 }
 
-// What a container's port loses on the host, nothing but the network manager gives back: its routes, without
-// which the container is cut off, and the settings that keep it from using others' addresses and from giving
-// its host routes (CVE-2020-10749).
+// ports reports endpoints that lost settings on the host. Only the network manager restores these.
+// Without its routes a container is cut off. Other settings keep it from using foreign addresses
+// and from giving its host routes (CVE-2020-10749).
 func (e *checkContext) ports() {
 	if !e.needs("kernel", e.Kernel != nil) || !e.needsSnapshot() {
 		return
@@ -733,7 +736,8 @@ func (e *checkContext) ports() {
 	}
 }
 
-// each reports a finding for each of few peers, or one that counts many: fifty times the same says less than once.
+// each reports one finding per peer for a few peers. For many peers it reports one finding with
+// their number.
 func (e *checkContext) each(list []Peer, s Severity, remedy string, one func(Peer) string, many string) {
 	if len(list) <= oneFindingFor {
 		for _, p := range list {
@@ -809,7 +813,7 @@ func (e *checkContext) tunnel() {
 			case o.Source != o.Ours:
 				routeless[k] = append(routeless[k], p)
 			case errors.Is(p.Echo, echo.ErrSilent):
-				// Nothing at all gets through, which is told already.
+				// Nothing at all arrives, which is already reported.
 			case o.Port == 0 && e.toldOfTunnel(p.Host):
 			default:
 				blocked[k] = append(blocked[k], p)
@@ -896,7 +900,7 @@ func (e *checkContext) clock() {
 			continue
 		}
 		answered++
-		// Only what exceeds the doubt of the measurement counts.
+		// Only the part beyond the uncertainty of the measurement counts.
 		if p.Skew.Abs()-p.RTT/2 > skewWarning {
 			off = append(off, p)
 		}
@@ -921,7 +925,7 @@ func (e *checkContext) clock() {
 	}
 }
 
-// rough is how far a clock is off, as exactly as a busy machine can tell.
+// rough returns a clock's offset, with the precision that a busy machine can measure.
 func rough(skew time.Duration) time.Duration {
 	if skew.Abs() < 10*time.Second {
 		return skew.Abs().Round(100 * time.Millisecond)

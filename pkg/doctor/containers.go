@@ -23,16 +23,16 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Resident is an address of a container of this host.
+// A Resident is an address of a container of this host.
 type Resident struct {
 	ID      metadata.AttachmentID
 	Network string
-	Veth    string // the host's end of its port
+	Veth    string // host end
 	Address netip.Addr
 	Answers bool
 }
 
-// containerFacts asks every container of this host, and compares what journal, kernel and service say of them.
+// containerFacts probes every container of this host. It also compares journal, kernel and service.
 func (g Gatherer) containerFacts(ctx context.Context, f *Facts) {
 	k, err := kernel.New()
 	if err != nil {
@@ -53,7 +53,8 @@ func (g Gatherer) containerFacts(ctx context.Context, f *Facts) {
 	}
 }
 
-// residents asks many at once, by three means: a container may drop what it likes.
+// residents probes 16 containers at once. It uses three methods, because a container may drop any
+// packet.
 func (g Gatherer) residents(ctx context.Context, ports []delta.VethInfo) []Resident {
 	out := []Resident{}
 	index := map[string]int{}
@@ -82,8 +83,9 @@ func (g Gatherer) residents(ctx context.Context, ports []delta.VethInfo) []Resid
 	return out
 }
 
-// answersAt reports whether somebody answers for an address behind a port: an echo, a connection that is made or
-// refused, or who asks for its MAC, which no firewall inside keeps from being answered.
+// answersAt reports whether an address behind a host end answers. It tries an echo, a TCP
+// connection (made or refused), and a request for the MAC. No firewall inside the container blocks
+// the last one.
 func answersAt(ctx context.Context, a netip.Addr, index int, timeout time.Duration) bool {
 	if ping(ctx, source(a), a, 1, timeout) == nil {
 		return true
@@ -107,7 +109,7 @@ func answersAt(ctx context.Context, a netip.Addr, index int, timeout time.Durati
 	return false
 }
 
-// arp asks for the MAC of an address on a link (RFC 826), and waits for the answer.
+// arp requests the MAC of an address on a link (RFC 826), and waits for the answer.
 func arp(index int, from, to netip.Addr, timeout time.Duration) error {
 	proto := binary.NativeEndian.Uint16([]byte{unix.ETH_P_ARP >> 8, unix.ETH_P_ARP & 0xff})
 	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(proto))
@@ -148,7 +150,7 @@ func arp(index int, from, to netip.Addr, timeout time.Duration) error {
 	}
 }
 
-// disagreements compares ports, the plugins' records and the service's allocations.
+// disagreements compares veths, the plugins' records and the service's allocations.
 func (g Gatherer) disagreements(ctx context.Context, ports []delta.VethInfo, s *metadata.Snapshot,
 	stateDir string) ([]string, error) {
 	var held []metadata.Allocation
@@ -162,7 +164,8 @@ func (g Gatherer) disagreements(ctx context.Context, ports []delta.VethInfo, s *
 	return compare(s, ports, held, stateDir)
 }
 
-// compare returns how ports, the plugins' records of this boot and the service's allocations differ.
+// compare returns the differences between veths, the plugins' records of this boot and the
+// service's allocations.
 func compare(s *metadata.Snapshot, ports []delta.VethInfo, held []metadata.Allocation,
 	stateDir string) ([]string, error) {
 	me, _ := s.Host(s.Self)
@@ -263,7 +266,7 @@ func (e *checkContext) agreement() {
 	}
 }
 
-// NotLookedAt is what no check of ours looks at, for those who read that nothing was found.
+// NotLookedAt lists the areas that no check covers. It is shown when nothing was found.
 const NotLookedAt = "what containers themselves do with packets (their firewalls, their services), other hosts' " +
 	"containers and firewalls " +
 	"(run lariat doctor there), ways from containers to the outside, names, and volumes"

@@ -1,8 +1,8 @@
-// Package doctor finds out why a host's network does not work, and says what to do about it.
+// Package doctor finds the causes of a host's network problems, and names a remedy for each.
 //
-// Gather collects facts: it asks the metadata service and the network manager, reads the kernel, and probes
-// the other hosts. It changes nothing. Check is pure and turns facts into findings, so that each finding has
-// a test that needs no broken host.
+// Gather collects facts: it asks the metadata service and the network manager, reads the kernel,
+// and probes the other hosts. It changes no configuration. Check is pure and turns facts into
+// findings. So the test of a finding needs no broken host.
 package doctor
 
 import (
@@ -16,13 +16,13 @@ import (
 // Severity of a finding.
 type Severity string
 
-// An error breaks something now; a warning will, or does for some.
+// An error breaks something now. A warning will break something, or breaks it for some.
 const (
 	Warning Severity = "warning"
 	Error   Severity = "error"
 )
 
-// Finding is one thing that is wrong.
+// A Finding is one fault.
 type Finding struct {
 	Check    string   `json:"check"`
 	Severity Severity `json:"severity"`
@@ -31,26 +31,26 @@ type Finding struct {
 	Remedy   string   `json:"remedy"`
 }
 
-// Skipped is a check that could not be made.
+// Skipped is a check that could not run.
 type Skipped struct {
 	Check string `json:"check"`
 	Why   string `json:"why"`
 }
 
-// Passed is a check that found nothing.
+// Passed is a check without findings.
 type Passed struct {
 	Check string `json:"check"`
 	What  string `json:"what"`
 }
 
-// Report is the outcome of a check-up. Errors stand before warnings.
+// Report is the outcome of a check-up. Errors come before warnings.
 type Report struct {
 	Findings []Finding `json:"findings"`
 	Skipped  []Skipped `json:"skipped"`
 	Passed   []Passed  `json:"passed"`
 }
 
-// ExitStatus is 1 when there is an error, else 2 when something could not be checked, else 0.
+// ExitStatus returns 1 when there is an error, else 2 when a check was skipped, else 0.
 func (r *Report) ExitStatus() int {
 	switch {
 	case slices.ContainsFunc(r.Findings, func(f Finding) bool { return f.Severity == Error }):
@@ -61,7 +61,7 @@ func (r *Report) ExitStatus() int {
 	return 0
 }
 
-// checkContext is one check under way.
+// A checkContext is one check in progress.
 type checkContext struct {
 	*Facts
 	name    string
@@ -80,7 +80,7 @@ func (e *checkContext) skip(format string, a ...any) {
 	e.report.Skipped = append(e.report.Skipped, Skipped{Check: e.name, Why: fmt.Sprintf(format, a...)})
 }
 
-// needs skips the check when a group of facts is absent, and reports whether to go on.
+// needs reports whether a group of facts is present. It skips the check when the group is absent.
 func (e *checkContext) needs(group string, there bool) bool {
 	if !there {
 		e.skip("%s", cmp.Or(e.Unavailable[group], group+" was not looked at"))
@@ -92,10 +92,11 @@ func (e *checkContext) needsSnapshot() bool {
 	return e.needs("metadata", e.Metadata != nil && e.Metadata.Snapshot != nil)
 }
 
-// Check turns facts into findings. With names it makes these checks only.
+// Check turns facts into findings. With names it runs only these checks.
 func Check(f *Facts, names ...string) *Report { return confirm(f, nil, names) }
 
-// confirm is Check without the findings that an earlier look did not make at the same place; nil: there was none.
+// confirm is Check without findings that the earlier report lacks at the same place. With a nil
+// report it keeps all findings.
 func confirm(f *Facts, before *Report, names []string) *Report {
 	r := &Report{Findings: []Finding{}, Skipped: []Skipped{}, Passed: []Passed{}}
 	for _, c := range checks {
@@ -122,14 +123,14 @@ func confirm(f *Facts, before *Report, names []string) *Report {
 	return r
 }
 
-// A change of the model, an ADD or a DEL may be under way, which facts show at different times.
+// A change of the model, an ADD or a DEL may be in progress. Facts may show it at different times.
 const (
-	settle = time.Second // until another look
+	settle = time.Second // until the facts are gathered again
 	looks  = 3           // at most
 )
 
-// CheckUp gathers facts and checks them, and looks again while it finds something that it did not find before: a
-// finding counts when two looks in a row make it, at the same place. With names it makes these checks only.
+// CheckUp gathers facts and checks them. It repeats this while it makes a new finding. A finding
+// counts when two rounds in a row make it at the same place. With names it runs only these checks.
 func (g Gatherer) CheckUp(ctx context.Context, names ...string) *Report {
 	return checkUp(ctx, g.Gather, names)
 }
@@ -147,7 +148,7 @@ func checkUp(ctx context.Context, gather func(context.Context) *Facts, names []s
 		}
 		again := gather(ctx)
 		if ctx.Err() != nil {
-			return before // what was not answered in time is no fact
+			return before // an answer that was cut off is no fact
 		}
 		now, differ := Check(again, names...), again.Disagreements
 		again.Disagreements = both(facts.Disagreements, differ)
@@ -159,7 +160,7 @@ func checkUp(ctx context.Context, gather func(context.Context) *Facts, names []s
 	return before
 }
 
-// both returns what is in two lists; nil where one of them was not made.
+// both returns the elements of both lists, or nil when one list is nil.
 func both(a, b []string) []string {
 	if a == nil || b == nil {
 		return nil
@@ -167,7 +168,7 @@ func both(a, b []string) []string {
 	return slices.DeleteFunc(slices.Clone(b), func(s string) bool { return !slices.Contains(a, s) })
 }
 
-// Names lists the checks, with what each says when all is well.
+// Names lists the checks, with the text of each when it finds nothing.
 func Names() []Passed {
 	out := make([]Passed, len(checks))
 	for i, c := range checks {

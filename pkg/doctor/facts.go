@@ -10,8 +10,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Facts is what a check-up knows. A group that is nil was not looked at, and its checks are skipped with the
-// reason that Unavailable gives for it; an absent fact never passes for a good one.
+// Facts is the input of a check-up. A nil group was not gathered. Its checks are skipped with the
+// reason in Unavailable. An absent fact never counts as a good one.
 type Facts struct {
 	Self string // the host's name in the metadata
 
@@ -21,66 +21,67 @@ type Facts struct {
 	Features []Feature
 	Peers    []Peer
 	Secret   *SecretFile
-	Own      []metadata.Allocation // this host's addresses, as the metadata service knows them
-	Living   []metadata.Allocation // what containers that run have, as the plugins noted; no host and no sequence
+	Own      []metadata.Allocation // this host's addresses, according to the metadata service
+	Living   []metadata.Allocation // addresses of running containers, according to the plugins' journals; no host and no sequence
 
 	Residents     []Resident // addresses of this host's containers
-	Disagreements []string   // of journal, kernel and service, about this host's containers; nil: not compared
+	Disagreements []string   // between journal, kernel and service, about this host's containers; nil: not compared
 
-	// Unavailable says for a group (metadata, manager, kernel, features, peers, store, entries, usage, forward,
-	// tunnels, secret, journal, attachments, passages, containers, agreement) why it is absent.
+	// Unavailable has the reason why a group is absent. Groups are metadata, manager, kernel,
+	// features, peers, store, entries, usage, forward, tunnels, secret, journal, attachments,
+	// passages, containers and agreement.
 	Unavailable map[string]string
 }
 
-// Metadata is what the metadata service said.
+// Metadata is the answer of the metadata service.
 type Metadata struct {
 	Socket   string
-	Err      error // it did not say anything
+	Err      error // set when the service did not answer
 	Snapshot *metadata.Snapshot
 	Status   []metadata.NetworkStatus
 	Store    *Store
-	Problems []metadata.Problem // entries of the store that cannot be used; the snapshot's are among them
+	Problems []metadata.Problem // entries of the store that cannot be used; includes those of the snapshot
 }
 
 // Store is the state of the store behind the service.
 type Store struct {
-	Reason      string // why it is not healthy; empty: it is
-	Size, Quota int64  // octets; a quota of 0 is not known
+	Reason      string // empty: healthy
+	Size, Quota int64  // bytes; quota 0: not known
 }
 
-// Manager is what this host's network manager said.
+// Manager is the answer of this host's network manager.
 type Manager struct {
 	Socket   string
 	Err      error
 	Concerns []Concern
-	StateDir string        // where it looks for the plugins' journal; empty: it did not say
-	Tunnels  *ipsec.Report // of encrypted networks; nil: it did not say
+	StateDir string        // directory of the journal that it reads; empty: not in the answer
+	Tunnels  *ipsec.Report // of encrypted networks; nil: not in the answer
 }
 
-// SecretFile is the file that holds the secret of encrypted networks. What is in it is not read.
+// SecretFile describes the file with the secret of encrypted networks. Its content is not read.
 type SecretFile struct {
 	Path  string
 	There bool
 	Mode  fs.FileMode
 }
 
-// Concern is one thing that the manager keeps true.
+// A Concern is one reconcile loop of the manager.
 type Concern struct {
 	Name  string `json:"concern"`
 	OK    bool   `json:"ok"`
 	Error string `json:"error,omitempty"`
 }
 
-// Kernel is what was read from this host.
+// Kernel is the state that was read from this host.
 type Kernel struct {
 	Sysctls   map[string]string     // keys with slashes: net/ipv4/ip_forward
 	Links     map[string]Link       // every interface
-	Devices   []Device              // tunnel devices of ours, and those that should be there
-	Endpoints []delta.EndpointFault // containers' ports that lack something
-	Chains    []Device              // nftables chains that should be there, as text
+	Devices   []Device              // our tunnel devices, existing and desired
+	Endpoints []delta.EndpointFault // endpoints that lack something
+	Chains    []Device              // desired nftables chains, as text
 	Forward   []ForwardChain
 
-	Passages []Passage // packets from port to port; nil: none was sent
+	Passages []Passage // packets between endpoints; nil: none was sent
 }
 
 // Link is an interface.
@@ -90,56 +91,57 @@ type Link struct {
 	Addrs []netip.Prefix
 }
 
-// Device compares a device of ours, as text, with what it should be.
+// Device compares one of our devices, as text, with its desired state.
 type Device struct {
 	Name string
-	Want string // empty: nothing wants it any more
+	Want string // empty: missing
 	Have string // empty: it is not there
 }
 
-// ForwardChain is a chain that forwarded packets pass and whose policy is to drop.
+// A ForwardChain sees forwarded packets, and its policy is to drop.
 type ForwardChain struct {
-	Name   string // for people: "iptables filter FORWARD"
+	Name   string // as shown to people: "iptables filter FORWARD"
 	V6     bool   // IPv6 packets; else IPv4
 	Both   bool
-	Passes bool // a rule of ours lets the networks' packets through
+	Passes bool // one of our rules accepts the networks' packets
 }
 
-// Feature is something that the kernel must be able to do.
+// A Feature is an ability that the kernel must have.
 type Feature struct {
 	Name   string
 	OK     bool
-	Detail string // what was tried and how it failed
+	Detail string // the test and its failure
 	Remedy string
-	Need   string // what does not work without it
+	Need   string // what fails without the feature
 	IPv6   bool   // only networks with IPv6 need it
 
 	Encap    string // only networks with this encapsulation need it; empty: all do
 	Outer    int    // only an underlay of this family, 4 or 6, needs it; 0: any does
-	Fallback bool   // something else takes its place: missing it is a warning
+	Fallback bool   // a replacement exists, so its absence is a warning
 }
 
-// Peer is what probing another host told.
+// Peer is the result of probing another host.
 type Peer struct {
 	Host string
 	Addr netip.Addr
 
-	Echo    error // of a small question; nil: it was answered
+	Echo    error // of a small echo request; nil: answered
 	RTT     time.Duration
-	Skew    time.Duration // its clock less ours, give or take half of RTT
-	WantMTU int           // the largest packet that tunnels to it make here; 0: there is none
-	MTU     int           // the largest that came through; 0: not measured
+	Skew    time.Duration // its clock minus ours, plus or minus half of RTT
+	WantMTU int           // the largest packet that tunnels to it make here; 0: no tunnel
+	MTU     int           // the largest packet that arrived; 0: not measured
 	MTUErr  error
 
 	Overlay []Overlay
 }
 
-// Overlay is what came of an echo request to another host's overlay address.
+// Overlay is the result of an echo request to another host's overlay address.
 type Overlay struct {
 	Network string
 	Port    uint16 // UDP; 0: the network is encrypted
 	Gateway netip.Addr
-	// from which the kernel would send there; not ours on that network: there is no route by the overlay
+	// The kernel's source address for this destination. When it differs from Ours, no overlay route
+	// exists.
 	Source netip.Addr
 	Ours   netip.Addr
 	Err    error

@@ -30,24 +30,26 @@ import (
 	"github.com/lariat-net/lariat/pkg/unixhttp"
 )
 
-// Gatherer collects facts. It changes nothing on this host or elsewhere.
+// Gatherer collects facts. It changes no configuration on this host or elsewhere.
 type Gatherer struct {
 	Client        metadata.Client
 	ManagerSocket string
 
-	// Want plans this host; Observe reads what is there. Where they are nil, or fail, devices are not looked at.
+	// Want plans this host. Observe reads the kernel. When one is nil or fails, devices are not
+	// checked.
 	Want    func(*metadata.Snapshot, string) *delta.State
 	Observe func(context.Context, *delta.State) (*delta.State, error)
 
-	// EndpointFaults compares containers' ports with the plugins' journals, and returns what they lack. nil: they are
-	// not looked at.
+	// EndpointFaults compares endpoints with the plugins' journals, and returns their faults. With
+	// nil they are not checked.
 	EndpointFaults func(context.Context, *metadata.Snapshot) ([]delta.EndpointFault, error)
 
-	// Living lists what containers that run have, by the plugins' journals in these state directories. nil: they are
-	// not looked at.
+	// Living lists the addresses of running containers, according to the journals in these state
+	// directories. With nil they are not checked.
 	Living func(stateDirs []string) ([]metadata.Allocation, error)
 
-	// Features tells what the kernel can do of what the model needs; the snapshot is nil when it is not known.
+	// Features tests the kernel for the features that the model needs. The snapshot is nil when it
+	// is not known.
 	Features func(*metadata.Snapshot) ([]Feature, error)
 
 	SecretFile string // empty: ipsec.DefaultSecretFile
@@ -57,7 +59,7 @@ type Gatherer struct {
 	Timeout  time.Duration // for one answer of another host; 0: 400 ms
 }
 
-// MetadataFacts asks the metadata service alone: what "lariat status" needs.
+// MetadataFacts asks only the metadata service, as "lariat status" needs.
 func (g Gatherer) MetadataFacts(ctx context.Context, f *Facts) {
 	socket := cmp.Or(g.Client.Socket, metadata.DefaultSocket)
 	f.Metadata = &Metadata{Socket: socket}
@@ -83,7 +85,7 @@ func (g Gatherer) MetadataFacts(ctx context.Context, f *Facts) {
 	f.Metadata.Problems, err = g.Client.Problems(ctx)
 	if err != nil {
 		f.Metadata.Problems = nil
-		if !metadata.IsCode(err, metadata.CodeNotFound) { // a service of an older version cannot tell
+		if !metadata.IsCode(err, metadata.CodeNotFound) { // an older service does not have this request
 			f.Unavailable["entries"] = err.Error()
 		}
 	}
@@ -107,7 +109,7 @@ func (g Gatherer) ManagerFacts(ctx context.Context, f *Facts) {
 	}
 }
 
-// journalFacts compares where plugins keep their records with where the network manager looks.
+// journalFacts compares the plugins' state directories with the network manager's.
 func (g Gatherer) journalFacts(ctx context.Context, f *Facts) {
 	switch {
 	case f.Metadata.Snapshot == nil:
@@ -178,7 +180,7 @@ func (g Gatherer) Gather(ctx context.Context) *Facts {
 	case f.Metadata.Snapshot != nil:
 		f.Peers = g.peers(ctx, f.Metadata.Snapshot)
 		if f.Manager.Tunnels != nil {
-			// once more: to a host that nobody sent anything to, the probes were the first to need a tunnel
+			// Ask again: to an idle host, the probes were the first packets that needed a tunnel.
 			g.tunnelFacts(ctx, f)
 		}
 		if os.Geteuid() != 0 {
@@ -209,7 +211,7 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 		l := Link{MTU: i.MTU, Up: i.Flags&net.FlagUp != 0}
 		addrs, err := i.Addrs()
 		if err != nil {
-			continue // it went away meanwhile
+			continue // removed meanwhile
 		}
 		for _, a := range addrs {
 			if p, err := netip.ParsePrefix(a.String()); err == nil {
@@ -273,8 +275,8 @@ func (g Gatherer) kernelFacts(ctx context.Context, f *Facts) {
 	k.Chains = chains(want, have)
 }
 
-// forwardChains lists the chains that drop by policy what is forwarded: nftables' own, those that iptables
-// makes in nftables, and those of the older iptables.
+// forwardChains lists the chains that drop forwarded packets by policy. It covers nftables' own
+// chains, chains that iptables makes in nftables, and chains of the older iptables.
 func forwardChains(ctx context.Context, subnets []netip.Prefix) ([]ForwardChain, error) {
 	c, err := nftables.New()
 	if err != nil {
@@ -294,7 +296,7 @@ func forwardChains(ctx context.Context, subnets []netip.Prefix) ([]ForwardChain,
 		switch {
 		case ch.Table.Family != nftables.TableFamilyIPv4 && ch.Table.Family != nftables.TableFamilyIPv6 &&
 			ch.Table.Family != nftables.TableFamilyINet:
-			continue // of bridges: containers have none
+			continue // a bridge's chain: containers use no bridge
 		case ch.Name == "FORWARD" && ch.Table.Name == "filter":
 			fc.Name = map[bool]string{false: "iptables", true: "ip6tables"}[fc.V6] + " filter FORWARD"
 		default:
@@ -318,9 +320,9 @@ func forwardChains(ctx context.Context, subnets []netip.Prefix) ([]ForwardChain,
 	return append(out, legacy...), err
 }
 
-// accepts reports whether a rule lets packets of ours through: it jumps to our chain, or it accepts and names
-// one of our interfaces or subnets. Rules that let everything from somewhere else through are not understood,
-// sets are not looked into.
+// accepts reports whether a rule accepts our packets. Such a rule jumps to our chain, or accepts
+// and names one of our interfaces or subnets. accepts does not understand rules that accept
+// everything from elsewhere, and does not read sets.
 func accepts(r *nftables.Rule, subnets []netip.Prefix) bool {
 	ours, accept := false, false
 	for _, e := range r.Exprs {
@@ -365,7 +367,7 @@ func legacyChains(ctx context.Context) (out []ForwardChain, err error) {
 	return out, err
 }
 
-// peers probes every other live host. A dead one is a finding already.
+// peers probes every other live host. A dead host is already a finding.
 func (g Gatherer) peers(ctx context.Context, s *metadata.Snapshot) []Peer {
 	me, ok := s.Host(s.Self)
 	out := []Peer{}
@@ -401,7 +403,7 @@ func (g Gatherer) peers(ctx context.Context, s *metadata.Snapshot) []Peer {
 		}
 		out = append(out, p)
 	}
-	// As many at once as a host answers without dropping any.
+	// A host answers this many probes at once without dropping any.
 	const atOnce = 16
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, atOnce)
@@ -419,7 +421,7 @@ func (g Gatherer) peers(ctx context.Context, s *metadata.Snapshot) []Peer {
 func (g Gatherer) probe(ctx context.Context, local netip.Addr, p *Peer) {
 	timeout := cmp.Or(g.Timeout, 400*time.Millisecond)
 	if os.Geteuid() != 0 {
-		p.Overlay = nil // raw sockets are root's; the gatherer has noted it
+		p.Overlay = nil // only root may use raw sockets; Gather has recorded it
 	}
 	for i := range p.Overlay {
 		o := &p.Overlay[i]
@@ -437,7 +439,7 @@ func (g Gatherer) probe(ctx context.Context, local netip.Addr, p *Peer) {
 	}
 }
 
-// source is the address from which the kernel would send to a; nothing is sent.
+// source returns the kernel's source address for packets to a. It sends nothing.
 func source(a netip.Addr) netip.Addr {
 	c, err := net.Dial("udp", netip.AddrPortFrom(a, 9).String())
 	if err != nil {
@@ -447,7 +449,7 @@ func source(a netip.Addr) netip.Addr {
 	return c.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Unmap()
 }
 
-// getUnix reads one page of a helper's unix socket.
+// getUnix reads one page from a helper's unix socket.
 func getUnix(ctx context.Context, socket, path string, parse func([]byte) error) (status int, err error) {
 	if socket == "" {
 		return 0, fmt.Errorf("no socket given: %w", fs.ErrNotExist)
@@ -491,7 +493,7 @@ func storeFacts(ctx context.Context, socket string) (*Store, error) {
 		return nil
 	})
 	if err != nil {
-		return s, nil // how full it is stays unknown; that it is healthy is known
+		return s, nil // the size stays unknown, but the health is known
 	}
 	return s, nil
 }

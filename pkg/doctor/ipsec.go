@@ -21,7 +21,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/mtu"
 )
 
-// encrypted are the networks whose packets travel in ESP.
+// encrypted lists the networks whose packets travel in ESP.
 func encrypted(s *metadata.Snapshot) (out []string) {
 	for _, n := range s.Networks {
 		if n.Encapsulation == metadata.EncapIPsec {
@@ -31,8 +31,8 @@ func encrypted(s *metadata.Snapshot) (out []string) {
 	return out
 }
 
-// Needed reports whether the model asks for the feature. Nothing is known without a model, and then all is
-// needed but what encrypted networks need, which not many are.
+// Needed reports whether the model needs the feature. Without a model, every feature is needed
+// except those of encrypted networks, which are rare.
 func (f Feature) Needed(s *metadata.Snapshot) bool {
 	if s == nil {
 		return f.Encap != metadata.EncapIPsec
@@ -53,16 +53,16 @@ func (f Feature) Needed(s *metadata.Snapshot) bool {
 		outer := map[bool]int{false: 4, true: 6}[me.UnderlayAddr().Is6()]
 		return uses && (f.Outer == 0 || !ok || f.Outer == outer)
 	case metadata.EncapVXLAN:
-		return uses || len(encrypted(s)) == 0 // before there is a network, it is the one that most people make
+		return uses || len(encrypted(s)) == 0 // without any network: VXLAN is the usual first one
 	}
 	return true
 }
 
-// inner is the longest packet of an encrypted network that fits an underlay packet of so many octets,
-// whatever two hosts agree on.
+// inner returns the longest packet of an encrypted network that fits an underlay packet of so many
+// bytes. It holds for every suite that two hosts may agree on.
 func inner(underlay int, v6 bool) int { return mtu.ESP(underlay, 16, 16, v6, true) }
 
-// outer is how long the packets of a network become in their tunnels on host h, at most.
+// outer returns the maximum length of the network's packets in their tunnels on host h.
 func outer(n metadata.Network, h metadata.Host) int {
 	size := mtu.Container(n, h)
 	if n.Encapsulation != metadata.EncapIPsec {
@@ -75,12 +75,12 @@ func outer(n metadata.Network, h metadata.Host) int {
 	return out
 }
 
-// tunnelFacts asks the network manager how the tunnels fare.
+// tunnelFacts asks the network manager for the state of the tunnels.
 func (g Gatherer) tunnelFacts(ctx context.Context, f *Facts) {
 	var r ipsec.Report
 	var bad error
 	status, err := getUnix(ctx, g.ManagerSocket, "/v1/tunnels", func(b []byte) error {
-		bad = json.Unmarshal(b, &r) // of another status it is no JSON
+		bad = json.Unmarshal(b, &r) // with another status the body is no JSON
 		return nil
 	})
 	switch {
@@ -107,11 +107,11 @@ func (g Gatherer) secretFacts(f *Facts) {
 	}
 }
 
-// switches are the sysctls that let packets pass by IPsec's policies, of every device.
+// switches lists the sysctls of every device that let packets bypass IPsec's policies.
 func switches() (out []string) {
 	for _, pattern := range []string{"ipv4/conf/*/disable_xfrm", "ipv4/conf/*/disable_policy",
 		"ipv6/conf/*/disable_policy"} {
-		found, _ := filepath.Glob("/proc/sys/net/" + pattern) // the pattern is fine
+		found, _ := filepath.Glob("/proc/sys/net/" + pattern) // the pattern is valid
 		for _, file := range found {
 			out = append(out, strings.TrimPrefix(file, "/proc/sys/"))
 		}
@@ -119,7 +119,7 @@ func switches() (out []string) {
 	return out
 }
 
-// chains compares the nftables chains with what they should be.
+// chains compares the nftables chains with their desired state.
 func chains(want, have *delta.State) (out []Device) {
 	text := func(s *delta.State, name string) string {
 		c, ok := s.Chains[name]
@@ -139,8 +139,8 @@ func chains(want, have *delta.State) (out []Device) {
 const tunnelPorts = "open UDP 500 and 4500 and ESP (IP protocol 50) between the hosts in every firewall on the " +
 	"way and on both ends, and look whether lariat-network-manager runs there"
 
-// cures tells by the words of pkg/ike, or strongSwan's behind them, what helps against what keeps a tunnel
-// from being set up.
+// cures maps words of errors from pkg/ike, or from strongSwan behind it, to the remedy for a tunnel
+// that is not set up.
 var cures = []struct {
 	words  []string
 	remedy string
@@ -160,7 +160,7 @@ var cures = []struct {
 	{[]string{"answer", "timeout", "timed out", "time out", "respon", "retransmi", "unreachable"}, tunnelPorts},
 }
 
-// rules reports what is missing of the rules that keep containers, networks and the underlay apart.
+// rules reports missing or changed rules that keep containers, networks and the underlay apart.
 func (e *checkContext) rules() {
 	if !e.needs("kernel", e.Kernel != nil) {
 		return
@@ -191,7 +191,7 @@ func (e *checkContext) rules() {
 	}
 }
 
-// ipsec reports what keeps tunnels from being set up.
+// ipsec reports the causes of tunnels that are not set up.
 func (e *checkContext) ipsec() {
 	if !e.needsSnapshot() || len(encrypted(e.Metadata.Snapshot)) == 0 || !e.needs("manager", e.Manager != nil) {
 		return
@@ -222,7 +222,7 @@ func (e *checkContext) ipsec() {
 	var unknown []Peer
 	for _, t := range r.Tunnels {
 		if h, ok := e.Metadata.Snapshot.Host(t.Peer); !ok || !h.Live {
-			continue // which is told already
+			continue // already reported
 		}
 		p := Peer{Host: t.Peer, Addr: t.Remote}
 		switch {
@@ -270,7 +270,8 @@ func (e *checkContext) ipsec() {
 	}, "the IKE daemon does not know of tunnels to %d hosts")
 }
 
-// toldOfTunnel reports whether a finding of this check-up says already why no packet passes the tunnel to a host.
+// toldOfTunnel reports whether a finding of this check-up already explains why no packet passes the
+// tunnel to a host.
 func (e *checkContext) toldOfTunnel(host string) bool {
 	return slices.ContainsFunc(e.report.Findings, func(f Finding) bool {
 		return f.Check == "ipsec" && f.Severity == Error &&
@@ -280,7 +281,7 @@ func (e *checkContext) toldOfTunnel(host string) bool {
 	})
 }
 
-// secret compares which secrets the hosts have announced, and looks at the file.
+// secret compares the secrets that the hosts have announced, and checks the mode of the file.
 func (e *checkContext) secret() {
 	if !e.needsSnapshot() {
 		return
@@ -302,7 +303,7 @@ func (e *checkContext) secret() {
 	if e.Manager != nil && e.Manager.Tunnels != nil {
 		r := e.Manager.Tunnels
 		if r.Auth == ipsec.AuthPubkey || r.Missing != "" {
-			return // there is no secret, or the other check tells why
+			return // there is no secret, or the other check reports the reason
 		}
 		if len(r.Keys) > 0 {
 			mine = r.Keys
@@ -342,7 +343,7 @@ func (e *checkContext) secret() {
 	}, "a rotation of the secret is unfinished: %d hosts do not use "+mine[0]+" first, as this host does")
 }
 
-// failClosed looks for what would let packets of encrypted networks travel in clear.
+// failClosed reports sysctls that would let packets of encrypted networks travel in clear.
 func (e *checkContext) failClosed() {
 	if !e.needsSnapshot() || len(encrypted(e.Metadata.Snapshot)) == 0 || !e.needs("kernel", e.Kernel != nil) {
 		return
@@ -351,7 +352,7 @@ func (e *checkContext) failClosed() {
 	if why := e.Unavailable["devices"]; why != "" {
 		e.skip("%s", why)
 	}
-	devices := map[string]bool{"all": true} // not lo, where they are set always
+	devices := map[string]bool{"all": true} // not lo, where they are always set
 	for _, d := range k.Devices {
 		devices[d.Name] = true
 	}

@@ -34,17 +34,18 @@ type Passage struct {
 	Network string
 	Subnet  netip.Prefix
 	Passed  bool
-	Chain   string // what stopped it: iptables filter FORWARD, nft chain inet firewalld filter_FORWARD; empty: not found
+	Chain   string // chain that stopped the packet: iptables filter FORWARD, nft chain inet firewalld filter_FORWARD; empty: not found
 	Rule    string // of Chain, as its program lists it; empty: its policy
 }
 
-// passageTimeout is how long one packet may take from port to port, passageTries how many are sent.
+// passageTimeout limits the time of one packet. passageTries is the number of packets.
 const (
 	passageTimeout = 300 * time.Millisecond
 	passageTries   = 3
 )
 
-// passages tries each network's subnets. why says of which not, and is empty when of all.
+// passages tests each network's subnets. why names the last subnet that was not tested and the
+// reason. It is empty when all were tested.
 func (g Gatherer) passages(ctx context.Context, s *metadata.Snapshot) (out []Passage, why string) {
 	out = []Passage{}
 	me, ok := s.Host(s.Self)
@@ -65,7 +66,7 @@ func (g Gatherer) passages(ctx context.Context, s *metadata.Snapshot) (out []Pas
 			of4 := subnet.Addr().Is4()
 			gateways := slices.DeleteFunc(s.Gateways(n.Name, s.Self), func(g netip.Addr) bool { return g.Is4() != of4 })
 			if len(gateways) == 0 {
-				continue // it takes no part, and has no containers
+				continue // the host takes no part in the network, and has no containers there
 			}
 			if !ok {
 				why = fmt.Sprintf("subnet %s of network %s has no block left for a packet from port to port", subnet, n.Name)
@@ -80,7 +81,7 @@ func (g Gatherer) passages(ctx context.Context, s *metadata.Snapshot) (out []Pas
 				})
 			}
 			err := try(false)
-			if err == nil && !p.Passed { // or by a busy moment
+			if err == nil && !p.Passed { // the failure may be due to a busy moment
 				err = try(true)
 			}
 			if err != nil {
@@ -93,7 +94,7 @@ func (g Gatherer) passages(ctx context.Context, s *metadata.Snapshot) (out []Pas
 	return out, why
 }
 
-// spare returns two addresses of the last block of a subnet that no host has.
+// spare returns two addresses of the last unclaimed block of a subnet.
 func spare(s *metadata.Snapshot, n metadata.Network, subnet netip.Prefix) (a, b netip.Addr, ok bool) {
 	size := n.BlockSize(subnet)
 	last := subnet.Addr().AsSlice()
@@ -112,13 +113,13 @@ func spare(s *metadata.Snapshot, n metadata.Network, subnet netip.Prefix) (a, b 
 	return a, b, false
 }
 
-// way is two ports, and a socket behind each.
+// A way is two endpoints, with a socket behind each.
 type way struct {
 	ports [2]string
 	conns [2]*net.UDPConn
 }
 
-// between makes two ports with the addresses, calls f, and takes them away.
+// between creates two endpoints with the addresses, calls f, and removes the endpoints.
 func between(ctx context.Context, k kernel.Kernel, network string, size int, gateway netip.Addr, addrs [2]netip.Addr,
 	f func(*way)) (err error) {
 	w := &way{}
@@ -132,7 +133,7 @@ func between(ctx context.Context, k kernel.Kernel, network string, size int, gat
 		p := attach.Plan(&metadata.Attachment{Network: network, Device: "-", MTU: size,
 			Addresses: []metadata.AttachmentAddress{{Address: addr, Gateway: gateway}}},
 			attach.Config{ID: metadata.AttachmentID{ContainerID: w.ports[i], IfName: "eth0"}})
-		// Not a port's alias: the network manager would look for the container.
+		// Do not use an endpoint's alias: the network manager would look for the container.
 		p.HostName, p.Alias = w.ports[i], delta.AliasPrefix+"doctor"
 		if err := k.AddEndpoint(ctx, fmt.Sprintf("/proc/self/fd/%d", inside.Fd()), p); err != nil {
 			return err
@@ -151,12 +152,13 @@ func between(ctx context.Context, k kernel.Kernel, network string, size int, gat
 	return nil
 }
 
-// newNetns makes a network namespace that lives as long as the file, or what is in it, is open.
+// newNetns returns a new network namespace. It lives as long as the file, or a socket in it, is
+// open.
 func newNetns() (f *os.File, err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		runtime.LockOSThread() // and never unlocked: the thread ends with the goroutine
+		runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 		if err = unix.Unshare(unix.CLONE_NEWNET); err == nil {
 			f, err = os.Open("/proc/thread-self/ns/net")
 		}
@@ -165,7 +167,7 @@ func newNetns() (f *os.File, err error) {
 	return f, err
 }
 
-// within calls f on a thread inside of a network namespace.
+// within calls f on a thread inside a network namespace.
 func within(netns *os.File, f func() error) error {
 	done := make(chan error)
 	go func() {
@@ -179,7 +181,8 @@ func within(netns *os.File, f func() error) error {
 	return <-done
 }
 
-// passes reports whether a packet comes from the first port to the second, and one back.
+// passes reports whether a packet arrives from the first endpoint at the second, and one in the
+// other direction.
 func (w *way) passes() bool {
 	for range passageTries {
 		if w.send(0) && w.send(1) {
@@ -189,7 +192,7 @@ func (w *way) passes() bool {
 	return false
 }
 
-// send sends a packet from one of the two, and reports whether the other got it.
+// send sends a packet from one of the two endpoints, and reports whether it arrived at the other.
 func (w *way) send(from int) bool {
 	packet, buf := make([]byte, 16), make([]byte, 64)
 	_, _ = rand.Read(packet)
@@ -211,8 +214,8 @@ func (w *way) send(from int) bool {
 	}
 }
 
-// stopper finds the rule that stops packets: in nftables, and what iptables makes there, by tracing one; with the
-// older iptables by its counters.
+// stopper returns the rule that stops packets. In nftables, which holds the rules of newer iptables
+// too, it traces a packet. With the older iptables it compares counters.
 func (w *way) stopper(ctx context.Context) (chain, rule string) {
 	if chain, rule = w.trace(ctx); chain != "" {
 		return chain, rule
@@ -231,8 +234,8 @@ var (
 	counts  = regexp.MustCompile(`^(-[AP] \S+.*?) -c (\d+) \d+(.*)$`)
 )
 
-// trace marks the ports' packets in a table of its own and listens, by the nft command, which names rules as
-// people know them.
+// trace marks the endpoints' packets in its own table and listens with the nft command. That
+// command prints rules in the form that people know.
 func (w *way) trace(ctx context.Context) (chain, rule string) {
 	ctx, cancel := context.WithTimeout(ctx, 4*time.Second)
 	defer cancel()
@@ -259,7 +262,7 @@ table %[1]s {
 	}
 	defer monitor.Wait() //nolint:errcheck // it was killed
 	defer cancel()
-	lines := make(chan string, 1024) // some packets, of some lines for each chain
+	lines := make(chan string, 1024) // a few packets, with a few lines per chain
 	go func() {
 		defer close(lines)
 		for s := bufio.NewScanner(out); s.Scan(); {
@@ -272,9 +275,9 @@ table %[1]s {
 	}()
 	ours := map[string]bool{}
 	addr := func(c *net.UDPConn) string { return c.LocalAddr().(*net.UDPAddr).IP.String() }
-	a, b := addr(w.conns[0]), addr(w.conns[1]) // and not the links' own packets, which Lariat's rules drop
+	a, b := addr(w.conns[0]), addr(w.conns[1]) // excludes the links' own packets, which Lariat's rules drop
 	for ctx.Err() == nil {
-		w.send(0) // again and again: nothing tells when the monitor listens
+		w.send(0) // repeatedly: nothing shows when the monitor is ready
 		w.send(1)
 		for open := true; open; {
 			select {
@@ -297,7 +300,7 @@ table %[1]s {
 	return "", ""
 }
 
-// chainName is a chain as the program calls it that made it.
+// chainName returns a chain's name in the form of the program that made it.
 func chainName(family, table, chain string) string {
 	if commands := map[string]string{"ip": "iptables", "ip6": "ip6tables"}; table == "filter" && commands[family] != "" {
 		return commands[family] + " filter " + chain
@@ -305,7 +308,8 @@ func chainName(family, table, chain string) string {
 	return fmt.Sprintf("nft chain %s %s %s", family, table, chain)
 }
 
-// counted finds the rule, or policy, of the older iptables that counts what does not arrive.
+// counted returns the rule, or policy, of the older iptables whose counter includes the lost
+// packets.
 func (w *way) counted(ctx context.Context, command string) (chain, rule string) {
 	read := func() map[string]int {
 		out, err := exec.CommandContext(ctx, command, "-w", "5", "-v", "-S").Output()

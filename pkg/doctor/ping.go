@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// errNoEcho is told when an echo request stays without a reply.
+// errNoEcho is the error for an echo request without a reply.
 var errNoEcho = errors.New("no reply")
 
 // ping sends echo requests from one overlay address to another until one is answered. The kernel wraps them as it wraps
@@ -30,11 +30,11 @@ func ping(ctx context.Context, from, to netip.Addr, tries int, timeout time.Dura
 	defer context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })()
 	packet := make([]byte, 8+16)
 	packet[0] = request
-	if _, err := rand.Read(packet[4:]); err != nil { // identifier, sequence and payload: what tells our reply from others'
+	if _, err := rand.Read(packet[4:]); err != nil { // identifier, sequence and payload distinguish our reply
 		return err
 	}
 	if to.Is4() {
-		binary.BigEndian.PutUint16(packet[2:], checksum(packet)) // the kernel adds ICMPv6's
+		binary.BigEndian.PutUint16(packet[2:], checksum(packet)) // the kernel adds the checksum of ICMPv6
 	}
 	buf := make([]byte, 1500)
 	for range tries {
@@ -60,14 +60,14 @@ func ping(ctx context.Context, from, to netip.Addr, tries int, timeout time.Dura
 	return fmt.Errorf("ping %s from %s: %w", to, from, errors.Join(errNoEcho, ctx.Err()))
 }
 
-// answers reports whether an ICMP message of the type reply answers the request: all that tells ours from
-// others' is in it.
+// answers reports whether an ICMP message of the type reply answers the request. The request's
+// identifier, sequence and payload distinguish our reply from foreign ones.
 func answers(message, request []byte, reply byte) bool {
 	return len(message) == len(request) && len(message) >= 8 && message[0] == reply && message[1] == 0 &&
 		string(message[4:]) == string(request[4:])
 }
 
-// checksum is the Internet checksum (RFC 1071).
+// checksum returns the Internet checksum (RFC 1071).
 func checksum(b []byte) uint16 {
 	var sum uint32
 	for i := 0; i+1 < len(b); i += 2 {
