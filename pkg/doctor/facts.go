@@ -22,7 +22,7 @@ type Facts struct {
 	Peers    []Peer
 	Secret   *SecretFile
 	Own      []metadata.Allocation // this host's addresses, according to the metadata service
-	Living   []metadata.Allocation // addresses of running containers, according to the plugins' journals; no host and no sequence
+	Living   []metadata.Allocation // of running containers, by the journals; no host and no sequence
 
 	Residents     []Resident // addresses of this host's containers
 	Disagreements []string   // between journal, kernel and service, about this host's containers; nil: not compared
@@ -94,8 +94,8 @@ type Link struct {
 // Device compares one of our devices, as text, with its desired state.
 type Device struct {
 	Name string
-	Want string // empty: missing
-	Have string // empty: it is not there
+	Want string // empty: not wanted any more
+	Have string // empty: missing
 }
 
 // A ForwardChain sees forwarded packets, and its policy is to drop.

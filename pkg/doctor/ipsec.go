@@ -215,7 +215,7 @@ func (e *checkContext) ipsec() {
 	}
 	type trouble struct {
 		severity Severity
-		cure     int // -1: none is known
+		cure     int // -1: no remedy is known
 	}
 	found := map[trouble][]Peer{}
 	words := map[string]string{}

@@ -27,14 +27,14 @@ import (
 	"github.com/lariat-net/lariat/pkg/mtu"
 )
 
-// Passage is what came of a packet from one container's port to another. Both are made for it: two network
-// namespaces without a name, which vanish with this process, however it ends, and two addresses of a block that no
-// host has.
+// Passage is the result of sending a packet from one container's endpoint to another. Both
+// endpoints are created for it. They use two network namespaces without a name, which vanish with
+// this process in any case. They use two addresses of a block that no host has.
 type Passage struct {
 	Network string
 	Subnet  netip.Prefix
 	Passed  bool
-	Chain   string // chain that stopped the packet: iptables filter FORWARD, nft chain inet firewalld filter_FORWARD; empty: not found
+	Chain   string // iptables filter FORWARD, nft chain inet firewalld filter_FORWARD; empty: not found
 	Rule    string // of Chain, as its program lists it; empty: its policy
 }
 
