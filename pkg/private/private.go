@@ -1,4 +1,4 @@
-// Package private writes and reads files that nobody but their owner may read: secrets, keys, backups.
+// Package private writes and reads files that only their owner may read: secrets, keys, backups.
 package private
 
 import (
@@ -11,16 +11,17 @@ import (
 	"syscall"
 )
 
-// Mode is the mode of every file that this package writes, whatever the umask is.
+// Mode is the mode of every file that this package writes, for any umask.
 const Mode fs.FileMode = 0o600
 
-// File is a file in the making. It has no name that anybody knows until Publish or Replace gives it one.
+// A File is an unfinished file. Its name is temporary until Publish or Replace sets the final name.
 type File struct {
 	*os.File
 	path string
 }
 
-// Create returns a file of mode 0600 in the directory of path. Publish or Replace finishes it, and Discard gives it up.
+// Create returns a file of mode 0600 in the directory of path. Publish or Replace finishes the
+// file, and Discard abandons it.
 func Create(path string) (*File, error) {
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".")
 	if err != nil {
@@ -34,8 +35,8 @@ func Create(path string) (*File, error) {
 	return out, nil
 }
 
-// Publish gives the file its name, once its content is on the disk. It fails with fs.ErrExist when the name
-// is taken, by a symbolic link too: link(2) neither replaces nor follows one.
+// Publish gives the file its name, once its content is on the disk. It fails with fs.ErrExist when
+// the name is taken, even by a symbolic link. link(2) neither replaces nor follows one.
 func (f *File) Publish() error {
 	return f.finish(func(tmp string) error {
 		err := os.Link(tmp, f.path)
@@ -46,7 +47,7 @@ func (f *File) Publish() error {
 	})
 }
 
-// Replace gives the file its name in the place of what has it, once its content is on the disk.
+// Replace gives the file its name, once its content is on the disk. It replaces an existing file.
 func (f *File) Replace() error {
 	return f.finish(func(tmp string) error { return os.Rename(tmp, f.path) })
 }
@@ -64,22 +65,22 @@ func (f *File) finish(name func(tmp string) error) error {
 		return err
 	}
 	defer dir.Close()
-	if err := dir.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) { // some file systems cannot
+	if err := dir.Sync(); err != nil && !errors.Is(err, syscall.EINVAL) { // some file systems cannot sync a directory
 		return err
 	}
 	return nil
 }
 
-// Discard removes what has no name yet. It does nothing to a file that is finished.
+// Discard removes an unfinished file. It does nothing to a finished file.
 func (f *File) Discard() {
-	_ = f.Close()           // a second time for most
-	_ = os.Remove(f.Name()) // gone after Replace
+	_ = f.Close()           // mostly closed already
+	_ = os.Remove(f.Name()) // missing after Replace
 }
 
-// Write makes a new file of mode 0600 appear whole. It fails with fs.ErrExist when there is one.
+// Write creates a new file of mode 0600 atomically. It fails with fs.ErrExist when the file exists.
 func Write(path string, content []byte) error { return write(path, content, (*File).Publish) }
 
-// Rewrite is Write in the place of the file that is there.
+// Rewrite is Write for a file that may exist, which it replaces.
 func Rewrite(path string, content []byte) error { return write(path, content, (*File).Replace) }
 
 func write(path string, content []byte, finish func(*File) error) error {
@@ -94,8 +95,8 @@ func write(path string, content []byte, finish func(*File) error) error {
 	return finish(f)
 }
 
-// Check returns why a file of that description is not its owner's alone, with the remedy; nil when it is. The
-// owner has to be root or the caller.
+// Check returns an error with the remedy when others than the owner can access a file with that
+// description. The owner must be root or the caller.
 func Check(path string, info fs.FileInfo) error {
 	st, _ := info.Sys().(*syscall.Stat_t)
 	switch {
@@ -109,12 +110,14 @@ func Check(path string, info fs.FileInfo) error {
 	return nil
 }
 
-// MaxRead is how long a file may be that Read reads, in bytes. Keys and secrets are much shorter.
+// MaxRead is the maximum length, in bytes, of a file that Read reads. Keys and secrets are much
+// shorter.
 const MaxRead = 64 << 10
 
-// Read returns the content of a file that passes Check and is no longer than MaxRead. No error repeats what is in it.
+// Read returns the content of a file that passes Check and is no longer than MaxRead. No error
+// repeats the content.
 func Read(path string) ([]byte, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // a pipe of that name must not be waited for
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // do not wait for a pipe of that name
 	if err != nil {
 		return nil, err
 	}
