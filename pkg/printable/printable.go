@@ -1,8 +1,8 @@
-// Package printable makes text of others safe for a terminal, a log and a line of a table.
+// Package printable makes foreign text safe for a terminal, a log and a line of a table.
 //
-// Names of containers, hosts and networks, labels, and errors that quote them come from elsewhere. Raw, they
-// can move the cursor, change colours and titles, begin lines of their own, or turn around the order of what
-// stands behind them.
+// Names of containers, hosts and networks, labels, and errors that quote them come from elsewhere.
+// Raw, they can move the cursor, change colours and titles, and begin new lines. They can also
+// reverse the order of the text after them.
 package printable
 
 import (
@@ -14,10 +14,11 @@ import (
 	"unicode/utf8"
 )
 
-// Line returns s as one line in which everything shows. What Unicode does not count as printable stands as an
-// escape of Go, such as \n, \x1b, \u202e or \xff: controls (C0, DEL, C1), format characters (bidirectional
-// ones among them), all spaces but the ASCII one, separators of lines, characters that are not assigned, and
-// invalid UTF-8. Line of its own result changes nothing.
+// Line returns s as one line of visible characters. It replaces each character that Unicode does
+// not count as printable with an escape of Go, such as \n, \x1b, \u202e or \xff. These are controls
+// (C0, DEL, C1), format characters (including bidirectional ones), and all spaces except the ASCII
+// space. They are also line separators, unassigned characters and invalid UTF-8. Line does not
+// change its own result.
 func Line(s string) string {
 	return escape(s, func(b *strings.Builder, r rune, bytes string) {
 		if r == utf8.RuneError && len(bytes) == 1 {
@@ -29,7 +30,7 @@ func Line(s string) string {
 	})
 }
 
-// Text is Line for a text of several lines: newlines stay.
+// Text is Line for a text of several lines: it keeps newlines.
 func Text(s string) string {
 	lines := strings.Split(s, "\n")
 	for i, l := range lines {
@@ -38,18 +39,19 @@ func Text(s string) string {
 	return strings.Join(lines, "\n")
 }
 
-// Joined is Line for errors, which may be several, joined by newlines: semicolons stand between them.
+// Joined is Line for errors, which may be several joined by newlines. It puts semicolons between
+// them.
 func Joined(s string) string { return Line(strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")) }
 
-// JSON returns a JSON document that says the same in printable characters and newlines. Encoders leave DEL,
-// C1 and format characters as they are; outside of strings there are none.
+// JSON returns an equivalent JSON document of printable characters and newlines. Encoders do not
+// escape DEL, C1 and format characters. Outside strings there are none.
 func JSON(document string) string {
 	return escape(document, func(b *strings.Builder, r rune, bytes string) {
 		switch {
 		case r == '\n':
 			b.WriteByte('\n')
 		case r == utf8.RuneError && len(bytes) == 1:
-			b.WriteRune(utf8.RuneError) // what every decoder reads there
+			b.WriteRune(utf8.RuneError) // every decoder reads this rune there
 		default:
 			for _, u := range utf16.Encode([]rune{r}) {
 				fmt.Fprintf(b, `\u%04x`, u)
@@ -58,7 +60,7 @@ func JSON(document string) string {
 	})
 }
 
-// escape copies printable runes, and has write say what stands for another one, whose bytes it is told.
+// escape copies printable runes. For any other rune it calls write with the rune's bytes.
 func escape(s string, write func(b *strings.Builder, r rune, bytes string)) string {
 	i := strings.IndexFunc(s, func(r rune) bool { return !unicode.IsPrint(r) || r == utf8.RuneError })
 	if i < 0 {
