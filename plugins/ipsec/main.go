@@ -1,11 +1,11 @@
 //go:debug containermaxprocs=0
 
-// Command lariat-ipsec is the CNI plugin that joins a container to an encrypted network which spans the
+// Command lariat-ipsec is the CNI plugin that joins a container to an encrypted network between
 // hosts.
 //
-// The container gets a routed veth and an address that is unique in the cluster; which hosts there are, and
-// which addresses they own, comes from the metadata service. What it sends to other hosts leaves as ESP or
-// not at all. See README.md.
+// The container gets a routed veth and an address that is unique in the cluster. The metadata
+// service knows the hosts and their addresses. The container's packets to other hosts leave as ESP
+// or not at all. See README.md.
 package main
 
 import (

@@ -10,9 +10,9 @@ import (
 	"github.com/lariat-net/lariat/pkg/probe"
 )
 
-// ready asks the network manager, who keeps the tunnels and has tried the kernel. When it does not answer,
-// the kernel is tried here: a container on a host that cannot encrypt would be cut off from the others for
-// good, while a manager comes back.
+// ready asks the network manager, which keeps the tunnels and has probed the kernel. When the
+// manager does not answer, ready probes the kernel itself. A container on a host that cannot
+// encrypt would be cut off from the others for good, while a manager comes back.
 func ready(ctx context.Context, managerSocket string) error {
 	var r ipsec.Report
 	if err := overlay.ManagerClient(managerSocket).Do(ctx, "GET", "/v1/tunnels?summary=1", nil, &r); err != nil {

@@ -1,9 +1,9 @@
 //go:debug containermaxprocs=0
 
-// Command lariat-vxlan is the CNI plugin that joins a container to a VXLAN network which spans the hosts.
+// Command lariat-vxlan is the CNI plugin that joins a container to a VXLAN network between hosts.
 //
-// The container gets a routed veth and an address that is unique in the cluster; which hosts there are, and
-// which addresses they own, comes from the metadata service. See README.md.
+// The container gets a routed veth and an address that is unique in the cluster. The metadata
+// service knows the hosts and their addresses. See README.md.
 package main
 
 import (
