@@ -1,8 +1,9 @@
 //go:debug containermaxprocs=0
 
-// Command lariat-ipam is the CNI IPAM plugin that answers "which address?" from the metadata service: the one
-// that the model assigned to the container, or one of this host's blocks. It works under any main plugin;
-// lariat-vxlan does the same work in-process. See README.md.
+// Command lariat-ipam is the CNI IPAM plugin that allocates addresses from the metadata service.
+// The address is the one that the model assigned to the container, or one of this host's blocks.
+// The plugin works under any main plugin. lariat-vxlan does the same work in-process. See
+// README.md.
 package main
 
 import (

@@ -15,8 +15,7 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// call is one verb's view of the configuration. Keys outside of the ipam block are the main plugin's and none
-// of our business.
+// A call is one verb with its configuration. Keys outside the ipam block belong to the main plugin.
 type call struct {
 	*cni.Request
 	conf    ipam.Config
@@ -78,8 +77,9 @@ func add(ctx context.Context, r *cni.Request) (*current.Result, error) {
 	return c.result(a, length), nil
 }
 
-// standIn is the answer that is used while the service is away: only addresses that were given with a length
-// tell enough. The gateway is then the first address of their subnet, as it was with Rancher.
+// standIn returns the attachment that is used while the service is away. Only addresses that the
+// caller named with a length are sufficient. The gateway is then the first address of their subnet,
+// as with Rancher.
 func standIn(network string, explicit []netip.Prefix) *metadata.Attachment {
 	if len(explicit) == 0 || slices.ContainsFunc(explicit, netip.Prefix.IsSingleIP) {
 		return nil
@@ -146,7 +146,7 @@ func check(ctx context.Context, r *cni.Request) error {
 	for _, ip := range r.Prev.IPs {
 		want = append(want, ip.Address.IP.String())
 	}
-	// Other plugins of a chain may have added addresses of their own: ours must all be there.
+	// Other plugins of a chain may have added addresses. All of ours must be present.
 	for _, addr := range a.Addresses {
 		if !slices.Contains(want, addr.Address.String()) {
 			return cni.Errorf(cni.ErrDiffers, "attachment %s holds %s, which its result does not list", r.ID(), addr.Address)
