@@ -10,18 +10,18 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// Rules say which addresses of a subnet may be handed out.
+// Rules say which addresses of a subnet may be allocated.
 type Rules struct {
 	Subnet  netip.Prefix
 	Exclude []metadata.Range
-	// Holder names who has an address although no table says so: a host's gateway, a host's own address, the LAN's
-	// router, an endpoint of another host. Empty: nobody.
+	// Holder returns the holder of an address that no table lists: a host's gateway, a host's own
+	// address, the LAN's router, a host route of another host. Empty: no holder.
 	Holder func(netip.Addr) string
 }
 
-// Edge reports whether nobody may ever have the address: the first and last of an IPv4 subnet, the
-// subnet-router anycast address of an IPv6 one (RFC 4291 §2.6.1). Links of two and one address have no such
-// edges (RFC 3021, RFC 6164).
+// Edge reports whether the address can never be allocated. These are the first and last address of
+// an IPv4 subnet, and the subnet-router anycast address of an IPv6 subnet (RFC 4291 §2.6.1). Links
+// of two addresses or one have no such edges (RFC 3021, RFC 6164).
 func Edge(subnet netip.Prefix, a netip.Addr) bool {
 	if subnet.Addr().BitLen()-subnet.Bits() < 2 {
 		return false
@@ -29,7 +29,7 @@ func Edge(subnet netip.Prefix, a netip.Addr) bool {
 	return a == subnet.Masked().Addr() || a.Is4() && a == metadata.LastAddr(subnet)
 }
 
-// Usable reports whether the address may be handed out unasked.
+// Usable reports whether the address may be allocated without a request for it.
 func (r Rules) Usable(a netip.Addr) bool {
 	if !r.Subnet.Contains(a) || Edge(r.Subnet, a) {
 		return false
@@ -42,7 +42,7 @@ func (r Rules) Usable(a netip.Addr) bool {
 	return r.Holder == nil || r.Holder(a) == ""
 }
 
-// FirstUsable finds the lowest usable address of a block that none of the given is.
+// FirstUsable returns the lowest usable address of a block that is not in the list.
 func (r Rules) FirstUsable(block netip.Prefix, not []netip.Addr) (netip.Addr, bool) {
 	for a := block.Addr(); a.IsValid() && block.Contains(a); a = a.Next() {
 		if r.Usable(a) && !slices.Contains(not, a) {
@@ -52,13 +52,13 @@ func (r Rules) FirstUsable(block netip.Prefix, not []netip.Addr) (netip.Addr, bo
 	return netip.Addr{}, false
 }
 
-// BlockOf is the block of a subnet that an address lies in.
+// BlockOf returns the block of a subnet that contains the address.
 func BlockOf(a netip.Addr, bits int) netip.Prefix {
 	p, _ := a.Prefix(bits)
 	return p
 }
 
-// Blocks counts the blocks of a subnet; math.MaxInt when there are more.
+// Blocks returns the number of blocks of a subnet, or math.MaxInt when there are more.
 func Blocks(subnet netip.Prefix, bits int) int {
 	if n := bits - subnet.Bits(); n < 62 {
 		return 1 << max(n, 0)
@@ -66,8 +66,8 @@ func Blocks(subnet netip.Prefix, bits int) int {
 	return math.MaxInt
 }
 
-// Place is the first address of one of the subnet's blocks: of the one with that number, counted around as often
-// as need be.
+// Place returns the first address of the subnet's block with that number, modulo the number of
+// blocks.
 func Place(subnet netip.Prefix, bits int, number uint64) netip.Addr {
 	if n := bits - subnet.Bits(); n < 64 {
 		number &= 1<<max(n, 0) - 1
@@ -83,8 +83,9 @@ func Place(subnet netip.Prefix, bits int, number uint64) netip.Addr {
 	return netip.AddrFrom16(b)
 }
 
-// FreeBlock finds a block that nobody has claimed and that has a usable address: the first from a Place of the
-// subnet on, and then from its start. Hosts that claim at the same time must not all begin at the same place.
+// FreeBlock returns an unclaimed block that has a usable address. It searches from a Place of the
+// subnet to the end, and then from the start. Hosts that claim at the same time must not all begin
+// at the same place.
 func (r Rules) FreeBlock(bits int, from netip.Addr, claimed func(netip.Prefix) bool) (netip.Prefix, bool) {
 	p, ok := r.freeBlock(bits, from, metadata.LastAddr(r.Subnet), claimed)
 	if first := r.Subnet.Masked().Addr(); !ok && first != from {
@@ -102,7 +103,7 @@ func (r Rules) freeBlock(bits int, first, last netip.Addr, claimed func(netip.Pr
 			return x.Contains(p.Addr()) &&
 				x.Contains(end)
 		}); x >= 0 {
-			// Pass over the whole exclusion at once; it may be half the subnet.
+			// Skip the whole exclusion at once: it may be half the subnet.
 			if tail := BlockOf(r.Exclude[x].Last, bits); metadata.LastAddr(tail) == r.Exclude[x].Last {
 				end = r.Exclude[x].Last
 			} else {
@@ -118,9 +119,9 @@ func (r Rules) freeBlock(bits int, first, last netip.Addr, claimed func(netip.Pr
 	return netip.Prefix{}, false
 }
 
-// BorrowOrder sorts other hosts' blocks in the order in which a host should ask them for a single address:
-// each host another order, so that those who borrow at the same time do not all compare and swap the same
-// table.
+// BorrowOrder sorts other hosts' blocks in the order in which a host should try to borrow a single
+// address. The order differs between hosts. So hosts that borrow at the same time do not all
+// compare and swap the same table.
 func BorrowOrder(blocks []metadata.Block, self string) []metadata.Block {
 	type ranked struct {
 		rank uint64
@@ -151,8 +152,8 @@ func BorrowOrder(blocks []metadata.Block, self string) []metadata.Block {
 	return out
 }
 
-// TableFor returns the table of an address: a table of the address's block, or a table of its own when no subnet of
-// the network holds it.
+// TableFor returns the table of an address. It is a table of the address's block, or a table for
+// this address alone when no subnet of the network contains it.
 func TableFor(n metadata.Network, a netip.Addr) netip.Prefix {
 	for _, p := range n.Subnets {
 		if p.Contains(a) {

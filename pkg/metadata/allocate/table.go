@@ -1,16 +1,17 @@
-// Package allocate decides which address comes next. It is pure: tables and rules in, tables out; no store, no clock,
-// no chance unless the caller brings it.
+// Package allocate decides which address comes next. It is pure: it turns tables and rules into
+// tables. It uses no store, no clock, and no randomness unless the caller supplies it.
 //
-// A network's subnets are cut into blocks, one owner host each. What a block's addresses are used for is kept in tables
-// of at most 64 addresses, so that one allocation rewrites a few KiB whatever the size of the block. With the default
-// block sizes a block has exactly one table.
+// A network's subnets are cut into blocks, with one owner host each. Tables of at most 64 addresses
+// record the use of a block's addresses. So one allocation rewrites a few KiB for any size of
+// block. With the default block sizes a block has exactly one table.
 //
-// An address goes round like this:
+// An address has this cycle:
 //
 //	fresh ── Take ──> entry ── Release ──> resting (FIFO, with time) ── after cooldown ──> Take …
 //
-// Fresh addresses are used up first, then rested ones, the longest-rested first. One that still cools down is the very
-// last resort: a stale neighbour entry somewhere does less harm than a container that cannot start.
+// Fresh addresses are used first, then rested ones, the longest-rested first. An address that still
+// cools down is the last resort. A stale neighbour entry does less harm than a container that
+// cannot start.
 package allocate
 
 import (
@@ -23,10 +24,11 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 )
 
-// TableBits says how much a table holds: 2^TableBits addresses, or the whole block when that is smaller.
+// TableBits gives the size of a table: 2^TableBits addresses, or the whole block when that is
+// smaller.
 const TableBits = 6
 
-// Owner of an entry: the host, under one boot of it, and the folder where its plugin keeps its records.
+// Owner of an entry: the host, its boot, and the state directory of its plugin.
 type Owner struct {
 	Host     string
 	BootID   string
@@ -48,15 +50,16 @@ type Rest struct {
 	Since   time.Time // whole seconds
 }
 
-// Table records the use of a run of addresses. Its methods that change it do so in place; Clone first.
+// Table records the use of a run of addresses. Methods that change it do so in place, so Clone it
+// first.
 type Table struct {
 	CIDR    netip.Prefix
-	Next    uint64  // above every sequence number in it
+	Next    uint64  // above every sequence number in the table
 	Entries []Entry // by address
 	Resting []Rest  // longest first
 }
 
-// TableOf is the prefix of the table that records an address of a block.
+// TableOf returns the prefix of the table that records an address of a block.
 func TableOf(block netip.Prefix, a netip.Addr) netip.Prefix {
 	bits := max(block.Bits(), a.BitLen()-TableBits)
 	p, _ := a.Prefix(bits)
@@ -77,7 +80,7 @@ func TablesOf(block netip.Prefix) []netip.Prefix {
 	}
 }
 
-// Clone copies a table.
+// Clone returns a copy of the table.
 func (t *Table) Clone() *Table {
 	return &Table{CIDR: t.CIDR, Next: t.Next, Entries: slices.Clone(t.Entries), Resting: slices.Clone(t.Resting)}
 }
@@ -94,7 +97,8 @@ func (t *Table) Entry(a netip.Addr) (Entry, bool) {
 	return Entry{}, false
 }
 
-// Take records the use of an address. False: it is in use already.
+// Take records the use of an address. It returns false when the address is already in use or
+// outside the table.
 func (t *Table) Take(e Entry) bool {
 	i, used := t.find(e.Address)
 	if used || !t.CIDR.Contains(e.Address) {
@@ -114,7 +118,7 @@ func (t *Table) Renew(a netip.Addr, owner Owner, sequence uint64) {
 	}
 }
 
-// Release ends the use of every address whose entry matches, and returns those entries.
+// Release removes every entry that matches, and returns those entries.
 func (t *Table) Release(now time.Time, match func(Entry) bool) []Entry {
 	var out []Entry
 	t.Entries = slices.DeleteFunc(t.Entries, func(e Entry) bool {
@@ -130,7 +134,7 @@ func (t *Table) Release(now time.Time, match func(Entry) bool) []Entry {
 	return out
 }
 
-// Fresh finds the lowest address that was never used.
+// Fresh returns the lowest address that was never used.
 func (t *Table) Fresh(usable func(netip.Addr) bool) (netip.Addr, bool) {
 	resting := map[netip.Addr]bool{}
 	for _, r := range t.Resting {
@@ -149,7 +153,7 @@ func (t *Table) Fresh(usable func(netip.Addr) bool) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// Rested finds the address that was released longest ago, not after the given moment.
+// Rested returns the address that was released longest ago, if not after the given time.
 func (t *Table) Rested(until time.Time, usable func(netip.Addr) bool) (Rest, bool) {
 	for _, r := range t.Resting {
 		if r.Since.After(until) {
@@ -162,7 +166,7 @@ func (t *Table) Rested(until time.Time, usable func(netip.Addr) bool) (Rest, boo
 	return Rest{}, false
 }
 
-// Usage counts a table's addresses.
+// Usage has the counts of a table's addresses.
 type Usage struct {
 	Used    int
 	Fresh   int
@@ -170,10 +174,10 @@ type Usage struct {
 	Oldest  time.Time // of the resting
 }
 
-// Free is what could be handed out, cooling ones included.
+// Free returns the number of addresses that could be allocated, including cooling ones.
 func (u Usage) Free() int { return u.Fresh + u.Resting }
 
-// Usage counts; addresses that are not usable count as neither.
+// Usage returns the counts. Addresses that are not usable count as neither fresh nor resting.
 func (t *Table) Usage(usable func(netip.Addr) bool) Usage {
 	u := Usage{Used: len(t.Entries)}
 	for _, r := range t.Resting {
@@ -196,7 +200,7 @@ func (t *Table) Usage(usable func(netip.Addr) bool) Usage {
 	return u
 }
 
-// The stored form repeats no host and boot id: container ids are long enough.
+// The stored form lists each host and boot id once, because container ids are long enough.
 type wireTable struct {
 	Next    uint64      `json:"next"`
 	Owners  [][]string  `json:"owners,omitempty"` // host, boot id, and the state directory unless it is the default
@@ -241,8 +245,8 @@ func (t *Table) MarshalJSON() ([]byte, error) {
 	return json.Marshal(w)
 }
 
-// Decode reads the stored form of the table with that prefix. It refuses what Encode would not have written: entries
-// outside, twice, or without an owner.
+// Decode reads the stored form of the table with that prefix. It refuses tables that MarshalJSON
+// would not have written: entries outside the prefix, twice, or without an owner.
 func Decode(cidr netip.Prefix, data []byte) (*Table, error) {
 	var w wireTable
 	if err := json.Unmarshal(data, &w); err != nil {
