@@ -6,27 +6,27 @@ import (
 	"net/netip"
 )
 
-// DefaultSocket is where the metadata service listens for its own host.
+// DefaultSocket is the socket where the metadata service listens for its own host.
 const DefaultSocket = "/run/lariat/metadata.sock"
 
-// DefaultStateDir is where the CNI plugins of a host keep what must survive their processes.
+// DefaultStateDir is the directory of the CNI plugins' persistent files.
 const DefaultStateDir = "/var/lib/lariat"
 
-// AttachRequest asks for the addresses of one interface of one container. The answer to the same container id
-// and interface name is always the same, however often it is asked, until the pair is released.
+// AttachRequest asks for the addresses of one interface of one container. The answer to the same
+// container id and interface name is always the same, until the pair is released.
 type AttachRequest struct {
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifname"`
 
-	// Requested addresses are given or refused, never replaced.
+	// Requested addresses are allocated or refused, never replaced.
 	Requested []netip.Addr `json:"requested,omitempty"`
 
-	// Foreign says that another IPAM plugin chose the requested addresses. They are recorded and announced
-	// (also outside of the network's subnets), and never handed out by us.
+	// Foreign says that another IPAM plugin chose the requested addresses. They are recorded and
+	// announced (also outside the network's subnets). Lariat never allocates them itself.
 	Foreign bool `json:"foreign,omitempty"`
 
-	// WaitSeconds: how long to wait until the model lists the container with an address. 0 does not wait: an
-	// address that the model assigned is used, otherwise one is allocated.
+	// WaitSeconds is how long to wait until the model lists the container with an address. With 0
+	// there is no wait: an address that the model assigned is used, otherwise one is allocated.
 	WaitSeconds int `json:"waitSeconds,omitempty"`
 
 	UUID   string            `json:"uuid,omitempty"` // how the model may know the container before it runs
@@ -34,23 +34,24 @@ type AttachRequest struct {
 	Labels map[string]string `json:"labels,omitempty"`
 	MAC    MAC               `json:"mac,omitzero"`
 
-	// StateDir is the folder in which the caller keeps its record of the interface: only a network manager that
-	// looks there can know that nobody uses the addresses any more. Empty: DefaultStateDir.
+	// StateDir is the directory in which the caller keeps its record of the interface. Only a
+	// network manager that reads this directory can know that the addresses are not used any more.
+	// Empty means DefaultStateDir.
 	StateDir string `json:"stateDir,omitempty"`
 
 	// Create defines the network when it does not exist yet.
 	Create *Network `json:"create,omitempty"`
 }
 
-// Attachment is all that an ADD needs to know: one round trip.
+// Attachment is the complete input of an ADD, so that one round trip is enough.
 type Attachment struct {
 	Network       string `json:"network"`
 	Encapsulation string `json:"encapsulation"`
-	Device        string `json:"device,omitempty"` // that carries the network on this host
+	Device        string `json:"device,omitempty"` // carries the network on this host
 	MTU           int    `json:"mtu"`              // for the container's interface
-	// octets that the encapsulation takes of the underlay's MTU
+	// bytes that the encapsulation takes of the underlay's MTU
 	Overhead    int                 `json:"overhead,omitempty"`
-	MAC         MAC                 `json:"mac,omitzero"` // that the model assigned; zero: the caller's choice
+	MAC         MAC                 `json:"mac,omitzero"` // assigned by the model; zero: the caller's choice
 	Addresses   []AttachmentAddress `json:"addresses"`    // IPv4 before IPv6
 	Subnets     []netip.Prefix      `json:"subnets"`      // of the network
 	Host        string              `json:"host"`         // that owns the attachment
@@ -66,13 +67,13 @@ type AttachmentAddress struct {
 	Sequence uint64       `json:"sequence,omitempty"`
 }
 
-// GCRequest lists what is alive; everything else that this host holds on the network is released. An absent list
-// and an empty one are different things, so the field is a pointer and nil is refused.
+// GCRequest lists the live attachments. Everything else that this host holds on the network is
+// released. An absent list differs from an empty one, so the field is a pointer and nil is refused.
 type GCRequest struct {
 	Valid *[]AttachmentID `json:"valid"`
 }
 
-// AttachmentID names an interface of a container.
+// AttachmentID identifies an interface of a container.
 type AttachmentID struct {
 	ContainerID string `json:"containerID"`
 	IfName      string `json:"ifname"`
@@ -80,24 +81,25 @@ type AttachmentID struct {
 
 func (a AttachmentID) String() string { return a.ContainerID + "/" + a.IfName }
 
-// GCResult says what was released.
+// GCResult lists the released allocations.
 type GCResult struct {
 	Released []Allocation `json:"released"`
 }
 
-// NetworkStatus is the answer to "could you serve an ADD now?".
+// NetworkStatus says whether the service could serve an ADD now.
 type NetworkStatus struct {
 	Network  string        `json:"network"`
 	Ready    bool          `json:"ready"`
 	Reason   string        `json:"reason,omitempty"` // why not, with a remedy
-	Local    bool          `json:"local,omitempty"`  // the reason is this host's, and waiting does not cure it
+	Local    bool          `json:"local,omitempty"`  // the reason is on this host, and waiting does not cure it
 	Usage    []SubnetUsage `json:"usage"`            // one per subnet
 	Device   string        `json:"device,omitempty"` // that ADD expects on this host
 	Revision int64         `json:"revision"`
 }
 
-// SubnetUsage counts one subnet's addresses. Free counts what this host could still hand out: the rest of its own
-// blocks, unclaimed blocks, and, without strict affinity, what other hosts' blocks have left.
+// SubnetUsage counts one subnet's addresses. Free counts the addresses that this host could still
+// allocate. These are the rest of its own blocks, unclaimed blocks and, without strict affinity,
+// the rest of other hosts' blocks.
 type SubnetUsage struct {
 	Subnet     netip.Prefix `json:"subnet"`
 	Blocks     int          `json:"blocks"`     // claimed, by all hosts
@@ -130,9 +132,9 @@ const (
 	KindHostRoute = "endpoints"
 	KindContainer = "containers"
 	KindVolume    = "volumes"
-	KindTable     = "addresses" // of a block: which of its addresses are in use
+	KindTable     = "addresses" // of a block: its addresses in use
 	KindLive      = "live"      // hosts whose service holds its lease
-	KindProblem   = "problems"  // of a watch: the key is that of a Problem, the object says what is wrong
+	KindProblem   = "problems"  // in a watch: the key is the Problem's key, the object describes the problem
 )
 
 // Error codes of the control API.
@@ -147,7 +149,7 @@ const (
 	CodeInternal    = "internal"    // 500
 )
 
-// Error is how the control API says no.
+// Error is an error answer of the control API.
 type Error struct {
 	Code    string `json:"code"`
 	Message string `json:"message"`
@@ -161,7 +163,7 @@ func (e *Error) Error() string {
 	return e.Message + "; " + e.Details
 }
 
-// Errorf makes an Error.
+// Errorf returns an Error.
 func Errorf(code, format string, a ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, a...)}
 }

@@ -18,20 +18,22 @@ import (
 	"github.com/lariat-net/lariat/pkg/unixhttp"
 )
 
-// Client speaks to the metadata service of its own host over the unix socket.
+// Client sends requests to the metadata service of its own host over the unix socket.
 type Client struct {
 	// Socket is the path of the service's unix socket; empty means DefaultSocket.
 	Socket string
-	// Service is what errors call another helper that answers at the socket; empty means the metadata service. Of the
-	// methods, Do is for all helpers.
+	// Service is the name, in errors, of another helper that answers at the socket. Empty means the
+	// metadata service. Of the methods, only Do works with all helpers.
 	Service string
 }
 
-// ErrUnreachable is in every error that means that the service could not do what was asked of it now: it did not
-// answer, or it answered that its store is away. IsCode with CodeUnavailable tells the latter.
+// ErrUnreachable is in every error which means that the service cannot serve the request now. It
+// did not answer, or it answered that its store is away. IsCode with CodeUnavailable reports the
+// latter.
 var ErrUnreachable = errors.New("metadata service unreachable")
 
-// unavailableError is the service's own word that it cannot serve now. Its text blames what the service blames.
+// unavailableError is the service's own answer that it cannot serve now. Its text names the cause
+// that the service named.
 type unavailableError struct{ answer *Error }
 
 func (e unavailableError) Error() string { return e.answer.Error() }
@@ -52,32 +54,35 @@ func (c Client) socket() string {
 
 func (c Client) service() string { return cmp.Or(c.Service, "metadata service") }
 
-// Attach gives the interface its addresses. Errors are *Error (held, exhausted, not-yet, invalid, not-found)
-// or wrap ErrUnreachable.
+// Attach acquires addresses for the interface. Errors are *Error (held, exhausted, not-yet,
+// invalid, not-found) or wrap ErrUnreachable.
 func (c Client) Attach(ctx context.Context, network string, req AttachRequest) (*Attachment, error) {
 	if req.StateDir == DefaultStateDir {
-		// it is what the service takes it for, tables stay short, and one that is older than the key does not refuse it
+		// The service assumes this directory. Without it tables stay short, and a service that does
+		// not know the key does not refuse the request.
 		req.StateDir = ""
 	}
 	var a Attachment
 	return &a, c.Do(ctx, "POST", "/v1/networks/"+url.PathEscape(network)+"/attachments", req, &a)
 }
 
-// Release frees the addresses of an interface. A sequence above 0 frees only addresses that were handed out no later
-// than it, so a late release does no harm. Releasing what is not held is no error.
+// Release frees the addresses of an interface. A sequence above 0 frees only addresses that were
+// allocated no later than it, so a late release does no harm. Releasing nothing is no error.
 func (c Client) Release(ctx context.Context, network string, id AttachmentID, sequence uint64) error {
 	return c.Do(ctx, "DELETE", fmt.Sprintf("/v1/networks/%s/attachments/%s/%s?sequence=%d",
 		url.PathEscape(network), url.PathEscape(id.ContainerID), url.PathEscape(id.IfName), sequence), nil, nil)
 }
 
-// Attachment returns what the interface holds, without allocating. An *Error with CodeNotFound when it holds nothing.
+// Attachment returns the interface's addresses, without allocating. It returns an *Error with
+// CodeNotFound when the interface holds nothing.
 func (c Client) Attachment(ctx context.Context, network string, id AttachmentID) (*Attachment, error) {
 	var a Attachment
 	return &a, c.Do(ctx, "GET", fmt.Sprintf("/v1/networks/%s/attachments/%s/%s",
 		url.PathEscape(network), url.PathEscape(id.ContainerID), url.PathEscape(id.IfName)), nil, &a)
 }
 
-// Allocations lists the addresses of a network that attachments of this host hold; all hosts' with all set.
+// Allocations lists the addresses of a network that attachments of this host hold. With all set it
+// lists those of all hosts.
 func (c Client) Allocations(ctx context.Context, network string, all bool) ([]Allocation, error) {
 	var out []Allocation
 	return out, c.Do(ctx, "GET", fmt.Sprintf("/v1/networks/%s/attachments?all=%t", url.PathEscape(network), all), nil,
@@ -90,7 +95,7 @@ func (c Client) Join(ctx context.Context, network string) error {
 	return c.Do(ctx, "POST", "/v1/networks/"+url.PathEscape(network)+"/join", nil, nil)
 }
 
-// GC releases whatever this host holds on the network and valid does not list.
+// GC releases everything that this host holds on the network and valid does not list.
 func (c Client) GC(ctx context.Context, network string, valid []AttachmentID) (*GCResult, error) {
 	if valid == nil {
 		valid = []AttachmentID{}
@@ -105,28 +110,30 @@ func (c Client) Status(ctx context.Context, network string) (*NetworkStatus, err
 	return &s, c.Do(ctx, "GET", "/v1/networks/"+url.PathEscape(network)+"/status", nil, &s)
 }
 
-// PutVolume writes a volume of this host; an empty Host means it.
+// PutVolume writes a volume of this host. An empty Host means this host.
 func (c Client) PutVolume(ctx context.Context, v Volume) error {
 	return c.Put(ctx, "volumes", v.Driver+"/"+v.Name, v)
 }
 
-// RemoveVolume removes a volume of this host; it is no error when there is none. Other hosts' of that name stay.
+// RemoveVolume removes a volume of this host. A missing volume is no error. Volumes of that name on
+// other hosts stay.
 func (c Client) RemoveVolume(ctx context.Context, driver, name string) error {
 	return c.Delete(ctx, "volumes", driver+"/"+name)
 }
 
-// Volumes lists the volumes of all hosts; those of this one with self set.
+// Volumes lists the volumes of all hosts. With self set it lists those of this host.
 func (c Client) Volumes(ctx context.Context, self bool) ([]Volume, error) {
 	var out []Volume
 	return out, c.Do(ctx, "GET", fmt.Sprintf("/v1/volumes?self=%t", self), nil, &out)
 }
 
-// View returns the network view: hosts, networks, blocks, endpoints. It is sane.
+// View returns the network view: hosts, networks, blocks, host routes. It contains only valid
+// objects.
 func (c Client) View(ctx context.Context) (*Snapshot, error) {
 	return c.snapshot(ctx, "?view=network")
 }
 
-// Snapshot returns the whole model. It is sane.
+// Snapshot returns the whole model. It contains only valid objects.
 func (c Client) Snapshot(ctx context.Context) (*Snapshot, error) {
 	return c.snapshot(ctx, "")
 }
@@ -137,19 +144,21 @@ func (c Client) snapshot(ctx context.Context, query string) (*Snapshot, error) {
 	return s.Sane(), err
 }
 
-// Problems returns the entries of the store that cannot be used, of all kinds. The service reads the whole
-// store for it.
+// Problems returns the entries of the store that cannot be used, of all kinds. The service reads
+// the whole store to answer.
 func (c Client) Problems(ctx context.Context) ([]Problem, error) {
 	var out []Problem
 	return out, c.Do(ctx, "GET", "/v1/problems", nil, &out)
 }
 
-// RemoveEntry removes an entry that is among the Problems; other entries are refused. The key is the Problem's.
+// RemoveEntry removes an entry that is among the Problems, by the Problem's key. The service
+// refuses other entries.
 func (c Client) RemoveEntry(ctx context.Context, key string) error {
 	return c.Do(ctx, "DELETE", "/v1/problems?key="+url.QueryEscape(key), nil, nil)
 }
 
-// Put creates or replaces an object; kind and key as in the API's path. Get reads one, Delete removes one.
+// Put creates or replaces an object. kind and key are as in the API's path. Get reads one, Delete
+// removes one.
 func (c Client) Put(ctx context.Context, kind, key string, object any) error {
 	return c.Do(ctx, "PUT", "/v1/"+kind+"/"+escapeKey(key), object, nil)
 }
@@ -159,7 +168,7 @@ func (c Client) Get(ctx context.Context, kind, key string, object any) error {
 	return c.Do(ctx, "GET", "/v1/"+kind+"/"+escapeKey(key), nil, object)
 }
 
-// Delete removes one object; it is no error when there is none. See Put.
+// Delete removes one object. A missing object is no error. See Put.
 func (c Client) Delete(ctx context.Context, kind, key string) error {
 	return c.Do(ctx, "DELETE", "/v1/"+kind+"/"+escapeKey(key), nil, nil)
 }
@@ -172,10 +181,11 @@ func escapeKey(key string) string {
 	return strings.Join(parts, "/")
 }
 
-// Watch calls fn with a first snapshot of the network view and again after each change of it and each
-// reconnection, until the context ends or fn returns an error. It reconnects by itself with back-off and resumes
-// where it was; what it hands out never goes back to empty while the service is away. The snapshot is fn's to
-// keep: it is never changed afterwards. onError, when not nil, hears of each failed connection.
+// Watch calls fn with a first snapshot of the network view, and again after each change and each
+// reconnection. It ends when the context ends or fn returns an error. It reconnects with back-off
+// and resumes at its last revision. The view never goes back to empty while the service is away. fn
+// may keep the snapshot: it is never changed afterwards. Watch calls onError, when not nil, with
+// each failed connection.
 func (c Client) Watch(ctx context.Context, fn func(*Snapshot) error, onError func(error)) error {
 	var view viewState
 	backoff := 50 * time.Millisecond
@@ -217,7 +227,8 @@ func (c Client) watchOnce(ctx context.Context, view *viewState, fn func(*Snapsho
 	return follow(r.Reader, view, fn, progress)
 }
 
-// follow takes the lines of a watch until one is not understood, or the stream or fn ends it.
+// follow applies the lines of a watch. It ends at an invalid line, at the end of the stream, or at
+// an error of fn.
 func follow(body *bufio.Reader, view *viewState, fn func(*Snapshot) error, progress func()) error {
 	for {
 		line, err := readLine(body, maxBody)
@@ -233,7 +244,7 @@ func follow(body *bufio.Reader, view *viewState, fn func(*Snapshot) error, progr
 			return err
 		}
 		progress()
-		// Fold what has already arrived into one call.
+		// Combine the events that have already arrived into one call.
 		if changed {
 			view.dirty = true
 		}
@@ -247,7 +258,8 @@ func follow(body *bufio.Reader, view *viewState, fn func(*Snapshot) error, progr
 	}
 }
 
-// Do sends one request and decodes the answer into out, unless out is nil. An error answer comes back as *Error.
+// Do sends one request and decodes the answer into out, unless out is nil. An error answer is
+// returned as *Error.
 func (c Client) Do(ctx context.Context, method, path string, in, out any) error {
 	var payload []byte
 	if in != nil {
@@ -274,7 +286,7 @@ func (c Client) Do(ctx context.Context, method, path string, in, out any) error 
 	return nil
 }
 
-// roundTrip sends a request. The body of the answer follows until it ends.
+// roundTrip sends a request. The caller reads the body of the answer until it ends.
 func (c Client) roundTrip(ctx context.Context, method, path string, payload []byte) (*unixhttp.Response, error) {
 	r, err := unixhttp.Do(ctx, c.socket(), method, path, payload)
 	if err != nil {
@@ -299,7 +311,8 @@ func (c Client) roundTrip(ctx context.Context, method, path string, payload []by
 	return nil, &e
 }
 
-// unreachable names the service. ErrUnreachable is the metadata service's alone.
+// unreachable returns an error that names the service. Only errors of the metadata service wrap
+// ErrUnreachable.
 func (c Client) unreachable(err error) error {
 	if c.Service != "" {
 		return fmt.Errorf("%s unreachable: %w", c.Service, err)
@@ -307,7 +320,7 @@ func (c Client) unreachable(err error) error {
 	return fmt.Errorf("%w: %w", ErrUnreachable, err)
 }
 
-// readLine returns the next line with its end, of at most so many bytes.
+// readLine returns the next line with its end, of at most the given number of bytes.
 func readLine(r *bufio.Reader, most int) ([]byte, error) {
 	var line []byte
 	for {

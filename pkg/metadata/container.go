@@ -6,8 +6,8 @@ import (
 	"slices"
 )
 
-// Attach adds an interface to a container's object. It changes no map or slice that the object had before, because
-// a cache may share them.
+// Attach adds an interface to a container's object. It changes no existing map or slice of the
+// object, because a cache may share them.
 func (c *Container) Attach(host, network string, req *AttachRequest, addresses []netip.Addr) {
 	if len(c.Interfaces) == 0 {
 		c.PreAssigned = c.Written && len(c.Addresses) > 0
@@ -46,7 +46,7 @@ func (c *Container) Attach(host, network string, req *AttachRequest, addresses [
 	c.uniteAddresses()
 }
 
-// Detach removes an interface and reports whether the object still holds anything worth keeping.
+// Detach removes an interface, and reports whether the object still holds data worth keeping.
 func (c *Container) Detach(network, ifname string) (keep bool) {
 	c.Normalize()
 	c.Interfaces = slices.DeleteFunc(slices.Clone(c.Interfaces), func(i ContainerInterface) bool {
@@ -71,8 +71,8 @@ func (c *Container) interfaceIndex(network, ifname string) int {
 	})
 }
 
-// Normalize turns an object of an earlier version into the object that this version would have written. It reports
-// whether the object is to be kept.
+// Normalize converts an object of an earlier version into the form of this version. It reports
+// whether to keep the object.
 func (c *Container) Normalize() (keep bool) {
 	if c.Written = c.IsWritten(); !c.Written {
 		c.PreAssigned = false
@@ -81,8 +81,8 @@ func (c *Container) Normalize() (keep bool) {
 	return c.Written || len(c.Interfaces) > 0
 }
 
-// Overwrite returns the object that a client's PUT of c makes of the stored one; old is nil when none is stored.
-// A client cannot change the fields that the service keeps.
+// Overwrite returns the object that results when a client PUTs c over the stored object. old is nil
+// when none is stored. A client cannot change the fields that the service maintains.
 func (c Container) Overwrite(old *Container) Container {
 	c.Interfaces, c.PreAssigned = nil, false
 	if old == nil || len(old.Interfaces) == 0 {

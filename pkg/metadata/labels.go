@@ -5,7 +5,7 @@ import (
 	"strings"
 )
 
-// Labels by which a container is found. Everybody may read them.
+// Labels that identify a container. They are public.
 const (
 	LabelStack         = "lariat.stack"
 	LabelService       = "lariat.service"
@@ -26,9 +26,9 @@ var publicLabels = []string{LabelStack, LabelService, LabelRancherStack, LabelRa
 	LabelPodNamespace, LabelPodName, LabelPodUID, LabelNomadJob, LabelNomadGroup, LabelNomadNamespace,
 	LabelNomadRegion, LabelNomadAlloc}
 
-// PublicLabels returns those of all that everybody may read: the ones by which a container is found, and what
-// more names. A name that ends in an asterisk stands for all that begin so. Anything else may hold a secret:
-// a pod's annotations often do.
+// PublicLabels returns the labels of all that are public: those that identify a container, and
+// those that more names. A name that ends in an asterisk matches all labels with that prefix. Any
+// other label may hold a secret: a pod's annotations often do.
 func PublicLabels(all map[string]string, more []string) map[string]string {
 	out := map[string]string{}
 	for k, v := range all {

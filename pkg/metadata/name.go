@@ -5,9 +5,9 @@ import (
 	"strings"
 )
 
-// ShortID returns a container's id as its runtime abbreviates it in tables: the first group of a
-// UUID, which Nomad uses, twelve digits of the many that Docker, Podman and containerd use. Other
-// ids are names that somebody chose, and stay whole.
+// ShortID returns a container's id as its runtime abbreviates it in tables. For a UUID, which Nomad
+// uses, that is the first group. For the long ids of Docker, Podman and containerd, that is the
+// first twelve digits. Other ids are names that a person chose, and stay whole.
 func ShortID(id string) string {
 	switch {
 	case isUUID(id):
@@ -36,9 +36,9 @@ func isHex(s string) bool { return strings.Trim(s, "0123456789abcdefABCDEF") == 
 // maxHostName is the longest label of a host name, in bytes (RFC 1123 §2.1, RFC 1035 §2.3.4).
 const maxHostName = 63
 
-// HostName returns a host name of one label (RFC 1123) for the container: of a pod its name, as the
-// kubelet cuts it, else the container's name, of which the end is kept, since it tells instances
-// apart.
+// HostName returns a host name of one label (RFC 1123) for the container. For a pod it is the pod's
+// name, cut as the kubelet cuts it. Otherwise it is the container's name, cut at the front, because
+// the end distinguishes instances.
 func (c Container) HostName() string {
 	if pod := hostLabel(c.Labels[LabelPodName]); pod != "" {
 		return strings.TrimRight(pod[:min(len(pod), maxHostName)], "-")
@@ -47,7 +47,8 @@ func (c Container) HostName() string {
 	return strings.TrimLeft(name[max(0, len(name)-maxHostName):], "-")
 }
 
-// hostLabel writes a hyphen for each run of what a host name cannot hold, and none at either end.
+// hostLabel replaces each run of characters that a host name cannot hold with a hyphen, and trims
+// hyphens at both ends.
 func hostLabel(s string) string {
 	words := strings.FieldsFunc(strings.ToLower(s), func(r rune) bool {
 		return !(r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r == '-')
