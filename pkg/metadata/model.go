@@ -1,9 +1,9 @@
-// Package metadata holds Lariat's model of a cluster: hosts, networks, blocks of addresses, containers,
-// and the small client with which every executable asks for it.
+// Package metadata holds Lariat's model of a cluster: hosts, networks, blocks of addresses, and
+// containers. It also has the small client with which every executable queries the model.
 //
-// The model is what a host must know to plan its network; nothing here touches the kernel, the store, or a
-// clock. The package imports no other package of this module and nothing heavy (no net/http, no gRPC), because
-// every CNI executable links it and its start-up is part of every container's start-up.
+// The model is the data from which a host plans its network. The package does not touch the kernel,
+// the store or a clock. Every CNI executable links it, so its start-up is part of every container's
+// start-up. So it imports nothing heavy (no net/http, no gRPC).
 package metadata
 
 import (
@@ -21,7 +21,7 @@ import (
 const (
 	EncapVXLAN = "vxlan" // RFC 7348
 	EncapIPsec = "ipsec" // ESP tunnels keyed by IKEv2
-	EncapNone  = "none"  // a flat network: the physical LAN does the work, Lariat only hands out addresses
+	EncapNone  = "none"  // a flat network: the physical LAN carries packets, Lariat only allocates addresses
 )
 
 // MAC is a 48-bit Ethernet address. Unlike net.HardwareAddr it is comparable; its zero value means "not set".
@@ -75,14 +75,15 @@ func (m *MAC) UnmarshalText(b []byte) error {
 	return err
 }
 
-// Underlay is one address by which a host reaches the others.
+// Underlay is one address by which other hosts reach this host.
 type Underlay struct {
 	Address netip.Prefix `json:"address"` // with the length of the link's own prefix: 192.0.2.1/24
 	Device  string       `json:"device"`  // the interface that carries it, on that host
-	MTU     int          `json:"mtu"`     // of that interface, in octets
+	MTU     int          `json:"mtu"`     // of that interface, in bytes
 }
 
-// Foreign is a host's way to addresses that are not Lariat's: a link that it is on, or somebody's route.
+// Foreign is a host's route to addresses that are not Lariat's: a link of the host, or a foreign
+// route.
 type Foreign struct {
 	Prefix netip.Prefix `json:"prefix"`
 	Device string       `json:"device,omitempty"`
@@ -101,12 +102,12 @@ func (f Foreign) String() string {
 	return s
 }
 
-// Host is one machine of the cluster. The first underlay address is the one tunnels use.
+// Host is one machine of the cluster. Tunnels use the first underlay address.
 type Host struct {
 	Name     string            `json:"name"`
 	Underlay []Underlay        `json:"underlay"`
 	Labels   map[string]string `json:"labels,omitempty"`
-	// of /etc/machine-id: what tells a reinstalled host from a second one
+	// from /etc/machine-id; distinguishes a reinstalled host from a second one
 	MachineID   string `json:"machineID"`
 	BootID      string `json:"bootID"` // of /proc/sys/kernel/random/boot_id
 	MAC         MAC    `json:"mac,omitzero"`
@@ -122,7 +123,8 @@ type Host struct {
 	Live bool `json:"live,omitempty"`
 }
 
-// UnderlayAddr is the address that tunnels to this host use; the zero Addr when it has none.
+// UnderlayAddr returns the address that tunnels to this host use, or the zero Addr when the host
+// has none.
 func (h Host) UnderlayAddr() netip.Addr {
 	if len(h.Underlay) == 0 {
 		return netip.Addr{}
@@ -153,12 +155,12 @@ type Network struct {
 	MTU           int            `json:"mtu,omitempty"`
 	HostNAT       bool           `json:"hostNAT"` // masquerade what leaves the network
 	HostNATExempt []netip.Prefix `json:"hostNATExempt,omitempty"`
-	// whose packets may come in: names of networks, AllowAll, prefixes outside
+	// networks, AllowAll or outside prefixes whose packets may come in
 	AllowFrom      []string `json:"allowFrom,omitempty"`
 	HostPorts      bool     `json:"hostPorts,omitempty"`
 	DirectRouting  bool     `json:"directRouting,omitempty"` // plain routes to hosts on the same link
 	StrictAffinity bool     `json:"strictAffinity,omitempty"`
-	// a released address rests so long; 0: DefaultCooldown
+	// rest of a released address; 0: DefaultCooldown
 	CooldownSeconds int                        `json:"cooldownSeconds,omitempty"`
 	Exclude         []string                   `json:"exclude,omitempty"`  // address, prefix, or first-last
 	Gateways        []netip.Addr               `json:"gateways,omitempty"` // of a flat network: the LAN's routers
@@ -167,9 +169,9 @@ type Network struct {
 	Created         time.Time                  `json:"created,omitzero"`
 }
 
-// MarshalJSON writes what the tags say. That it is a method keeps encoding/json from taking the whole type
-// apart for a request that has a nil *Network in it, as nearly all have: a tenth of a millisecond in a
-// process that lives for four.
+// MarshalJSON writes the fields by their tags. Because of this method, encoding/json does not
+// analyse the whole type for a request with a nil *Network, as nearly all requests are. That saves
+// a tenth of a millisecond in a process that lives for four.
 func (n Network) MarshalJSON() ([]byte, error) {
 	type plain Network
 	return json.Marshal(plain(n))
@@ -184,8 +186,8 @@ const (
 	DefaultCooldown    = 60 * time.Second
 )
 
-// ProbePort is the UDP port at which network managers answer each other's probes: the one before VXLAN's.
-// IANA has assigned it to nobody for UDP.
+// ProbePort is the UDP port at which network managers answer each other's probes: the port before
+// VXLAN's. IANA has not assigned it for UDP.
 const ProbePort = 4788
 
 // StorePorts are the TCP ports of the store, for clients and between its members, by default: etcd's.
@@ -204,7 +206,8 @@ func (n Network) Allows(network string) bool {
 	return slices.Contains(n.AllowFrom, AllowAll) || slices.Contains(n.AllowFrom, network)
 }
 
-// Crosses returns the ways of a host to addresses that the network has, too. Flat networks are such ways themselves.
+// Crosses returns a host's foreign routes to addresses of the network. Flat networks are such
+// routes themselves.
 func (n Network) Crosses(h Host) (out []Foreign) {
 	if n.Encapsulation == EncapNone {
 		return nil
@@ -217,7 +220,7 @@ func (n Network) Crosses(h Host) (out []Foreign) {
 	return out
 }
 
-// AllowedPrefixes are the sources outside of all networks from which this one's containers may be reached,
+// AllowedPrefixes returns the sources outside all networks that may reach this network's containers
 // without a published port.
 func (n Network) AllowedPrefixes() (out []netip.Prefix) {
 	for _, s := range n.AllowFrom {
@@ -228,7 +231,7 @@ func (n Network) AllowedPrefixes() (out []netip.Prefix) {
 	return out
 }
 
-// Block is a part of a network's subnet whose addresses one host hands out.
+// A Block is a part of a network's subnet from which one host allocates addresses.
 type Block struct {
 	Network string       `json:"network"`
 	CIDR    netip.Prefix `json:"cidr"`
@@ -247,7 +250,7 @@ type HostRoute struct {
 	Host    string     `json:"host"`
 }
 
-// Container is one attachment's owner as people and the tree know it.
+// Container is the owner of attachments, as people and the tree know it.
 type Container struct {
 	ID         string            `json:"id"`
 	UUID       string            `json:"uuid,omitempty"`
@@ -264,19 +267,21 @@ type Container struct {
 	StartCount int               `json:"startCount,omitempty"`
 	Created    time.Time         `json:"created,omitzero"`
 
-	// Interfaces is kept by the metadata service: what attachments of this container hold. Addresses beside them were
-	// assigned by whoever wrote the object, as PreAssigned says, and outlive the attachments.
+	// The metadata service maintains Interfaces: the addresses that attachments of this container
+	// hold. With PreAssigned, the writer of the object assigned its Addresses. Those outlive the
+	// attachments.
 	Interfaces  []ContainerInterface `json:"interfaces,omitempty"`
 	PreAssigned bool                 `json:"preAssigned,omitempty"`
 
-	// Written is kept by the metadata service: a PUT wrote the object. An object without it was
-	// made by an ADD and ends with its last attachment.
+	// The metadata service maintains Written: a PUT wrote the object. An object without it was
+	// created by an ADD and ends with its last attachment.
 	Written bool `json:"written,omitempty"`
 }
 
-// IsWritten reports whether a PUT wrote the object. Objects of versions without Written are
-// recognized by what an ADD leaves: no object without attachments, and none that is pre-assigned,
-// except by moving another ADD's object, with its UUID and creation time, to a new id.
+// IsWritten reports whether a PUT wrote the object. Earlier versions have no Written. There the
+// traces of an ADD decide. An ADD leaves no object without attachments, and no pre-assigned object.
+// The exception is an object of another ADD that was moved, with its UUID and creation time, to a
+// new id.
 func (c Container) IsWritten() bool {
 	if c.PreAssigned {
 		return c.Written || c.UUID == "" || c.Created.IsZero()
@@ -304,19 +309,19 @@ type ContainerInterface struct {
 	Addresses []netip.Addr `json:"addresses"`
 }
 
-// Volume is one that a driver of a host has for its containers. What it was made with is not told: a driver's
-// options may be secrets.
+// A Volume is a volume that a host's driver has for its containers. The options of its creation are
+// left out, because a driver's options may be secrets.
 type Volume struct {
 	Driver  string    `json:"driver"` // as the runtime's users call it: lariat-nfs
 	Name    string    `json:"name"`
 	Scope   string    `json:"scope"` // local or global: whether driver and name mean the same data on all hosts
 	Host    string    `json:"host"`
 	State   string    `json:"state"`
-	Users   int       `json:"users"` // how many mounts of that host's containers have it
+	Users   int       `json:"users"` // number of mounts by that host's containers
 	Created time.Time `json:"created,omitzero"`
 }
 
-// Validate reports the first mistake in a volume, but for its host, whom the service knows.
+// Validate reports the first mistake in a volume, except in its host, which the service knows.
 func (v Volume) Validate() error {
 	if err := errors.Join(ValidVolumeName(v.Driver), ValidVolumeName(v.Name)); err != nil {
 		return err
@@ -340,13 +345,13 @@ type Allocation struct {
 	IfName      string     `json:"ifname"`
 	Host        string     `json:"host"`
 	BootID      string     `json:"bootID"`
-	StateDir    string     `json:"stateDir"` // where the plugin keeps its record of it: see AttachRequest
-	Sequence    uint64     `json:"sequence"` // grows with each use of the block; a release names the one it means
+	StateDir    string     `json:"stateDir"` // directory of the plugin's record: see AttachRequest
+	Sequence    uint64     `json:"sequence"` // grows with each use of the block; a release names its own
 	Created     time.Time  `json:"created,omitzero"`
 }
 
-// Snapshot is the model at one revision. Blocks, endpoints and containers may be left out by the request;
-// what a host plans from (the network view) never holds containers.
+// Snapshot is the model at one revision. The request may leave out blocks, host routes and
+// containers. The network view, from which a host plans, never holds containers.
 type Snapshot struct {
 	Revision   int64       `json:"revision"`
 	Self       string      `json:"self,omitempty"` // name of the host that answered
@@ -359,16 +364,18 @@ type Snapshot struct {
 	// Problems are entries that are left out of the lists above.
 	Problems []Problem `json:"problems,omitempty"`
 
-	// Away says why the store does not answer: what is here was known before. Empty: it answers.
+	// Away is the reason why the store does not answer. Then the snapshot is from before. Empty:
+	// the store answers.
 	Away string `json:"away,omitempty"`
 
-	// Anew is set by a watch: the snapshot was read whole, and what was between it and the one before is not known.
+	// Anew is set by a watch: the snapshot was read whole, and the changes since the previous one
+	// are not known.
 	Anew bool `json:"-"`
 
-	sane bool // it comes from Sane
+	sane bool // set by Sane
 }
 
-// Host finds a host by name.
+// Host returns the host of that name.
 func (s *Snapshot) Host(name string) (Host, bool) {
 	for _, h := range s.Hosts {
 		if h.Name == name {
@@ -378,7 +385,7 @@ func (s *Snapshot) Host(name string) (Host, bool) {
 	return Host{}, false
 }
 
-// Network finds a network by name.
+// Network returns the network of that name.
 func (s *Snapshot) Network(name string) (Network, bool) {
 	for _, n := range s.Networks {
 		if n.Name == name {
@@ -388,8 +395,9 @@ func (s *Snapshot) Network(name string) (Network, bool) {
 	return Network{}, false
 }
 
-// LeadsTo returns a function that says to which host packets for an address go: whose endpoint it is, else in
-// whose block it lies. It says "" of an address that leads nowhere.
+// LeadsTo returns a function from an address to the host that its packets go to. That is the host
+// of its host route, else the host of its block. The function returns "" for an address without
+// either.
 func (s *Snapshot) LeadsTo() func(netip.Addr) string {
 	single, blocks := make(map[netip.Addr]string, len(s.HostRoutes)), make(map[netip.Prefix]string, len(s.Blocks))
 	var lengths []int
@@ -415,10 +423,11 @@ func (s *Snapshot) LeadsTo() func(netip.Addr) string {
 	}
 }
 
-// Holders returns which of the containers has an address, by its place in the list. Several objects can name the
-// same one: what a scheduler assigned, what a dead host left, what a host wrote by mistake. One of the host that
-// the address leads to counts more than others, so that this host's containers alone tell who has its addresses.
-// Then an attachment counts more than an object without, then the newer object.
+// Holders maps each address to the index of the container that has it. Several objects can name the
+// same address: a scheduler's assignment, the remains of a dead host, or a host's mistake. An
+// object of the host that the address leads to comes first. So this host's containers alone decide
+// the holders of its addresses. Next, an attachment comes before an object without one, then the
+// newer object comes first.
 func Holders(containers []Container, leadsTo func(netip.Addr) string) map[netip.Addr]int {
 	out := map[netip.Addr]int{}
 	better := func(a netip.Addr, x, y Container) bool {
@@ -440,7 +449,7 @@ func Holders(containers []Container, leadsTo func(netip.Addr) string) map[netip.
 	return out
 }
 
-// AllGateways returns what Gateways does for all hosts and their networks.
+// AllGateways returns the result of Gateways for all hosts and their networks.
 func (s *Snapshot) AllGateways() map[string]map[string][]netip.Addr {
 	out := map[string]map[string][]netip.Addr{}
 	for _, v6 := range []bool{false, true} {
@@ -457,7 +466,8 @@ func (s *Snapshot) AllGateways() map[string]map[string][]netip.Addr {
 	return out
 }
 
-// Gateways returns a host's own overlay addresses on a network, IPv4 before IPv6. It looks at all blocks.
+// Gateways returns a host's own overlay addresses on a network, IPv4 before IPv6. It scans all
+// blocks.
 func (s *Snapshot) Gateways(network, host string) []netip.Addr {
 	var v4, v6 []netip.Addr
 	for _, b := range s.Blocks {
@@ -485,7 +495,7 @@ func (n Network) BlockSize(p netip.Prefix) int {
 	return size
 }
 
-// Cooldown is how long a released address rests before it is used again.
+// Cooldown returns how long a released address rests before it is used again.
 func (n Network) Cooldown() time.Duration {
 	if n.CooldownSeconds == 0 {
 		return DefaultCooldown
@@ -493,7 +503,7 @@ func (n Network) Cooldown() time.Duration {
 	return time.Duration(n.CooldownSeconds) * time.Second
 }
 
-// UDPPort is the tunnel port with its default.
+// UDPPort returns the tunnel port, or its default.
 func (n Network) UDPPort() uint16 {
 	if n.Port == 0 {
 		return DefaultPort
@@ -539,7 +549,7 @@ func ParseRange(s string) (Range, error) {
 	return Range{a, a}, nil
 }
 
-// LastAddr is the highest address of a prefix.
+// LastAddr returns the highest address of a prefix.
 func LastAddr(p netip.Prefix) netip.Addr {
 	b := p.Masked().Addr().AsSlice()
 	for i := p.Bits(); i < len(b)*8; i++ {
@@ -549,8 +559,8 @@ func LastAddr(p netip.Prefix) netip.Addr {
 	return a
 }
 
-// Lengths of names, in octets: of networks and hosts, and of volumes and their drivers, which may be as long
-// as the drivers allow.
+// Maximum lengths of names, in bytes: of networks and hosts, and of volumes and their drivers.
+// Volume names may be as long as the drivers allow.
 const (
 	MaxNameLength       = 63
 	MaxVolumeNameLength = 128

@@ -11,21 +11,21 @@ import (
 
 // Keys of objects within their kind, as they stand in the API's paths, in events and in the store.
 
-// BlockKey is the key of a block: network/address/length.
+// BlockKey returns the key of a block: network/address/length.
 func BlockKey(b Block) string { return b.Network + "/" + b.CIDR.String() }
 
-// HostRouteKey is the key of an endpoint: network/address.
+// HostRouteKey returns the key of a host route: network/address.
 func HostRouteKey(e HostRoute) string { return e.Network + "/" + e.Address.String() }
 
-// ContainerKey is the key of a container: host/id.
+// ContainerKey returns the key of a container: host/id.
 func ContainerKey(c Container) string { return c.Host + "/" + c.ID }
 
-// VolumeKey is the key of a volume in the store: host/driver/name.
+// VolumeKey returns the key of a volume in the store: host/driver/name.
 func VolumeKey(v Volume) string { return v.Host + "/" + v.Driver + "/" + v.Name }
 
-// viewState is the network view under construction by a watch. A change costs what it changes: lists stay sorted, and
-// only a network, or what a host claims, has everything looked at again. At 20 000 blocks a view that is built from
-// nothing takes a hundred times as long.
+// viewState is the network view that a watch builds. The cost of an event depends on the change,
+// not on the view. Lists stay sorted. Only a change of a network, or of a host's claims, checks
+// everything again. At 20 000 blocks a full rebuild takes a hundred times as long.
 type viewState struct {
 	revision   int64
 	self       string
@@ -35,18 +35,18 @@ type viewState struct {
 	networks   *listed[Network]
 	blocks     *listed[Block]
 	hostRoutes *listed[HostRoute]
-	problems   map[string]string // what the service could not use, or this client, by key
+	problems   map[string]string // entries that the service, or this client, could not use, by key
 	away       string            // as in a Snapshot
 
-	// What can be used together; see settle.
+	// The objects that can be used together; see settle.
 	unsettled bool
 	usable    map[string]Network
-	encap     []Network // those of them that Announceable asks for
+	encap     []Network // those that Announceable checks
 	links     []netip.Prefix
 	conflicts []Problem
 }
 
-// apply takes one event and reports whether the view changed.
+// apply applies one event and reports whether the view changed.
 func (v *viewState) apply(ev Event) (bool, error) {
 	if ev.Type == EventSnapshot {
 		var s Snapshot
@@ -90,7 +90,7 @@ func (v *viewState) apply(ev Event) (bool, error) {
 	return true, nil
 }
 
-// change takes one event of a kind. What is not understood changes nothing but the problems: what was known
+// change applies one event of a kind. An invalid object changes only the problems: the known state
 // of the entry stays.
 func change[T interface{ Check(key string) error }](v *viewState, l *listed[T], ev Event) {
 	at := ev.Kind + "/" + ev.Key
@@ -108,7 +108,7 @@ func change[T interface{ Check(key string) error }](v *viewState, l *listed[T], 
 	l.put(ev.Key, o)
 }
 
-// changeText takes a problem that the service tells, or that is over.
+// changeText adds or removes a problem that the service reports.
 func changeText(m map[string]string, ev Event) {
 	var what string
 	if ev.Type == EventDelete || json.Unmarshal(ev.Object, &what) != nil {
@@ -130,7 +130,7 @@ func (v *viewState) load(s *Snapshot) {
 	}
 }
 
-// settle finds out what of the view can be used together, as Sane does.
+// settle computes the objects of the view that can be used together, as Sane does.
 func (v *viewState) settle() {
 	networks, problems := Compatible(v.networks.list)
 	hosts, networks, more := apart(v.hosts.list, networks)
@@ -162,8 +162,9 @@ func (v *viewState) settle() {
 	v.hostRoutes.sift(v.fitHostRoute)
 }
 
-// errQuiet is why an object is left out without a word of its own: the conflicts name it, or its network is not
-// there. A network that is removed goes before its blocks and endpoints do.
+// errQuiet is the reason for an object that is left out without a message of its own. The conflicts
+// name the object, or its network does not exist. A removed network vanishes before its blocks and
+// host routes do.
 var errQuiet = errors.New("left out")
 
 func (v *viewState) fitBlock(b Block) error {
@@ -182,14 +183,14 @@ func (v *viewState) fitHostRoute(e HostRoute) error {
 	return n.announces(e, v.encap, v.links)
 }
 
-// fit looks at one object again, unless all will be.
+// fit checks one object again, unless settle will check all.
 func fit[T any](v *viewState, l *listed[T], key string, check func(T) error) {
 	if o, ok := l.get(key); ok && !v.unsettled {
 		l.leave(key, check(o))
 	}
 }
 
-// snapshot returns what of the view can be planned from.
+// snapshot returns the part of the view that planners can use.
 func (v *viewState) snapshot() *Snapshot {
 	if v.unsettled {
 		v.settle()
@@ -207,16 +208,17 @@ func (v *viewState) snapshot() *Snapshot {
 	return s
 }
 
-// listed keeps the objects of a kind sorted by their keys. The lists that it hands out are never changed.
+// listed keeps the objects of a kind sorted by their keys. The lists that it returns are never
+// changed.
 type listed[T any] struct {
 	keys   []string
 	list   []T
-	shared bool             // list was handed out
-	left   map[string]error // why objects are not used
-	kept   []T              // the others; nil: to be made
+	shared bool             // list was returned
+	left   map[string]error // reasons of unused objects
+	kept   []T              // used objects; nil: not computed
 }
 
-// list makes a listed of objects. Those that no entry can be become problems.
+// list returns a listed of objects. Invalid objects become problems.
 func list[T interface{ Check(key string) error }](v *viewState, kind string, objects []T,
 	key func(T) string) *listed[T] {
 	byKey := make(map[string]T, len(objects))
@@ -260,7 +262,7 @@ func (l *listed[T]) remove(key string) {
 	}
 }
 
-// own makes the list one that may be changed.
+// own copies the list when it is shared, so that it may be changed.
 func (l *listed[T]) own() {
 	l.kept = nil
 	if l.shared {
@@ -268,7 +270,7 @@ func (l *listed[T]) own() {
 	}
 }
 
-// leave says why an object is not used; nil: it is.
+// leave sets the reason why an object is not used. With nil the object is used.
 func (l *listed[T]) leave(key string, why error) {
 	if _, was := l.left[key]; !was && why == nil {
 		return
@@ -280,7 +282,7 @@ func (l *listed[T]) leave(key string, why error) {
 	}
 }
 
-// sift looks at all objects.
+// sift checks all objects.
 func (l *listed[T]) sift(check func(T) error) {
 	l.kept, l.left = nil, map[string]error{}
 	for i, o := range l.list {
@@ -307,7 +309,7 @@ func (l *listed[T]) used() []T {
 	return l.kept
 }
 
-// problems says of objects why they are not used.
+// problems returns the reasons of the unused objects.
 func (l *listed[T]) problems(kind string) (out []Problem) {
 	for _, k := range slices.Sorted(maps.Keys(l.left)) {
 		if err := l.left[k]; err != errQuiet { //nolint:errorlint // nobody wraps it
