@@ -1,7 +1,7 @@
 // Package tree shows the model as the read-only tree that containers know from Rancher:
-// /latest/self/container/name. It is pure: a model and a caller in, text or JSON out. It can show nothing but
-// names, addresses, public labels and states; it has no way to write. It answers the containers of the model
-// and the host that serves it, and nobody else.
+// /latest/self/container/name. It is pure: it turns a model and a caller into text or JSON. It can
+// show only names, addresses, public labels and states, and has no way to write. It answers only
+// the containers of the model and the host that serves it.
 package tree
 
 import (
@@ -23,8 +23,8 @@ var Versions = []string{"2016-07-29"}
 // Latest is the name of the newest version.
 const Latest = "latest"
 
-// Base is what a tree shows beside containers: hosts, networks, and who the host is that serves it. Trees of different
-// containers share it.
+// Base is the part of a tree without containers: hosts, networks, and the host that serves the
+// tree. Trees of different containers share it.
 type Base struct {
 	version  string
 	hosts    []any
@@ -37,7 +37,8 @@ type Base struct {
 	leadsTo  func(netip.Addr) string
 }
 
-// NewBase makes the base of trees of a snapshot. labels names what metadata.PublicLabels shows of containers besides.
+// NewBase returns the base of a snapshot's trees. labels names further container labels to show,
+// beside those of metadata.PublicLabels.
 func NewBase(s *metadata.Snapshot, labels ...string) *Base {
 	b := &Base{version: strconv.FormatInt(s.Revision, 10), hosts: []any{}, byName: map[string]any{}, networks: []any{},
 		ours: []any{},
@@ -64,7 +65,8 @@ func NewBase(s *metadata.Snapshot, labels ...string) *Base {
 	return b
 }
 
-// HostOf returns the host whose containers tell who a caller is; "" when the host that serves the tree does.
+// HostOf returns the host whose containers identify a caller. It returns "" when that is the host
+// that serves the tree.
 func (b *Base) HostOf(caller netip.Addr) string {
 	caller = caller.Unmap()
 	if h := b.leadsTo(caller); h != b.self && !b.own[caller] {
@@ -73,11 +75,12 @@ func (b *Base) HostOf(caller netip.Addr) string {
 	return ""
 }
 
-// Tree is one state of the model, ready to be asked. Nodes are map[string]any, []any, string, float64, bool, or nil.
+// Tree is one state of the model, ready for requests. Nodes are map[string]any, []any, string,
+// float64, bool, or nil.
 type Tree struct {
 	*Base
 	root      map[string]any
-	byAddress map[netip.Addr]selfNode // who is answered
+	byAddress map[netip.Addr]selfNode // the callers that get answers
 }
 
 type selfNode struct {
@@ -85,8 +88,9 @@ type selfNode struct {
 	host      string
 }
 
-// Tree makes a tree of containers: of all hosts, or of one host for what needs no others; see Reach. In the
-// latter the places of containers in their services are null, which other hosts' containers decide.
+// Tree returns a tree of containers. They are those of all hosts, or those of one host for requests
+// that need no others; see Reach. With one host the places of containers in their services are
+// null, because other hosts' containers decide them.
 func (b *Base) Tree(list []metadata.Container, all bool) *Tree {
 	t := &Tree{Base: b, byAddress: make(map[netip.Addr]selfNode, len(list))}
 	containers := make([]any, 0, len(list))
@@ -102,7 +106,7 @@ func (b *Base) Tree(list []metadata.Container, all bool) *Tree {
 			t.byAddress[a] = selfNode{container: n, host: c.Host}
 		}
 	}
-	// The host's own addresses are no container's, whatever an object says.
+	// The host's own addresses belong to no container, even if an object says so.
 	for a := range b.own {
 		t.byAddress[a] = selfNode{host: b.self}
 	}
@@ -110,22 +114,23 @@ func (b *Base) Tree(list []metadata.Container, all bool) *Tree {
 	return t
 }
 
-// Build makes the tree of a snapshot that includes the containers of all hosts. labels are those of NewBase.
+// Build returns the tree of a snapshot that includes the containers of all hosts. labels are those
+// of NewBase.
 func Build(s *metadata.Snapshot, labels ...string) *Tree {
 	return NewBase(s, labels...).Tree(s.Containers, true)
 }
 
-// Reach says of which hosts a tree must have the containers to answer a request.
+// Reach is the set of hosts whose containers a tree must have to answer a request.
 type Reach int
 
 // The reaches.
 const (
-	Own  Reach = iota // of the caller's
-	Most              // of all; with those of the caller's it answers, but for the caller's place in its service
-	All               // of all
+	Own  Reach = iota // the caller's host
+	Most              // all hosts; the caller's host is enough except for the caller's place in its service
+	All               // all hosts
 )
 
-// Reach returns what a request needs. The request is that of Get.
+// Reach returns the reach that a request needs. The request is that of Get.
 func (t *Tree) Reach(path, accept string, caller netip.Addr) Reach {
 	self, ok := t.caller(caller)
 	segments, err := segmentsOf(path)
@@ -150,8 +155,9 @@ func (t *Tree) Reach(path, accept string, caller netip.Addr) Reach {
 // serviceIndex is a container's place among those of its service, on all hosts.
 const serviceIndex = "service_index"
 
-// Known reports whether Get answers a caller: a container of the model, on whichever host, or the host that
-// serves the tree, by a loopback address or one that the model knows. Other hosts ask their own.
+// Known reports whether Get answers a caller. Callers are the model's containers on any host, and
+// the host that serves the tree. That host calls by a loopback address or one that the model knows.
+// Other hosts must ask their own service.
 func (t *Tree) Known(caller netip.Addr) bool {
 	_, ok := t.caller(caller)
 	return ok
@@ -175,7 +181,8 @@ func host(h metadata.Host) map[string]any {
 	if a := h.UnderlayAddr(); a.IsValid() {
 		ip = a.String()
 	}
-	// Not the machine id, which is confidential: see machine-id(5). The host_uuid of containers is the name, too.
+	// Do not show the machine id, which is confidential: see machine-id(5). The host_uuid of
+	// containers is the name, too.
 	return map[string]any{"uuid": h.Name, "name": h.Name, "hostname": h.Name, "agent_ip": ip, "labels": strs(h.Labels),
 		"state": state}
 }
@@ -231,7 +238,8 @@ func network(n metadata.Network) map[string]any {
 		"subnets": subnets}
 }
 
-// withConfig is a network with its configuration for runtimes, which may hold what containers must not know.
+// withConfig returns a network with its configuration for runtimes, which may hold data that
+// containers must not know.
 func withConfig(n metadata.Network) map[string]any {
 	conf := map[string]any{}
 	for name, raw := range n.CNIConfig {
@@ -269,15 +277,15 @@ func strs(m map[string]string) map[string]any {
 	return out
 }
 
-// Answer is what a request gets.
+// An Answer is the response to a request.
 type Answer struct {
 	Status      int
 	ContentType string
 	Body        []byte
 }
 
-// Get answers a request: the URL's path as it was sent (escaped), the Accept header, and the address of the
-// caller, by which it is known. The caller's word for who it is counts for nothing.
+// Get answers a request: the URL's path as sent (escaped), the Accept header, and the caller's
+// address. Only the address identifies the caller, not the caller's own claims.
 func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 	asJSON := wantsJSON(accept)
 	self, ok := t.caller(caller)
@@ -327,7 +335,7 @@ func (t *Tree) Get(path, accept string, caller netip.Addr) Answer {
 
 func known(version string) bool { return version == Latest || slices.Contains(Versions, version) }
 
-// segmentsOf takes a path apart.
+// segmentsOf splits a path into its segments.
 func segmentsOf(path string) ([]string, error) {
 	segments := strings.FieldsFunc(path, func(r rune) bool { return r == '/' })
 	for i, s := range segments {
@@ -379,7 +387,7 @@ func member(list []any, key, value string) int {
 	})
 }
 
-// wantsJSON follows the first type of the Accept header that is known.
+// wantsJSON uses the first known type of the Accept header.
 func wantsJSON(accept string) bool {
 	for _, a := range strings.Split(accept, ",") {
 		a, _, _ = strings.Cut(a, ";")
@@ -413,7 +421,7 @@ func render(node any, asJSON bool) Answer {
 	return Answer{200, "text/plain; charset=utf-8", []byte(text(node))}
 }
 
-// text is a scalar without a newline, or the list of a container's members, one to a line.
+// text returns a scalar without a newline, or the list of a container's members, one per line.
 func text(node any) string {
 	var b strings.Builder
 	switch n := node.(type) {
