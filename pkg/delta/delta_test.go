@@ -18,7 +18,7 @@ var (
 	block = netip.MustParsePrefix
 )
 
-// host is a state with one of each kind.
+// host returns a state with one object of each kind.
 func host() *delta.State {
 	s := delta.NewState()
 	s.Sysctls["net/ipv4/ip_forward"] = "1"
@@ -189,7 +189,8 @@ func TestBetweenTakesNil(t *testing.T) {
 	}
 }
 
-// random is a state whose objects stand on devices of others, so that none goes by itself.
+// random returns a state whose objects are on foreign devices.
+// No link change of Lariat's removes such objects.
 func random(r *rand.Rand) *delta.State {
 	s := delta.NewState()
 	ip := func() netip.Addr { return netip.AddrFrom4([4]byte{10, 0, 0, byte(r.IntN(6))}) }
@@ -244,7 +245,7 @@ func TestTheDifferenceLeadsFromAnyStateToAnyOther(t *testing.T) {
 func TestMergeKeepsTheFirstOfAConflictAndSaysSo(t *testing.T) {
 	a, b := host(), delta.NewState()
 	b.Routes[delta.To(block("10.42.2.0/26"))] = delta.Route{NH: 6}
-	b.Routes[delta.To(block("10.42.1.0/26"))] = delta.Route{Type: "blackhole"} // the same: no conflict
+	b.Routes[delta.To(block("10.42.1.0/26"))] = delta.Route{Type: "blackhole"} // equal: no conflict
 	b.Sysctls["net/ipv4/ip_forward"] = "0"
 	b.Problemf("host c has no address")
 	got := delta.Merge(a, nil, b)
@@ -311,7 +312,7 @@ func BenchmarkPrint10000(b *testing.B) {
 	}
 }
 
-// FuzzPortAlias: whatever an ifalias says, what is read of it is what it said.
+// FuzzPortAlias checks that ParseEndpointAlias reads every ifalias without loss.
 func FuzzPortAlias(f *testing.F) {
 	f.Add("lariat:port:overlay:c0ffee:eth0:web:1", "overlay", "c0ffee", "eth0", "web")
 	f.Add("lariat:port:overlay:c0ffee:eth0", "overlay", strings.Repeat("c", 256), "eth0", "")

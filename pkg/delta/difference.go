@@ -9,26 +9,27 @@ import (
 // Entry is one object of a difference.
 type Entry[K comparable, V any] struct {
 	Key   K
-	Value V // what it shall be; of a removal, what it is
+	Value V // the desired value; in a removal, the observed value
 
-	// Replaces is set where an object of the same key is there and unequal: it is Old.
+	// Replaces is set when the kernel holds an unequal object of the same key. Old is that object.
 	Replaces bool
 	Old      V
 }
 
-// Changes is the work left to make one kind of object what it should be. Both lists are sorted by key, so that the same
-// difference always prints, and runs, the same way. Set runs before Remove: a peer that moves is never without a path.
+// Changes keeps the changes that make objects of one kind equal to the desired state.
+// Both lists are sorted by key, so that the same difference always prints and runs the same way.
+// Set runs before Remove: a peer that moves is never without a path.
 type Changes[K comparable, V any] struct {
 	Set    []Entry[K, V] // absent or different in the kernel: add or replace
-	Remove []Entry[K, V] // ours, in the kernel, wanted no longer
+	Remove []Entry[K, V] // Lariat's, in the kernel, no longer desired
 }
 
-// Len is the number of objects to change.
+// Len returns the number of objects to change.
 func (c *Changes[K, V]) Len() int { return len(c.Set) + len(c.Remove) }
 
-// Difference is all work left to make a host equal to a desired state.
+// Difference keeps all changes that make a host equal to a desired state.
 type Difference struct {
-	Sysctls  Changes[string, string] // never removed: nobody knows what was there before
+	Sysctls  Changes[string, string] // never removed: the earlier value is unknown
 	Links    Changes[string, Link]
 	Addrs    Changes[Addr, struct{}]
 	Neighs   Changes[Neigh, MAC]
@@ -39,12 +40,13 @@ type Difference struct {
 	Chains   Changes[string, Chain]
 }
 
-// Between returns what must change to make observed equal to desired. observed must hold only what carries
-// our mark: whatever is in it and not in desired will be removed.
+// Between returns the changes that make observed equal to desired.
+// observed must hold only objects with Lariat's mark, because Between removes every object that
+// desired lacks.
 //
-// A device that must be made again, or that goes, takes with it in the kernel all that stands on it. Between
-// knows: what is still wanted on such a device is in Set although it was observed, and what is not wanted is
-// in no Remove.
+// When a device is removed or re-created, the kernel removes all objects on that device.
+// Between accounts for this effect. Desired objects on such a device are in Set although they were
+// observed. Objects on it that are not desired are in no Remove list.
 //
 // A nil state counts as an empty one.
 func Between(desired, observed *State) *Difference {
@@ -88,7 +90,7 @@ func diff[K comparable, V any](c *Changes[K, V], desired, observed map[K]V, equa
 		}
 		keys = append(keys, k)
 	}
-	// Keys are sorted and not entries: those are ten times as big, and sorting is mostly moving.
+	// Sort keys, not entries: entries are ten times as big, and sorting mostly moves data.
 	if len(keys) > 0 {
 		slices.SortFunc(keys, compare)
 		c.Set = make([]Entry[K, V], len(keys))
@@ -99,7 +101,7 @@ func diff[K comparable, V any](c *Changes[K, V], desired, observed map[K]V, equa
 		}
 	}
 	if kept == len(observed) {
-		return // the usual case: nothing is left over, and the second walk is saved
+		return // the usual case: nothing to remove, and the second walk is saved
 	}
 	keys = keys[:0]
 	for k := range observed {
@@ -114,27 +116,29 @@ func diff[K comparable, V any](c *Changes[K, V], desired, observed map[K]V, equa
 	}
 }
 
-// survivors is what will still be there of observed once the links are changed.
+// survivors returns the part of observed that remains after the changes of the links.
 func survivors(links *Changes[string, Link], observed *State) *State {
-	gone := map[string]bool{} // devices that go; false: only their neighbours do
+	gone := map[string]bool{} // true: the device is removed; false: only its neighbours are removed
 	for _, e := range links.Remove {
 		gone[e.Key] = true
 	}
 	for _, e := range links.Set {
 		switch {
-		case !e.Replaces: // a device that is not there has nothing on it, whatever a hasty observer saw
+		case !e.Replaces: // an absent device holds no objects, although an observer may have raced
 			gone[e.Key] = true
 		case e.Value.Remake(e.Old):
 			gone[e.Key] = true
 		case e.Value.MAC != e.Old.MAC:
-			// The kernel flushes all neighbours of a device that changes its address, permanent ones too.
+			// The kernel flushes all neighbours of a device whose address changes.
+			// It flushes permanent neighbours too.
 			gone[e.Key] = false
 		}
 	}
 	if len(gone) == 0 {
 		return observed
 	}
-	// addresses that go: IPv4 routes that prefer them go too, by whatever device they lead
+	// sources holds the addresses that are removed.
+	// The kernel also removes IPv4 routes that prefer such an address, on every device.
 	sources := map[netip.Addr]bool{}
 	for a := range observed.Addrs {
 		if gone[a.Dev] {
@@ -147,7 +151,7 @@ func survivors(links *Changes[string, Link], observed *State) *State {
 		return !gone[r.Dev] && (r.NH == 0 || held) && !(r.Src.Is4() && sources[r.Src])
 	})
 	for key, r := range routes {
-		if sources[r.Src] { // IPv6 routes stay and lose their source
+		if sources[r.Src] { // IPv6 routes remain and lose their source
 			r.Src = netip.Addr{}
 			routes[key] = r
 		}
@@ -175,8 +179,9 @@ func filter[K comparable, V any](m map[K]V, keep func(K, V) bool) map[K]V {
 	return out
 }
 
-// SysctlDevice is the device of a sysctl such as net/ipv4/conf/vtep1042/rp_filter, empty of any other. Those
-// values live and die with their device.
+// SysctlDevice returns the device of a sysctl such as net/ipv4/conf/vtep1042/rp_filter.
+// It returns an empty string for a sysctl of no device.
+// The kernel creates and removes such sysctls with their device.
 func SysctlDevice(key string) string {
 	for _, prefix := range []string{"net/ipv4/conf/", "net/ipv6/conf/", "net/ipv4/neigh/", "net/ipv6/neigh/"} {
 		if len(key) > len(prefix) && key[:len(prefix)] == prefix {
@@ -191,17 +196,19 @@ func SysctlDevice(key string) string {
 	return ""
 }
 
-// Empty says whether nothing is left to do.
+// Empty reports whether there is nothing to change.
 func (d *Difference) Empty() bool { return d.Len() == 0 }
 
-// Len is the number of objects to change.
+// Len returns the number of objects to change.
 func (d *Difference) Len() int {
 	return d.Sysctls.Len() + d.Links.Len() + d.Addrs.Len() + d.Neighs.Len() + d.FDB.Len() + d.Nexthops.Len() +
 		d.Routes.Len() + d.Sets.Len() + d.Chains.Len()
 }
 
-// String prints the changes in the order in which Apply makes them: "+ " adds, "~ " replaces, "- " removes.
-// What is replaced stands behind as a comment, but sets show their elements and chains their rules.
+// String prints the changes in the order in which Apply makes them.
+// "+ " adds an object, "~ " replaces it, and "- " removes it.
+// A comment after a replacement shows the old object.
+// Sets show their changed elements instead, and chains show their changed rules.
 func (d *Difference) String() string {
 	var b []byte
 	set(&b, &d.Sysctls, appendSysctl)
@@ -275,7 +282,8 @@ func appendElementLine(b []byte, sign, name string, elements []netip.Prefix) []b
 	return endLine(appendElements(append(b, ' '), elements), start)
 }
 
-// appendRules prints the rules that are not among others. When the two differ in nothing but order, all are printed.
+// appendRules prints the rules that others lacks.
+// When both lists differ in order only, appendRules prints all rules.
 func appendRules(b []byte, sign, chain string, rules, others []Rule) []byte {
 	before := len(b)
 	add := func(r Rule) {
@@ -295,7 +303,7 @@ func appendRules(b []byte, sign, chain string, rules, others []Rule) []byte {
 	return b
 }
 
-// ElementChanges compares the elements of two sets, both sorted.
+// ElementChanges returns the elements to add and to remove. Both arguments are sorted.
 func ElementChanges(desired, observed []netip.Prefix) (add, remove []netip.Prefix) {
 	for len(desired) > 0 || len(observed) > 0 {
 		c := 0

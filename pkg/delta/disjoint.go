@@ -5,7 +5,8 @@ import (
 	"slices"
 )
 
-// Disjoint sorts prefixes and drops those that another one covers: an interval set takes no overlaps.
+// Disjoint sorts prefixes and drops every prefix that another prefix covers.
+// An interval set rejects overlaps.
 func Disjoint(prefixes []netip.Prefix) []netip.Prefix {
 	sorted := slices.Clone(prefixes)
 	slices.SortFunc(sorted, func(a, b netip.Prefix) int {

@@ -9,7 +9,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/delta"
 )
 
-// TestDisjoint: an interval set takes no overlaps, and must match what the list matched.
+// TestDisjoint checks that the result has no overlaps and covers the same addresses as the list.
+// An interval set rejects overlaps.
 func TestDisjoint(t *testing.T) {
 	rng := rand.New(rand.NewPCG(1, 2))
 	for range 500 {

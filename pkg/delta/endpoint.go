@@ -8,29 +8,29 @@ import (
 	"strings"
 )
 
-// Endpoint is one container's connection to its host: a routed veth pair.
+// An Endpoint is one container's connection to its host: a routed veth pair.
 //
 //	container netns                         host netns
 //	IfName: Addrs (/32, /128) ── veth ── HostName: HostMAC, fe80::1/64
 //	default via Gateway, on-link             route to each address of Addrs
 //
-// There is no bridge, so there is no shared link on which anything could be spoofed.
+// There is no bridge, so there is no shared link on which a container could spoof another one.
 type Endpoint struct {
 	Network     string
 	ContainerID string
-	IfName      string // inside of the container
-	HostName    string // of the host's end, from HostName
-	Alias       string // of the host's end, from Alias
+	IfName      string // in the container
+	HostName    string // of the host end, from HostName
+	Alias       string // of the host end, from Alias
 	HostMAC     MAC
 	MAC         MAC // of IfName
 	MTU         int
 	Addrs       []netip.Addr
 	Gateways    []netip.Addr    // one for each family of Addrs: on-link, with a permanent neighbour HostMAC
-	Sources     []netip.Addr    // the host's own addresses, one for each family: from which it speaks to the container
-	Routes      []EndpointRoute // inside of the container
+	Sources     []netip.Addr    // the host's source addresses towards the container, one for each family
+	Routes      []EndpointRoute // in the container
 }
 
-// EndpointRoute is a route inside of a container, by the gateway of its family unless Via says otherwise.
+// An EndpointRoute is a route in a container. Without Via it uses the gateway of its family.
 type EndpointRoute struct {
 	Dst      netip.Prefix
 	Via      netip.Addr // must be one of the gateways
@@ -40,14 +40,15 @@ type EndpointRoute struct {
 	Table    int // 0: main
 }
 
-// VethPrefix begins the name of the host's end of every port.
+// VethPrefix begins the name of every host end.
 const VethPrefix = "lrt"
 
-// EndpointAlias is what the ifalias of a port's host end says. State can be rebuilt from it without any file.
+// EndpointAlias keeps the content of a host end's ifalias.
+// Lariat can rebuild its state from ifaliases without any file.
 type EndpointAlias struct{ Network, ContainerID, IfName, Name string }
 
-// String is the ifalias: lariat:port:<network>:<container id>:<ifname>[:<name for people>]. The kernel takes
-// 255 octets; the name is cut to fit.
+// String returns the ifalias: lariat:port:<network>:<container id>:<ifname>[:<name for people>].
+// The kernel takes 255 bytes, so String cuts the name to fit.
 func (a EndpointAlias) String() string {
 	s := fmt.Sprintf("%sport:%s:%s:%s", AliasPrefix, a.Network, a.ContainerID, a.IfName)
 	if a.Name != "" {
@@ -59,7 +60,8 @@ func (a EndpointAlias) String() string {
 	return s
 }
 
-// ParseEndpointAlias reads what String wrote. Names may hold colons, so they come last.
+// ParseEndpointAlias parses the output of EndpointAlias.String.
+// A name comes last, because it may hold colons.
 func ParseEndpointAlias(s string) (EndpointAlias, bool) {
 	rest, ok := strings.CutPrefix(s, AliasPrefix+"port:")
 	f := strings.SplitN(rest, ":", 4)
@@ -73,13 +75,14 @@ func ParseEndpointAlias(s string) (EndpointAlias, bool) {
 	return a, true
 }
 
-// GatewayAddress6 is the IPv6 address on the host's end of every port that has IPv6: the container's gateway.
+// GatewayAddress6 is the IPv6 address on the host end of every endpoint that has IPv6.
+// It is the container's gateway.
 var GatewayAddress6 = netip.MustParsePrefix("fe80::1/64")
 
-// VethInfo is the host's end of a port: as the kernel holds it, or as it should be.
+// VethInfo describes the host end of an endpoint, either observed or desired.
 type VethInfo struct {
 	Name  string
-	Index int // of the kernel's; 0 of a wanted one
+	Index int // the kernel's interface index; 0 in a desired VethInfo
 	Alias EndpointAlias
 
 	Up     bool
@@ -95,7 +98,7 @@ type VethInfo struct {
 	NoIPv6     bool // net.ipv6.conf.DEVICE.disable_ipv6, or a kernel without IPv6
 }
 
-// Veth is the host's end of the port.
+// Veth returns the desired host end of the endpoint.
 func (p Endpoint) Veth() VethInfo {
 	h := VethInfo{Name: p.HostName, Alias: EndpointAlias{Network: p.Network, ContainerID: p.ContainerID, IfName: p.IfName},
 		Up: true, Group: OverlayLinkGroup, MAC: p.HostMAC, MTU: p.MTU, Routes: map[netip.Prefix]Route{},
@@ -115,8 +118,8 @@ func (p Endpoint) Veth() VethInfo {
 	return h
 }
 
-// Faults returns what a port lacks of what it should be, in the words that State has for such things. A port
-// that is being removed is in a link group of its own, and has none.
+// Faults returns the desired properties that a host end lacks, in the notation of State.String.
+// It returns nothing for a host end in a link group of its own: a DEL is removing that host end.
 func (p VethInfo) Faults(want VethInfo) (out []string) {
 	if p.Group>>24 == Protocol {
 		return nil
@@ -129,12 +132,13 @@ func (p VethInfo) Faults(want VethInfo) (out []string) {
 	setting := func(is bool, key, value string) {
 		wrong(is, "%s", SysctlString(strings.Replace(key, "DEVICE", want.Name, 1), value))
 	}
-	// These keep containers from using others' addresses, and from giving their host routes (CVE-2020-10749).
+	// These settings keep a container from using foreign addresses.
+	// They also keep a container from giving routes to its host (CVE-2020-10749).
 	setting(p.RPFilter != want.RPFilter, "net/ipv4/conf/DEVICE/rp_filter", "1")
 	setting(p.AcceptRA != want.AcceptRA, "net/ipv6/conf/DEVICE/accept_ra", "0")
 	setting(p.NoIPv6 && !want.NoIPv6, "net/ipv6/conf/DEVICE/disable_ipv6", "0")
 	setting(!p.NoIPv6 && want.NoIPv6, "net/ipv6/conf/DEVICE/disable_ipv6", "1")
-	// Without these no packet comes through, or not the large ones.
+	// Without these properties no packets pass, or large packets do not pass.
 	setting(p.Forwarding != want.Forwarding, "net/ipv4/conf/DEVICE/forwarding", "1")
 	wrong(p.Up != want.Up, "link  %s up", want.Name)
 	wrong(p.Group != want.Group, "link  %s group %d", want.Name, want.Group)
@@ -148,8 +152,8 @@ func (p VethInfo) Faults(want VethInfo) (out []string) {
 	return out
 }
 
-// EndpointFault is a port whose host end is not what it should be.
+// An EndpointFault is an endpoint whose host end differs from the desired host end.
 type EndpointFault struct {
 	Want  VethInfo
-	Lacks []string // as VethInfo.Faults says it
+	Lacks []string // the result of VethInfo.Faults
 }

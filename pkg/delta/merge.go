@@ -4,9 +4,10 @@ import (
 	"cmp"
 )
 
-// Merge puts the states of several planners together. Two that want the same object differently cannot both
-// have it: the first gets it, and the conflict becomes a Problem. nil states are skipped. The arguments are
-// not changed, but the result shares the slices of their sets and chains.
+// Merge returns one state that holds the objects of all states.
+// When two states want different values of one object, the first state wins.
+// Merge notes each such conflict in Problems. It skips nil states.
+// It does not change its arguments, but the result shares the slices of their sets and chains.
 func Merge(states ...*State) *State {
 	out := &State{}
 	for _, s := range states {
@@ -37,7 +38,7 @@ func Merge(states ...*State) *State {
 func merge[K comparable, V any](out *State, to *map[K]V, from map[K]V, same func(a, b V) bool, compare func(a, b K) int,
 	line func([]byte, K, V) []byte) {
 	if len(*to) == 0 {
-		*to = make(map[K]V, len(from)) // the first brings nearly all
+		*to = make(map[K]V, len(from)) // the first state holds nearly all objects
 	}
 	conflicts := map[K]V{}
 	for k, v := range from {

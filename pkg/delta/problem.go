@@ -2,7 +2,7 @@ package delta
 
 import "fmt"
 
-// Problemf notes an entry that could not be planned.
+// Problemf adds a Problem about an entry that could not be planned.
 func (s *State) Problemf(format string, a ...any) {
 	s.Problems = append(s.Problems, fmt.Sprintf(format, a...))
 }

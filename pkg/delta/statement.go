@@ -9,10 +9,12 @@ import (
 	"strings"
 )
 
-// IifPrefix matches packets that arrived on an interface whose name begins so: iifname "lrt*".
+// IifPrefix matches packets that arrived on an interface with this prefix in its name:
+// iifname "lrt*".
 type IifPrefix string
 
-// NotIifPrefix matches packets that arrived on an interface whose name begins otherwise: iifname != "vtep*".
+// NotIifPrefix matches packets that arrived on an interface whose name lacks this prefix:
+// iifname != "vtep*".
 type NotIifPrefix string
 
 // IifGroup matches packets that arrived on an interface of a link group: iifgroup 76.
@@ -21,7 +23,7 @@ type IifGroup struct {
 	Not   bool
 }
 
-// OifGroup matches those that leave by one: oifgroup 76.
+// OifGroup matches packets that leave by an interface of a link group: oifgroup 76.
 type OifGroup struct {
 	Group uint32
 	Not   bool
@@ -47,22 +49,24 @@ type InSet struct {
 	Not   bool
 }
 
-// InPrefix matches an address of the packet against one prefix: ip saddr 10.42.0.0/16. It costs less than a set of one.
+// InPrefix matches an address of the packet against one prefix: ip saddr 10.42.0.0/16.
+// InPrefix costs less than a set with one element.
 type InPrefix struct {
 	Field  string // saddr or daddr
 	Prefix netip.Prefix
 }
 
-// NotAddr matches an address of the packet that is not the given one: ip daddr != 192.0.2.1.
+// NotAddr matches an address of the packet that differs from Addr: ip daddr != 192.0.2.1.
 type NotAddr struct {
 	Field string // saddr or daddr
 	Addr  netip.Addr
 }
 
-// L4Proto matches the protocol behind the IP header, by its IANA number: meta l4proto tcp.
+// L4Proto matches the protocol after the IP header, by its IANA number: meta l4proto tcp.
 type L4Proto uint8
 
-// DportIn matches the destination port of a TCP or UDP packet against a set of ports: udp dport @tunnel-ports.
+// DportIn matches the destination port of a TCP or UDP packet against a set of ports:
+// udp dport @tunnel-ports.
 type DportIn struct {
 	Proto L4Proto
 	Set   string
@@ -77,55 +81,61 @@ type UDPSport uint16
 // Fragment matches a packet that is a fragment: ip frag-off & 16383 != 0, exthdr frag exists.
 type Fragment struct{ V6 bool }
 
-// VXLANVNI matches the VNI behind the UDP header (RFC 7348 §5): @th,96,24 0x412. It stands behind UDPDport,
-// and has meaning only there.
+// VXLANVNI matches the VNI after the UDP header (RFC 7348 §5): @th,96,24 0x412.
+// VXLANVNI has meaning only after UDPDport.
 type VXLANVNI uint32
 
-// TooBig matches an ICMP error that says: a packet from From to an address of the set To was too
-// large, and the path takes less than Below bytes. Errors about TCP do not match, because TCP
-// checks them. nft lists the protocol, source and destination of that packet as raw payload
-// (RFC 1191 §4, RFC 4443 §3.2).
+// TooBig matches an ICMP error about a packet that was too large for its path.
+// The packet went from From to an address of the set To, and the path takes less than Below bytes.
+// Errors about TCP do not match, because TCP checks them.
+// nft lists the protocol, source and destination of that packet as raw payload (RFC 1191 §4,
+// RFC 4443 §3.2).
 type TooBig struct {
 	From  netip.Addr
 	To    string // set
 	Below uint16
 }
 
-// NoReverse matches a packet, or an IPv6 packet alone, whose source has no route back by the interface on
-// which it arrived.
+// NoReverse matches a packet whose source has no route back by the interface on which it arrived.
+// With V6 it matches IPv6 packets only.
 type NoReverse struct{ V6 bool }
 
-// Reverse matches a packet whose source has a route back by the interface on which the packet arrived.
+// Reverse matches a packet whose source has a route back by the interface on which the packet
+// arrived.
 type Reverse struct{}
 
 // ToLocal matches a packet to an address of this host: fib daddr type local.
 type ToLocal struct{}
 
-// CtReply matches packets of connections that the other side was allowed to open, and errors about them:
-// ct state established,related. A packet without connection tracking does not match.
+// CtReply matches packets of established connections, and errors about such connections:
+// ct state established,related.
+// A packet without connection tracking does not match.
 type CtReply struct{}
 
-// CtDNAT matches packets of connections whose destination was rewritten, as that of a published port: ct status dnat.
+// CtDNAT matches packets of connections whose destination was rewritten: ct status dnat.
+// A published port rewrites destinations.
 type CtDNAT struct{}
 
-// Notrack exempts the packet from connection tracking, and so from NAT: notrack. It has an effect only in front of
-// priority -200 of prerouting and output, where tracking begins.
+// Notrack exempts the packet from connection tracking, and so from NAT: notrack.
+// It has an effect only before priority -200 of prerouting and output, where tracking begins.
 type Notrack struct{}
 
-// NotRouteIPsec matches a packet that will not be transformed by IPsec before it leaves: rt ipsec missing.
+// NotRouteIPsec matches a packet that IPsec will not transform before the packet leaves:
+// rt ipsec missing.
 type NotRouteIPsec struct{}
 
-// Masquerade gives the packet the address of the leaving interface; it ends a rule of a nat chain. With First
-// and Last the source port stays, or becomes, one between the two, both included.
+// Masquerade gives the packet the address of the leaving interface. It ends a rule of a nat chain.
+// With First and Last the source port is between First and Last, inclusive, after the translation.
 type Masquerade struct{ First, Last uint16 }
 
-// Verdict is accept, drop, or "jump CHAIN", and ends a rule.
+// A Verdict is accept, drop, or "jump CHAIN". It ends a rule.
 type Verdict string
 
-// Jump is the verdict that goes on in a chain without a hook, and behind the rule when that chain has no verdict.
+// Jump returns the verdict that continues in a chain without a hook.
+// Evaluation continues after the rule when that chain has no verdict.
 func Jump(chain string) Verdict { return Verdict("jump " + chain) }
 
-// JumpTo is the chain that a verdict leads to; empty of accept and drop.
+// JumpTo returns the target chain of a jump. It returns an empty string for accept and drop.
 func (s Verdict) JumpTo() string {
 	chain, _ := strings.CutPrefix(string(s), "jump ")
 	if chain == string(s) {
@@ -134,11 +144,11 @@ func (s Verdict) JumpTo() string {
 	return chain
 }
 
-// MarkComment is the rule's comment. It comes last.
+// A MarkComment is the rule's comment. It comes last.
 type MarkComment string
 
-// Unknown is what an observed rule holds and Lariat never writes. It is unequal to every desired statement,
-// so the rule is replaced.
+// An Unknown is a statement of an observed rule that Lariat never writes.
+// It differs from every desired statement, so the rule is replaced.
 type Unknown string
 
 func (IifPrefix) statement()     {}
@@ -176,23 +186,23 @@ func not(is bool) string {
 	return ""
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s IifPrefix) String() string { return `iifname "` + string(s) + `*"` }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s NotIifPrefix) String() string { return `iifname != "` + string(s) + `*"` }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s IifGroup) String() string {
 	return "iifgroup " + not(s.Not) + strconv.FormatUint(uint64(s.Group), 10)
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s OifGroup) String() string {
 	return "oifgroup " + not(s.Not) + strconv.FormatUint(uint64(s.Group), 10)
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s InPrefix) String() string {
 	if s.Prefix.IsSingleIP() {
 		return family(s.Prefix.Addr()) + s.Field + " " + s.Prefix.Addr().String()
@@ -200,7 +210,7 @@ func (s InPrefix) String() string {
 	return family(s.Prefix.Addr()) + s.Field + " " + s.Prefix.String()
 }
 
-// family is nft's word in front of an address field.
+// family returns nft's keyword before an address field.
 func family(a netip.Addr) string {
 	if a.Is6() {
 		return "ip6 "
@@ -208,13 +218,13 @@ func family(a netip.Addr) string {
 	return "ip "
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s Iif) String() string { return "iifname " + not(s.Not) + `"` + s.Name + `"` }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s Oif) String() string { return "oifname " + not(s.Not) + `"` + s.Name + `"` }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s InSet) String() string {
 	family := "ip "
 	if s.V6 {
@@ -223,27 +233,27 @@ func (s InSet) String() string {
 	return family + s.Field + " " + not(s.Not) + "@" + s.Set
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s DportIn) String() string { return l4protos[s.Proto] + " dport @" + s.Set }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s UDPDport) String() string { return "udp dport " + strconv.Itoa(int(s)) }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s UDPSport) String() string { return "udp sport " + strconv.Itoa(int(s)) }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s NotAddr) String() string { return family(s.Addr) + s.Field + " != " + s.Addr.String() }
 
-// l4protos are the names by which nft lists protocols.
+// l4protos maps protocol numbers to the names in nft's listing.
 var l4protos = map[L4Proto]string{6: "tcp", 17: "udp", 33: "dccp", 50: "esp", 132: "sctp"}
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s L4Proto) String() string {
 	return "meta l4proto " + cmp.Or(l4protos[s], strconv.Itoa(int(s)))
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s Fragment) String() string {
 	if s.V6 {
 		return "exthdr frag exists"
@@ -251,19 +261,19 @@ func (s Fragment) String() string {
 	return "ip frag-off & 16383 != 0"
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (Reverse) String() string { return "fib saddr . iif oif exists" }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (ToLocal) String() string { return "fib daddr type local" }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (CtReply) String() string { return "ct state established,related" }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (CtDNAT) String() string { return "ct status dnat" }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s TooBig) String() string {
 	if s.From.Is6() {
 		return fmt.Sprintf("icmpv6 mtu < %d @th,112,8 != 0x6 @th,128,128 0x%x @th,256,128 @%s", s.Below, s.From.AsSlice(),
@@ -273,13 +283,13 @@ func (s TooBig) String() string {
 		s.From.AsSlice(), s.To)
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (Notrack) String() string { return "notrack" }
 
-// String is the statement as nft lists it: nft prints raw payload in hexadecimal.
+// String returns the statement as nft lists it: nft prints raw payload in hexadecimal.
 func (s VXLANVNI) String() string { return "@th,96,24 0x" + strconv.FormatUint(uint64(s), 16) }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s NoReverse) String() string {
 	const both = "fib saddr . iif oif missing"
 	if s.V6 {
@@ -288,10 +298,10 @@ func (s NoReverse) String() string {
 	return both
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (NotRouteIPsec) String() string { return "rt ipsec missing" }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s Masquerade) String() string {
 	if s == (Masquerade{}) {
 		return "masquerade"
@@ -299,16 +309,16 @@ func (s Masquerade) String() string {
 	return fmt.Sprintf("masquerade to :%d-%d", s.First, s.Last)
 }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s Verdict) String() string { return string(s) }
 
-// String is the statement as nft lists it.
+// String returns the statement as nft lists it.
 func (s MarkComment) String() string { return `comment "` + string(s) + `"` }
 
-// String says what was found.
+// String returns the content in angle brackets.
 func (s Unknown) String() string { return "<" + string(s) + ">" }
 
-// String is the rule as nft lists it.
+// String returns the rule as nft lists it.
 func (r Rule) String() string {
 	var b strings.Builder
 	for i, s := range r {
@@ -325,7 +335,7 @@ func (r Rule) Equal(o Rule) bool {
 	return slices.Equal(r, o)
 }
 
-// SameBase says whether two chains differ in nothing but their rules.
+// SameBase reports whether two chains are equal apart from their rules.
 func (c Chain) SameBase(o Chain) bool {
 	return c.Type == o.Type && c.Hook == o.Hook && c.Priority == o.Priority
 }
@@ -335,7 +345,8 @@ func (c Chain) Equal(o Chain) bool {
 	return c.SameBase(o) && slices.EqualFunc(c.Rules, o.Rules, Rule.Equal)
 }
 
-// SameType says whether two sets differ in nothing but their elements.
+// SameType reports whether two sets are equal apart from their elements.
+// Sets of different Ports have different types, because a set of ports is not changed in place.
 func (s Set) SameType(o Set) bool {
 	return s.V6 == o.V6 && s.Interval == o.Interval && s.Other == o.Other && (s.Ports == nil) == (o.Ports == nil) &&
 		slices.Equal(s.Ports, o.Ports)

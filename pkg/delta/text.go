@@ -11,7 +11,8 @@ import (
 	"github.com/lariat-net/lariat/pkg/printable"
 )
 
-// The lines are appended to one buffer, without fmt: a difference of 10 000 peers is 40 000 lines.
+// These functions append lines to one buffer, without fmt.
+// A difference of 10 000 peers has 40 000 lines.
 
 func appendSysctl(b []byte, k, v string) []byte {
 	b = append(append(b, "sysctl "...), k...)
@@ -180,7 +181,8 @@ func appendRule(b []byte, chain string, r Rule) []byte {
 	return append(append(b, ' '), r.String()...)
 }
 
-// endLine ends the line that begins at start. There are names of networks and devices in it, which may hold anything.
+// endLine ends the line that begins at start.
+// It replaces unprintable bytes, because names of networks and devices may hold any byte.
 func endLine(b []byte, start int) []byte {
 	if slices.ContainsFunc(b[start:], func(c byte) bool { return c < ' ' || c > '~' }) {
 		b = append(b[:start], printable.Line(string(b[start:]))...)
@@ -229,8 +231,9 @@ func sortedKeys[K comparable, V any](m map[K]V, compare func(a, b K) int) []K {
 	return keys
 }
 
-// String prints one object a line, as an operator would type it behind ip, bridge, sysctl or "nft add", in the order in
-// which Apply makes them. Each kind is sorted; only rules keep their order. Problems come last, as comments.
+// String prints one object per line, as an operator would type it after ip, bridge, sysctl or
+// "nft add". The kinds have the order in which Apply makes them.
+// Each kind is sorted, but rules keep their order. Problems come last, as comments.
 func (s *State) String() string {
 	var b []byte
 	start := 0
@@ -287,23 +290,23 @@ func (s *State) String() string {
 
 // The names of single objects, for errors.
 
-// SysctlString is the object's line in String.
+// SysctlString returns the object's line in State.String.
 func SysctlString(key, value string) string { return string(appendSysctl(nil, key, value)) }
 
-// LinkString is the object's line in String.
+// LinkString returns the object's line in State.String.
 func LinkString(name string, l Link) string { return string(appendLink(nil, name, l)) }
 
-// String is the object's line in State.String.
+// String returns the object's line in State.String.
 func (a Addr) String() string { return string(appendAddr(nil, a)) }
 
-// NeighString is the object's line in String.
+// NeighString returns the object's line in State.String.
 func NeighString(n Neigh, m MAC) string { return string(appendNeigh(nil, n, m)) }
 
-// String is the object's line in State.String.
+// String returns the object's line in State.String.
 func (f FDB) String() string { return string(appendFDB(nil, f)) }
 
-// NexthopString is the object's line in String.
+// NexthopString returns the object's line in State.String.
 func NexthopString(id uint32, n Nexthop) string { return string(appendNexthop(nil, id, n)) }
 
-// RouteString is the object's line in String.
+// RouteString returns the object's line in State.String.
 func RouteString(k RouteKey, r Route) string { return string(appendRoute(nil, k, r)) }

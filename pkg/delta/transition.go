@@ -2,9 +2,10 @@ package delta
 
 import "slices"
 
-// MergeForTransition is a chain as it shall be, and behind that the rules that it had and shall have no
-// longer: what a rule keeps out, it keeps out until what it was for is gone. A chain of another base, and
-// rules that cannot be written again, are not kept.
+// MergeForTransition returns the desired chain, followed by the rules of have that want lacks.
+// An old rule keeps packets out until the object that the rule protects is removed.
+// The result holds no rules of a chain with another base.
+// It holds no rule with an Unknown statement, because Lariat cannot write such a rule.
 func MergeForTransition(want, have Chain) Chain {
 	if !want.SameBase(have) {
 		return want
