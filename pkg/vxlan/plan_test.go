@@ -31,7 +31,7 @@ func load(t testing.TB, path string) *metadata.Snapshot {
 	return &s
 }
 
-// TestF26_PlanGolden: the plan of each little cluster is the text beside it.
+// TestF26_PlanGolden checks the plan of each small cluster against its golden file.
 func TestF26_PlanGolden(t *testing.T) {
 	files, _ := filepath.Glob("testdata/*.json")
 	for _, f := range files {
@@ -55,7 +55,7 @@ func TestF26_PlanGolden(t *testing.T) {
 	}
 }
 
-// TestF135_PlanIsPure: the order in which the metadata lists things makes no difference.
+// TestF135_PlanIsPure checks that the plan does not depend on the order of the metadata.
 func TestF135_PlanIsPure(t *testing.T) {
 	snap := load(t, "testdata/two-networks.json")
 	want := vxlan.Plan(snap, snap.Self).String()
@@ -77,8 +77,8 @@ func TestPlanOfUnknownHostSaysSo(t *testing.T) {
 	}
 }
 
-// TestF27_MovedBlockChangesOneRoute: a block that moves to another host is one route replaced and nothing
-// removed before it.
+// TestF27_MovedBlockChangesOneRoute checks that a moved block replaces one route.
+// Nothing is removed before the replacement.
 func TestF27_MovedBlockChangesOneRoute(t *testing.T) {
 	snap := load(t, "testdata/three.json")
 	before := vxlan.Plan(snap, "a")
@@ -94,7 +94,8 @@ func TestF27_MovedBlockChangesOneRoute(t *testing.T) {
 	}
 }
 
-// TestF28_HostAddressChange: a peer's new underlay address changes its nexthop in place, so that no route is touched.
+// TestF28_HostAddressChange checks that a peer's new underlay address changes its nexthop in place.
+// No route changes.
 func TestF28_HostAddressChange(t *testing.T) {
 	d := delta.Between(vxlan.Plan(load(t, "testdata/moved-peer.json"), "a"),
 		vxlan.Plan(load(t, "testdata/three.json"), "a"))
@@ -107,8 +108,8 @@ func TestF28_HostAddressChange(t *testing.T) {
 	}
 }
 
-// TestF25_DeterministicMAC: whatever the subnet's size, device names and MACs follow from the metadata alone;
-// no two hosts share one.
+// TestF25_DeterministicMAC checks that device names and MACs derive from the metadata alone.
+// The size of the subnet does not matter. No two hosts share a MAC.
 func TestF25_DeterministicMAC(t *testing.T) {
 	snap := cluster(300)
 	seen := map[delta.MAC]string{}
@@ -142,7 +143,7 @@ func TestNexthopIDsAreUniqueAndOurs(t *testing.T) {
 	}
 }
 
-// cluster has n hosts with a block each.
+// cluster returns a snapshot of n hosts with one block each.
 func cluster(n int) *metadata.Snapshot {
 	s := &metadata.Snapshot{Networks: []metadata.Network{{Name: "overlay",
 		Subnets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, Encapsulation: metadata.EncapVXLAN, VNI: 1042}}}
