@@ -1,9 +1,9 @@
-// Package overlay is what the main plugins share, whatever the encapsulation: from a runtime's call to
-// addresses, a port in the kernel, and a result; and back.
+// Package overlay is the common part of the main plugins, for every encapsulation. It turns a
+// runtime's call into addresses, an endpoint in the kernel, and a result. It also does the reverse.
 //
-// A plugin adds the name of its encapsulation and the device that it expects. The package decides nothing
-// about addresses (the metadata service does), plans nothing about hosts (the planners do), and makes nothing
-// itself (pkg/kernel does).
+// A plugin adds the name of its encapsulation and the device that it expects. The package decides
+// nothing about addresses: the metadata service does. It plans nothing about hosts: the planners
+// do. It creates nothing itself: pkg/kernel does.
 package overlay
 
 import (
@@ -14,20 +14,20 @@ import (
 	"github.com/lariat-net/lariat/pkg/mtu"
 )
 
-// Config is what a main plugin's configuration has beyond cni.Conf. Everything about the network itself comes
-// from metadata by its name, so hosts share one file.
+// Config holds the keys of a main plugin's configuration beyond cni.Conf. All properties of the
+// network come from metadata, by the network's name. So hosts share one file.
 type Config struct {
 	IPAM          json.RawMessage `json:"ipam"`
 	Socket        string          `json:"socket,omitempty"`        // of the metadata service
 	ManagerSocket string          `json:"managerSocket,omitempty"` // of the network manager
 	StateDir      string          `json:"stateDir,omitempty"`      // where the journal is
-	// of the container's interface; default: the network's
+	// MTU of the container's interface; default: the network's
 	MTU int `json:"mtu,omitempty"`
-	// octets below the underlay's MTU; default: the encapsulation's
+	// bytes below the underlay's MTU; default: the encapsulation's
 	LinkMTUOverhead *int `json:"linkMTUOverhead,omitempty"`
-	// false: only the network's subnets go by this interface
+	// false: only the network's subnets use this interface
 	DefaultRoute *bool `json:"defaultRoute,omitempty"`
-	// STATUS fails also for what waiting or other hosts may cure
+	// STATUS also fails for problems that waiting or other hosts may cure
 	StrictStatus bool `json:"strictStatus,omitempty"`
 	ipam.Definition
 }
