@@ -50,7 +50,7 @@ type Conf struct {
 		} `json:"cni,omitempty"`
 	} `json:"args,omitempty"`
 	RuntimeConfig    RuntimeConfig   `json:"runtimeConfig,omitzero"`
-	Annotations      []string        `json:"annotations,omitempty"` // the pod's annotations that become labels: names, or prefix*
+	Annotations      []string        `json:"annotations,omitempty"` // become labels: names, or prefix*
 	PrevResult       json.RawMessage `json:"prevResult,omitempty"`
 	ValidAttachments json.RawMessage `json:"cni.dev/valid-attachments,omitempty"`
 	Attachments      json.RawMessage `json:"cni.dev/attachments,omitempty"` // the older key

@@ -299,7 +299,7 @@ func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.End
 	}
 	p := attach.Plan(a, conf)
 	overhead := c.conf.LinkMTUOverhead
-	if v := c.Arg("LinkMTUOverhead"); v != "" { // Rancher's argument, which overrides the configuration as it did in Rancher
+	if v := c.Arg("LinkMTUOverhead"); v != "" { // Rancher's argument overrides the configuration
 		n, err := strconv.Atoi(v)
 		if err != nil || n < 0 || n > 1000 {
 			return p, cni.Errorf(cni.ErrEnvironment, "CNI_ARGS LinkMTUOverhead=%s: want a number of octets, 0 to 1000", v)
@@ -516,7 +516,7 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 	}
 	defer k.Close()
 	if !strict {
-		return nil // a device that is missing is made by the manager, or by the next ADD
+		return nil // the manager, or the next ADD, creates a missing device
 	}
 	if ok, err := k.Joined(ctx, s.Device, nil); err != nil || !ok {
 		return cni.Errorf(cni.ErrLimited, "network %s: device %s is missing on this host", r.Conf.Name,
