@@ -27,37 +27,37 @@ import (
 	"github.com/lariat-net/lariat/pkg/plan"
 )
 
-// DefaultManagerSocket is the socket of this host's network manager.
+// DefaultManagerSocket is where the network manager of this host answers.
 const DefaultManagerSocket = "/run/lariat/network-manager.sock"
 
-// ManagerClient returns a client of this host's network manager.
+// ManagerClient asks the network manager of this host.
 func ManagerClient(socket string) metadata.Client {
 	return metadata.Client{Socket: cmp.Or(socket, DefaultManagerSocket), Service: "network manager"}
 }
 
-// A Plugin holds the properties in which the main plugins differ.
+// Plugin is what tells one main plugin from another.
 type Plugin struct {
 	Name          string // of the executable
 	Version       string // of the build
 	Help          string
 	Encapsulation string
 
-	// Ready returns a *cni.Error when the encapsulation cannot work on this host. With code
-	// cni.ErrNotAvailable no ADD begins. With any other code only STATUS reports the error. With
-	// nil no check is made. Ready asks the network manager at the socket, when the manager answers.
+	// Ready reports what keeps the encapsulation from working on this host, as a *cni.Error: with code
+	// cni.ErrNotAvailable no ADD is begun, with any other only STATUS tells. nil: nothing can. It asks the
+	// network manager at the socket, when that answers.
 	Ready func(ctx context.Context, managerSocket string) error
 
 	// Kernel opens the namespace that the plugin runs in.
 	Kernel func() (kernel.Kernel, error)
 }
 
-// CNI returns the plugin in the form that the process contract needs.
+// CNI is the plugin as the process contract wants it.
 func (p Plugin) CNI() cni.Plugin {
 	return cni.Plugin{Name: p.Name, Version: p.Version, Help: p.Help, Add: p.add, Del: p.del, Check: p.check,
 		Status: p.status, GC: p.gc}
 }
 
-// A call is one verb in progress.
+// call is one verb at work.
 type call struct {
 	Plugin
 	*cni.Request
@@ -111,22 +111,21 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrIO, "%w", err)
 	}
-	// A released record only waits for its replay. Terminating: a DEL has started, so the link may
-	// vanish at any time.
+	// A released one only waits for the service to be told, and of one that is leaving the interface may go at any moment.
 	again = again && earlier.State != journal.Released && !earlier.Terminating
 	k, err := p.Kernel()
 	if err != nil {
 		return nil, cni.Errorf(cni.ErrKernel, "%w", err)
 	}
 	defer k.Close()
-	// Check before any change: a running container with this id keeps its endpoint, its address and
-	// its record.
+	// Before anything is changed: a container that runs with this id keeps its port, its address
+	// and its record.
 	if err := k.VethFree(ctx, r.Netns, attach.HostName(r.ID()), r.IfName, r.Conf.Name); err != nil {
 		return nil, cni.Errorf(cni.ErrKernel, "connect %s: %w", r.ID(), err)
 	}
 	var undo []func() error
 	defer func() {
-		if err != nil && !again { // do not roll back what an earlier ADD of the same interface created
+		if err != nil && !again { // what an earlier ADD of the same interface made is not ours to undo
 			for _, f := range slices.Backward(undo) {
 				err = errors.Join(err, f())
 			}
@@ -137,9 +136,8 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 	}()
 	port, fromIPAM, err := c.connect(ctx, k, again, &undo)
 	if errors.Is(err, kernel.ErrTaken) && !again && c.owned {
-		// The service allocated an address that a container of this host has. Its store has lost
-		// the address, and the network manager has not registered it again yet. So register the
-		// live attachments here, and let the service choose again.
+		// The service gave an address that a container of this host has: its store has lost it, and the network
+		// manager has not told it yet. What runs is registered, and the service chooses again.
 		for _, f := range slices.Backward(undo) {
 			err = errors.Join(err, f())
 		}
@@ -153,13 +151,13 @@ func (p Plugin) add(ctx context.Context, r *cni.Request) (res *current.Result, e
 		return nil, err
 	}
 	if earlier.Terminating {
-		// If the mark stays, the next ADD creates the interface again, which does no harm.
+		// if it stays, the next ADD makes the interface anew, and no harm is done
 		_ = c.client.Journal.SetTerminating(r.Conf.Name, r.ID(), false)
 	}
 	return cni.After(r.Prev, c.result(port, fromIPAM)), nil
 }
 
-// connect acquires the interface's addresses and creates its endpoint.
+// connect gets the interface's addresses and makes its port.
 func (c *call) connect(ctx context.Context, k kernel.Kernel, again bool, undo *[]func() error) (
 	port delta.Endpoint, fromIPAM *current.Result, err error) {
 	a, fromIPAM, err := c.addresses(ctx, again, undo)
@@ -194,8 +192,7 @@ func (c *call) ready(ctx context.Context) error {
 	return c.Ready(ctx, cmp.Or(c.conf.ManagerSocket, DefaultManagerSocket))
 }
 
-// addresses acquires addresses from our own IPAM in-process. Or it executes another IPAM plugin and
-// announces its choice to the service.
+// addresses asks our own IPAM in-process, or executes another one and announces what it chose.
 func (c *call) addresses(ctx context.Context, again bool, undo *[]func() error) (*metadata.Attachment, *current.Result,
 	error) {
 	create, err := c.ipam.Create(c.Conf.Name, c.Encapsulation)
@@ -210,7 +207,7 @@ func (c *call) addresses(ctx context.Context, again bool, undo *[]func() error) 
 	if !c.owned {
 		res, err = c.delegate(ctx, "ADD", c.ID())
 		switch {
-		case err != nil && again: // host-local refuses a second ADD; a DEL would free a running container's address
+		case err != nil && again: // host-local refuses to answer twice; a DEL would free what a running container has
 			return nil, nil, err
 		case err != nil:
 			return nil, nil, errors.Join(err, c.delegateDel(ctx))
@@ -237,9 +234,9 @@ func (c *call) addresses(ctx context.Context, again bool, undo *[]func() error) 
 	return a, res, nil
 }
 
-// join makes sure that the host takes part in the network. Usually the manager has done this long
-// ago. When it has not, or does not run, join applies the whole plan. So a host works before, and
-// without, the manager.
+// join makes sure that the host takes part in the network. Usually the manager has seen to it long ago. When
+// it has not, or does not run, the whole plan is applied here, so that a host works before, and without, the
+// manager.
 func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment) error {
 	var own []netip.Addr
 	for _, addr := range a.Addresses {
@@ -258,8 +255,8 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 	if err != nil {
 		return cni.FromMetadata(err)
 	}
-	// The device exists long before the routes and the filters do. So the device alone does not
-	// prove to a later ADD that this setup finished.
+	// The device stands long before the routes and the filters do, so the device alone does not tell a later ADD
+	// that this one came to its end.
 	if err := c.client.Journal.BeginHostSetup(c.Conf.Name); err != nil {
 		return cni.Errorf(cni.ErrIO, "%w", err)
 	}
@@ -270,7 +267,7 @@ func (c *call) join(ctx context.Context, k kernel.Kernel, a *metadata.Attachment
 	return c.client.Journal.EndHostSetup(c.Conf.Name)
 }
 
-// port returns the plan of the container's interface.
+// port plans the container's interface.
 func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.Endpoint, error) {
 	name, _, _ := c.Owner()
 	mac, err := c.MAC()
@@ -299,7 +296,7 @@ func (c *call) port(a *metadata.Attachment, fromIPAM *current.Result) (delta.End
 	}
 	p := attach.Plan(a, conf)
 	overhead := c.conf.LinkMTUOverhead
-	if v := c.Arg("LinkMTUOverhead"); v != "" { // Rancher's argument overrides the configuration
+	if v := c.Arg("LinkMTUOverhead"); v != "" { // Rancher's, and it wins as it did there
 		n, err := strconv.Atoi(v)
 		if err != nil || n < 0 || n > 1000 {
 			return p, cni.Errorf(cni.ErrEnvironment, "CNI_ARGS LinkMTUOverhead=%s: want a number of octets, 0 to 1000", v)
@@ -360,8 +357,8 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 		return err
 	}
 	defer c.client.Journal.LockIfPossible(r.Conf.Name, r.ID())()
-	// Remove the interface first: a free address must not be in use anywhere. When the kernel fails
-	// to remove the interface, the address stays allocated and the runtime retries.
+	// The interface first: an address that is free must not be in use anywhere. With the kernel not letting go of it the
+	// address stays taken, and the runtime comes again.
 	noted := c.client.Journal.SetTerminating(r.Conf.Name, r.ID(), true) == nil
 	if err := c.disconnect(ctx, attach.HostName(r.ID()), noted); err != nil {
 		return cni.Errorf(cni.ErrKernel, "disconnect %s: %w", r.ID(), err)
@@ -376,11 +373,11 @@ func (p Plugin) del(ctx context.Context, r *cni.Request) error {
 	return join(errs)
 }
 
-// disconnect removes the endpoint, unless it belongs to another network. It first asks the manager,
-// which waits for the kernel's cleanup in our place, and for many links at once. Then it deletes
-// the link here in any case. Deleting a link that does not exist is cheap. A manager may be down,
-// or serve another network namespace. When the journal could not record the start of a DEL (a full
-// disk), disconnect does not ask the manager. A request to the manager outlives its client.
+// disconnect removes the port, unless it is that of another network. It asks the manager to, who
+// waits for the kernel's house-keeping in our place and for many at once. Whatever came of that,
+// the port is then removed here: that of one which is gone costs nothing, and a manager may be
+// down, or serve another network namespace. Where the journal could not note that a DEL has begun
+// (a full disk) nobody is asked: what was asked for outlives the one who asked.
 func (c *call) disconnect(ctx context.Context, hostName string, noted bool) error {
 	k, err := c.Kernel()
 	if err != nil {
@@ -399,7 +396,7 @@ func (c *call) disconnect(ctx context.Context, hostName string, noted bool) erro
 	return k.DelEndpoint(ctx, hostName)
 }
 
-// join returns a single error unchanged, with its code.
+// join keeps a single error as it is, with its code.
 func join(errs []error) error {
 	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
 	if len(errs) == 1 {
@@ -455,16 +452,16 @@ func (p Plugin) check(ctx context.Context, r *cni.Request) error {
 	return nil
 }
 
-// asResulted limits the comparison to settings that this plugin made and the result still lists.
-// Later plugins in the list may have changed MTU, MAC and routes, and recorded that in the result.
+// asResulted judges only what this plugin made and the result still says: plugins behind it may have changed
+// MTU, MAC and routes, and recorded that in the result.
 func (c *call) asResulted(p *delta.Endpoint) {
 	gateways := p.Gateways
-	p.MTU = 0 // not compared: the reference plugin "tuning" changes the MTU and leaves the result unchanged
+	p.MTU = 0 // not compared: the reference "tuning" changes it and leaves the result as it was
 	for _, i := range c.Prev.Interfaces {
 		if i.Name == c.IfName && i.Sandbox != "" {
 			if m, err := metadata.ParseMAC(strings.ToLower(i.Mac)); err == nil {
-				if p.MAC != delta.MAC(m) {
-					p.Gateways = nil // when the MAC changes, the kernel drops the neighbour entries and learns them again
+				if p.MAC != m {
+					p.Gateways = nil // with the address the kernel drops the neighbour entries, and learns them anew
 				}
 				p.MAC = m
 			}
@@ -504,7 +501,7 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 		return err
 	}
 	if s == nil || s.Device == "" {
-		return nil // not in use yet: the first ADD creates the device
+		return nil // not in use yet: the first ADD makes it
 	}
 	if v, err := os.ReadFile("/proc/sys/net/ipv4/ip_forward"); err == nil && strings.TrimSpace(string(v)) == "0" {
 		return cni.Errorf(cni.ErrLimited, "net.ipv4.ip_forward is 0: no container's packet leaves this host").
@@ -516,7 +513,7 @@ func (p Plugin) status(ctx context.Context, r *cni.Request) error {
 	}
 	defer k.Close()
 	if !strict {
-		return nil // the manager, or the next ADD, creates a missing device
+		return nil // a device that is missing is made by the manager, or by the next ADD
 	}
 	if ok, err := k.Joined(ctx, s.Device, nil); err != nil || !ok {
 		return cni.Errorf(cni.ErrLimited, "network %s: device %s is missing on this host", r.Conf.Name,
@@ -531,7 +528,7 @@ func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
 		return err
 	}
 	if r.Valid == nil {
-		return nil // no list is not an empty list: cnitool sends none
+		return nil // no list is not an empty list: cnitool calls like this
 	}
 	k, err := p.Kernel()
 	if err != nil {
@@ -541,28 +538,28 @@ func (p Plugin) gc(ctx context.Context, r *cni.Request) error {
 	names, records, err := c.unlisted(ctx, k)
 	errs := []error{err}
 	if err := k.DelEndpoints(ctx, names); err != nil {
-		// The addresses of these endpoints are still in use, so release nothing this time.
+		// Their addresses are in use still: nothing is released this time.
 		return join(append(errs, cni.Errorf(cni.ErrKernel, "remove %d ports: %w", len(names), err)))
 	}
 	keep := *r.Valid
 	if !c.owned {
 		_, err := c.delegate(ctx, "GC", metadata.AttachmentID{})
 		errs = append(errs, err)
-		// None of the reference IPAM plugins has a GC of its own, and their library answers GC with
-		// success. They do have a DEL.
+		// None of the reference IPAM plugins has a GC of its own, and their library answers one with success. A DEL
+		// they have.
 		for _, id := range records {
 			if _, err := c.delegate(ctx, "DEL", id); err != nil {
 				errs = append(errs, err)
-				keep = append(keep, id) // keep the record for the next GC
+				keep = append(keep, id) // so that the record is there for the next GC
 			}
 		}
 	}
 	return join(append(errs, c.client.Collect(ctx, r.Conf.Name, keep)))
 }
 
-// unlisted returns the host ends of this network that the list does not name. It finds them by
-// their alias. An ADD may be killed before its host end has an alias, so unlisted also uses the
-// journal. It also returns the journal's unlisted attachments.
+// unlisted are the host ends of this network's ports that the list does not name: by their alias, and, for
+// one whose ADD was killed before it had an alias, by the journal. The journal's unlisted attachments are
+// told too.
 func (c *call) unlisted(ctx context.Context, k kernel.Kernel) (names []string, ids []metadata.AttachmentID, err error) {
 	keep, listed := make(map[string]bool, len(*c.Valid)), make(map[metadata.AttachmentID]bool, len(*c.Valid))
 	for _, id := range *c.Valid {

@@ -1,15 +1,12 @@
-// Package vxlan plans the VXLAN part of a host.
-// Each network has one device. Each peer has one neighbour, one forwarding entry and one nexthop.
-// Each block of a peer has one route.
+// Package vxlan plans the VXLAN part of a host: for each network one device, and for each other host that
+// takes part one neighbour, one forwarding entry, one nexthop, and a route for each of its blocks.
 //
-// A packet to 10.42.7.9 takes the route of its block to the nexthop of its host.
-// The neighbour entry turns the nexthop into a MAC.
-// The forwarding entry turns the MAC into the underlay address of the host.
-// State grows with hosts and blocks, never with containers.
-// Device names, MACs and nexthop ids derive from the metadata.
-// Therefore hosts with the same metadata agree without communication.
+// A packet to 10.42.7.9 takes the route of its block to the nexthop of its host, the neighbour entry turns
+// the nexthop into a MAC, and the forwarding entry turns the MAC into the host's real address. State grows
+// with hosts and blocks, never with containers. Device names, MACs and nexthop ids are derived, so hosts that
+// know the same facts agree without talking.
 //
-// The package is pure: it uses no clock, no kernel and no log.
+// Same input, same output. No clock, no kernel, no logging.
 package vxlan
 
 import (
@@ -23,24 +20,22 @@ import (
 	"github.com/lariat-net/lariat/pkg/underlay"
 )
 
-// Device returns the name of a network's vxlan device. Rancher used the same names.
+// Device is the name of a network's vxlan device, as Rancher named it.
 func Device(vni uint32) string { return fmt.Sprintf("%s%d", delta.VTEPPrefix, vni) }
 
-// Alias returns the ifalias of a network's device.
+// Alias is the ifalias of a network's device.
 func Alias(network string) string { return delta.AliasPrefix + "vxlan:" + network }
 
-// LinkLocal returns the IPv6 link-local address that derives from a MAC (modified EUI-64, RFC 4291
-// appendix A). It is the nexthop of IPv6 routes, which accept no other kind of on-link gateway.
+// LinkLocal is the IPv6 link-local address that follows from a MAC (modified EUI-64, RFC 4291 appendix A). It is the
+// nexthop of IPv6 routes: they accept no other kind of on-link gateway.
 func LinkLocal(m metadata.MAC) netip.Addr {
 	return netip.AddrFrom16([16]byte{0: 0xfe, 1: 0x80, 8: m[0] ^ 2, 9: m[1], 10: m[2], 11: 0xff, 12: 0xfe, 13: m[3],
 		14: m[4], 15: m[5]})
 }
 
-// Plan returns the desired state of host self for all VXLAN networks.
-// It leaves out a host or entry that cannot be planned, and names it in Problems.
-// It plans from the sane entries of the snapshot.
-// When the snapshot does not list self, the state holds only the routes of underlay.Enclose, and
-// Problems says so.
+// Plan returns what host self needs for all of its VXLAN networks. A host or entry that cannot be planned is
+// left out and told in Problems; the rest stands. It plans from what is sane of the snapshot. A self that the
+// snapshot does not list gives an empty state with that problem.
 func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	s, snap := delta.NewState(), snap.Sane()
 	me, ok := snap.Host(self)
@@ -51,7 +46,7 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 		}
 	}
 	if len(networks) > 0 {
-		// Most routes are for VXLAN networks.
+		// most of them are this planner's
 		s.Routes = make(map[delta.RouteKey]delta.Route, len(snap.Blocks)+len(snap.HostRoutes))
 	}
 	for _, n := range networks {
@@ -78,7 +73,7 @@ func Plan(snap *metadata.Snapshot, self string) *delta.State {
 	return s
 }
 
-// A peer is another host as self sees it.
+// peer is another host as self sees it.
 type peer struct {
 	name   string
 	addr   netip.Addr // of self's underlay family
@@ -148,7 +143,7 @@ func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me
 			if prefix.Addr().Is6() {
 				src, family = src6, 1
 			}
-			// Over an IPv6 underlay both families share the link-local nexthop.
+			// Over an IPv6 underlay both families go by the one link-local nexthop.
 			if p.addr.Is6() {
 				family = 1
 			}
@@ -160,11 +155,9 @@ func planNetwork(s *delta.State, snap *metadata.Snapshot, n metadata.Network, me
 	}
 }
 
-// planNexthop plans the nexthop of one peer for routes of one family, and returns its id.
-// The routes to one peer share a nexthop object.
-// Without nexthop objects, 10 000 gateway routes on one device cost the kernel quadratic time.
-// The kernel hashes fib_info by device.
-// When a peer's address changes, only its nexthop object changes.
+// planNexthop makes the way to one peer for routes of one family. Routes share it by its id: ten thousand routes with a
+// gateway each on one device are quadratic in the kernel (fib_info is hashed by device), with nexthop objects they
+// are not; and a peer that changes its address changes this one object.
 func planNexthop(s *delta.State, network, dev string, me metadata.Host, p peer, ids *nexthopIDs, direct,
 	v6 bool) uint32 {
 	id := ids.next(network, p.name, v6)
@@ -172,8 +165,8 @@ func planNexthop(s *delta.State, network, dev string, me metadata.Host, p peer, 
 		s.Nexthops[id] = delta.Nexthop{Via: p.addr, Dev: me.Underlay[0].Device}
 		return id
 	}
-	if direct { // the other family has no known gateway on the underlay and takes the tunnel
-		s.FDB[delta.FDB{Dev: dev, MAC: delta.MAC(p.mac), Dst: p.addr}] = struct{}{}
+	if direct { // the other family has no gateway on the underlay that we know of: it takes the tunnel
+		s.FDB[delta.FDB{Dev: dev, MAC: p.mac, Dst: p.addr}] = struct{}{}
 	}
 	via := p.addr
 	if v6 {
@@ -184,9 +177,8 @@ func planNexthop(s *delta.State, network, dev string, me metadata.Host, p peer, 
 	return id
 }
 
-// nexthopIDs allocates ids in the range 0x4c000000 to 0x4cffffff (0x4c is 76).
-// An id derives from a hash of the network, the peer and the family.
-// The order of the hosts' names resolves collisions, and this order is the same in all passes.
+// nexthopIDs hands out ids in the range 0x4c000000 to 0x4cffffff (0x4c is 76), from a hash of whom they lead
+// to. Two that fall together are told apart by the order of the hosts' names, which all passes see alike.
 type nexthopIDs struct{ taken map[uint32]struct{} }
 
 func (n *nexthopIDs) next(network, host string, v6 bool) uint32 {
