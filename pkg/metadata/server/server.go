@@ -342,12 +342,50 @@ func (s *Server) housekeeping() {
 			return
 		case <-t.C:
 		}
+		if err := s.releaseOrphans(s.ctx); err != nil && s.ctx.Err() == nil {
+			s.log.Debug("claims of deleted networks kept", "error", err)
+		}
 		for _, n := range s.view.networkNames() {
 			if err := s.ReleaseEmptyBlocks(s.ctx, n); err != nil && s.ctx.Err() == nil {
 				s.log.Debug("empty blocks kept", "network", n, "error", err)
 			}
 		}
 	}
+}
+
+// releaseOrphans deletes this host's blocks and host routes of networks that do not exist. A service that was killed
+// while it deleted a network leaves them, and so does a claim that was under way.
+func (s *Server) releaseOrphans(ctx context.Context) error {
+	var errs []error
+	for network, keys := range s.view.orphans() {
+		errs = append(errs, s.deleteOrphans(ctx, network, keys))
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Server) deleteOrphans(ctx context.Context, network string, keys []string) error {
+	ctx, cancel := s.timeout(ctx)
+	defer cancel()
+	var changes []store.Change
+	for _, key := range keys {
+		e, err := s.store.Get(ctx, key)
+		if err == nil {
+			changes = append(changes, store.Change{Key: key, Revision: e.Revision})
+		} else if !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+	}
+	// An entry that cannot be used makes its network undefined as well. Only the store knows the difference.
+	if _, err := s.store.Get(ctx, entry.NetworkPrefix+network); !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	for _, r := range s.store.Write(ctx, changes...) {
+		if r.Err != nil && !errors.Is(r.Err, store.ErrConflict) {
+			return r.Err
+		}
+	}
+	s.log.Info("blocks and host routes of a deleted network removed", "network", network, "entries", len(changes))
+	return nil
 }
 
 // ReleaseEmptyBlocks gives back this host's blocks of a network that have been empty for the grace time.

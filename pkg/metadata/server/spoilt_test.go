@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/metadata/server/entry"
@@ -392,5 +393,59 @@ func TestForeignAddressesOutside(t *testing.T) {
 		r.Foreign = true
 		_, err := n.Client.Attach(t.Context(), "lan", r)
 		wantCode(t, err, metadata.CodeInvalid, outside)
+	}
+}
+
+// TestClaimsOfADeletedNetworkGo: a service that is killed while it deletes a network leaves claims of it. Each host
+// deletes its own. An entry that cannot be used is no deleted network.
+func TestClaimsOfADeletedNetworkGo(t *testing.T) {
+	st := openStore(t, t.TempDir())
+	t.Cleanup(func() { st.Close() })
+	a, b := startNode(t, st, hostConfig("a", "192.0.2.1/24")), startNode(t, st, hostConfig("b", "192.0.2.2/24"))
+	if err := a.Client.Put(t.Context(), metadata.KindNetwork, "lan", overlay("10.42.0.0/16")); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []*node{a, b} {
+		if err := n.Client.Join(t.Context(), "lan"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	left := func() (hosts []string) {
+		t.Helper()
+		list, _, err := store.List(t.Context(), st, entry.BlockPrefix+"lan/", time.Minute)
+		must(t, err)
+		for _, e := range list {
+			block, err := metadata.Decode[metadata.Block](strings.TrimPrefix(e.Key, entry.BlockPrefix), e.Value)
+			must(t, err)
+			hosts = append(hosts, block.Host)
+		}
+		slices.Sort(hosts)
+		return hosts
+	}
+	write := func(value []byte) {
+		t.Helper()
+		revision, err := store.One(t.Context(), st,
+			store.Change{Key: entry.NetworkPrefix + "lan", Value: value, Revision: store.Any})
+		must(t, err)
+		for _, n := range []*node{a, b} {
+			must(t, n.view.Wait(t.Context(), revision))
+		}
+	}
+	if got := fmt.Sprint(left()); got != "[a b]" {
+		t.Fatalf("blocks of %s", got)
+	}
+	write([]byte("{not json"))
+	must(t, a.releaseOrphans(t.Context()))
+	if got := fmt.Sprint(left()); got != "[a b]" {
+		t.Errorf("the network's entry cannot be used, and the blocks that are left are of %s", got)
+	}
+	write(nil)
+	must(t, a.releaseOrphans(t.Context()))
+	if got := fmt.Sprint(left()); got != "[b]" {
+		t.Errorf("a has deleted its own, and blocks are left of %s", got)
+	}
+	must(t, b.releaseOrphans(t.Context()))
+	if got := fmt.Sprint(left()); got != "[]" {
+		t.Errorf("blocks are left of %s", got)
 	}
 }

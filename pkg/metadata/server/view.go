@@ -544,6 +544,28 @@ func (v *view) Network(name string) (metadata.Network, uint64, bool) {
 	return n, v.gen[name], ok
 }
 
+// orphans returns the keys of this host's blocks and host routes whose network is not defined, by network.
+func (v *view) orphans() map[string][]string {
+	v.mu.RLock()
+	defer v.mu.RUnlock()
+	out := map[string][]string{}
+	for network, blocks := range v.claimed {
+		for p, b := range blocks {
+			if _, ok := v.defined[network]; !ok && b.Host == v.self {
+				out[network] = append(out[network], entry.BlockKey(network, p))
+			}
+		}
+	}
+	for network, routes := range v.announced {
+		for a, r := range routes {
+			if _, ok := v.defined[network]; !ok && r.Host == v.self {
+				out[network] = append(out[network], entry.HostRouteKey(network, a))
+			}
+		}
+	}
+	return out
+}
+
 func (v *view) networkNames() []string {
 	v.mu.RLock()
 	defer v.mu.RUnlock()
