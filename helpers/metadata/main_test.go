@@ -22,6 +22,7 @@ import (
 
 	"github.com/lariat-net/lariat/pkg/certs"
 	"github.com/lariat-net/lariat/pkg/metadata"
+	"github.com/lariat-net/lariat/pkg/unixhttp"
 )
 
 // The tests run the program itself: this binary, started again under a variable.
@@ -146,17 +147,26 @@ func (p *proc) stop(t testing.TB) {
 // metrics reads the text of /metrics.
 func (p *proc) metrics(t testing.TB) string {
 	t.Helper()
-	c, err := net.Dial("unix", p.Socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	fmt.Fprint(c, "GET /metrics HTTP/1.0\r\n\r\n")
-	data, err := io.ReadAll(c)
+	_, data, err := unixhttp.Page(t.Context(), p.Socket, "GET", "/metrics", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	return string(data)
+}
+
+// storeBack waits until the service knows that its store answers again. Before that it refuses requests at once.
+func (p *proc) storeBack(t testing.TB) {
+	t.Helper()
+	for deadline := time.Now().Add(40 * time.Second); ; {
+		status, why, err := unixhttp.Page(t.Context(), p.Socket, "GET", "/readyz", nil)
+		switch {
+		case err == nil && status == 200:
+			return
+		case time.Now().After(deadline):
+			t.Fatalf("not ready: %s %v", why, err)
+		}
+		<-time.After(20 * time.Millisecond) // a service tells its readiness to who asks only
+	}
 }
 
 func (p *proc) kill() {
@@ -559,7 +569,7 @@ func TestF146_OneStoreToThreeAndBack(t *testing.T) {
 	w.systemctl(lost, "start")
 	w.systemctl(other, "start")
 	for _, h := range []string{"h1", "h2", "h3"} {
-		w.running[h].ready(t)
+		w.running[h].ready(t).storeBack(t)
 		take(h, "again-"+h)
 	}
 

@@ -1,6 +1,6 @@
 package volume
 
-// OnFailpoint, if it is set, receives the name of each failpoint. Only tests set OnFailpoint, in
+// OnFailpoint receives the name of each failpoint, if it is set. Only tests set OnFailpoint, in
 // processes of their own, to end those processes there. No input reaches OnFailpoint.
 var OnFailpoint func(name string)
 
