@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/lariat-net/lariat/pkg/cni"
@@ -15,7 +14,6 @@ import (
 	"github.com/lariat-net/lariat/pkg/ipam"
 	"github.com/lariat-net/lariat/pkg/journal"
 	"github.com/lariat-net/lariat/pkg/metadata"
-	"github.com/lariat-net/lariat/pkg/probe"
 	"github.com/lariat-net/lariat/test/lab"
 )
 
@@ -23,8 +21,8 @@ func TestMain(m *testing.M) { lab.Main(m) }
 
 var (
 	ctx     = context.Background()
-	cluster *lab.Cluster
-	once    sync.Once
+	overlay = metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
+		Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}
 )
 
 func must(t testing.TB, err error) {
@@ -34,25 +32,10 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// service is a real lariat-metadata.
+// service returns the client of a real lariat-metadata.
 func service(t *testing.T) metadata.Client {
 	t.Helper()
-	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge)
-	once.Do(func() {
-		c, err := lab.New(lab.Options{Hosts: 1})
-		must(t, err)
-		cluster = c
-		must(t, c.Up(ctx))
-		must(t, c.Hosts[0].Manager.Stop())
-		c.Hosts[0].Manager = nil
-		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay",
-			metadata.Network{Name: "overlay", Encapsulation: metadata.EncapVXLAN, VNI: 1042,
-				Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16")}}))
-	})
-	if cluster == nil {
-		t.Fatal("the service did not start")
-	}
-	return cluster.Hosts[0].Client()
+	return lab.Alone(t, overlay).Client()
 }
 
 func id(container string) metadata.AttachmentID {

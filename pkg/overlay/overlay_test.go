@@ -25,7 +25,6 @@ import (
 	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/overlay"
 	"github.com/lariat-net/lariat/pkg/plan"
-	"github.com/lariat-net/lariat/pkg/probe"
 	"github.com/lariat-net/lariat/pkg/reconcile"
 	"github.com/lariat-net/lariat/test/conformance/cnirun"
 	"github.com/lariat-net/lariat/test/lab"
@@ -33,38 +32,23 @@ import (
 
 func TestMain(m *testing.M) { lab.Main(m) }
 
-var (
-	ctx     = context.Background()
-	cluster *lab.Cluster
-	once    sync.Once
-)
+var ctx = context.Background()
 
-// start is a host with a real lariat-metadata, and no manager: the kernel of these tests is a fake.
+// start returns a host with a real lariat-metadata and no manager: the kernel of these tests is a fake.
 func start(t *testing.T) *lab.Host {
 	t.Helper()
-	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge)
-	once.Do(func() {
-		c, err := lab.New(lab.Options{Hosts: 1})
-		must(t, err)
-		cluster = c
-		must(t, c.Up(ctx))
-		must(t, c.Hosts[0].Manager.Stop())
-		c.Hosts[0].Manager = nil
-		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "overlay", metadata.Network{Name: "overlay",
-			Encapsulation: metadata.EncapVXLAN, VNI: 1042, HostNAT: true,
-			BlockSizeV4: 22, BlockSizeV6: 118, Subnets: []netip.Prefix{netip.MustParsePrefix("10.42.0.0/16"),
-				netip.MustParsePrefix("fd42::/48")}}))
-		must(t, c.Hosts[0].Client().Join(ctx, "overlay"))
-		must(t, c.Hosts[0].Client().Put(ctx, metadata.KindNetwork, "private", metadata.Network{Name: "private",
-			Encapsulation: metadata.EncapIPsec,
-			BlockSizeV4:   22, BlockSizeV6: 118, Subnets: []netip.Prefix{netip.MustParsePrefix("10.44.0.0/16"),
-				netip.MustParsePrefix("fd44::/48")}}))
-		must(t, c.Hosts[0].Client().Join(ctx, "private"))
-	})
-	if cluster == nil {
-		t.Fatal("the cluster did not start")
+	network := func(name, encapsulation string, vni uint32, subnets ...netip.Prefix) metadata.Network {
+		return metadata.Network{Name: name, Encapsulation: encapsulation, VNI: vni,
+			HostNAT:     encapsulation == metadata.EncapVXLAN,
+			BlockSizeV4: 22, BlockSizeV6: 118, Subnets: subnets}
 	}
-	return cluster.Hosts[0]
+	h := lab.Alone(t,
+		network("overlay", metadata.EncapVXLAN, 1042, netip.MustParsePrefix("10.42.0.0/16"),
+			netip.MustParsePrefix("fd42::/48")),
+		network("private", metadata.EncapIPsec, 0, netip.MustParsePrefix("10.44.0.0/16"), netip.MustParsePrefix("fd44::/48")))
+	must(t, h.Client().Join(ctx, "overlay"))
+	must(t, h.Client().Join(ctx, "private"))
+	return h
 }
 
 func must(t testing.TB, err error) {

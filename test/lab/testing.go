@@ -6,9 +6,11 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"sync"
 
 	"github.com/lariat-net/lariat/pkg/delta"
 	"github.com/lariat-net/lariat/pkg/kernel"
+	"github.com/lariat-net/lariat/pkg/metadata"
 	"github.com/lariat-net/lariat/pkg/plan"
 	"github.com/lariat-net/lariat/pkg/probe"
 )
@@ -32,6 +34,46 @@ func Main(m interface{ Run() int }) {
 		}
 	}
 	os.Exit(code) //nolint:forbidigo // it stands in for main
+}
+
+var alone struct {
+	sync.Once
+	host *Host
+	err  error
+}
+
+// Alone returns a host with a real lariat-metadata and without a manager. All tests of a process share the host. The
+// first call starts it and defines the networks. It skips the test where the host cannot run.
+func Alone(t probe.TB, networks ...metadata.Network) *Host {
+	t.Helper()
+	probe.Need(t, probe.UserNS, probe.Veth, probe.Bridge)
+	alone.Do(func() { alone.host, alone.err = startAlone(networks) })
+	if alone.err != nil {
+		t.Fatalf("start a host: %v", alone.err)
+	}
+	return alone.host
+}
+
+func startAlone(networks []metadata.Network) (*Host, error) {
+	ctx := context.Background()
+	c, err := New(Options{Hosts: 1})
+	if err != nil {
+		return nil, err
+	}
+	if err := c.Up(ctx); err != nil {
+		return nil, err
+	}
+	h := c.Hosts[0]
+	if err := h.Manager.Stop(); err != nil {
+		return nil, err
+	}
+	h.Manager = nil
+	for _, n := range networks {
+		if err := h.Client().Put(ctx, metadata.KindNetwork, n.Name, n); err != nil {
+			return nil, err
+		}
+	}
+	return h, nil
 }
 
 // Settled returns an error that names everything in which the host's kernel differs from what its metadata wants.

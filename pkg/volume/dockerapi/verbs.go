@@ -258,8 +258,8 @@ func (s *Server) bring(ctx context.Context, name string, rec record) (record, er
 	}
 	if len(table.At(dir)) == 0 {
 		return rec, fmt.Errorf("driver %s says that it mounted %s at %s, and the mount table does not show it: if the "+
-			"driver or this process has a mount namespace of its own (PrivateTmp, ProtectHome …), take that away", s.config.Name,
-			name, dir)
+			"driver or this process has a mount namespace of its own (PrivateTmp, ProtectHome …), take that away",
+			s.config.Name, name, dir)
 	}
 	return rec, nil
 }

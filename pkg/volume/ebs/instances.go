@@ -56,8 +56,8 @@ func (r *region) instance(ctx context.Context, node string) (string, error) {
 		case len(all) == 1:
 			return aws.ToString(all[0].InstanceId), nil
 		case len(all) > 1:
-			return "", volume.Errorf(volume.ErrConflict, "node %s: %d instances have it as their %s (%s, %s …)", node, len(all),
-				aws.ToString(filter.Name), aws.ToString(all[0].InstanceId), aws.ToString(all[1].InstanceId))
+			return "", volume.Errorf(volume.ErrConflict, "node %s: %d instances have it as their %s (%s, %s …)", node,
+				len(all), aws.ToString(filter.Name), aws.ToString(all[0].InstanceId), aws.ToString(all[1].InstanceId))
 		}
 	}
 	return "", fmt.Errorf("node %s: no instance in region %s has it as its private DNS name or its tag Name: %w", node,
