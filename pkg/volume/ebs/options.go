@@ -56,7 +56,7 @@ var Environment = slices.Concat([][2]string{
 }, volume.Environment, cloud.Environment)
 
 // FromEnvironment reads the configuration. It returns errors of the configuration for callers that
-// must stop. Drivers of New continue: see New.
+// must stop. New reports the same errors later, at each call.
 func FromEnvironment(getenv func(string) string) (Config, error) {
 	c := Config{Attach: getenv("LARIAT_EBS_ATTACH"), Cluster: getenv("LARIAT_EBS_CLUSTER"),
 		StateDir: getenv("LARIAT_STATE_DIR"), RunDir: getenv("LARIAT_RUN_DIR")}

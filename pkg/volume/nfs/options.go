@@ -86,7 +86,7 @@ var Environment = append([][2]string{
 }, volume.Environment...)
 
 // FromEnvironment reads the configuration as Rancher's driver did. It returns errors of the
-// configuration for callers that must stop. Drivers of New continue: see New.
+// configuration for callers that must stop. New reports the same errors later, at each call.
 func FromEnvironment(getenv func(string) string) (Config, error) {
 	c := Config{Server: getenv("NFS_SERVER"), Base: getenv("MOUNT_DIR"), MountOpts: getenv("MOUNT_OPTS"),
 		OnRemove: OnRemove(getenv("ON_REMOVE")),
